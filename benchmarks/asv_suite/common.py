@@ -13,7 +13,7 @@ HEADS, KEY_HEADS, HEAD_DIM, PRE_FEATURES, WINDOW, ANCHORS = 9, 3, 64, 32, 128, 4
 
 @dataclass
 class Inputs:
-    """q, k, v as a layer projects them; fq, fk pre-activations; phi_q, phi_k finished features; g log-decay a key head."""
+    """q, k, v as a layer projects them; fq, fk pre-activations; phi_q, phi_k features; g log-decay a key head."""
 
     q: Tensor
     k: Tensor

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes of tensors alive at once inside ``call`` beyond those alive before, from PyTorch's allocator events."""
+    """Most bytes of tensors alive at once inside ``call`` beyond those alive before, by PyTorch's allocator."""
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from asv_suite.common import ANCHORS, WINDOW, Inputs, make_inputs
-from asv_suite.memory import peak_bytes
 
 import lizard_ops
+from asv_suite.common import ANCHORS, WINDOW, Inputs, make_inputs
+from asv_suite.memory import peak_bytes
 
 LENGTHS = [512, 2048]
 HYBRID = dict(anchors=ANCHORS, mix="merge", coverage="outside", feature_map="softmax")
@@ -86,7 +86,7 @@ class Growth:
 
 
 class Error:
-    """Largest error against the float64 reference, over that of the naive op in the same dtype: at most 2 is the promise."""
+    """Largest error against the float64 reference over the naive op's in the same dtype: the promise is at most 2."""
 
     params = [list(OPS), ["float32", "bfloat16"]]
     param_names = ["op", "dtype"]
