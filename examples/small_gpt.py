@@ -87,7 +87,7 @@ class SmallGPT(nn.Module):
 
 
 def standard_library_docstrings() -> str:
-    """English that every Python installation has: the docstrings of its standard library, about 2 MB."""
+    """English that every Python installation has: the docstrings of its standard library, about 1 MB."""
     texts = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         tree = ast.parse(path.read_bytes())
