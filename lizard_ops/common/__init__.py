@@ -1,0 +1,1 @@
+"""What the ops share: arguments, sequences, streams of keys, state."""

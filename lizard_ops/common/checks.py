@@ -1,0 +1,213 @@
+"""What the ops accept: every wrong argument becomes a ValueError that names it, what came and what was wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.state import AttentionState
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GATE_FLOATS = (torch.float32, torch.float64)
+
+_checked: contextvars.ContextVar[bool] = contextvars.ContextVar("lizard_ops_checked", default=False)
+
+
+@contextlib.contextmanager
+def checked(enabled: bool = True) -> Iterator[None]:
+    """Inside this context the values of GPU arguments are checked too, at the price of a synchronisation.
+
+    Values are the signs of gates (no log-decay above 0) and the entries of cu_seqlens (from 0, never falling, to T).
+    CPU tensors are always checked, except while torch.compile traces.
+    """
+    token = _checked.set(enabled)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def may_read(x: Tensor) -> bool:
+    """Whether the values of x may be looked at: CPU tensors always, others in checked mode, never while tracing."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _checked.get())
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums, states and log-masses: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def want(condition: bool, name: str, came: object, wanted: str) -> None:
+    """Raise ValueError unless the condition holds."""
+    if not condition:
+        shown = f"shape {tuple(came.shape)} {came.dtype} on {came.device}" if isinstance(came, Tensor) else repr(came)
+        raise ValueError(f"{name}: got {shown}, wanted {wanted}")
+
+
+def check_tensor(name: str, x: object, shape: Sequence[int], like: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """x is a tensor of this shape and one of these dtypes on the device of ``like``."""
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    wanted = f"a {kinds} tensor of shape {tuple(shape)} on {like.device}"
+    fits = isinstance(x, Tensor) and tuple(x.shape) == tuple(shape) and x.dtype in dtypes and x.device == like.device
+    want(fits, name, x, wanted)
+
+
+def check_count(name: str, n: object, least: int) -> None:
+    """n is a Python integer of at least this size."""
+    want(isinstance(n, int) and not isinstance(n, bool) and n >= least, name, n, f"an integer >= {least}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """value is one of the named choices."""
+    want(value in choices, name, value, "one of " + ", ".join(repr(choice) for choice in choices))
+
+
+def check_flag(name: str, value: object) -> None:
+    """value is True or False."""
+    want(isinstance(value, bool), name, value, "True or False")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B,T,Hq,K], k [B,T,Hk,K], v [B,T,Hk,V], one dtype and device, Hk divides Hq, dims at least 1."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        want(isinstance(x, Tensor) and x.ndim == 4 and x.dtype in FLOATS, name, x, "a floating tensor [B, T, H, dim]")
+    batch, length, q_heads, dim = q.shape
+    heads = k.shape[2]
+    check_tensor("k", k, (batch, length, heads, dim), q, (q.dtype,))
+    check_tensor("v", v, (batch, length, heads, v.shape[3]), q, (q.dtype,))
+    want(min(batch, heads, dim, v.shape[3]) > 0, "k and v", tuple(v.shape), "at least one row, head and channel")
+    want(q_heads > 0 and q_heads % heads == 0, "q", q, f"a number of heads that is a multiple of the {heads} of k")
+
+
+def check_scale(name: str, scale: float | None, default: float) -> float:
+    """The scale as a positive finite float."""
+    if scale is None:
+        return default
+    real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    want(real and math.isfinite(scale) and scale > 0, name, scale, "a positive finite number or None")
+    return float(scale)
+
+
+def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int) -> Tensor | None:
+    """The log-decay as [B,T,Hg] with Hg in {1, Hk, Hq} or [B,T,Hk,F], in the work dtype; None stays None."""
+    if g is None:
+        return None
+    batch, length, q_heads, _ = q.shape
+    shapes = [(batch, length), *((batch, length, h) for h in sorted({1, heads, q_heads}))]
+    shapes.append((batch, length, heads, features))
+    wanted = "a float32 or float64 tensor of shape " + " or ".join(map(str, shapes)) + f" on {q.device}"
+    fits = isinstance(g, Tensor) and tuple(g.shape) in shapes and g.dtype in GATE_FLOATS and g.device == q.device
+    want(fits, "g", g, wanted)
+    if may_read(g) and not bool((g <= 0).all()):
+        raise ValueError(f"g: got a largest value of {g.max().item()}, wanted log-decays <= 0 and no NaN")
+    return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
+
+
+def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> int:
+    """Check how tokens form sequences and return how many there are.
+
+    cu_seqlens [N+1] int32 or int64 packs N sequences into one row; padding_mask [B, T] bool is True at real tokens.
+    """
+    batch, length = q.shape[:2]
+    if padding_mask is not None:
+        want(cu_seqlens is None, "padding_mask", padding_mask, "None with cu_seqlens: packed rows hold no padding")
+        check_tensor("padding_mask", padding_mask, (batch, length), q, (torch.bool,))
+    if cu_seqlens is None:
+        return batch
+    fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
+    fits = fits and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.device == q.device
+    want(fits, "cu_seqlens", cu_seqlens, f"an int32 or int64 tensor [N + 1] on {q.device}, N >= 1")
+    want(batch == 1, "q", q, "one row (B = 1) with cu_seqlens")
+    if may_read(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        rising = all(a <= b for a, b in zip(ends[:-1], ends[1:], strict=True))
+        want(
+            ends[0] == 0 and ends[-1] == length and rising, "cu_seqlens", ends, f"0 first, never falling, {length} last"
+        )
+    return cu_seqlens.shape[0] - 1
+
+
+def check_state(state: AttentionState | None, like: Tensor, wanted: dict[str, tuple[int, ...]]) -> None:
+    """The carried state holds exactly these fields, with these shapes, on the device of ``like``.
+
+    wanted: shape of each field that this op and these options use, the leading N included; position is implied.
+    """
+    if state is None:
+        return
+    want(isinstance(state, AttentionState), "initial_state", type(state).__name__, "an AttentionState or None")
+    sequences = next(iter(wanted.values()))[0]
+    check_tensor("initial_state.position", state.position, (sequences,), like, (torch.int64,))
+    for name in AttentionState._fields[1:]:
+        field = getattr(state, name)
+        if name in wanted:
+            check_tensor(f"initial_state.{name}", field, wanted[name], like, FLOATS)
+        else:
+            want(field is None, f"initial_state.{name}", field, "None: this op with these options keeps no such field")
+
+
+def linear_state_shapes(
+    n: int, q: Tensor, k_dim: int, v: Tensor, g: Tensor | None, offset: int, features: int, feature_map: str
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state fields of a linear branch, as ``check_state`` wants them.
+
+    k_dim: features as given (pre-activations); features: after expansion; g as ``check_gate`` returns it.
+    """
+    heads = state_heads(q, v, g)
+    shapes: dict[str, tuple[int, ...]] = {"s": (n, heads, features, v.shape[3]), "z": (n, heads, features)}
+    if feature_map == "exp":
+        shapes["log_scale"] = (n, heads)
+    if offset:
+        shapes["ring_v"] = (n, offset, v.shape[2], v.shape[3])
+        shapes["ring_fk"] = (n, offset, v.shape[2], k_dim)
+        if g is not None:
+            shapes["ring_g"] = (n, offset, *g.shape[2:])
+    return shapes
+
+
+def window_state_shapes(n: int, k: Tensor, v: Tensor, window: int, anchors: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state fields of a window branch, as ``check_state`` wants them."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "ring_k": (n, window, k.shape[2], k.shape[3]),
+        "ring_v": (n, window, v.shape[2], v.shape[3]),
+    }
+    if anchors:
+        shapes["anchor_k"] = (n, anchors, k.shape[2], k.shape[3])
+        shapes["anchor_v"] = (n, anchors, v.shape[2], v.shape[3])
+    return shapes
+
+
+def state_heads(q: Tensor, v: Tensor, g: Tensor | None) -> int:
+    """Heads of the linear sums: the key heads, or the query heads with a gate a query head."""
+    return q.shape[2] if g is not None and g.ndim == 3 and g.shape[2] == q.shape[2] else v.shape[2]
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor, sink_form: str) -> Tensor | None:
+    """Sink logits as [Hq, M]; [M] counts for every head."""
+    check_choice("sink_form", sink_form, ("exp", "linear"))
+    if sinks is None:
+        return None
+    heads = q.shape[2]
+    fits = isinstance(sinks, Tensor) and sinks.dtype in FLOATS and sinks.device == q.device and sinks.ndim in (1, 2)
+    fits = fits and sinks.shape[-1] > 0 and (sinks.ndim == 1 or sinks.shape[0] == heads)
+    want(fits, "sinks", sinks, f"a floating tensor [M] or [{heads}, M] on {q.device}, M >= 1")
+    return sinks.expand(heads, -1) if sinks.ndim == 1 else sinks
+
+
+def check_head_weight(name: str, x: float | Tensor | None, q: Tensor, scalar: bool) -> Tensor | None:
+    """A weight a head, as [Hq] or [B,T,Hq]; with ``scalar`` also a number or a tensor without axes."""
+    if x is None:
+        return None
+    heads = q.shape[2]
+    if scalar and isinstance(x, (int, float)) and not isinstance(x, bool):
+        return torch.full((heads,), float(x), dtype=work_dtype(q), device=q.device)
+    fits = isinstance(x, Tensor) and x.dtype in FLOATS and x.device == q.device
+    fits = fits and (tuple(x.shape) in ((heads,), tuple(q.shape[:3])) or (scalar and x.ndim == 0))
+    more = "a number, or " if scalar else ""
+    want(fits, name, x, f"{more}a floating tensor of shape ({heads},) or {tuple(q.shape[:3])} on {q.device}")
+    assert isinstance(x, Tensor)
+    return x.expand(heads) if x.ndim == 0 else x

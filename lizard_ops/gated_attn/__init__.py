@@ -1,0 +1,1 @@
+"""Gated attention: reference, chunked and recurrent forms."""

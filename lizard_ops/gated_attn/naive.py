@@ -1,0 +1,159 @@
+"""Gated linear attention as its formula reads: one query at a time, every key weighed anew."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.checks import state_heads, work_dtype
+from lizard_ops.common.features import expand_features
+from lizard_ops.common.sequences import put_rows, ring_after, sequence_slices, stack_states, state_of, with_ring
+from lizard_ops.common.state import AttentionState
+from lizard_ops.gated_attn.arguments import gated_arguments
+
+
+def naive_gated_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    normalize: bool = True,
+    window_offset: int = 0,
+    anchors: int = 0,
+    initial_state: AttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    return_log_mass: bool = False,
+) -> tuple[Tensor, AttentionState | None] | tuple[Tensor, AttentionState | None, Tensor]:
+    """The reference of ``chunk_gated_attn``, whose docstring says what every argument is. Quadratic in time.
+
+    Sums and exponents are float32 (float64 for float64 inputs); the weights, at most 1, meet the values in the
+    dtype of q, as in plain PyTorch attention.
+    """
+    g, scale = gated_arguments(
+        q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, padding_mask
+    )
+    heads = state_heads(q, v, g)
+    outputs, states = [], []
+    slices = sequence_slices(q.shape[0], q.shape[1], cu_seqlens, padding_mask, q.device)
+    for n, (row, at) in enumerate(slices):
+        o, log_mass, state = linear_branch(
+            q[row, at], k[row, at], v[row, at], None if g is None else g[row, at], state_of(initial_state, n),
+            heads=heads, feature_map="identity", scale=scale, normalize=normalize, offset=window_offset,
+            anchors=anchors,
+        )  # fmt: skip
+        outputs.append((o, log_mass))
+        states.append(state)
+    o = put_rows(q.new_zeros(*q.shape[:3], v.shape[3]), slices, [pair[0] for pair in outputs])
+    final = stack_states(states) if output_final_state else None
+    if not return_log_mass:
+        return o, final
+    log_mass = put_rows(q.new_full(q.shape[:3], -math.inf, dtype=work_dtype(q)), slices, [pair[1] for pair in outputs])
+    return o, final, log_mass
+
+
+def linear_branch(
+    fq: Tensor,  # [T, Hq, Fp]
+    fk: Tensor,  # [T, Hk, Fp]
+    v: Tensor,  # [T, Hk, V]
+    g: Tensor | None,  # [T, Hg] or [T, Hk, F]
+    past: AttentionState | None,
+    *,
+    heads: int,  # Hs, of the sums
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    offset: int,
+    anchors: int,
+) -> tuple[Tensor, Tensor, AttentionState]:
+    """One sequence: (o [T, Hq, V], log mass [T, Hq], state without the leading N).
+
+    o_i = sum_j a_ij v_j / sum_j a_ij over anchors <= j <= i - offset, with a_ij = scale phi(q_i).phi(k_j) exp(D_ij)
+    and D_ij the sum of g over j + 1..i; log mass_i = log sum_j a_ij.
+    """
+    work, (length, q_heads, _), group = work_dtype(v), fq.shape, fq.shape[1] // v.shape[1]
+    position = 0 if past is None else int(past.position)
+    ring = past if past is not None and offset else AttentionState(torch.tensor(position))
+    fk, v = with_ring(ring.ring_fk, fk, position), with_ring(ring.ring_v, v, position)
+    new_rows, first = len(v) - length, position + length - len(v)  # row of query 0, position of row 0
+    gate = torch.zeros(len(v), 1, dtype=work, device=v.device) if g is None else with_ring(ring.ring_g, g, position)
+
+    # every tensor with the query heads: [J, Hq, ...]
+    phi_q, query_log = rounded_features(fq, feature_map, work)
+    phi_k, key_log = (x.repeat_interleave(group, 1) for x in rounded_features(fk, feature_map, work))
+    values = v.to(work).repeat_interleave(group, 1)
+    gate_q = (gate if gate.ndim == 3 else gate.unsqueeze(-1)).to(work)
+    gate_q = gate_q.repeat_interleave(q_heads // gate_q.shape[1], 1)  # [J, Hq, 1 or F]
+    s0, z0, log0 = carried_sums(past, heads, q_heads, phi_q, values, feature_map)
+    s, z, log_s = s0, z0, log0
+
+    decay = gate_q[:0]  # [j, Hq, 1 or F] of each key so far, up to now
+    since = torch.zeros_like(gate_q[0]) if len(gate_q) else gate_q.sum(0)  # the same of the carried sums
+    outputs, masses = [], []
+    for j in range(len(v)):
+        decay, since = torch.cat([decay + gate_q[j], torch.zeros_like(gate_q[:1])]), since + gate_q[j]
+        if j < new_rows:
+            continue
+        oldest, newest = max(0, anchors - first), j - offset
+        if newest >= oldest:  # this key leaves the window and joins the sums
+            log_new = torch.maximum(log_s + gate_q[newest].amax(-1), key_log[newest]).detach()
+            kept = (log_s.unsqueeze(-1) + gate_q[newest] - log_new.unsqueeze(-1)).exp()
+            key = phi_k[newest] * (key_log[newest] - log_new).exp().unsqueeze(-1)
+            s = kept.unsqueeze(-1) * s + key.unsqueeze(-1) * values[newest].unsqueeze(-2)
+            z, log_s = kept * z + key, log_new
+
+        keys = slice(oldest, max(oldest, newest + 1))
+        log_near, log_far = decay[keys] + key_log[keys].unsqueeze(-1), since + log0.unsqueeze(-1)
+        top = torch.cat([log_near, log_far.unsqueeze(0)]).amax((0, 2)).detach()
+        top = torch.where(top > -math.inf, top, 0.0)  # [Hq], the row shift
+        query = phi_q[j - new_rows]
+        a = (query * phi_k[keys] * (log_near - top.unsqueeze(-1)).exp()).sum(-1)  # [j, Hq]
+        far = query * (log_far - top.unsqueeze(-1)).exp()  # [Hq, F]
+        mass = a.sum(0) + (far * z0).sum(-1)
+        total = torch.where(mass == 0, 1.0, mass)
+        factor = scale * (top + query_log[j - new_rows]).exp() if not normalize else 1.0 / total
+        weights = (a * factor).to(v.dtype).to(work)
+        o = (weights.unsqueeze(-1) * values[keys]).sum(0) + factor.unsqueeze(-1) * (far.unsqueeze(-1) * s0).sum(-2)
+        log_mass = total.log() + top + query_log[j - new_rows] + math.log(scale)
+        outputs.append(torch.where((mass == 0).unsqueeze(-1), 0.0, o) if normalize else o)
+        masses.append(torch.where(mass == 0, -math.inf, log_mass))
+
+    o = torch.stack(outputs).to(v.dtype) if outputs else v.new_zeros(0, q_heads, v.shape[2])
+    log_mass = torch.stack(masses) if masses else values.new_zeros(0, q_heads)
+    one = slice(None, None, q_heads // heads)
+    end = position + length
+    state = AttentionState(
+        torch.tensor(end, device=v.device),
+        s[one],
+        z[one],
+        log_s[one] if feature_map == "exp" else None,
+        ring_v=ring_after(v, offset, end) if offset else None,
+        ring_fk=ring_after(fk, offset, end) if offset else None,
+        ring_g=ring_after(gate, offset, end) if offset and g is not None else None,
+    )
+    return o, log_mass, state
+
+
+def rounded_features(x: Tensor, feature_map: str, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Features as plain PyTorch holds them, in the dtype of x, and their log offset [T, H]."""
+    phi, log_offset = expand_features(x, feature_map)
+    log_offset = torch.zeros(x.shape[:2], dtype=work, device=x.device) if log_offset is None else log_offset.to(work)
+    return phi.to(x.dtype).to(work), log_offset
+
+
+def carried_sums(
+    past: AttentionState | None, heads: int, q_heads: int, phi: Tensor, values: Tensor, feature_map: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s [Hq, F, V], z [Hq, F], log scale [Hq]) to start from."""
+    if past is None or past.s is None or past.z is None:
+        s = phi.new_zeros(q_heads, phi.shape[2], values.shape[2])
+        return s, s.sum(-1), phi.new_full((q_heads,), -math.inf if feature_map == "exp" else 0.0)
+    log_scale = past.z.new_zeros(heads) if past.log_scale is None else past.log_scale
+    group = q_heads // heads
+    s, z, log_scale = (x.to(phi.dtype).repeat_interleave(group, 0) for x in (past.s, past.z, log_scale))
+    return s, z, log_scale.detach()

@@ -1,0 +1,1 @@
+"""Hybrid attention: reference, chunked and recurrent forms."""

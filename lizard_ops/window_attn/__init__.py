@@ -1,0 +1,1 @@
+"""Window attention: reference, chunked and recurrent forms."""
