@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -42,11 +43,16 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def refuse(name: str, came: object, wanted: str) -> NoReturn:
+    """Raise the ValueError for an argument that does not fit."""
+    shown = f"shape {tuple(came.shape)} {came.dtype} on {came.device}" if isinstance(came, Tensor) else repr(came)
+    raise ValueError(f"{name}: got {shown}, wanted {wanted}")
+
+
 def want(condition: bool, name: str, came: object, wanted: str) -> None:
-    """Raise ValueError unless the condition holds."""
+    """Refuse the argument unless the condition holds."""
     if not condition:
-        shown = f"shape {tuple(came.shape)} {came.dtype} on {came.device}" if isinstance(came, Tensor) else repr(came)
-        raise ValueError(f"{name}: got {shown}, wanted {wanted}")
+        refuse(name, came, wanted)
 
 
 def check_tensor(name: str, x: object, shape: Sequence[int], like: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -205,9 +211,8 @@ def check_head_weight(name: str, x: float | Tensor | None, q: Tensor, scalar: bo
     heads = q.shape[2]
     if scalar and isinstance(x, (int, float)) and not isinstance(x, bool):
         return torch.full((heads,), float(x), dtype=work_dtype(q), device=q.device)
-    fits = isinstance(x, Tensor) and x.dtype in FLOATS and x.device == q.device
-    fits = fits and (tuple(x.shape) in ((heads,), tuple(q.shape[:3])) or (scalar and x.ndim == 0))
-    more = "a number, or " if scalar else ""
-    want(fits, name, x, f"{more}a floating tensor of shape ({heads},) or {tuple(q.shape[:3])} on {q.device}")
-    assert isinstance(x, Tensor)
+    shapes = [(heads,), tuple(q.shape[:3]), *([()] if scalar else [])]
+    wanted = f"a floating tensor of shape {' or '.join(map(str, shapes))} on {q.device}" + " or a number" * scalar
+    if not isinstance(x, Tensor) or tuple(x.shape) not in shapes or x.dtype not in FLOATS or x.device != q.device:
+        refuse(name, x, wanted)
     return x.expand(heads) if x.ndim == 0 else x

@@ -53,12 +53,12 @@ def anchors_after(kept: Tensor | None, rows: Tensor, anchors: int, position: int
 def stack_states(states: list[AttentionState]) -> AttentionState:
     """Put one-sequence states (fields without the leading N) together."""
     fields = zip(*states, strict=True)
-    return AttentionState(*(None if field[0] is None else torch.stack(field) for field in fields))
+    return AttentionState._make(None if field[0] is None else torch.stack(field) for field in fields)
 
 
 def state_of(state: AttentionState | None, n: int) -> AttentionState | None:
     """The state of sequence n, its fields without the leading N."""
-    return None if state is None else AttentionState(*(None if field is None else field[n] for field in state))
+    return None if state is None else AttentionState._make(None if field is None else field[n] for field in state)
 
 
 def put_rows(blank: Tensor, slices: list[tuple[int, Tensor]], rows: list[Tensor]) -> Tensor:
