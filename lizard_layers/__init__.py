@@ -1,0 +1,35 @@
+"""Modules of hybrid attention: feature maps, gates, meta memory and the layer they make. No transformers."""
+
+from lizard_layers.config import AttentionChoices, AttentionConfig
+from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
+from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
+from lizard_layers.hybrid_attention import HybridAttention
+from lizard_layers.meta_memory import MetaMemory
+from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.parameters import Float32Module
+from lizard_layers.rope import apply_rope
+from lizard_layers.state import empty_state, map_state, select_sequences, state_bytes
+from lizard_ops.common.state import AttentionState
+
+__all__ = [
+    "AttentionChoices",
+    "AttentionConfig",
+    "AttentionState",
+    "ChannelGate",
+    "FeatureMaps",
+    "Float32Module",
+    "HedgehogFeatureMap",
+    "HybridAttention",
+    "Mamba2Gate",
+    "MergeMix",
+    "MetaMemory",
+    "PoolingGate",
+    "SigmoidGate",
+    "SumMix",
+    "apply_rope",
+    "build_gate",
+    "empty_state",
+    "map_state",
+    "select_sequences",
+    "state_bytes",
+]

@@ -1,0 +1,281 @@
+"""Every choice of a hybrid attention layer, each with its readings, in one dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoices:
+    """What a layer computes, whatever its shape. The paper (arXiv 2507.09025) leaves many of these open.
+
+    With features phi >= 0, log-decays g <= 0 and their running sum G, sink logits t_m, window w and n anchors::
+
+        a_ij = phi_q(q_i) . phi_k(k_j) exp(G_i - G_j)         keys n <= j <= i, or n <= j <= i - w
+        b_ij = exp(q_i . k_j / sqrt(D))                       keys i - w < j <= i and j < n
+        o_lin_i = sum_j a_ij v_j / sum_j a_ij
+        o_win_i = sum_j b_ij v_j / (sum_j b_ij + sum_m exp(t_m))
+
+    and a mix of the two outputs. An unsound pair of choices raises ValueError with the reason.
+    """
+
+    window: int = 128
+    """Keys of the window branch, the query's own included. The paper's best is 128 (its Table 7)."""
+
+    anchors: int = 0
+    """First positions kept exactly in the window branch and left out of the linear one. Teachers put much of their
+    attention on the first tokens: 4 anchors cut the stage 1 error of a 135M teacher thirtyfold. The paper has none."""
+
+    window_rope: bool = True
+    """RoPE in the window. The paper's equations have none: without it the window explains about 60% of the teacher at
+    positions 0 to 127, with it all."""
+
+    linear_rope: bool = False
+    """RoPE before the feature maps. LoLCATs has it. It helps up to the training length and does not extrapolate."""
+
+    num_sinks: int = 0
+    """Meta memory: learned logits that take mass in the window's denominator and bring no value. The paper has 4."""
+
+    sinks_per_head: bool = False
+    """One set of sink logits a layer (False, the paper's shapes) or a query head (True)."""
+
+    sink_form: Literal["exp", "linear"] = "exp"
+    """Sink mass: sum of exp(t), or sum of t as printed in the paper. The printed form can reach zero or less (four
+    sinks at -1 and one key of score 0 give -3), so only exp is safe; triton kernels take only exp."""
+
+    sink_init: float = 0.0
+    """Mean of the sinks' starting values."""
+
+    sink_spread: float = 1.0
+    """Distance between the starting values of neighbouring sinks. Equal sinks get equal gradients and act as one sink
+    with logit t + ln m for ever, so zero with several sinks is refused."""
+
+    linear_branch: bool = True
+    """False leaves the window, its anchors and its sinks: the control beside every result."""
+
+    coverage: Literal["all", "outside"] = "outside"
+    """Keys of the linear branch: all of them as printed in the paper, or those outside window and anchors (LoLCATs).
+    With all, a key in the window counts twice. Outside and merged, prompts up to the window equal the teacher."""
+
+    normalize: bool = True
+    """Divide the linear branch by its mass, as the paper's parallel form does. Its recurrent form and its section 4
+    do not; then the branch grows with the number of keys it remembers."""
+
+    feature_activation: Literal["softmax", "exp", "one_sided_softmax", "identity"] = "softmax"
+    """phi of a projected vector x: [softmax(x), softmax(-x)] (the paper's Table 13), [exp(x), exp(-x)] (its section 4;
+    the same map without a bound), softmax(x) (Liger), or x itself. Signed features have no mass, so identity asks for
+    ``normalize=False`` and the sum."""
+
+    feature_projection: Literal["per_head", "shared", "none"] = "per_head"
+    """Learned x W: a W for each head (LoLCATs, which the paper's appendix B points to), one for all heads (the paper's
+    equations), or none (Liger)."""
+
+    tie_features: bool = False
+    """One map for queries and keys (True) or one each."""
+
+    key_map: Literal["key_head", "query_head"] = "key_head"
+    """With grouped queries: a key map for each key head, or for each query head (LoLCATs). The second repeats keys and
+    values and carries a state Hq/Hk times as large."""
+
+    feature_dim: int | None = None
+    """Width of the feature map; None is the head dim, counted as the projection."""
+
+    feature_dim_counts: Literal["projection", "features"] = "projection"
+    """What ``feature_dim`` counts: columns of W, or features after the two signs are joined. The paper's 128 does not
+    say; the state is twice as large under the first reading."""
+
+    feature_noise: float = 0.0
+    """Standard deviation of normal noise added to the identity that W starts from."""
+
+    feature_scale: float | None = None
+    """Factor on the linear weights. None is 1 with ``normalize`` (where only a merge notices), F**-0.5 without."""
+
+    gate: Literal["none", "scalar", "key_head", "query_head", "channel", "mamba2", "pooling"] = "key_head"
+    """Decay: none; sigmoid(w.x) shared by all heads (the paper's default; one shared gate hurts most heads), one for
+    each key head, or one for each query head (the state then has query heads); low-rank and for each feature as in
+    GLA (d x r, r x F); exp(-exp(A) softplus(w.x)) for each key head as in Mamba-2; or sigmoid of the mean over each
+    key head's channels, without parameters, after Liger."""
+
+    gate_init: float | None = 0.993
+    """Decay at the start, where the input says nothing. The paper gives none; None is a zero bias, sigmoid(0) = 0.5,
+    which forgets within ten tokens."""
+
+    gate_rank: int = 16
+    """Rank r of the channel gate (the paper's Table 4: 16)."""
+
+    gate_temperature: float = 1.0
+    """The decay is sigmoid(.)**(1/temperature). GLA and Liger use 16."""
+
+    gate_form: Literal["stable", "absorbed"] = "stable"
+    """How chunks apply the gate: as a decay of the scores, or moved into the exponents of the features (the paper's
+    section 4), which overflows for long or strong gates and is lost in a softmax."""
+
+    mix: Literal["sum", "merge"] = "merge"
+    """o_lin + alpha o_win (the paper), or the two weighted by their masses under one denominator (LoLCATs)."""
+
+    alpha: Literal["fixed", "learned", "per_head"] = "fixed"
+    """Whether alpha of the sum is a constant, one learned number, or one for each query head."""
+
+    alpha_init: float = 1.0
+    """Alpha, or its start. In a mean of both branches the window's share is alpha / (1 + alpha); 0 switches it off."""
+
+    merge_mass: Literal["relative", "absolute"] = "relative"
+    """The window's mass beside the linear one: divided by exp of its row maximum (LoLCATs), or as it is. The features
+    of a softmax map know no scale, so relative trains more easily."""
+
+    merge_bias: Literal["none", "head", "token", "head_and_token"] = "none"
+    """Learned addition to the log-odds of the linear branch: a number for each query head, a linear function of the
+    layer's input, or both."""
+
+    merge_bias_init: float = 0.0
+    """Start of the head's bias. LoLCATs' window factor of 0.1 is log 10 = 2.303 here."""
+
+    impl: Literal["auto", "triton", "torch", "naive"] = "auto"
+    """Implementation the ops use."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("window", "gate_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("anchors", "num_sinks", "feature_noise", "sink_spread"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.gate_init is not None and not 0 < self.gate_init < 1:
+            raise ValueError(f"gate_init is a decay between 0 and 1, got {self.gate_init}")
+        if self.gate_temperature <= 0:
+            raise ValueError(f"gate_temperature must be positive, got {self.gate_temperature}")
+        if self.feature_dim is not None and self.feature_dim < 1:
+            raise ValueError(f"feature_dim must be at least 1 or None, got {self.feature_dim}")
+        if self.num_sinks > 1 and self.sink_spread == 0:
+            raise ValueError(
+                f"sink_spread=0 starts all {self.num_sinks} sinks equal: they get equal gradients and act as one"
+            )
+        if self.linear_branch:
+            self._check_linear_branch()
+
+    def _check_linear_branch(self) -> None:
+        if self.feature_dim is not None and self.two_sided and self.feature_dim_counts == "features":
+            if self.feature_dim % 2:
+                raise ValueError(f"feature_dim={self.feature_dim} counts both signs and must be even")
+        if self.feature_projection == "none" and self.feature_dim is not None:
+            raise ValueError('feature_dim needs a learned projection, but feature_projection="none"')
+        if self.feature_projection == "none" and self.feature_noise:
+            raise ValueError('feature_noise needs a learned projection, but feature_projection="none"')
+        if self.feature_activation == "identity" and self.normalize:
+            raise ValueError(
+                'feature_activation="identity" has signed features whose sum can vanish: use normalize=False'
+            )
+        if self.mix == "merge":
+            if not self.normalize:
+                raise ValueError('mix="merge" weighs two means by their masses: it needs normalize=True')
+            if self.sink_form == "linear" and self.num_sinks:
+                raise ValueError(
+                    'mix="merge" takes the log of the window\'s mass, which sink_form="linear" lets reach zero'
+                )
+            if self.alpha != "fixed" or self.alpha_init != 1.0:
+                raise ValueError('alpha belongs to mix="sum"; with mix="merge" use merge_bias')
+        elif self.merge_bias != "none" or self.merge_bias_init:
+            raise ValueError('merge_bias belongs to mix="merge"; with mix="sum" use alpha')
+        if self.merge_bias_init and "head" not in self.merge_bias:
+            raise ValueError(f'merge_bias_init is the start of a bias a head, but merge_bias="{self.merge_bias}"')
+        if self.gate_form == "absorbed":
+            if self.feature_activation == "softmax":
+                raise ValueError(
+                    'gate_form="absorbed" adds the gate inside the activation, and a softmax divides it out again: '
+                    'use gate_form="stable", or feature_activation="exp"'
+                )
+            if self.gate == "channel":
+                raise ValueError('gate_form="absorbed" takes one gate a head, but gate="channel" has one a feature')
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the activation joins phi(x) and phi(-x)."""
+        return self.feature_activation in ("softmax", "exp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(AttentionChoices):
+    """The choices of a layer together with its shape."""
+
+    hidden_size: int
+    """Width of the layer's input x."""
+
+    num_heads: int
+    """Query heads Hq."""
+
+    num_key_heads: int
+    """Key and value heads Hk, a divisor of Hq."""
+
+    head_dim: int
+    """Channels of a head D, the same for keys and values."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_size", "num_heads", "num_key_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_key_heads:
+            raise ValueError(f"num_key_heads={self.num_key_heads} must divide num_heads={self.num_heads}")
+        if (self.window_rope or self.linear_rope) and self.head_dim % 2:
+            raise ValueError(f"RoPE turns pairs of channels: head_dim must be even, got {self.head_dim}")
+
+    @classmethod
+    def from_choices(
+        cls, choices: AttentionChoices, *, hidden_size: int, num_heads: int, num_key_heads: int, head_dim: int
+    ) -> AttentionConfig:
+        """The same choices with a shape."""
+        values = {f.name: getattr(choices, f.name) for f in dataclasses.fields(AttentionChoices)}
+        shape = dict(hidden_size=hidden_size, num_heads=num_heads, num_key_heads=num_key_heads, head_dim=head_dim)
+        return cls(**values, **shape)
+
+    @property
+    def projection_dim(self) -> int:
+        """Channels Fp that enter the activation."""
+        if self.feature_dim is None:
+            return self.head_dim
+        halves = self.two_sided and self.feature_dim_counts == "features"
+        return self.feature_dim // 2 if halves else self.feature_dim
+
+    @property
+    def num_features(self) -> int:
+        """Features F that leave the activation."""
+        return 2 * self.projection_dim if self.two_sided else self.projection_dim
+
+    @property
+    def linear_key_heads(self) -> int:
+        """Key heads of the linear branch: Hk, or Hq when every query head has a key map of its own."""
+        return self.num_heads if self.linear_branch and self.key_map == "query_head" else self.num_key_heads
+
+    @property
+    def state_heads(self) -> int:
+        """Heads Hs of the linear state: Hq as soon as gate or key map tells query heads apart."""
+        return self.num_heads if self.gate == "query_head" else self.linear_key_heads
+
+
+def check_fields(instance: Any) -> None:
+    """Raise ValueError for a field of a dataclass whose value its annotation does not allow.
+
+    Understands Literal, None, bool, int, float (an int will do), str, tuples of one of these, and dataclasses.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        if not _allows(hint, value):
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{type(instance).__name__}.{name} must be {wanted}, got {value!r}")
+
+
+def _allows(hint: Any, value: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        members = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return isinstance(value, tuple) and len(value) == len(members) and all(map(_allows, members, value))
+    if args:  # a union
+        return any(_allows(arg, value) for arg in args)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)

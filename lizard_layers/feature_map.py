@@ -1,0 +1,66 @@
+"""Feature maps: the learned projection before the activation, and the activation where the op has none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lizard_layers.config import AttentionConfig
+from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
+
+
+class HedgehogFeatureMap(Float32Module):
+    """Pre-activations x W of a Hedgehog feature map (arXiv 2402.04347), W starting from the identity.
+
+    ``num_maps`` is the number of matrices: 1 for a map shared by all heads, the number of heads for one each, or the
+    number of key heads for query heads that share the map of their group.
+
+    x [B, T, H, D], H a multiple of num_maps -> [B, T, H, feature_dim] in x's dtype; computed in float32.
+    """
+
+    def __init__(self, num_maps: int, head_dim: int, feature_dim: int, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise = noise
+        self.weight = float32_parameter(num_maps, head_dim, feature_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            eye = torch.eye(*self.weight.shape[1:], dtype=self.weight.dtype, device=self.weight.device)
+            self.weight.copy_(eye + self.noise * torch.randn_like(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.weight.shape[0]
+        if x.shape[2] % maps:
+            raise ValueError(f"x has {x.shape[2]} heads (shape {tuple(x.shape)}), wanted a multiple of {maps} maps")
+        grouped = full_precision(x).unflatten(2, (maps, -1))  # [B, T, M, G, D]
+        return torch.einsum("btmgd,mdf->btmgf", grouped, self.weight).flatten(2, 3).to(x.dtype)
+
+
+class FeatureMaps(nn.Module):
+    """The maps of queries and keys of one layer, as ``AttentionConfig`` has them.
+
+    ``op_feature_map`` is what the op has to do with the result: finish the activation of pre-activations ("softmax",
+    "exp") or take it as it is ("identity").
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.one_sided = config.feature_activation == "one_sided_softmax"
+        self.op_feature_map = config.feature_activation if config.two_sided else "identity"
+        self.query_map: HedgehogFeatureMap | None = None
+        self.key_map: HedgehogFeatureMap | None = None
+        if config.feature_projection == "none":
+            return
+        shared = config.feature_projection == "shared"
+        key_maps = 1 if shared else config.linear_key_heads
+        shape = (config.head_dim, config.projection_dim, config.feature_noise)
+        self.key_map = HedgehogFeatureMap(key_maps, *shape)
+        if not config.tie_features:
+            self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, T, Hq, D] and k [B, T, H, D], H the linear key heads -> fq [B, T, Hq, Fp] and fk [B, T, H, Fp]."""
+        if self.key_map is not None:
+            q, k = (self.query_map or self.key_map)(q), self.key_map(k)
+        return (q.softmax(-1), k.softmax(-1)) if self.one_sided else (q, k)

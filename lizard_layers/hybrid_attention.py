@@ -1,0 +1,120 @@
+"""The attention layer of a Lizard model: gated linear attention and a sliding window under one mix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lizard_layers.config import AttentionConfig
+from lizard_layers.feature_map import FeatureMaps
+from lizard_layers.gate import build_gate
+from lizard_layers.meta_memory import MetaMemory
+from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.rope import apply_rope
+from lizard_ops import chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
+from lizard_ops.common.state import AttentionState
+
+
+class HybridAttention(nn.Module):
+    """What stands between the projections of an attention layer: from q, k, v to the heads' outputs.
+
+    Formulas and choices: ``AttentionConfig``. Every parameter is new (the projections belong to the caller), float32
+    and stays so. The output of a position depends on that position and earlier ones of its sequence only.
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sinks = None
+        if config.num_sinks:
+            heads = config.num_heads if config.sinks_per_head else None
+            self.sinks = MetaMemory(config.num_sinks, heads, config.sink_init, config.sink_spread)
+        if config.linear_branch:
+            self.feature_maps = FeatureMaps(config)
+            self.gate = build_gate(config)
+            self.mix = MergeMix(config) if config.mix == "merge" else SumMix(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        state: AttentionState | None = None,
+        use_state: bool = False,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Attend over the new positions and what ``state`` remembers.
+
+        x [B, T, hidden]: the layer's normalised input, for gate and merge bias. q [B, T, Hq, D], k and v [B, T, Hk, D]:
+        projected heads before RoPE. rope: (cos, sin), each [B or 1, T, D], of these positions. padding_mask [B, T]
+        bool, True at real tokens; cu_seqlens [N+1] packs N sequences into one row.
+
+        Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
+        else None. Raises ValueError for shapes that do not fit the config, or a choice of RoPE without ``rope``.
+        """
+        self._check(x, q, k, v, rope)
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            window_q, window_k = q, k
+            if rope is not None and (config.window_rope or config.linear_rope):
+                turned = apply_rope(q, *rope), apply_rope(k, *rope)
+                window_q, window_k = turned if config.window_rope else (q, k)
+            shared = dict(
+                anchors=config.anchors,
+                sinks=None if self.sinks is None else self.sinks(),
+                sink_form=config.sink_form,
+                initial_state=state,
+                output_final_state=use_state,
+                padding_mask=padding_mask,
+                cu_seqlens=cu_seqlens,
+                impl=config.impl,
+            )
+            if not config.linear_branch:
+                return window_attn(window_q, window_k, v, config.window, **shared)
+            linear_q, linear_k = turned if config.linear_rope else (q, k)
+            g = None if self.gate is None else self.gate(x, k)
+            if config.linear_key_heads != k.shape[2]:
+                group = config.num_heads // config.num_key_heads
+                linear_k, window_k, v = (h.repeat_interleave(group, 2) for h in (linear_k, window_k, v))
+                if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
+                    g = g.repeat_interleave(group, 2)
+            fq, fk = self.feature_maps(linear_q, linear_k)
+            choices = dict(
+                mix=config.mix,
+                merge_mass=config.merge_mass,
+                coverage=config.coverage,
+                feature_map=self.feature_maps.op_feature_map,
+                normalize=config.normalize,
+                feature_scale=config.feature_scale,
+                **self.mix(x),
+            )
+            if q.shape[1] == 1 and state is not None:
+                return recurrent_hybrid_attn(window_q, window_k, v, fq, fk, g, config.window, **choices, **shared)
+            return chunk_hybrid_attn(
+                window_q, window_k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, **shared
+            )
+
+    def _check(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
+        config = self.config
+        batch, length = x.shape[:2] if x.ndim == 3 else (-1, -1)
+        key_shape = (batch, length, config.num_key_heads, config.head_dim)
+        wanted = {
+            "x": (x, (batch, length, config.hidden_size)),
+            "q": (q, (batch, length, config.num_heads, config.head_dim)),
+            "k": (k, key_shape),
+            "v": (v, key_shape),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, wanted {shape}")
+        if rope is None:
+            if config.window_rope or config.linear_rope:
+                raise ValueError("rope=(cos, sin) is needed by window_rope=True or linear_rope=True, got None")
+        elif rope[0].shape[-2:] != (length, config.head_dim) or rope[1].shape != rope[0].shape:
+            raise ValueError(
+                f"rope has shapes {tuple(rope[0].shape)} and {tuple(rope[1].shape)}, "
+                f"wanted two of [{batch} or 1, {length}, {config.head_dim}]"
+            )

@@ -1,0 +1,40 @@
+"""Teachers and students: conversion, distillation, evaluation. Importing this registers the Lizard families with
+transformers' Auto classes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lizard_models.cache import LizardCache
+from lizard_models.config import LizardConfig, Stage1Config, Stage2Config
+from lizard_models.convert import linearize
+from lizard_models.modeling_llama import LizardLlamaConfig, LizardLlamaForCausalLM, LizardLlamaModel
+from lizard_models.modeling_mistral import LizardMistralConfig, LizardMistralForCausalLM, LizardMistralModel
+
+_LOADED_ON_USE = {
+    "load_teacher": "lizard_models.teachers",
+    "train_stage1": "lizard_models.distill",
+    "train_stage2": "lizard_models.distill",
+}
+
+__all__ = [
+    "LizardCache",
+    "LizardConfig",
+    "LizardLlamaConfig",
+    "LizardLlamaForCausalLM",
+    "LizardLlamaModel",
+    "LizardMistralConfig",
+    "LizardMistralForCausalLM",
+    "LizardMistralModel",
+    "Stage1Config",
+    "Stage2Config",
+    "linearize",
+    *_LOADED_ON_USE,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOADED_ON_USE:
+        return getattr(importlib.import_module(_LOADED_ON_USE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

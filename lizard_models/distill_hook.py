@@ -1,0 +1,69 @@
+"""The error between a layer's student and its teacher, with gradients that need one layer's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attention_error(student: Tensor, target: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
+    """One float32 number for how far the student's output is from the target.
+
+    "relative": sum of squared errors over sum of squared targets, a head, averaged over heads. "mse": mean of squared
+    errors. student, target [B, T, H, D]; padding_mask [B, T] bool, positions where it is False count for nothing.
+    """
+    student, target = student.float(), target.float()
+    if padding_mask is not None:
+        real = padding_mask[:, :, None, None]
+        student, target = student * real, target * real
+    squares = (student - target).square()
+    if kind == "relative":
+        return (
+            squares.sum((0, 1, 3)) / target.square().sum((0, 1, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+        ).mean()
+    positions = squares[..., 0, 0].numel() if padding_mask is None else padding_mask.sum()
+    return squares.sum() / (positions * squares[0, 0].numel())
+
+
+def approximation_error(
+    student_heads: Callable[[], Tensor],
+    target: Tensor,
+    kind: str,
+    padding_mask: Tensor | None,
+    parameters: list[Tensor],
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``attention_error`` of ``student_heads()`` [B, T, Hq, D] against ``target``, and those heads, detached.
+
+    The error is differentiable in ``parameters``. The layer's graph is walked and freed at once, and only the gradients
+    of its parameters are kept for the backward to come: a forward through every layer needs the memory of one.
+    ``project`` is applied to both sides first (the output projection).
+    """
+
+    def error() -> tuple[Tensor, Tensor]:
+        heads = student_heads()
+        student, wanted = heads, target
+        if project is not None:
+            student, wanted = (project(t.flatten(2)).unsqueeze(2) for t in (heads, target))
+        return attention_error(student, wanted, kind, padding_mask), heads.detach()
+
+    return _GradientsAtOnce.apply(error, *parameters) if parameters else error()
+
+
+class _GradientsAtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, error: Callable[[], tuple[Tensor, Tensor]], *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            value, heads = error()
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(heads)
+        return value.detach(), heads
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(None if g is None else grad * g for g in ctx.saved_tensors))

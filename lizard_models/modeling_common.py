@@ -1,0 +1,416 @@
+"""What turns a transformers decoder into a Lizard model, whatever its family.
+
+Shapes: B batch, T new positions, Hq query heads, Hk key heads, D head dim, L converted layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lizard_layers import AttentionConfig, Float32Module, HybridAttention, apply_rope
+from lizard_models.cache import LizardCache
+from lizard_models.config import LizardConfig
+from lizard_models.distill_hook import approximation_error
+
+AttentionMode = Literal["student", "teacher", "distill"]
+
+
+def lizard_config(config: PreTrainedConfig) -> LizardConfig:
+    """The ``LizardConfig`` inside a transformers config. Raises ValueError where there is none."""
+    if getattr(config, "lizard", None) is None:
+        raise ValueError(
+            f"{type(config).__name__} has no Lizard choices (its field lizard is None): "
+            "convert a teacher with lizard_models.linearize(model, LizardConfig.preset(...))"
+        )
+    return LizardConfig.from_dict(config.lizard)
+
+
+def converted_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers that are not kept softmax. Raises ValueError for an index the model does not have."""
+    kept = lizard_config(config).softmax_layers
+    if any(i >= config.num_hidden_layers for i in kept):
+        raise ValueError(f"softmax_layers={list(kept)}, but the model has layers 0 to {config.num_hidden_layers - 1}")
+    return [i for i in range(config.num_hidden_layers) if i not in kept]
+
+
+def attention_config(config: PreTrainedConfig) -> AttentionConfig:
+    """Shape and choices of every converted layer. Raises ValueError for a window wider than the teacher's own."""
+    choices = lizard_config(config).attention
+    sliding_window = getattr(config, "sliding_window", None)
+    if sliding_window is not None and choices.window > sliding_window:
+        raise ValueError(
+            f"attention.window={choices.window} is wider than the teacher's sliding window of {sliding_window}"
+        )
+    return AttentionConfig.from_choices(
+        choices,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_key_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )
+
+
+class LizardAttention(nn.Module):
+    """Mixed into a family's attention: the same projections under the same names, and ``lizard`` between them.
+
+    mode "student": the hybrid attention. "teacher": the family's own softmax attention. "distill": both; the error of
+    the student is left in ``last_error`` and the output chosen by ``stage1.inputs`` (the teacher's) is passed on.
+    """
+
+    lizard: HybridAttention
+    mode: AttentionMode
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        self.lizard = HybridAttention(attention_config(config))
+        self.stage1 = lizard_config(config).stage1
+        self.mode = "student"
+        self.last_error: Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        with_gradients: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights."""
+        if self.mode == "teacher":
+            return super().forward(  # type: ignore[misc]
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        x, rope = hidden_states, position_embeddings
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.mode == "distill":
+            o = self._distill(x, q, k, v, rope, attention_mask, padding_mask, cu_seqlens, with_gradients, **kwargs)
+        else:
+            o = self._student(x, q, k, v, rope, past_key_values, padding_mask, cu_seqlens)
+        return self.o_proj(o.flatten(2)), None
+
+    def _student(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: Cache | None,
+        padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        if cu_seqlens is not None:
+            packed = [t.flatten(0, 1).unsqueeze(0) for t in (x, q, k, v)]  # [1, B T, ...]
+            rope = tuple(t.expand(x.shape[0], -1, -1).flatten(0, 1).unsqueeze(0) for t in rope)
+            return self.lizard(*packed, rope, cu_seqlens=cu_seqlens)[0].view_as(q)
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        state = None if layer is None else layer.state
+        o, state = self.lizard(x, q, k, v, rope, state, layer is not None, padding_mask)
+        if layer is not None:
+            layer.set_state(state, x.shape[1])
+        return o
+
+    def _distill(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        with_gradients: bool,
+        **kwargs: Any,
+    ) -> Tensor:
+        target = self.teacher_attention(q, k, v, rope, attention_mask, **kwargs)
+        parameters = [p for p in self.lizard.parameters() if p.requires_grad] if with_gradients else []
+        with torch.set_grad_enabled(with_gradients):
+            self.last_error, student = approximation_error(
+                lambda: self._student(x, q, k, v, rope, None, padding_mask, cu_seqlens),
+                target,
+                self.stage1.error,
+                padding_mask,
+                parameters,
+                self.o_proj if self.stage1.target == "output" else None,
+            )
+        return target if self.stage1.inputs == "teacher" else student
+
+    def teacher_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The family's causal softmax attention of the same heads, without the output projection.
+
+        q [B, T, Hq, D], k and v [B, T, Hk, D] before RoPE; attention_mask as transformers prepares it for the
+        attention implementation in use -> o [B, T, Hq, D].
+        """
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager_attention_forward
+        )
+        heads = [t.transpose(1, 2) for t in (apply_rope(q, *rope), apply_rope(k, *rope), v)]
+        o, _ = attend(
+            self,
+            *heads,
+            attention_mask,
+            scaling=self.scaling,
+            sliding_window=getattr(self.config, "sliding_window", None),
+            **kwargs,
+        )
+        return o
+
+
+class LizardModelMixin:
+    """What the decoder and the causal language model share: modes, errors, new parameters, their starts."""
+
+    mode: AttentionMode
+    _is_stateful = True  # transformers then refuses, by name, the ways of generating that must take tokens back
+
+    def lizard_attentions(self) -> list[LizardAttention]:
+        """The converted attention layers, first to last."""
+        return [m for m in self.modules() if isinstance(m, LizardAttention)]  # type: ignore[attr-defined]
+
+    def lizard_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and values of the parameters the teacher does not have. All are float32."""
+        return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)  # type: ignore[attr-defined]
+
+    def set_attention_mode(self, mode: AttentionMode) -> None:
+        """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors)."""
+        if mode not in get_args(AttentionMode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(AttentionMode))}, got {mode!r}")
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, (LizardAttention, LizardModelMixin)):
+                module.mode = mode
+
+    def set_recipe(self, config: LizardConfig) -> None:
+        """Record another training recipe. Raises ValueError where ``config`` describes another model."""
+        current = lizard_config(self.config)  # type: ignore[attr-defined]
+        if (config.attention, config.softmax_layers) != (current.attention, current.softmax_layers):
+            raise ValueError("attention and softmax_layers are fixed at conversion: only stage1 and stage2 can change")
+        self.config.lizard = config.to_dict()  # type: ignore[attr-defined]
+        for attention in self.lizard_attentions():
+            attention.stage1 = config.stage1
+
+    def attention_errors(self) -> Tensor:
+        """Errors [L] float32 of the last forward in mode "distill", in the order of the converted layers.
+
+        Raises ValueError where there was none.
+        """
+        errors = [a.last_error for a in self.lizard_attentions()]
+        if any(e is None for e in errors) or not errors:
+            raise ValueError('no attention errors: call set_attention_mode("distill") and run a forward first')
+        return torch.stack(errors)  # type: ignore[arg-type]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Float32Module):
+            loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
+            if not any(loaded):  # transformers calls this after loading too
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class LizardDecoder(LizardModelMixin):
+    """Mixed into a family's decoder: converted attention layers, a constant-size cache, 2-D padding masks."""
+
+    attention_class: type[LizardAttention]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.mode = "student"
+        for i in converted_layers(config):
+            self.layers[i].self_attn = self.attention_class(config, i)  # type: ignore[attr-defined, call-arg]
+        self.post_init()  # type: ignore[attr-defined]
+
+    def new_cache(self) -> Cache:
+        """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
+        return DynamicCache(config=self.config) if self.mode == "teacher" else LizardCache(self.config)  # type: ignore
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As the family's decoder, with these differences.
+
+        attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
+        count real tokens only. Without a mask and a cache, position ids that restart mark packed sequences, which do
+        not see each other. A cache must be a ``LizardCache``, and is made only outside training unless asked for.
+        """
+        if self.mode == "teacher":
+            if isinstance(past_key_values, LizardCache):
+                raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
+            return super().forward(  # type: ignore[misc]
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            )
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions") or self.config.output_attentions:  # type: ignore[attr-defined]
+            raise ValueError(
+                "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
+            )
+        past_key_values = self._cache_for(past_key_values, use_cache)
+        batch, length = tokens.shape[:2]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        padding_mask = check_padding_mask(attention_mask, batch, past, length)
+        if padding_mask is not None:
+            if position_ids is None:
+                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+            padding_mask = padding_mask[:, past:]
+        elif position_ids is not None and past_key_values is None:
+            kwargs["cu_seqlens"] = packed_boundaries(position_ids, batch)
+        kwargs["padding_mask"] = None if all_real(padding_mask) else padding_mask
+        if self.mode == "student" and not lizard_config(self.config).softmax_layers:  # type: ignore[attr-defined]
+            # A 4-D mask is taken as it is: the [T, T] one that no layer reads is never built.
+            attention_mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+        if self.mode == "distill":
+            kwargs["with_gradients"] = torch.is_grad_enabled()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=past_key_values is not None,
+                **kwargs,
+            )
+
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        if self.mode == "distill":
+            if cache is not None or use_cache:
+                raise ValueError('mode "distill" keeps no cache: leave past_key_values and use_cache out')
+            return None
+        if cache is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
+            return self.new_cache() if use_cache else None
+        if not isinstance(cache, LizardCache):
+            raise ValueError(
+                f"past_key_values must be a LizardCache, got {type(cache).__name__}: use model.new_cache()"
+            )
+        return cache
+
+
+class LizardCausalLM(LizardModelMixin):
+    """Mixed into a family's causal language model: generation with a constant-size cache, strict loading."""
+
+    decoder_class: type[LizardDecoder]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        self.mode = "student"
+        self.model = self.decoder_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def new_cache(self) -> Cache:
+        """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
+        return self.model.new_cache()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the family's model. In mode "distill" the loss is the mean of ``attention_errors()``, without logits."""
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        if self.mode != "distill":
+            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
+        outputs = self.model(**inputs, **kwargs)  # type: ignore[operator]
+        return CausalLMOutputWithPast(loss=self.attention_errors().mean(), hidden_states=outputs.hidden_states)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if self.mode == "student" and kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={kind!r}: a Lizard model has a constant-size cache of its own")
+        makes_cache = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        if self.mode == "student" and makes_cache:
+            model_kwargs["past_key_values"] = self.new_cache()
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', with strict keys: raises ValueError for missing, unexpected or misshapen ones."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[kind]:
+                names = sorted(str(key) for key in info[kind])
+                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                raise ValueError(f"checkpoint {args[0] if args else ''} has {kind.replace('_', ' ')}: {shown}")
+        return (model, info) if output_loading_info else model
+
+
+def check_padding_mask(attention_mask: Tensor | None, batch: int, past: int, length: int) -> Tensor | None:
+    """The mask [B, past + T] as bool, or None. Raises ValueError for another shape."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch, past + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, wanted [{batch}, {past + length}]: "
+            f"one column for each of the {past} cached and {length} new positions"
+        )
+    return attention_mask.bool()
+
+
+def all_real(padding_mask: Tensor | None) -> bool:
+    """Whether no position is padding, so that layers may skip the mask. Reads the data, once a forward."""
+    return padding_mask is None or (not torch.compiler.is_compiling() and bool(padding_mask.all()))
+
+
+def packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
+    """cu_seqlens [N+1] int32 over the flattened [B * T] batch, or None where no row holds two sequences.
+
+    A sequence ends where position ids stop rising by one. position_ids [B or 1, T].
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    starts = starts.expand(batch, -1)
+    if int(starts.sum()) == batch or not starts.numel():
+        return None
+    ends = torch.tensor([starts.numel()], device=starts.device)
+    return torch.cat([starts.flatten().nonzero().squeeze(-1), ends]).int()
