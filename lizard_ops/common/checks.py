@@ -216,3 +216,12 @@ def check_head_weight(name: str, x: float | Tensor | None, q: Tensor, scalar: bo
     if not isinstance(x, Tensor) or tuple(x.shape) not in shapes or x.dtype not in FLOATS or x.device != q.device:
         refuse(name, x, wanted)
     return x.expand(heads) if x.ndim == 0 else x
+
+
+def check_gate_form(gate_form: str, g: Tensor | None, feature_map: str) -> None:
+    """ "absorbed" needs a gate, one a head or for all heads, and features that a factor does not leave unchanged."""
+    check_choice("gate_form", gate_form, ("stable", "absorbed"))
+    if gate_form == "absorbed":
+        want(g is not None and g.ndim == 3, "gate_form", gate_form, '"stable" without a gate or with one a channel')
+        soft = feature_map == "softmax"
+        want(not soft, "gate_form", gate_form, '"stable" with feature_map="softmax", which cancels what it absorbs')

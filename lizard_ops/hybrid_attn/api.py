@@ -1,0 +1,185 @@
+"""Gated linear attention and window attention in one: the public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common import checks
+from lizard_ops.common.dispatch import choose_impl, float64_of
+from lizard_ops.common.state import AttentionState
+from lizard_ops.hybrid_attn.arguments import hybrid_arguments
+from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+
+
+def chunk_hybrid_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    fk: Tensor,
+    g: Tensor | None,
+    window: int,
+    *,
+    anchors: int = 0,
+    sinks: Tensor | None = None,
+    sink_form: str = "exp",
+    mix: str = "sum",
+    alpha: float | Tensor | None = None,
+    merge_bias: Tensor | None = None,
+    merge_mass: str = "relative",
+    coverage: str = "all",
+    feature_map: str = "identity",
+    normalize: bool = True,
+    scale: float | None = None,
+    feature_scale: float | None = None,
+    initial_state: AttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    gate_form: str = "stable",
+    impl: str = "auto",
+) -> tuple[Tensor, AttentionState | None]:
+    """A gated linear branch and a window branch over the same values, mixed: a Lizard layer's attention.
+
+    The window branch is ``window_attn`` on q and k; the linear branch is ``chunk_gated_attn`` on the features of fq
+    and fk, over every key past the anchors (coverage="all") or those that the window leaves out ("outside")::
+
+        a_ij               feature_scale phi(fq_i).phi(fk_j) exp(G_i - G_j)
+        o_lin, log_mass    sum_j a_ij v_j / sum_j a_ij (or not divided) and log sum_j a_ij
+        o_win, lse, m      window softmax, log of its mass (sinks included), largest score of its keys
+        mix="sum"          o = o_lin + alpha o_win
+        mix="merge"        o = share o_lin + (1 - share) o_win,  share = sigmoid(log_mass - M + merge_bias)
+                           M = lse - m with merge_mass="relative", lse with "absolute"; share 0 where no key is eligible
+
+        feature_map="softmax"   phi(x) = [softmax(x), softmax(-x)]
+        feature_map="exp"       phi(x) = [exp(x), exp(-x)], kept in log space: no input overflows
+        feature_map="identity"  phi(x) = x, finished features, non-negative with normalize
+
+    Args:
+        q: [B, T, Hq, K] queries of the window branch. bfloat16, float16, float32 or float64.
+        k: [B, T, Hk, K] keys of the window branch, Hk a divisor of Hq.
+        v: [B, T, Hk, V] values of both branches.
+        fq: [B, T, Hq, Fp] pre-activations of the query features (features with "identity"), any floating dtype.
+        fk: [B, T, Hk, Fp] the same of the keys, in the dtype of fq. F = 2 Fp features, Fp with "identity".
+        g: log-decay <= 0 in natural log, float32 or float64: [B, T], [B, T, 1], [B, T, Hk], [B, T, Hq] or
+            [B, T, Hk, F]; None: no decay.
+        window: keys the window branch sees, the query's own included, >= 1.
+        anchors: keys at the start of the sequence, always in the window branch and never in the linear one.
+        sinks: [M] or [Hq, M] logits of meta memory without values, mass of the window branch.
+        sink_form: "exp" or "linear", as for ``window_attn``; "linear" is PyTorch alone ("auto" takes it).
+        mix: "sum" or "merge"; "merge" needs normalize.
+        alpha: weight of the window branch in a sum: a number, [], [Hq] or [B, T, Hq]; None is 1. None with "merge".
+        merge_bias: [Hq] or [B, T, Hq]; None is 0. None with "sum".
+        merge_mass: "relative" (LoLCATs' way) or "absolute".
+        coverage: "all" or "outside".
+        feature_map: "identity", "softmax" or "exp".
+        normalize: divide the linear branch by its mass.
+        scale: factor of the window scores, K ** -0.5 by default.
+        feature_scale: factor of the linear weights; 1.0 by default with normalize, else F ** -0.5.
+        initial_state, output_final_state, cu_seqlens, padding_mask: as for ``chunk_gated_attn``.
+        gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features.
+        impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
+
+    Returns:
+        (o, state): o [B, T, Hq, V] in the dtype of q, state an ``AttentionState`` or None.
+
+    Raises:
+        ValueError: as ``chunk_gated_attn`` and ``window_attn``, and pairs of options that exclude each other.
+
+    Source: Lizard (arXiv 2507.09025) section 3 for the sum; LoLCATs (arXiv 2410.10254) for the merge.
+    """
+    a = hybrid_arguments(
+        q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
+        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
+    )  # fmt: skip
+    checks.check_flag("output_final_state", output_final_state)
+    checks.check_gate_form(gate_form, a.g, feature_map)
+    linear_sinks = a.sinks is not None and sink_form == "linear"
+    chosen = choose_impl(impl, q, 'sink_form="linear"' if linear_sinks else float64_of(q))
+    common: dict[str, Any] = dict(
+        anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
+        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, feature_scale=a.feature_scale,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        padding_mask=padding_mask,
+    )  # fmt: skip
+    if chosen == "naive":
+        checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
+        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form)
+    if chosen == "triton":
+        from lizard_ops.hybrid_attn.chunk_triton import chunk_hybrid_triton
+
+        return chunk_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, gate_form=gate_form)
+    from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch
+
+    return chunk_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, gate_form=gate_form)
+
+
+def recurrent_hybrid_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    fk: Tensor,
+    g: Tensor | None,
+    window: int,
+    *,
+    anchors: int = 0,
+    sinks: Tensor | None = None,
+    sink_form: str = "exp",
+    mix: str = "sum",
+    alpha: float | Tensor | None = None,
+    merge_bias: Tensor | None = None,
+    merge_mass: str = "relative",
+    coverage: str = "all",
+    feature_map: str = "identity",
+    normalize: bool = True,
+    scale: float | None = None,
+    feature_scale: float | None = None,
+    initial_state: AttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, AttentionState | None]:
+    """What ``chunk_hybrid_attn`` computes, one position at a time: the decode step, and many of them in a row.
+
+    The arguments, results, state and errors are those of ``chunk_hybrid_attn``. T = 1 is one light step without a
+    loop or a synchronisation. impl: "triton" is the one-launch decode kernel, which takes one token a row (T = 1), a
+    carried state, no padding and no packing, and has no backward; "auto" takes it for CUDA tensors wherever all that
+    holds, and PyTorch otherwise.
+    """
+    a = hybrid_arguments(
+        q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
+        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
+    )  # fmt: skip
+    checks.check_flag("output_final_state", output_final_state)
+    tensors = (q, k, v, fq, fk, a.g, a.sinks, a.alpha, a.merge_bias, *(initial_state or ()))
+    beyond = {
+        'sink_form="linear"': a.sinks is not None and sink_form == "linear",
+        "float64 tensors": float64_of(q) is not None,
+        "anything but one token a row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
+        "a step without a carried state": initial_state is None,
+        "gradients": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+    }
+    chosen = choose_impl(impl, q, next((what for what, holds in beyond.items() if holds), None))
+    common: dict[str, Any] = dict(
+        anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
+        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, feature_scale=a.feature_scale,
+    )  # fmt: skip
+    if chosen == "triton":
+        from lizard_ops.hybrid_attn.decode_triton import decode_hybrid_triton
+
+        o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state)
+        return o, state if output_final_state else None
+    common |= dict(
+        sink_form=sink_form, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+    )  # fmt: skip
+    if chosen == "naive":
+        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common)
+    from lizard_ops.hybrid_attn.recurrent import recurrent_hybrid_torch
+
+    return recurrent_hybrid_torch(q, k, v, fq, fk, a.g, window, **common)

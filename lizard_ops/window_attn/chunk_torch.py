@@ -1,0 +1,124 @@
+"""Sliding-window attention in plain PyTorch: blocks of queries against the blocks of keys that they can reach."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lizard_ops.common.checks import work_dtype
+from lizard_ops.common.rows import over_rows
+from lizard_ops.common.state import AttentionState
+from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
+
+BLOCK = 64  # queries a tile; for window 128 a tile then meets 192 keys, of which 128 count
+
+
+def window_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    anchors: int,
+    sinks: Tensor | None,
+    sink_form: str,
+    scale: float,
+    initial_state: AttentionState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
+    """(o, state, lse, row maximum) of ``window_attn``, whose arguments come here checked."""
+
+    def op(rows, lengths, state):
+        *results, fields = window_rows(
+            *rows, lengths, state, window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale
+        )
+        position = layout_of(rows[0], state, None, lengths).end
+        return results, AttentionState(position, **fields) if output_final_state else None
+
+    fills = (0.0, -math.inf, -math.inf)
+    (o, lse, row_max), state = over_rows(op, (q, k, v), fills, initial_state, cu_seqlens, padding_mask)
+    return o.to(q.dtype), state, lse, row_max
+
+
+def window_rows(
+    q: Tensor,  # [B, T, Hq, D]
+    k: Tensor,  # [B, T, Hk, D]
+    v: Tensor,  # [B, T, Hk, V]
+    lengths: Tensor | None,  # [B], None: all T
+    state: AttentionState | None,
+    *,
+    window: int,
+    anchors: int,
+    sinks: Tensor | None,  # [Hq, M]
+    sink_form: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
+    """Right-padded rows: (o [B, T, Hq, V], lse [B, T, Hq], row maximum [B, T, Hq], fields of the final state)."""
+    (batch, length, heads, dim), key_heads, work = q.shape, k.shape[2], work_dtype(q)
+    group, prefix = heads // key_heads, 0 if state is None else window
+    layout = layout_of(q, state, None, lengths)
+    kept_k, kept_v = (None, None) if state is None else (state.anchor_k, state.anchor_v)
+    anchor_k, anchor_v = anchor_rows(k, kept_k, anchors, layout), anchor_rows(v, kept_v, anchors, layout)
+    fields = window_fields(k, v, anchor_k, anchor_v, state, window, layout)
+    if not anchors:
+        fields |= {"anchor_k": None, "anchor_v": None}
+
+    size = max(1, min(BLOCK, window, length))
+    blocks, back = -(-length // size), -(-(window - 1) // size)
+    stream_k, stream_v = key_stream(k, state and state.ring_k, layout), key_stream(v, state and state.ring_v, layout)
+    keys = _reach(stream_k.to(work), anchor_k.to(work), size, back, blocks, prefix)  # [B, Hk, n, A + S, D]
+    values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)
+    queries = F.pad(q.to(work) * scale, (0, 0, 0, 0, 0, blocks * size - length))
+    queries = queries.view(batch, blocks, size, key_heads, group, dim).permute(0, 3, 1, 4, 2, 5)
+    queries = queries.reshape(batch, key_heads, blocks, group * size, dim)
+
+    scores = (queries @ keys.transpose(-1, -2)).unflatten(3, (group, size))
+    seen = _visible(layout.position, anchors, window, size, back, blocks)  # [B or 1, n, C, A + S]
+    scores = scores.masked_fill_(~seen[:, None, :, None], -math.inf)
+    row_max = scores.amax(-1)
+    weights = scores.softmax(-1)
+    lse = row_max - weights.amax(-1).log()
+    o = (weights.flatten(3, 4) @ values).unflatten(3, (group, size))
+
+    def in_order(x: Tensor) -> Tensor:  # [B, Hk, n, G, C, ...] -> [B, T, Hq, ...]
+        return x.movedim((2, 4), (1, 2)).reshape(batch, blocks * size, heads, *x.shape[5:])[:, :length]
+
+    o, lse, row_max = in_order(o), in_order(lse), in_order(row_max)
+    if sinks is not None:
+        o, lse = _with_sinks(o, lse, row_max, sinks.to(work), sink_form)
+    return o, lse, row_max, fields
+
+
+def _with_sinks(o: Tensor, lse: Tensor, row_max: Tensor, sinks: Tensor, sink_form: str) -> tuple[Tensor, Tensor]:
+    """Give the sinks [Hq, M] their share of the mass."""
+    if sink_form == "exp":
+        sink_lse = sinks.logsumexp(-1)
+        return o * torch.sigmoid(lse - sink_lse).unsqueeze(-1), torch.logaddexp(lse, sink_lse)
+    mass = (lse - row_max).exp()
+    total = mass + sinks.sum(-1) * (-row_max).exp()
+    return o * (mass / total).unsqueeze(-1), row_max + total.log()
+
+
+def _reach(stream: Tensor, anchors: Tensor, size: int, back: int, blocks: int, prefix: int) -> Tensor:
+    """Anchors and the rows that each block of queries can reach: [B, H, n, A + (back + 1) C, dim]."""
+    front = back * size - prefix
+    end = (blocks + back) * size - front - stream.shape[1]
+    tiles = F.pad(stream, (0, 0, 0, 0, front, end)).transpose(1, 2).unflatten(2, (back + blocks, size))
+    near = [tiles[:, :, shift : shift + blocks] for shift in range(back + 1)]
+    return torch.cat([anchors.transpose(1, 2).unsqueeze(2).expand(-1, -1, blocks, -1, -1), *near], 3)
+
+
+def _visible(position: Tensor, anchors: int, window: int, size: int, back: int, blocks: int) -> Tensor:
+    """Which of the keys that ``_reach`` lays out count for each query: bool [N, n, C, A + S]."""
+    device = position.device
+    query = torch.arange(blocks * size, device=device).view(blocks, size, 1)
+    key = torch.arange(-back * size, size, device=device) + size * torch.arange(blocks, device=device).view(-1, 1, 1)
+    start = position.view(-1, 1, 1, 1)
+    near = (key <= query) & (key > query - window) & (key + start >= 0)
+    far = torch.arange(anchors, device=device) <= query + start - window
+    return torch.cat([far, near], -1)
