@@ -227,9 +227,9 @@ class AttentionConfig(AttentionChoices):
         cls, choices: AttentionChoices, *, hidden_size: int, num_heads: int, num_key_heads: int, head_dim: int
     ) -> AttentionConfig:
         """The same choices with a shape."""
-        values = {f.name: getattr(choices, f.name) for f in dataclasses.fields(AttentionChoices)}
-        shape = dict(hidden_size=hidden_size, num_heads=num_heads, num_key_heads=num_key_heads, head_dim=head_dim)
-        return cls(**values, **shape)
+        values: dict[str, Any] = {f.name: getattr(choices, f.name) for f in dataclasses.fields(AttentionChoices)}
+        values |= dict(hidden_size=hidden_size, num_heads=num_heads, num_key_heads=num_key_heads, head_dim=head_dim)
+        return cls(**values)
 
     @property
     def projection_dim(self) -> int:

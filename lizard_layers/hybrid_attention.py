@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +64,7 @@ class HybridAttention(nn.Module):
             if rope is not None and (config.window_rope or config.linear_rope):
                 turned = apply_rope(q, *rope), apply_rope(k, *rope)
                 window_q, window_k = turned if config.window_rope else (q, k)
-            shared = dict(
+            shared: dict[str, Any] = dict(
                 anchors=config.anchors,
                 sinks=None if self.sinks is None else self.sinks(),
                 sink_form=config.sink_form,
@@ -73,7 +75,7 @@ class HybridAttention(nn.Module):
                 impl=config.impl,
             )
             if not config.linear_branch:
-                return window_attn(window_q, window_k, v, config.window, **shared)
+                return window_attn(window_q, window_k, v, config.window, **shared)[:2]
             linear_q, linear_k = turned if config.linear_rope else (q, k)
             g = None if self.gate is None else self.gate(x, k)
             if config.linear_key_heads != k.shape[2]:
@@ -82,7 +84,7 @@ class HybridAttention(nn.Module):
                 if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                     g = g.repeat_interleave(group, 2)
             fq, fk = self.feature_maps(linear_q, linear_k)
-            choices = dict(
+            choices: dict[str, Any] = dict(
                 mix=config.mix,
                 merge_mass=config.merge_mass,
                 coverage=config.coverage,

@@ -48,7 +48,7 @@ def empty_state(
 
 def map_state(state: AttentionState, fn: Callable[[Tensor], Tensor]) -> AttentionState:
     """The state with ``fn`` applied to every tensor it holds, e.g. ``lambda t: t.to(device)`` or ``Tensor.detach``."""
-    return AttentionState(*(None if t is None else fn(t) for t in state))
+    return AttentionState(**{name: fn(t) for name, t in state._asdict().items() if t is not None})
 
 
 def select_sequences(state: AttentionState, indices: Tensor) -> AttentionState:

@@ -87,6 +87,8 @@ class LizardCache(Cache):
     It grows only by what kept softmax layers store. Two caches are independent; ``copy.deepcopy`` takes a snapshot.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: PreTrainedConfig) -> None:
         from lizard_models.modeling_common import converted_layers
 
@@ -112,10 +114,8 @@ class LizardCache(Cache):
         """Bytes held, those of kept softmax layers included."""
         total = 0
         for layer in self.layers:
-            if not layer.is_initialized:
-                continue
             if isinstance(layer, LizardCacheLayer):
-                total += state_bytes(layer.state)
-            else:
-                total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+                total += 0 if layer.state is None else state_bytes(layer.state)
+            elif layer.is_initialized:
+                total += layer.keys.nbytes + layer.values.nbytes
         return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -52,7 +53,8 @@ def student_config(teacher: PreTrainedConfig, config: LizardConfig) -> PreTraine
     family = FAMILIES[teacher.model_type]
     values = {k: v for k, v in teacher.to_dict().items() if k not in ("model_type", "transformers_version")}
     values |= {"architectures": [family.__name__], "lizard": config.to_dict()}
-    student = family.config_class.from_dict(values)
+    kind: Any = family.config_class
+    student = kind.from_dict(values)
     student._attn_implementation = teacher._attn_implementation
     student._name_or_path = teacher._name_or_path
     return student

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def approximation_error(
     target: Tensor,
     kind: str,
     padding_mask: Tensor | None,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``attention_error`` of ``student_heads()`` [B, T, Hq, D] against ``target``, and those heads, detached.

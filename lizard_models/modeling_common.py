@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -65,14 +65,21 @@ class LizardAttention(nn.Module):
     the student is left in ``last_error`` and the output chosen by ``stage1.inputs`` (the teacher's) is passed on.
     """
 
-    lizard: HybridAttention
-    mode: AttentionMode
+    config: PreTrainedConfig
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    eager_attention_forward: Callable
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        super().__init__(config, layer_idx)
         self.lizard = HybridAttention(attention_config(config))
         self.stage1 = lizard_config(config).stage1
-        self.mode = "student"
+        self.mode: AttentionMode = "student"
         self.last_error: Tensor | None = None
 
     def forward(
@@ -88,7 +95,7 @@ class LizardAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights."""
         if self.mode == "teacher":
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
@@ -116,9 +123,9 @@ class LizardAttention(nn.Module):
     ) -> Tensor:
         if cu_seqlens is not None:
             packed = [t.flatten(0, 1).unsqueeze(0) for t in (x, q, k, v)]  # [1, B T, ...]
-            rope = tuple(t.expand(x.shape[0], -1, -1).flatten(0, 1).unsqueeze(0) for t in rope)
-            return self.lizard(*packed, rope, cu_seqlens=cu_seqlens)[0].view_as(q)
-        layer = None if cache is None else cache.layers[self.layer_idx]
+            turns = tuple(t.expand(x.shape[0], -1, -1).flatten(0, 1).unsqueeze(0) for t in rope)
+            return self.lizard(*packed, turns, cu_seqlens=cu_seqlens)[0].view_as(q)
+        layer: Any = None if cache is None else cache.layers[self.layer_idx]
         state = None if layer is None else layer.state
         o, state = self.lizard(x, q, k, v, rope, state, layer is not None, padding_mask)
         if layer is not None:
@@ -180,7 +187,7 @@ class LizardAttention(nn.Module):
         return o
 
 
-class LizardModelMixin:
+class LizardModelMixin(PreTrainedModel):
     """What the decoder and the causal language model share: modes, errors, new parameters, their starts."""
 
     mode: AttentionMode
@@ -188,26 +195,26 @@ class LizardModelMixin:
 
     def lizard_attentions(self) -> list[LizardAttention]:
         """The converted attention layers, first to last."""
-        return [m for m in self.modules() if isinstance(m, LizardAttention)]  # type: ignore[attr-defined]
+        return [m for m in self.modules() if isinstance(m, LizardAttention)]
 
     def lizard_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and values of the parameters the teacher does not have. All are float32."""
-        return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)  # type: ignore[attr-defined]
+        return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)
 
     def set_attention_mode(self, mode: AttentionMode) -> None:
         """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors)."""
         if mode not in get_args(AttentionMode):
             raise ValueError(f"mode must be one of {', '.join(get_args(AttentionMode))}, got {mode!r}")
-        for module in self.modules():  # type: ignore[attr-defined]
+        for module in self.modules():
             if isinstance(module, (LizardAttention, LizardModelMixin)):
                 module.mode = mode
 
     def set_recipe(self, config: LizardConfig) -> None:
         """Record another training recipe. Raises ValueError where ``config`` describes another model."""
-        current = lizard_config(self.config)  # type: ignore[attr-defined]
+        current = lizard_config(self.config)
         if (config.attention, config.softmax_layers) != (current.attention, current.softmax_layers):
             raise ValueError("attention and softmax_layers are fixed at conversion: only stage1 and stage2 can change")
-        self.config.lizard = config.to_dict()  # type: ignore[attr-defined]
+        self.config.lizard = config.to_dict()
         for attention in self.lizard_attentions():
             attention.stage1 = config.stage1
 
@@ -216,10 +223,11 @@ class LizardModelMixin:
 
         Raises ValueError where there was none.
         """
-        errors = [a.last_error for a in self.lizard_attentions()]
-        if any(e is None for e in errors) or not errors:
+        attentions = self.lizard_attentions()
+        errors = [a.last_error for a in attentions if a.last_error is not None]
+        if not errors or len(errors) < len(attentions):
             raise ValueError('no attention errors: call set_attention_mode("distill") and run a forward first')
-        return torch.stack(errors)  # type: ignore[arg-type]
+        return torch.stack(errors)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Float32Module):
@@ -227,7 +235,7 @@ class LizardModelMixin:
             if not any(loaded):  # transformers calls this after loading too
                 module.reset_parameters()
         else:
-            super()._init_weights(module)  # type: ignore[misc]
+            super()._init_weights(module)
 
 
 class LizardDecoder(LizardModelMixin):
@@ -236,15 +244,16 @@ class LizardDecoder(LizardModelMixin):
     attention_class: type[LizardAttention]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
         self.mode = "student"
+        layers: Any = self.layers
         for i in converted_layers(config):
-            self.layers[i].self_attn = self.attention_class(config, i)  # type: ignore[attr-defined, call-arg]
-        self.post_init()  # type: ignore[attr-defined]
+            layers[i].self_attn = self.attention_class(config, i)
+        self.post_init()
 
     def new_cache(self) -> Cache:
         """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
-        return DynamicCache(config=self.config) if self.mode == "teacher" else LizardCache(self.config)  # type: ignore
+        return DynamicCache(config=self.config) if self.mode == "teacher" else LizardCache(self.config)
 
     def forward(
         self,
@@ -265,13 +274,13 @@ class LizardDecoder(LizardModelMixin):
         if self.mode == "teacher":
             if isinstance(past_key_values, LizardCache):
                 raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
             )
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if kwargs.get("output_attentions") or self.config.output_attentions:  # type: ignore[attr-defined]
+        if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
             )
@@ -286,13 +295,13 @@ class LizardDecoder(LizardModelMixin):
         elif position_ids is not None and past_key_values is None:
             kwargs["cu_seqlens"] = packed_boundaries(position_ids, batch)
         kwargs["padding_mask"] = None if all_real(padding_mask) else padding_mask
-        if self.mode == "student" and not lizard_config(self.config).softmax_layers:  # type: ignore[attr-defined]
+        if self.mode == "student" and not lizard_config(self.config).softmax_layers:
             # A 4-D mask is taken as it is: the [T, T] one that no layer reads is never built.
             attention_mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
         if self.mode == "distill":
             kwargs["with_gradients"] = torch.is_grad_enabled()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -309,7 +318,7 @@ class LizardDecoder(LizardModelMixin):
             return None
         if cache is None:
             if use_cache is None:
-                use_cache = self.config.use_cache and not self.training  # type: ignore[attr-defined]
+                use_cache = self.config.use_cache and not self.training
             return self.new_cache() if use_cache else None
         if not isinstance(cache, LizardCache):
             raise ValueError(
@@ -318,18 +327,18 @@ class LizardDecoder(LizardModelMixin):
         return cache
 
 
-class LizardCausalLM(LizardModelMixin):
+class LizardCausalLM(LizardModelMixin, GenerationMixin):
     """Mixed into a family's causal language model: generation with a constant-size cache, strict loading."""
 
     decoder_class: type[LizardDecoder]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        PreTrainedModel.__init__(self, config)
         self.mode = "student"
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()
 
     def new_cache(self) -> Cache:
         """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
@@ -357,13 +366,13 @@ class LizardCausalLM(LizardModelMixin):
             use_cache=use_cache,
         )
         if self.mode != "distill":
-            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
-        outputs = self.model(**inputs, **kwargs)  # type: ignore[operator]
+            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        outputs = self.model(**inputs, **kwargs)
         return CausalLMOutputWithPast(loss=self.attention_errors().mean(), hidden_states=outputs.hidden_states)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
         kind = generation_config.cache_implementation
         if self.mode == "student" and kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind!r}: a Lizard model has a constant-size cache of its own")
@@ -371,12 +380,13 @@ class LizardCausalLM(LizardModelMixin):
         if self.mode == "student" and makes_cache:
             model_kwargs["past_key_values"] = self.new_cache()
         else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers', with strict keys: raises ValueError for missing, unexpected or misshapen ones."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
                 names = sorted(str(key) for key in info[kind])

@@ -15,7 +15,7 @@ class LizardLlamaConfig(LlamaConfig):
     lizard: dict | None = None
 
 
-class LizardLlamaAttention(LizardAttention, LlamaAttention):
+class LizardLlamaAttention(LizardAttention, LlamaAttention):  # type: ignore[misc]
     """Llama's projections around a hybrid attention."""
 
     eager_attention_forward = staticmethod(eager_attention_forward)

@@ -15,7 +15,7 @@ class LizardMistralConfig(MistralConfig):
     lizard: dict | None = None
 
 
-class LizardMistralAttention(LizardAttention, MistralAttention):
+class LizardMistralAttention(LizardAttention, MistralAttention):  # type: ignore[misc]
     """Mistral's projections around a hybrid attention."""
 
     eager_attention_forward = staticmethod(eager_attention_forward)
