@@ -1,0 +1,61 @@
+"""Sliding-window attention on the GPU: the kernels between padding, packing and carried states."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.padding import compact, compaction, restore
+from lizard_ops.common.state import AttentionState
+from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
+from lizard_ops.window_attn.chunk_triton_op import window_forward
+
+
+def window_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    anchors: int,
+    sinks: Tensor | None,
+    scale: float,
+    initial_state: AttentionState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+    with_max: bool = True,
+) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
+    """(o, state, lse, row maximum) of ``window_attn``, whose arguments come here checked.
+
+    The row maximum is empty without ``with_max``. Under autocast q, k and v take its dtype.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    lengths = None
+    if padding_mask is not None:
+        plan = compaction(padding_mask)
+        q, k, v, lengths = compact(q, plan), compact(k, plan), compact(v, plan), plan.lengths
+    layout = layout_of(q, initial_state, cu_seqlens, lengths)
+    state = AttentionState(layout.position) if initial_state is None else initial_state
+    carried = initial_state is not None
+    anchor_k = anchor_v = None
+    if anchors and (carried or output_final_state):
+        anchor_k, anchor_v = (
+            anchor_rows(x, kept, anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
+        )
+    o, lse, row_max, _ = window_forward(
+        q, key_stream(k, state.ring_k, layout), key_stream(v, state.ring_v, layout),
+        anchor_k if carried else None, anchor_v if carried else None,
+        None if sinks is None else sinks.float().logsumexp(-1), layout.position if carried else None, cu_seqlens,
+        window, anchors, window if carried else 0, scale, with_max,
+    )  # fmt: skip
+    final = None
+    if output_final_state:
+        final = AttentionState(layout.end, **window_fields(k, v, anchor_k, anchor_v, initial_state, window, layout))
+    if padding_mask is not None:
+        o, lse = restore(o, plan), restore(lse, plan, -math.inf)
+        row_max = restore(row_max, plan, -math.inf) if with_max else row_max
+    return o, final, lse, row_max

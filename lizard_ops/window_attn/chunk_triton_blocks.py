@@ -1,0 +1,111 @@
+"""What the window kernels share: blocks of rows in sequences of any length, masked loads, launch configurations."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FAR = tl.constexpr(1 << 30)  # beyond every row index
+
+
+class Config(NamedTuple):
+    """Launch configuration: rows and columns of a score tile, query heads sharing a row block, warps, stages."""
+
+    rows: int
+    columns: int
+    heads: int
+    warps: int
+    stages: int
+
+
+def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
+    """The configuration of a kernel ("forward", "queries" or "keys") by head dims and dtype, picked on an H200."""
+    dim = max(q.shape[3], v.shape[3])
+    if q.dtype == torch.float32:  # no tensor cores: small tiles
+        return Config(32, 32, min(group, 32), 4, 1)
+    if dim > 128:
+        return Config(64, 32, min(group, 64), 8 if kernel == "keys" else 4, 1)
+    table = {
+        "forward": Config(128, 64, min(group, 128), 8, 2),
+        "queries": Config(128, 32, min(group, 128), 8, 2),
+        "keys": Config(64, 64, 1, 4, 2),
+    }
+    return table[kernel]
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Make the device of x current: Triton launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def locate_block(
+    i_block, cu_seqlens, T, N, STEPS, PER_TOKEN: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """(sequence, block in it, first token in the packed row, tokens) of a row block.
+
+    A sequence of L tokens has L * PER_TOKEN + EXTRA rows. When packed, the blocks of sequence n start at
+    (rows before it) // BLOCK + n: every sequence gets enough, some get one too many, and no count is needed.
+    """
+    if PACKED:
+        low = i_block * 0
+        high = low + N
+        for _ in range(STEPS):
+            middle = (low + high) // 2
+            rows = tl.load(cu_seqlens + middle).to(tl.int64) * PER_TOKEN + middle * EXTRA
+            before = rows // BLOCK + middle <= i_block
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        i_n = low
+        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        length = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - bos).to(tl.int32)
+        i_block = i_block - ((bos * PER_TOKEN + i_n * EXTRA) // BLOCK + i_n).to(tl.int32)
+    else:
+        blocks = tl.cdiv(T * PER_TOKEN + EXTRA, BLOCK)
+        i_n = i_block // blocks
+        i_block = i_block % blocks
+        bos = (i_block * 0).to(tl.int64)
+        length = T
+    return i_n, i_block, bos, length
+
+
+def block_count(tokens: int, sequences: int, per_token: int, extra: int, block: int, packed: bool) -> int:
+    """How many blocks ``locate_block`` knows; tokens a sequence, or in the packed row."""
+    if packed:
+        return (tokens * per_token + sequences * extra) // block + sequences
+    return sequences * triton.cdiv(tokens * per_token + extra, block)
+
+
+@triton.jit
+def load_rows(p_rows, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK] from row pointers [rows]; zero where masked and past DIM."""
+    o_d = tl.arange(0, BLOCK)
+    mask = m_rows[:, None]
+    if DIM < BLOCK:
+        mask = mask & (o_d < DIM)[None, :]
+    return tl.load(p_rows[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(p_rows, b_x, m_rows, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Store [rows, BLOCK] at row pointers [rows], not past DIM."""
+    o_d = tl.arange(0, BLOCK)
+    mask = m_rows[:, None]
+    if DIM < BLOCK:
+        mask = mask & (o_d < DIM)[None, :]
+    tl.store(p_rows[:, None] + o_d[None, :], b_x.to(p_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def stream_bounds(first, i_n, A: tl.constexpr, P: tl.constexpr, CARRIED: tl.constexpr):
+    """(stream row of position 0, or -A - 1 when that is far before the stream; first row open to the window)."""
+    shift = tl.zeros([], tl.int32) + P
+    if CARRIED:
+        shift = tl.maximum(P - tl.load(first + i_n), -A - 1).to(tl.int32)
+    return shift, tl.maximum(shift + A, 0)

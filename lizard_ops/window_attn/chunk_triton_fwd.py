@@ -1,0 +1,121 @@
+"""Forward kernel of window attention: an online softmax over anchors and window columns."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lizard_ops.window_attn.chunk_triton_blocks import FAR, load_rows, locate_block, store_rows, stream_bounds
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["T", "N", "STEPS"])
+def window_forward_kernel(
+    q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
+    q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh,
+    T, N, STEPS, scale_log2,
+    HK: tl.constexpr, G: tl.constexpr, HB: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr, HAS_SINKS: tl.constexpr,
+    WITH_MAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows (token, query head of the group), token-major, of one key head.
+
+    The key stream of a sequence holds P rows before its T tokens: query t stands at row t + P. Columns are the A
+    anchors, then the rows that any row of the block can see, so that they fill as few tiles as they can.
+    """
+    SUBS: tl.constexpr = (G + HB - 1) // HB
+    i_p = tl.program_id(0)
+    i_sub = i_p % SUBS
+    i_h = (i_p // SUBS) % HK
+    i_n, i_block, bos, length = locate_block(i_p // (SUBS * HK), cu_seqlens, T, N, STEPS, HB, 0, BM, PACKED)
+    if i_block * BM >= length * HB:
+        return
+    i_row = i_n.to(tl.int64)
+    if PACKED:  # one row of tokens, each sequence behind the prefixes of those before it
+        q += bos * q_st
+        k += (bos + i_row * P) * k_st
+        v += (bos + i_row * P) * v_st
+        o_token = bos
+    else:
+        q += i_row * q_sn
+        k += i_row * k_sn
+        v += i_row * v_sn
+        o_token = i_row * T
+    k += i_h.to(tl.int64) * k_sh
+    v += i_h.to(tl.int64) * v_sh
+    if CARRIED:
+        anchor_k += i_row * ak_sn + i_h.to(tl.int64) * ak_sh
+        anchor_v += i_row * av_sn + i_h.to(tl.int64) * av_sh
+    else:
+        anchor_k = k
+        anchor_v = v
+    shift, low = stream_bounds(first, i_n, A, P, CARRIED)
+
+    o_f = i_block * BM + tl.arange(0, BM)
+    o_t = o_f // HB
+    o_g = i_sub * HB + o_f % HB
+    m_f = (o_t < length) & (o_g < G)
+    o_h = i_h * G + o_g
+    b_q = load_rows(q + o_t.to(tl.int64) * q_st + o_h.to(tl.int64) * q_sh, m_f, D, BD)  # [BM, BD]
+    o_r = tl.where(m_f, o_t + P, -FAR)
+
+    start = tl.maximum(i_block * BM // HB + P - W + 1, low)
+    stop = tl.minimum((i_block * BM + BM - 1) // HB + 1, length) + P
+    columns = A + tl.maximum(stop - start, 0)
+    b_m = tl.full([BM], float("-inf"), tl.float32)  # raw scores, not yet times the scale
+    b_l = tl.zeros([BM], tl.float32)
+    b_o = tl.zeros([BM, BV], tl.float32)
+    b_arg = tl.zeros([BM], tl.int32)
+    for c in range(0, columns, BN):
+        o_c = c + tl.arange(0, BN)
+        r_c = start - A + o_c
+        p_k = k + r_c.to(tl.int64) * k_st
+        p_v = v + r_c.to(tl.int64) * v_st
+        newest = r_c + W - 1  # last row that sees the column
+        oldest = r_c
+        if A > 0:
+            p_k = tl.where(o_c < A, anchor_k + o_c.to(tl.int64) * ak_st, p_k)
+            p_v = tl.where(o_c < A, anchor_v + o_c.to(tl.int64) * av_st, p_v)
+            newest = tl.where(o_c < A, FAR, newest)
+            oldest = tl.where(o_c < A, o_c + shift, oldest)
+        m_c = o_c < columns
+        if A > 0 and not CARRIED:
+            m_c = m_c & ((o_c >= A) | (o_c < length))
+        oldest = tl.where(m_c, oldest, FAR)
+        b_k = load_rows(p_k, m_c, D, BD)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        keep = (o_r[:, None] >= oldest[None, :]) & (o_r[:, None] <= newest[None, :])
+        b_s = tl.where(keep, b_s, float("-inf"))  # [BM, BN]
+        if WITH_MAX:
+            top, index = tl.max(b_s, 1, return_indices=True)
+            index = tl.where(c + index < A, -1 - c - index, start - A + c + index)
+            b_arg = tl.where(top > b_m, index, b_arg)
+        else:
+            top = tl.max(b_s, 1)
+        b_new = tl.maximum(b_m, top)
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new) * scale_log2
+        b_p = tl.exp2(b_s * scale_log2 - b_safe[:, None])
+        b_shrink = tl.exp2(b_m * scale_log2 - b_safe)
+        b_l = b_l * b_shrink + tl.sum(b_p, 1)
+        b_v = load_rows(p_v, m_c, V, BV)  # [BN, BV]
+        b_o = b_o * b_shrink[:, None]
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+        b_m = b_new
+
+    o_out = (o_token + o_t) * (HK * G) + o_h
+    b_m = b_m * scale_log2
+    b_l = tl.where(m_f, b_l, 1.0)
+    if WITH_MAX:
+        tl.store(row_max + o_out, b_m * LN2, mask=m_f)
+        tl.store(arg_max + o_out, b_arg, mask=m_f)
+    if HAS_SINKS:
+        b_sink = tl.load(sinks + o_h, mask=m_f, other=0.0).to(tl.float32) / LN2
+        b_new = tl.maximum(b_m, b_sink)
+        b_shrink = tl.exp2(b_m - b_new)
+        b_l = b_l * b_shrink + tl.exp2(b_sink - b_new)
+        b_o = b_o * b_shrink[:, None]
+        b_m = b_new
+    store_rows(o + o_out * V, b_o / b_l[:, None], m_f, V, BV)
+    tl.store(lse + o_out, (b_m + tl.log2(b_l)) * LN2, mask=m_f)

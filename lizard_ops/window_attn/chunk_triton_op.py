@@ -1,0 +1,201 @@
+"""The window kernels as operators of torch.library: allocation, launches, shapes for tracing, autograd."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from lizard_ops.window_attn.chunk_triton_blocks import Config, block_count, config_for, device_of
+from lizard_ops.window_attn.chunk_triton_bwd import (
+    window_backward_anchors_kernel,
+    window_backward_keys_kernel,
+    window_backward_queries_kernel,
+)
+from lizard_ops.window_attn.chunk_triton_fwd import window_forward_kernel
+
+
+def sequences_of(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def rows_last(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, those whose last axis has strides copied."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [step for x in tensors for step in x.stride()[:3]]
+
+
+def anchors_or(k: Tensor, v: Tensor, anchor_k: Tensor | None, anchor_v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The anchors, or the stream whose first rows they are."""
+    return (k, v) if anchor_k is None or anchor_v is None else (anchor_k, anchor_v)
+
+
+def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, prefix: int, config: Config) -> dict:
+    """The compile-time arguments that every window kernel takes."""
+    return {
+        "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": q.shape[3], "V": v.shape[3], "W": window, "A": anchors,
+        "P": prefix, "BM": config.rows, "BN": config.columns,
+        "BD": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+
+
+@torch.library.custom_op("lizard_ops::window_attn_forward", mutates_args=())
+def window_forward(
+    q: Tensor,  # [B, T, Hq, D]
+    k: Tensor,  # [B, P + T, Hk, D], or [1, N P + T, Hk, D] with cu_seqlens
+    v: Tensor,  # the same with V
+    anchor_k: Tensor | None,  # [N, A, Hk, D]; None: the first rows of each sequence (P = 0)
+    anchor_v: Tensor | None,
+    sinks: Tensor | None,  # [Hq] log of each head's sink mass
+    first: Tensor | None,  # [N] position of each sequence's first query; None: 0
+    cu_seqlens: Tensor | None,  # [N + 1]
+    window: int,
+    anchors: int,
+    prefix: int,
+    scale: float,
+    with_max: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse [B, T, Hq], largest score [B, T, Hq], its column); the last two are empty without ``with_max``.
+
+    A column is numbered by its stream row, or -1 - a for anchor a.
+    """
+    q, k, v, anchor_k, anchor_v = rows_last(q, k, v, anchor_k, anchor_v)
+    batch, length, heads, _ = q.shape
+    o = q.new_empty(batch, length, heads, v.shape[3])
+    lse = q.new_empty(batch, length, heads, dtype=torch.float32)
+    row_max = torch.empty_like(lse) if with_max else lse.new_empty(0)
+    arg_max = lse.new_empty(lse.shape if with_max else 0, dtype=torch.int32)
+    if o.numel() == 0:
+        return o, lse, row_max, arg_max
+    n, packed, group = sequences_of(q, cu_seqlens), cu_seqlens is not None, heads // k.shape[2]
+    config = config_for("forward", q, v, group)
+    blocks = block_count(length, n, config.heads, 0, config.rows, packed)
+    with device_of(q):
+        window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
+            q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
+            *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)), length, n, (n - 1).bit_length(),
+            scale * 1.4426950408889634,
+            HB=config.heads, PACKED=packed, CARRIED=first is not None, HAS_SINKS=sinks is not None, WITH_MAX=with_max,
+            **shape_arguments(q, k, v, window, anchors, prefix, config),
+        )  # fmt: skip
+    return o, lse, row_max, arg_max
+
+
+@window_forward.register_fake
+def _(q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, window, anchors, prefix, scale, with_max):
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    row_max = torch.empty_like(lse) if with_max else lse.new_empty(0)
+    return o, lse, row_max, torch.empty_like(row_max, dtype=torch.int32)
+
+
+@torch.library.custom_op("lizard_ops::window_attn_backward", mutates_args=())
+def window_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    anchor_k: Tensor | None,
+    anchor_v: Tensor | None,
+    sinks: Tensor | None,
+    first: Tensor | None,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    arg_max: Tensor,
+    d_o: Tensor,  # [B, T, Hq, V]
+    d_lse: Tensor | None,  # [B, T, Hq]
+    d_max: Tensor | None,  # [B, T, Hq]
+    window: int,
+    anchors: int,
+    prefix: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, d anchor_k, d anchor_v, d sinks); those of absent inputs are empty."""
+    q, k, v, anchor_k, anchor_v = rows_last(q, k, v, anchor_k, anchor_v)
+    d_o = d_o.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    d_max = None if d_max is None else d_max.contiguous()
+    (_, length, heads, dim), (key_heads, v_dim) = q.shape, v.shape[2:]
+    group = heads // key_heads
+    n, packed, carried = sequences_of(q, cu_seqlens), cu_seqlens is not None, first is not None
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dka, dva = (
+        q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in (anchor_k, anchor_v)
+    )
+    if dq.numel() == 0:
+        d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
+        return dq, dk.zero_(), dv.zero_(), dka.zero_(), dva.zero_(), d_sinks
+    config = config_for("queries", q, v, group)
+    subs = triton.cdiv(group, config.heads)
+    programs = block_count(length, n, config.heads, 0, config.rows, packed) * key_heads * subs
+    term = torch.empty_like(lse)
+    d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
+    part_k = lse.new_empty(programs, anchors, dim)
+    part_v = lse.new_empty(programs, anchors, v_dim)
+    steps = (n - 1).bit_length()
+    with device_of(q):
+        window_backward_queries_kernel[(programs,)](
+            q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
+            dq, term, d_sinks, part_k, part_v, *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)),
+            length, n, steps, scale,
+            HB=config.heads, BA=16 if anchors <= 16 else 32, PACKED=packed, CARRIED=carried,
+            HAS_SINKS=sinks is not None, HAS_LSE=d_lse is not None, HAS_MAX=d_max is not None,
+            **shape_arguments(q, k, v, window, anchors, prefix, config),
+        )  # fmt: skip
+        shared = config_for("keys", q, v, group)
+        blocks = block_count(length, n, 1, prefix, shared.rows, packed)
+        window_backward_keys_kernel[(blocks * key_heads,)](
+            q, k, v, first, cu_seqlens, lse, arg_max, term, d_o, d_max, dk, dv, *strides(q, k, v), length, n, steps,
+            scale, PACKED=packed, CARRIED=carried, HAS_MAX=d_max is not None,
+            **shape_arguments(q, k, v, window, anchors, prefix, shared),
+        )  # fmt: skip
+        for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
+            if anchors:
+                window_backward_anchors_kernel[(n * key_heads * anchors,)](
+                    part, cu_seqlens, out, length, n, HK=key_heads, SUBS=subs, HB=config.heads, DIM=part.shape[2],
+                    A=anchors, P=prefix, BM=config.rows, BR=64, BX=triton.next_power_of_2(part.shape[2]),
+                    PACKED=packed, CARRIED=carried,
+                )  # fmt: skip
+    if sinks is not None:
+        d_sinks = d_sinks.sum((0, 1)).to(sinks.dtype)
+    return dq, dk, dv, dka, dva, d_sinks
+
+
+@window_backward.register_fake
+def _(
+    q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max, window, anchors,
+    prefix, scale,
+):  # fmt: skip
+    def like(x):
+        return q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    return like(q), like(k), like(v), like(anchor_k), like(anchor_v), like(sinks)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.window, ctx.anchors, ctx.prefix, ctx.scale, _ = inputs
+    o, lse, _, arg_max = output
+    ctx.save_for_backward(*tensors, o, lse, arg_max)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_o, d_lse, d_max, _):
+    q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max = ctx.saved_tensors
+    found = window_backward(
+        q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max,
+        torch.zeros_like(o) if d_o is None else d_o, d_lse, d_max, ctx.window, ctx.anchors, ctx.prefix, ctx.scale,
+    )  # fmt: skip
+    wanted = (q, k, v, anchor_k, anchor_v, sinks)
+    grads = [None if x is None else grad for x, grad in zip(wanted, found, strict=True)]
+    return *grads, *[None] * 7
+
+
+window_forward.register_autograd(_backward, setup_context=_save)

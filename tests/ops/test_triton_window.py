@@ -1,0 +1,140 @@
+"""The window kernels against the reference, in the interpreter without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE, check_against_naive
+
+from lizard_ops.window_attn.naive import naive_window_attn, window_branch
+
+window_triton = pytest.importorskip("lizard_ops.window_attn.chunk_triton").window_triton
+
+
+def make(b, t, hq, hk, d, v, sinks=0):
+    torch.manual_seed(t * hq + d)
+    made = {"q": torch.randn(b, t, hq, d), "k": torch.randn(b, t, hk, d), "v": torch.randn(b, t, hk, v)}
+    return made | ({"sinks": torch.randn(hq, sinks)} if sinks else {})
+
+
+def fast(x, window, anchors, state=None, final=False, **rows):
+    options = {"cu_seqlens": None, "padding_mask": None} | rows
+    o, state, lse, _ = window_triton(
+        x["q"], x["k"], x["v"], window, anchors=anchors, sinks=x.get("sinks"), scale=x["q"].shape[-1] ** -0.5,
+        initial_state=state, output_final_state=final, with_max=False, **options,
+    )  # fmt: skip
+    return {"o": o, "lse": lse} | fields_of(state)
+
+
+def naive(x, window, anchors, state=None, final=False, **rows):
+    o, state, lse = naive_window_attn(
+        x["q"], x["k"], x["v"], window, anchors=anchors, sinks=x.get("sinks"), initial_state=state,
+        output_final_state=final, return_lse=True, **rows,
+    )  # fmt: skip
+    return {"o": o, "lse": lse} | fields_of(state)
+
+
+def fields_of(state):
+    return {} if state is None else {name: x for name, x in state._asdict().items() if x is not None}
+
+
+@pytest.mark.parametrize(
+    "shape, window, anchors, sinks, dtype",
+    [
+        ((2, 45, 4, 2, 16, 16), 16, 4, 2, torch.float32),
+        ((1, 41, 3, 1, 20, 12), 7, 0, 0, torch.float32),
+        ((1, 37, 8, 2, 16, 32), 100, 18, 1, torch.float32),
+        ((1, 1, 2, 2, 16, 16), 3, 2, 1, torch.float32),
+        ((2, 70, 4, 1, 32, 16), 9, 3, 1, torch.float16),
+    ],
+)
+def test_output_and_gradients_match_the_reference(shape, window, anchors, sinks, dtype):
+    x = make(*shape, sinks)
+    check_against_naive(lambda x: fast(x, window, anchors), lambda x: naive(x, window, anchors), x, dtype)
+
+
+def test_row_maximum_and_its_gradient_match_the_reference():
+    def fast_max(x):
+        o, _, lse, row_max = window_triton(
+            x["q"], x["k"], x["v"], 6, anchors=3, sinks=x["sinks"], scale=0.5, initial_state=None,
+            output_final_state=False, cu_seqlens=None, padding_mask=None,
+        )  # fmt: skip
+        return {"o": o, "relative": lse - row_max}
+
+    def naive_max(x):
+        o, lse, row_max, _ = window_branch(
+            x["q"][0], x["k"][0], x["v"][0], None, window=6, anchors=3, sinks=x["sinks"], sink_form="exp", scale=0.5
+        )
+        return {"o": o.unsqueeze(0), "relative": (lse - row_max).unsqueeze(0)}
+
+    x = make(1, 40, 4, 2, 16, 16, 2)
+    check_against_naive(fast_max, naive_max, x, torch.float32)
+
+
+@pytest.mark.parametrize("ends", [[0, 1, 1, 20, 33, 50], [0, 13, 50]])
+def test_packed_sequences_are_as_if_alone(ends):
+    x, cu_seqlens = make(1, 50, 4, 2, 16, 16, 1), torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    check_against_naive(
+        lambda x: fast(x, 5, 2, final=True, cu_seqlens=cu_seqlens),
+        lambda x: naive(x, 5, 2, final=True, cu_seqlens=cu_seqlens),
+        x,
+        torch.float32,
+    )
+
+
+def test_padding_adds_nothing():
+    x = make(3, 24, 2, 1, 16, 16, 1)
+    mask = torch.rand(3, 24, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[2] = False
+    mask = mask.to(DEVICE)
+    check_against_naive(
+        lambda x: fast(x, 5, 2, final=True, padding_mask=mask),
+        lambda x: naive(x, 5, 2, final=True, padding_mask=mask),
+        x,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_carried_state_continues_the_sequence(packed):
+    """Sequences that have seen 0, 2 and 23 tokens; gradients reach those tokens through the state."""
+    window, anchors = 5, 4
+    x = make(*((1, 40) if packed else (3, 12)), 4, 2, 16, 16, 1)
+    x |= {"past " + name: t for name, t in make(1, 25, 4, 2, 16, 16).items()}
+    seen = torch.tensor([0, 0, 2, 25], device=DEVICE)
+    rows = {"cu_seqlens": torch.tensor([0, 3, 25, 40], device=DEVICE)} if packed else {}
+
+    def after_past(run):
+        def both(x):
+            past = (x["past q"], x["past k"], x["past v"])
+            _, state = naive_window_attn(*past, window, anchors=anchors, output_final_state=True, cu_seqlens=seen)
+            return run(x, window, anchors, state=state, final=True, **rows)
+
+        return both
+
+    check_against_naive(after_past(fast), after_past(naive), x, torch.float32)
+
+
+def test_strided_inputs_need_no_copy():
+    x = make(2, 20, 4, 2, 16, 16)
+
+    def strided(run):
+        return lambda x: run({name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in x.items()}, 6, 2)
+
+    check_against_naive(strided(fast), strided(naive), x, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 2, 1, 16, 16)])
+def test_empty_input(shape):
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in make(*shape, 1).items()}
+    found = fast(x, 4, 2)
+    assert found["o"].shape == (2, 0, 2, 16) and found["lse"].shape == (2, 0, 2)
+    found["o"].sum().backward()
+
+
+def test_operator_is_well_formed():
+    from lizard_ops.window_attn.chunk_triton_op import window_forward
+
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in make(1, 9, 2, 1, 16, 16).items()}
+    sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(window_forward, (x["q"], x["k"], x["v"], None, None, sinks, None, None, 4, 2, 0, 0.25, True))
