@@ -1,0 +1,330 @@
+"""Gradient kernels for no gate and for gates that are one number a head.
+
+With the row weight w_i and the row term e_i of the normaliser,
+
+    dA_ij = w_i do_i.v_j + e_i        normalised: w = 1/den, e = (d log_mass - do.o) / den; else w = scale, e = d log_mass / den
+
+the row kernel gives dq, the key kernel dk, dv and dg. The gradient of gate t is the sum of a_ij dA_ij over j < t <= i. It is
+taken apart by chunk, so that no long running sum has to cancel: both inside the chunk; j before; i after; both outside.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .chunk_triton_fwd import decay_row
+from .chunk_triton_scan import locate, only_if, state_tile, tile
+
+
+@triton.jit
+def row_weights(mass, ptrs, valid, scale, NORMALIZE: tl.constexpr):
+    """w of the rows at ``ptrs``; 0 where nothing was attended."""
+    if NORMALIZE:
+        den = tl.load(mass + ptrs, mask=valid, other=0.0)
+        return tl.where(den != 0, scale / den, 0.0)
+    else:
+        return tl.where(valid, scale, 0.0)
+
+
+@triton.jit
+def row_terms(d_log_mass, mass, ptrs, valid, delta, scale, NORMALIZE: tl.constexpr):
+    """w and e of the rows at ``ptrs``."""
+    den = tl.load(mass + ptrs, mask=valid, other=0.0)
+    dlm = tl.load(d_log_mass + ptrs, mask=valid, other=0.0)
+    inv = tl.where(den != 0, scale / den, 0.0)
+    if NORMALIZE:
+        return inv, (dlm - delta) * inv
+    else:
+        return tl.where(valid, scale, 0.0), tl.where(dlm != 0, dlm * inv, 0.0)
+
+
+@triton.jit
+def row_kernel(
+    q, k, v, g_hi, g_lo, states, z_states, o, d_o, mass, d_log_mass, dq, extra, row_dot, table, owner, scale, q_rows,
+    k_rows, q_shift, k_shift, pairs, row_total,
+    HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, GH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one chunk and one state head's queries, the row terms e, and q_i.dq_i through the state (for dg)."""
+    NKB: tl.constexpr = (K + BK - 1) // BK
+    NVB: tl.constexpr = (V + BV - 1) // BV
+    GS: tl.constexpr = HQ // HS
+    BM: tl.constexpr = GH * C
+    pid = tl.program_id(0)
+    kb = pid % NKB
+    hs = (pid // NKB) % HS
+    chunk = pid // (NKB * HS)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+    hk = hs * HK // HS
+    hg = hs * HG // HS
+    state = (chunk * HS + hs).to(tl.int64)
+
+    o_m = tl.arange(0, BM)
+    ri = c * C + o_m % C
+    rj = c * C + tl.arange(0, C)
+    i_ok = ri < rows
+    j_ok = rj < rows
+    weight = ((ri[:, None] >= rj[None, :]) & j_ok[None, :]).to(tl.float32)
+    if GATED:
+        gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
+        gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+        from_start = tl.exp2(gi)
+        d = (gi[:, None] - gj[None, :]) + (gi_lo[:, None] - gj_lo[None, :])
+        weight = tl.where(weight > 0, tl.exp2(d), 0.0)
+
+    kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+    k_t = tl.load(kp, mask=km, other=0.0)  # [C, BK]
+    ks = kb * BK + tl.arange(0, BK)
+    z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
+    if NVB == 1:
+        vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, 0, BV)
+        v_t = tl.load(vp, mask=vm, other=0.0)  # [C, BV]
+        sp, sm = state_tile(states, state, K, V, kb * BK, 0, BK, BV)
+        s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
+
+    for step in range(0, (GS + GH - 1) // GH):
+        head = step * GH + o_m // C
+        ok = i_ok & (head < GS)
+        head = hs * GS + head
+        for vb in tl.static_range(NVB):
+            if NVB > 1:
+                vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+                v_t = tl.load(vp, mask=vm, other=0.0)
+                sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
+                s_t = tl.load(sp, mask=sm, other=0.0)
+            dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+            do_t = tl.load(dop, mask=om, other=0.0)  # [BM, BV]
+            if NORMALIZE:
+                op, om = tile(o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+                o_t = tl.load(op, mask=om, other=0.0)
+                part = tl.sum(do_t.to(tl.float32) * o_t.to(tl.float32), 1)
+            else:
+                part = tl.zeros([BM], tl.float32)
+            if vb == 0:
+                d_score = tl.dot(do_t, tl.trans(v_t), input_precision=PRECISION)
+                acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), input_precision=PRECISION)
+                delta = part
+            else:
+                d_score = tl.dot(do_t, tl.trans(v_t), d_score, input_precision=PRECISION)
+                acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), acc, input_precision=PRECISION)
+                delta += part
+        m_p = (q0 + ri) * HQ + head
+        w, e = row_terms(d_log_mass, mass, m_p, ok, delta, scale, NORMALIZE)
+        tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
+        acc = acc * w[:, None] + e[:, None] * z_t[None, :]
+        qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+        if GATED:
+            acc *= from_start[:, None]
+            q_t = tl.load(qp, mask=qm, other=0.0)
+            tl.store(row_dot + kb * row_total + m_p, tl.sum(acc * q_t.to(tl.float32), 1), mask=ok)
+        da = (d_score * w[:, None] + e[:, None]) * weight
+        acc = tl.dot(da.to(OPERAND), k_t.to(OPERAND), acc, input_precision=PRECISION)
+        dqp, qm = tile(dq, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+        tl.store(dqp, acc.to(dq.dtype.element_ty), mask=qm)
+
+
+@triton.jit
+def transposed_decay(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG: tl.constexpr):
+    """exp(G_i - G_j) as [keys, queries], 0 where query i does not see key j."""
+    gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
+    gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+    d = (gi[None, :] - gj[:, None]) + (gi_lo[None, :] - gj_lo[:, None])
+    return tl.where(causal, tl.exp2(d), 0.0)
+
+
+@triton.jit
+def gate_gradient(rowsum, colsum, through, whole, part):
+    """dg of a chunk [C] from the four places a pair (j < t <= i) can lie in; parts past the first add ``through`` only."""
+    inside = tl.where(part == 0, tl.cumsum(rowsum - colsum, 0, reverse=True) + whole, 0.0)
+    return inside + (tl.cumsum(through, 0) - through)
+
+
+@triton.jit
+def far_keys(
+    k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs, hg, chunk, part,
+    HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv and k_j.dk_j of the queries after the chunk, through the state; the gate gradient of pairs around the chunk."""
+    NKB: tl.constexpr = (K + BK - 1) // BK
+    NVB: tl.constexpr = (V + BV - 1) // BV
+    state = (chunk * HS + hs).to(tl.int64)
+    ks = part * BK + tl.arange(0, BK)
+    dz_t = tl.load(dz_states + state * K + ks, mask=ks < K, other=0.0)
+    for vb in tl.static_range(NVB):
+        if NVB == 1:
+            v_t = v_part
+        else:
+            vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+            v_t = tl.load(vp, mask=vm, other=0.0)
+        rp, rm = state_tile(d_states, state, K, V, part * BK, vb * BV, BK, BV)
+        r_t = tl.load(rp, mask=rm, other=0.0)
+        if vb == 0:
+            far_k = tl.dot(v_t.to(OPERAND), tl.trans(r_t), input_precision=PRECISION)
+        else:
+            far_k = tl.dot(v_t.to(OPERAND), tl.trans(r_t), far_k, input_precision=PRECISION)
+    for kb in tl.static_range(NKB):
+        if NKB == 1:
+            k_t = k_part
+        else:
+            kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+            k_t = tl.load(kp, mask=km, other=0.0)
+        if NKB > 1 or NVB > 1:
+            rp, rm = state_tile(d_states, state, K, V, kb * BK, part * BV, BK, BV)
+            r_t = tl.load(rp, mask=rm, other=0.0)
+        if kb == 0:
+            far_v = tl.dot(k_t.to(OPERAND), r_t, input_precision=PRECISION)
+        else:
+            far_v = tl.dot(k_t.to(OPERAND), r_t, far_v, input_precision=PRECISION)
+    far_k += dz_t[None, :]
+    through = tl.zeros([rj.shape[0]], tl.float32)
+    whole = 0.0
+    if GATED:
+        gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+        end, end_lo = decay_row(g_hi, g_lo, k0 + last, last >= 0, hg, HG)
+        to_end = tl.exp2((end - gj) + (end_lo - gj_lo))
+        far_k *= to_end[:, None]
+        far_v *= to_end[:, None]
+        through = tl.sum(far_k * k_part.to(tl.float32), 1)
+        parts = tl.arange(0, triton.next_power_of_2(PARTS))
+        whole = tl.sum(tl.load(cross + state * PARTS + parts, mask=parts < PARTS, other=0.0), 0)
+    return far_k, far_v, through, whole
+
+
+@triton.jit
+def key_kernel(
+    q, k, v, g_hi, g_lo, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, table, owner, scale, q_rows,
+    k_rows, q_shift, k_shift, pairs, row_total, gate_total,
+    HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, GH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
+    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one chunk and one key head (one block of columns each), and dg of its state heads.
+
+    d_states [chunks, HS, K, V] is the gradient of the state at the END of each chunk; cross [chunks, HS, PARTS] its inner
+    product with the state before the chunk. Tiles are [keys, queries]: every product is formed the way it is used.
+    """
+    NKB: tl.constexpr = (K + BK - 1) // BK
+    NVB: tl.constexpr = (V + BV - 1) // BV
+    NB: tl.constexpr = NKB if NKB > NVB else NVB
+    GROUP: tl.constexpr = HQ // HK
+    PER_HEAD: tl.constexpr = HS != HK
+    BM: tl.constexpr = GH * C
+    pid = tl.program_id(0)
+    part = pid % NB
+    hk = (pid // NB) % HK
+    chunk = pid // (NB * HK)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+
+    o_m = tl.arange(0, BM)
+    o_c = tl.arange(0, C)
+    ri = c * C + o_m % C
+    rj = c * C + o_c
+    i_ok = ri < rows
+    j_ok = rj < rows
+    causal = (ri[None, :] >= rj[:, None]) & i_ok[None, :]  # [C, BM]
+    last = tl.minimum(rows, c * C + C) - 1
+    kcol = part * BK
+    vcol = part * BV
+    ks = kcol + tl.arange(0, BK)
+
+    kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kcol, BK)
+    k_part = tl.load(kp, mask=km, other=0.0)
+    vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vcol, BV)
+    v_part = tl.load(vp, mask=vm, other=0.0)
+    acc_k = tl.zeros([C, BK], tl.float32)
+    acc_v = tl.zeros([C, BV], tl.float32)
+    rowsum = tl.zeros([C], tl.float32)
+    colsum = tl.zeros([C], tl.float32)
+    hg = hk * HG // HS
+    if GATED and not PER_HEAD:
+        weight = transposed_decay(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+    else:
+        weight = causal.to(tl.float32)
+
+    for step in range(0, (GROUP + GH - 1) // GH):
+        member = step * GH + o_m // C
+        ok = i_ok & (member < GROUP)
+        head = hk * GROUP + member
+        if PER_HEAD:
+            hs = hk * GROUP + step
+            hg = hs * HG // HS
+        if GATED and PER_HEAD:
+            weight = transposed_decay(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+        for kb in tl.static_range(NKB):
+            if NKB == 1:
+                k_t = k_part
+            else:
+                kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+                k_t = tl.load(kp, mask=km, other=0.0)
+            qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+            q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
+            if kb == 0:
+                score = tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION)  # [C, BM]
+            else:
+                score = tl.dot(k_t, tl.trans(q_t), score, input_precision=PRECISION)
+        for vb in tl.static_range(NVB):
+            if NVB == 1:
+                v_t = v_part
+            else:
+                vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+                v_t = tl.load(vp, mask=vm, other=0.0)
+            dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+            do_t = tl.load(dop, mask=om, other=0.0)  # [BM, BV]
+            if vb == 0:
+                d_score = tl.dot(v_t, tl.trans(do_t), input_precision=PRECISION)
+            else:
+                d_score = tl.dot(v_t, tl.trans(do_t), d_score, input_precision=PRECISION)
+        if NKB > 1:
+            qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kcol, BK)
+            q_t = tl.load(qp, mask=qm, other=0.0)
+        if NVB > 1:
+            dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vcol, BV)
+            do_t = tl.load(dop, mask=om, other=0.0)
+        m_p = (q0 + ri) * HQ + head
+        w = row_weights(mass, m_p, ok, scale, NORMALIZE)
+        e = tl.load(extra + m_p, mask=ok, other=0.0)
+        p = score * weight
+        ds = d_score * w[None, :] + e[None, :]
+        acc_v = tl.dot((p * w[None, :]).to(OPERAND), do_t.to(OPERAND), acc_v, input_precision=PRECISION)
+        acc_k = tl.dot((ds * weight).to(OPERAND), q_t.to(OPERAND), acc_k, input_precision=PRECISION)
+        if GATED:
+            a_da = p * ds
+            by_row = tl.sum(a_da, 0)  # [BM]
+            if NKB > 1:
+                for kb in tl.static_range(NKB):
+                    by_row += tl.load(row_dot + kb * row_total + m_p, mask=ok, other=0.0)
+            else:
+                by_row += tl.load(row_dot + m_p, mask=ok, other=0.0)
+            rowsum += tl.sum(tl.reshape(by_row, [GH, C]), 0)
+            colsum += tl.sum(a_da, 1)
+        if PER_HEAD:
+            far_k, far_v, through, whole = far_keys(
+                k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs, hg, chunk, part,
+                HK, HS, HG, K, V, BK, BV, PARTS, GATED, OPERAND, PRECISION,
+            )  # fmt: skip
+            acc_k += far_k
+            acc_v += far_v
+            if GATED:
+                grad = gate_gradient(rowsum, colsum, through, whole, part)
+                tl.store(dg + part * gate_total + (k0 + rj) * HS + hs, grad, mask=j_ok)
+                rowsum = tl.zeros([C], tl.float32)
+                colsum = tl.zeros([C], tl.float32)
+
+    if not PER_HEAD:
+        far_k, far_v, through, whole = far_keys(
+            k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hk, hg, chunk, part,
+            HK, HS, HG, K, V, BK, BV, PARTS, GATED, OPERAND, PRECISION,
+        )  # fmt: skip
+        acc_k += far_k
+        acc_v += far_v
+        if GATED:
+            grad = gate_gradient(rowsum, colsum, through, whole, part)
+            tl.store(dg + part * gate_total + (k0 + rj) * HS + hk, grad, mask=j_ok)
+
+    dkp, km = tile(dk, k0 + rj, j_ok, hk, HK, K, kcol, BK)
+    tl.store(dkp, acc_k.to(dk.dtype.element_ty), mask=km)
+    dvp, vm = tile(dv, k0 + rj, j_ok, hk, HK, V, vcol, BV)
+    tl.store(dvp, acc_v.to(dv.dtype.element_ty), mask=vm)
