@@ -13,4 +13,4 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, -1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, D]
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

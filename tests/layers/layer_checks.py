@@ -1,0 +1,155 @@
+"""A hybrid attention layer as its formulas read, one query at a time in float64, and what tests of it share."""
+
+import math
+
+import torch
+
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope
+
+ZERO = torch.zeros((), dtype=torch.float64)
+SHAPE = dict(hidden_size=24, num_heads=4, num_key_heads=2, head_dim=8)
+
+FORMS = {
+    "recommended": dict(anchors=3, merge_bias="head_and_token"),
+    "paper": dict(
+        num_sinks=4, coverage="all", window_rope=False, mix="sum", alpha="learned", gate="scalar", key_map="query_head"
+    ),
+    "printed": dict(
+        num_sinks=3, sink_form="linear", sink_init=1.0, sink_spread=0.1, coverage="all", window_rope=False, mix="sum",
+        feature_projection="shared", gate="scalar", gate_init=None,
+    ),
+    "lolcats": dict(gate="none", linear_rope=True, key_map="query_head", merge_bias="head", merge_bias_init=2.3),
+    "liger": dict(
+        coverage="all", normalize=False, feature_activation="one_sided_softmax", feature_projection="none",
+        feature_scale=0.5, gate="pooling", gate_init=None, gate_temperature=16.0, mix="sum", alpha_init=0.5,
+    ),
+    "query_head": dict(gate="query_head", merge_mass="absolute", num_sinks=2, sinks_per_head=True, anchors=1),
+    "channel": dict(gate="channel", gate_rank=3, gate_temperature=16.0, tie_features=True, merge_bias="token"),
+    "mamba2": dict(gate="mamba2", feature_activation="exp", mix="sum", alpha="per_head", key_map="query_head"),
+    "identity": dict(feature_activation="identity", normalize=False, mix="sum", feature_projection="shared"),
+    "narrow": dict(feature_dim=6, feature_dim_counts="features", feature_noise=0.1),
+    "absorbed": dict(gate_form="absorbed", feature_activation="exp", gate="scalar"),
+    "window_only": dict(linear_branch=False, anchors=2, num_sinks=2),
+}  # fmt: skip
+
+
+def layer(form: str, dtype: torch.dtype = torch.float64, window: int = 5, disturbed: bool = True) -> HybridAttention:
+    """A layer of a form; ``disturbed`` moves every parameter off its start, so that none is without effect."""
+    torch.manual_seed(0)
+    made = HybridAttention(AttentionConfig(**SHAPE, window=window, **FORMS[form])).to(dtype)
+    if disturbed:
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return made
+
+
+def inputs(length: int, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 1):
+    """x, q, k, v of ``layer`` and the angles of positions 0 to length - 1."""
+    draw = torch.Generator().manual_seed(seed)
+    heads = [(SHAPE["num_heads"], 8), (SHAPE["num_key_heads"], 8), (SHAPE["num_key_heads"], 8)]
+    x, q, k, v = (
+        torch.randn(batch, length, *shape, generator=draw, dtype=torch.float64).to(dtype)
+        for shape in [(SHAPE["hidden_size"],), *heads]
+    )
+    return x, q, k, v, angles(torch.arange(length), dtype)
+
+
+def angles(positions: torch.Tensor, dtype: torch.dtype = torch.float64):
+    """cos and sin [1, T, D] of RoPE at these positions."""
+    frequencies = 100.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    turn = (positions[:, None] * frequencies).repeat(1, 2)[None]
+    return turn.cos().to(dtype), turn.sin().to(dtype)
+
+
+def as_formulas_read(made: HybridAttention, x, q, k, v, rope) -> torch.Tensor:
+    """o [B, T, Hq, D] by the docstring of ``AttentionChoices``, nothing shared with the ops."""
+    config, group = made.config, made.config.num_heads // made.config.num_key_heads
+    turned_q, turned_k = apply_rope(q, *rope), apply_rope(k, *rope)
+    wq, wk = (turned_q, turned_k) if config.window_rope else (q, k)
+    lq, lk = (turned_q, turned_k) if config.linear_rope else (q, k)
+    o = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for h in range(config.num_heads):
+            for i in range(q.shape[1]):
+                o[b, i, h] = _one_query(made, x, wq, wk, lq, lk, k, v, b, h, h // group, i)
+    return o
+
+
+def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
+    config = made.config
+    window_keys = [j for j in range(i + 1) if j > i - config.window or j < config.anchors]
+    scores = torch.stack([wq[b, i, h] @ wk[b, j, hk] for j in window_keys]) / math.sqrt(config.head_dim)
+    sinks = ZERO[None][:0]
+    if config.num_sinks:
+        sinks = made.sinks.logits[h] if config.sinks_per_head else made.sinks.logits
+    sink_mass = sinks.exp().sum() if config.sink_form == "exp" else sinks.sum()
+    mass_window = scores.exp().sum() + sink_mass
+    o_window = sum(s.exp() * v[b, j, hk] for s, j in zip(scores, window_keys, strict=True)) / mass_window
+    if not config.linear_branch:
+        return o_window
+    last = i - config.window if config.coverage == "outside" else i
+    weights, values = [], []
+    for j in range(config.anchors, last + 1):
+        decay = sum((log_decay(made, x, k, b, l, h, hk) for l in range(j + 1, i + 1)), ZERO).exp()
+        query, key = features(made, lq[b, i, h], h, hk, "query"), features(made, lk[b, j, hk], h, hk, "key")
+        weights.append((query * key * decay).sum())
+        values.append(v[b, j, hk])
+    if not weights:
+        o_linear, mass_linear = torch.zeros_like(o_window), ZERO
+    else:
+        weights = torch.stack(weights)
+        mass_linear = weights.sum()
+        o_linear = (weights[:, None] * torch.stack(values)).sum(0)
+        scale = config.feature_scale
+        if config.normalize:
+            o_linear = o_linear / mass_linear
+        else:
+            o_linear = o_linear * (config.num_features**-0.5 if scale is None else scale)
+    if config.mix == "sum":
+        alpha = made.mix.alpha
+        alpha = config.alpha_init if alpha is None else alpha if alpha.ndim == 0 else alpha[h]
+        return o_linear + alpha * o_window
+    if config.merge_mass == "relative":
+        mass_window = mass_window / scores.max().exp()
+    bias = ZERO
+    if made.mix.bias is not None:
+        bias = bias + made.mix.bias[h]
+    if made.mix.weight is not None:
+        bias = bias + made.mix.weight[h] @ x[b, i]
+    share = mass_linear * bias.exp() / (mass_linear * bias.exp() + mass_window)
+    return share * o_linear + (1 - share) * o_window
+
+
+def features(made, vector, h, hk, side):
+    config, maps = made.config, made.feature_maps
+    if config.feature_projection != "none":
+        used = maps.key_map if side == "key" or config.tie_features else maps.query_map
+        count = used.weight.shape[0]
+        index = 0 if count == 1 else h if count == config.num_heads else hk
+        vector = vector @ used.weight[index]
+    both = [vector, -vector]
+    return {
+        "softmax": lambda: torch.cat([t.softmax(-1) for t in both]),
+        "exp": lambda: torch.cat([t.exp() for t in both]),
+        "one_sided_softmax": lambda: vector.softmax(-1),
+        "identity": lambda: vector,
+    }[config.feature_activation]()
+
+
+def log_decay(made, x, k, b, j, h, hk):
+    config, gate = made.config, made.gate
+    token = x[b, j]
+    sigmoid = torch.nn.functional.logsigmoid
+    if config.gate == "none":
+        return ZERO
+    if config.gate == "pooling":
+        return sigmoid(k[b, j, hk].mean() + gate.start) / config.gate_temperature
+    if config.gate == "channel":
+        logits = (gate.up @ (gate.down @ token) + gate.bias).view(-1, config.num_features)
+        return sigmoid(logits[hk]) / config.gate_temperature
+    row = {"scalar": 0, "key_head": hk, "query_head": h, "mamba2": hk}[config.gate]
+    logit = gate.weight[row] @ token + gate.bias[row]
+    if config.gate == "mamba2":
+        return -gate.log_rate[row].exp() * torch.nn.functional.softplus(logit)
+    return sigmoid(logit) / config.gate_temperature

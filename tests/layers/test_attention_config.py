@@ -1,0 +1,84 @@
+"""Choices that cannot stand together are refused with the reason; the rest have the shapes they promise."""
+
+import dataclasses
+
+import pytest
+
+from lizard_layers import AttentionChoices, AttentionConfig
+
+SHAPE = dict(hidden_size=24, num_heads=4, num_key_heads=2, head_dim=8)
+
+REFUSED = {
+    "window must be at least 1": dict(window=0),
+    "anchors must not be negative": dict(anchors=-1),
+    "gate_init is a decay between 0 and 1": dict(gate_init=1.0),
+    "gate_temperature must be positive": dict(gate_temperature=0.0),
+    "feature_dim must be at least 1": dict(feature_dim=0),
+    "act as one": dict(num_sinks=4, sink_spread=0.0),
+    "counts both signs and must be even": dict(feature_dim=7, feature_dim_counts="features"),
+    "feature_dim needs a learned projection": dict(feature_projection="none", feature_dim=8),
+    "feature_noise needs a learned projection": dict(feature_projection="none", feature_noise=0.1),
+    "signed features whose sum can vanish": dict(feature_activation="identity", mix="sum"),
+    "needs normalize=True": dict(normalize=False),
+    "lets reach zero": dict(num_sinks=4, sink_form="linear"),
+    'alpha belongs to mix="sum"': dict(alpha="learned"),
+    'merge_bias belongs to mix="merge"': dict(mix="sum", merge_bias="head"),
+    "start of a bias a head": dict(merge_bias="token", merge_bias_init=1.0),
+    "a softmax divides it out again": dict(gate_form="absorbed"),
+    "has one a feature": dict(gate_form="absorbed", feature_activation="exp", gate="channel"),
+    "mix must be Literal": dict(mix="product"),
+    "window must be int, got 2.5": dict(window=2.5),
+    "window must be int, got True": dict(window=True),
+    "anchors must be int, got '4'": dict(anchors="4"),
+    "normalize must be bool, got 1": dict(normalize=1),
+    "must divide num_heads=4": dict(num_key_heads=3),
+    "head_dim must be even": dict(head_dim=7),
+    "hidden_size must be at least 1": dict(hidden_size=0),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_unsound_choices_are_refused(reason):
+    with pytest.raises(ValueError, match=reason):
+        AttentionConfig(**SHAPE | REFUSED[reason])
+
+
+def test_window_only_does_not_ask_about_the_linear_branch():
+    AttentionConfig(**SHAPE, linear_branch=False, normalize=False)
+
+
+def test_every_choice_is_explained():
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(AttentionChoices)).body[0].body
+    explained = {
+        field.target.id
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    assert explained == {f.name for f in dataclasses.fields(AttentionChoices)}
+
+
+@pytest.mark.parametrize(
+    ("choices", "projection", "features", "key_heads", "state_heads"),
+    [
+        (dict(), 8, 16, 2, 2),
+        (dict(feature_dim=128), 128, 256, 2, 2),
+        (dict(feature_dim=128, feature_dim_counts="features"), 64, 128, 2, 2),
+        (dict(feature_activation="one_sided_softmax", feature_dim=6, feature_dim_counts="features"), 6, 6, 2, 2),
+        (dict(key_map="query_head"), 8, 16, 4, 4),
+        (dict(gate="query_head"), 8, 16, 2, 4),
+    ],
+)
+def test_derived_sizes(choices, projection, features, key_heads, state_heads):
+    config = AttentionConfig(**SHAPE, **choices)
+    assert (config.projection_dim, config.num_features) == (projection, features)
+    assert (config.linear_key_heads, config.state_heads) == (key_heads, state_heads)
+
+
+def test_from_choices_keeps_every_choice():
+    choices = AttentionChoices(window=7, anchors=2, gate="channel")
+    config = AttentionConfig.from_choices(choices, **SHAPE)
+    assert all(getattr(config, f.name) == getattr(choices, f.name) for f in dataclasses.fields(AttentionChoices))
+    assert config.num_heads == 4

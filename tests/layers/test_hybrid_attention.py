@@ -1,0 +1,161 @@
+"""The layer against its formulas, and the properties that make it usable: causal, restartable, blind to padding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_checks import FORMS, SHAPE, angles, as_formulas_read, inputs, layer
+
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope, empty_state, map_state
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_its_formulas(form):
+    made, (x, q, k, v, rope) = layer(form), inputs(13)
+    o, state = made(x, q, k, v, rope)
+    assert state is None
+    torch.testing.assert_close(o, as_formulas_read(made, x, q, k, v, rope), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "liger"])  # liger has none
+def test_every_parameter_gets_a_gradient(form):
+    made, (x, q, k, v, rope) = layer(form), inputs(13)
+    made(x, q, k, v, rope)[0].square().sum().backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pieces_and_steps_equal_the_whole(form):
+    made, (x, q, k, v, rope) = layer(form), inputs(17)
+    with torch.no_grad():
+        whole, end = made(x, q, k, v, rope, use_state=True)
+        for cuts in ([17], [1] * 17, [4, 1, 9, 3], [0, 6, 11]):
+            state, pieces, at = None, [], 0
+            for size in cuts:
+                here = slice(at, at + size)
+                turns = tuple(t[:, here] for t in rope)
+                o, state = made(x[:, here], q[:, here], k[:, here], v[:, here], turns, state, use_state=True)
+                pieces.append(o)
+                at += size
+            torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
+            for name, a, b in zip(end._fields, state, end, strict=True):
+                assert (a is None) == (b is None), name
+                if a is not None:
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_state_has_the_shape_of_every_later_one(form):
+    made, (x, q, k, v, rope) = layer(form), inputs(3)
+    empty = empty_state(made.config, 2, torch.float64)
+    turns = tuple(t[:, :1] for t in rope)
+    with torch.no_grad():
+        first = made(x[:, :1], q[:, :1], k[:, :1], v[:, :1], turns, use_state=True)[1]
+        from_empty, _ = made(x, q, k, v, rope, empty)
+        torch.testing.assert_close(from_empty, made(x, q, k, v, rope)[0])
+    for name, a, b in zip(empty._fields, empty, first, strict=True):
+        assert (a is None) == (b is None), name
+        assert a is None or (a.shape == b.shape and a.dtype == b.dtype), name
+
+
+@pytest.mark.parametrize("form", ["recommended", "paper", "channel", "window_only"])
+def test_padding_anywhere_changes_nothing(form):
+    made = layer(form)
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[0, :5] = mask[1, 7:] = mask[2, [0, 3, 4, 11]] = mask[3] = False
+    x, q, k, v, _ = inputs(12, batch=4)
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    rope = tuple(torch.cat(t) for t in zip(*(angles(p) for p in positions), strict=True))
+    with torch.no_grad():
+        o, state = made(x, q, k, v, rope, use_state=True, padding_mask=mask)
+        assert not o[~mask].any()
+        for row in range(3):
+            alone = [t[row : row + 1, mask[row]] for t in (x, q, k, v)]
+            count = int(mask[row].sum())
+            o_alone, state_alone = made(*alone, angles(torch.arange(count)), use_state=True)
+            torch.testing.assert_close(o[row, mask[row]], o_alone[0], rtol=1e-9, atol=1e-9)
+            for a, b in zip(state, state_alone, strict=True):
+                if a is not None:
+                    torch.testing.assert_close(a[row : row + 1], b, rtol=1e-9, atol=1e-9)
+        assert state.position.tolist() == [7, 7, 8, 0]
+
+
+@pytest.mark.parametrize("form", ["recommended", "paper", "window_only"])
+def test_packed_sequences_do_not_meet(form):
+    made, (x, q, k, v, _) = layer(form), inputs(14, batch=1)
+    ends = torch.tensor([0, 6, 7, 14])
+    rope = angles(torch.cat([torch.arange(6), torch.arange(1), torch.arange(7)]))
+    with torch.no_grad():
+        packed, _ = made(x, q, k, v, rope, cu_seqlens=ends)
+        for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            alone, _ = made(x[:, a:b], q[:, a:b], k[:, a:b], v[:, a:b], angles(torch.arange(b - a)))
+            torch.testing.assert_close(packed[:, a:b], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_future_changes_nothing(form):
+    made, (x, q, k, v, rope) = layer(form), inputs(13)
+    with torch.no_grad():
+        before = made(x, q, k, v, rope)[0]
+        for tensor in (x, q, k, v):
+            tensor[:, 9:] += 1.0
+        after = made(x, q, k, v, rope)[0]
+    assert torch.equal(before[:, :9], after[:, :9])
+
+
+@pytest.mark.parametrize("form", ["recommended", "lolcats"])
+def test_equals_softmax_attention_up_to_the_window_before_training(form):
+    made, (x, q, k, v, rope) = layer(form, window=12, disturbed=False), inputs(12)
+    full = F.scaled_dot_product_attention(
+        apply_rope(q, *rope).transpose(1, 2),
+        apply_rope(k, *rope).transpose(1, 2).repeat_interleave(2, 1),
+        v.transpose(1, 2).repeat_interleave(2, 1),
+        is_causal=True,
+    ).transpose(1, 2)
+    torch.testing.assert_close(made(x, q, k, v, rope)[0], full, rtol=1e-12, atol=1e-12)
+
+
+def test_alpha_zero_switches_the_window_off():
+    config = AttentionConfig(**SHAPE, window=5, mix="sum", alpha_init=0.0, coverage="all")
+    x, q, k, v, rope = inputs(9)
+    made = HybridAttention(config).double()
+    moved = HybridAttention(AttentionConfig(**SHAPE, window=2, mix="sum", alpha_init=0.0, coverage="all")).double()
+    torch.testing.assert_close(made(x, q, k, v, rope)[0], moved(x, q, k, v, rope)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["recommended", "paper", "channel"])
+def test_half_precision_in_and_out(form, dtype):
+    made, (x, q, k, v, rope) = layer(form, torch.float32).to(dtype), inputs(13, dtype=dtype)
+    o, state = made(x, q, k, v, rope, use_state=True)
+    assert o.dtype == dtype and state.ring_k.dtype == dtype and state.s.dtype == torch.float32
+    exact, _ = made.double()(*(t.double() for t in (x, q, k, v)), tuple(t.double() for t in rope))
+    assert (o.double() - exact).abs().max() < 20 * torch.finfo(dtype).eps
+
+
+def test_autocast_leaves_the_new_parameters_their_precision():
+    made, (x, q, k, v, rope) = layer("recommended", torch.float32), inputs(13, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, _ = made(x, q, k, v, rope)
+    assert torch.equal(inside, made(x, q, k, v, rope)[0])
+
+
+def test_a_state_can_be_moved_and_detached():
+    made, (x, q, k, v, rope) = layer("recommended"), inputs(9)
+    state = made(x, q.requires_grad_(), k.requires_grad_(), v, rope, use_state=True)[1]
+    assert state.s.requires_grad
+    assert not any(t.requires_grad for t in map_state(state, torch.Tensor.detach) if t is not None)
+
+
+def test_wrong_inputs_are_named():
+    made, (x, q, k, v, rope) = layer("recommended"), inputs(9)
+    with pytest.raises(ValueError, match=r"^q has shape \(2, 9, 3, 8\), wanted \(2, 9, 4, 8\)"):
+        made(x, q[:, :, :3], k, v, rope)
+    with pytest.raises(ValueError, match=r"^k has shape"):
+        made(x, q, k[:, :4], v, rope)
+    with pytest.raises(ValueError, match=r"^x has shape"):
+        made(x[..., :5], q, k, v, rope)
+    with pytest.raises(ValueError, match="rope=.* is needed"):
+        made(x, q, k, v)
+    with pytest.raises(ValueError, match="rope has shapes"):
+        made(x, q, k, v, tuple(t[:, :4] for t in rope))
