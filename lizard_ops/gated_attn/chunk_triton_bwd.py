@@ -29,19 +29,19 @@ def row_weights(mass, ptrs, valid, scale, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def row_terms(d_log_mass, mass, ptrs, valid, delta, scale, NORMALIZE: tl.constexpr):
-    """w and e of the rows at ``ptrs``."""
+    """w and e of the rows at ``ptrs``; delta = do.o * den."""
     den = tl.load(mass + ptrs, mask=valid, other=0.0)
     dlm = tl.load(d_log_mass + ptrs, mask=valid, other=0.0)
     inv = tl.where(den != 0, scale / den, 0.0)
     if NORMALIZE:
-        return inv, (dlm - delta) * inv
+        return inv, (dlm - delta * inv) * inv
     else:
         return tl.where(valid, scale, 0.0), tl.where(dlm != 0, dlm * inv, 0.0)
 
 
 @triton.jit
 def row_kernel(
-    q, k, v, g_hi, g_lo, states, z_states, o, d_o, mass, d_log_mass, dq, extra, row_dot, table, owner, scale, q_rows,
+    q, k, v, g_hi, g_lo, states, z_states, d_o, mass, d_log_mass, dq, extra, row_dot, table, owner, scale, q_rows,
     k_rows, q_shift, k_shift, pairs, row_total,
     HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, GH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
@@ -96,28 +96,45 @@ def row_kernel(
                 s_t = tl.load(sp, mask=sm, other=0.0)
             dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
             do_t = tl.load(dop, mask=om, other=0.0)  # [BM, BV]
-            if NORMALIZE:
-                op, om = tile(o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
-                o_t = tl.load(op, mask=om, other=0.0)
-                part = tl.sum(do_t.to(tl.float32) * o_t.to(tl.float32), 1)
-            else:
-                part = tl.zeros([BM], tl.float32)
             if vb == 0:
                 d_score = tl.dot(do_t, tl.trans(v_t), input_precision=PRECISION)
                 acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), input_precision=PRECISION)
-                delta = part
             else:
                 d_score = tl.dot(do_t, tl.trans(v_t), d_score, input_precision=PRECISION)
                 acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), acc, input_precision=PRECISION)
-                delta += part
+        qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+        q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
+        delta = tl.zeros([BM], tl.float32)
+        if NORMALIZE:
+            # do.o from the same rounded factors as dA, so that sum_j a_ij dA_ij stays d log_mass; o would not give that
+            if NKB == 1:
+                score = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+                far = tl.sum(acc * q_t.to(tl.float32), 1)
+            else:
+                far = tl.zeros([BM], tl.float32)
+                score = tl.zeros([BM, C], tl.float32)
+                for b in tl.static_range(NKB):
+                    bp, bm = tile(q, q0 + ri, ok, head, HQ, K, b * BK, BK)
+                    q_b = tl.load(bp, mask=bm, other=0.0)
+                    bp, bm = tile(k, k0 + rj, j_ok, hk, HK, K, b * BK, BK)
+                    score = tl.dot(q_b, tl.trans(tl.load(bp, mask=bm, other=0.0)), score, input_precision=PRECISION)
+                    through = tl.zeros([BM, BK], tl.float32)
+                    for vb in tl.static_range(NVB):
+                        dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+                        do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
+                        sp, sm = state_tile(states, state, K, V, b * BK, vb * BV, BK, BV)
+                        s_t = tl.load(sp, mask=sm, other=0.0)
+                        through = tl.dot(do_t, tl.trans(s_t), through, input_precision=PRECISION)
+                    far += tl.sum(through * q_b.to(tl.float32), 1)
+            if GATED:
+                far *= from_start
+            delta = tl.sum(score * weight * d_score, 1) + far
         m_p = (q0 + ri) * HQ + head
         w, e = row_terms(d_log_mass, mass, m_p, ok, delta, scale, NORMALIZE)
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
         acc = acc * w[:, None] + e[:, None] * z_t[None, :]
-        qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
         if GATED:
             acc *= from_start[:, None]
-            q_t = tl.load(qp, mask=qm, other=0.0)
             tl.store(row_dot + kb * row_total + m_p, tl.sum(acc * q_t.to(tl.float32), 1), mask=ok)
         da = (d_score * w[:, None] + e[:, None]) * weight
         acc = tl.dot(da.to(OPERAND), k_t.to(OPERAND), acc, input_precision=PRECISION)

@@ -229,11 +229,11 @@ def _(q, k, v, g, s0, z0, table, q_shift, k_shift, pairs, scale, normalize, abso
 @torch.library.custom_op("lizard_ops::gated_chunk_backward", mutates_args=())
 def gated_chunk_backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s0: Tensor | None, z0: Tensor | None, table: Tensor | None,
-    o: Tensor, mass: Tensor, d_o: Tensor, d_log_mass: Tensor, ds: Tensor, dz: Tensor, q_shift: int, k_shift: int,
+    mass: Tensor, d_o: Tensor, d_log_mass: Tensor, ds: Tensor, dz: Tensor, q_shift: int, k_shift: int,
     pairs: int, scale: float, normalize: bool, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dg, ds0, dz0); dg is empty without a gate. States are recomputed."""
-    q, k, v, o, d_o = q.contiguous(), k.contiguous(), v.contiguous(), o.contiguous(), d_o.contiguous()
+    q, k, v, d_o = q.contiguous(), k.contiguous(), v.contiguous(), d_o.contiguous()
     mass, d_log_mass = mass.contiguous(), d_log_mass.contiguous()
     g = None if g is None else g.contiguous()
     shape, rows = shape_of(q, k, v, g, chunk), plan_rows(q, k, table, q_shift, k_shift, pairs, chunk)
@@ -259,7 +259,7 @@ def gated_chunk_backward(
         extra = torch.empty_like(mass)
         row_dot = mass.new_empty(blocks, *mass.shape) if g is not None else None
         row_kernel[(rows.chunks * shape.hs * blocks,)](
-            q, k, v, *gates, *states, o, d_o, mass, d_log_mass, dq, extra, row_dot, rows.table, rows.chunk_owner, scale,
+            q, k, v, *gates, *states, d_o, mass, d_log_mass, dq, extra, row_dot, rows.table, rows.chunk_owner, scale,
             *rows.place, mass.numel(), GH=cfg.heads, BK=cfg.block_k, BV=cfg.block_v, **common, **cfg.options,
         )  # fmt: skip
 
@@ -286,7 +286,7 @@ def gated_chunk_backward(
 
 
 @gated_chunk_backward.register_fake
-def _(q, k, v, g, s0, z0, table, o, mass, d_o, d_log_mass, ds, dz, q_shift, k_shift, pairs, scale, normalize, chunk):
+def _(q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, q_shift, k_shift, pairs, scale, normalize, chunk):
     dg = q.new_empty(0) if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
     like = [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dg]
     return *like, ds.new_empty(ds.shape), dz.new_empty(dz.shape)
@@ -295,20 +295,21 @@ def _(q, k, v, g, s0, z0, table, o, mass, d_o, d_log_mass, ds, dz, q_shift, k_sh
 def _setup_context(ctx, inputs, output):
     q, k, v, g, s0, z0, table, *numbers = inputs
     o, _, mass, s, z = output
-    ctx.save_for_backward(q, k, v, g, s0, z0, table, o, mass)
+    ctx.save_for_backward(q, k, v, g, s0, z0, table, mass)
+    ctx.o_shape = o.shape
     q_shift, k_shift, pairs, scale, normalize, _, chunk = numbers
     ctx.numbers = (q_shift, k_shift, pairs, scale, normalize, chunk)
     ctx.state_shapes = s.shape, z.shape
 
 
 def _backward(ctx, d_o, d_log_mass, d_mass, ds, dz):
-    q, k, v, g, s0, z0, table, o, mass = ctx.saved_tensors
-    d_o = torch.zeros_like(o) if d_o is None else d_o
+    q, k, v, g, s0, z0, table, mass = ctx.saved_tensors
+    d_o = q.new_zeros(ctx.o_shape) if d_o is None else d_o
     d_log_mass = torch.zeros_like(mass) if d_log_mass is None else d_log_mass
     ds = mass.new_zeros(ctx.state_shapes[0]) if ds is None else ds
     dz = mass.new_zeros(ctx.state_shapes[1]) if dz is None else dz
     dq, dk, dv, dg, ds0, dz0 = gated_chunk_backward(
-        q, k, v, g, s0, z0, table, o, mass, d_o, d_log_mass, ds, dz, *ctx.numbers
+        q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, *ctx.numbers
     )
     no_state = s0 is None
     return dq, dk, dv, None if g is None else dg, None if no_state else ds0, None if no_state else dz0, *[None] * 8
