@@ -86,18 +86,18 @@ def window_backward_queries_kernel(
         m_a = o_a < (A if CARRIED else tl.minimum(length, A))
         b_ka = load_rows(anchor_k + o_a.to(tl.int64) * ak_st, m_a, D, BD)  # [BA, BD]
         b_va = load_rows(anchor_v + o_a.to(tl.int64) * av_st, m_a, V, BV)  # [BA, BV]
-        b_s = tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION)
-        keep = (o_r[:, None] >= (o_a + shift)[None, :]) & m_a[None, :]
-        b_p = tl.exp2(tl.where(keep, b_s * scale_log2 - b_lse[:, None], float("-inf")))
-        b_dp = tl.dot(b_do, tl.trans(b_va), input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_term[:, None])
+        b_sa = tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION)
+        keep_a = (o_r[:, None] >= (o_a + shift)[None, :]) & m_a[None, :]
+        b_pa = tl.exp2(tl.where(keep_a, b_sa * scale_log2 - b_lse[:, None], float("-inf")))
+        b_dpa = tl.dot(b_do, tl.trans(b_va), input_precision=PRECISION)
+        b_dsa = b_pa * (b_dpa - b_term[:, None])
         if HAS_MAX:
-            b_ds += tl.where(keep & (b_arg[:, None] == (-1 - o_a)[None, :]), b_dmax[:, None], 0.0)
-        b_ds = b_ds.to(b_q.dtype)
-        b_dq = tl.dot(b_ds, b_ka, b_dq, input_precision=PRECISION)
+            b_dsa += tl.where(keep_a & (b_arg[:, None] == (-1 - o_a)[None, :]), b_dmax[:, None], 0.0)
+        b_dsa = b_dsa.to(b_q.dtype)
+        b_dq = tl.dot(b_dsa, b_ka, b_dq, input_precision=PRECISION)
         # transposed sums, so that the score tile itself is the right operand
-        b_dka = tl.dot(tl.trans(b_q), b_ds, input_precision=PRECISION)  # [BD, BA]
-        b_dva = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), input_precision=PRECISION)  # [BV, BA]
+        b_dka = tl.dot(tl.trans(b_q), b_dsa, input_precision=PRECISION)  # [BD, BA]
+        b_dva = tl.dot(tl.trans(b_do), b_pa.to(b_do.dtype), input_precision=PRECISION)  # [BV, BA]
         o_part = i_p.to(tl.int64) * A + o_a
         o_d = tl.arange(0, BD)
         o_v = tl.arange(0, BV)

@@ -1,0 +1,131 @@
+"""The decode step of hybrid attention on the GPU, as an operator that updates the state where it lies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from lizard_ops.common.features import feature_dim
+from lizard_ops.common.state import AttentionState
+from lizard_ops.hybrid_attn.decode_triton_kernel import hybrid_decode_kernel
+from lizard_ops.window_attn.chunk_triton_blocks import device_of
+
+STATE_FIELDS = AttentionState._fields
+
+
+def decode_hybrid_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    fk: Tensor,
+    g: Tensor | None,
+    window: int,
+    *,
+    anchors: int,
+    sinks: Tensor | None,
+    mix: str,
+    alpha: Tensor | None,
+    merge_bias: Tensor | None,
+    merge_mass: str,
+    coverage: str,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    feature_scale: float,
+    state: AttentionState,
+    inplace: bool = False,
+) -> tuple[Tensor, AttentionState]:
+    """(o [B, 1, Hq, V], state) of one token a row for ``recurrent_hybrid_attn``, whose arguments come here checked.
+
+    One launch for both branches, the mix and the state. With ``inplace`` the tensors of ``state``, which must be
+    contiguous, are overwritten, the position too, so that a CUDA graph of the step can be replayed; else copies are.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
+    if inplace:
+        for name, x in zip(STATE_FIELDS, state, strict=True):
+            if x is not None and not x.is_contiguous():
+                raise ValueError(f"state.{name}: got strides {x.stride()}, wanted a contiguous tensor with inplace")
+    else:
+        state = AttentionState._make(
+            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
+        )
+    weight = alpha if mix == "sum" else merge_bias
+    o = hybrid_decode(
+        q, k, v, fq, fk, g, sinks, weight, *state, window, anchors, mix == "merge", merge_mass == "relative",
+        coverage == "outside", feature_map, normalize, scale, feature_scale,
+    )  # fmt: skip
+    return o, state
+
+
+@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=STATE_FIELDS)
+def hybrid_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    fk: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    weight: Tensor | None,
+    position: Tensor,
+    s: Tensor,
+    z: Tensor,
+    log_scale: Tensor | None,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_fk: Tensor | None,
+    ring_g: Tensor | None,
+    anchor_k: Tensor | None,
+    anchor_v: Tensor | None,
+    window: int,
+    anchors: int,
+    merge: bool,
+    relative: bool,
+    outside: bool,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    feature_scale: float,
+) -> Tensor:
+    """One step, in place on the fields of the state; returns o [B, 1, Hq, V]."""
+    k, v = k.to(ring_k.dtype), v.to(ring_v.dtype)
+    fk = fk if ring_fk is None else fk.to(ring_fk.dtype)
+    q, k, v, fq, fk = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, fq, fk))
+    g, sinks, weight = (None if x is None else x.contiguous() for x in (g, sinks, weight))
+    batch, _, heads, dim = q.shape
+    key_heads, v_dim, pre = v.shape[2], v.shape[3], fq.shape[3]
+    features, group = feature_dim(pre, feature_map), heads // v.shape[2]
+    channel = g is not None and g.ndim == 4
+    wide_v = max(16, triton.next_power_of_2(v_dim))
+    o = q.new_empty(batch, 1, heads, v_dim)
+    if batch == 0:
+        return o
+    full = q.dtype == torch.float32
+    with device_of(q):
+        hybrid_decode_kernel[(batch * key_heads,)](
+            q, k, v, fq, fk, g, sinks, weight, o,
+            position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
+            *(step for x in (q, k, v, fq, fk) for step in (x.stride(0), x.stride(2))),
+            heads if weight is not None and weight.ndim == 3 else 0, scale / math.log(2), math.log(feature_scale),
+            HK=key_heads, G=group, D=dim, V=v_dim, FP=pre, F=features, W=window, A=anchors,
+            M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
+            STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),
+            BD=max(16, triton.next_power_of_2(dim)), BV=wide_v, BP=triton.next_power_of_2(pre),
+            BX=triton.next_power_of_2(features), BF=max(16, min(triton.next_power_of_2(features), 16384 // wide_v)),
+            BN=32 if full or max(dim, v_dim) > 128 else 64, BW=triton.next_power_of_2(window),
+            BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
+            MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
+            PRECISION="ieee" if full else "tf32", WIDE_PRECISION="ieee" if full else "tf32x3",
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
+    return o
+
+
+@hybrid_decode.register_fake
+def _(q, k, v, *rest):
+    return q.new_empty(*q.shape[:3], v.shape[3])
