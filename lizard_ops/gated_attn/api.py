@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lizard_ops.common import checks
@@ -87,23 +89,22 @@ def chunk_gated_attn(
     if chunk_size is not None:
         checks.check_count("chunk_size", chunk_size, 1)
     chosen = choose_impl(impl, q, float64_of(q))
+    common: dict[str, Any] = dict(
+        scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+    )  # fmt: skip
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         checks.want(chunk_size is None, "chunk_size", chunk_size, 'None with impl="naive"')
-        return naive_gated_attn(
-            q, k, v, g, scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors,
-            initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-            padding_mask=padding_mask, return_log_mass=return_log_mass,
-        )  # fmt: skip
+        return naive_gated_attn(q, k, v, g, **common, return_log_mass=return_log_mass)
     if chosen == "triton":
-        from lizard_ops.gated_attn.chunk_triton import chunk_gated_triton as run
+        from lizard_ops.gated_attn.chunk_triton import chunk_gated_triton
+
+        o, state, log_mass = chunk_gated_triton(q, k, v, g, **common, gate_form=gate_form, chunk_size=chunk_size)
     else:
-        from lizard_ops.gated_attn.chunk_torch import chunk_gated_torch as run
-    o, state, log_mass = run(
-        q, k, v, g, scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        padding_mask=padding_mask, gate_form=gate_form, chunk_size=chunk_size,
-    )  # fmt: skip
+        from lizard_ops.gated_attn.chunk_torch import chunk_gated_torch
+
+        o, state, log_mass = chunk_gated_torch(q, k, v, g, **common, gate_form=gate_form, chunk_size=chunk_size)
     return (o, state, log_mass) if return_log_mass else (o, state)
 
 
@@ -136,17 +137,13 @@ def recurrent_gated_attn(
     checks.check_flag("return_log_mass", return_log_mass)
     checks.check_flag("output_final_state", output_final_state)
     checks.check_choice("impl", impl, ("auto", "torch", "naive"))
+    common: dict[str, Any] = dict(
+        scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+    )  # fmt: skip
     if impl == "naive":
-        return naive_gated_attn(
-            q, k, v, g, scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors,
-            initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-            padding_mask=padding_mask, return_log_mass=return_log_mass,
-        )  # fmt: skip
+        return naive_gated_attn(q, k, v, g, **common, return_log_mass=return_log_mass)
     from lizard_ops.gated_attn.recurrent import recurrent_gated_torch
 
-    o, state, log_mass = recurrent_gated_torch(
-        q, k, v, g, scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        padding_mask=padding_mask,
-    )  # fmt: skip
+    o, state, log_mass = recurrent_gated_torch(q, k, v, g, **common)
     return (o, state, log_mass) if return_log_mass else (o, state)

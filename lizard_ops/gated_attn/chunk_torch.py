@@ -1,0 +1,192 @@
+"""Gated linear attention in plain PyTorch: offsets, gates and normaliser around the tiles of a chunk."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lizard_ops.common.checks import state_heads, work_dtype
+from lizard_ops.common.features import expand_features, feature_dim
+from lizard_ops.common.rows import over_rows
+from lizard_ops.common.state import AttentionState
+from lizard_ops.common.streams import Layout, key_stream, layout_of, offset_fields, sliding_sum
+from lizard_ops.gated_attn.chunk_torch_tiles import Attended, Sums, attend_channel_gate, attend_head_gate, finite
+
+HEAD_GATE_CHUNK = 64
+CHANNEL_GATE_CHUNK = 16
+
+
+def chunk_gated_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float,
+    normalize: bool,
+    window_offset: int,
+    anchors: int,
+    initial_state: AttentionState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+    gate_form: str,
+    chunk_size: int | None,
+) -> tuple[Tensor, AttentionState | None, Tensor]:
+    """(o, state, log_mass) of ``chunk_gated_attn``, whose arguments come here checked."""
+
+    def op(rows, lengths, state):
+        *results, fields = linear_rows(
+            *rows, lengths, state, feature_map="identity", scale=scale, normalize=normalize, offset=window_offset,
+            anchors=anchors, gate_form=gate_form, chunk_size=chunk_size,
+        )  # fmt: skip
+        position = layout_of(rows[0], state, None, lengths).end
+        return results, AttentionState(position, **fields) if output_final_state else None
+
+    rows = (q, k, v, g)
+    (o, log_mass), state = over_rows(op, rows, (0.0, -math.inf), initial_state, cu_seqlens, padding_mask)
+    return o.to(q.dtype), state, log_mass
+
+
+def linear_rows(
+    fq: Tensor,  # [B, T, Hq, Fp]
+    fk: Tensor,  # [B, T, Hk, Fp]
+    v: Tensor,  # [B, T, Hk, V]
+    g: Tensor | None,  # [B, T, Hg] or [B, T, Hk, F]
+    lengths: Tensor | None,  # [B], None: all T
+    state: AttentionState | None,
+    *,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    offset: int,
+    anchors: int,
+    gate_form: str,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """Right-padded rows: (o [B, T, Hq, V], log mass [B, T, Hq], fields of the final state).
+
+    Row t of the key stream meets the query ``offset`` rows later: what the gates between them take is a factor of
+    the whole row, which leaves a normalised output as it is (a gate a channel: a factor of each query feature).
+    """
+    batch, length, q_heads, _ = fq.shape
+    (key_heads, v_dim), work, channels = v.shape[2:], work_dtype(v), g is not None and g.ndim == 4
+    prefix = offset if state is not None else 0
+    layout = layout_of(fq, state, None, lengths)
+    skipped = min(length, offset - prefix)  # queries without a key
+    rows = length - skipped
+    held = state if state is not None and offset else AttentionState(layout.position)
+    gates = None if g is None else key_stream(g, held.ring_g, layout)
+    start = _start(state, key_heads, work)
+    if rows == 0:
+        final = start or _no_sums(fk, v, state_heads(fq, v, g), feature_map)
+        nothing = v.new_zeros(batch, length, q_heads, v_dim, dtype=work)
+        fields = _linear_fields(final) | offset_fields(fk, v, g, state, offset, layout)
+        return nothing, torch.full_like(nothing[..., 0], -math.inf), fields
+
+    size = min(rows, chunk_size or (CHANNEL_GATE_CHUNK if channels else HEAD_GATE_CHUNK))
+    chunks = -(-rows // size)
+
+    def tiles(x: Tensor, fill: float = 0.0) -> Tensor:  # [B, rows, H, ...] -> [B, H, n, C, ...]
+        padding = (0, 0) * (x.ndim - 2) + (0, chunks * size - rows)
+        return F.pad(x, padding, value=fill).unflatten(1, (chunks, size)).movedim(3, 1)
+
+    def head_tiles(x: Tensor) -> Tensor:  # [B, rows, Hg] -> [B, h, n, y, C]
+        heads = x.shape[2] // key_heads if x.shape[2] > 1 else 1
+        return tiles(x).unflatten(1, (-1, heads)).movedim(2, 3)
+
+    is_key, inside = _which_rows(layout, lengths, rows, prefix, offset, anchors)
+    row_values = F.pad(key_stream(v, held.ring_v, layout)[:, :rows].to(work), (0, 1), value=1.0)
+    row_gates = None if gates is None else gates[:, :rows]
+    if is_key is not None:
+        row_values = row_values.masked_fill(~is_key[:, :, None, None], 0.0)
+    if inside is not None and row_gates is not None:
+        row_gates = row_gates.masked_fill(~inside.view(*inside.shape, *[1] * (row_gates.ndim - 2)), 0.0)
+
+    query_rows = tiles(fq[:, skipped:].to(work)).unflatten(1, (key_heads, -1)).movedim(2, 3)
+    queries, query_log = expand_features(query_rows.contiguous(), feature_map)  # [B, Hk, n, G, C, F]
+    keys, key_log = expand_features(tiles(key_stream(fk, held.ring_fk, layout)[:, :rows].to(work)), feature_map)
+    if key_log is not None:
+        there = torch.ones(1, rows, dtype=torch.bool, device=v.device) if is_key is None else is_key
+        key_log = key_log.double().masked_fill(~tiles(there.unsqueeze(2), False), -math.inf)  # [B, Hk, n, C]
+
+    passed = None  # log-decay between a row's key and its query, [B, h, n, y, C]
+    if gates is not None and offset:
+        between = sliding_sum(gates, offset)[:, prefix + skipped :]
+        if channels:
+            between = tiles(between)  # [B, Hk, n, C, F]
+            passed = between.detach().amax(-1)
+            queries = queries * (between - finite(passed).unsqueeze(-1)).exp().unsqueeze(3)
+            passed = passed.unsqueeze(3)
+        else:
+            passed = head_tiles(between)
+
+    if channels:
+        attended = attend_channel_gate(queries, keys, tiles(row_values), tiles(row_gates), key_log, start)
+    else:
+        head_gates = None if row_gates is None else head_tiles(row_gates)
+        key_log = None if key_log is None else key_log.unsqueeze(3)
+        absorbed = gate_form == "absorbed"
+        attended = attend_head_gate(queries, keys, tiles(row_values), head_gates, key_log, start, absorbed)
+    o, log_mass = _weighed(attended, query_log, passed, scale, normalize)
+
+    def in_order(x: Tensor, fill: float) -> Tensor:  # [B, Hk, n, G, C, ...] -> [B, T, Hq, ...]
+        x = x.movedim((2, 4), (1, 2)).reshape(batch, chunks * size, q_heads, *x.shape[5:])[:, :rows]
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (skipped, 0), value=fill)
+
+    fields = _linear_fields(attended.final) | offset_fields(fk, v, g, state, offset, layout)
+    return in_order(o, 0.0), in_order(log_mass, -math.inf), fields
+
+
+def _which_rows(
+    layout: Layout, lengths: Tensor | None, rows: int, prefix: int, offset: int, anchors: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """[B, rows] which key rows count, and which reach the final sums at all (their gates count); None for all."""
+    row, inside, is_key = torch.arange(rows, device=layout.start.device), None, None
+    if lengths is not None:
+        inside = is_key = row < (prefix + lengths - offset).unsqueeze(1)
+    if anchors or prefix:
+        late = (layout.position - prefix).unsqueeze(1) + row >= anchors
+        is_key = late if inside is None else late & inside
+    return is_key, inside
+
+
+def _weighed(
+    attended: Attended, query_log: Tensor | None, passed: Tensor | None, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """(o [B, Hk, n, G, C, V], log mass [B, Hk, n, G, C]) from sums and the log factors of their rows."""
+    sums, mass = attended.values[..., :-1], attended.values[..., -1]
+    log = mass.new_zeros(()) + math.log(scale)
+    for part in (attended.shift, query_log, passed):
+        log = log if part is None else log + part
+    empty = (mass == 0) | (log == -math.inf)
+    total = mass.masked_fill(empty, 1.0)
+    log_mass = (total.log() + log).to(mass.dtype).masked_fill(empty, -math.inf)
+    factor = (1.0 / total).masked_fill(empty, 0.0) if normalize else log.exp().to(mass.dtype).expand_as(mass)
+    return sums * factor.unsqueeze(-1), log_mass
+
+
+def _start(state: AttentionState | None, key_heads: int, work: torch.dtype) -> Sums | None:
+    """The carried sums, their values and mass side by side."""
+    if state is None or state.s is None or state.z is None:
+        return None
+    s = torch.cat([state.s, state.z.unsqueeze(-1)], -1).to(work).unflatten(1, (key_heads, -1))
+    log_scale = state.log_scale
+    return Sums(s, None if log_scale is None else log_scale.detach().double().unflatten(1, (key_heads, -1)))
+
+
+def _no_sums(fk: Tensor, v: Tensor, heads: int, feature_map: str) -> Sums:
+    """The sums of no key."""
+    shape = (fk.shape[0], v.shape[2], heads // v.shape[2])
+    s = v.new_zeros(*shape, feature_dim(fk.shape[3], feature_map), v.shape[3] + 1, dtype=work_dtype(v))
+    return Sums(s, s.new_full(shape, -math.inf) if feature_map == "exp" else None)
+
+
+def _linear_fields(final: Sums) -> dict[str, Tensor | None]:
+    """The linear sums as fields of a state."""
+    s = final.s.flatten(1, 2)
+    log_scale = None if final.log_scale is None else final.log_scale.flatten(1, 2).to(s.dtype)
+    return {"s": s[..., :-1], "z": s[..., -1], "log_scale": log_scale}

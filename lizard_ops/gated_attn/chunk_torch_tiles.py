@@ -1,0 +1,209 @@
+"""Gated linear attention as dense tiles in plain PyTorch, for keys that meet the query of their own row.
+
+Log-decays are summed and subtracted in float64, so that a decay inside a chunk is exact whatever stood before it; only
+exponentials of differences return to the work dtype. Weights are relative to a row shift, the running maximum of the
+keys' log offsets and their decay (0 without log offsets), so none exceeds 1.
+
+Axes: B rows, Hk key heads, n chunks, G query heads a key head, C positions a chunk, F features, E = V + 1 for the
+values and a column of ones, whose sum is the mass; h is 1 or Hk and y is 1 or G, as the gate has it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.checks import refuse
+
+RESET = -1.0e6  # stands for a log-decay of -inf: its exponential is 0, and float64 sums with it stay exact enough
+SCAN = 32  # chunks whose states one matrix product links
+
+
+class Sums(NamedTuple):
+    """Linear sums, to be multiplied by exp(log_scale)."""
+
+    s: Tensor  # [B, Hk, y, F, E]
+    log_scale: Tensor | None  # [B, Hk, y] float64, None for zero
+
+
+class Attended(NamedTuple):
+    """What the tiles give, to be multiplied by exp(shift)."""
+
+    values: Tensor  # [B, Hk, n, G, C, E]
+    shift: Tensor | None  # [B, Hk, n, y, C] float64, None for zero
+    final: Sums
+
+
+def attend_head_gate(
+    q: Tensor,  # [B, Hk, n, G, C, F]
+    k: Tensor,  # [B, Hk, n, C, F]
+    v: Tensor,  # [B, Hk, n, C, E]
+    g: Tensor | None,  # [B, h, n, y, C]
+    key_log: Tensor | None,  # [B, Hk, n, 1, C] float64, -inf where there is no key
+    start: Sums | None,
+    absorbed: bool,
+) -> Attended:
+    """One gate a head or for all, or none: decay tiles over score tiles, one state a chunk."""
+    group, size = q.shape[3:5]
+    run = q.new_zeros(1, 1, 1, 1, size, dtype=torch.float64) if g is None else _running(g, -1)
+    key = -run if key_log is None else key_log - run  # log weight of a key, seen from before the chunk
+    pair = (run.unsqueeze(-1) + key.unsqueeze(-2)).masked_fill(_future(size, q.device), -math.inf)  # [B,h,n,y,C,C]
+    log_end = run[..., -1:] + key
+    top = None if key_log is None else log_end.amax(-1)  # [B, Hk, n, y]
+    weight = _exp(log_end, top, v.dtype).unsqueeze(-1)
+    if weight.shape[3] == 1:
+        items = (k.transpose(-1, -2) @ (v * weight.squeeze(3))).unsqueeze(2)  # [B, Hk, 1, n, F, E]
+    else:
+        weighted = (v.unsqueeze(3) * weight).movedim(3, 4)  # [B, Hk, n, C, G, E]
+        items = (k.transpose(-1, -2) @ weighted.flatten(4, 5)).unflatten(-1, weighted.shape[4:]).movedim(4, 2)
+    decay = run[..., -1].transpose(2, 3).expand(-1, -1, -1, items.shape[3])
+    before, final = _scan_head_gate(items, decay, None if top is None else top.transpose(2, 3), start)
+
+    shift, from_start = None, run
+    if before.log_scale is not None:
+        from_start = run + before.log_scale.transpose(2, 3).unsqueeze(-1)
+        shift = torch.maximum(pair.amax(-1), from_start)
+    if absorbed:
+        scores = _absorbed_scores(q, k, run, key, shift)
+    else:
+        scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, (group, size)) * _exp(pair, shift, q.dtype)
+    near = scores.flatten(3, 4) @ v
+    if before.s.shape[2] == 1:
+        far = q.flatten(3, 4) @ before.s.squeeze(2)
+    else:
+        far = (q @ before.s.transpose(2, 3)).flatten(3, 4)
+    far = far.unflatten(3, (group, size)) * _exp(from_start, shift, q.dtype, 0).unsqueeze(-1)
+    return Attended(near.unflatten(3, (group, size)) + far, shift, final)
+
+
+def attend_channel_gate(
+    q: Tensor,  # [B, Hk, n, G, C, F]
+    k: Tensor,  # [B, Hk, n, C, F]
+    v: Tensor,  # [B, Hk, n, C, E]
+    g: Tensor,  # [B, Hk, n, C, F]
+    key_log: Tensor | None,  # [B, Hk, n, C] float64, -inf where there is no key
+    start: Sums | None,
+) -> Attended:
+    """One gate a channel: every pair of a (short) chunk has its own decays, which enter the dot product."""
+    group, size = q.shape[3:5]
+    run, future = _running(g, -2), _future(size, q.device)
+    pair = (run.unsqueeze(-2) - run.unsqueeze(-3)).masked_fill(future.unsqueeze(-1), -math.inf)  # [B,Hk,n,C,C,F]
+    log_end, slow, top = run[..., -1:, :] - run, None, None
+    if key_log is not None:  # shifts follow the slowest channel of each position
+        slow = _running(g.amax(-1), -1).detach()  # [B, Hk, n, C]
+        top = (slow[..., -1:] - slow + key_log).amax(-1)
+        pair, log_end = pair + key_log.unsqueeze(-2).unsqueeze(-1), log_end + key_log.unsqueeze(-1)
+    items = (k * _exp(log_end, top, k.dtype, 2)).transpose(-1, -2) @ v  # [B, Hk, n, F, E]
+    before, final = _scan_channel_gate(items, run[..., -1, :], None if slow is None else slow[..., -1], top, start)
+
+    shift, from_start = None, run
+    if slow is not None and key_log is not None and before.log_scale is not None:
+        carried = before.log_scale.transpose(2, 3)  # [B, Hk, n, 1]
+        near_top = (slow.unsqueeze(-1) - slow.unsqueeze(-2) + key_log.unsqueeze(-2)).masked_fill(future, -math.inf)
+        shift = torch.maximum(near_top.amax(-1), slow + carried)  # [B, Hk, n, C]
+        from_start = run + carried.unsqueeze(-1)
+    keys = _exp(pair, shift, k.dtype, 2) * k.unsqueeze(-3)
+    scores = (keys @ q.movedim(3, -1)).movedim(-1, 3)  # [B, Hk, n, G, C, C]
+    near = scores.flatten(3, 4) @ v
+    far = (q * _exp(from_start, shift, q.dtype).unsqueeze(3)).flatten(3, 4) @ before.s.squeeze(2)
+    values = (near + far).unflatten(3, (group, size))
+    return Attended(values, None if shift is None else shift.unsqueeze(3), final)
+
+
+def _running(g: Tensor, dim: int) -> Tensor:
+    """Log-decay from before the chunk, summed along its positions."""
+    return g.double().clamp(min=RESET).cumsum(dim)
+
+
+def _future(size: int, device: torch.device) -> Tensor:
+    """[C, C], True where the key comes after the query."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+
+
+def _exp(log: Tensor, shift: Tensor | None, dtype: torch.dtype, axes: int = 1) -> Tensor:
+    """exp(log - shift) in dtype; shift lacks the last ``axes`` axes of log, and counts as 0 where it is -inf."""
+    if shift is not None:
+        log = log - finite(shift)[(..., *[None] * axes)]
+    return log.to(dtype).exp()
+
+
+def finite(shift: Tensor) -> Tensor:
+    """A shift of -inf belongs to a mass of 0, which any other shift leaves as it is."""
+    return shift.masked_fill(shift == -math.inf, 0.0)
+
+
+def _absorbed_scores(q: Tensor, k: Tensor, run: Tensor, key: Tensor, shift: Tensor | None) -> Tensor:
+    """Score tiles with the gate products moved into the features (section 4 of the paper), [B, Hk, n, G, C, C]."""
+    top = finite(key.amax(-1, keepdim=True))
+    low = key.masked_fill(key == -math.inf, math.inf).amin(-1, keepdim=True)
+    bound, span = (700.0 if q.dtype == torch.float64 else 80.0), float((top - low).max())
+    if span >= bound:
+        refuse("gate_form", "absorbed", f'"stable": log-decays of a chunk span {span:.1f}, and {bound} is the bound')
+    query = q * _exp(run + top, shift, q.dtype, 0).unsqueeze(-1)
+    keys = k.unsqueeze(3) * _exp(key - top, None, k.dtype).unsqueeze(-1)  # [B, Hk, n, y, C, F]
+    if keys.shape[3] == 1:
+        return (query.flatten(3, 4) @ keys.squeeze(3).transpose(-1, -2)).unflatten(3, q.shape[3:5]).tril()
+    return (query @ keys.transpose(-1, -2)).tril()
+
+
+def _scan_head_gate(items: Tensor, decay: Tensor, top: Tensor | None, start: Sums | None) -> tuple[Sums, Sums]:
+    """Sums before every chunk [B, Hk, y, n, F, E] and after the last, a matrix product for every ``SCAN`` chunks.
+
+    items [B, Hk, y, n, F, E] times exp(top [B, Hk, y, n]) join the sums after they decay by exp(decay [B, h, y, n]).
+    """
+    carry, carry_log = (None, None) if start is None else (start.s.unsqueeze(3), start.log_scale)
+    sums, scales = [], []
+    for begin in range(0, items.shape[3], SCAN):
+        at = slice(begin, begin + SCAN)
+        run, joined = decay[..., at].cumsum(-1), items[..., at, :, :]
+        log = run.unsqueeze(-1) - run.unsqueeze(-2)  # [B, h, y, m, m], from chunk to chunk
+        log = log if top is None else log + top[..., at].unsqueeze(-2)
+        log = log.masked_fill(_future(run.shape[-1], log.device), -math.inf)
+        if carry is not None:
+            first = run if carry_log is None else run + carry_log.unsqueeze(-1)
+            log, joined = torch.cat([first.unsqueeze(-1), log], -1), torch.cat([carry, joined], 3)
+        scale = None if top is None else log.amax(-1)
+        sums.append((_exp(log, scale, items.dtype) @ joined.flatten(4, 5)).unflatten(-1, items.shape[4:]))
+        carry = sums[-1][..., -1:, :, :]
+        if scale is not None:
+            scales.append(scale)
+            carry_log = scale[..., -1]
+    return _shifted(torch.cat(sums, 3), torch.cat(scales, 3) if scales else None, start)
+
+
+def _scan_channel_gate(
+    items: Tensor, decay: Tensor, slow: Tensor | None, top: Tensor | None, start: Sums | None
+) -> tuple[Sums, Sums]:
+    """The same for items [B, Hk, n, F, E] and a decay [B, Hk, n, F] a channel, chunk after chunk.
+
+    slow [B, Hk, n]: decay of the slowest channel at every position, which the log scale follows.
+    """
+    carry = torch.zeros_like(items[:, :, 0]) if start is None else start.s.squeeze(2)
+    scale = items.new_full(items.shape[:2], -math.inf, dtype=torch.float64)
+    scale = scale if start is None or start.log_scale is None else start.log_scale.squeeze(2)
+    sums, scales = [], []
+    for c in range(items.shape[2]):
+        kept, item, new_scale = decay[:, :, c], items[:, :, c], None
+        if slow is not None and top is not None:
+            new_scale = torch.maximum(scale + slow[:, :, c], top[:, :, c])
+            kept, item = kept + scale.unsqueeze(-1), item * _exp(top[:, :, c, None, None], new_scale, item.dtype, 2)
+            scale = new_scale
+            scales.append(scale)
+        carry = _exp(kept, new_scale, item.dtype).unsqueeze(-1) * carry + item
+        sums.append(carry)
+    log = torch.stack(scales, 2).unsqueeze(2) if scales else None
+    return _shifted(torch.stack(sums, 2).unsqueeze(2), log, start)
+
+
+def _shifted(after: Tensor, log_after: Tensor | None, start: Sums | None) -> tuple[Sums, Sums]:
+    """Turn the sums after every chunk into those before every chunk, and those after the last."""
+    first = torch.zeros_like(after[:, :, :, :1]) if start is None else start.s.unsqueeze(3)
+    before, final = torch.cat([first, after[:, :, :, :-1]], 3), after[:, :, :, -1]
+    if log_after is None:
+        return Sums(before, None), Sums(final, None)
+    no_log = torch.full_like(log_after[..., :1], -math.inf)
+    first_log = no_log if start is None or start.log_scale is None else start.log_scale.unsqueeze(-1)
+    return Sums(before, torch.cat([first_log, log_after[..., :-1]], -1)), Sums(final, log_after[..., -1])
