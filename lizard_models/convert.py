@@ -39,6 +39,8 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
     for name, module in model.named_modules():
         if name and not any(True for _ in module.children()):
             student.set_submodule(name, module)
+    teacher_rope: Any = model.model.rotary_emb  # made anew: a teacher cast to half precision has rounded frequencies
+    student.model.rotary_emb = type(teacher_rope)(student.config).to(teacher_rope.inv_freq.device)
     for attention in student.lizard_attentions():
         device = attention.q_proj.weight.device
         attention.lizard.to_empty(device=device)

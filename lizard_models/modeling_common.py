@@ -242,14 +242,25 @@ class LizardDecoder(LizardModelMixin):
     """Mixed into a family's decoder: converted attention layers, a constant-size cache, 2-D padding masks."""
 
     attention_class: type[LizardAttention]
+    rotary_emb: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.mode = "student"
         layers: Any = self.layers
-        for i in converted_layers(config):
+        converted = converted_layers(config)
+        self.has_softmax_layers = len(converted) < len(layers)
+        for i in converted:
             layers[i].self_attn = self.attention_class(config, i)
         self.post_init()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LizardDecoder:
+        exact = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)
+        for name, frequencies in self.rotary_emb.named_buffers():
+            if frequencies.dtype in (torch.float16, torch.bfloat16):  # angles of far positions need every bit
+                setattr(self.rotary_emb, name, exact[name].to(frequencies.device))
+        return self
 
     def new_cache(self) -> Cache:
         """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
@@ -295,7 +306,7 @@ class LizardDecoder(LizardModelMixin):
         elif position_ids is not None and past_key_values is None:
             kwargs["cu_seqlens"] = packed_boundaries(position_ids, batch)
         kwargs["padding_mask"] = None if all_real(padding_mask) else padding_mask
-        if self.mode == "student" and not lizard_config(self.config).softmax_layers:
+        if self.mode == "student" and not self.has_softmax_layers:
             # A 4-D mask is taken as it is: the [T, T] one that no layer reads is never built.
             attention_mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
         if self.mode == "distill":
@@ -384,7 +395,11 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', with strict keys: raises ValueError for missing, unexpected or misshapen ones."""
+        """As transformers', from safetensors only and with strict keys.
+
+        Raises ValueError for keys that are missing, unexpected or of another shape.
+        """
+        kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
