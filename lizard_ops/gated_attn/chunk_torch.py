@@ -124,7 +124,7 @@ def linear_rows(
         else:
             passed = head_tiles(between)
 
-    if channels:
+    if channels and row_gates is not None:
         attended = attend_channel_gate(queries, keys, tiles(row_values), tiles(row_gates), key_log, start)
     else:
         head_gates = None if row_gates is None else head_tiles(row_gates)

@@ -126,7 +126,7 @@ def _future(size: int, device: torch.device) -> Tensor:
 def _exp(log: Tensor, shift: Tensor | None, dtype: torch.dtype, axes: int = 1) -> Tensor:
     """exp(log - shift) in dtype; shift lacks the last ``axes`` axes of log, and counts as 0 where it is -inf."""
     if shift is not None:
-        log = log - finite(shift)[(..., *[None] * axes)]
+        log = log - finite(shift).view(*shift.shape, *[1] * axes)
     return log.to(dtype).exp()
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_triton_bwd import key_kernel, row_kernel
+from .chunk_triton_channel import channel_key_kernel, channel_output_kernel, channel_row_kernel
 from .chunk_triton_config import SEGMENT, launch
 from .chunk_triton_fwd import output_kernel
 from .chunk_triton_scan import gate_sum_kernel, segment_scan_kernel, walk_kernel
@@ -80,6 +81,24 @@ class Shape(NamedTuple):
     def operand_tl(self):
         return tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32
 
+    @property
+    def dims(self) -> dict:
+        """What every kernel takes."""
+        return {
+            "HQ": self.hq, "K": self.k, "V": self.v, "C": self.chunk, "OPERAND": self.operand_tl,
+            "PRECISION": self.precision,
+        }  # fmt: skip
+
+    @property
+    def constants(self) -> dict:
+        """What the kernels for one number a head take."""
+        return self.dims | {"HK": self.hk, "HS": self.hs, "HG": self.hg, "GATED": self.gate != GATE_NONE}
+
+    @property
+    def channel_constants(self) -> dict:
+        """What the kernels for one number a channel take."""
+        return self.dims | {"HK": self.hk, "LEVELS": self.chunk.bit_length() - 1}
+
 
 def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> Shape:
     """Operands of two factors that are both inputs keep the input dtype; computed ones are bf16 only for bf16 inputs."""
@@ -123,7 +142,8 @@ def chunk_states(
     Forward with a = k, b = v; with a = q, b = do and ``mass`` the gradients of the states, walking backwards.
     """
     reverse, (hi, lo) = mass is not None, gates
-    cfg = launch("walk_reverse" if reverse else "walk", shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
+    name = ("channel_" if shape.gate == GATE_CHANNEL else "") + ("walk_reverse" if reverse else "walk")
+    cfg = launch(name, shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
     n, kd, vd, hs = rows.sequences, shape.k, shape.v, shape.hs
     new = {"device": a.device, "dtype": torch.float32}
     states = torch.empty(rows.chunks, hs, kd, vd, device=a.device, dtype=shape.operand)
@@ -141,10 +161,9 @@ def chunk_states(
     s_in, z_in = (None, None) if start is None else start
     varlen = rows.table is not None
     fixed = {
-        "HA": a.shape[2], "HB": b.shape[2], "HQ": shape.hq, "HS": hs, "HG": shape.hg, "K": kd, "V": vd,
-        "AG": shape.hq // hs if reverse else 1, "C": shape.chunk, "L": SEGMENT, "BK": cfg.block_k, "BV": cfg.block_v,
-        "GATE": shape.gate, "NORMALIZE": normalize, "REVERSE": reverse, "VARLEN": varlen, "OPERAND": shape.operand_tl,
-        "PRECISION": shape.precision, **cfg.options,
+        "HA": a.shape[2], "HB": b.shape[2], "HS": hs, "HG": shape.hg, "AG": shape.hq // hs if reverse else 1,
+        "L": SEGMENT, "GATE": shape.gate, "NORMALIZE": normalize, "REVERSE": reverse, "VARLEN": varlen,
+        "BK": cfg.block_k, "BV": cfg.block_v, **shape.dims, **cfg.options,
     }  # fmt: skip
 
     def walk(write: bool, init: int) -> None:
@@ -196,14 +215,19 @@ def gated_chunk(
     with on_device(q):
         gates = gate_sums(g, shape, rows)
         states, z_states, s, z, _ = chunk_states(k, v, gates, start, shape, rows)
-        cfg = launch("output", shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
-        output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
-            q, k, v, *gates, states, z_states, o, log_mass, mass, rows.table, rows.chunk_owner, scale, *rows.place,
-            HQ=shape.hq, HK=shape.hk, HS=shape.hs, HG=shape.hg, K=shape.k, V=shape.v, C=chunk, GH=cfg.heads,
-            BK=cfg.block_k, BV=cfg.block_v, GATED=shape.gate != GATE_NONE, NORMALIZE=normalize,
-            ABSORBED=absorbed and g is not None, VARLEN=table is not None, OPERAND=shape.operand_tl,
-            PRECISION=shape.precision, **cfg.options,
-        )  # fmt: skip
+        ends = o, log_mass, mass, rows.table, rows.chunk_owner, scale, *rows.place
+        if shape.gate == GATE_CHANNEL:
+            cfg = launch("channel_output", shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
+            channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
+                q, k, v, g, states, z_states, *ends, NORMALIZE=normalize, **shape.channel_constants,
+                **cfg.blocks, VARLEN=table is not None,
+            )  # fmt: skip
+        else:
+            cfg = launch("output", shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
+            output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
+                q, k, v, *gates, states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
+                **shape.constants, **cfg.blocks, VARLEN=table is not None,
+            )  # fmt: skip
     return o, log_mass, mass, s, z
 
 
@@ -244,40 +268,53 @@ def gated_chunk_backward(
     if rows.chunks == 0 or pairs <= 0:
         return dq, dk, dv, (q.new_zeros(0) if g is None else torch.zeros_like(g)), end[0].clone(), end[1].clone()
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
-    group, width, varlen = shape.hq // shape.hs, shape.operand.itemsize, table is not None
-    common = {
-        "HQ": shape.hq, "HK": shape.hk, "HS": shape.hs, "HG": shape.hg, "K": shape.k, "V": shape.v, "C": chunk,
-        "GATED": shape.gate != GATE_NONE, "NORMALIZE": normalize, "VARLEN": varlen, "OPERAND": shape.operand_tl,
-        "PRECISION": shape.precision,
-    }  # fmt: skip
+    group, width = shape.hq // shape.hs, shape.operand.itemsize
+    channel = shape.gate == GATE_CHANNEL
+    common = shape.channel_constants if channel else shape.constants
+    flags = {"NORMALIZE": normalize, "VARLEN": table is not None}
+    place = rows.table, rows.chunk_owner, scale, *rows.place
     with on_device(q):
         gates = gate_sums(g, shape, rows)
         states = chunk_states(k, v, gates, start, shape, rows)[:2]
 
-        cfg = launch("row", shape.k, shape.v, group, width)
+        cfg = launch("channel_row" if channel else "row", shape.k, shape.v, group, width)
         blocks = triton.cdiv(shape.k, cfg.block_k)
-        extra = torch.empty_like(mass)
-        row_dot = mass.new_empty(blocks, *mass.shape) if g is not None else None
-        row_kernel[(rows.chunks * shape.hs * blocks,)](
-            q, k, v, *gates, *states, d_o, mass, d_log_mass, dq, extra, row_dot, rows.table, rows.chunk_owner, scale,
-            *rows.place, mass.numel(), GH=cfg.heads, BK=cfg.block_k, BV=cfg.block_v, **common, **cfg.options,
-        )  # fmt: skip
+        grid = (rows.chunks * shape.hs * blocks,)
+        extra, row_dot = torch.empty_like(mass), None
+        if channel:
+            row_dot = mass.new_empty(k.shape)
+            channel_row_kernel[grid](
+                q, k, v, g, *states, d_o, mass, d_log_mass, dq, extra, row_dot, *place, **common, **flags, **cfg.blocks
+            )
+        else:
+            row_dot = mass.new_empty(blocks, *mass.shape) if g is not None else None
+            row_kernel[grid](
+                q, k, v, *gates, *states, d_o, mass, d_log_mass, dq, extra, row_dot, *place, mass.numel(), **common,
+                **flags, **cfg.blocks,
+            )  # fmt: skip
 
         d_states, dz_states, ds0, dz0, cross = chunk_states(
             q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra,
             forward_states=states,
         )  # fmt: skip
 
-        per_head = shape.hs != shape.hk
-        cfg = launch("key", shape.k, shape.v, 1 if per_head else group, width)
+        cfg = launch(
+            "channel_key" if channel else "key", shape.k, shape.v, group if shape.hs == shape.hk else 1, width
+        )
         blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
-        dg = None
-        if g is not None:
-            dg = blank(g, (blocks, *g.shape[:2], shape.hs), all_k)
-        key_kernel[(rows.chunks * shape.hk * blocks,)](
-            q, k, v, *gates, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, rows.table,
-            rows.chunk_owner, scale, *rows.place, mass.numel(), 0 if dg is None else dg[0].numel(), GH=cfg.heads,
-            BK=cfg.block_k, BV=cfg.block_v, PARTS=1 if cross is None else cross.shape[2], **common, **cfg.options,
+        grid = (rows.chunks * shape.hk * blocks,)
+        parts = 1 if cross is None else cross.shape[2]
+        if channel:
+            dg = blank(mass, k.shape, all_k)
+            channel_key_kernel[grid](
+                q, k, v, g, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place, PARTS=parts,
+                **common, **flags, **cfg.blocks,
+            )  # fmt: skip
+            return dq, dk, dv, dg, ds0, dz0
+        dg = None if g is None else blank(g, (blocks, *g.shape[:2], shape.hs), all_k)
+        key_kernel[grid](
+            q, k, v, *gates, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place, mass.numel(),
+            0 if dg is None else dg[0].numel(), PARTS=parts, **common, **flags, **cfg.blocks,
         )  # fmt: skip
     if g is None or dg is None:
         return dq, dk, dv, q.new_zeros(0), ds0, dz0

@@ -159,11 +159,13 @@ def walk_kernel(
         acc_z = tl.load(seg_states + gidx * E + K * V + ks, mask=k_ok, other=0.0)
     if GATE == 2:
         seg_log = tl.zeros([BK], tl.float32)
-        # sums[l, r]: whether gate l stands between row r and the chunk's end (its start in a reverse walk)
+        # sums[l, r]: whether gate l stands between row r and the chunk's end (its start in a reverse walk); products of
+        # zeros and ones with gates split in two float16 parts are exact, so the sums are float32's
         if REVERSE:
-            sums = (o_c[:, None] <= o_c[None, :]).to(tl.float32)
+            between = o_c[:, None] <= o_c[None, :]
         else:
-            sums = (o_c[:, None] > o_c[None, :]).to(tl.float32)
+            between = o_c[:, None] > o_c[None, :]
+        sums = between.to(tl.float16 if OPERAND == tl.bfloat16 else tl.float32)
     else:
         seg_log = tl.zeros([1], tl.float32)
 
@@ -201,10 +203,13 @@ def walk_kernel(
                 g + ((k0 + r) * HG + hg)[None, :] * K + ks[:, None], mask=ok[None, :] & k_ok[:, None], other=0.0
             )
             gt = tl.maximum(gt, FLOOR) * LOG2E
-            hi = gt.to(tl.float16)
-            lo = (gt - hi.to(tl.float32)).to(tl.float16)
-            d = tl.dot(hi, sums.to(tl.float16))
-            d = tl.dot(lo, sums.to(tl.float16), d)
+            if OPERAND == tl.bfloat16:
+                hi = gt.to(tl.float16)
+                lo = (gt - hi.to(tl.float32)).to(tl.float16)
+                d = tl.dot(hi, sums)
+                d = tl.dot(lo, sums, d)
+            else:
+                d = tl.dot(gt, sums, input_precision="ieee")
             x = at.to(tl.float32) * tl.exp2(d)
             total = tl.sum(gt, 1)
             whole = tl.exp2(total)
