@@ -90,11 +90,11 @@ def window_rows(
 
     o, lse, row_max = in_order(o), in_order(lse), in_order(row_max)
     if sinks is not None:
-        o, lse = _with_sinks(o, lse, row_max, sinks.to(work), sink_form)
+        o, lse = with_sinks(o, lse, row_max, sinks.to(work), sink_form)
     return o, lse, row_max, fields
 
 
-def _with_sinks(o: Tensor, lse: Tensor, row_max: Tensor, sinks: Tensor, sink_form: str) -> tuple[Tensor, Tensor]:
+def with_sinks(o: Tensor, lse: Tensor, row_max: Tensor, sinks: Tensor, sink_form: str) -> tuple[Tensor, Tensor]:
     """Give the sinks [Hq, M] their share of the mass."""
     if sink_form == "exp":
         sink_lse = sinks.logsumexp(-1)

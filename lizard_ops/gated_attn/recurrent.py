@@ -1,0 +1,138 @@
+"""Gated linear attention one position at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.checks import linear_state_shapes, work_dtype
+from lizard_ops.common.features import expand_features, feature_dim
+from lizard_ops.common.rows import over_rows
+from lizard_ops.common.state import AttentionState
+from lizard_ops.common.steps import blank_state, put_at, take_at, where_active
+
+
+def recurrent_gated_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    *,
+    scale: float,
+    normalize: bool,
+    window_offset: int,
+    anchors: int,
+    initial_state: AttentionState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, AttentionState | None, Tensor]:
+    """(o, state, log_mass) of ``recurrent_gated_attn``, whose arguments come here checked."""
+
+    def op(rows, lengths, state):
+        q, k, v, g = rows
+        state = blank_linear_state(q, k, v, g, window_offset, "identity") if state is None else state
+        outputs, masses = [], []
+        for t in range(q.shape[1]):
+            o, log_mass, fields = linear_step(
+                q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], state, feature_map="identity", scale=scale,
+                normalize=normalize, offset=window_offset, anchors=anchors,
+            )  # fmt: skip
+            active = None if lengths is None else t < lengths
+            state = where_active(active, state._replace(position=state.position + 1, **fields), state)
+            outputs.append(o)
+            masses.append(log_mass)
+        if not outputs:
+            nothing = q.new_zeros(*q.shape[:3], dtype=work_dtype(q))
+            return [q.new_zeros(*q.shape[:3], v.shape[3]), nothing], state
+        return [torch.stack(outputs, 1), torch.stack(masses, 1)], state
+
+    fills = (0.0, -math.inf)
+    (o, log_mass), state = over_rows(op, (q, k, v, g), fills, initial_state, cu_seqlens, padding_mask)
+    return o.to(q.dtype), state if output_final_state else None, log_mass
+
+
+def blank_linear_state(
+    fq: Tensor, fk: Tensor, v: Tensor, g: Tensor | None, offset: int, feature_map: str
+) -> AttentionState:
+    """The state of the linear branch before the first token of rows [B, T, ...]."""
+    work, dim = work_dtype(v), fk.shape[3]
+    shapes = linear_state_shapes(fq.shape[0], fq, dim, v, g, offset, feature_dim(dim, feature_map), feature_map)
+    return blank_state(v, shapes, {"s": work, "z": work, "log_scale": work, "ring_g": work, "ring_fk": fk.dtype})
+
+
+def linear_step(
+    fq: Tensor,  # [B, Hq, Fp]
+    fk: Tensor,  # [B, Hk, Fp]
+    v: Tensor,  # [B, Hk, V]
+    g: Tensor | None,  # [B, Hg] or [B, Hk, F]
+    state: AttentionState,
+    *,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    offset: int,
+    anchors: int,
+) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    """One token a row: (o [B, Hq, V], log mass [B, Hq], the fields that changed, position left to the caller).
+
+    The key that joins the sums is the one that leaves the ring, or the new one without an offset.
+    """
+    assert state.s is not None and state.z is not None
+    work, q_heads, heads = work_dtype(v), fq.shape[1], state.s.shape[1]
+    fields: dict[str, Tensor | None] = {}
+    passed = None  # log-decay since the joining key, [B, Hg] or [B, Hk, F]
+    if offset:
+        assert state.ring_v is not None and state.ring_fk is not None
+        slot = state.position % offset
+        fields["ring_v"], fields["ring_fk"] = put_at(state.ring_v, slot, v), put_at(state.ring_fk, slot, fk)
+        fk, v = take_at(state.ring_fk, slot), take_at(state.ring_v, slot)
+        if g is not None:
+            assert state.ring_g is not None
+            fields["ring_g"] = ring_g = put_at(state.ring_g, slot, g)
+            g, passed = take_at(state.ring_g, slot).to(work), ring_g.sum(1)
+    is_key = (state.position >= anchors + offset).view(-1, 1, 1)
+
+    phi_k, key_log = expand_features(fk.to(work), feature_map)
+    phi_k = _to_heads(phi_k, heads)  # [B, Hs, F]
+    kept = torch.zeros(1, 1, 1, dtype=work, device=v.device) if g is None else g if g.ndim == 3 else g.unsqueeze(-1)
+    kept = _to_heads(kept, heads) if kept.shape[1] > 1 else kept  # [B, 1 or Hs, 1 or F]
+    log_scale = state.log_scale
+    if key_log is not None and log_scale is not None:
+        key_log = _to_heads(key_log.unsqueeze(-1), heads).masked_fill(~is_key, -math.inf)  # [B, Hs, 1]
+        old = log_scale.unsqueeze(-1)
+        new = torch.maximum(old + kept.amax(-1, keepdim=True), key_log).detach()
+        shift = new.masked_fill(new == -math.inf, 0.0)
+        kept, phi_k, log_scale = kept + old - shift, phi_k * (key_log - shift).exp(), new.squeeze(-1)
+    kept = kept.exp()
+    phi_k = phi_k.masked_fill(~is_key, 0.0)
+    values = _to_heads(v.to(work), heads)
+    s = kept.unsqueeze(-1) * state.s.to(work) + phi_k.unsqueeze(-1) * values.unsqueeze(-2)
+    z = kept * state.z.to(work) + phi_k
+    fields |= {"s": s, "z": z, "log_scale": log_scale}
+
+    phi_q, query_log = expand_features(fq.to(work), feature_map)
+    log = phi_q.new_full((1, 1), math.log(scale))  # log factor of the row, broadcast over [B, Hq]
+    if query_log is not None and log_scale is not None:
+        log = log + query_log + _to_heads(log_scale.unsqueeze(-1), q_heads).squeeze(-1)
+    if passed is not None and passed.ndim == 3:
+        top = passed.detach().amax(-1, keepdim=True)
+        passed = (passed - top.masked_fill(top == -math.inf, 0.0)).exp()
+        phi_q = phi_q * _to_heads(passed, q_heads)
+        passed = top.squeeze(-1)
+    if passed is not None:
+        log = log + (_to_heads(passed.unsqueeze(-1), q_heads).squeeze(-1) if passed.shape[1] > 1 else passed)
+    queries = phi_q.unflatten(1, (heads, -1))  # [B, Hs, Hq / Hs, F]
+    sums, mass = (queries @ s).flatten(1, 2), (queries @ z.unsqueeze(-1)).flatten(1)
+    empty = (mass == 0) | (log == -math.inf)
+    total = mass.masked_fill(empty, 1.0)
+    log_mass = (total.log() + log).masked_fill(empty, -math.inf)
+    factor = (1.0 / total).masked_fill(empty, 0.0) if normalize else log.exp()
+    return sums * factor.unsqueeze(-1), log_mass, fields
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    """x [B, H, ...] with every head as often as ``heads`` needs it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

@@ -1,0 +1,76 @@
+"""Both branches one position at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.checks import window_state_shapes
+from lizard_ops.common.rows import over_rows
+from lizard_ops.common.state import AttentionState
+from lizard_ops.common.steps import blank_state, where_active
+from lizard_ops.gated_attn.recurrent import blank_linear_state, linear_step
+from lizard_ops.hybrid_attn.mix import mixed
+from lizard_ops.window_attn.recurrent import window_step
+
+
+def recurrent_hybrid_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    fk: Tensor,
+    g: Tensor | None,
+    window: int,
+    *,
+    anchors: int,
+    sinks: Tensor | None,
+    sink_form: str,
+    mix: str,
+    alpha: Tensor | None,
+    merge_bias: Tensor | None,
+    merge_mass: str,
+    coverage: str,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    feature_scale: float,
+    initial_state: AttentionState | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, AttentionState | None]:
+    """(o, state) of ``recurrent_hybrid_attn``, whose arguments come here checked."""
+    weight = alpha if mix == "sum" else merge_bias
+    token_weight = weight if weight is not None and weight.ndim == 3 else None  # moves with the rows
+    offset = window if coverage == "outside" else 0
+
+    def op(rows, lengths, state):
+        q, k, v, fq, fk, g, by_token = rows
+        if state is None:
+            local = blank_state(k, window_state_shapes(q.shape[0], k, v, window, anchors), {})
+            linear = blank_linear_state(fq, fk, v, g, offset, feature_map)
+            state = AttentionState._make(b if a is None else a for a, b in zip(local, linear, strict=True))
+        outputs = []
+        for t in range(q.shape[1]):
+            o_lin, log_mass, linear = linear_step(
+                fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], state, feature_map=feature_map,
+                scale=feature_scale, normalize=normalize, offset=offset, anchors=anchors,
+            )  # fmt: skip
+            o_win, lse, row_max, local = window_step(
+                q[:, t], k[:, t], v[:, t], state,
+                window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
+            )  # fmt: skip
+            o = mixed(
+                o_lin, log_mass, o_win, lse, row_max,
+                mix=mix, weight=weight if by_token is None else by_token[:, t], merge_mass=merge_mass,
+            )  # fmt: skip
+            active = None if lengths is None else t < lengths
+            new = state._replace(position=state.position + 1, **(local | linear))
+            state = where_active(active, new, state)
+            outputs.append(o)
+        return [torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])], state
+
+    rows = (q, k, v, fq, fk, g, token_weight)
+    (o,), state = over_rows(op, rows, (0.0,), initial_state, cu_seqlens, padding_mask)
+    return o.to(q.dtype), state if output_final_state else None

@@ -1,0 +1,52 @@
+"""Sliding-window attention one position at a time: the window branch of the recurrent hybrid op."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.checks import work_dtype
+from lizard_ops.common.state import AttentionState
+from lizard_ops.common.steps import put_at
+from lizard_ops.window_attn.chunk_torch import with_sinks
+
+
+def window_step(
+    q: Tensor,  # [B, Hq, D]
+    k: Tensor,  # [B, Hk, D]
+    v: Tensor,  # [B, Hk, V]
+    state: AttentionState,
+    *,
+    window: int,
+    anchors: int,
+    sinks: Tensor | None,  # [Hq, M]
+    sink_form: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
+    """One token a row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed)."""
+    assert state.ring_k is not None and state.ring_v is not None
+    work, position = work_dtype(q), state.position.unsqueeze(1)
+    slot = torch.arange(window, device=q.device)
+    ring_k, ring_v = (put_at(x, state.position % window, new) for x, new in ((state.ring_k, k), (state.ring_v, v)))
+    fields: dict[str, Tensor | None] = {"ring_k": ring_k, "ring_v": ring_v}
+    keys, values, seen = ring_k, ring_v, slot <= position  # slots fill in order, then all hold a key
+    if anchors:
+        assert state.anchor_k is not None and state.anchor_v is not None
+        place = torch.arange(anchors, device=q.device)
+        own = (place == position)[:, :, None, None]
+        anchor_k = torch.where(own, k.unsqueeze(1), state.anchor_k.to(k.dtype))
+        anchor_v = torch.where(own, v.unsqueeze(1), state.anchor_v.to(v.dtype))
+        fields |= {"anchor_k": anchor_k, "anchor_v": anchor_v}
+        keys, values = torch.cat([anchor_k, ring_k], 1), torch.cat([anchor_v, ring_v], 1)
+        seen = torch.cat([place <= position - window, seen], 1)
+    queries = q.to(work).unflatten(1, (k.shape[1], -1)) * scale  # [B, Hk, G, D]
+    scores = queries @ keys.to(work).permute(0, 2, 3, 1)
+    scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+    row_max, weights = scores.amax(-1).flatten(1), scores.softmax(-1)
+    lse = row_max - weights.amax(-1).flatten(1).log()
+    o = (weights @ values.to(work).transpose(1, 2)).flatten(1, 2)
+    if sinks is not None:
+        o, lse = with_sinks(o, lse, row_max, sinks.to(work), sink_form)
+    return o, lse, row_max, fields
