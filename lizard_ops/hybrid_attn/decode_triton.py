@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,6 +15,23 @@ from lizard_ops.hybrid_attn.decode_triton_kernel import hybrid_decode_kernel
 from lizard_ops.window_attn.chunk_triton_blocks import device_of
 
 STATE_FIELDS = AttentionState._fields
+
+
+class Config(NamedTuple):
+    """Launch configuration: features of a state tile, ring slots of a score tile, warps, stages, register limit."""
+
+    features: int
+    slots: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
+def config_for(q: Tensor, features: int, v_dim: int) -> Config:
+    """The configuration by dims and dtype, picked on an H200."""
+    tile = max(16, min(triton.next_power_of_2(features), 16384 // max(16, triton.next_power_of_2(v_dim))))
+    narrow = q.dtype == torch.float32 or max(q.shape[3], v_dim) > 128
+    return Config(tile, 32, 8, 2, None) if narrow else Config(tile, 64, 8, 2, 128)
 
 
 def decode_hybrid_triton(
@@ -101,11 +119,10 @@ def hybrid_decode(
     key_heads, v_dim, pre = v.shape[2], v.shape[3], fq.shape[3]
     features, group = feature_dim(pre, feature_map), heads // v.shape[2]
     channel = g is not None and g.ndim == 4
-    wide_v = max(16, triton.next_power_of_2(v_dim))
     o = q.new_empty(batch, 1, heads, v_dim)
     if batch == 0:
         return o
-    full = q.dtype == torch.float32
+    config = config_for(q, features, v_dim)
     with device_of(q):
         hybrid_decode_kernel[(batch * key_heads,)](
             q, k, v, fq, fk, g, sinks, weight, o,
@@ -115,13 +132,13 @@ def hybrid_decode(
             HK=key_heads, G=group, D=dim, V=v_dim, FP=pre, F=features, W=window, A=anchors,
             M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
             STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),
-            BD=max(16, triton.next_power_of_2(dim)), BV=wide_v, BP=triton.next_power_of_2(pre),
-            BX=triton.next_power_of_2(features), BF=max(16, min(triton.next_power_of_2(features), 16384 // wide_v)),
-            BN=32 if full or max(dim, v_dim) > 128 else 64, BW=triton.next_power_of_2(window),
+            BD=max(16, triton.next_power_of_2(dim)), BV=max(16, triton.next_power_of_2(v_dim)), BP=triton.next_power_of_2(pre),
+            BX=triton.next_power_of_2(features), BF=config.features,
+            BN=config.slots, BW=triton.next_power_of_2(window),
             BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
-            PRECISION="ieee" if full else "tf32", WIDE_PRECISION="ieee" if full else "tf32x3",
-            num_warps=8, num_stages=2,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return o
 

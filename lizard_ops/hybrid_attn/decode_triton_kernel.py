@@ -56,8 +56,7 @@ def hybrid_decode_kernel(
     W: tl.constexpr, A: tl.constexpr, M: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
     CHANNEL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BX: tl.constexpr,
     BF: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, OUTSIDE: tl.constexpr, MAP: tl.constexpr,
-    MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE_PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the batch and one key head with the G query heads that read it.
 
@@ -213,8 +212,11 @@ def hybrid_decode_kernel(
             b_key = tl.sum(b_key, 0) * key_scale
             b_s = b_s * b_kept[:, None] + b_key[:, None] * b_value[None, :]
             b_z = b_z * b_kept + b_key
-            b_lin = tl.dot(b_phi, b_s, b_lin, input_precision=WIDE_PRECISION)
             b_mass += tl.sum(b_phi * b_z[None, :], 1)
+            for i_g in tl.static_range(i_s, i_s + 1 if STATES > 1 else G):
+                b_row = tl.sum(tl.where((o_g == i_g)[:, None], b_phi, 0.0), 0)  # [BF]
+                b_row = tl.sum(b_row[:, None] * b_s, 0)  # [BV]
+                b_lin += tl.where((o_g == i_g)[:, None], b_row[None, :], 0.0)
             tl.debug_barrier()
             tl.store(p_s, b_s, mask=m_fv)
             tl.store(p_z, b_z, mask=m_f)
