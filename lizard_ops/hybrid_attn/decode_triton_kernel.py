@@ -56,7 +56,8 @@ def hybrid_decode_kernel(
     W: tl.constexpr, A: tl.constexpr, M: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
     CHANNEL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BX: tl.constexpr,
     BF: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, OUTSIDE: tl.constexpr, MAP: tl.constexpr,
-    MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the batch and one key head with the G query heads that read it.
 

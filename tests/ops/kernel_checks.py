@@ -16,15 +16,13 @@ Tensors = dict[str, Tensor]
 
 
 def cast(inputs: Tensors, dtype: torch.dtype) -> Tensors:
-    """Fresh leaves: float32 inputs (gates, sinks, sums) stay float32 unless dtype is float64."""
+    """Fresh leaves in this dtype; gates and sinks are float32 at least."""
 
-    def one(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        to = torch.float32 if x.dtype == torch.float32 and dtype != torch.float64 else dtype
-        return x.detach().to(to).requires_grad_()
+    def one(name: str, x: Tensor) -> Tensor:
+        wide = name.split()[-1] in ("g", "sinks") and dtype != torch.float64
+        return x.detach().to(torch.float32 if wide else dtype).requires_grad_()
 
-    return {name: one(x) for name, x in inputs.items()}
+    return {name: one(name, x) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def with_gradients(run: Callable[[Tensors], Tensors], inputs: Tensors, dtype: torch.dtype) -> Tensors:
