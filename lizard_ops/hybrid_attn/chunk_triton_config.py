@@ -1,0 +1,119 @@
+"""Static facts of a call, and the launch configuration that each kernel gets for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from lizard_ops.hybrid_attn.chunk_triton_tiles import power_of_two
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Config(NamedTuple):
+    """Rows and columns of a score tile, query heads that share a row block, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    heads: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Everything that a kernel is compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    query_heads: int
+    key_heads: int
+    state_heads: int
+    dim: int
+    value: int
+    pre: int
+    softmax: bool
+    window: int
+    anchors: int
+    outside: bool
+    merge: bool
+    relative: bool
+    normalize: bool
+
+    @property
+    def chunk(self) -> int:
+        """Linear rows between two stored states."""
+        return 64 if self.dtype == torch.float32 else 128
+
+    @property
+    def features(self) -> int:
+        return 2 * self.pre if self.softmax else self.pre
+
+    @property
+    def group(self) -> int:
+        return self.query_heads // self.key_heads
+
+    @property
+    def dim_block(self) -> int:
+        return power_of_two(self.dim)
+
+    @property
+    def value_block(self) -> int:
+        return power_of_two(self.value)
+
+    @property
+    def pre_block(self) -> int:
+        return power_of_two(self.pre)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """bfloat16 keeps the range of the sums; float16 would not."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def compute_dtype(self) -> tl.dtype:
+        return TRITON_DTYPES[self.dtype]
+
+    @property
+    def linear_dtype(self) -> tl.dtype:
+        """Operands of the linear branch, whose range float16 lacks."""
+        return TRITON_DTYPES[self.state_dtype]
+
+    @property
+    def precision(self) -> str:
+        return "ieee" if self.dtype == torch.float32 else "tf32"
+
+    @property
+    def linear_precision(self) -> str:
+        """float16 has the digits of tf32."""
+        return self.precision
+
+    @property
+    def exact(self) -> bool:
+        """Whether a difference of do . o and do . o_linear would cost digits: o may be mostly o_linear without
+        normalize, and float32 keeps more than o does."""
+        return not self.normalize or self.dtype == torch.float32
+
+    def config(self, kernel: str) -> Config:
+        """Launch configuration of a kernel, named without "_kernel", picked on an H200."""
+        if kernel == "scan":
+            return Config(512, 1, 1, 4, 6)
+        if self.dtype == torch.float32:  # no tensor cores
+            return Config(32, 32, 1, 4, 1)
+        if max(self.dim_block, self.value_block, self.pre_block) > 128:
+            return Config(64, 32, 1, 8, 1)
+        if self.dtype == torch.float16:
+            return Config(64, 32, 1, 8, 1)
+        return {
+            "state": Config(64, 64, 1, 8, 2),
+            "output": Config(64, 64, 1, 4, 2),
+            "linear_query": Config(64, 64, 1, 4, 2),
+            "query_state": Config(64, 64, 1, 8, 2),
+            "linear_key": Config(64, 64, 1, 4, 2),
+            "window_query": Config(64, 64, 1, 4, 2),
+            "window_key": Config(64, 64, 1, 4, 2),
+            "anchor": Config(64, 64, 1, 4, 2),
+        }[kernel]

@@ -1,0 +1,202 @@
+"""The hybrid kernels as operators of torch.library: launches, shapes for tracing, autograd."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from lizard_ops.hybrid_attn.chunk_triton_bwd_gate import gate_gradients
+from lizard_ops.hybrid_attn.chunk_triton_bwd_linear import linear_keys, linear_queries, query_states
+from lizard_ops.hybrid_attn.chunk_triton_bwd_window import window_anchors, window_keys, window_queries
+from lizard_ops.hybrid_attn.chunk_triton_config import Shape
+from lizard_ops.hybrid_attn.chunk_triton_fwd import Masses, hybrid_output
+from lizard_ops.hybrid_attn.chunk_triton_state import chunk_states, running_gates
+from lizard_ops.hybrid_attn.chunk_triton_tiles import Stream
+
+
+def describe(
+    q: Tensor, k: Tensor, v: Tensor, fk: Tensor, g: Tensor | None, position: Tensor | None,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, window: int, anchors: int, outside: bool, mix: str,
+    normalize: bool, softmax: bool,
+) -> tuple[Shape, Stream]:  # fmt: skip
+    """What the kernels are compiled for, and where the sequences stand."""
+    query_heads, key_heads = q.shape[2], k.shape[2]
+    heads = query_heads if g is not None and g.shape[2] == query_heads else key_heads
+    shape = Shape(
+        q.device, q.dtype, query_heads, key_heads, heads, q.shape[3], v.shape[3], fk.shape[3], softmax, window,
+        anchors, outside, mix != "sum", mix == "relative", normalize,
+    )  # fmt: skip
+    prefix = 0 if position is None else window
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shift = window - prefix if outside else 0
+    return shape, Stream(cu_seqlens, lengths, position, count, q.shape[1], prefix, shift, 0 if outside else prefix)
+
+
+def pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if a is None or b is None else (a, b)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Make the device of x current: Triton launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+@torch.library.custom_op("lizard_ops::hybrid_attn_forward", mutates_args=())
+def hybrid_forward(
+    q: Tensor,  # [B, T, Hq, D]
+    k: Tensor,  # [B, P + T, Hk, D], or [1, N P + T, Hk, D] with cu_seqlens
+    v: Tensor,  # the same with V
+    fq: Tensor,  # [B, T, Hq, Fp]
+    fk: Tensor,  # the linear rows of k: all of them if outside, else the new ones; [B, ., Hk, Fp]
+    g: Tensor | None,  # like fk, [B, ., Hg]
+    weight: Tensor | None,  # alpha or merge bias [B, T, Hq] float32
+    sink: Tensor | None,  # [Hq] log of the sink mass
+    anchor_k: Tensor | None,  # [N, A, Hk, D]; None: the first rows of each sequence (P = 0)
+    anchor_v: Tensor | None,
+    s: Tensor | None,  # [N, Hs, F, V]
+    z: Tensor | None,  # [N, Hs, F]
+    position: Tensor | None,  # [N] of the first query; None: 0, and P = 0
+    cu_seqlens: Tensor | None,  # [N + 1]
+    lengths: Tensor | None,  # [N] tokens of right-padded rows
+    window: int,
+    anchors: int,
+    outside: bool,
+    mix: str,  # "sum", "absolute" or "relative"
+    normalize: bool,
+    softmax: bool,
+    scale: float,
+    feature_scale: float,
+    final: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final s, final z, masses...); the final sums are empty without ``final``."""
+    shape, stream = describe(
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
+    )
+    with on_device(q):
+        gates = running_gates(g, stream, shape)
+        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, final)
+        o, masses = hybrid_output(
+            q, k, v, fq, fk, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, feature_scale, stream, shape
+        )
+    if states.end_s is None or states.end_z is None:
+        return o, empty(q, 0), empty(q, 0), *masses
+    return o, states.end_s, states.end_z, *masses
+
+
+@hybrid_forward.register_fake
+def _(
+    q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
+    mix, normalize, softmax, scale, feature_scale, final,
+):  # fmt: skip
+    shape, stream = describe(
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
+    )
+    full = (q.shape[0], q.shape[2], q.shape[1])
+    some = full if mix == "relative" else (0,)
+    end = (stream.count, shape.state_heads, shape.features)
+    return (
+        empty(q, *q.shape[:3], v.shape[3], dtype=q.dtype),
+        empty(q, *end, v.shape[3]) if final else empty(q, 0),
+        empty(q, *end) if final else empty(q, 0),
+        empty(q, *full), empty(q, *full), empty(q, *some), empty(q, *some, dtype=torch.int32),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("lizard_ops::hybrid_attn_backward", mutates_args=())
+def hybrid_backward(
+    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, g: Tensor | None, weight: Tensor | None,
+    sink: Tensor | None, anchor_k: Tensor | None, anchor_v: Tensor | None, s: Tensor | None, z: Tensor | None,
+    position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    window: int, anchors: int, outside: bool, mix: str, normalize: bool, softmax: bool, scale: float,
+    feature_scale: float,
+    o: Tensor, linear: Tensor, log_window: Tensor, top: Tensor, top_key: Tensor,
+    d_o: Tensor, d_s: Tensor | None, d_z: Tensor | None, gate_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the first twelve arguments of ``hybrid_forward``; those of absent ones are empty."""
+    shape, stream = describe(
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
+    )
+    masses, d_end = Masses(linear, log_window, top, top_key), pair(d_s, d_z)
+    own = anchor_k is None
+    with on_device(q):
+        gates = running_gates(g, stream, shape)
+        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, d_end is not None)
+        dfq, terms = linear_queries(v, fq, fk, states, gates, weight, o, d_o, masses, feature_scale, stream, shape)
+        d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
+        dq, d_alpha = window_queries(
+            q,
+            k,
+            v,
+            pair(anchor_k, anchor_v),
+            d_o,
+            masses,
+            terms,
+            scale,
+            stream,
+            shape,
+            weight is not None and mix == "sum",
+        )
+        dk, dv = window_keys(q, k, v, d_o, masses, terms, scale, stream, shape)
+        dfk, received = linear_keys(v, fq, fk, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient)
+        da_k, da_v = (empty(q, 0) if x is None else torch.empty_like(x) for x in (anchor_k, anchor_v))
+        if anchors:
+            anchor_rows, grads = ((k, v), (dk, dv)) if own else ((anchor_k, anchor_v), (da_k, da_v))
+            window_anchors(q, anchor_rows, grads, own, d_o, masses, terms, scale, stream, shape)
+        dg = empty(q, 0)
+        if gate_gradient:
+            dg = gate_gradients(g, states, d_states, d_end is not None, terms, received, stream, shape)
+        d_sink = empty(q, 0)
+        if sink is not None:  # p_sink times the shift that every score shares
+            there = log_window.isfinite()
+            part = torch.exp2(sink[:, None] * 1.4426950408889634 - log_window) * terms.shift
+            d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
+    d_weight = empty(q, 0)
+    if weight is not None:
+        d_weight = (terms.flow if d_alpha is None else d_alpha).transpose(1, 2).contiguous()
+    d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
+    return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
+
+
+@hybrid_backward.register_fake
+def _(
+    q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
+    mix, normalize, softmax, scale, feature_scale, o, linear, log_window, top, top_key, d_o, d_s, d_z, gate_gradient,
+):  # fmt: skip
+    def like(x):
+        return empty(q, 0) if x is None else empty(q, *x.shape, dtype=x.dtype)
+
+    dg = like(g) if gate_gradient else empty(q, 0)
+    return *map(like, (q, k, v, fq, fk)), dg, *map(like, (weight, sink, anchor_k, anchor_v, s, z))
+
+
+def _save(ctx, inputs, output):
+    *tensors, window, anchors, outside, mix, normalize, softmax, scale, feature_scale, _ = inputs
+    o, _, _, *masses = output
+    ctx.save_for_backward(*tensors, o, *masses)
+    ctx.end_shape = output[1].shape
+    ctx.options = (window, anchors, outside, mix, normalize, softmax, scale, feature_scale)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_o, d_s, d_z, *_):
+    *inputs, o, linear, log_window, top, top_key = ctx.saved_tensors
+    if d_o is None:
+        d_o = torch.zeros_like(o)
+    if d_s is not None or d_z is not None:
+        s_shape = ctx.end_shape
+        d_s = torch.zeros(s_shape, device=o.device) if d_s is None else d_s
+        d_z = torch.zeros(s_shape[:-1], device=o.device) if d_z is None else d_z
+    grads = hybrid_backward(
+        *inputs, *ctx.options, o, linear, log_window, top, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
+    )
+    wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
+    return *wanted, *[None] * 12
+
+
+hybrid_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,237 @@
+"""Running gates and chunk states: what the row kernels need from the past, and its gradient from the future."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lizard_ops.hybrid_attn.chunk_triton_config import Shape
+from lizard_ops.hybrid_attn.chunk_triton_tiles import (
+    GATE_FLOOR,
+    LOG2E,
+    Stream,
+    at,
+    features,
+    first_rows,
+    first_slot,
+    head_rows,
+    load_gates,
+    load_tile,
+    load_tile_transposed,
+    locate_chunk,
+    rows,
+    sequence,
+    slot_count,
+)
+
+
+class States(NamedTuple):
+    """One entry a chunk ("slot"): what enters it, or for gradients what leaves it."""
+
+    s: Tensor  # [slots, Hs, F, V]
+    z: Tensor  # [slots, Hs, F] float32
+    end_s: Tensor | None  # [N, Hs, F, V] float32, after the last chunk, or for gradients before the first
+    end_z: Tensor | None  # [N, Hs, F] float32
+
+
+@triton.jit
+def gate_kernel(
+    g, gates, slots, stream, WINDOW: tl.constexpr, HG: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Running sums of log2-decays inside each chunk, split so that any decay keeps its digits."""
+    slot, head = tl.program_id(0) // HG, tl.program_id(0) % HG
+    n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
+    _, linear_row, _, _ = first_rows(n, first, stream, 0)
+    seen = length - stream.shift  # linear rows that some query sees
+    known = length + stream.prefix - stream.start
+    i = tl.arange(0, C)
+    pointer = at(g, batch, linear_row, head)
+    r = i_chunk * C + i
+    b_g = tl.load(pointer + r.to(tl.int64) * g.time, mask=r < seen, other=0.0) * LOG2E
+    b_g = tl.maximum(b_g, GATE_FLOOR)
+    whole = tl.floor(b_g + 0.5)
+    out = gates + (slot.to(tl.int64) * HG + head) * C + i
+    step = slots.to(tl.int64) * HG * C
+    tl.store(out, tl.cumsum(whole, 0))
+    tl.store(out + step, tl.cumsum(b_g - whole, 0))
+    ahead = tl.zeros([C], tl.float32)  # sum over r < l <= r + WINDOW
+    for j in range(0, C + WINDOW, 32):
+        l = i_chunk * C + j + tl.arange(0, 32)
+        b_l = tl.load(pointer + l.to(tl.int64) * g.time, mask=l < known, other=0.0) * LOG2E
+        near = (l[None, :] > r[:, None]) & (l[None, :] <= r[:, None] + WINDOW)
+        ahead += tl.sum(tl.where(near, b_l[None, :], 0.0), 1)
+    tl.store(out + 2 * step, ahead)
+
+
+@triton.jit
+def chunk_state_kernel(
+    fk, v, gates, s, z, slots, stream,
+    ANCHORS: tl.constexpr, HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr,
+     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What each chunk adds to the state: sum_j exp(G_end - G_j) phi_k(k_j) [v_j, 1]."""
+    slot, head = tl.program_id(0) // HS, tl.program_id(0) % HS
+    n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
+    seen = length - stream.shift
+    key_row, linear_row, _, behind = first_rows(n, first, stream, ANCHORS)
+    head_k, head_g = head // (HS // HK), head // (HS // HG)
+    p_fk = at(fk, batch, linear_row, head_k)
+    p_v = at(v, batch, key_row + stream.start, head_k)
+    total_whole, total_part = load_gates(gates, slot, slots, head_g, C - 1, HG, C)
+    b_s = tl.zeros([BF, BV], tl.float32)
+    b_s_minus = tl.zeros([BF, BV], tl.float32)
+    b_z = tl.zeros([BF], tl.float32)
+    b_z_minus = tl.zeros([BF], tl.float32)
+    for j in tl.range(0, C, BJ):
+        row = i_chunk * C + j
+        r = row + tl.arange(0, BJ)
+        b_fk = load_tile_transposed(p_fk, fk.time, row, seen, BJ, FP, BF)  # [BF, BJ]
+        b_v = load_tile(p_v, v.time, row, seen, BJ, V, BV).to(LINEAR_DTYPE)  # [BJ, BV]
+        whole, part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C)
+        decay = tl.exp2((total_whole - whole) + (total_part - part))
+        decay = tl.where((r < seen) & (r + stream.start >= behind), decay, 0.0)
+        plus, minus = features(b_fk, FP, BF, 0, SOFTMAX)
+        plus = plus.to(LINEAR_DTYPE).to(tl.float32) * decay[None, :]
+        b_s = tl.dot(plus.to(LINEAR_DTYPE), b_v, b_s, input_precision=PRECISION)
+        b_z += tl.sum(plus, 1)
+        if SOFTMAX:
+            minus = minus.to(LINEAR_DTYPE).to(tl.float32) * decay[None, :]
+            b_s_minus = tl.dot(minus.to(LINEAR_DTYPE), b_v, b_s_minus, input_precision=PRECISION)
+            b_z_minus += tl.sum(minus, 1)
+    store_state(s, z, slot, head, b_s, b_z, b_s_minus, b_z_minus, HS, FP, BF, V, BV, SOFTMAX)
+
+
+@triton.jit
+def store_state(
+    s, z, slot, head, b_s, b_z, b_s_minus, b_z_minus,
+    HS: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """Write both halves of one chunk's sums."""
+    entry = slot.to(tl.int64) * HS + head
+    f, d = tl.arange(0, BF), tl.arange(0, BV)
+    F: tl.constexpr = 2 * FP if SOFTMAX else FP
+    p_s = s + entry * F * V + f[:, None] * V + d[None, :]
+    p_z = z + entry * F + f
+    mask = (f < FP)[:, None] & (d < V)[None, :]
+    tl.store(p_s, b_s.to(s.dtype.element_ty), mask=mask)
+    tl.store(p_z, b_z, mask=f < FP)
+    if SOFTMAX:
+        tl.store(p_s + FP * V, b_s_minus.to(s.dtype.element_ty), mask=mask)
+        tl.store(p_z + FP, b_z_minus, mask=f < FP)
+
+
+@triton.jit
+def scan_tile(
+    x, start, end, gates, slot, slots, chunks, n, head, head_g, tile,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, C: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Replace the addition of each chunk by the decayed sum of those before it (after it, if reversed)."""
+    e = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = e < SIZE
+    fixed = (n.to(tl.int64) * HS + head) * SIZE + e
+    carry = tl.zeros([BLOCK], tl.float32)
+    if HAS_START:
+        carry = tl.load(start + fixed, mask=mask, other=0.0)
+    step = slots.to(tl.int64) * HG * C
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        i_slot = slot + (chunks - 1 - i if REVERSE else i)
+        p_x = x + (i_slot.to(tl.int64) * HS + head) * SIZE + e
+        b_x = tl.load(p_x, mask=mask, other=0.0)
+        p_end = gates + (i_slot.to(tl.int64) * HG + head_g) * C + C - 1
+        decay = tl.exp2(tl.load(p_end) + tl.load(p_end + step))
+        tl.store(p_x, carry.to(x.dtype.element_ty), mask=mask)
+        carry = carry * decay + b_x
+    if HAS_END:
+        tl.store(end + fixed, carry, mask=mask)
+
+
+@triton.jit
+def scan_kernel(
+    s, z, start_s, start_z, end_s, end_z, gates, slots, stream,
+    HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Scan over the chunks of a sequence, every element of s and z on its own."""
+    TILES: tl.constexpr = (F * V + BLOCK - 1) // BLOCK
+    Z_TILES: tl.constexpr = (F + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    tile = pid % (TILES + Z_TILES)
+    n, head = pid // (TILES + Z_TILES) // HS, pid // (TILES + Z_TILES) % HS
+    _, first, length = sequence(n, stream)
+    slot = first_slot(n, first, stream, C)
+    chunks = tl.cdiv(tl.maximum(length - stream.shift, 0), C)
+    head_g = head // (HS // HG)
+    if tile < TILES:
+        scan_tile(
+            s, start_s, end_s, gates, slot, slots, chunks, n, head, head_g, tile,
+            F * V, BLOCK, HS, HG, C, REVERSE, HAS_START, HAS_END, STAGES,
+        )  # fmt: skip
+    else:
+        scan_tile(
+            z, start_z, end_z, gates, slot, slots, chunks, n, head, head_g, tile - TILES,
+            F, BLOCK, HS, HG, C, REVERSE, HAS_START, HAS_END, STAGES,
+        )  # fmt: skip
+
+
+def running_gates(g: Tensor | None, stream: Stream, shape: Shape) -> Tensor:
+    """[3, slots, Hg, C] float32 for ``load_gates``."""
+    slots = slot_count(stream, shape.chunk)
+    if g is None:
+        return torch.zeros(3, slots, 1, shape.chunk, dtype=torch.float32, device=shape.device)
+    gates = torch.empty(3, slots, g.shape[2], shape.chunk, dtype=torch.float32, device=g.device)
+    if slots:
+        window = shape.window if shape.outside else 0
+        gate_kernel[(slots * g.shape[2],)](
+            head_rows(g), gates, slots, stream, window, g.shape[2], shape.chunk, num_warps=4
+        )
+    return gates
+
+
+def chunk_states(
+    fk: Tensor, v: Tensor, gates: Tensor, start: tuple[Tensor, Tensor] | None, stream: Stream, shape: Shape, end: bool
+) -> States:
+    """The state that enters each chunk, and with ``end`` the one after the last."""
+    states = empty_states(gates, stream, shape, end)
+    slots, c = gates.shape[1], shape.config("state")
+    if slots:
+        chunk_state_kernel[(slots * shape.state_heads,)](
+            rows(fk), rows(v), gates, states.s, states.z, slots, stream,
+            shape.anchors, shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block,
+            shape.value, shape.value_block, shape.chunk, c.rows, shape.softmax,
+            shape.linear_dtype, shape.linear_precision, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+    scan_states(states, start, gates, stream, shape, reverse=False)
+    return states
+
+
+def empty_states(gates: Tensor, stream: Stream, shape: Shape, end: bool) -> States:
+    """Buffers for one entry a chunk."""
+    heads = (shape.state_heads, shape.features)
+    s = torch.empty(gates.shape[1], *heads, shape.value, dtype=shape.state_dtype, device=gates.device)
+    z = torch.empty(gates.shape[1], *heads, dtype=torch.float32, device=gates.device)
+    if not end:
+        return States(s, z, None, None)
+    end_s = torch.empty(stream.count, *heads, shape.value, dtype=torch.float32, device=gates.device)
+    return States(s, z, end_s, torch.empty(stream.count, *heads, dtype=torch.float32, device=gates.device))
+
+
+def scan_states(
+    states: States, start: tuple[Tensor, Tensor] | None, gates: Tensor, stream: Stream, shape: Shape, *, reverse: bool
+) -> None:
+    """Turn what each chunk adds into what enters it (leaves it, if reversed), in place."""
+    c = shape.config("scan")
+    tiles = triton.cdiv(shape.features * shape.value, c.rows) + triton.cdiv(shape.features, c.rows)
+    start_s, start_z = (None, None) if start is None else (x.contiguous() for x in start)
+    if stream.count:
+        scan_kernel[(stream.count * shape.state_heads * tiles,)](
+            states.s, states.z, start_s, start_z, states.end_s, states.end_z, gates, gates.shape[1], stream,
+            shape.state_heads, gates.shape[2], shape.features, shape.value, shape.chunk, c.rows, reverse,
+            start is not None, states.end_s is not None, c.stages, num_warps=c.warps,
+        )  # fmt: skip

@@ -1,0 +1,229 @@
+"""What the hybrid kernels share: where sequences stand, addresses, feature tiles and decay tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+GATE_FLOOR = tl.constexpr(-1.0e5)  # log2 of a decay that is zero in float32, small enough that sums stay exact
+
+
+class Rows(NamedTuple):
+    """A tensor [B, T, H, dim] of any strides but a unit last one."""
+
+    ptr: Tensor
+    batch: int
+    time: int
+    head: int
+
+
+class Stream(NamedTuple):
+    """Where queries and keys stand.
+
+    A sequence of L queries has prefix + L rows of k and v, the prefix older than query 0. Its linear rows are
+    those of k and v from ``start`` on, and row r of fk and g is linear row r. Query t sees the linear
+    rows up to t - shift.
+    """
+
+    cu_seqlens: Tensor | None  # [N + 1] ends of packed sequences
+    lengths: Tensor | None  # [N] queries of each right-padded row
+    position: Tensor | None  # [N] of query 0 with a carried state
+    count: int  # N
+    length: int  # queries in a batch row
+    prefix: int
+    shift: int
+    start: int
+
+
+def rows(x: Tensor) -> Rows:
+    """The tensor as kernels take it; copied if its last stride is not one."""
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def head_rows(x: Tensor) -> Rows:
+    """A tensor [B, T, H] as rows of one channel."""
+    return Rows(x, *x.stride())
+
+
+def block_count(stream: Stream, extra: int, block: int) -> int:
+    """Programs that ``locate`` spreads over all sequences, each of its length + extra rows."""
+    if stream.cu_seqlens is None:
+        return stream.count * max(0, triton.cdiv(stream.length + extra, block))
+    return (stream.length + stream.count * extra) // block + stream.count
+
+
+def head_lead(offset: int, block: int) -> int:
+    """Rows to put before row 0 so that row ``offset`` starts a block."""
+    return -offset % block
+
+
+def slot_count(stream: Stream, chunk: int) -> int:
+    """Chunks over all sequences."""
+    return block_count(stream, -stream.shift if stream.cu_seqlens is None else 0, chunk)
+
+
+def power_of_two(dim: int) -> int:
+    """Tile width for a dimension: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def sequence(n, stream):
+    """(batch row, first query in it, queries) of sequence n."""
+    if stream.cu_seqlens is not None:
+        first = tl.load(stream.cu_seqlens + n).to(tl.int32)
+        return n * 0, first, tl.load(stream.cu_seqlens + n + 1).to(tl.int32) - first
+    elif stream.lengths is not None:
+        return n, n * 0, tl.load(stream.lengths + n).to(tl.int32)
+    else:
+        return n, n * 0, n * 0 + stream.length
+
+
+@triton.jit
+def locate(pid, stream, EXTRA, BLOCK: tl.constexpr):
+    """(sequence, block of its length + EXTRA rows, batch row, first query in it, queries).
+
+    When packed, the blocks of sequence n start at (rows before it) // BLOCK + n: every sequence gets enough, some
+    one too many, and nothing has to be counted on the host.
+    """
+    if stream.cu_seqlens is not None:
+        n = pid * 0
+        high = n + stream.count
+        while high - n > 1:
+            middle = (n + high) // 2
+            before = tl.load(stream.cu_seqlens + middle).to(tl.int32)
+            left = (before + middle * EXTRA) // BLOCK + middle <= pid
+            n = tl.where(left, middle, n)
+            high = tl.where(left, high, middle)
+        batch, first, length = sequence(n, stream)
+        return n, pid - ((first + n * EXTRA) // BLOCK + n), batch, first, length
+    else:
+        blocks = tl.cdiv(stream.length + EXTRA, BLOCK)
+        n = pid // blocks
+        batch, first, length = sequence(n, stream)
+        return n, pid % blocks, batch, first, length
+
+
+@triton.jit
+def locate_chunk(slot, stream, C: tl.constexpr):
+    """``locate`` for chunks of the linear rows that some query sees."""
+    if stream.cu_seqlens is not None:
+        return locate(slot, stream, 0, C)
+    else:
+        return locate(slot, stream, -stream.shift, C)
+
+
+@triton.jit
+def first_slot(n, first, stream, C: tl.constexpr):
+    """Slot of the first chunk of a sequence in the buffers that hold one entry a chunk."""
+    if stream.cu_seqlens is not None:
+        return first // C + n
+    else:
+        return n * tl.cdiv(tl.maximum(stream.length - stream.shift, 0), C)
+
+
+@triton.jit
+def first_rows(n, first, stream, ANCHORS: tl.constexpr):
+    """Of a sequence: first row in k and v, in fk and g; first valid key row and first key row past the anchors."""
+    key_row = first
+    linear_row = first
+    if stream.cu_seqlens is not None:
+        key_row += n * stream.prefix
+        linear_row += n * (stream.prefix - stream.start)
+    valid = first * 0
+    behind = valid + ANCHORS
+    if stream.position is not None:
+        seen = tl.load(stream.position + n)
+        valid = tl.maximum(stream.prefix - seen, 0).to(tl.int32)
+        behind = tl.maximum(stream.prefix + ANCHORS - seen, 0).to(tl.int32)
+    return key_row, linear_row, valid, behind
+
+
+@triton.jit
+def at(x, batch, row, head):
+    """Address of channel 0 of one row of a ``Rows``."""
+    return x.ptr + batch.to(tl.int64) * x.batch + row.to(tl.int64) * x.time + head.to(tl.int64) * x.head
+
+
+@triton.jit
+def at_anchors(x, n, batch, key_row, head, OWN: tl.constexpr):
+    """Address of a sequence's first anchor: a tensor of its own, or the first rows of k or v (OWN)."""
+    if OWN:
+        return at(x, batch, key_row, head)
+    else:
+        return at(x, n, n * 0, head)
+
+
+@triton.jit
+def load_tile(pointer, stride, row, length, BR: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
+    """Rows ``row`` to ``row + BR`` of a sequence as [BR, BD], zero outside of it; pointer is at row 0."""
+    r = row + tl.arange(0, BR)
+    d = tl.arange(0, BD)
+    mask = ((r >= 0) & (r < length))[:, None]
+    if DIM != BD:
+        mask = mask & (d < DIM)[None, :]
+    first = pointer + row.to(tl.int64) * stride
+    return tl.load(first + (tl.arange(0, BR) * stride)[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile_transposed(pointer, stride, row, length, BR: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
+    """The same rows as columns, [BD, BR]."""
+    r = row + tl.arange(0, BR)
+    d = tl.arange(0, BD)
+    mask = ((r >= 0) & (r < length))[None, :]
+    if DIM != BD:
+        mask = mask & (d < DIM)[:, None]
+    first = pointer + row.to(tl.int64) * stride
+    return tl.load(first + (tl.arange(0, BR) * stride)[None, :] + d[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def features(x, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, SOFTMAX: tl.constexpr):
+    """Both halves of the features of a tile of pre-activations, float32; for finished features both are the tile."""
+    x = x.to(tl.float32)
+    if SOFTMAX:
+        x = x * LOG2E
+        if FP != BF:
+            inside = tl.expand_dims(tl.arange(0, BF) < FP, 1 - AXIS)
+            top = tl.max(tl.where(inside, x, float("-inf")), AXIS, keep_dims=True)
+            low = tl.min(tl.where(inside, x, float("inf")), AXIS, keep_dims=True)
+            plus = tl.where(inside, tl.exp2(x - top), 0.0)
+            minus = tl.where(inside, tl.exp2(low - x), 0.0)
+        else:
+            plus = tl.exp2(x - tl.max(x, AXIS, keep_dims=True))
+            minus = tl.exp2(tl.min(x, AXIS, keep_dims=True) - x)
+        plus = plus * (1.0 / tl.sum(plus, AXIS, keep_dims=True))
+        minus = minus * (1.0 / tl.sum(minus, AXIS, keep_dims=True))
+        return plus, minus
+    else:
+        return x, x
+
+
+@triton.jit
+def features_backward(plus, minus, d_plus, d_minus, SOFTMAX: tl.constexpr):
+    """Gradient of the pre-activations from that of both halves, features along axis 1."""
+    if SOFTMAX:
+        d_plus = plus * (d_plus - tl.sum(plus * d_plus, 1, keep_dims=True))
+        d_minus = minus * (d_minus - tl.sum(minus * d_minus, 1, keep_dims=True))
+        return d_plus - d_minus
+    else:
+        return d_plus
+
+
+@triton.jit
+def load_gates(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr):
+    """Running log2-decays of chunk rows: whole part and fraction."""
+    pointer = gates + (slot.to(tl.int64) * HG + head) * C + row
+    return tl.load(pointer), tl.load(pointer + slots.to(tl.int64) * HG * C)
+
+
+@triton.jit
+def load_ahead(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr):
+    """Sum of the gates between key row and query."""
+    return tl.load(gates + ((2 * slots.to(tl.int64) + slot) * HG + head) * C + row)
