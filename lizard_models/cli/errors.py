@@ -1,0 +1,56 @@
+"""Errors as one line that names the argument and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+import typer
+from rich.console import Console
+
+FULL_DISK = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
+
+
+@contextlib.contextmanager
+def one_line_errors(go_on: str | None = None) -> Iterator[None]:
+    """Ends the command with one line on stderr for what a user can mend, and for Ctrl-C.
+
+    go_on: the command that takes up the work again. Exit codes: 2 for bad input and full disks or memory, 130 for
+    Ctrl-C. Any other error is a fault of ours and keeps its traceback, as does everything if $LIZARD_TRACEBACK is set.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        what = str(interrupt) or "stopped"
+        _stop(f"{what}; nothing half-written is left" + (f"; go on with: {go_on}" if go_on else ""), 130)
+    except Exception as error:
+        line = explanation(error)
+        if line is None or os.environ.get("LIZARD_TRACEBACK"):
+            raise
+        _stop(f"error: {line}" + (f" (then go on with: {go_on})" if go_on and is_full_disk(error) else ""), 2)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of the system, torch or safetensors says that the disk is full."""
+    return getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in FULL_DISK)
+
+
+def explanation(error: Exception) -> str | None:
+    """One line for an error that the user can mend, None for any other."""
+    text = " ".join(str(error).split())
+    if is_full_disk(error):
+        return "the disk is full: free some space, or give --out (and --cache) on another disk"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU is out of memory: give a smaller --micro-batch-size or --seq-len, or --gradient-checkpointing"
+    if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileNotFoundError):
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError | FloatingPointError):
+        return text
+    return None
+
+
+def _stop(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+    raise typer.Exit(code)

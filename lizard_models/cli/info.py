@@ -1,0 +1,40 @@
+"""``lizard-attn info``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lizard_models.cli.errors import one_line_errors
+from lizard_models.cli.options import Cache, Settings, read_settings
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder of a linearized model, or a teacher by name or folder.")],
+    preset: Annotated[
+        str | None, typer.Option(help="For a teacher: the preset it would be linearized with; default recommended.")
+    ] = None,
+    settings: Settings = None,
+    cache: Cache = None,
+) -> None:
+    """Show what linearizing adds and what it saves: parameters, and memory of a sequence by its length.
+
+    No weights are read, so it works for models that do not fit here.
+
+    [bold]Examples[/bold]
+
+    [cyan]lizard-attn info my-lizard[/cyan]
+
+    Before training anything: [cyan]lizard-attn info meta-llama/Llama-3.2-1B --preset paper[/cyan]
+
+    A wider window: [cyan]lizard-attn info smollm2-135m --set attention.window=256[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from lizard_models.memory import describe
+
+        console = Console()
+        for part in describe(model, preset=preset, changes=read_settings(settings), cache=cache):
+            console.print(part)

@@ -1,0 +1,131 @@
+"""``lizard-attn linearize``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lizard_models.cli.errors import one_line_errors
+from lizard_models.cli.options import (
+    Cache,
+    Device,
+    DType,
+    Settings,
+    read_device,
+    read_dtype,
+    read_numbers,
+    read_settings,
+)
+
+
+def command(
+    teacher: Annotated[str, typer.Argument(help="Hub name, local folder, or smollm2-135m.")],
+    out: Annotated[Path, typer.Option(help="Folder for the finished model; must not exist yet.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Training text: .txt, .json, .jsonl, .parquet or .npy (token ids), a folder, or a hub data set. "
+            "May be repeated. Default: the preset's data set."
+        ),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
+    ] = "recommended",
+    settings: Settings = None,
+    stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
+    stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, in both stages.", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a training sequence, in both stages.", min=2)] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Sequences that go through at a time; less memory, same result.", min=1)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Stage 2 with less memory and a quarter slower.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and starts.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
+    eval_data: Annotated[
+        list[str] | None, typer.Option(help="Held-out documents for the loss by position. May be repeated.")
+    ] = None,
+    eval_length: Annotated[int, typer.Option(help="Positions of an evaluation document.", min=2)] = 4096,
+    eval_documents: Annotated[int, typer.Option(help="Evaluation documents.", min=1)] = 8,
+    passkey: Annotated[str | None, typer.Option(help="Lengths of passkey tests, e.g. 256,1024.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
+    cache: Cache = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that stopped.")] = False,
+) -> None:
+    """Turn a teacher into a Lizard: stage 1 imitates its attention, stage 2 fine-tunes with LoRA.
+
+    [bold]Examples[/bold]
+
+    The defaults, on a data set of the hub:
+    [cyan]lizard-attn linearize HuggingFaceTB/SmolLM2-135M-Instruct --data yahma/alpaca-cleaned --out my-lizard[/cyan]
+
+    The paper's recipe, to the last number:
+    [cyan]lizard-attn linearize meta-llama/Llama-3.2-1B --preset paper --out paper-1b[/cyan]
+
+    Stage 1 alone on your own text, measured on held-out books:
+    [cyan]lizard-attn linearize smollm2-135m --data books/ --eval-data held-out/ --stage1-steps 400 --stage2-steps 0
+    --out my-lizard[/cyan]
+
+    A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
+    """
+    with one_line_errors(_resume_command()):
+        from rich.console import Console
+
+        from lizard_models.config import LizardConfig
+        from lizard_models.pipeline import Plan, run
+
+        chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
+        chosen = chosen.replace(
+            stage1=_recipe(stage1_steps, batch_size, seq_len, seed),
+            stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
+        )
+        console = Console(soft_wrap=True)
+        outcome = run(
+            Plan(
+                teacher=teacher,
+                config=chosen,
+                out=out,
+                data=data or sorted({chosen.stage1.dataset, chosen.stage2.dataset}),
+                eval_data=eval_data or [],
+                eval_length=eval_length,
+                eval_documents=eval_documents,
+                passkey_lengths=read_numbers(passkey, "--passkey"),
+                stage1=stage1_steps != 0,
+                stage2=stage2_steps != 0,
+                text_field=text_field,
+                dtype=read_dtype(dtype),
+                device=read_device(device),
+                micro_batch_size=micro_batch_size,
+                gradient_checkpointing=gradient_checkpointing,
+                save_steps=save_steps,
+                resume=resume,
+                cache=cache,
+            ),
+            console,
+        )
+        for table in outcome.report.tables():
+            console.print(table)
+        for name, result in outcome.stages.items():
+            console.print(f"{name}: {result.steps} steps in {result.seconds:.0f} s, final loss {result.final_loss:.4f}")
+        console.print(f"saved: {out}   try: lizard-attn generate {out} 'Once upon a time'")
+
+
+def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed: int | None) -> dict[str, Any]:
+    changes: dict[str, Any] = {"batch_size": batch_size, "sequence_length": seq_len, "seed": seed}
+    if steps:
+        changes |= {"max_steps": steps}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return changes | ({"epochs": None} if steps else {})
+
+
+def _resume_command() -> str:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return shlex.join(["lizard-attn", *arguments, "--resume"])

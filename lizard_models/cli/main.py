@@ -1,0 +1,28 @@
+"""``lizard-attn``: one module a command."""
+
+from __future__ import annotations
+
+import typer
+
+from lizard_models.cli import demo, evaluate, generate, info, linearize
+
+app = typer.Typer(
+    help="Turn a pretrained Llama or Mistral into a model that reads any length in constant memory.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+app.command("linearize")(linearize.command)
+app.command("generate")(generate.command)
+app.command("eval")(evaluate.command)
+app.command("demo")(demo.command)
+app.command("info")(info.command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Options that several commands share, and readers of their values."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.", show_default=False)]
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16, of the teacher's weights; new parameters stay float32."),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(help="Folder for fetched and converted files; default $LIZARD_CACHE, else ~/.cache/lizard-attn."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the preset, e.g. attention.window=64. May be repeated.",
+    ),
+]
+
+
+def read_dtype(name: str | None) -> torch.dtype | None:
+    """A dtype by name. Raises ValueError for others than float32 and bfloat16."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
+    if name not in known:
+        raise ValueError(f"--dtype is {name!r}, wanted float32 or bfloat16")
+    return known[name]
+
+
+def read_device(name: str | None) -> str:
+    """A device that is there. Raises ValueError for one that is not."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}, wanted cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out, or give cpu")
+    return name
+
+
+def read_numbers(text: str | None, option: str) -> list[int]:
+    """Positive whole numbers with commas between them. Raises ValueError naming ``option``."""
+    try:
+        numbers = [int(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise ValueError(f"{option} is {text!r}, wanted positive numbers such as 256,1024")
+    return numbers
+
+
+def read_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """FIELD=VALUE pairs as the nested changes of ``LizardConfig.replace``; values are JSON or plain words."""
+    changes: dict[str, Any] = {}
+    for pair in pairs or []:
+        field, equals, text = pair.partition("=")
+        if not equals or not field:
+            raise ValueError(f"--set {pair!r}: wanted FIELD=VALUE, e.g. attention.window=64")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        section, dot, name = field.partition(".")
+        if dot:
+            changes.setdefault(section, {})[name] = value
+        else:
+            changes[section] = value
+    return changes

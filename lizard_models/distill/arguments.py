@@ -1,0 +1,88 @@
+"""How and where a training stage runs. What it computes is the recipe's (``Stage1Config``, ``Stage2Config``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from lizard_models.config import Recipe
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """One run of one stage."""
+
+    output_dir: str | Path
+    """Folder for checkpoints and logs."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint in ``output_dir``."""
+
+    device: str | None = None
+    """"cpu" or "cuda"; None takes CUDA if there is one."""
+
+    micro_batch_size: int | None = None
+    """Sequences a forward pass on one device; accumulation makes up the recipe's batch. None: no accumulation."""
+
+    save_steps: int = 50
+    """Steps between checkpoints."""
+
+    logging_steps: int = 10
+    """Steps between entries of the log."""
+
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+
+    gradient_checkpointing: bool = False
+    """Stage 2: recompute layers in the backward pass instead of keeping them."""
+
+    title: str = ""
+    """What the progress bar calls the run."""
+
+
+def total_steps(recipe: Recipe, dataset: Dataset) -> int:
+    """Optimizer steps of a run. Raises ValueError if epochs are asked of a dataset without a length."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    if not isinstance(dataset, Sized):
+        raise ValueError("max_steps must be given: the data are streamed, so an epoch has no known length")
+    assert recipe.epochs is not None  # one of the two is set
+    return max(1, math.ceil(recipe.epochs * len(dataset) / recipe.batch_size))
+
+
+def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
+    """Transformers' arguments for a recipe. Raises ValueError if batch_size does not divide into micro batches."""
+    devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}
+    arguments = TrainingArguments(
+        output_dir=str(run.output_dir),
+        max_steps=steps,
+        save_steps=run.save_steps,
+        logging_steps=run.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite must show
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=run.device != "cpu",
+        **devices,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs in one process would be DataParallel; several processes are DDP
+    micro = run.micro_batch_size or max(1, recipe.batch_size // arguments.world_size)
+    accumulate, rest = divmod(recipe.batch_size, micro * arguments.world_size)
+    if rest:
+        raise ValueError(
+            f"batch_size={recipe.batch_size} is not a multiple of micro_batch_size={micro} times "
+            f"{arguments.world_size} processes"
+        )
+    arguments.per_device_train_batch_size = micro
+    arguments.gradient_accumulation_steps = accumulate
+    return arguments

@@ -1,0 +1,89 @@
+"""Language-modelling losses from hidden states, a chunk of positions at a time.
+
+Logits of student and teacher exist for one chunk only, in forward and backward: at 128K vocabulary and 8 x 2048 tokens
+both in float32 would be 17 GB.
+
+Shapes: B batch, T positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+Head = Callable[[Tensor], Tensor]
+
+
+def next_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The token each position predicts [B, T]: the next one, ``IGNORED`` at the end of a row and at padding."""
+    targets = torch.full_like(input_ids, IGNORED)
+    targets[:, :-1] = input_ids[:, 1:]
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        targets[:, :-1].masked_fill_(~(real[:, 1:] & real[:, :-1]), IGNORED)
+        targets[:, -1] = IGNORED
+    return targets
+
+
+def distillation_loss(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    cross_entropy_weight: float = 1.0,
+    kl_weight: float = 0.0,
+    chunk: int = 512,
+) -> Tensor:
+    """Mean over the positions that count of  w_ce (-log p_s(target)) + w_kl sum_v p_t(v) (log p_t(v) - log p_s(v)).
+
+    p_s = softmax(head(hidden)), p_t the teacher's, both in float32. hidden [B, T, H]; targets [B, T] int64, positions
+    with ``IGNORED`` count in neither term, so padding and a row's last position carry no KL. teacher_hidden [B, T, H]
+    and teacher_head are needed for kl_weight > 0. chunk: positions whose logits exist at a time.
+
+    Returns a float32 scalar, differentiable in ``hidden`` and the head. Raises ValueError without a teacher for KL, or
+    if no position counts.
+    """
+    if kl_weight and (teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"kl_weight={kl_weight} needs teacher_hidden and teacher_head")
+    counted = targets != IGNORED
+    if not bool(counted.any()):
+        raise ValueError("targets: no position counts")
+    hidden, targets = hidden[counted], targets[counted]  # [N, H], [N]
+    teacher = teacher_hidden[counted] if kl_weight and teacher_hidden is not None else None
+
+    def chunk_loss(hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+        log_student = F.log_softmax(head(hidden).float(), -1)  # [n, V]
+        loss = log_student.new_zeros(())
+        if cross_entropy_weight:
+            loss = loss + cross_entropy_weight * F.nll_loss(log_student, targets, reduction="sum")
+        if teacher is not None and teacher_head is not None:
+            with torch.no_grad():
+                log_teacher = F.log_softmax(teacher_head(teacher).float(), -1)
+            loss = loss + kl_weight * F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+        return loss
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        total = total + checkpoint(
+            chunk_loss, hidden[part], targets[part], None if teacher is None else teacher[part], use_reentrant=False
+        )
+    return total / len(targets)
+
+
+@torch.no_grad()
+def position_losses(hidden: Tensor, head: Head, targets: Tensor, chunk: int = 512) -> Tensor:
+    """-log p(target) at every position [B, T], float32, 0 where ``targets`` is ``IGNORED``. Without gradients."""
+    flat = hidden.flatten(0, 1)
+    parts = [
+        F.cross_entropy(head(h).float(), t, reduction="none", ignore_index=IGNORED)
+        for h, t in zip(flat.split(chunk), targets.flatten().split(chunk), strict=True)
+    ]
+    return torch.cat(parts).view_as(targets)

@@ -1,0 +1,116 @@
+"""What a person sees of a running stage, and how Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C (or SIGTERM) in training. The step was finished and a checkpoint written; ``resume`` goes on from it."""
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    hours, rest = divmod(max(0, round(seconds)), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+class ProgressCallback(TrainerCallback):
+    """Step, loss, seconds a step and time left: as a bar on a terminal, else as a line every few seconds.
+
+    title: what is running. quantity: name of the loss. every: seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, title: str, quantity: str, console: Console | None = None, every: float = 10.0) -> None:
+        self.title, self.quantity, self.every = title, quantity, every
+        self.console = console or Console(stderr=True)
+        self.loss = math.nan
+        self.times: deque[float] = deque(maxlen=21)
+        self.printed = -math.inf
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task(title, total=None, status="")
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.times.append(time.monotonic())
+        if self.console.is_terminal:
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.times.append(time.monotonic())
+        self._show(state)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" not in kwargs["logs"]:
+            return
+        self.loss = kwargs["logs"]["loss"]
+        if not math.isfinite(self.loss):
+            raise FloatingPointError(
+                f"{self.title}: {self.quantity} is {self.loss} at step {state.global_step}; "
+                "try a smaller learning rate, or float32"
+            )
+        self._show(state)
+
+    def _show(self, state: TrainerState) -> None:
+        pace = (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
+        left = clock(pace * (state.max_steps - state.global_step))
+        status = f"{self.quantity} {self.loss:.4f} · {pace:.2f} s/step · {left} left"
+        self.bar.update(self.task, completed=state.global_step, status=status)
+        last = state.global_step == state.max_steps
+        if not self.console.is_terminal and (last or self.times[-1] - self.printed > self.every):
+            self.printed = self.times[-1]
+            self.console.print(f"{self.title}: step {state.global_step}/{state.max_steps} · {status}", highlight=False)
+
+    def close(self) -> None:
+        """Leaves the last state of the bar on the screen."""
+        self.bar.stop()
+
+
+class InterruptCallback(TrainerCallback):
+    """Turns the first Ctrl-C (or SIGTERM) into: finish this step, write a checkpoint, stop. A second one stops at once.
+
+    A context manager around training: it holds the signal handlers only there, and only in the main thread.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> InterruptCallback:
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+        return control

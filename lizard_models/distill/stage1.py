@@ -1,0 +1,82 @@
+"""Stage 1, attention approximation: the new parameters learn what the teacher's attention puts out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lizard_models.config import Stage1Config
+from lizard_models.distill.arguments import RunArguments
+from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.modeling_common import LizardCausalLM, lizard_config
+
+
+class AttentionTransfer(nn.Module):
+    """The loss of stage 1: the mean over converted layers of each layer's error, from one teacher-forced forward."""
+
+    def __init__(self, model: LizardCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """input_ids [B, T] -> {"loss": float32 scalar}."""
+        return {"loss": self.model(input_ids=input_ids, attention_mask=attention_mask).loss}
+
+
+def train_stage1(
+    model: LizardCausalLM, dataset: Dataset, run: RunArguments, recipe: Stage1Config | None = None
+) -> StageResult:
+    """Trains maps, gates, sinks and mixes to imitate the teacher's attention; every other weight is left alone.
+
+    model: fresh from ``linearize``, so that its other weights are the teacher's. dataset: items {"input_ids": [T]}.
+    recipe: default the model's own. The error it names (relative or mse, before or after the output projection) is
+    computed in the layers. The model is left in mode "student", eval and frozen.
+
+    Raises what ``run_stage`` does.
+    """
+    recipe = recipe or lizard_config(model.config).stage1
+    _set_recipe(model, recipe)
+    new = {name for name, _ in model.lizard_parameters()}
+    model.set_attention_mode("distill")
+    try:
+        with only_training(model, new):
+            return run_stage(
+                AttentionTransfer(model),
+                dataset,
+                recipe,
+                run,
+                quantity="relative error" if recipe.error == "relative" else "squared error",
+                gate_learning_rate=recipe.gate_learning_rate,
+            )
+    finally:
+        model.set_attention_mode("student")
+
+
+@torch.no_grad()
+def layer_errors(model: LizardCausalLM, tokens: Tensor, batch_size: int = 1) -> Tensor:
+    """Relative errors [L] of the converted layers' heads on held-out ``tokens`` [N, T], teacher-forced.
+
+    The same measure whatever the recipe trains with. Meaningful while the other weights are the teacher's.
+    """
+    device = next(model.parameters()).device
+    mode, recipe = model.mode, lizard_config(model.config).stage1
+    measure = dataclasses.replace(recipe, error="relative", target="heads", inputs="teacher")
+    model.set_attention_mode("distill")
+    _set_recipe(model, measure)
+    try:
+        errors = []
+        for batch in tokens.split(batch_size):
+            model(input_ids=batch.to(device))
+            errors.append(model.attention_errors() * len(batch))
+        return torch.stack(errors).sum(0) / len(tokens)
+    finally:
+        _set_recipe(model, recipe)
+        model.set_attention_mode(mode)
+
+
+def _set_recipe(model: LizardCausalLM, recipe: Stage1Config) -> None:
+    for attention in model.lizard_attentions():
+        attention.stage1 = recipe

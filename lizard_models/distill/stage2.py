@@ -1,0 +1,99 @@
+"""Stage 2, fine-tuning: the whole student with LoRA, on next tokens, the teacher's distribution, or both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lizard_models.config import Stage2Config
+from lizard_models.distill.arguments import RunArguments
+from lizard_models.distill.losses import distillation_loss, next_tokens
+from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.modeling_common import LizardCausalLM, lizard_config
+
+
+class LanguageModelling(nn.Module):
+    """The loss of stage 2, see ``losses.distillation_loss``.
+
+    The teacher is the same weights with the adapters off and softmax attention on: no second model is held.
+    """
+
+    def __init__(self, adapted: Any, recipe: Stage2Config) -> None:
+        super().__init__()
+        self.adapted, self.recipe = adapted, recipe
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """input_ids [B, T] -> {"loss": float32 scalar}."""
+        student = self.adapted.get_base_model()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        teacher = self._teacher_hidden(student, inputs) if self.recipe.kl_weight else None
+        hidden = student.model(**inputs).last_hidden_state
+        return {
+            "loss": distillation_loss(
+                hidden,
+                student.lm_head,
+                next_tokens(input_ids, attention_mask),
+                teacher_hidden=teacher,
+                teacher_head=student.lm_head,
+                cross_entropy_weight=self.recipe.cross_entropy_weight,
+                kl_weight=self.recipe.kl_weight,
+            )
+        }
+
+    @torch.no_grad()
+    def _teacher_hidden(self, student: LizardCausalLM, inputs: dict[str, Any]) -> Tensor:
+        student.set_attention_mode("teacher")
+        try:
+            with self.adapted.disable_adapter():
+                return student.model(**inputs).last_hidden_state
+        finally:
+            student.set_attention_mode("student")
+
+
+def train_stage2(
+    model: LizardCausalLM, dataset: Dataset, run: RunArguments, recipe: Stage2Config | None = None
+) -> tuple[LizardCausalLM, StageResult]:
+    """Fine-tunes with LoRA on the recipe's projections, new parameters along with it, and merges the adapters.
+
+    model: after stage 1, its other weights still the teacher's. dataset: items {"input_ids": [T]}. recipe: default
+    the model's own. Returns the same model without adapters, an ordinary Lizard, in eval mode and frozen.
+
+    Raises ValueError for a projection the model does not have, and what ``run_stage`` does.
+    """
+    recipe = recipe or lizard_config(model.config).stage2
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := sorted(set(recipe.lora_targets) - leaves):
+        raise ValueError(f"lora_targets: the model has no {', '.join(missing)}")
+    if "lm_head" in recipe.lora_targets or "embed_tokens" in recipe.lora_targets:
+        raise ValueError("lora_targets: lm_head and embed_tokens are shared with the teacher and cannot be adapted")
+    new = {name for name, _ in model.lizard_parameters()} if recipe.train_new_parameters else set()
+    torch.manual_seed(recipe.seed)  # LoRA's random half
+    adapted: Any = get_peft_model(
+        model,
+        LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=list(recipe.lora_targets),
+        ),
+    )
+    prefix = "base_model.model."
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad} | {prefix + name for name in new}
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    kinds = {"cross entropy": recipe.cross_entropy_weight, "KL": recipe.kl_weight}
+    try:
+        with only_training(adapted, trained):
+            quantity = " + ".join(name for name, weight in kinds.items() if weight)
+            result = run_stage(LanguageModelling(adapted, recipe), dataset, recipe, run, quantity=quantity)
+    except BaseException:
+        adapted.unload()
+        raise
+    finally:
+        if run.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+    return adapted.merge_and_unload(), result

@@ -1,0 +1,201 @@
+"""One stage of training on transformers' Trainer: checkpoints of what trains, whole or absent; resume; interrupt."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from lizard_models.config import Recipe
+from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
+from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
+from lizard_models.distill.schedule import cosine_schedule
+
+TRAINED = "trained.safetensors"
+RUN = "run.json"
+
+
+@dataclass
+class StageResult:
+    """What a stage did: steps in all, seconds of this run, loss by step, trained parameters, hash of the data."""
+
+    steps: int
+    seconds: float
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    parameters: int = 0
+    data: str = ""
+
+    @property
+    def final_loss(self) -> float:
+        """Mean of the last tenth of the log, at least one entry; NaN for a run without steps."""
+        tail = [loss for _, loss in self.losses[-max(1, len(self.losses) // 10) :]]
+        return sum(tail) / len(tail) if tail else float("nan")
+
+
+class DistillTrainer(Trainer):
+    """A Trainer whose checkpoints hold only the parameters that train, and appear whole or not at all."""
+
+    model: nn.Module
+    saving_to: str | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self._get_output_dir(None))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_state(self.model), folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained_state(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.saving_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(None))
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=run_dir) as draft:
+            self.saving_to = draft
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saving_to = None
+            written = next(Path(draft).glob("checkpoint-*"))
+            shutil.rmtree(run_dir / written.name, ignore_errors=True)
+            written.rename(run_dir / written.name)
+        for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Names and values of the parameters that train."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained_state(model: nn.Module, checkpoint: Path) -> None:
+    """Writes a checkpoint's parameters into a model. Raises ValueError unless they are just those that train."""
+    saved = load_file(checkpoint / TRAINED)
+    present = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != present.keys():
+        different = sorted(saved.keys() ^ present.keys())
+        raise ValueError(f"{checkpoint} is of another model: {len(different)} parameters differ, first {different[0]}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            present[name].copy_(value)
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, gate_learning_rate: float | None = None) -> list[dict]:
+    """Parameters that train, by peak rate: weights that read the layer's input (gate, token bias), and the rest."""
+    common: list[nn.Parameter] = []
+    reading: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            reads_input = (".lizard.gate." in name or ".lizard.mix." in name) and parameter.ndim == 2
+            (reading if reads_input and gate_learning_rate is not None else common).append(parameter)
+    groups = [(common, learning_rate), (reading, gate_learning_rate)]
+    return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+
+
+def run_stage(
+    objective: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    run: RunArguments,
+    *,
+    quantity: str,
+    gate_learning_rate: float | None = None,
+) -> StageResult:
+    """Trains the parameters of ``objective`` that require gradients.
+
+    objective: forward(input_ids [B, T]) -> {"loss": scalar}. quantity: what the loss is called on the screen.
+    With ``run.resume`` it goes on from the newest checkpoint; a finished run is only loaded.
+
+    Raises ValueError if nothing trains, if checkpoints are there and ``resume`` is not set, or if they are of another
+    run; FloatingPointError if the loss is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
+    """
+    steps = total_steps(recipe, dataset)
+    folder = Path(run.output_dir)
+    digest = getattr(dataset, "digest", "")
+    parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    if parameters == 0:
+        raise ValueError("the model has no parameters to train in this stage")
+    folder.mkdir(parents=True, exist_ok=True)
+    last = _checkpoint_to_resume(folder, run, recipe, steps, digest)
+
+    arguments = training_arguments(recipe, run, steps)
+    arguments.save_total_limit = run.keep_checkpoints
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective, recipe.learning_rate, gate_learning_rate),
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+    )
+    schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
+    progress, interrupt = ProgressCallback(run.title, quantity), InterruptCallback()
+    trainer = DistillTrainer(
+        model=objective,
+        args=arguments,
+        train_dataset=dataset,
+        optimizers=(optimizer, schedule),
+        callbacks=[progress, interrupt],
+    )
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    if last is not None and last.name == f"checkpoint-{steps}":
+        load_trained_state(objective, last)
+        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    else:
+        with interrupt, contextlib.closing(progress):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        history = trainer.state.log_history
+        if interrupt.asked and trainer.state.global_step < steps:
+            raise TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    return StageResult(steps, time.monotonic() - started, losses, parameters, digest)
+
+
+def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps: int, digest: str) -> Path | None:
+    record = {"recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "steps": steps, "data": digest}
+    path = folder / RUN
+    found = get_last_checkpoint(str(folder))
+    if found is None:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        return None
+    if not run.resume:
+        raise ValueError(f"{folder} holds checkpoints already: resume from them (--resume) or delete the folder")
+    before = json.loads(path.read_text())
+    changed = [key for key in ("steps", "data") if before[key] != record[key]]
+    changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]
+    if changed:
+        raise ValueError(
+            f"{folder} is of a run with other {', '.join(changed)}: repeat its command, or delete the folder"
+        )
+    return Path(found)
+
+
+@contextlib.contextmanager
+def only_training(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Within: gradients for the named parameters alone. After: none for any, and the model in eval mode."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    try:
+        yield
+    finally:
+        model.requires_grad_(False).eval()

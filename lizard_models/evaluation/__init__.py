@@ -1,0 +1,16 @@
+"""Evaluation of a Lizard model beside its teacher and the window control."""
+
+from lizard_models.evaluation.passkey import passkey_accuracy
+from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, loss_by_position, recovered_share
+from lizard_models.evaluation.report import Report, Row, environment
+
+__all__ = [
+    "PositionLoss",
+    "Report",
+    "Row",
+    "bucket_edges",
+    "environment",
+    "loss_by_position",
+    "passkey_accuracy",
+    "recovered_share",
+]

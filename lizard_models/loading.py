@@ -1,0 +1,49 @@
+"""Saved models, linearized or not, with their tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
+from lizard_models.teachers import load_tokenizer
+
+TRAINING = "training.json"
+
+
+class LoadedModel(NamedTuple):
+    """A model in eval mode, frozen; its tokenizer if it has one; the record of its training, empty if unknown."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    training: dict[str, Any]
+
+
+def load_model(
+    name_or_path: str, *, device: str = "cpu", dtype: torch.dtype | None = None, what: str = "model"
+) -> LoadedModel:
+    """Loads a folder that ``lizard-attn linearize`` wrote, or any causal language model by folder or hub name.
+
+    dtype: None is the saved one. what: what error messages call it. Raises ValueError for a folder without
+    config.json, or a name that cannot be read.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{what} {name_or_path!r} has no config.json; wanted the folder of a saved model")
+    source = str(folder) if folder.exists() else name_or_path
+    try:
+        AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{what} {name_or_path!r} is neither a folder nor a hub model in reach; "
+            "make one with `lizard-attn linearize`, or check the path"
+        ) from error
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    model = model.to(device).eval().requires_grad_(False)
+    record = folder / TRAINING
+    training = json.loads(record.read_text()) if record.is_file() else {}
+    return LoadedModel(model, load_tokenizer(source), training)

@@ -1,0 +1,77 @@
+"""What a Lizard model adds to its teacher, and what a sequence costs in memory, from configurations alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from lizard_layers import empty_state, state_bytes
+from lizard_models.config import LizardConfig
+from lizard_models.convert import student_config
+from lizard_models.modeling_common import LizardModelMixin, attention_config, converted_layers, lizard_config
+from lizard_models.teachers import find_teacher
+
+LENGTHS = (8192, 32_768, 131_072)
+
+
+def cache_bytes(config: PreTrainedConfig, length: int, layers: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that ``layers`` softmax layers keep for one sequence of ``length`` tokens."""
+    window = getattr(config, "sliding_window", None)
+    kept = length if window is None else min(length, window)
+    return 2 * layers * kept * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def lizard_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> int:
+    """Bytes that a Lizard model keeps for one sequence; the same at any length unless some layers stay softmax."""
+    converted = len(converted_layers(config))
+    state = empty_state(attention_config(config), 1, dtype, device="meta")
+    return converted * state_bytes(state) + cache_bytes(config, length, config.num_hidden_layers - converted, dtype)
+
+
+def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
+    """(all, new) parameters of a Lizard model, tied ones once. No memory is taken."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, LizardModelMixin)
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for _, p in model.lizard_parameters())
+
+
+def describe(
+    name: str, *, preset: str | None = None, changes: dict[str, Any] | None = None, cache: str | None = None
+) -> list[str | Table]:
+    """What ``lizard-attn info`` prints about a linearized model, or about a teacher under a preset.
+
+    Raises ValueError for an unknown model or preset, or a preset given for a model that is linearized already.
+    """
+    config = _config_of(name, preset, changes or {}, cache)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    everything, new = count_parameters(config)
+    converted, chosen = len(converted_layers(config)), lizard_config(config)
+    lines = [
+        f"{name}: preset {chosen.name}, {converted} of {config.num_hidden_layers} layers linearized",
+        f"parameters: {everything:,}, of which {new:,} are new ({new / everything:.2%})",
+    ]
+    table = Table(title=f"memory of one sequence, {str(dtype).removeprefix('torch.')}", title_justify="left")
+    for column in ("tokens", "teacher's cache", "Lizard's state", "ratio"):
+        table.add_column(column, justify="right")
+    for length in LENGTHS:
+        teacher = cache_bytes(config, length, config.num_hidden_layers, dtype)
+        student = lizard_bytes(config, length, dtype)
+        table.add_row(f"{length:,}", f"{teacher:,} B", f"{student:,} B", f"{teacher / student:.1f}x")
+    return [*lines, table]
+
+
+def _config_of(name: str, preset: str | None, changes: dict[str, Any], cache: str | None) -> PreTrainedConfig:
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type.startswith("lizard"):
+            if preset is not None or changes:
+                raise ValueError(f"model {name!r} is linearized already: --preset and --set are for teachers")
+            return config
+    _, teacher = find_teacher(name, cache=cache)
+    return student_config(teacher, LizardConfig.preset(preset or "recommended").replace(**changes))

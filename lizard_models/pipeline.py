@@ -1,0 +1,272 @@
+"""The whole way from a teacher to a saved Lizard model: measure, stage 1, measure, stage 2, measure, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lizard_models.config import LizardConfig, Recipe
+from lizard_models.convert import linearize
+from lizard_models.data import Documents, load_documents, load_sequences
+from lizard_models.distill import RunArguments, StageResult, layer_errors, train_stage1, train_stage2
+from lizard_models.downloads import appear_whole
+from lizard_models.evaluation import Report, Row, loss_by_position, passkey_accuracy
+from lizard_models.evaluation.report import CONTROL, TEACHER
+from lizard_models.modeling_common import LizardCausalLM
+from lizard_models.teachers import Teacher, load_teacher
+
+UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
+TRAINING = "training.json"
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What to make of which teacher with which text."""
+
+    teacher: str
+    config: LizardConfig
+    out: Path
+    data: list[str]
+    eval_data: list[str] = field(default_factory=list)
+    eval_length: int = 2048
+    """Positions of an evaluation document."""
+    eval_documents: int = 8
+    passkey_lengths: list[int] = field(default_factory=list)
+    passkey_trials: int = 10
+    stage1: bool = True
+    stage2: bool = True
+    text_field: str | None = None
+    dtype: torch.dtype | None = None
+    """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""
+    device: str | None = None
+    """"cpu" or "cuda"; None takes CUDA if there is one."""
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+    resume: bool = False
+    cache: str | None = None
+
+
+@dataclass
+class Outcome:
+    """The finished model, where it was saved and what was measured."""
+
+    model: LizardCausalLM
+    teacher: Teacher
+    folder: Path
+    report: Report
+    stages: dict[str, StageResult]
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run keeps checkpoints and measurements until the model is finished."""
+    return out.with_name(out.name + ".training")
+
+
+def run(plan: Plan, console: Console) -> Outcome:
+    """Carries a plan out.
+
+    ``plan.out`` appears when the model is finished, whole; until then everything is in ``work_folder(plan.out)``, from
+    where a stopped run goes on with ``plan.resume``. The teacher is changed by stage 2.
+
+    Raises ValueError for a bad plan, before any training; what ``train_stage1`` and ``train_stage2`` raise.
+    """
+    work = work_folder(plan.out)
+    _check_folders(plan, work)
+    return _Run(plan, console, work).outcome()
+
+
+class _Run:
+    def __init__(self, plan: Plan, console: Console, work: Path) -> None:
+        self.plan, self.console, self.work = plan, console, work
+        self.device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
+        self.say(f"teacher: {plan.teacher}")
+        self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.device, cache=plan.cache, say=self.say)
+        self.documents = self._evaluation_documents()
+        self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
+        added = sum(p.numel() for _, p in self.model.lizard_parameters())
+        total = sum(p.numel() for p in self.model.parameters())
+        self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
+        # Read now, so that bad data stop the run before it starts.
+        self.sequences = {stage: self._training_sequences(recipe) for stage, recipe in self._stages(added).items()}
+        self.results: dict[str, StageResult] = {}
+        work.mkdir(parents=True, exist_ok=True)
+        self._check_same_plan()
+        self.rows = self._measured_rows()
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, markup=False)
+
+    def outcome(self) -> Outcome:
+        """Measures, trains, saves."""
+        plan, model = self.plan, self.model
+        self._measure_starts(model)
+        if "stage1" in self.sequences:
+            run = self._run_arguments("stage1", "stage 1, attention approximation")
+            self.results["stage1"] = train_stage1(model, self.sequences["stage1"], run)
+            self._measure(STAGE1, model, errors=True)
+        if "stage2" in self.sequences:
+            run = self._run_arguments("stage2", "stage 2, fine-tuning")
+            model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run)
+            self._measure(STAGE2, model)
+        report = Report(f"{plan.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
+        self._save(model, report)
+        return Outcome(model, self.teacher, plan.out, report, self.results)
+
+    def _stages(self, new_parameters: int) -> dict[str, Recipe]:
+        config = self.plan.config
+        stages: dict[str, Recipe] = {}
+        if self.plan.stage1 and new_parameters:
+            stages["stage1"] = config.stage1
+        elif self.plan.stage1:
+            self.say(f"stage 1 is left out: preset {config.name} has no new parameters to train")
+        if self.plan.stage2:
+            stages["stage2"] = config.stage2
+        return stages
+
+    def _training_sequences(self, recipe: Recipe) -> Any:
+        sequences = load_sequences(
+            self.plan.data,
+            self.teacher.tokenizer,
+            recipe.sequence_length,
+            seed=recipe.seed,
+            text_field=self.plan.text_field,
+            examples=recipe.examples,
+            vocab_size=self.teacher.model.config.vocab_size,
+        )
+        size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
+        self.say(f"data: {size} of {recipe.sequence_length} tokens")
+        return sequences
+
+    def _evaluation_documents(self) -> Documents | None:
+        if self.plan.passkey_lengths and self.teacher.tokenizer is None:
+            raise ValueError("passkey lengths: the teacher has no tokenizer to write the test with")
+        if not self.plan.eval_data:
+            return None
+        return load_documents(
+            self.plan.eval_data,
+            self.teacher.tokenizer,
+            self.plan.eval_length + 1,
+            count=self.plan.eval_documents,
+            text_field=self.plan.text_field,
+            vocab_size=self.teacher.model.config.vocab_size,
+        )
+
+    def _measure_starts(self, model: LizardCausalLM) -> None:
+        if self.documents is None and not self.plan.passkey_lengths:
+            return
+        self._measure(TEACHER, self.teacher.model)
+        control = window_control(self.teacher, self.plan.config)
+        self._measure(CONTROL, control)
+        self._measure(UNTRAINED, model, errors=True)
+
+    def _measure(self, name: str, model: torch.nn.Module, errors: bool = False) -> None:
+        if any(row.name == name for row in self.rows):
+            return
+        row = Row(name)
+        with self.console.status(f"measuring {name}"):
+            if self.documents is not None:
+                row.loss = loss_by_position(model, self.documents.tokens)
+                if errors and isinstance(model, LizardCausalLM):
+                    tokens = self.documents.tokens[:, : self.plan.config.stage1.sequence_length]
+                    row.relative_error = layer_errors(model, tokens).mean().item()
+            if self.plan.passkey_lengths and self.teacher.tokenizer is not None:
+                lengths, trials = self.plan.passkey_lengths, self.plan.passkey_trials
+                row.passkey = passkey_accuracy(model, self.teacher.tokenizer, lengths, trials=trials)
+        if row.loss is None and not row.passkey:
+            return
+        self.rows.append(row)
+        (self.work / "rows.json").write_text(json.dumps([row.to_dict() for row in self.rows]))
+        parts = [] if row.loss is None else [f"loss by position {' '.join(f'{m:.3f}' for m in row.loss.means)}"]
+        parts += [] if row.relative_error is None else [f"relative error {row.relative_error:.4f}"]
+        parts += [f"passkey {length}: {share:.0%}" for length, share in row.passkey.items()]
+        self.say(f"{name}: {', '.join(parts)}")
+
+    def _measured_rows(self) -> list[Row]:
+        path = self.work / "rows.json"
+        return [Row.from_dict(values) for values in json.loads(path.read_text())] if path.is_file() else []
+
+    def _run_arguments(self, stage: str, title: str) -> RunArguments:
+        return RunArguments(
+            output_dir=self.work / stage,
+            resume=self.plan.resume,
+            device=self.device,
+            micro_batch_size=self.plan.micro_batch_size,
+            save_steps=self.plan.save_steps,
+            gradient_checkpointing=self.plan.gradient_checkpointing,
+            title=title,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "teacher": plan.teacher,
+            "config": plan.config.to_dict(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "data": plan.data,
+            "eval_data": plan.eval_data,
+            "eval_length": plan.eval_length,
+            "eval_hash": self.documents.digest if self.documents else None,
+            "passkey_trials": plan.passkey_trials,
+            "stages": {name: dataclasses.asdict(result) for name, result in self.results.items()},
+        }
+
+    def _check_same_plan(self) -> None:
+        settings = {key: value for key, value in self._settings().items() if key != "stages"}
+        settings["passkey_lengths"] = self.plan.passkey_lengths
+        text = json.dumps(settings, sort_keys=True, indent=2)
+        path = self.work / "plan.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
+            if changed:
+                raise ValueError(
+                    f"resume: {self.work} is of a run with other {', '.join(changed)}; repeat its command with "
+                    "--resume, or delete that folder"
+                )
+        path.write_text(text)
+
+    def _save(self, model: LizardCausalLM, report: Report) -> None:
+        with appear_whole(self.plan.out) as draft:
+            model.save_pretrained(draft)
+            if self.teacher.tokenizer is not None:
+                self.teacher.tokenizer.save_pretrained(draft)
+            report.save(draft)
+            (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+        shutil.rmtree(self.work)
+
+
+def window_control(teacher: Teacher, config: LizardConfig) -> LizardCausalLM:
+    """The teacher with a window and its first four tokens, and nothing else: the control beside every result.
+
+    The window is ``config``'s. Weights are the teacher's own, not copied.
+    """
+    return linearize(
+        teacher.model, LizardConfig.preset("window_only", attention={"window": config.attention.window})
+    ).requires_grad_(False)
+
+
+def precision(recipe: Recipe, device: str) -> torch.dtype:
+    """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32
+
+
+def _check_folders(plan: Plan, work: Path) -> None:
+    if plan.out.exists():
+        raise ValueError(f"out: {str(plan.out)!r} exists already; give another folder, or delete it")
+    if work.exists() and not plan.resume:
+        raise ValueError(f"out: {str(work)!r} holds an unfinished run; go on with --resume, or delete it")
+    if plan.resume and not work.exists():
+        raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave --resume out")
+    parent = next(p for p in plan.out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise ValueError(f"out: {str(parent)!r} is not a folder")
