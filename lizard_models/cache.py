@@ -16,6 +16,7 @@ class LizardCacheLayer(CacheLayerMixin):
     """The state of one converted layer. Its tensors have their final size from the first token on."""
 
     is_sliding = True  # what it holds of the past has a fixed size
+    is_croppable = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -172,9 +172,8 @@ class LizardAttention(nn.Module):
         q [B, T, Hq, D], k and v [B, T, Hk, D] before RoPE; attention_mask as transformers prepares it for the
         attention implementation in use -> o [B, T, Hq, D].
         """
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.eager_attention_forward
-        )
+        name = self.config._attn_implementation
+        attend: Callable = self.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         heads = [t.transpose(1, 2) for t in (apply_rope(q, *rope), apply_rope(k, *rope), v)]
         o, _ = attend(
             self,
@@ -202,12 +201,17 @@ class LizardModelMixin(PreTrainedModel):
         return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)
 
     def set_attention_mode(self, mode: AttentionMode) -> None:
-        """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors)."""
+        """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors).
+
+        Errors of earlier forwards are dropped. Raises ValueError for another mode.
+        """
         if mode not in get_args(AttentionMode):
             raise ValueError(f"mode must be one of {', '.join(get_args(AttentionMode))}, got {mode!r}")
         for module in self.modules():
             if isinstance(module, (LizardAttention, LizardModelMixin)):
                 module.mode = mode
+            if isinstance(module, LizardAttention):
+                module.last_error = None
 
     def set_recipe(self, config: LizardConfig) -> None:
         """Record another training recipe. Raises ValueError where ``config`` describes another model."""

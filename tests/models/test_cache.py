@@ -139,7 +139,7 @@ def test_reset_forgets():
 def test_what_it_cannot_do_is_refused_by_name():
     model = student()
     cache = model(tokens(1, 9)).past_key_values
-    assert isinstance(cache, LizardCache) and not cache.is_croppable
+    assert isinstance(cache, LizardCache) and not cache.layers[0].is_croppable
     with pytest.raises(ValueError, match="cannot be cropped: .* copy.deepcopy"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="keeps a state, not keys and values"):

@@ -59,10 +59,11 @@ def test_packed_documents_do_not_meet(kept):
 # Distillation
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("error", ["relative", "mse"])
-def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error):
-    model = student(family=family)
+def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error, attn_implementation):
+    model = student(family=family, attn_implementation=attn_implementation)
     model.set_recipe(LizardConfig.from_dict(model.config.lizard).replace(stage1={"error": error}))
     ids = tokens(2, 30)
     seen = {}
@@ -75,14 +76,15 @@ def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error):
     teacher_logits = model(ids, use_cache=False).logits
     for hook in hooks:
         hook.remove()
-    assert torch.equal(teacher_logits, teacher(family)(ids, use_cache=False).logits)
+    same = teacher(family, attn_implementation=attn_implementation)
+    assert torch.equal(teacher_logits, same(ids, use_cache=False).logits)
     expected = []
     for i, attention in enumerate(model.lizard_attentions()):
         kwargs, _ = seen[i]
         x, rope = kwargs["hidden_states"], kwargs["position_embeddings"]
         heads = (p(x).unflatten(-1, (-1, 16)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k, v = heads
-        wanted = attention.teacher_attention(q, k, v, rope)
+        wanted = attention.teacher_attention(q, k, v, rope, kwargs["attention_mask"])
         o, _ = attention.lizard(x, q, k, v, rope)
         expected.append(
             torch.stack([F.mse_loss(o[:, :, h], wanted[:, :, h]) / wanted[:, :, h].square().mean() for h in range(4)])
