@@ -45,17 +45,16 @@ def chunk_gated_triton(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     want(q.dtype != torch.float64, "q", q, "bfloat16, float16 or float32 with impl='triton'")
-    if padding_mask is not None:
-        plan = compaction(padding_mask)
-        o, state, log_mass = _attend(
-            *(compact(x, plan) for x in (q, k, v, g)), scale, normalize, window_offset, anchors, initial_state,
-            None, plan.lengths, gate_form, chunk,
-        )  # fmt: skip
+    plan = None if padding_mask is None else compaction(padding_mask)
+    if plan is not None:
+        q, k, v = (compact(x, plan) for x in (q, k, v))  # type: ignore[assignment]  # None for None only
+        g = compact(g, plan)
+    lengths = None if plan is None else plan.lengths
+    o, state, log_mass = _attend(
+        q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, lengths, gate_form, chunk
+    )
+    if plan is not None:
         o, log_mass = restore(o, plan), restore(log_mass, plan, -math.inf)
-    else:
-        o, state, log_mass = _attend(
-            q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, None, gate_form, chunk
-        )
     return o, state if output_final_state else None, log_mass
 
 
@@ -138,4 +137,5 @@ def _check_absorbed(gates: Tensor, chunk: int) -> None:
     if gates.shape[1] == 0:
         return
     worst = sliding_sum(gates.detach(), min(chunk, gates.shape[1])).amin().item()
-    want(worst > -ABSORBED_BOUND, "g", worst, f"log-decays that sum to more than -{ABSORBED_BOUND} over {chunk} tokens")
+    bound = f'"stable": log-decays sum to {worst:.1f} over {chunk} tokens, and -{ABSORBED_BOUND:.0f} is the bound'
+    want(worst > -ABSORBED_BOUND, "gate_form", "absorbed", bound)

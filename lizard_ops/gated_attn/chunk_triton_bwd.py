@@ -2,10 +2,12 @@
 
 With the row weight w_i and the row term e_i of the normaliser,
 
-    dA_ij = w_i do_i.v_j + e_i        normalised: w = 1/den, e = (d log_mass - do.o) / den; else w = scale, e = d log_mass / den
+    dA_ij = w_i do_i.v_j + e_i
+    normalised: w = 1 / den, e = (d log_mass - do.o) / den; otherwise w = scale, e = d log_mass / den
 
-the row kernel gives dq, the key kernel dk, dv and dg. The gradient of gate t is the sum of a_ij dA_ij over j < t <= i. It is
-taken apart by chunk, so that no long running sum has to cancel: both inside the chunk; j before; i after; both outside.
+the row kernel gives dq, the key kernel dk, dv and dg. The gradient of gate t is the sum of a_ij dA_ij over j < t <= i.
+It is taken apart by chunk, so that no long running sum has to cancel: both inside the chunk; j before; i after; both
+outside.
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ def transposed_decay(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG: tl.cons
 
 @triton.jit
 def gate_gradient(rowsum, colsum, through, whole, part):
-    """dg of a chunk [C] from the four places a pair (j < t <= i) can lie in; parts past the first add ``through`` only."""
+    """dg of a chunk [C] from the places a pair (j < t <= i) can lie in; parts past the first add ``through`` only."""
     inside = tl.where(part == 0, tl.cumsum(rowsum - colsum, 0, reverse=True) + whole, 0.0)
     return inside + (tl.cumsum(through, 0) - through)
 
@@ -164,7 +166,7 @@ def far_keys(
     HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv and k_j.dk_j of the queries after the chunk, through the state; the gate gradient of pairs around the chunk."""
+    """dk, dv and k_j.dk_j of the queries after the chunk, through the state; dg of the pairs around the chunk."""
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV
     state = (chunk * HS + hs).to(tl.int64)
@@ -220,8 +222,8 @@ def key_kernel(
 ):  # fmt: skip
     """dk and dv of one chunk and one key head (one block of columns each), and dg of its state heads.
 
-    d_states [chunks, HS, K, V] is the gradient of the state at the END of each chunk; cross [chunks, HS, PARTS] its inner
-    product with the state before the chunk. Tiles are [keys, queries]: every product is formed the way it is used.
+    d_states [chunks, HS, K, V] is the gradient of the state at the END of each chunk; cross [chunks, HS, PARTS] its
+    inner product with the state before the chunk. Tiles are [keys, queries]: each product is formed the way it is used.
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV
@@ -245,7 +247,6 @@ def key_kernel(
     last = tl.minimum(rows, c * C + C) - 1
     kcol = part * BK
     vcol = part * BV
-    ks = kcol + tl.arange(0, BK)
 
     kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kcol, BK)
     k_part = tl.load(kp, mask=km, other=0.0)
@@ -308,7 +309,7 @@ def key_kernel(
         acc_v = tl.dot((p * w[None, :]).to(OPERAND), do_t.to(OPERAND), acc_v, input_precision=PRECISION)
         acc_k = tl.dot((ds * weight).to(OPERAND), q_t.to(OPERAND), acc_k, input_precision=PRECISION)
         if GATED:
-            a_da = p * ds
+            a_da = tl.where(ri[None, :] != rj[:, None], p * ds, 0.0)
             by_row = tl.sum(a_da, 0)  # [BM]
             if NKB > 1:
                 for kb in tl.static_range(NKB):
@@ -319,8 +320,8 @@ def key_kernel(
             colsum += tl.sum(a_da, 1)
         if PER_HEAD:
             far_k, far_v, through, whole = far_keys(
-                k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs, hg, chunk, part,
-                HK, HS, HG, K, V, BK, BV, PARTS, GATED, OPERAND, PRECISION,
+                k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs, hg, chunk,
+                part, HK, HS, HG, K, V, BK, BV, PARTS, GATED, OPERAND, PRECISION,
             )  # fmt: skip
             acc_k += far_k
             acc_v += far_v

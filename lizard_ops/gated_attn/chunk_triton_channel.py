@@ -1,13 +1,13 @@
 """Kernels for gates that are one number a channel, [B, T, Hk, K].
 
-exp(G_i - G_j) stands inside the dot product over channels, so it must split into a factor for the query and one for the
-key. Rows of a chunk are paired by the highest bit in which i and j differ: at level b the chunk falls into blocks of 2^b
-rows, and query i of an odd block meets key j of the even block before it. With the pivot between the two blocks,
+exp(G_i - G_j) stands inside the dot product over channels, so it must split into a factor for the query and one for
+the key. Rows of a chunk are paired by the highest bit in which i and j differ: at level b the chunk falls into blocks
+of 2^b rows, and query i of an odd block meets key j of the even block before it. With the pivot between the blocks,
 
     exp(G_i - G_j) = exp(sum of g from the block's start to i) * exp(sum of g after j to its block's end)
 
-both factors are at most 1, whatever the gates, and every gate used stands between j and i: no overflow, and nothing of a
-later gate reaches an earlier row. log2(C) tensor-core products and the diagonal make up the scores of a chunk.
+both factors are at most 1, whatever the gates, and every gate used stands between j and i: no overflow, and nothing of
+a later gate reaches an earlier row. log2(C) tensor-core products and the diagonal make up the scores of a chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .chunk_triton_bwd import row_weights
+from .chunk_triton_fwd import log_of
 from .chunk_triton_scan import FLOOR, LOG2E, locate, only_if, state_tile, tile
 
 
@@ -35,7 +36,7 @@ def summed(which, g, OPERAND: tl.constexpr):
 
 @triton.jit
 def level_decay(g, level, C: tl.constexpr, OPERAND: tl.constexpr):
-    """The factor of each row at a level [C, BK]: from its block's start in odd blocks, to its block's end in even ones."""
+    """The factor of each row at a level [C, BK]: from its block's start in odd blocks, to its end in even ones."""
     r = tl.arange(0, C)[:, None]
     c = tl.arange(0, C)[None, :]
     odd = ((r >> level) & 1) == 1
@@ -135,7 +136,7 @@ def channel_output_kernel(
         den *= scale
         m_p = (q0 + rm) * HQ + hk * GROUP + head
         tl.store(mass + m_p, den, mask=only_if(vb == 0, ok))
-        tl.store(log_mass + m_p, tl.log(den), mask=only_if(vb == 0, ok))
+        tl.store(log_mass + m_p, log_of(den), mask=only_if(vb == 0, ok))
 
 
 @triton.jit
@@ -149,7 +150,8 @@ def channel_row_kernel(
     """dq, the row terms e and sum_h q.dq channel by channel (row_dot [rows, HK, K], for dg).
 
     dq_i = w_i X_i + e_i Y_i with X the decayed sum of (do_i.v_j) k_j and Y that of k_j: no score is needed, for do.o is
-    q_i.X_i / den_i. All blocks of K are visited once for q.X when K has more than one.
+    q_i.X_i / den_i. All blocks of K are visited once for q.X when K has more than one. The pair i = j, which no gate
+    touches, stays out of row_dot: strong gates leave little beside it.
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     GROUP: tl.constexpr = HQ // HK
@@ -180,6 +182,7 @@ def channel_row_kernel(
         m_p = (q0 + rm) * HQ + hk * GROUP + member
         d_score = score_gradient(v, d_o, q0, k0, r, r_ok, rm, ok, hk, member, HQ, HK, V, C, GH, BV, PRECISION)
         d_score = tl.where(causal, d_score, 0.0)
+        own = tl.sum(tl.where(im[:, None] == o_c[None, :], d_score, 0.0), 1)  # do_i.v_i [BM]
         x = value_sums(
             d_score, k_t, g_t, d_o, states, q0, rm, ok, hk, member, chunk, kb, HQ, HK, K, V, C, LEVELS, GH, BK, BV,
             OPERAND, PRECISION,
@@ -192,6 +195,7 @@ def channel_row_kernel(
         if NORMALIZE:
             if NKB == 1:
                 delta = tl.reshape(tl.sum(x * q_t, 2), [BM])
+                delta += own * tl.reshape(tl.sum(q_t * k_t[None, :, :], 2), [BM])
             else:
                 delta = tl.zeros([BM], tl.float32)
                 for b in tl.static_range(NKB):
@@ -205,6 +209,7 @@ def channel_row_kernel(
                     bp, bm = head_tile(q, q0, r, rows, head0, heads, HQ, K, b * BK, GH, BK)
                     q_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
                     delta += tl.reshape(tl.sum(x_b * q_b, 2), [BM])
+                    delta += own * tl.reshape(tl.sum(q_b * k_b[None, :, :], 2), [BM])
             w = inv
             e = (dlm - delta * inv) * inv
         else:
@@ -213,6 +218,7 @@ def channel_row_kernel(
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
         x = x * tl.reshape(w, [GH, C])[:, :, None] + keys[None, :, :] * tl.reshape(e, [GH, C])[:, :, None]
         dots += tl.sum(x * q_t, 0)
+        x += tl.reshape(w * own + e, [GH, C])[:, :, None] * k_t[None, :, :]
         dqp, qm = head_tile(dq, q0, r, rows, head0, heads, HQ, K, kb * BK, GH, BK)
         tl.store(dqp, x.to(dq.dtype.element_ty), mask=qm)
     rp, rmask = tile(row_dot, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
@@ -224,11 +230,11 @@ def key_sums(
     k_t, g_t, z_states, state, kb, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y [C, BK]: the decayed sum of all keys up to each row."""
+    """Y [C, BK]: the decayed sum of all keys before each row, its own left out."""
     o_c = tl.arange(0, C)
     ks = kb * BK + tl.arange(0, BK)
     z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
-    keys = k_t + z_t[None, :] * summed(o_c[None, :] <= o_c[:, None], g_t, OPERAND)
+    keys = z_t[None, :] * summed(o_c[None, :] <= o_c[:, None], g_t, OPERAND)
     for level in range(0, LEVELS):
         level = tl.cast(level, tl.int32)
         e = level_decay(g_t, level, C, OPERAND)
@@ -259,7 +265,7 @@ def value_sums(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GH: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X [GH, C, BK]: the decayed sum of (do_i.v_j) k_j over the keys of the chunk and of the state before it."""
+    """X [GH, C, BK]: the decayed sum of (do_i.v_j) k_j over the keys before i, in the chunk and in the state."""
     GROUP: tl.constexpr = HQ // HK
     BM: tl.constexpr = GH * C
     o_m = tl.arange(0, BM)
@@ -273,8 +279,6 @@ def value_sums(
         do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
         x = tl.dot(do_t, tl.trans(s_t), x, input_precision=PRECISION)
     x = tl.reshape(x, [GH, C, BK]) * summed(o_c[None, :] <= o_c[:, None], g_t, OPERAND)[None, :, :]
-    diagonal = tl.sum(tl.where(im[:, None] == o_c[None, :], d_score, 0.0), 1)
-    x += tl.reshape(diagonal, [GH, C])[:, :, None] * k_t[None, :, :]
     for level in range(0, LEVELS):
         level = tl.cast(level, tl.int32)
         e = level_decay(g_t, level, C, OPERAND)
@@ -317,6 +321,7 @@ def channel_key_kernel(
     kp, km = tile(k, k0 + r, r_ok, hk, HK, K, kcol, BK)
     k_t = tl.load(kp, mask=km, other=0.0).to(tl.float32)
     acc_k = tl.zeros([C, BK], tl.float32)
+    own_k = tl.zeros([C, BK], tl.float32)  # of the pairs i = j
     acc_v = tl.zeros([C, BV], tl.float32)
 
     for step in range(0, (GROUP + GH - 1) // GH):
@@ -355,7 +360,7 @@ def channel_key_kernel(
         qp, qm = head_tile(q, q0, r, rows, head0, heads, HQ, K, kcol, GH, BK)
         q_t = tl.load(qp, mask=qm, other=0.0).to(tl.float32)
         diagonal = tl.reshape(tl.sum(tl.where(on_diagonal, d_score, 0.0), 0), [GH, C])
-        acc_k += tl.sum(diagonal[:, :, None] * q_t, 0)
+        own_k += tl.sum(diagonal[:, :, None] * q_t, 0)
         if NKB == 1:
             diagonal = tl.reshape(tl.sum(q_t * k_t[None, :, :], 2), [BM])
             score += tl.where(on_diagonal, diagonal[None, :], 0.0)
@@ -393,7 +398,7 @@ def channel_key_kernel(
     dvp, vm = tile(dv, k0 + r, r_ok, hk, HK, V, vcol, BV)
     tl.store(dvp, acc_v.to(dv.dtype.element_ty), mask=vm)
 
-    # dg_t: rows i >= t of sum_h q.dq less those of k.dk inside the chunk, keys before t through the state, and both outside
+    # dg_t: rows i >= t of q.dq less those of k.dk inside the chunk; keys before t through the state; both outside
     rp, rmask = tile(row_dot, k0 + r, r_ok, hk, HK, K, kcol, BK)
     later = k_t * through_k
     acc_k += through_k
@@ -404,4 +409,4 @@ def channel_key_kernel(
     dgp, km = tile(dg, k0 + r, r_ok, hk, HK, K, kcol, BK)
     tl.store(dgp, grad + whole[None, :], mask=km)
     dkp, km = tile(dk, k0 + r, r_ok, hk, HK, K, kcol, BK)
-    tl.store(dkp, acc_k.to(dk.dtype.element_ty), mask=km)
+    tl.store(dkp, (acc_k + own_k).to(dk.dtype.element_ty), mask=km)

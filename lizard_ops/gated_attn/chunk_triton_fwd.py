@@ -16,6 +16,12 @@ def decay_row(g_hi, g_lo, rows, valid, hg, HG: tl.constexpr):
 
 
 @triton.jit
+def log_of(den):
+    """log den, -inf at 0."""
+    return tl.where(den == 0, float("-inf"), tl.log(tl.where(den == 0, 1.0, den)))
+
+
+@triton.jit
 def output_kernel(
     q, k, v, g_hi, g_lo, states, z_states, o, log_mass, mass, table, owner, scale, q_rows, k_rows, q_shift, k_shift,
     pairs,
@@ -24,7 +30,7 @@ def output_kernel(
     NORMALIZE: tl.constexpr, ABSORBED: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o_i = (exp(G_i) q_i S + sum_{j<=i} q_i.k_j exp(G_i - G_j) v_j) / mass_i for one chunk and the queries of a state head.
+    """o_i = (exp(G_i) q_i S + sum_{j<=i} q_i.k_j exp(G_i - G_j) v_j) / mass_i for a chunk's queries of one state head.
 
     GH query heads are stacked as rows of one tile [GH*C, .], so k, v and S are read once a group. ABSORBED multiplies
     the features by exp(G_i) and exp(-G_j) instead of the scores by exp(G_i - G_j): sound within a bound on G only.
@@ -62,7 +68,7 @@ def output_kernel(
         kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, 0, BK)
         k_t = tl.load(kp, mask=km, other=0.0)  # [C, BK]
         if ABSORBED:
-            k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(k_t.dtype)
+            k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(OPERAND)
         sp, sm = state_tile(states, state, K, V, 0, vb * BV, BK, BV)
         s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
         ks = tl.arange(0, BK)
@@ -77,7 +83,7 @@ def output_kernel(
                 kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
                 k_t = tl.load(kp, mask=km, other=0.0)
                 if ABSORBED:
-                    k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(k_t.dtype)
+                    k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(OPERAND)
                 sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
                 s_t = tl.load(sp, mask=sm, other=0.0)
                 ks = kb * BK + tl.arange(0, BK)
@@ -85,7 +91,7 @@ def output_kernel(
             qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
             if ABSORBED:
-                q_t = (q_t.to(tl.float32) * from_start[:, None]).to(q_t.dtype)
+                q_t = (q_t.to(tl.float32) * from_start[:, None]).to(OPERAND)
             zi = tl.sum(q_t.to(tl.float32) * z_t[None, :], 1)
             if kb == 0:
                 score = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
@@ -108,7 +114,7 @@ def output_kernel(
         op, om = tile(o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
         tl.store(op, acc.to(o.dtype.element_ty), mask=om)
         den *= scale
-        m_p = (q0 + ri) * HQ + head
         first = only_if(vb == 0, ok)
+        m_p = (q0 + ri) * HQ + head
         tl.store(mass + m_p, den, mask=first)
-        tl.store(log_mass + m_p, tl.log(den), mask=first)
+        tl.store(log_mass + m_p, log_of(den), mask=first)

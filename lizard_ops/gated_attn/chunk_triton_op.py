@@ -6,6 +6,7 @@ Query row q_shift + r of a sequence meets key row k_shift + r (r < pairs): a win
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -58,9 +59,8 @@ def plan_rows(q: Tensor, k: Tensor, table: Tensor | None, q_shift: int, k_shift:
         owner = torch.searchsorted(ends, torch.arange(total // rows + n, device=q.device), right=True)
         owners.append(torch.where(owner < n, owner, -1).int())
         columns.append(torch.cat([ends.new_zeros(1), ends[:-1]]).unsqueeze(1))
-    return Rows(
-        torch.cat(columns, 1).contiguous(), *owners, *place, n, owners[0].shape[0], owners[1].shape[0], span
-    )
+    chunks, segments = owners
+    return Rows(torch.cat(columns, 1), chunks, segments, *place, n, chunks.shape[0], segments.shape[0], span)
 
 
 class Shape(NamedTuple):
@@ -101,7 +101,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> Shape:
-    """Operands of two factors that are both inputs keep the input dtype; computed ones are bf16 only for bf16 inputs."""
+    """Computed factors of a product are bfloat16 for bfloat16 inputs only: float16 would overflow."""
     hq, hk = q.shape[2], k.shape[2]
     gate = GATE_NONE if g is None else (GATE_CHANNEL if g.ndim == 4 else GATE_HEAD)
     hg = 1 if g is None else g.shape[2]
@@ -145,19 +145,19 @@ def chunk_states(
     name = ("channel_" if shape.gate == GATE_CHANNEL else "") + ("walk_reverse" if reverse else "walk")
     cfg = launch(name, shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
     n, kd, vd, hs = rows.sequences, shape.k, shape.v, shape.hs
-    new = {"device": a.device, "dtype": torch.float32}
+    new = functools.partial(torch.empty, device=a.device, dtype=torch.float32)
     states = torch.empty(rows.chunks, hs, kd, vd, device=a.device, dtype=shape.operand)
-    z_states = torch.empty(rows.chunks, hs, kd, **new)
-    s_out, z_out = torch.empty(n, hs, kd, vd, **new), torch.empty(n, hs, kd, **new)
+    z_states = new(rows.chunks, hs, kd)
+    s_out, z_out = new(n, hs, kd, vd), new(n, hs, kd)
     k_blocks, v_blocks = triton.cdiv(kd, cfg.block_k), triton.cdiv(vd, cfg.block_v)
     cross = None
     if forward_states is not None and shape.gate != GATE_NONE:
-        tail = (v_blocks, kd) if shape.gate == GATE_CHANNEL else (v_blocks * k_blocks,)
-        cross = torch.empty(rows.chunks, hs, *tail, **new)
+        tail = (v_blocks, kd) if shape.gate == GATE_CHANNEL else (v_blocks * k_blocks, 1)
+        cross = new(rows.chunks, hs, *tail)
     per = rows.segments // n
     split = rows.table is not None or per > 1
-    seg_states = torch.empty(rows.segments, hs, kd * (vd + 1), **new) if split else None
-    seg_decay = torch.empty(rows.segments, hs, kd if shape.gate == GATE_CHANNEL else 1, **new) if split else None
+    seg_states = new(rows.segments, hs, kd * (vd + 1)) if split else None
+    seg_decay = new(rows.segments, hs, kd if shape.gate == GATE_CHANNEL else 1) if split else None
     s_in, z_in = (None, None) if start is None else start
     varlen = rows.table is not None
     fixed = {
@@ -186,7 +186,9 @@ def chunk_states(
     return states, z_states, s_out, z_out, cross
 
 
-def blank(like: Tensor, size: tuple[int, ...], covered: bool, fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+def blank(
+    like: Tensor, size: tuple[int, ...], covered: bool, fill: float = 0.0, dtype: torch.dtype | None = None
+) -> Tensor:
     """An output tensor, filled only where kernels will not write all of it."""
     dtype = dtype or like.dtype
     return like.new_empty(size, dtype=dtype) if covered else like.new_full(size, fill, dtype=dtype)
@@ -199,8 +201,8 @@ def gated_chunk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(o, log mass, mass, final S, final z) of query rows that meet key rows; see the module's docstring.
 
-    q [B,Tq,Hq,K], k [B,Tk,Hk,K], v [B,Tk,Hk,V]; g float32 [B,Tk,Hg] or [B,Tk,Hk,K]; s0 [N,Hs,K,V], z0 [N,Hs,K] float32;
-    table [N, 3] int64 (first query row, first key row, rows; counted through flattened rows) or None for equal sequences.
+    q [B,Tq,Hq,K], k [B,Tk,Hk,K], v [B,Tk,Hk,V]; g float32 [B,Tk,Hg] or [B,Tk,Hk,K]; s0 [N,Hs,K,V] and z0 [N,Hs,K]
+    float32; table [N, 3] int64 (first query row, first key row, rows, through flattened rows) or None if all are equal.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     g = None if g is None else g.contiguous()
@@ -298,9 +300,7 @@ def gated_chunk_backward(
             forward_states=states,
         )  # fmt: skip
 
-        cfg = launch(
-            "channel_key" if channel else "key", shape.k, shape.v, group if shape.hs == shape.hk else 1, width
-        )
+        cfg = launch("channel_key" if channel else "key", shape.k, shape.v, group if shape.hs == shape.hk else 1, width)
         blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
         grid = (rows.chunks * shape.hk * blocks,)
         parts = 1 if cross is None else cross.shape[2]
@@ -311,14 +311,14 @@ def gated_chunk_backward(
                 **common, **flags, **cfg.blocks,
             )  # fmt: skip
             return dq, dk, dv, dg, ds0, dz0
-        dg = None if g is None else blank(g, (blocks, *g.shape[:2], shape.hs), all_k)
+        gates_out = None if g is None else blank(g, (blocks, *g.shape[:2], shape.hs), all_k)
         key_kernel[grid](
-            q, k, v, *gates, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place, mass.numel(),
-            0 if dg is None else dg[0].numel(), PARTS=parts, **common, **flags, **cfg.blocks,
+            q, k, v, *gates, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, gates_out, *place,
+            mass.numel(), 0 if gates_out is None else gates_out[0].numel(), PARTS=parts, **common, **flags, **cfg.blocks,
         )  # fmt: skip
-    if g is None or dg is None:
+    if gates_out is None:
         return dq, dk, dv, q.new_zeros(0), ds0, dz0
-    dg = dg[0] if blocks == 1 else dg.sum(0)
+    dg = gates_out[0] if blocks == 1 else gates_out.sum(0)
     return dq, dk, dv, (dg.sum(2, keepdim=True) if shape.hg < shape.hs else dg), ds0, dz0
 
 

@@ -1,9 +1,10 @@
 """Kernels that carry the linear state across chunks: local gate sums, chunk states, and the scan over segments.
 
-A sequence is a run of rows, cut into chunks of C rows and segments of several chunks. Chunk states come in three launches:
-every segment's own sum (``walk_kernel`` without WRITE), an exclusive scan of those over segments (``segment_scan_kernel``),
-and a second walk that starts from the scanned state and writes the state before each chunk. Reverse walks do the same for
-the gradients of the states. No program waits for another, and nothing is added atomically: results repeat bit for bit.
+A sequence is a run of rows, cut into chunks of C rows and segments of several chunks. Chunk states come in three
+launches: every segment's own sum (``walk_kernel`` without WRITE), an exclusive scan of those over segments
+(``segment_scan_kernel``), and a second walk that starts from the scanned state and writes the state before each chunk.
+Reverse walks do the same for the gradients of the states. No program waits for another, and nothing is added by
+atomics: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ FLOOR = tl.constexpr(-1000.0)
 
 @triton.jit
 def locate(
-    i, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, SPAN: tl.constexpr, FIRST: tl.constexpr, VARLEN: tl.constexpr
-):
+    i, table, owner, q_rows, k_rows, q_shift, k_shift, pairs,
+    SPAN: tl.constexpr, FIRST: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """Sequence, index inside it, first query row, first key row and row count of the i-th chunk (or segment).
 
     Dense: N equal sequences of ``pairs`` rows. VARLEN: table [N, 5] holds (query row, key row, rows, first chunk, first
@@ -46,7 +48,7 @@ def locate(
 
 @triton.jit
 def tile(ptr, rows, valid, heads, H: tl.constexpr, D: tl.constexpr, col, BD: tl.constexpr):
-    """Pointers and mask [R, BD] of columns col.. of x [rows, H, D] at the given rows (int64 [R]) and heads ([R] or scalar)."""
+    """Pointers and mask [R, BD] of columns col.. of x [rows, H, D] at rows (int64 [R]) and heads ([R] or one)."""
     cols = col + tl.arange(0, BD)
     p = ptr + ((rows * H + heads) * D)[:, None] + cols[None, :]
     if D % BD == 0:
@@ -121,9 +123,7 @@ def walk_kernel(
     kb = (pid // NVB) % NKB
     hs = (pid // (NVB * NKB)) % HS
     seg = pid // (NVB * NKB * HS)
-    n, local, q0, k0, rows = locate(
-        seg, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C * L, 4, VARLEN
-    )
+    n, local, q0, k0, rows = locate(seg, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C * L, 4, VARLEN)
     if REVERSE:
         a0 = q0
     else:
@@ -267,9 +267,7 @@ def walk_kernel(
         tl.store(p, acc, mask=only_if(last, m))
         tl.store(z_out + sidx * K + ks, acc_z, mask=only_if(last & (vb == 0), k_ok))
     else:
-        tl.store(
-            seg_states + gidx * E + (ks * V)[:, None] + vs[None, :], acc, mask=k_ok[:, None] & v_ok[None, :]
-        )
+        tl.store(seg_states + gidx * E + (ks * V)[:, None] + vs[None, :], acc, mask=k_ok[:, None] & v_ok[None, :])
         tl.store(seg_states + gidx * E + K * V + ks, acc_z, mask=only_if(vb == 0, k_ok))
         if GATE == 2:
             tl.store(seg_decay + gidx * K + ks, seg_log, mask=only_if(vb == 0, k_ok))
