@@ -58,7 +58,7 @@ class _GradientsAtOnce(torch.autograd.Function):
     def forward(ctx: Any, error: Callable[[], tuple[Tensor, Tensor]], *parameters: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             value, heads = error()
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(heads)
         return value.detach(), heads
@@ -66,4 +66,4 @@ class _GradientsAtOnce(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(None if g is None else grad * g for g in ctx.saved_tensors))
+        return (None, *(grad * g for g in ctx.saved_tensors))

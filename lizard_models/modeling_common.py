@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lizard_layers import AttentionConfig, Float32Module, HybridAttention, apply_rope
 from lizard_models.cache import LizardCache
-from lizard_models.config import LizardConfig
+from lizard_models.config import LizardConfig, Stage1Config
 from lizard_models.distill_hook import approximation_error
 
 AttentionMode = Literal["student", "teacher", "distill"]
@@ -200,27 +200,20 @@ class LizardModelMixin(PreTrainedModel):
         """Names and values of the parameters the teacher does not have. All are float32."""
         return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)
 
-    def set_attention_mode(self, mode: AttentionMode) -> None:
+    def set_attention_mode(self, mode: AttentionMode, stage1: Stage1Config | None = None) -> None:
         """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors).
 
-        Errors of earlier forwards are dropped. Raises ValueError for another mode.
+        stage1 says which error "distill" computes and on which inputs; None takes the model's own. Errors of earlier
+        forwards are dropped. Raises ValueError for another mode.
         """
         if mode not in get_args(AttentionMode):
             raise ValueError(f"mode must be one of {', '.join(get_args(AttentionMode))}, got {mode!r}")
+        recipe = stage1 or lizard_config(self.config).stage1
         for module in self.modules():
             if isinstance(module, (LizardAttention, LizardModelMixin)):
                 module.mode = mode
             if isinstance(module, LizardAttention):
-                module.last_error = None
-
-    def set_recipe(self, config: LizardConfig) -> None:
-        """Record another training recipe. Raises ValueError where ``config`` describes another model."""
-        current = lizard_config(self.config)
-        if (config.attention, config.softmax_layers) != (current.attention, current.softmax_layers):
-            raise ValueError("attention and softmax_layers are fixed at conversion: only stage1 and stage2 can change")
-        self.config.lizard = config.to_dict()
-        for attention in self.lizard_attentions():
-            attention.stage1 = config.stage1
+                module.last_error, module.stage1 = None, recipe
 
     def attention_errors(self) -> Tensor:
         """Errors [L] float32 of the last forward in mode "distill", in the order of the converted layers.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -38,9 +36,8 @@ def train_stage1(
     Raises what ``run_stage`` does.
     """
     recipe = recipe or lizard_config(model.config).stage1
-    _set_recipe(model, recipe)
     new = {name for name, _ in model.lizard_parameters()}
-    model.set_attention_mode("distill")
+    model.set_attention_mode("distill", recipe)
     try:
         with only_training(model, new):
             return run_stage(
@@ -62,10 +59,8 @@ def layer_errors(model: LizardCausalLM, tokens: Tensor, batch_size: int = 1) -> 
     The same measure whatever the recipe trains with. Meaningful while the other weights are the teacher's.
     """
     device = next(model.parameters()).device
-    mode, recipe = model.mode, lizard_config(model.config).stage1
-    measure = dataclasses.replace(recipe, error="relative", target="heads", inputs="teacher")
-    model.set_attention_mode("distill")
-    _set_recipe(model, measure)
+    mode = model.mode
+    model.set_attention_mode("distill", Stage1Config(error="relative", target="heads", inputs="teacher"))
     try:
         errors = []
         for batch in tokens.split(batch_size):
@@ -73,10 +68,4 @@ def layer_errors(model: LizardCausalLM, tokens: Tensor, batch_size: int = 1) -> 
             errors.append(model.attention_errors() * len(batch))
         return torch.stack(errors).sum(0) / len(tokens)
     finally:
-        _set_recipe(model, recipe)
         model.set_attention_mode(mode)
-
-
-def _set_recipe(model: LizardCausalLM, recipe: Stage1Config) -> None:
-    for attention in model.lizard_attentions():
-        attention.stage1 = recipe

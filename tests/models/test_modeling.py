@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import disturb, student, teacher, tokens
 from transformers import DynamicCache
 
-from lizard_models import LizardConfig, linearize
+from lizard_models import LizardConfig, Stage1Config, linearize
 from lizard_models.distill_hook import attention_error
 
 
@@ -64,7 +64,6 @@ def test_packed_documents_do_not_meet(kept):
 @pytest.mark.parametrize("error", ["relative", "mse"])
 def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error, attn_implementation):
     model = student(family=family, attn_implementation=attn_implementation)
-    model.set_recipe(LizardConfig.from_dict(model.config.lizard).replace(stage1={"error": error}))
     ids = tokens(2, 30)
     seen = {}
 
@@ -90,7 +89,7 @@ def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error, at
             torch.stack([F.mse_loss(o[:, :, h], wanted[:, :, h]) / wanted[:, :, h].square().mean() for h in range(4)])
             .mean() if error == "relative" else F.mse_loss(o, wanted)
         )  # fmt: skip
-    model.set_attention_mode("distill")
+    model.set_attention_mode("distill", Stage1Config(error=error))
     output = model(ids)
     torch.testing.assert_close(model.attention_errors(), torch.stack(expected), rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(output.loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-8)
@@ -100,9 +99,8 @@ def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error, at
 @pytest.mark.parametrize("target", ["heads", "output"])
 def test_gradients_taken_at_once_are_the_gradients(target):
     model = student("paper").requires_grad_(True)
-    model.set_recipe(LizardConfig.preset("paper", attention={"window": 8}, stage1={"target": target}))
     ids = tokens(2, 30)
-    model.set_attention_mode("distill")
+    model.set_attention_mode("distill", Stage1Config(target=target))
     (2.0 * model(ids).loss).backward()
     new = dict(model.lizard_parameters())
     assert all(p.grad is None for name, p in model.named_parameters() if name not in new)
@@ -126,8 +124,7 @@ def test_distillation_reads_the_students_stream_when_told():
     model.set_attention_mode("distill")
     model(ids)
     forced = model.attention_errors()
-    recipe = LizardConfig.from_dict(model.config.lizard)
-    model.set_recipe(recipe.replace(stage1={"inputs": "student"}))
+    model.set_attention_mode("distill", Stage1Config(error="relative", inputs="student"))
     model(ids)
     free = model.attention_errors()
     torch.testing.assert_close(free[0], forced[0])
@@ -154,6 +151,14 @@ def test_distillation_keeps_one_layers_graph():
         graph.extend(child for child, _ in node.next_functions if child is not None)
         kept += sum(t.numel() for t in getattr(node, "saved_tensors", ()) if t is not None)
     assert kept == sum(p.numel() for _, p in model.lizard_parameters())
+
+
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_text_shorter_than_the_window_trains_too(preset):
+    model = student(preset, window=32).requires_grad_(True)
+    model.set_attention_mode("distill")
+    model(tokens(2, 10)).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in model.lizard_parameters())
 
 
 def test_a_training_step_of_stage1_lowers_the_error():
@@ -184,8 +189,6 @@ def test_modes_and_errors_are_refused_by_name():
     model.set_attention_mode("teacher")
     with pytest.raises(ValueError, match="cannot fill a LizardCache"):
         model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="fixed at conversion"):
-        model.set_recipe(LizardConfig.preset("paper"))
 
 
 def test_attention_error_by_hand():
