@@ -26,7 +26,7 @@ def window_triton(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     padding_mask: Tensor | None,
-    with_max: bool = True,
+    with_max: bool = False,
 ) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
     """(o, state, lse, row maximum) of ``window_attn``, whose arguments come here checked.
 

@@ -133,36 +133,33 @@ def window_backward(
     if dq.numel() == 0:
         d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
         return dq, dk.zero_(), dv.zero_(), dka.zero_(), dva.zero_(), d_sinks
-    config = config_for("queries", q, v, group)
-    subs = triton.cdiv(group, config.heads)
-    programs = block_count(length, n, config.heads, 0, config.rows, packed) * key_heads * subs
+    rows, columns = config_for("queries", q, v, group), config_for("keys", q, v, group)
+    kept = min(anchors, columns.rows // 2)  # anchors in a key block
+    size = columns.rows - kept
+    programs = block_count(length, n, rows.heads, 0, rows.rows, packed) * key_heads * triton.cdiv(group, rows.heads)
+    blocks = block_count(length, n, 1, prefix, size, packed) * key_heads
     term = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
-    part_k = lse.new_empty(programs, anchors, dim)
-    part_v = lse.new_empty(programs, anchors, v_dim)
-    steps = (n - 1).bit_length()
+    part_k, part_v = (lse.new_empty(blocks, anchors, x) for x in (dim, v_dim))
+    steps, all_strides = (n - 1).bit_length(), strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v))
     with device_of(q):
         window_backward_queries_kernel[(programs,)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
-            dq, term, d_sinks, part_k, part_v, *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)),
-            length, n, steps, scale,
-            HB=config.heads, BA=16 if anchors <= 16 else 32, PACKED=packed, CARRIED=carried,
-            HAS_SINKS=sinks is not None, HAS_LSE=d_lse is not None, HAS_MAX=d_max is not None,
-            **shape_arguments(q, k, v, window, anchors, prefix, config),
+            dq, term, d_sinks, *all_strides, length, n, steps, scale,
+            HB=rows.heads, PACKED=packed, CARRIED=carried, HAS_SINKS=sinks is not None, HAS_LSE=d_lse is not None,
+            HAS_MAX=d_max is not None, **shape_arguments(q, k, v, window, anchors, prefix, rows),
         )  # fmt: skip
-        shared = config_for("keys", q, v, group)
-        blocks = block_count(length, n, 1, prefix, shared.rows, packed)
-        window_backward_keys_kernel[(blocks * key_heads,)](
-            q, k, v, first, cu_seqlens, lse, arg_max, term, d_o, d_max, dk, dv, *strides(q, k, v), length, n, steps,
-            scale, PACKED=packed, CARRIED=carried, HAS_MAX=d_max is not None,
-            **shape_arguments(q, k, v, window, anchors, prefix, shared),
+        window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](
+            q, k, v, anchor_k, anchor_v, first, cu_seqlens, lse, arg_max, term, d_o, d_max, dk, dv, part_k, part_v,
+            *all_strides, length, n, steps, scale,
+            AB=kept, PACKED=packed, CARRIED=carried, HAS_MAX=d_max is not None,
+            **shape_arguments(q, k, v, window, anchors, prefix, columns),
         )  # fmt: skip
         for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
             if anchors:
                 window_backward_anchors_kernel[(n * key_heads * anchors,)](
-                    part, cu_seqlens, out, length, n, HK=key_heads, SUBS=subs, HB=config.heads, DIM=part.shape[2],
-                    A=anchors, P=prefix, BM=config.rows, BR=64, BX=triton.next_power_of_2(part.shape[2]),
-                    PACKED=packed, CARRIED=carried,
+                    part, cu_seqlens, out, length, n, HK=key_heads, DIM=part.shape[2], A=anchors, P=prefix, KB=size,
+                    BR=64, BX=triton.next_power_of_2(part.shape[2]), PACKED=packed, CARRIED=carried,
                 )  # fmt: skip
     if sinks is not None:
         d_sinks = d_sinks.sum((0, 1)).to(sinks.dtype)

@@ -21,7 +21,7 @@ def fast(x, window, anchors, state=None, final=False, **rows):
     options = {"cu_seqlens": None, "padding_mask": None} | rows
     o, state, lse, _ = window_triton(
         x["q"], x["k"], x["v"], window, anchors=anchors, sinks=x.get("sinks"), scale=x["q"].shape[-1] ** -0.5,
-        initial_state=state, output_final_state=final, with_max=False, **options,
+        initial_state=state, output_final_state=final, **options,
     )  # fmt: skip
     return {"o": o, "lse": lse} | fields_of(state)
 
@@ -57,7 +57,7 @@ def test_row_maximum_and_its_gradient_match_the_reference():
     def fast_max(x):
         o, _, lse, row_max = window_triton(
             x["q"], x["k"], x["v"], 6, anchors=3, sinks=x["sinks"], scale=0.5, initial_state=None,
-            output_final_state=False, cu_seqlens=None, padding_mask=None,
+            output_final_state=False, cu_seqlens=None, padding_mask=None, with_max=True,
         )  # fmt: skip
         return {"o": o, "relative": lse - row_max}
 
