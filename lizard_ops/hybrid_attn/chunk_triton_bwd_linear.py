@@ -44,12 +44,21 @@ class RowTerms(NamedTuple):
     share: Tensor
     shift: Tensor
     flow: Tensor  # gradient of the linear log mass: what passes through the gates between newest key and query
+    entered: Tensor | None  # the part of flow that comes from the state
+
+
+class KeyTerms(NamedTuple):
+    """What passes through the gates, per chunk row: weights times their gradients."""
+
+    near: Tensor  # [slots, Hs, C] received from the queries of the chunk
+    far: Tensor  # [slots, Hs, C] received from later chunks
+    sent: Tensor | None  # [C // rows, B, Hq, T] what queries send to each block of keys of the chunk
 
 
 @triton.jit
 def linear_query_kernel(
     v, fq, fk, o, do, dfq, s, z, gates, weight, linear, window, top_in, slope_out, offset_out, share_out, shift_out,
-    flow_out, slots, tokens, stream, feature_scale,
+    flow_out, entered_out, slots, tokens, stream, feature_scale,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     SOFTMAX: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -103,6 +112,14 @@ def linear_query_kernel(
             b_s = load_tile_transposed(p_s + FP * V, V, r * 0, FP, BF, V, BV)
             x_minus = tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :] * entered
             y_minus = tl.dot(b_dol, b_s, input_precision=PRECISION) * entered
+        y_entered, x_entered = slope, slope
+        if entered_out is not None:
+            b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
+            plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
+            y_entered, x_entered = tl.sum(plus * y, 1), tl.sum(plus * x, 1)
+            if SOFTMAX:
+                y_entered += tl.sum(minus * y_minus, 1)
+                x_entered += tl.sum(minus * x_minus, 1)
         p_fk = at(fk, batch, linear_row, head_k)
         p_v = at(v, batch, key_row + stream.start, head_k)
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
@@ -155,6 +172,8 @@ def linear_query_kernel(
             plus, minus, b_slope * y + b_offset * x, b_slope * y_minus + b_offset * x_minus, SOFTMAX
         )
         tl.store(p_dfq, b_dfq.to(dfq.ptr.dtype.element_ty), mask=mask_fq)
+        if entered_out is not None:
+            tl.store(entered_out + out, slope * y_entered + offset * x_entered, mask=inside)
     else:
         tl.store(p_dfq, tl.zeros([BT, BF], dfq.ptr.dtype.element_ty), mask=mask_fq)
     tl.store(slope_out + out, slope, mask=inside)
@@ -204,7 +223,8 @@ def query_state_kernel(
 
 @triton.jit
 def linear_key_kernel(
-    v, fq, fk, do, dv, dfk, ds, dz, gates, slope_in, offset_in, received_out, slots, tokens, stream,
+    v, fq, fk, do, dv, dfk, ds, dz, gates, slope_in, offset_in, near_out, far_out, sent_out, rows_total, slots, tokens,
+    stream,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     SOFTMAX: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -248,7 +268,7 @@ def linear_key_kernel(
         from_state = tl.dot(key_plus, load_tile(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
         more = tl.dot(b_vl, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
         more = (more + tl.load(p_z, mask=f < FP, other=0.0)[None, :]) * leaving
-        received = tl.sum(key_plus.to(tl.float32) * more, 1)
+        far = tl.sum(key_plus.to(tl.float32) * more, 1)
         d_plus += more
         if SOFTMAX:
             p_s, p_z = p_s + FP * V, p_z + FP
@@ -256,9 +276,10 @@ def linear_key_kernel(
             from_state = tl.dot(key_minus, b_s, from_state, input_precision=PRECISION)
             more = tl.dot(b_vl, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
             more = (more + tl.load(p_z, mask=f < FP, other=0.0)[None, :]) * leaving
-            received += tl.sum(key_minus.to(tl.float32) * more, 1)
+            far += tl.sum(key_minus.to(tl.float32) * more, 1)
             d_minus += more
         b_dv += from_state * leaving
+        near = tl.zeros([BT], tl.float32)
 
         # queries of the same chunk
         count = (C - (r - start)) // BN
@@ -284,16 +305,20 @@ def linear_key_kernel(
                 a = tl.dot(key_minus, tl.trans(q_minus), a, input_precision=PRECISION)
             a *= decay
             da = slope[None, :] * tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) + offset[None, :]
-            received += tl.sum(a * da, 1)
+            near += tl.sum(a * da, 1)
+            if sent_out is not None:
+                p_sent = sent_out + ((r - start) // BT).to(tl.int64) * rows_total + out
+                tl.store(p_sent, tl.sum(a * da, 0), mask=here)
             a = (a * slope[None, :]).to(LINEAR_DTYPE)
             b_dv = tl.dot(a, b_do.to(LINEAR_DTYPE), b_dv, input_precision=PRECISION)
             da = (da * decay).to(LINEAR_DTYPE)
             d_plus = tl.dot(da, q_plus, d_plus, input_precision=PRECISION)
             if SOFTMAX:
                 d_minus = tl.dot(da, q_minus, d_minus, input_precision=PRECISION)
-        if received_out is not None:
-            p_received = received_out + (slot.to(tl.int64) * HS + head_s) * C + r - start + j
-            tl.store(p_received, tl.where(known, received, 0.0))
+        if near_out is not None:
+            row = (slot.to(tl.int64) * HS + head_s) * C + r - start + j
+            tl.store(near_out + row, near)
+            tl.store(far_out + row, far)
     b_dfk = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
     tl.store(p_dfk, b_dfk.to(dfk.ptr.dtype.element_ty), mask=mask_fk)
     p_dv = at(dv, batch, key_row + stream.start + r, head) + (j * dv.time)[:, None] + d[None, :]
@@ -304,11 +329,12 @@ def linear_key_kernel(
 
 def linear_queries(
     v: Tensor, fq: Tensor, fk: Tensor, states: States, gates: Tensor, weight: Tensor | None, o: Tensor, do: Tensor,
-    masses: Masses, feature_scale: float, stream: Stream, shape: Shape,
+    masses: Masses, feature_scale: float, stream: Stream, shape: Shape, numeric: bool,
 ) -> tuple[Tensor, RowTerms]:  # fmt: skip
-    """(dfq, terms)."""
+    """(dfq, terms), with what entered from the states if ``numeric``."""
     dfq = torch.empty(fq.shape, dtype=fq.dtype, device=fq.device)
-    terms = RowTerms(*(torch.empty_like(masses.linear) for _ in range(5)))
+    make = torch.empty_like
+    terms = RowTerms(*(make(masses.linear) for _ in range(5)), torch.zeros_like(masses.linear) if numeric else None)
     tokens, heads = fq.shape[1:3]
     c = shape.config("linear_query")
     blocks = block_count(stream, head_lead(stream.shift, c.rows), c.rows)
@@ -345,20 +371,24 @@ def query_states(
 def linear_keys(
     v: Tensor, fq: Tensor, fk: Tensor, do: Tensor, dv: Tensor, gates: Tensor, terms: RowTerms, d_states: States,
     stream: Stream, shape: Shape, gate_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dfk, what each linear row receives [slots, Hs, C]); adds to dv."""
+) -> tuple[Tensor, KeyTerms | None]:  # fmt: skip
+    """(dfk, what the gates see of the keys); adds to dv."""
     dfk = torch.empty(fk.shape, dtype=fk.dtype, device=fk.device)
-    received = None
-    if gate_gradient:
-        received = torch.empty(gates.shape[1], shape.state_heads, shape.chunk, dtype=torch.float32, device=v.device)
     c = shape.config("linear_key")
+    found = None
+    if gate_gradient:
+        make = {"dtype": torch.float32, "device": v.device}
+        near, far = (torch.empty(gates.shape[1], shape.state_heads, shape.chunk, **make) for _ in range(2))
+        found = KeyTerms(near, far, None)
+        if terms.entered is not None:
+            found = KeyTerms(near, far, torch.zeros(shape.chunk // c.rows, *terms.flow.shape, **make))
     blocks = block_count(stream, stream.prefix - stream.start, c.rows)
     if blocks:
         linear_key_kernel[(blocks * shape.key_heads,)](
             rows(v), rows(fq), rows(fk), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates, terms.slope,
-            terms.offset, received, gates.shape[1], fq.shape[1], stream, shape.anchors, shape.query_heads,
+            terms.offset, *(found or (None, None, None)), terms.flow.numel(), gates.shape[1], fq.shape[1], stream, shape.anchors, shape.query_heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.value, shape.value_block, shape.pre,
             shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.linear_dtype, shape.precision,
             c.stages, num_warps=c.warps,
         )  # fmt: skip
-    return dfk, received
+    return dfk, found

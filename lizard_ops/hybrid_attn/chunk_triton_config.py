@@ -97,6 +97,12 @@ class Shape:
         normalize, and float32 keeps more than o does."""
         return not self.normalize or self.dtype == torch.float32
 
+    @property
+    def exact_gates(self) -> bool:
+        """Whether gate gradients count what queries send pair by pair, so that its roundings are those of what keys
+        receive; the sum of a row is known without counting, to fewer digits."""
+        return self.dtype == torch.float32
+
     def config(self, kernel: str) -> Config:
         """Launch configuration of a kernel, named without "_kernel", picked on an H200."""
         if kernel == "scan":

@@ -126,8 +126,11 @@ def hybrid_backward(
     own = anchor_k is None
     with on_device(q):
         gates = running_gates(g, stream, shape)
-        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, d_end is not None)
-        dfq, terms = linear_queries(v, fq, fk, states, gates, weight, o, d_o, masses, feature_scale, stream, shape)
+        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
+        numeric = gate_gradient and shape.exact_gates
+        dfq, terms = linear_queries(
+            v, fq, fk, states, gates, weight, o, d_o, masses, feature_scale, stream, shape, numeric
+        )
         d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
         dq, d_alpha = window_queries(
             q,
@@ -143,14 +146,14 @@ def hybrid_backward(
             weight is not None and mix == "sum",
         )
         dk, dv = window_keys(q, k, v, d_o, masses, terms, scale, stream, shape)
-        dfk, received = linear_keys(v, fq, fk, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient)
+        dfk, key_terms = linear_keys(v, fq, fk, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient)
         da_k, da_v = (empty(q, 0) if x is None else torch.empty_like(x) for x in (anchor_k, anchor_v))
         if anchors:
             anchor_rows, grads = ((k, v), (dk, dv)) if own else ((anchor_k, anchor_v), (da_k, da_v))
             window_anchors(q, anchor_rows, grads, own, d_o, masses, terms, scale, stream, shape)
         dg = empty(q, 0)
-        if gate_gradient:
-            dg = gate_gradients(g, states, d_states, d_end is not None, terms, received, stream, shape)
+        if key_terms is not None:
+            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
         d_sink = empty(q, 0)
         if sink is not None:  # p_sink times the shift that every score shares
             there = log_window.isfinite()

@@ -1,0 +1,162 @@
+"""The hybrid kernels against the reference, in the interpreter without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE, check_against_naive
+
+from lizard_ops.common.state import AttentionState
+from lizard_ops.hybrid_attn.api import chunk_hybrid_attn
+from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+
+pytest.importorskip("lizard_ops.hybrid_attn.chunk_triton")
+
+MERGE = {"mix": "merge", "coverage": "outside", "feature_map": "softmax"}
+SUM = {"mix": "sum", "coverage": "all", "feature_map": "softmax"}
+
+
+def make(b, t, hq, hk, dim, value, pre, gate=0, sinks=0, weight=False, positive=False):
+    """gate: number of gate heads, 0 for none; weight: alpha or merge bias a token."""
+    generator = torch.Generator().manual_seed(t * hq + dim)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = {"q": randn(b, t, hq, dim), "k": randn(b, t, hk, dim), "v": randn(b, t, hk, value)}
+    x |= {"fq": randn(b, t, hq, pre), "fk": randn(b, t, hk, pre)}
+    if positive:
+        x |= {"fq": x["fq"].abs(), "fk": x["fk"].abs()}
+    if gate:
+        x["g"] = torch.nn.functional.logsigmoid(randn(b, t, gate) + 3)
+    if sinks:
+        x["sinks"] = randn(hq, sinks)
+    if weight:
+        x["weight"] = randn(b, t, hq)
+    return x
+
+
+def run(op, x, window, state=None, final=False, rows=None, **options):
+    weights = {"alpha" if options["mix"] == "sum" else "merge_bias": x["weight"]} if "weight" in x else {}
+    o, state = op(
+        x["q"], x["k"], x["v"], x["fq"], x["fk"], x.get("g"), window, sinks=x.get("sinks"), initial_state=state,
+        output_final_state=final, **weights, **(rows or {}), **options,
+    )  # fmt: skip
+    return {"o": o} | ({} if state is None else {n: s for n, s in state._asdict().items() if s is not None})
+
+
+def fast(x, window, **options):
+    return run(chunk_hybrid_attn, x, window, impl="triton", **options)
+
+
+def check(x, window, dtype=torch.float32, **options):
+    check_against_naive(
+        lambda x: fast(x, window, **options), lambda x: run(naive_hybrid_attn, x, window, **options), x, dtype
+    )
+
+
+@pytest.mark.parametrize(
+    "shape, window, anchors, options, dtype",
+    [
+        (dict(b=1, t=150, hq=2, hk=1, dim=16, value=16, pre=16, gate=1), 32, 3, MERGE, torch.float32),
+        (dict(b=2, t=71, hq=4, hk=2, dim=16, value=20, pre=12, gate=4, weight=True), 20, 2, MERGE, torch.float32),
+        (dict(b=1, t=40, hq=3, hk=1, dim=24, value=16, pre=16, weight=True), 41, 0, MERGE, torch.float32),
+        (dict(b=1, t=1, hq=2, hk=2, dim=16, value=16, pre=16, gate=2), 4, 2, MERGE, torch.float32),
+        (dict(b=1, t=130, hq=2, hk=1, dim=16, value=16, pre=16, gate=1, sinks=2), 33, 5, SUM, torch.float32),
+        (dict(b=1, t=90, hq=2, hk=1, dim=16, value=16, pre=16, gate=1), 32, 3, MERGE, torch.float16),
+    ],
+)  # fmt: skip
+def test_output_and_gradients_match_the_reference(shape, window, anchors, options, dtype):
+    check(make(**shape), window, dtype, anchors=anchors, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        MERGE | {"merge_mass": "absolute"},
+        MERGE | {"coverage": "all", "feature_scale": 0.3},
+        SUM | {"coverage": "outside", "normalize": False},
+        SUM | {"feature_map": "identity"},
+        SUM | {"feature_map": "identity", "normalize": False, "coverage": "outside"},
+        MERGE | {"feature_map": "identity"},
+    ],
+)
+def test_every_option_matches_the_reference(options):
+    check(make(1, 80, 2, 1, 16, 16, 16, 2, weight=True, positive=True), 20, anchors=3, **options)
+
+
+@pytest.mark.parametrize("options", [MERGE, SUM])
+def test_extreme_gates(options):
+    x = make(1, 150, 2, 1, 16, 16, 16, 1)
+    kinds = torch.tensor([0.0, -1e-8, -0.1, -30.0, -1e4, -torch.inf])
+    odds = torch.tensor([8.0, 8.0, 8.0, 1.0, 1.0, 0.2])
+    x["g"] = kinds[odds.multinomial(150, True, generator=torch.Generator().manual_seed(0))].view(1, 150, 1)
+    check(x, 20, anchors=3, **options)
+
+
+@pytest.mark.parametrize("options", [MERGE, SUM])
+@pytest.mark.parametrize("ends", [[0, 1, 1, 40, 65, 100], [0, 13, 100]])
+def test_packed_sequences_are_as_if_alone(ends, options):
+    rows = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device=DEVICE)}
+    check(make(1, 100, 2, 1, 16, 16, 16, 1), 9, final=True, rows=rows, anchors=2, **options)
+
+
+@pytest.mark.parametrize("options", [MERGE, SUM])
+def test_padding_adds_nothing(options):
+    mask = torch.rand(3, 60, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[2] = False
+    rows = {"padding_mask": mask.to(DEVICE)}
+    check(make(3, 60, 2, 1, 16, 16, 16, 1, weight=True), 9, final=True, rows=rows, anchors=2, **options)
+
+
+@pytest.mark.parametrize("gate", [1, 4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [MERGE, SUM])
+def test_carried_state_continues_the_sequence(packed, options, gate):
+    """Sequences that have seen 0, 2 and 43 tokens; gradients reach those tokens through the state."""
+    window, anchors = 7, 4
+    x = make(*((1, 90) if packed else (3, 40)), 4, 2, 16, 16, 16, gate)
+    x |= {"past " + name: t for name, t in make(1, 45, 4, 2, 16, 16, 16, gate).items()}
+    seen = torch.tensor([0, 0, 2, 45], device=DEVICE)
+    rows = {"cu_seqlens": torch.tensor([0, 3, 35, 90], device=DEVICE)} if packed else {}
+
+    def after_past(op):
+        def both(x):
+            past = {name: x["past " + name] for name in ("q", "k", "v", "fq", "fk", "g")}
+            before = {"anchors": anchors, "final": True, "rows": {"cu_seqlens": seen}, **options}
+            state = run(naive_hybrid_attn, past, window, **before)
+            state.pop("o")
+            return op(x, window, state=AttentionState(**state), final=True, rows=rows, anchors=anchors, **options)
+
+        return both
+
+    naive = after_past(lambda x, window, **options: run(naive_hybrid_attn, x, window, **options))
+    check_against_naive(after_past(fast), naive, x, torch.float32)
+
+
+def test_strided_inputs_need_no_copy():
+    x = make(2, 40, 4, 2, 16, 16, 16, 2)
+
+    def strided(op):
+        def moved(x):
+            return op({name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in x.items()}, 6, **MERGE)
+
+        return moved
+
+    check_against_naive(strided(fast), strided(lambda x, *w, **o: run(naive_hybrid_attn, x, *w, **o)), x, torch.float32)
+
+
+def test_empty_input():
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in make(2, 0, 2, 1, 16, 16, 16, 1, weight=True).items()}
+    found = fast(x, 4, final=True, anchors=2, **MERGE)
+    assert found["o"].shape == (2, 0, 2, 16) and not found["s"].any()
+    found["o"].sum().backward()
+
+
+def test_operator_is_well_formed():
+    from lizard_ops.hybrid_attn.chunk_triton_op import hybrid_forward
+
+    x = make(1, 20, 2, 1, 16, 16, 16, 1, weight=True)
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in x.items()}
+    inputs = (x["q"], x["k"], x["v"], x["fq"], x["fk"], x["g"], x["weight"], *[None] * 8)
+    torch.library.opcheck(hybrid_forward, (*inputs, 4, 2, True, "relative", True, True, 0.25, 1.0, True))
