@@ -125,6 +125,8 @@ def load_sequences(
         streams = (document for name in hub for document in read_hub(name, text_field))
         return islice(chain(files, streams), examples)
 
+    for name in hub:  # a name or a field that is wrong shows here, not in the middle of a run
+        next(read_hub(name, text_field), None)
     if hub or sum(path.stat().st_size for path in local) > STREAM_FROM_BYTES:
         digest = hashlib.sha256("\n".join(sources).encode()).hexdigest()
         return StreamedTokens(lambda epoch: encode(documents(epoch)), seq_len, seed, digest=f"names:{digest}")

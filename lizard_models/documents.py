@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lizard_models.downloads import hub_answers
+
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".npy")
 Document = str | np.ndarray  # text, or token ids [T]
 
@@ -53,6 +55,8 @@ def read_hub(name: str, text_field: str | None = None) -> Iterator[Document]:
     """The documents of the train split of a hub data set, streamed. Raises ValueError if it cannot be reached."""
     from datasets import load_dataset  # slow to import, and not needed for local text
 
+    if not hub_answers():
+        raise ValueError(f"data: {name!r} is not a local file or folder, and the hub does not answer")
     repository, _, configuration = name.partition(":")
     try:
         records = load_dataset(repository, configuration or None, split="train", streaming=True)

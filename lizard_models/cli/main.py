@@ -12,6 +12,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
+
+
+@app.callback()
+def quiet() -> None:
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours show what matters
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
 app.command("linearize")(linearize.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)

@@ -32,8 +32,8 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, title: str, quantity: str, console: Console | None = None, every: float = 10.0) -> None:
         self.title, self.quantity, self.every = title, quantity, every
-        self.console = console or Console(stderr=True)
-        self.loss = math.nan
+        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.loss: float | None = None
         self.times: deque[float] = deque(maxlen=21)
         self.printed = -math.inf
         self.bar = Progress(
@@ -70,10 +70,11 @@ class ProgressCallback(TrainerCallback):
     def _show(self, state: TrainerState) -> None:
         pace = (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
         left = clock(pace * (state.max_steps - state.global_step))
-        status = f"{self.quantity} {self.loss:.4f} · {pace:.2f} s/step · {left} left"
+        loss = "" if self.loss is None else f"{self.quantity} {self.loss:.4f} · "
+        status = f"{loss}{pace:.2f} s/step · {left} left"
         self.bar.update(self.task, completed=state.global_step, status=status)
-        last = state.global_step == state.max_steps
-        if not self.console.is_terminal and (last or self.times[-1] - self.printed > self.every):
+        due = state.global_step == state.max_steps or self.times[-1] - self.printed > self.every
+        if due and self.loss is not None and not self.console.is_terminal:
             self.printed = self.times[-1]
             self.console.print(f"{self.title}: step {state.global_step}/{state.max_steps} · {status}", highlight=False)
 

@@ -98,7 +98,7 @@ class Report:
         share = teacher is not None and control is not None and past is not None
         error = any(row.relative_error is not None for row, _ in rows)
         table = Table(title="loss in nats by position", title_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for start, end in zip(edges, edges[1:], strict=False):
             table.add_column(f"\\[{start}, {end})", justify="right")
         if share:
@@ -121,7 +121,7 @@ class Report:
             return None
         lengths = sorted({length for row in rows for length in row.passkey})
         table = Table(title="passkey found, by length in tokens", title_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for length in lengths:
             table.add_column(str(length), justify="right")
         for row in rows:

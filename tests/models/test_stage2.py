@@ -1,0 +1,114 @@
+"""Stage 2: LoRA and the new parameters, on cross-entropy and KL; the result is an ordinary Lizard."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tiny import student, teacher, tokens
+from training import Sequences, arguments, fresh, moved, recipes, snapshot
+
+from lizard_models import LizardLlamaForCausalLM
+from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage2
+from lizard_models.distill.stage2 import LanguageModelling
+from lizard_models.presets import PRESETS
+
+
+def test_projections_and_new_parameters_learn_and_the_adapters_go(tmp_path):
+    model = fresh()
+    before = snapshot(model)
+    tuned, result = train_stage2(model, Sequences(), arguments(tmp_path / "run"), recipes(model, steps=20)[1])
+    assert tuned is model and type(tuned) is LizardLlamaForCausalLM and set(snapshot(tuned)) == set(before)
+    changed = moved(before, tuned)
+    projections = {name for name in before if name.endswith(tuple(f"{p}_proj.weight" for p in "qkvo"))}
+    assert changed == projections | {name for name, _ in tuned.lizard_parameters()}
+    assert result.losses[-1][1] < result.losses[0][1]
+    assert not tuned.training and not any(p.requires_grad for p in tuned.parameters())
+
+    tuned.save_pretrained(tmp_path / "saved")
+    back = LizardLlamaForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    ids = tokens(1, 40)
+    assert torch.equal(back(ids).logits, tuned(ids).logits)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
+def test_the_loss_is_that_of_teacher_and_student_apart(weights):
+    reference, model = teacher(), student()
+    ids = tokens(2, 40)
+    logits = model(ids).logits[:, :-1]
+    entropy = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    wanted = reference(ids).logits[:, :-1].log_softmax(-1)
+    divergence = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1).mean()
+
+    recipe = dataclasses.replace(recipes(model)[1], cross_entropy_weight=weights[0], kl_weight=weights[1])
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
+    torch.nn.init.zeros_(adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    loss = LanguageModelling(adapted, recipe)(ids)["loss"]
+    torch.testing.assert_close(loss, weights[0] * entropy + weights[1] * divergence)
+
+
+def test_the_teacher_stays_the_teacher_while_adapters_move():
+    reference, model = teacher(), student()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    inputs = {"input_ids": tokens(1, 40), "use_cache": False}
+    hidden = LanguageModelling(adapted, recipes(model)[1])._teacher_hidden(model, inputs)
+    torch.testing.assert_close(hidden, reference.model(**inputs).last_hidden_state)
+    assert model.mode == "student" and not torch.allclose(hidden, model.model(**inputs).last_hidden_state)
+
+
+def test_new_parameters_can_be_left_alone(tmp_path):
+    model = fresh()
+    before = snapshot(model)
+    recipe = dataclasses.replace(recipes(model)[1], train_new_parameters=False, lora_targets=("v_proj",))
+    tuned, _ = train_stage2(model, Sequences(), arguments(tmp_path), recipe)
+    assert {name.rpartition("self_attn.")[2] for name in moved(before, tuned)} == {"v_proj.weight"}
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    recipe = recipes(fresh(), steps=5)[1]
+    whole, _ = train_stage2(fresh(), Sequences(), arguments(tmp_path / "a"), recipe)
+    stopped, before = fresh(), snapshot(fresh())
+    with pytest.raises(TrainingInterrupted):
+        train_stage2(stopped, Sequences(stop_at=5), arguments(tmp_path / "b"), recipe)
+    assert set(snapshot(stopped)) == set(before)  # the adapters are gone
+    again, _ = train_stage2(fresh(), Sequences(), arguments(tmp_path / "b", resume=True), recipe)
+    assert moved(snapshot(whole), again) == set()
+
+
+def test_recomputing_layers_changes_nothing(tmp_path):
+    tuned = []
+    for recompute in (False, True):
+        model = fresh()
+        run = arguments(tmp_path / str(recompute), gradient_checkpointing=recompute)
+        tuned.append(train_stage2(model, Sequences(), run, recipes(model, steps=2)[1])[0])
+    for name, value in snapshot(tuned[0]).items():
+        torch.testing.assert_close(dict(tuned[1].named_parameters())[name], value)
+
+
+def test_unknown_projections_are_named(tmp_path):
+    model = fresh()
+    recipe = dataclasses.replace(recipes(model)[1], lora_targets=("q_proj", "w_proj"))
+    with pytest.raises(ValueError, match="lora_targets: the model has no w_proj"):
+        train_stage2(model, Sequences(), arguments(tmp_path), recipe)
+    recipe = dataclasses.replace(recipe, lora_targets=("lm_head",))
+    with pytest.raises(ValueError, match="lm_head .* cannot be adapted"):
+        train_stage2(model, Sequences(), arguments(tmp_path), recipe)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_and_generates(preset, family, tmp_path):
+    model = fresh(preset, family=family)
+    stage1, stage2 = recipes(model, steps=2)
+    if any(True for _ in model.lizard_parameters()):
+        train_stage1(model, Sequences(), arguments(tmp_path / "1"), stage1)
+    tuned, result = train_stage2(model, Sequences(), arguments(tmp_path / "2"), stage2)
+    assert result.final_loss == result.final_loss
+    written = tuned.generate(tokens(2, 30), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert written.shape == (2, 34)
