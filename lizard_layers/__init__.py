@@ -9,7 +9,7 @@ from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
 from lizard_layers.rope import apply_rope
 from lizard_layers.state import empty_state, map_state, select_sequences, state_bytes
-from lizard_ops.common.state import AttentionState
+from lizard_ops import AttentionState
 
 __all__ = [
     "AttentionChoices",

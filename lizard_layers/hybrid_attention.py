@@ -13,8 +13,7 @@ from lizard_layers.gate import build_gate
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.rope import apply_rope
-from lizard_ops import chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
-from lizard_ops.common.state import AttentionState
+from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
 
 
 class HybridAttention(nn.Module):

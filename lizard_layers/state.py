@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lizard_layers.config import AttentionConfig
-from lizard_ops.common.state import AttentionState
+from lizard_ops import AttentionState
 
 
 def empty_state(

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from lizard_layers import AttentionState, select_sequences, state_bytes
+from lizard_models.layer_configs import converted_layers
 
 
 class LizardCacheLayer(CacheLayerMixin):
@@ -91,8 +92,6 @@ class LizardCache(Cache):
     layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        from lizard_models.modeling_common import converted_layers
-
         layers = list(DynamicCache(config=config).layers)
         for i in converted_layers(config):
             layers[i] = LizardCacheLayer()

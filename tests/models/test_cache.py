@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lizard_layers import empty_state, state_bytes
 from lizard_models import LizardCache
-from lizard_models.modeling_common import attention_config
+from lizard_models.layer_configs import attention_config
 
 PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
 

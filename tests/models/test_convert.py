@@ -5,6 +5,7 @@ import torch
 from tiny import student, teacher, tokens
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
+import lizard_models
 from lizard_models import LizardConfig, LizardLlamaForCausalLM, LizardMistralForCausalLM, linearize
 
 ROPE_KINDS = {
@@ -144,3 +145,9 @@ def test_what_cannot_be_converted_says_why():
         linearize(teacher(), recommended.replace(softmax_layers=(3,)))
     with pytest.raises(ValueError, match="has no Lizard choices"):
         LizardLlamaForCausalLM(LizardLlamaForCausalLM.config_class(**teacher().config.to_dict()))
+
+
+def test_public_names_resolve():
+    assert all(getattr(lizard_models, name) is not None for name in lizard_models.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'linearise'"):
+        lizard_models.linearise  # noqa: B018
