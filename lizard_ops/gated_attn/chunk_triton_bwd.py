@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_triton_fwd import decay_row
-from .chunk_triton_scan import locate, only_if, state_tile, tile
+from .chunk_triton_fwd import decay_row, decay_tile
+from .chunk_triton_scan import column, locate, only_if, state_tile, tile
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def row_kernel(
     kb = pid % NKB
     hs = (pid // NKB) % HS
     chunk = pid // (NKB * HS)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     hk = hs * HK // HS
     hg = hs * HG // HS
     state = (chunk * HS + hs).to(tl.int64)
@@ -68,13 +68,10 @@ def row_kernel(
     rj = c * C + tl.arange(0, C)
     i_ok = ri < rows
     j_ok = rj < rows
-    weight = ((ri[:, None] >= rj[None, :]) & j_ok[None, :]).to(tl.float32)
+    causal = (ri[:, None] >= rj[None, :]) & j_ok[None, :]
     if GATED:
-        gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
-        gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+        gi, _ = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
         from_start = tl.exp2(gi)
-        d = (gi[:, None] - gj[None, :]) + (gi_lo[:, None] - gj_lo[None, :])
-        weight = tl.where(weight > 0, tl.exp2(d), 0.0)
 
     kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
     k_t = tl.load(kp, mask=km, other=0.0)  # [C, BK]
@@ -106,12 +103,17 @@ def row_kernel(
                 acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), acc, input_precision=PRECISION)
         qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
+        if GATED:
+            weight = decay_tile(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+        else:
+            weight = causal.to(tl.float32)
+        own = tl.sum(acc * q_t.to(tl.float32), 1)
         delta = tl.zeros([BM], tl.float32)
         if NORMALIZE:
             # do.o from the same rounded factors as dA, so that sum_j a_ij dA_ij stays d log_mass; o would not give that
             if NKB == 1:
                 score = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
-                far = tl.sum(acc * q_t.to(tl.float32), 1)
+                far = own
             else:
                 far = tl.zeros([BM], tl.float32)
                 score = tl.zeros([BM, C], tl.float32)
@@ -134,10 +136,14 @@ def row_kernel(
         m_p = (q0 + ri) * HQ + head
         w, e = row_terms(d_log_mass, mass, m_p, ok, delta, scale, NORMALIZE)
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
-        acc = acc * w[:, None] + e[:, None] * z_t[None, :]
         if GATED:
-            acc *= from_start[:, None]
-            tl.store(row_dot + kb * row_total + m_p, tl.sum(acc * q_t.to(tl.float32), 1), mask=ok)
+            own_z = tl.sum(tl.dot(q_t.to(OPERAND), column(z_t, OPERAND), input_precision=PRECISION), 1)
+            w_far = w * from_start
+            e_far = e * from_start
+            tl.store(row_dot + kb * row_total + m_p, own * w_far + own_z * e_far, mask=ok)
+            acc = acc * w_far[:, None] + e_far[:, None] * z_t[None, :]
+        else:
+            acc = acc * w[:, None] + e[:, None] * z_t[None, :]
         da = (d_score * w[:, None] + e[:, None]) * weight
         acc = tl.dot(da.to(OPERAND), k_t.to(OPERAND), acc, input_precision=PRECISION)
         dqp, qm = tile(dq, q0 + ri, ok, head, HQ, K, kb * BK, BK)
@@ -145,18 +151,9 @@ def row_kernel(
 
 
 @triton.jit
-def transposed_decay(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG: tl.constexpr):
-    """exp(G_i - G_j) as [keys, queries], 0 where query i does not see key j."""
-    gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
-    gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
-    d = (gi[None, :] - gj[:, None]) + (gi_lo[None, :] - gj_lo[:, None])
-    return tl.where(causal, tl.exp2(d), 0.0)
-
-
-@triton.jit
-def gate_gradient(rowsum, colsum, through, whole, part):
+def gate_gradient(inside, colsum, through, whole, part):
     """dg of a chunk [C] from the places a pair (j < t <= i) can lie in; parts past the first add ``through`` only."""
-    inside = tl.where(part == 0, tl.cumsum(rowsum - colsum, 0, reverse=True) + whole, 0.0)
+    inside = tl.where(part == 0, inside - tl.cumsum(colsum, 0, reverse=True) + whole, 0.0)
     return inside + (tl.cumsum(through, 0) - through)
 
 
@@ -164,7 +161,7 @@ def gate_gradient(rowsum, colsum, through, whole, part):
 def far_keys(
     k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs, hg, chunk, part,
     HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and k_j.dk_j of the queries after the chunk, through the state; dg of the pairs around the chunk."""
     NKB: tl.constexpr = (K + BK - 1) // BK
@@ -207,8 +204,8 @@ def far_keys(
         far_k *= to_end[:, None]
         far_v *= to_end[:, None]
         through = tl.sum(far_k * k_part.to(tl.float32), 1)
-        parts = tl.arange(0, triton.next_power_of_2(PARTS))
-        whole = tl.sum(tl.load(cross + state * PARTS + parts, mask=parts < PARTS, other=0.0), 0)
+        all_k = tl.arange(0, NKB * BK)
+        whole = tl.sum(tl.load(cross + state * K + all_k, mask=all_k < K, other=0.0), 0)
     return far_k, far_v, through, whole
 
 
@@ -217,33 +214,29 @@ def key_kernel(
     q, k, v, g_hi, g_lo, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, table, owner, scale, q_rows,
     k_rows, q_shift, k_shift, pairs, row_total, gate_total,
     HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, GH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
+    C: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
     NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one chunk and one key head (one block of columns each), and dg of its state heads.
 
-    d_states [chunks, HS, K, V] is the gradient of the state at the END of each chunk; cross [chunks, HS, PARTS] its
-    inner product with the state before the chunk. Tiles are [keys, queries]: each product is formed the way it is used.
+    d_states [chunks, HS, K, V] is the gradient of the state at the END of each chunk; cross [chunks, HS, K] its product
+    with the state before the chunk, summed over V. Tiles are [keys, queries], BQ queries of one head at a time: each
+    product is formed the way it is used.
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV
     NB: tl.constexpr = NKB if NKB > NVB else NVB
     GROUP: tl.constexpr = HQ // HK
     PER_HEAD: tl.constexpr = HS != HK
-    BM: tl.constexpr = GH * C
+    TILES: tl.constexpr = C // BQ
     pid = tl.program_id(0)
     part = pid % NB
     hk = (pid // NB) % HK
     chunk = pid // (NB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
 
-    o_m = tl.arange(0, BM)
-    o_c = tl.arange(0, C)
-    ri = c * C + o_m % C
-    rj = c * C + o_c
-    i_ok = ri < rows
+    rj = c * C + tl.arange(0, C)
     j_ok = rj < rows
-    causal = (ri[None, :] >= rj[:, None]) & i_ok[None, :]  # [C, BM]
     last = tl.minimum(rows, c * C + C) - 1
     kcol = part * BK
     vcol = part * BV
@@ -252,49 +245,53 @@ def key_kernel(
     k_part = tl.load(kp, mask=km, other=0.0)
     vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vcol, BV)
     v_part = tl.load(vp, mask=vm, other=0.0)
-    acc_k = tl.zeros([C, BK], tl.float32)
-    acc_v = tl.zeros([C, BV], tl.float32)
-    rowsum = tl.zeros([C], tl.float32)
+    inside = tl.zeros([C], tl.float32)
     colsum = tl.zeros([C], tl.float32)
-    hg = hk * HG // HS
-    if GATED and not PER_HEAD:
-        weight = transposed_decay(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+    if PER_HEAD:
+        acc_k = tl.zeros([C, BK], tl.float32)
+        acc_v = tl.zeros([C, BV], tl.float32)
     else:
-        weight = causal.to(tl.float32)
+        hg = hk * HG // HS
+        acc_k, acc_v, through, whole = far_keys(
+            k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hk, hg, chunk, part,
+            HK, HS, HG, K, V, BK, BV, GATED, OPERAND, PRECISION,
+        )  # fmt: skip
 
-    for step in range(0, (GROUP + GH - 1) // GH):
-        member = step * GH + o_m // C
-        ok = i_ok & (member < GROUP)
+    for it in range(0, GROUP * TILES):
+        it = tl.cast(it, tl.int32)
+        member = it // TILES
         head = hk * GROUP + member
         if PER_HEAD:
-            hs = hk * GROUP + step
-            hg = hs * HG // HS
-        if GATED and PER_HEAD:
-            weight = transposed_decay(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+            hs = head
+        else:
+            hs = hk
+        ri = c * C + (it % TILES) * BQ + tl.arange(0, BQ)
+        ok = ri < rows
+        causal = (ri[None, :] >= rj[:, None]) & ok[None, :]  # [C, BQ]
         for kb in tl.static_range(NKB):
             if NKB == 1:
                 k_t = k_part
             else:
-                kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
-                k_t = tl.load(kp, mask=km, other=0.0)
+                bp, bm = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+                k_t = tl.load(bp, mask=bm, other=0.0)
             qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
-            q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
+            q_t = tl.load(qp, mask=qm, other=0.0)  # [BQ, BK]
             if kb == 0:
-                score = tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION)  # [C, BM]
+                score = tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION)  # [C, BQ]
             else:
                 score = tl.dot(k_t, tl.trans(q_t), score, input_precision=PRECISION)
         for vb in tl.static_range(NVB):
             if NVB == 1:
                 v_t = v_part
             else:
-                vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
-                v_t = tl.load(vp, mask=vm, other=0.0)
+                bp, bm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+                v_t = tl.load(bp, mask=bm, other=0.0)
             dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
-            do_t = tl.load(dop, mask=om, other=0.0)  # [BM, BV]
+            do_t = tl.load(dop, mask=om, other=0.0)  # [BQ, BV]
             if vb == 0:
-                d_score = tl.dot(v_t, tl.trans(do_t), input_precision=PRECISION)
+                ds = tl.dot(v_t, tl.trans(do_t), input_precision=PRECISION)
             else:
-                d_score = tl.dot(v_t, tl.trans(do_t), d_score, input_precision=PRECISION)
+                ds = tl.dot(v_t, tl.trans(do_t), ds, input_precision=PRECISION)
         if NKB > 1:
             qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kcol, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)
@@ -304,44 +301,42 @@ def key_kernel(
         m_p = (q0 + ri) * HQ + head
         w = row_weights(mass, m_p, ok, scale, NORMALIZE)
         e = tl.load(extra + m_p, mask=ok, other=0.0)
+        if GATED:
+            hg = hs * HG // HS
+            gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, ok, hg, HG)
+            gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+            d = (gi[None, :] - gj[:, None]) + (gi_lo[None, :] - gj_lo[:, None])
+            weight = tl.where(causal, tl.exp2(d), 0.0)
+        else:
+            weight = causal.to(tl.float32)
         p = score * weight
-        ds = d_score * w[None, :] + e[None, :]
         acc_v = tl.dot((p * w[None, :]).to(OPERAND), do_t.to(OPERAND), acc_v, input_precision=PRECISION)
-        acc_k = tl.dot((ds * weight).to(OPERAND), q_t.to(OPERAND), acc_k, input_precision=PRECISION)
+        ds = ds * w[None, :] + e[None, :]
         if GATED:
             a_da = tl.where(ri[None, :] != rj[:, None], p * ds, 0.0)
-            by_row = tl.sum(a_da, 0)  # [BM]
-            if NKB > 1:
-                for kb in tl.static_range(NKB):
-                    by_row += tl.load(row_dot + kb * row_total + m_p, mask=ok, other=0.0)
-            else:
-                by_row += tl.load(row_dot + m_p, mask=ok, other=0.0)
-            rowsum += tl.sum(tl.reshape(by_row, [GH, C]), 0)
+            by_row = tl.sum(a_da, 0)  # [BQ]
+            for kb in tl.static_range(NKB):
+                by_row += tl.load(row_dot + kb * row_total + m_p, mask=ok, other=0.0)
+            inside += tl.sum(tl.where(ri[None, :] >= rj[:, None], by_row[None, :], 0.0), 1)
             colsum += tl.sum(a_da, 1)
+        acc_k = tl.dot((ds * weight).to(OPERAND), q_t.to(OPERAND), acc_k, input_precision=PRECISION)
         if PER_HEAD:
-            far_k, far_v, through, whole = far_keys(
-                k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs, hg, chunk,
-                part, HK, HS, HG, K, V, BK, BV, PARTS, GATED, OPERAND, PRECISION,
-            )  # fmt: skip
-            acc_k += far_k
-            acc_v += far_v
-            if GATED:
-                grad = gate_gradient(rowsum, colsum, through, whole, part)
-                tl.store(dg + part * gate_total + (k0 + rj) * HS + hs, grad, mask=j_ok)
-                rowsum = tl.zeros([C], tl.float32)
-                colsum = tl.zeros([C], tl.float32)
+            if it % TILES == TILES - 1:
+                far_k, far_v, through, whole = far_keys(
+                    k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs,
+                    hs * HG // HS, chunk, part, HK, HS, HG, K, V, BK, BV, GATED, OPERAND, PRECISION,
+                )  # fmt: skip
+                acc_k += far_k
+                acc_v += far_v
+                if GATED:
+                    grad = gate_gradient(inside, colsum, through, whole, part)
+                    tl.store(dg + part * gate_total + (k0 + rj) * HS + hs, grad, mask=j_ok)
+                    inside = tl.zeros([C], tl.float32)
+                    colsum = tl.zeros([C], tl.float32)
 
-    if not PER_HEAD:
-        far_k, far_v, through, whole = far_keys(
-            k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hk, hg, chunk, part,
-            HK, HS, HG, K, V, BK, BV, PARTS, GATED, OPERAND, PRECISION,
-        )  # fmt: skip
-        acc_k += far_k
-        acc_v += far_v
-        if GATED:
-            grad = gate_gradient(rowsum, colsum, through, whole, part)
-            tl.store(dg + part * gate_total + (k0 + rj) * HS + hk, grad, mask=j_ok)
-
+    if GATED and not PER_HEAD:
+        grad = gate_gradient(inside, colsum, through, whole, part)
+        tl.store(dg + part * gate_total + (k0 + rj) * HS + hk, grad, mask=j_ok)
     dkp, km = tile(dk, k0 + rj, j_ok, hk, HK, K, kcol, BK)
     tl.store(dkp, acc_k.to(dk.dtype.element_ty), mask=km)
     dvp, vm = tile(dv, k0 + rj, j_ok, hk, HK, V, vcol, BV)

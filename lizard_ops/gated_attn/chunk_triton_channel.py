@@ -85,7 +85,7 @@ def channel_output_kernel(
     vb = pid % NVB
     hk = (pid // NVB) % HK
     chunk = pid // (NVB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     state = (chunk * HK + hk).to(tl.int64)
     o_m = tl.arange(0, BM)
     o_c = tl.arange(0, C)
@@ -160,7 +160,7 @@ def channel_row_kernel(
     kb = pid % NKB
     hk = (pid // NKB) % HK
     chunk = pid // (NKB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     o_m = tl.arange(0, BM)
     o_c = tl.arange(0, C)
     im = o_m % C
@@ -293,8 +293,8 @@ def channel_key_kernel(
     q, k, v, g, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, table, owner, scale, q_rows, k_rows,
     q_shift, k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    GH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, NORMALIZE: tl.constexpr,
-    VARLEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    GH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dg of one chunk and one key head, one block of columns each."""
     NKB: tl.constexpr = (K + BK - 1) // BK
@@ -306,7 +306,7 @@ def channel_key_kernel(
     part = pid % NB
     hk = (pid // NB) % HK
     chunk = pid // (NB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     o_m = tl.arange(0, BM)
     o_c = tl.arange(0, C)
     im = o_m % C
@@ -403,9 +403,7 @@ def channel_key_kernel(
     later = k_t * through_k
     acc_k += through_k
     grad = tl.cumsum(tl.load(rp, mask=rmask, other=0.0) - k_t * acc_k, 0, reverse=True)
-    whole = tl.sum(later, 0)
-    for b in tl.static_range(PARTS):
-        whole += tl.load(cross + (state * PARTS + b) * K + ks, mask=ks < K, other=0.0)
+    whole = tl.sum(later, 0) + tl.load(cross + state * K + ks, mask=ks < K, other=0.0)
     dgp, km = tile(dg, k0 + r, r_ok, hk, HK, K, kcol, BK)
     tl.store(dgp, grad + whole[None, :], mask=km)
     dkp, km = tile(dk, k0 + r, r_ok, hk, HK, K, kcol, BK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_triton_scan import locate, only_if, state_tile, tile
+from .chunk_triton_scan import column, locate, only_if, state_tile, tile
 
 
 @triton.jit
@@ -13,6 +13,15 @@ def decay_row(g_hi, g_lo, rows, valid, hg, HG: tl.constexpr):
     """Both halves of the local gate sums at the given rows; 0 outside."""
     p = rows * HG + hg
     return tl.load(g_hi + p, mask=valid, other=0.0), tl.load(g_lo + p, mask=valid, other=0.0)
+
+
+@triton.jit
+def decay_tile(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG: tl.constexpr):
+    """exp(G_i - G_j) [queries, keys], 0 where query i does not see key j. Cheaper to form anew than to keep."""
+    gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
+    gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+    d = (gi[:, None] - gj[None, :]) + (gi_lo[:, None] - gj_lo[None, :])
+    return tl.where(causal, tl.exp2(d), 0.0)
 
 
 @triton.jit
@@ -43,7 +52,7 @@ def output_kernel(
     vb = pid % NVB
     hs = (pid // NVB) % HS
     chunk = pid // (NVB * HS)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, 3, VARLEN)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     hk = hs * HK // HS
     hg = hs * HG // HS
     state = (chunk * HS + hs).to(tl.int64)
@@ -53,14 +62,11 @@ def output_kernel(
     rj = c * C + tl.arange(0, C)
     i_ok = ri < rows
     j_ok = rj < rows
-    weight = ((ri[:, None] >= rj[None, :]) & j_ok[None, :]).to(tl.float32)  # [BM, C]
+    causal = (ri[:, None] >= rj[None, :]) & j_ok[None, :]  # [BM, C]
     if GATED:
-        gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
-        gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+        gj, _ = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+        gi, _ = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
         from_start = tl.exp2(gi)
-        if not ABSORBED:
-            d = (gi[:, None] - gj[None, :]) + (gi_lo[:, None] - gj_lo[None, :])
-            weight = tl.where(weight > 0, tl.exp2(d), 0.0)
 
     vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
     v_t = tl.load(vp, mask=vm, other=0.0)  # [C, BV]
@@ -72,7 +78,7 @@ def output_kernel(
         sp, sm = state_tile(states, state, K, V, 0, vb * BV, BK, BV)
         s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
         ks = tl.arange(0, BK)
-        z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
+        z_t = column(tl.load(z_states + state * K + ks, mask=ks < K, other=0.0), OPERAND)
 
     for step in range(0, (GS + GH - 1) // GH):
         head = step * GH + o_m // C
@@ -87,12 +93,12 @@ def output_kernel(
                 sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
                 s_t = tl.load(sp, mask=sm, other=0.0)
                 ks = kb * BK + tl.arange(0, BK)
-                z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
+                z_t = column(tl.load(z_states + state * K + ks, mask=ks < K, other=0.0), OPERAND)
             qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
             if ABSORBED:
                 q_t = (q_t.to(tl.float32) * from_start[:, None]).to(OPERAND)
-            zi = tl.sum(q_t.to(tl.float32) * z_t[None, :], 1)
+            zi = tl.sum(tl.dot(q_t.to(OPERAND), z_t, input_precision=PRECISION), 1)
             if kb == 0:
                 score = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
                 acc = tl.dot(q_t.to(OPERAND), s_t, input_precision=PRECISION)
@@ -101,10 +107,12 @@ def output_kernel(
                 score = tl.dot(q_t, tl.trans(k_t), score, input_precision=PRECISION)
                 acc = tl.dot(q_t.to(OPERAND), s_t, acc, input_precision=PRECISION)
                 den += zi
-        p = score * weight
         if GATED and not ABSORBED:
             den *= from_start
             acc *= from_start[:, None]
+            p = score * decay_tile(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+        else:
+            p = tl.where(causal, score, 0.0)
         den += tl.sum(p, 1)
         acc = tl.dot(p.to(OPERAND), v_t.to(OPERAND), acc, input_precision=PRECISION)
         if NORMALIZE:

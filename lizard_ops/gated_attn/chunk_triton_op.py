@@ -16,19 +16,18 @@ from torch import Tensor
 
 from .chunk_triton_bwd import key_kernel, row_kernel
 from .chunk_triton_channel import channel_key_kernel, channel_output_kernel, channel_row_kernel
-from .chunk_triton_config import SEGMENT, launch
+from .chunk_triton_config import Launch, launch, scan_launch
 from .chunk_triton_fwd import output_kernel
-from .chunk_triton_scan import gate_sum_kernel, segment_scan_kernel, walk_kernel
+from .chunk_triton_scan import gate_sum_kernel, scan_kernel, state_kernel
 
 GATE_NONE, GATE_HEAD, GATE_CHANNEL = 0, 1, 2
 
 
 class Rows(NamedTuple):
-    """Which rows meet, cut into chunks and segments; the trailing arguments of every kernel."""
+    """Which rows meet, cut into chunks; the trailing arguments of every kernel."""
 
-    table: Tensor | None  # [N, 5] int64: first query row, first key row, rows, first chunk, first segment
-    chunk_owner: Tensor | None  # [chunks] int32, sequence of each chunk, -1 past the last
-    segment_owner: Tensor | None
+    table: Tensor | None  # [N, 4] int64: first query row, first key row, rows, first chunk
+    owner: Tensor | None  # [chunks] int32, sequence of each chunk, -1 past the last
     q_rows: int
     k_rows: int
     q_shift: int
@@ -36,8 +35,6 @@ class Rows(NamedTuple):
     pairs: int
     sequences: int
     chunks: int
-    segments: int
-    span: int  # rows of a segment
 
     @property
     def place(self) -> tuple[int, ...]:
@@ -45,22 +42,17 @@ class Rows(NamedTuple):
 
 
 def plan_rows(q: Tensor, k: Tensor, table: Tensor | None, q_shift: int, k_shift: int, pairs: int, chunk: int) -> Rows:
-    """Chunks and segments of N equal sequences, or of those in table [N, 3]; never asks the device for a number."""
-    batch, q_rows, k_rows, span = q.shape[0], q.shape[1], k.shape[1], chunk * SEGMENT
+    """Chunks of N equal sequences, or of those in table [N, 3]; never asks the device for a number."""
+    batch, q_rows, k_rows = q.shape[0], q.shape[1], k.shape[1]
     place = (q_rows, k_rows, q_shift, k_shift, pairs)
     if table is None:
-        return Rows(
-            None, None, None, *place, batch, batch * triton.cdiv(pairs, chunk), batch * triton.cdiv(pairs, span), span
-        )
+        return Rows(None, None, *place, batch, batch * triton.cdiv(pairs, chunk))
     n, total = table.shape[0], batch * min(q_rows, k_rows)
-    columns, owners = [table], []
-    for rows, least in ((chunk, 0), (span, 1)):
-        ends = ((table[:, 2] + rows - 1) // rows).clamp(min=least).cumsum(0)
-        owner = torch.searchsorted(ends, torch.arange(total // rows + n, device=q.device), right=True)
-        owners.append(torch.where(owner < n, owner, -1).int())
-        columns.append(torch.cat([ends.new_zeros(1), ends[:-1]]).unsqueeze(1))
-    chunks, segments = owners
-    return Rows(torch.cat(columns, 1), chunks, segments, *place, n, chunks.shape[0], segments.shape[0], span)
+    ends = ((table[:, 2] + chunk - 1) // chunk).cumsum(0)
+    owner = torch.searchsorted(ends, torch.arange(total // chunk + n, device=q.device), right=True)
+    owner = torch.where(owner < n, owner, -1).int()
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    return Rows(torch.cat([table, starts.unsqueeze(1)], 1), owner, *place, n, owner.shape[0])
 
 
 class Shape(NamedTuple):
@@ -80,6 +72,10 @@ class Shape(NamedTuple):
     @property
     def operand_tl(self):
         return tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32
+
+    def launch(self, kernel: str, group: int = 1) -> Launch:
+        """The kernel's configuration for this call; group: query heads that could be stacked in one tile."""
+        return launch(kernel, self.k, self.v, group, self.chunk, self.operand.itemsize)
 
     @property
     def dims(self) -> dict:
@@ -126,7 +122,7 @@ def gate_sums(g: Tensor | None, shape: Shape, rows: Rows) -> tuple[Tensor | None
     hi, lo = torch.empty_like(g), torch.empty_like(g)
     block = min(8, triton.next_power_of_2(shape.hg))
     gate_sum_kernel[(rows.chunks * triton.cdiv(shape.hg, block),)](
-        g, hi, lo, rows.table, rows.chunk_owner, rows.k_rows, rows.k_shift, rows.pairs,
+        g, hi, lo, rows.table, rows.owner, rows.k_rows, rows.k_shift, rows.pairs,
         HG=shape.hg, C=shape.chunk, BH=block, VARLEN=rows.table is not None, num_warps=1,
     )  # fmt: skip
     return hi, lo
@@ -135,55 +131,41 @@ def gate_sums(g: Tensor | None, shape: Shape, rows: Rows) -> tuple[Tensor | None
 def chunk_states(
     a: Tensor, b: Tensor, gates: tuple[Tensor | None, Tensor | None], start: tuple[Tensor, Tensor] | None, shape: Shape,
     rows: Rows, *, scale: float = 1.0, normalize: bool = False, mass: Tensor | None = None, extra: Tensor | None = None,
-    forward_states: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """States (S, z) before each chunk in walking order, those at the end of each sequence, and the gate cross terms.
+    forward: tuple[Tensor, Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """States (S, z) before each chunk, the chunks' decays, the states at each sequence's end, and the gate cross terms.
 
-    Forward with a = k, b = v; with a = q, b = do and ``mass`` the gradients of the states, walking backwards.
+    Forward with a = k, b = v. With a = q, b = do, the mass, the row terms and what the forward gave: the gradients of
+    the states after each chunk and at each sequence's start.
     """
-    reverse, (hi, lo) = mass is not None, gates
-    name = ("channel_" if shape.gate == GATE_CHANNEL else "") + ("walk_reverse" if reverse else "walk")
-    cfg = launch(name, shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
-    n, kd, vd, hs = rows.sequences, shape.k, shape.v, shape.hs
+    reverse, n, hs = forward is not None, rows.sequences, shape.hs
     new = functools.partial(torch.empty, device=a.device, dtype=torch.float32)
-    states = torch.empty(rows.chunks, hs, kd, vd, device=a.device, dtype=shape.operand)
-    z_states = new(rows.chunks, hs, kd)
-    s_out, z_out = new(n, hs, kd, vd), new(n, hs, kd)
-    k_blocks, v_blocks = triton.cdiv(kd, cfg.block_k), triton.cdiv(vd, cfg.block_v)
-    cross = None
-    if forward_states is not None and shape.gate != GATE_NONE:
-        tail = (v_blocks, kd) if shape.gate == GATE_CHANNEL else (v_blocks * k_blocks, 1)
-        cross = new(rows.chunks, hs, *tail)
-    per = rows.segments // n
-    split = rows.table is not None or per > 1
-    seg_states = new(rows.segments, hs, kd * (vd + 1)) if split else None
-    seg_decay = new(rows.segments, hs, kd if shape.gate == GATE_CHANNEL else 1) if split else None
-    s_in, z_in = (None, None) if start is None else start
-    varlen = rows.table is not None
-    fixed = {
-        "HA": a.shape[2], "HB": b.shape[2], "HS": hs, "HG": shape.hg, "AG": shape.hq // hs if reverse else 1,
-        "L": SEGMENT, "GATE": shape.gate, "NORMALIZE": normalize, "REVERSE": reverse, "VARLEN": varlen,
-        "BK": cfg.block_k, "BV": cfg.block_v, **shape.dims, **cfg.options,
-    }  # fmt: skip
-
-    def walk(write: bool, init: int) -> None:
-        walk_kernel[(rows.segments * hs * k_blocks * v_blocks,)](
-            a, b, mass, extra, hi, lo, seg_states, seg_decay, s_in, z_in, states, z_states, s_out, z_out, cross,
-            *(forward_states or (None, None)), rows.table, rows.segment_owner, scale, *rows.place,
-            WRITE=write, INIT=init, CROSS=write and cross is not None, **fixed,
-        )  # fmt: skip
-
-    if split:
-        walk(write=False, init=0)
-        block = 512
-        segment_scan_kernel[(n * hs * triton.cdiv(kd * (vd + 1), block),)](
-            seg_states, seg_decay, s_in, z_in, rows.table, per, HS=hs, K=kd, V=vd, BLOCK=block, L=SEGMENT,
-            C=shape.chunk, GATE=shape.gate, REVERSE=reverse, INIT=start is not None, VARLEN=varlen, num_warps=4,
-        )  # fmt: skip
-        walk(write=True, init=2)
+    states = torch.empty(rows.chunks, hs, shape.k, shape.v, device=a.device, dtype=shape.operand)
+    z_states = new(rows.chunks, hs, shape.k)
+    s_out, z_out, cross = new(n, hs, shape.k, shape.v), new(n, hs, shape.k), None
+    if forward is None:
+        decays = None
+        if shape.gate != GATE_NONE:
+            decays = new(rows.chunks, hs, shape.k if shape.gate == GATE_CHANNEL else 1)
     else:
-        walk(write=True, init=0 if start is None else 1)
-    return states, z_states, s_out, z_out, cross
+        decays = forward[2]
+        cross = None if decays is None else torch.empty_like(z_states)
+    varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
+    cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
+    state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
+        a, b, mass, extra, *gates, states, z_states, decays, rows.table, rows.owner, scale, *rows.place,
+        HA=a.shape[2], HB=b.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
+        BV=cfg.block_v, GATE=shape.gate, NORMALIZE=normalize, REVERSE=reverse, VARLEN=varlen, **shape.dims,
+        **cfg.options,
+    )  # fmt: skip
+    cfg = scan_launch(shape.v, shape.operand.itemsize)
+    scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.block_k),)](
+        states, z_states, decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None))[:2],
+        rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.block_k, BV=cfg.block_v,
+        GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen, STAGES=cfg.num_stages,
+        num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return states, z_states, decays, s_out, z_out, cross
 
 
 def blank(
@@ -216,16 +198,16 @@ def gated_chunk(
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
     with on_device(q):
         gates = gate_sums(g, shape, rows)
-        states, z_states, s, z, _ = chunk_states(k, v, gates, start, shape, rows)
-        ends = o, log_mass, mass, rows.table, rows.chunk_owner, scale, *rows.place
+        states, z_states, _, s, z, _ = chunk_states(k, v, gates, start, shape, rows)
+        ends = o, log_mass, mass, rows.table, rows.owner, scale, *rows.place
         if shape.gate == GATE_CHANNEL:
-            cfg = launch("channel_output", shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
+            cfg = shape.launch("channel_output", shape.hq // shape.hs)
             channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
                 q, k, v, g, states, z_states, *ends, NORMALIZE=normalize, **shape.channel_constants,
                 **cfg.blocks, VARLEN=table is not None,
             )  # fmt: skip
         else:
-            cfg = launch("output", shape.k, shape.v, shape.hq // shape.hs, shape.operand.itemsize)
+            cfg = shape.launch("output", shape.hq // shape.hs)
             output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
                 q, k, v, *gates, states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
                 **shape.constants, **cfg.blocks, VARLEN=table is not None,
@@ -270,16 +252,17 @@ def gated_chunk_backward(
     if rows.chunks == 0 or pairs <= 0:
         return dq, dk, dv, (q.new_zeros(0) if g is None else torch.zeros_like(g)), end[0].clone(), end[1].clone()
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
-    group, width = shape.hq // shape.hs, shape.operand.itemsize
+    group = shape.hq // shape.hs
     channel = shape.gate == GATE_CHANNEL
     common = shape.channel_constants if channel else shape.constants
     flags = {"NORMALIZE": normalize, "VARLEN": table is not None}
-    place = rows.table, rows.chunk_owner, scale, *rows.place
+    place = rows.table, rows.owner, scale, *rows.place
     with on_device(q):
         gates = gate_sums(g, shape, rows)
-        states = chunk_states(k, v, gates, start, shape, rows)[:2]
+        forward = chunk_states(k, v, gates, start, shape, rows)[:3]
+        states = forward[:2]
 
-        cfg = launch("channel_row" if channel else "row", shape.k, shape.v, group, width)
+        cfg = shape.launch("channel_row" if channel else "row", group)
         blocks = triton.cdiv(shape.k, cfg.block_k)
         grid = (rows.chunks * shape.hs * blocks,)
         extra, row_dot = torch.empty_like(mass), None
@@ -295,26 +278,25 @@ def gated_chunk_backward(
                 **flags, **cfg.blocks,
             )  # fmt: skip
 
-        d_states, dz_states, ds0, dz0, cross = chunk_states(
-            q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra,
-            forward_states=states,
-        )  # fmt: skip
+        d_states, dz_states, _, ds0, dz0, cross = chunk_states(
+            q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra, forward=forward
+        )
 
-        cfg = launch("channel_key" if channel else "key", shape.k, shape.v, group if shape.hs == shape.hk else 1, width)
+        cfg = shape.launch("channel_key" if channel else "key", group)
         blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
         grid = (rows.chunks * shape.hk * blocks,)
-        parts = 1 if cross is None else cross.shape[2]
         if channel:
             dg = blank(mass, k.shape, all_k)
             channel_key_kernel[grid](
-                q, k, v, g, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place, PARTS=parts,
+                q, k, v, g, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place,
                 **common, **flags, **cfg.blocks,
             )  # fmt: skip
             return dq, dk, dv, dg, ds0, dz0
         gates_out = None if g is None else blank(g, (blocks, *g.shape[:2], shape.hs), all_k)
         key_kernel[grid](
             q, k, v, *gates, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, gates_out, *place,
-            mass.numel(), 0 if gates_out is None else gates_out[0].numel(), PARTS=parts, **common, **flags, **cfg.blocks,
+            mass.numel(), 0 if gates_out is None else gates_out[0].numel(), BQ=cfg.queries, BK=cfg.block_k,
+            BV=cfg.block_v, **common, **flags, **cfg.options,
         )  # fmt: skip
     if gates_out is None:
         return dq, dk, dv, q.new_zeros(0), ds0, dz0

@@ -1,10 +1,9 @@
-"""Kernels that carry the linear state across chunks: local gate sums, chunk states, and the scan over segments.
+"""Kernels that carry the linear state across chunks: local gate sums, what a chunk adds, and the scan over chunks.
 
-A sequence is a run of rows, cut into chunks of C rows and segments of several chunks. Chunk states come in three
-launches: every segment's own sum (``walk_kernel`` without WRITE), an exclusive scan of those over segments
-(``segment_scan_kernel``), and a second walk that starts from the scanned state and writes the state before each chunk.
-Reverse walks do the same for the gradients of the states. No program waits for another, and nothing is added by
-atomics: results repeat bit for bit.
+A sequence is a run of rows, cut into chunks of C rows. Every chunk's own sum is formed on its own (``state_kernel``),
+then ``scan_kernel`` walks over the chunks of a sequence with all elements of the state in parallel. The gradients of
+the states take the same way backwards. No program waits for another and nothing is added by atomics: results repeat
+bit for bit.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ FLOOR = tl.constexpr(-1000.0)
 @triton.jit
 def locate(
     i, table, owner, q_rows, k_rows, q_shift, k_shift, pairs,
-    SPAN: tl.constexpr, FIRST: tl.constexpr, VARLEN: tl.constexpr,
+    C: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Sequence, index inside it, first query row, first key row and row count of the i-th chunk (or segment).
+    """Sequence, index inside it, first query row, first key row and row count of the i-th chunk.
 
-    Dense: N equal sequences of ``pairs`` rows. VARLEN: table [N, 5] holds (query row, key row, rows, first chunk, first
-    segment) of each sequence and owner [...] the sequence of each chunk (segment), -1 past the last.
+    Dense: N equal sequences of ``pairs`` rows. VARLEN: table [N, 4] holds (query row, key row, rows, first chunk) of
+    each sequence and owner [chunks] the sequence of each chunk, -1 past the last.
     """
     if VARLEN:
         n = tl.load(owner + i)
         live = n >= 0
         n = tl.maximum(n, 0).to(tl.int64)
-        q0 = tl.load(table + n * 5)
-        k0 = tl.load(table + n * 5 + 1)
-        rows = tl.where(live, tl.load(table + n * 5 + 2), 0).to(tl.int32)
-        local = i - tl.load(table + n * 5 + FIRST).to(tl.int32)
+        q0 = tl.load(table + n * 4)
+        k0 = tl.load(table + n * 4 + 1)
+        rows = tl.where(live, tl.load(table + n * 4 + 2), 0).to(tl.int32)
+        local = i - tl.load(table + n * 4 + 3).to(tl.int32)
         local = tl.where(live, local, 0)
     else:
-        per = tl.maximum(tl.cdiv(pairs, SPAN), 1)
+        per = tl.maximum(tl.cdiv(pairs, C), 1)
         n = (i // per).to(tl.int64)
         local = i % per
         q0 = n * q_rows + q_shift
@@ -85,7 +84,7 @@ def gate_sum_kernel(
     """
     blocks: tl.constexpr = (HG + BH - 1) // BH
     pid = tl.program_id(0)
-    _, c, _, k0, rows = locate(pid // blocks, table, owner, 0, k_rows, 0, k_shift, pairs, C, 3, VARLEN)
+    _, c, _, k0, rows = locate(pid // blocks, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
     r = c * C + tl.arange(0, C)
     h = (pid % blocks) * BH + tl.arange(0, BH)
     p = (k0 + r)[:, None] * HG + h[None, :]
@@ -98,22 +97,34 @@ def gate_sum_kernel(
 
 
 @triton.jit
-def walk_kernel(
-    a, b, mass, extra, g, g_lo, seg_states, seg_decay, s_in, z_in, states, z_states, s_out, z_out, cross, fwd_states,
-    fwd_z, table, owner, scale, q_rows, k_rows, q_shift, k_shift, pairs,
-    HA: tl.constexpr, HB: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, AG: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, WRITE: tl.constexpr, INIT: tl.constexpr,
-    CROSS: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Walk the chunks of one segment and carry S [K, V] and z [K] of one state head (one block of each).
+def column(x, OPERAND: tl.constexpr):
+    """x [R] as the operand [R, 16] of a product whose columns sum to the product with x, in float32's accuracy."""
+    place = tl.arange(0, 16)[None, :]
+    if OPERAND == tl.bfloat16:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = rest - middle.to(tl.float32)
+        x = tl.where(place == 0, high.to(tl.float32)[:, None], 0.0)
+        x = tl.where(place == 1, middle.to(tl.float32)[:, None], x)
+        return tl.where(place == 2, low[:, None], x).to(OPERAND)
+    else:
+        return tl.where(place == 0, x[:, None], 0.0)
 
-    Forward: S <- exp(G_C) S + sum_j exp(G_C - G_j) a_j b_j^T with a = k, b = v, and z alike with 1 for b.
-    REVERSE: R <- exp(G_C) R + sum_h sum_i exp(G_i) a_i w_i b_i^T with a = q, b = do, from the last chunk to the first;
-    z alike with ``extra`` (the gradient of the row's denominator) for b.
-    WRITE stores what stands before each chunk (in walking order) and at the sequence's end; without it only the
-    segment's own sum and log-decay are stored. INIT: 0 zero, 1 from s_in/z_in, 2 from the scanned segments.
-    CROSS: <state before the chunk, R after it> * exp(G_C), which every gate of the chunk receives as gradient.
+
+@triton.jit
+def state_kernel(
+    a, b, mass, extra, g, g_lo, states, z_states, decays, table, owner, scale, q_rows, k_rows, q_shift, k_shift, pairs,
+    HA: tl.constexpr, HB: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, AG: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one chunk adds to S [K, V] and z [K] of one state head (one block of each), and log2 of its whole decay.
+
+    Forward: sum_j exp(G_C - G_j) a_j b_j^T with a = k, b = v, and z alike with 1 for b.
+    REVERSE: sum_h sum_i exp(G_i) a_i w_i b_i^T with a = q, b = do; z alike with ``extra`` (the gradient of the row's
+    denominator) for w b.
     GATE: 0 none, 1 a number a head (g, g_lo: local sums), 2 a number a channel (g: log-decays).
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
@@ -122,201 +133,144 @@ def walk_kernel(
     vb = pid % NVB
     kb = (pid // NVB) % NKB
     hs = (pid // (NVB * NKB)) % HS
-    seg = pid // (NVB * NKB * HS)
-    n, local, q0, k0, rows = locate(seg, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C * L, 4, VARLEN)
+    chunk = pid // (NVB * NKB * HS)
+    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     if REVERSE:
         a0 = q0
     else:
         a0 = k0
-    chunks = tl.cdiv(rows, C)
-    first = local * L
-    count = tl.minimum(tl.maximum(chunks - first, 0), L)
-    if VARLEN:
-        chunk0 = tl.load(table + n * 5 + 3).to(tl.int32)
-    else:
-        chunk0 = (n * chunks).to(tl.int32)
-
     ks = kb * BK + tl.arange(0, BK)
     k_ok = ks < K
     o_c = tl.arange(0, C)
+    r = c * C + o_c
+    ok = r < rows
     hg = hs * HG // HS
-    sidx = (n * HS + hs).to(tl.int64)
-    gidx = (seg * HS + hs).to(tl.int64)
-    E: tl.constexpr = K * (V + 1)
-    vs = vb * BV + tl.arange(0, BV)
-    v_ok = vs < V
-    if INIT == 0:
-        acc = tl.zeros([BK, BV], tl.float32)
-        acc_z = tl.zeros([BK], tl.float32)
-    elif INIT == 1:
-        p, m = state_tile(s_in, sidx, K, V, kb * BK, vb * BV, BK, BV)
-        acc = tl.load(p, mask=m, other=0.0)
-        acc_z = tl.load(z_in + sidx * K + ks, mask=k_ok, other=0.0)
-    else:
-        acc = tl.load(
-            seg_states + gidx * E + (ks * V)[:, None] + vs[None, :], mask=k_ok[:, None] & v_ok[None, :], other=0.0
-        )
-        acc_z = tl.load(seg_states + gidx * E + K * V + ks, mask=k_ok, other=0.0)
-    if GATE == 2:
-        seg_log = tl.zeros([BK], tl.float32)
-        # sums[l, r]: whether gate l stands between row r and the chunk's end (its start in a reverse walk); products of
-        # zeros and ones with gates split in two float16 parts are exact, so the sums are float32's
-        if REVERSE:
-            between = o_c[:, None] <= o_c[None, :]
-        else:
+    state = (chunk * HS + hs).to(tl.int64)
+
+    if GATE == 1:
+        last = tl.maximum(tl.minimum(rows, c * C + C) - 1, 0)
+        total = tl.load(g + (k0 + last) * HG + hg, mask=rows > 0, other=0.0)
+        decay = tl.load(g + (k0 + r) * HG + hg, mask=ok, other=0.0)
+        if not REVERSE:
+            total_lo = tl.load(g_lo + (k0 + last) * HG + hg, mask=rows > 0, other=0.0)
+            decay_lo = tl.load(g_lo + (k0 + r) * HG + hg, mask=ok, other=0.0)
+            decay = (total - decay) + (total_lo - decay_lo)
+            tl.store(decays + state, total, mask=(kb == 0) & (vb == 0))
+        decay = tl.exp2(decay)
+    elif GATE == 2:
+        g_t = tl.load(g + ((k0 + r) * HG + hg)[None, :] * K + ks[:, None], mask=ok[None, :] & k_ok[:, None], other=0.0)
+        g_t = tl.maximum(g_t, FLOOR) * LOG2E  # [BK, C]
+        if not REVERSE:
+            tl.store(decays + state * K + ks, tl.sum(g_t, 1), mask=only_if(vb == 0, k_ok))
             between = o_c[:, None] > o_c[None, :]
-        sums = between.to(tl.float16 if OPERAND == tl.bfloat16 else tl.float32)
+        else:
+            between = o_c[:, None] <= o_c[None, :]
+        # whether gate l stands between row r and the chunk's end (reverse: its start); products of zeros and ones with
+        # gates split in two float16 parts are exact, so the sums are float32's
+        if OPERAND == tl.bfloat16:
+            hi = g_t.to(tl.float16)
+            lo = (g_t - hi.to(tl.float32)).to(tl.float16)
+            between = between.to(tl.float16)
+            channel_decay = tl.dot(lo, between, tl.dot(hi, between))
+        else:
+            channel_decay = tl.dot(g_t, between.to(tl.float32), input_precision="ieee")
+        channel_decay = tl.exp2(channel_decay)
+        decay = tl.where(ok, 1.0, 0.0)
     else:
-        seg_log = tl.zeros([1], tl.float32)
+        decay = tl.where(ok, 1.0, 0.0)
 
-    for it in range(0, count * AG):
-        it = tl.cast(it, tl.int32)
-        step = it // AG
-        member = it % AG
-        begin = member == 0
+    acc = tl.zeros([BK, BV], tl.float32)
+    acc_z = tl.zeros([BK], tl.float32)
+    for member in range(0, AG):
         h = hs * HA // HS + member
-        if REVERSE:
-            c = first + count - 1 - step
-        else:
-            c = first + step
-        r = c * C + o_c
-        ok = r < rows
-        at = tl.load(
-            a + ((a0 + r) * HA + h)[None, :] * K + ks[:, None], mask=ok[None, :] & k_ok[:, None], other=0.0
-        )  # [BK, C]
+        rows_a = ((a0 + r) * HA + h)[None, :] * K + ks[:, None]
+        a_t = tl.load(a + rows_a, mask=ok[None, :] & k_ok[:, None], other=0.0)  # [BK, C]
         bp, bm = tile(b, a0 + r, ok, hs * HB // HS + member, HB, V, vb * BV, BV)
-        bt = tl.load(bp, mask=bm, other=0.0)  # [C, BV]
-
-        if GATE == 1:
-            total = tl.load(g + (k0 + tl.minimum(rows, c * C + C) - 1) * HG + hg)
-            gi = tl.load(g + (k0 + r) * HG + hg, mask=ok, other=0.0)
-            if REVERSE:
-                row = tl.exp2(gi)
-            else:
-                total_lo = tl.load(g_lo + (k0 + tl.minimum(rows, c * C + C) - 1) * HG + hg)
-                gi_lo = tl.load(g_lo + (k0 + r) * HG + hg, mask=ok, other=0.0)
-                row = tl.exp2((total - gi) + (total_lo - gi_lo))
-            x = at.to(tl.float32) * row[None, :]
-            whole = tl.exp2(total)
-        elif GATE == 2:
-            gt = tl.load(
-                g + ((k0 + r) * HG + hg)[None, :] * K + ks[:, None], mask=ok[None, :] & k_ok[:, None], other=0.0
-            )
-            gt = tl.maximum(gt, FLOOR) * LOG2E
-            if OPERAND == tl.bfloat16:
-                hi = gt.to(tl.float16)
-                lo = (gt - hi.to(tl.float32)).to(tl.float16)
-                d = tl.dot(hi, sums)
-                d = tl.dot(lo, sums, d)
-            else:
-                d = tl.dot(gt, sums, input_precision="ieee")
-            x = at.to(tl.float32) * tl.exp2(d)
-            total = tl.sum(gt, 1)
-            whole = tl.exp2(total)
-        else:
-            x = at.to(tl.float32)
-            whole = 1.0
-
-        if WRITE:
-            chunk = ((chunk0 + c) * HS + hs).to(tl.int64)
-            p, m = state_tile(states, chunk, K, V, kb * BK, vb * BV, BK, BV)
-            tl.store(p, acc.to(states.dtype.element_ty), mask=only_if(begin, m))
-            tl.store(z_states + chunk * K + ks, acc_z, mask=only_if(begin & (vb == 0), k_ok))
-            if CROSS:
-                p, m = state_tile(fwd_states, chunk, K, V, kb * BK, vb * BV, BK, BV)
-                both = tl.sum(tl.load(p, mask=only_if(begin, m), other=0.0).to(tl.float32) * acc, 1)  # [BK]
-                both += tl.load(fwd_z + chunk * K + ks, mask=only_if(vb == 0, k_ok), other=0.0) * acc_z
-                both *= whole
-                if GATE == 2:
-                    tl.store(cross + (chunk * NVB + vb) * K + ks, both, mask=only_if(begin, k_ok))
-                else:
-                    tl.store(cross + (chunk * NVB + vb) * NKB + kb, tl.sum(both, 0), mask=begin)
-        if GATE == 2:
-            keep = tl.where(begin, whole, 1.0)
-            acc *= keep[:, None]
-            acc_z *= keep
-            seg_log += tl.where(begin, total, 0.0)
-        elif GATE == 1:
-            keep = tl.where(begin, whole, 1.0)
-            acc *= keep
-            acc_z *= keep
-            seg_log += tl.where(begin, total, 0.0)
-
+        b_t = tl.load(bp, mask=bm, other=0.0)  # [C, BV]
+        weight = decay
+        z_weight = decay
         if REVERSE:
-            e = tl.load(extra + (a0 + r) * HQ + h, mask=ok, other=0.0)
-            acc_z += tl.sum(x * e[None, :], 1)
-            w = scale
+            m_p = (a0 + r) * HQ + h
             if NORMALIZE:
-                den = tl.load(mass + (a0 + r) * HQ + h, mask=ok, other=0.0)
-                w = tl.where(den != 0, scale / den, 0.0)
-                x *= w[None, :]
+                den = tl.load(mass + m_p, mask=ok, other=0.0)
+                weight *= tl.where(den != 0, scale / den, 0.0)
             else:
-                x *= scale
-        else:
-            acc_z += tl.sum(x, 1)
-        acc = tl.dot(x.to(OPERAND), bt.to(OPERAND), acc, input_precision=PRECISION)
-
-    if WRITE:
-        if REVERSE:
-            last = first == 0
-        else:
-            last = first + L >= chunks
-        if VARLEN:
-            last = last & (tl.load(owner + seg) >= 0)
-        p, m = state_tile(s_out, sidx, K, V, kb * BK, vb * BV, BK, BV)
-        tl.store(p, acc, mask=only_if(last, m))
-        tl.store(z_out + sidx * K + ks, acc_z, mask=only_if(last & (vb == 0), k_ok))
-    else:
-        tl.store(seg_states + gidx * E + (ks * V)[:, None] + vs[None, :], acc, mask=k_ok[:, None] & v_ok[None, :])
-        tl.store(seg_states + gidx * E + K * V + ks, acc_z, mask=only_if(vb == 0, k_ok))
+                weight *= scale
+            z_weight *= tl.load(extra + m_p, mask=ok, other=0.0)
         if GATE == 2:
-            tl.store(seg_decay + gidx * K + ks, seg_log, mask=only_if(vb == 0, k_ok))
-        elif GATE == 1:
-            one = tl.arange(0, 1)
-            tl.store(seg_decay + gidx + one, seg_log, mask=only_if((vb == 0) & (kb == 0), one == 0))
+            a_w = a_t.to(tl.float32) * channel_decay
+            acc_z += tl.sum(a_w * z_weight[None, :], 1)
+            a_w = (a_w * weight[None, :]).to(OPERAND)
+            acc = tl.dot(a_w, b_t.to(OPERAND), acc, input_precision=PRECISION)
+        else:
+            z_part = tl.dot(a_t.to(OPERAND), column(z_weight, OPERAND), input_precision=PRECISION)
+            acc_z += tl.sum(z_part, 1)
+            b_w = (b_t.to(tl.float32) * weight[:, None]).to(OPERAND)
+            acc = tl.dot(a_t.to(OPERAND), b_w, acc, input_precision=PRECISION)
+    p, m = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
+    tl.store(p, acc.to(states.dtype.element_ty), mask=m)
+    tl.store(z_states + state * K + ks, acc_z, mask=only_if(vb == 0, k_ok))
 
 
 @triton.jit
-def segment_scan_kernel(
-    seg_states, seg_decay, s_in, z_in, table, per,
-    HS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, INIT: tl.constexpr, VARLEN: tl.constexpr,
+def scan_kernel(
+    states, z_states, decays, s_in, z_in, s_out, z_out, cross, fwd_states, fwd_z, table, pairs,
+    HS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, INIT: tl.constexpr, CROSS: tl.constexpr, VARLEN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Turn each segment's own sum into what stands before it: an exclusive scan in place, elements in parallel.
+    """Turn what each chunk adds into what stands before it, in place: a scan over chunks, elements in parallel.
 
-    seg_states [segments, HS, K*V + K] float32 (S, then z); seg_decay [segments, HS(, K)] log2 of each segment's decay.
+    states [chunks, HS, K, V], z_states [chunks, HS, K]; REVERSE runs from the last chunk to the first. s_in, z_in
+    [N, HS, ...] start it (INIT) and s_out, z_out take its end. CROSS: sums over V of the forward state before each
+    chunk times the gradient after it, times the chunk's decay, to cross [chunks, HS, K], for every gate of the chunk.
     """
-    E: tl.constexpr = K * (V + 1)
-    blocks: tl.constexpr = (E + BLOCK - 1) // BLOCK
+    NKB: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
-    e = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    hs = (pid // blocks) % HS
-    n = (pid // (blocks * HS)).to(tl.int64)
-    ok = e < E
-    in_s = e < K * V
-    channel = tl.where(in_s, e // V, e - K * V)
+    ks = (pid % NKB) * BK + tl.arange(0, BK)
+    vs = tl.arange(0, BV)
+    hs = (pid // NKB) % HS
+    n = (pid // (NKB * HS)).to(tl.int64)
+    k_ok = ks < K
+    ok = k_ok[:, None] & (vs < V)[None, :]
+    at = (ks * V)[:, None] + vs[None, :]
     if VARLEN:
-        seg0 = tl.load(table + n * 5 + 4)
-        count = tl.maximum(tl.cdiv(tl.load(table + n * 5 + 2), C * L), 1).to(tl.int32)
+        first = tl.load(table + n * 4 + 3)
+        count = tl.cdiv(tl.load(table + n * 4 + 2), C).to(tl.int32)
     else:
-        seg0 = n * per
-        count = per
+        count = tl.cdiv(pairs, C)
+        first = n * count
+    end = n * HS + hs
     if INIT:
-        carry = tl.load(s_in + (n * HS + hs) * (K * V) + e, mask=ok & in_s, other=0.0)
-        carry += tl.load(z_in + (n * HS + hs) * K + channel, mask=ok & (e >= K * V), other=0.0)
+        carry = tl.load(s_in + end * (K * V) + at, mask=ok, other=0.0)
+        carry_z = tl.load(z_in + end * K + ks, mask=k_ok, other=0.0)
     else:
-        carry = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, count):
+        carry = tl.zeros([BK, BV], tl.float32)
+        carry_z = tl.zeros([BK], tl.float32)
+    for i in tl.range(0, count, num_stages=STAGES):
+        i = tl.cast(i, tl.int32)
         if REVERSE:
-            s = (seg0 + count - 1 - i) * HS + hs
+            state = (first + count - 1 - i) * HS + hs
         else:
-            s = (seg0 + i) * HS + hs
-        own = tl.load(seg_states + s * E + e, mask=ok, other=0.0)
+            state = (first + i) * HS + hs
+        own = tl.load(states + state * (K * V) + at, mask=ok, other=0.0).to(tl.float32)
+        own_z = tl.load(z_states + state * K + ks, mask=k_ok, other=0.0)
+        if CROSS:
+            before = tl.load(fwd_states + state * (K * V) + at, mask=ok, other=0.0).to(tl.float32)
+            before_z = tl.load(fwd_z + state * K + ks, mask=k_ok, other=0.0)
+        tl.store(states + state * (K * V) + at, carry.to(states.dtype.element_ty), mask=ok)
+        tl.store(z_states + state * K + ks, carry_z, mask=k_ok)
         if GATE == 2:
-            decay = tl.exp2(tl.load(seg_decay + s * K + channel, mask=ok, other=0.0))
+            keep = tl.exp2(tl.load(decays + state * K + ks, mask=k_ok, other=0.0))
+            carry *= keep[:, None]
+            carry_z *= keep
         elif GATE == 1:
-            decay = tl.exp2(tl.load(seg_decay + s))
-        else:
-            decay = 1.0
-        tl.store(seg_states + s * E + e, carry, mask=ok)
-        carry = carry * decay + own
+            keep = tl.exp2(tl.load(decays + state))
+            carry *= keep
+            carry_z *= keep
+        if CROSS:
+            tl.store(cross + state * K + ks, tl.sum(before * carry, 1) + before_z * carry_z, mask=k_ok)
+        carry += own
+        carry_z += own_z
+    tl.store(s_out + end * (K * V) + at, carry, mask=ok)
+    tl.store(z_out + end * K + ks, carry_z, mask=k_ok)
