@@ -106,6 +106,13 @@ class LizardCache(Cache):
         """Positions seen, padding included."""
         return self.layers[layer_idx].get_seq_length()
 
+    def positions(self) -> Tensor | None:
+        """Position [B] int64 of each row's next token, padding not counted. None before the first state."""
+        for layer in self.layers:
+            if isinstance(layer, LizardCacheLayer) and layer.state is not None:
+                return layer.state.position
+        return None
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that masks of the kept softmax layers cover."""
         return self.layers[self._mask_layer(layer_idx)].get_mask_sizes(query_length)

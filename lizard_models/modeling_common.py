@@ -243,7 +243,8 @@ class LizardDecoder(LizardModelMixin):
 
         attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
         count real tokens only. Without a mask and a cache, position ids that restart mark packed sequences, which do
-        not see each other. A cache must be a ``LizardCache``, and is made only outside training unless asked for.
+        not see each other and leave no cache. A cache must be a ``LizardCache``; unless asked for, none is made in
+        training.
         """
         if self.mode == "teacher":
             if isinstance(past_key_values, LizardCache):
@@ -258,16 +259,20 @@ class LizardDecoder(LizardModelMixin):
             raise ValueError(
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
             )
-        past_key_values = self._cache_for(past_key_values, use_cache)
         batch, length = tokens.shape[:2]
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            kwargs["cu_seqlens"] = packed_boundaries(position_ids, batch)
+        past_key_values = self._cache_for(past_key_values, use_cache, kwargs.get("cu_seqlens") is not None)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
         if padding_mask is not None:
             if position_ids is None:
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
             padding_mask = padding_mask[:, past:]
-        elif position_ids is not None and past_key_values is None:
-            kwargs["cu_seqlens"] = packed_boundaries(position_ids, batch)
+        elif position_ids is None and past_key_values is not None:
+            start = past_key_values.positions()
+            if start is not None:
+                position_ids = start[:, None] + torch.arange(length, device=start.device)
         kwargs["padding_mask"] = None if all_real(padding_mask) else padding_mask
         if self.mode == "student" and not self.has_softmax_layers:
             # A 4-D mask is taken as it is: the [T, T] one that no layer reads is never built.
@@ -285,15 +290,16 @@ class LizardDecoder(LizardModelMixin):
                 **kwargs,
             )
 
-    def _cache_for(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        if self.mode == "distill":
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> LizardCache | None:
+        if self.mode == "distill" or packed:
             if cache is not None or use_cache:
-                raise ValueError('mode "distill" keeps no cache: leave past_key_values and use_cache out')
+                without = 'mode "distill"' if self.mode == "distill" else "a batch of packed sequences"
+                raise ValueError(f"{without} keeps no cache: leave past_key_values and use_cache out")
             return None
         if cache is None:
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training
-            return self.new_cache() if use_cache else None
+            return LizardCache(self.config) if use_cache else None
         if not isinstance(cache, LizardCache):
             raise ValueError(
                 f"past_key_values must be a LizardCache, got {type(cache).__name__}: use model.new_cache()"

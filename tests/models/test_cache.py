@@ -92,6 +92,10 @@ def test_a_cached_prompt_with_padding_goes_on():
     later = model(ids[:, 15:], attention_mask=mask, past_key_values=cache).logits
     alone = model(ids[:1, 6:]).logits[:, 9:]
     torch.testing.assert_close(later[:1], alone, rtol=1e-4, atol=1e-4)
+    assert cache.positions().tolist() == [19, 25]
+    cache = model(ids[:, :15], attention_mask=mask[:, :15]).past_key_values
+    without_mask = model(ids[:, 15:], past_key_values=cache).logits
+    torch.testing.assert_close(without_mask, later)
 
 
 @torch.no_grad()

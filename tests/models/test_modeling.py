@@ -51,7 +51,11 @@ def test_padded_rows_with_kept_softmax_layers_equal_single_runs():
 def test_packed_documents_do_not_meet(kept):
     model, ids = student(softmax_layers=kept), tokens(2, 30)
     positions = torch.stack([torch.cat([torch.arange(11), torch.arange(19)]), torch.arange(30)])
-    logits = model(ids, position_ids=positions, use_cache=False).logits
+    output = model(ids, position_ids=positions)
+    logits = output.logits
+    assert output.past_key_values is None
+    with pytest.raises(ValueError, match="packed sequences keeps no cache"):
+        model(ids, position_ids=positions, use_cache=True)
     for row, here in ((0, slice(0, 11)), (0, slice(11, 30)), (1, slice(0, 30))):
         torch.testing.assert_close(logits[row, here], model(ids[row : row + 1, here]).logits[0], rtol=1e-4, atol=1e-4)
 
