@@ -99,7 +99,7 @@ def check_scale(name: str, scale: float | None, default: float) -> float:
     return float(scale)
 
 
-def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int) -> Tensor | None:
+def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_mask: Tensor | None) -> Tensor | None:
     """The log-decay as [B,T,Hg] with Hg in {1, Hk, Hq} or [B,T,Hk,F], in the work dtype; None stays None."""
     if g is None:
         return None
@@ -109,8 +109,10 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int) -> Tensor
     wanted = "a float32 or float64 tensor of shape " + " or ".join(map(str, shapes)) + f" on {q.device}"
     fits = isinstance(g, Tensor) and tuple(g.shape) in shapes and g.dtype in GATE_FLOATS and g.device == q.device
     want(fits, "g", g, wanted)
-    if may_read(g) and not bool((g <= 0).all()):
-        raise ValueError(f"g: got a largest value of {g.max().item()}, wanted log-decays <= 0 and no NaN")
+    if may_read(g):
+        real = g.detach() if padding_mask is None else g.detach()[padding_mask]
+        largest = real.max().item() if real.numel() else 0.0
+        want(largest <= 0, "g", largest, "log-decays <= 0, none of them NaN (this is the largest)")
     return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
 
 

@@ -23,11 +23,11 @@ def gated_arguments(
 ) -> tuple[Tensor | None, float]:
     """Raise ValueError for what does not fit; return the gate as [B,T,Hg] or [B,T,Hk,K] and the scale as a float."""
     checks.check_qkv(q, k, v)
-    g = checks.check_gate(g, q, k.shape[2], k.shape[3])
     checks.check_flag("normalize", normalize)
     checks.check_count("window_offset", window_offset, 0)
     checks.check_count("anchors", anchors, 0)
     sequences = checks.check_sequences(q, cu_seqlens, padding_mask)
+    g = checks.check_gate(g, q, k.shape[2], k.shape[3], padding_mask)
     shapes = checks.linear_state_shapes(sequences, q, k.shape[3], v, g, window_offset, k.shape[3], "identity")
     checks.check_state(initial_state, q, shapes)
     return g, checks.check_scale("scale", scale, 1.0 if normalize else k.shape[3] ** -0.5)

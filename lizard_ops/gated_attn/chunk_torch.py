@@ -92,7 +92,7 @@ def linear_rows(
 
     def tiles(x: Tensor, fill: float = 0.0) -> Tensor:  # [B, rows, H, ...] -> [B, H, n, C, ...]
         padding = (0, 0) * (x.ndim - 2) + (0, chunks * size - rows)
-        return F.pad(x, padding, value=fill).unflatten(1, (chunks, size)).movedim(3, 1)
+        return F.pad(x, padding, value=fill).unflatten(1, (chunks, size)).movedim(3, 1).contiguous()
 
     def head_tiles(x: Tensor) -> Tensor:  # [B, rows, Hg] -> [B, h, n, y, C]
         heads = x.shape[2] // key_heads if x.shape[2] > 1 else 1
@@ -106,7 +106,8 @@ def linear_rows(
     if inside is not None and row_gates is not None:
         row_gates = row_gates.masked_fill(~inside.view(*inside.shape, *[1] * (row_gates.ndim - 2)), 0.0)
 
-    query_rows = tiles(fq[:, skipped:].to(work)).unflatten(1, (key_heads, -1)).movedim(2, 3)
+    query_rows = F.pad(fq[:, skipped:].to(work), (0, 0, 0, 0, 0, chunks * size - rows))
+    query_rows = query_rows.unflatten(2, (key_heads, -1)).unflatten(1, (chunks, size)).permute(0, 3, 1, 4, 2, 5)
     queries, query_log = expand_features(query_rows.contiguous(), feature_map)  # [B, Hk, n, G, C, F]
     keys, key_log = expand_features(tiles(key_stream(fk, held.ring_fk, layout)[:, :rows].to(work)), feature_map)
     if key_log is not None:
@@ -162,11 +163,12 @@ def _weighed(
     log = mass.new_zeros(()) + math.log(scale)
     for part in (attended.shift, query_log, passed):
         log = log if part is None else log + part
-    empty = (mass == 0) | (log == -math.inf)
+    empty = (mass.abs() < torch.finfo(mass.dtype).tiny) | (log == -math.inf)
     total = mass.masked_fill(empty, 1.0)
     log_mass = (total.log() + log).to(mass.dtype).masked_fill(empty, -math.inf)
-    factor = (1.0 / total).masked_fill(empty, 0.0) if normalize else log.exp().to(mass.dtype).expand_as(mass)
-    return sums * factor.unsqueeze(-1), log_mass
+    if not normalize:
+        return sums * log.exp().to(mass.dtype).expand_as(mass).unsqueeze(-1), log_mass
+    return (sums / total.unsqueeze(-1)).masked_fill(empty.unsqueeze(-1), 0.0), log_mass
 
 
 def _start(state: AttentionState | None, key_heads: int, work: torch.dtype) -> Sums | None:

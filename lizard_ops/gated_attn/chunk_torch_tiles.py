@@ -52,7 +52,7 @@ def attend_head_gate(
     key = -run if key_log is None else key_log - run  # log weight of a key, seen from before the chunk
     pair = (run.unsqueeze(-1) + key.unsqueeze(-2)).masked_fill(_future(size, q.device), -math.inf)  # [B,h,n,y,C,C]
     log_end = run[..., -1:] + key
-    top = None if key_log is None else log_end.amax(-1)  # [B, Hk, n, y]
+    top = None if key_log is None else log_end.detach().amax(-1)  # [B, Hk, n, y]
     weight = _exp(log_end, top, v.dtype).unsqueeze(-1)
     if weight.shape[3] == 1:
         items = (k.transpose(-1, -2) @ (v * weight.squeeze(3))).unsqueeze(2)  # [B, Hk, 1, n, F, E]
@@ -65,7 +65,7 @@ def attend_head_gate(
     shift, from_start = None, run
     if before.log_scale is not None:
         from_start = run + before.log_scale.transpose(2, 3).unsqueeze(-1)
-        shift = torch.maximum(pair.amax(-1), from_start)
+        shift = torch.maximum(pair.amax(-1), from_start).detach()
     if absorbed:
         scores = _absorbed_scores(q, k, run, key, shift)
     else:
@@ -165,7 +165,7 @@ def _scan_head_gate(items: Tensor, decay: Tensor, top: Tensor | None, start: Sum
         if carry is not None:
             first = run if carry_log is None else run + carry_log.unsqueeze(-1)
             log, joined = torch.cat([first.unsqueeze(-1), log], -1), torch.cat([carry, joined], 3)
-        scale = None if top is None else log.amax(-1)
+        scale = None if top is None else log.detach().amax(-1)
         sums.append((_exp(log, scale, items.dtype) @ joined.flatten(4, 5)).unflatten(-1, items.shape[4:]))
         carry = sums[-1][..., -1:, :, :]
         if scale is not None:

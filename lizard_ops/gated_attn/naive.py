@@ -115,13 +115,18 @@ def linear_branch(
         a = (query * phi_k[keys] * (log_near - top.unsqueeze(-1)).exp()).sum(-1)  # [j, Hq]
         far = query * (log_far - top.unsqueeze(-1)).exp()  # [Hq, F]
         mass = a.sum(0) + (far * z0).sum(-1)
-        total = torch.where(mass == 0, 1.0, mass)
-        factor = scale * (top + query_log[j - new_rows]).exp() if not normalize else 1.0 / total
-        weights = (a * factor).to(v.dtype).to(work)
-        o = (weights.unsqueeze(-1) * values[keys]).sum(0) + factor.unsqueeze(-1) * (far.unsqueeze(-1) * s0).sum(-2)
+        empty = mass.abs() < torch.finfo(work).tiny  # no key, or none that this dtype can still weigh
+        total = torch.where(empty, 1.0, mass)
+        if normalize:
+            weights, far = a / total, far / total.unsqueeze(-1)
+        else:
+            factor = scale * (top + query_log[j - new_rows]).exp()
+            weights, far = a * factor, far * factor.unsqueeze(-1)
+        weights = weights.to(v.dtype).to(work)
+        o = (weights.unsqueeze(-1) * values[keys]).sum(0) + (far.unsqueeze(-1) * s0).sum(-2)
         log_mass = total.log() + top + query_log[j - new_rows] + math.log(scale)
-        outputs.append(torch.where((mass == 0).unsqueeze(-1), 0.0, o) if normalize else o)
-        masses.append(torch.where(mass == 0, -math.inf, log_mass))
+        outputs.append(torch.where(empty.unsqueeze(-1), 0.0, o) if normalize else o)
+        masses.append(torch.where(empty, -math.inf, log_mass))
 
     o = torch.stack(outputs).to(v.dtype) if outputs else v.new_zeros(0, q_heads, v.shape[2])
     log_mass = torch.stack(masses) if masses else values.new_zeros(0, q_heads)

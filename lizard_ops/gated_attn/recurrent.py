@@ -126,11 +126,12 @@ def linear_step(
         log = log + (_to_heads(passed.unsqueeze(-1), q_heads).squeeze(-1) if passed.shape[1] > 1 else passed)
     queries = phi_q.unflatten(1, (heads, -1))  # [B, Hs, Hq / Hs, F]
     sums, mass = (queries @ s).flatten(1, 2), (queries @ z.unsqueeze(-1)).flatten(1)
-    empty = (mass == 0) | (log == -math.inf)
+    empty = (mass.abs() < torch.finfo(mass.dtype).tiny) | (log == -math.inf)
     total = mass.masked_fill(empty, 1.0)
     log_mass = (total.log() + log).masked_fill(empty, -math.inf)
-    factor = (1.0 / total).masked_fill(empty, 0.0) if normalize else log.exp()
-    return sums * factor.unsqueeze(-1), log_mass, fields
+    if not normalize:
+        return sums * log.exp().expand_as(mass).unsqueeze(-1), log_mass, fields
+    return (sums / total.unsqueeze(-1)).masked_fill(empty.unsqueeze(-1), 0.0), log_mass, fields
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:

@@ -64,8 +64,8 @@ def hybrid_arguments(
         checks.check_tensor(name, x, (*q.shape[:2], heads, fq.shape[3]), q, checks.FLOATS)
     checks.want(fk.dtype == fq.dtype, "fk", fk, f"the dtype of fq, {fq.dtype}")
     features = feature_dim(fk.shape[3], feature_map)
-    g = checks.check_gate(g, q, k.shape[2], features)
     sequences = checks.check_sequences(q, cu_seqlens, padding_mask)
+    g = checks.check_gate(g, q, k.shape[2], features, padding_mask)
     shapes = checks.window_state_shapes(sequences, k, v, window, anchors)
     offset = window if coverage == "outside" else 0
     shapes |= checks.linear_state_shapes(sequences, q, fk.shape[3], v, g, offset, features, feature_map)

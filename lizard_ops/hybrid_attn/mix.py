@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lizard_ops.common.numerics import logistic
+
 
 def mixed(
     o_lin: Tensor,  # [..., Hq, V]
@@ -25,5 +27,5 @@ def mixed(
         return o_lin + (o_win if weight is None else weight.unsqueeze(-1) * o_win)
     none = log_mass == -math.inf
     logit = log_mass.masked_fill(none, 0.0) - (lse - row_max if merge_mass == "relative" else lse)
-    share = torch.sigmoid(logit if weight is None else logit + weight).masked_fill(none, 0.0)
+    share = logistic(logit if weight is None else logit + weight).masked_fill(none, 0.0)
     return torch.lerp(o_win, o_lin, share.unsqueeze(-1))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common.checks import work_dtype
+from lizard_ops.common.numerics import logistic
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
@@ -75,15 +76,12 @@ def window_rows(
     values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)
     queries = F.pad(q.to(work) * scale, (0, 0, 0, 0, 0, blocks * size - length))
     queries = queries.view(batch, blocks, size, key_heads, group, dim).permute(0, 3, 1, 4, 2, 5)
-    queries = queries.reshape(batch, key_heads, blocks, group * size, dim)
+    queries = queries.contiguous().flatten(3, 4)  # [B, Hk, n, G C, D]
 
+    seen = _visible(layout.position, anchors, window, size, back, blocks)  # [B, n, C, A + S]
     scores = (queries @ keys.transpose(-1, -2)).unflatten(3, (group, size))
-    seen = _visible(layout.position, anchors, window, size, back, blocks)  # [B or 1, n, C, A + S]
-    scores = scores.masked_fill_(~seen[:, None, :, None], -math.inf)
-    row_max = scores.amax(-1)
-    weights = scores.softmax(-1)
-    lse = row_max - weights.amax(-1).log()
-    o = (weights.flatten(3, 4) @ values).unflatten(3, (group, size))
+    scores = scores.masked_fill_(~seen[:, None, :, None], -math.inf).flatten(3, 4)
+    o, lse, row_max = (x.unflatten(3, (group, size)) for x in SoftmaxAverage.apply(scores, values)[:3])
 
     def in_order(x: Tensor) -> Tensor:  # [B, Hk, n, G, C, ...] -> [B, T, Hq, ...]
         return x.movedim((2, 4), (1, 2)).reshape(batch, blocks * size, heads, *x.shape[5:])[:, :length]
@@ -98,10 +96,45 @@ def with_sinks(o: Tensor, lse: Tensor, row_max: Tensor, sinks: Tensor, sink_form
     """Give the sinks [Hq, M] their share of the mass."""
     if sink_form == "exp":
         sink_lse = sinks.logsumexp(-1)
-        return o * torch.sigmoid(lse - sink_lse).unsqueeze(-1), torch.logaddexp(lse, sink_lse)
+        total = torch.stack([lse, sink_lse.expand_as(lse)]).logsumexp(0)
+        return o * logistic(lse - sink_lse).unsqueeze(-1), total
     mass = (lse - row_max).exp()
     total = mass + sinks.sum(-1) * (-row_max).exp()
     return o * (mass / total).unsqueeze(-1), row_max + total.log()
+
+
+class SoftmaxAverage(torch.autograd.Function):
+    """(o, log mass, row maximum) of score tiles [..., R, S] over values [..., S, V]; keeps one tile for the backward.
+
+    The maximum passes its gradient to one key of largest score.
+    """
+
+    @staticmethod
+    def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        row_max, weights = scores.amax(-1), scores.softmax(-1)
+        return weights @ values, row_max - weights.amax(-1).log(), row_max, weights
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        o, _, _, weights = output
+        ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(o, weights, inputs[1])
+
+    @staticmethod
+    def backward(ctx, d_o, d_lse, d_max, _):
+        o, weights, values = ctx.saved_tensors
+        d_o = torch.zeros_like(o) if d_o is None else d_o
+        d_scores = d_values = None
+        if ctx.needs_input_grad[1]:
+            d_values = weights.transpose(-1, -2) @ d_o
+        if ctx.needs_input_grad[0]:
+            flow = (d_o * o).sum(-1)
+            flow = flow if d_lse is None else flow - d_lse
+            d_scores = (d_o @ values.transpose(-1, -2)).sub_(flow.unsqueeze(-1)).mul_(weights)
+            if d_max is not None:
+                d_scores.scatter_add_(-1, weights.argmax(-1, keepdim=True), d_max.unsqueeze(-1))
+        return d_scores, d_values
 
 
 def _reach(stream: Tensor, anchors: Tensor, size: int, back: int, blocks: int, prefix: int) -> Tensor:

@@ -1,0 +1,14 @@
+"""Elementary functions whose result for an element does not depend on what stands beside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def logistic(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)); torch.sigmoid rounds differently in the last elements of a tensor.
+
+    Below -80 (-700 in float64) the result stays at that of the bound, where it is 0 for every practical purpose.
+    """
+    return 1.0 / (1.0 + (-x.clamp(min=-700.0 if x.dtype == torch.float64 else -80.0)).exp())

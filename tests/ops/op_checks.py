@@ -1,0 +1,90 @@
+"""How the outputs of a fast path are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import Case, call
+from torch import Tensor
+
+Outputs = dict[str, Tensor]
+
+
+def examples(count: int, *strategies: st.SearchStrategy) -> Callable[[Callable], None]:
+    """Run the decorated check on this many drawn examples at once, always the same ones."""
+
+    def run(check: Callable) -> None:
+        settings(max_examples=count)(given(*strategies)(check))()
+
+    return run
+
+
+def with_gradients(run: Callable[[Case], Outputs], case: Case, wanted: tuple[str, ...] = ()) -> Outputs:
+    """Outputs, and gradients for fixed random cotangents of every differentiable output; ``wanted`` inputs or all."""
+    leaves = {name: x.clone().requires_grad_() for name, x in case.leaves().items() if not wanted or name in wanted}
+    tracked = case.map(lambda name, x: leaves.get(name, x), weights=True)
+    outputs = run(tracked)
+    terms = [
+        (torch.where(x.isfinite(), x, 0).double() * _cotangent(name, x)).sum()
+        for name, x in outputs.items()
+        if x.requires_grad and x.numel()
+    ]
+    grads = torch.autograd.grad(sum(terms), list(leaves.values()), allow_unused=True) if terms else [None] * len(leaves)
+    zeros = (torch.zeros_like(x) if d is None else d for x, d in zip(leaves.values(), grads, strict=True))
+    return {name: x.detach() for name, x in outputs.items()} | {
+        f"d {name}": d for name, d in zip(leaves, zeros, strict=True)
+    }
+
+
+def _cotangent(name: str, x: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+
+
+def judge(found: Outputs, case: Case, dtype: torch.dtype, naive: Callable[[Case], Outputs] | None = None) -> None:
+    """Largest and RMS error against float64 at most twice those of the reference in this dtype.
+
+    case: as given to the fast path, in dtype. naive: what the reference is to compute, ``call(case, "naive")`` with
+    gradients where they were found. Float64 results must agree to rounding.
+    """
+    naive = naive or (lambda c: call(c, "naive"))
+    gradients = any(name.startswith("d ") for name in found)
+    reference = (lambda c: with_gradients(naive, c)) if gradients else naive
+    exact = reference(case.cast(torch.float64))
+    plain = exact if dtype == torch.float64 else reference(case.cast(dtype))
+    assert set(found) <= set(exact), set(found) ^ set(exact)
+    sizes = {name: x.abs().max().item() if x.numel() else 0.0 for name, x in case.leaves().items()}
+    flow = exact["d v"].abs().max().item() * sizes["v"] if gradients and exact["d v"].numel() else 0.0
+    for name, x in found.items():
+        before = _before_cancelling(name.removeprefix("d "), case.op, sizes) * flow
+        error = excess(x.cpu(), plain[name], exact[name], dtype, before)
+        assert error <= 1, f"{name}: {error:.3g} times the error that is allowed, {dtype}, {case.options}"
+
+
+def _before_cancelling(name: str, op: str, sizes: dict[str, float]) -> float:
+    """Size of the terms of an input's gradient over that of the values' gradient times the values."""
+    if name in ("q", "k") and op != "gated":  # the scores are q.k
+        return sizes["k" if name == "q" else "q"]
+    return 1.0 / max(1.0, sizes[name]) if name in sizes else 0.0  # the logs of weights are
+
+
+def excess(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, before: float) -> float:
+    """Error over what is allowed: twice that of ``plain`` and a floor of a few roundings, largest and RMS.
+
+    before: size of the terms of a gradient before they cancel, as they do to nothing where one key has all the mass.
+    """
+    assert found.shape == exact.shape, (found.shape, exact.shape)
+    if not exact.is_floating_point() or exact.numel() == 0:
+        return 0.0 if torch.equal(found, exact) else float("inf")
+    found, plain = found.double(), plain.double()
+    if not torch.equal(found.isfinite(), exact.isfinite()):
+        return float("inf")
+    same = found == exact  # infinities too
+    error, allowed = (torch.where(same, 0.0, x - exact).abs() for x in (found, plain))
+    size = 4 * torch.where(exact.isfinite(), exact, 0.0).abs().amax() + before
+    floor = (1e-9 if dtype == torch.float64 else torch.finfo(dtype).eps) * size + 1e-300
+    worst, rms = (f(error) / (2 * f(allowed) + floor) for f in (torch.amax, lambda x: x.square().mean().sqrt()))
+    return max(worst.item(), rms.item())

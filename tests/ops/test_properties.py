@@ -1,0 +1,323 @@
+"""What must hold of every op, implementation and dtype: each route to an answer is the reference's answer.
+
+Every check draws its cases with Hypothesis and judges errors against float64 by those of the reference in the same
+dtype (op_checks.judge). ``pytest tests/ops --device cuda`` runs the same checks on the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from op_cases import call, cases, state_in
+from op_checks import examples, judge, with_gradients
+
+pytestmark = pytest.mark.parametrize("op", ["gated", "window", "hybrid"])
+CHUNKED_LENGTHS = (1, 2, 15, 16, 17, 33, 67, 131)  # around the tiles of the kernels
+
+
+def drawn(op, target, **fixed):
+    """Cases that the target takes, in its dtype but on the CPU."""
+    if target.impl == "triton":
+        fixed = {"chunk_size": None, "lengths": CHUNKED_LENGTHS if target.device == "cuda" else (0, 1, 17, 23)} | fixed
+    return cases(op, **fixed).map(lambda case: case.cast(target.dtype))
+
+
+def there(case, target):
+    return case.cast(target.dtype, target.device)
+
+
+def chunk(case, target, state=None, **more):
+    return call(case, "chunk", state, impl=target.impl, **more)
+
+
+def joined(parts, last):
+    """Outputs of consecutive segments as those of the whole."""
+    return {name: x if "state." in name else torch.cat([part[name] for part in parts], 1) for name, x in last.items()}
+
+
+def in_segments(case, cuts, step):
+    """Run ``step(case, state)`` over the pieces between the cuts, handing the state on."""
+    ends, parts, state = [0, *sorted(min(c, case.length) for c in cuts), case.length], [], None
+    for a, b in zip(ends[:-1], ends[1:], strict=True):
+        parts.append(step(case.part(slice(None), slice(a, b)), state))
+        state = state_in(parts[-1])
+    return joined(parts, parts[-1])
+
+
+def test_chunked_is_the_reference(op, target):
+    @examples(target.count(60), drawn(op, target))
+    def check(case):
+        judge(with_gradients(lambda c: chunk(c, target), there(case, target)), case, target.dtype)
+
+
+def test_recurrent_is_the_reference(op, torch_target):
+    if op == "window":
+        return  # its only step is the branch of the hybrid op's
+
+    @examples(torch_target.count(25), drawn(op, torch_target))
+    def check(case):
+        judge(with_gradients(lambda c: call(c, "recurrent"), case), case, torch_target.dtype)
+
+
+def test_segments_with_a_carried_state_are_the_whole(op, target):
+    cuts = st.lists(st.sampled_from([0, 1, 2, 5, 8, 9, 16]), max_size=3)
+
+    @examples(target.count(40), drawn(op, target), cuts)
+    def check(case, cuts):
+        def run(c):
+            return in_segments(c, cuts, lambda part, state: chunk(part, target, state))
+
+        judge(with_gradients(run, there(case, target)), case, target.dtype)
+
+
+def test_steps_are_the_whole(op, target):
+    form = "chunk" if op == "window" else "recurrent"
+
+    @examples(target.count(15), drawn(op, target, lengths=(1, 2, 5, 9)))
+    def check(case):
+        with torch.no_grad():
+            run = in_segments(there(case, target), range(case.length), lambda part, state: call(part, form, state))
+        judge(run, case, target.dtype)
+
+
+def test_packed_is_separate(op, target):
+    @examples(target.count(25), drawn(op, target, B=1), st.lists(st.integers(0, 17), max_size=3), st.booleans())
+    def check(case, cuts, carried):
+        ends = [0, *sorted(min(c, case.length) for c in cuts), case.length]
+        pieces = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+        def states(c):  # each sequence has seen a few tokens of its own
+            pasts = [call(c.part(slice(None), slice(n, 2 * n)), "naive") for n in range(len(pieces))]
+            whole = {name: torch.cat([x[name] for x in pasts]) for name in pasts[0] if "state." in name}
+            return [state_in(x) for x in pasts], state_in(whole)
+
+        def separate(c):
+            parts = [
+                call(c.part(slice(None), piece), "naive", state if carried else None)
+                for piece, state in zip(pieces, states(c)[0], strict=True)
+            ]
+            return {name: torch.cat([x[name] for x in parts], 0 if "state." in name else 1) for name in parts[0]}
+
+        def packed(c):
+            before = states(c)[1] if carried else None
+            return chunk(c, target, before, cu_seqlens=torch.tensor(ends, device=target.device))
+
+        judge(with_gradients(packed, there(case, target)), case, target.dtype, separate)
+
+
+def test_padding_is_not_there(op, target):
+    @examples(target.count(25), drawn(op, target), st.integers(0, 3), st.sampled_from(["left", "right", "mixed"]))
+    def check(case, seed, side):
+        rows, length = case.tokens["q"].shape[:2]
+        if side == "mixed":
+            mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) > 0.4
+        else:
+            mask = torch.arange(length) >= torch.tensor([[0], [min(seed + 1, length)]])[:rows]
+            mask = mask if side == "left" else mask.flip(1)
+
+        def padded(c):
+            c = c.map(lambda _, x: x.masked_fill(~mask.to(x.device).view(rows, length, *[1] * (x.ndim - 2)), torch.nan))
+            return chunk(c, target, padding_mask=mask.to(target.device))
+
+        def alone(c):
+            parts = [call(c.part(slice(n, n + 1), mask[n]), "naive") for n in range(rows)]
+            whole = {name: torch.cat([x[name] for x in parts]) for name in parts[0] if "state." in name}
+            for name in set(parts[0]) - set(whole):
+                fill = 0.0 if name == "o" else -torch.inf
+                blank = parts[0][name].new_full((rows, length, *parts[0][name].shape[2:]), fill)
+                for n in range(rows):
+                    at = torch.full((int(mask[n].sum()),), n), mask[n].nonzero().squeeze(1)
+                    blank = blank.index_put(at, parts[n][name][0])
+                whole[name] = blank
+            return whole
+
+        judge(with_gradients(padded, there(case, target)), case, target.dtype, alone)
+
+
+def test_the_future_changes_nothing(op, target):
+    @examples(target.count(20), drawn(op, target), st.integers(1, 16), st.sampled_from([1.5, 30.0]))
+    def check(case, at, factor):
+        at = min(at, case.length)
+
+        def later(name, x):
+            tail = x[:, at:] * factor if name in ("g", "fq", "fk") else factor - x[:, at:]
+            return torch.cat([x[:, :at], tail], 1)
+
+        case = there(case, target)
+        a, b = chunk(case, target), chunk(case.map(later), target)
+        for name in ("o", "log"):
+            if name in a:
+                assert torch.equal(a[name][:, :at], b[name][:, :at]), name
+        found = with_gradients(lambda c: {"o": chunk(c, target)["o"][:, :at]}, case)
+        for name in case.tokens:
+            if f"d {name}" in found:
+                assert not found[f"d {name}"][:, at:].any(), name
+
+
+def test_a_row_does_not_know_its_batch(op, target):
+    @examples(target.count(12), drawn(op, target, B=3))
+    def check(case):
+        case = there(case, target)
+        together = chunk(case, target)
+        for row in range(3):
+            alone = chunk(case.part(slice(row, row + 1), slice(None)), target)
+            for name, x in alone.items():
+                assert torch.equal(together[name][row : row + 1], x), name
+
+
+def test_permuted_heads_permute_the_output(op, target):
+    @examples(target.count(12), drawn(op, target, Hk=2))
+    def check(case):
+        case = there(case, target)
+        heads = {2: torch.tensor([1, 0])}
+        q_heads = case.tokens["q"].shape[2]
+        heads[q_heads] = torch.arange(q_heads).view(2, -1).flip(0).flatten()
+
+        def permute(name, x):
+            axis = 0 if name in case.weights else 2
+            size = x.shape[axis] if x.ndim > axis and name != "sinks" or x.ndim == 2 and name == "sinks" else 1
+            return (
+                x
+                if size == 1 or (x.ndim == 2 and name == "g")
+                else x[(slice(None),) * axis + (heads[size].to(x.device),)]
+            )
+
+        a, b = chunk(case, target), chunk(case.map(permute, weights=True), target)
+        torch.testing.assert_close(b["o"], a["o"][:, :, heads[q_heads].to(target.device)])
+
+
+def test_the_size_of_features_cancels(op, target):
+    if op == "window":
+        return
+
+    fixed = {"normalize": True} | ({"mix": "sum", "feature_map": "identity"} if op == "hybrid" else {})
+
+    @examples(target.count(10), drawn(op, target, **fixed))
+    def check(case):
+        case = there(case, target)
+        names = ("q", "k") if op == "gated" else ("fq", "fk")
+        scaled = case.map(lambda name, x: x * 4.0 if name in names else x)
+        assert torch.equal(chunk(case, target)["o"], chunk(scaled, target)["o"])
+
+
+def test_strided_inputs(op, target):
+    @examples(target.count(10), drawn(op, target), st.sampled_from(["transposed", "sliced", "expanded"]))
+    def check(case, how):
+        case = there(case, target)
+
+        def expanded(name, x):
+            return x[:1].expand_as(x)
+
+        def strided(name, x):
+            if how == "expanded":
+                return expanded(name, x)
+            return (
+                x.transpose(0, -1).contiguous().transpose(0, -1)
+                if how == "transposed"
+                else torch.cat([x, x], -1)[..., : x.shape[-1]]
+            )
+
+        plain = case.map(expanded) if how == "expanded" else case
+        a, b = (
+            with_gradients(lambda c: chunk(c, target), c)
+            for c in (plain.map(lambda _, x: x.contiguous()), plain.map(strided))
+        )
+        for name, x in a.items():
+            torch.testing.assert_close(b[name], x, rtol=0, atol=0)
+
+
+def test_the_same_twice(op, target):
+    @examples(target.count(6), drawn(op, target))
+    def check(case):
+        case = there(case, target)
+        a, b = (with_gradients(lambda c: chunk(c, target), case) for _ in range(2))
+        for name, x in a.items():
+            assert torch.equal(x, b[name]), name
+
+
+def test_memory_is_never_read_before_it_is_written(op, target, monkeypatch):
+    @examples(target.count(10), drawn(op, target))
+    def check(case):
+        case = there(case, target)
+        clean = with_gradients(lambda c: chunk(c, target), case)
+        with monkeypatch.context() as patched:
+            for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+                patched.setattr(owner, name, poisoned(getattr(owner, name)))
+            found = with_gradients(lambda c: chunk(c, target), case)
+        for name, x in clean.items():
+            assert torch.equal(x, found[name]), name
+
+
+def poisoned(make):
+    def full_of_nan(*args, **options):
+        x = make(*args, **options)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    return full_of_nan
+
+
+def finite(found):
+    """No NaN anywhere, and infinities only where they say: no key, no decay left."""
+    infinite = ("log", "state.log_scale", "state.ring_g")
+    return all(
+        (x < torch.inf if name in infinite else x.isfinite()).all()
+        for name, x in found.items()
+        if "position" not in name
+    )
+
+
+GATE_EXTREMES = {
+    "open": [0.0],
+    "nearly open": [-1e-8],
+    "shut": [-1e4],
+    "reset": [-torch.inf],
+    "mixed": [0, -1e-8, -0.3, -1e4, -torch.inf],
+}
+
+
+@pytest.mark.parametrize("kind", GATE_EXTREMES)
+def test_extreme_gates(op, target, kind):
+    if op == "window":
+        return
+
+    gates = st.sampled_from(["token", "key", "query", "channel"])
+
+    @examples(target.count(15), gates.flatmap(lambda gate: drawn(op, target, gate=gate)))
+    def check(case):
+        def extreme(name, x):
+            which = (x * 1e3).long() % len(GATE_EXTREMES[kind])
+            return torch.tensor(GATE_EXTREMES[kind], dtype=x.dtype)[which] if name == "g" else x
+
+        case = case.map(extreme)
+        found = with_gradients(lambda c: chunk(c, target), there(case, target))
+        assert finite(found)
+        judge({name: x for name, x in found.items() if name != "d g"}, case, target.dtype)
+
+
+@pytest.mark.parametrize("kind", ["large scores", "equal keys", "zero values", "large features", "zero features"])
+def test_extreme_inputs(op, target, kind):
+    # among equal keys rounding chooses the largest score, and with it whose gradient a relative mass takes
+    fixed = {"equal keys": {"merge_mass": "absolute"}, "large features": {"normalize": True}}.get(kind, {})
+
+    @examples(target.count(12), drawn(op, target, **fixed))
+    def check(case):
+        maps = case.options.get("feature_map", "identity")
+
+        def extreme(name, x):
+            if kind == "large scores" and name in ("q", "k") and op != "gated":
+                return x * 60
+            if kind == "equal keys" and name in ("k", "fk"):
+                return x[:, :1].expand_as(x)
+            if kind == "zero values" and name == "v":
+                return x * 0
+            if kind == "large features" and name in (("q", "k") if op == "gated" else ("fq", "fk")):
+                return x * {"identity": 1e3, "softmax": 5}[maps] if maps != "exp" else x + 500 * x[..., :1].abs()
+            if kind == "zero features" and maps == "identity" and name in ("fq", "q"):
+                return x * 0 if op == "gated" or name == "fq" else x
+            return x
+
+        case = case.map(extreme)
+        found = with_gradients(lambda c: chunk(c, target), there(case, target))
+        assert finite(found)
+        judge(found, case, target.dtype)
