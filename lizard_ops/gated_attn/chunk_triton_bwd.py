@@ -58,27 +58,39 @@ def row_kernel(
     kb = pid % NKB
     hs = (pid // NKB) % HS
     chunk = pid // (NKB * HS)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    q += q0 * (HQ * K)
+    dq += q0 * (HQ * K)
+    d_o += q0 * (HQ * V)
+    mass += q0 * HQ
+    d_log_mass += q0 * HQ
+    extra += q0 * HQ
+    k += k0 * (HK * K)
+    v += k0 * (HK * V)
+    if GATED:
+        g_hi += k0 * HG
+        g_lo += k0 * HG
+        row_dot += q0 * HQ
     hk = hs * HK // HS
     hg = hs * HG // HS
     state = (chunk * HS + hs).to(tl.int64)
 
     o_m = tl.arange(0, BM)
-    ri = c * C + o_m % C
-    rj = c * C + tl.arange(0, C)
+    ri = o_m % C
+    rj = tl.arange(0, C)
     i_ok = ri < rows
     j_ok = rj < rows
     causal = (ri[:, None] >= rj[None, :]) & j_ok[None, :]
     if GATED:
-        gi, _ = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
+        gi, _ = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
         from_start = tl.exp2(gi)
 
-    kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+    kp, km = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
     k_t = tl.load(kp, mask=km, other=0.0)  # [C, BK]
     ks = kb * BK + tl.arange(0, BK)
     z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
     if NVB == 1:
-        vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, 0, BV)
+        vp, vm = tile(v, rj, j_ok, hk, HK, V, 0, BV)
         v_t = tl.load(vp, mask=vm, other=0.0)  # [C, BV]
         sp, sm = state_tile(states, state, K, V, kb * BK, 0, BK, BV)
         s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
@@ -89,11 +101,11 @@ def row_kernel(
         head = hs * GS + head
         for vb in tl.static_range(NVB):
             if NVB > 1:
-                vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+                vp, vm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)
                 v_t = tl.load(vp, mask=vm, other=0.0)
                 sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
                 s_t = tl.load(sp, mask=sm, other=0.0)
-            dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+            dop, om = tile(d_o, ri, ok, head, HQ, V, vb * BV, BV)
             do_t = tl.load(dop, mask=om, other=0.0)  # [BM, BV]
             if vb == 0:
                 d_score = tl.dot(do_t, tl.trans(v_t), input_precision=PRECISION)
@@ -101,10 +113,10 @@ def row_kernel(
             else:
                 d_score = tl.dot(do_t, tl.trans(v_t), d_score, input_precision=PRECISION)
                 acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), acc, input_precision=PRECISION)
-        qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+        qp, qm = tile(q, ri, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
         if GATED:
-            weight = decay_tile(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+            weight = decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG)
         else:
             weight = causal.to(tl.float32)
         own = tl.sum(acc * q_t.to(tl.float32), 1)
@@ -118,13 +130,13 @@ def row_kernel(
                 far = tl.zeros([BM], tl.float32)
                 score = tl.zeros([BM, C], tl.float32)
                 for b in tl.static_range(NKB):
-                    bp, bm = tile(q, q0 + ri, ok, head, HQ, K, b * BK, BK)
+                    bp, bm = tile(q, ri, ok, head, HQ, K, b * BK, BK)
                     q_b = tl.load(bp, mask=bm, other=0.0)
-                    bp, bm = tile(k, k0 + rj, j_ok, hk, HK, K, b * BK, BK)
+                    bp, bm = tile(k, rj, j_ok, hk, HK, K, b * BK, BK)
                     score = tl.dot(q_b, tl.trans(tl.load(bp, mask=bm, other=0.0)), score, input_precision=PRECISION)
                     through = tl.zeros([BM, BK], tl.float32)
                     for vb in tl.static_range(NVB):
-                        dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+                        dop, om = tile(d_o, ri, ok, head, HQ, V, vb * BV, BV)
                         do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
                         sp, sm = state_tile(states, state, K, V, b * BK, vb * BV, BK, BV)
                         s_t = tl.load(sp, mask=sm, other=0.0)
@@ -133,7 +145,7 @@ def row_kernel(
             if GATED:
                 far *= from_start
             delta = tl.sum(score * weight * d_score, 1) + far
-        m_p = (q0 + ri) * HQ + head
+        m_p = ri * HQ + head
         w, e = row_terms(d_log_mass, mass, m_p, ok, delta, scale, NORMALIZE)
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
         if GATED:
@@ -146,7 +158,7 @@ def row_kernel(
             acc = acc * w[:, None] + e[:, None] * z_t[None, :]
         da = (d_score * w[:, None] + e[:, None]) * weight
         acc = tl.dot(da.to(OPERAND), k_t.to(OPERAND), acc, input_precision=PRECISION)
-        dqp, qm = tile(dq, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+        dqp, qm = tile(dq, ri, ok, head, HQ, K, kb * BK, BK)
         tl.store(dqp, acc.to(dq.dtype.element_ty), mask=qm)
 
 
@@ -159,7 +171,7 @@ def gate_gradient(inside, colsum, through, whole, part):
 
 @triton.jit
 def far_keys(
-    k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs, hg, chunk, part,
+    k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, rj, j_ok, last, hk, hs, hg, chunk, part,
     HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +185,7 @@ def far_keys(
         if NVB == 1:
             v_t = v_part
         else:
-            vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+            vp, vm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)
             v_t = tl.load(vp, mask=vm, other=0.0)
         rp, rm = state_tile(d_states, state, K, V, part * BK, vb * BV, BK, BV)
         r_t = tl.load(rp, mask=rm, other=0.0)
@@ -185,7 +197,7 @@ def far_keys(
         if NKB == 1:
             k_t = k_part
         else:
-            kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+            kp, km = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
             k_t = tl.load(kp, mask=km, other=0.0)
         if NKB > 1 or NVB > 1:
             rp, rm = state_tile(d_states, state, K, V, kb * BK, part * BV, BK, BV)
@@ -198,8 +210,8 @@ def far_keys(
     through = tl.zeros([rj.shape[0]], tl.float32)
     whole = 0.0
     if GATED:
-        gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
-        end, end_lo = decay_row(g_hi, g_lo, k0 + last, last >= 0, hg, HG)
+        gj, gj_lo = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
+        end, end_lo = decay_row(g_hi, g_lo, last, last >= 0, hg, HG)
         to_end = tl.exp2((end - gj) + (end_lo - gj_lo))
         far_k *= to_end[:, None]
         far_v *= to_end[:, None]
@@ -233,17 +245,30 @@ def key_kernel(
     part = pid % NB
     hk = (pid // NB) % HK
     chunk = pid // (NB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    q += q0 * (HQ * K)
+    d_o += q0 * (HQ * V)
+    mass += q0 * HQ
+    extra += q0 * HQ
+    k += k0 * (HK * K)
+    dk += k0 * (HK * K)
+    v += k0 * (HK * V)
+    dv += k0 * (HK * V)
+    if GATED:
+        g_hi += k0 * HG
+        g_lo += k0 * HG
+        dg += k0 * HS
+        row_dot += q0 * HQ
 
-    rj = c * C + tl.arange(0, C)
+    rj = tl.arange(0, C)
     j_ok = rj < rows
-    last = tl.minimum(rows, c * C + C) - 1
+    last = tl.minimum(rows, C) - 1
     kcol = part * BK
     vcol = part * BV
 
-    kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kcol, BK)
+    kp, km = tile(k, rj, j_ok, hk, HK, K, kcol, BK)
     k_part = tl.load(kp, mask=km, other=0.0)
-    vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vcol, BV)
+    vp, vm = tile(v, rj, j_ok, hk, HK, V, vcol, BV)
     v_part = tl.load(vp, mask=vm, other=0.0)
     inside = tl.zeros([C], tl.float32)
     colsum = tl.zeros([C], tl.float32)
@@ -253,7 +278,7 @@ def key_kernel(
     else:
         hg = hk * HG // HS
         acc_k, acc_v, through, whole = far_keys(
-            k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hk, hg, chunk, part,
+            k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, rj, j_ok, last, hk, hk, hg, chunk, part,
             HK, HS, HG, K, V, BK, BV, GATED, OPERAND, PRECISION,
         )  # fmt: skip
 
@@ -265,16 +290,16 @@ def key_kernel(
             hs = head
         else:
             hs = hk
-        ri = c * C + (it % TILES) * BQ + tl.arange(0, BQ)
+        ri = (it % TILES) * BQ + tl.arange(0, BQ)
         ok = ri < rows
         causal = (ri[None, :] >= rj[:, None]) & ok[None, :]  # [C, BQ]
         for kb in tl.static_range(NKB):
             if NKB == 1:
                 k_t = k_part
             else:
-                bp, bm = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+                bp, bm = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
                 k_t = tl.load(bp, mask=bm, other=0.0)
-            qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+            qp, qm = tile(q, ri, ok, head, HQ, K, kb * BK, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)  # [BQ, BK]
             if kb == 0:
                 score = tl.dot(k_t, tl.trans(q_t), input_precision=PRECISION)  # [C, BQ]
@@ -284,27 +309,27 @@ def key_kernel(
             if NVB == 1:
                 v_t = v_part
             else:
-                bp, bm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+                bp, bm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)
                 v_t = tl.load(bp, mask=bm, other=0.0)
-            dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+            dop, om = tile(d_o, ri, ok, head, HQ, V, vb * BV, BV)
             do_t = tl.load(dop, mask=om, other=0.0)  # [BQ, BV]
             if vb == 0:
                 ds = tl.dot(v_t, tl.trans(do_t), input_precision=PRECISION)
             else:
                 ds = tl.dot(v_t, tl.trans(do_t), ds, input_precision=PRECISION)
         if NKB > 1:
-            qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kcol, BK)
+            qp, qm = tile(q, ri, ok, head, HQ, K, kcol, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)
         if NVB > 1:
-            dop, om = tile(d_o, q0 + ri, ok, head, HQ, V, vcol, BV)
+            dop, om = tile(d_o, ri, ok, head, HQ, V, vcol, BV)
             do_t = tl.load(dop, mask=om, other=0.0)
-        m_p = (q0 + ri) * HQ + head
+        m_p = ri * HQ + head
         w = row_weights(mass, m_p, ok, scale, NORMALIZE)
         e = tl.load(extra + m_p, mask=ok, other=0.0)
         if GATED:
             hg = hs * HG // HS
-            gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, ok, hg, HG)
-            gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+            gi, gi_lo = decay_row(g_hi, g_lo, ri, ok, hg, HG)
+            gj, gj_lo = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
             d = (gi[None, :] - gj[:, None]) + (gi_lo[None, :] - gj_lo[:, None])
             weight = tl.where(causal, tl.exp2(d), 0.0)
         else:
@@ -323,21 +348,21 @@ def key_kernel(
         if PER_HEAD:
             if it % TILES == TILES - 1:
                 far_k, far_v, through, whole = far_keys(
-                    k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, k0, rj, j_ok, last, hk, hs,
+                    k, v, k_part, v_part, g_hi, g_lo, d_states, dz_states, cross, rj, j_ok, last, hk, hs,
                     hs * HG // HS, chunk, part, HK, HS, HG, K, V, BK, BV, GATED, OPERAND, PRECISION,
                 )  # fmt: skip
                 acc_k += far_k
                 acc_v += far_v
                 if GATED:
                     grad = gate_gradient(inside, colsum, through, whole, part)
-                    tl.store(dg + part * gate_total + (k0 + rj) * HS + hs, grad, mask=j_ok)
+                    tl.store(dg + part * gate_total + rj * HS + hs, grad, mask=j_ok)
                     inside = tl.zeros([C], tl.float32)
                     colsum = tl.zeros([C], tl.float32)
 
     if GATED and not PER_HEAD:
         grad = gate_gradient(inside, colsum, through, whole, part)
-        tl.store(dg + part * gate_total + (k0 + rj) * HS + hk, grad, mask=j_ok)
-    dkp, km = tile(dk, k0 + rj, j_ok, hk, HK, K, kcol, BK)
+        tl.store(dg + part * gate_total + rj * HS + hk, grad, mask=j_ok)
+    dkp, km = tile(dk, rj, j_ok, hk, HK, K, kcol, BK)
     tl.store(dkp, acc_k.to(dk.dtype.element_ty), mask=km)
-    dvp, vm = tile(dv, k0 + rj, j_ok, hk, HK, V, vcol, BV)
+    dvp, vm = tile(dv, rj, j_ok, hk, HK, V, vcol, BV)
     tl.store(dvp, acc_v.to(dv.dtype.element_ty), mask=vm)

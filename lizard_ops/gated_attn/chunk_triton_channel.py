@@ -58,13 +58,11 @@ def gate_tile(g, rows, valid, head, HK: tl.constexpr, K: tl.constexpr, col, BK: 
 
 
 @triton.jit
-def head_tile(
-    ptr, row0, r, rows, head0, heads, H: tl.constexpr, D: tl.constexpr, col, GH: tl.constexpr, BD: tl.constexpr
-):
+def head_tile(ptr, r, rows, head0, heads, H: tl.constexpr, D: tl.constexpr, col, GH: tl.constexpr, BD: tl.constexpr):
     """Pointers and mask [GH, C, BD] of GH heads from head0, ``heads`` of which exist, at the chunk's rows r."""
     h = tl.arange(0, GH)[:, None, None]
     cols = col + tl.arange(0, BD)[None, None, :]
-    p = ptr + ((row0 + r)[None, :, None] * H + head0 + h) * D + cols
+    p = ptr + (r[None, :, None] * H + head0 + h) * D + cols
     m = (h < heads) & (r < rows)[None, :, None] & (cols < D)
     return p, m
 
@@ -85,14 +83,20 @@ def channel_output_kernel(
     vb = pid % NVB
     hk = (pid // NVB) % HK
     chunk = pid // (NVB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    g += k0 * (HK * K)
+    k += k0 * (HK * K)
+    v += k0 * (HK * V)
+    q += q0 * (HQ * K)
+    mass += q0 * HQ
+    log_mass += q0 * HQ
+    o += q0 * (HQ * V)
     state = (chunk * HK + hk).to(tl.int64)
     o_m = tl.arange(0, BM)
     o_c = tl.arange(0, C)
     im = o_m % C
-    r = c * C + o_c
-    r_ok = r < rows
-    vp, vm = tile(v, k0 + r, r_ok, hk, HK, V, vb * BV, BV)
+    r_ok = o_c < rows
+    vp, vm = tile(v, o_c, r_ok, hk, HK, V, vb * BV, BV)
     v_t = tl.load(vp, mask=vm, other=0.0)
 
     for step in range(0, (GROUP + GH - 1) // GH):
@@ -101,10 +105,10 @@ def channel_output_kernel(
         acc = tl.zeros([BM, BV], tl.float32)
         den = tl.zeros([BM], tl.float32)
         for kb in tl.static_range(NKB):
-            g_t = gate_tile(g, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
-            kp, km = tile(k, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
+            g_t = gate_tile(g, o_c, r_ok, hk, HK, K, kb * BK, BK)
+            kp, km = tile(k, o_c, r_ok, hk, HK, K, kb * BK, BK)
             k_t = tl.load(kp, mask=km, other=0.0).to(tl.float32)
-            qp, qm = head_tile(q, q0, r, rows, head0, GROUP - step * GH, HQ, K, kb * BK, GH, BK)
+            qp, qm = head_tile(q, o_c, rows, head0, GROUP - step * GH, HQ, K, kb * BK, GH, BK)
             q_t = tl.load(qp, mask=qm, other=0.0).to(tl.float32)  # [GH, C, BK]
             diagonal = tl.reshape(tl.sum(q_t * k_t[None, :, :], 2), [BM])
             score += tl.where(im[:, None] == o_c[None, :], diagonal[:, None], 0.0)
@@ -129,12 +133,11 @@ def channel_output_kernel(
         else:
             acc *= scale
         head = step * GH + o_m // C
-        rm = c * C + im
-        ok = (rm < rows) & (head < GROUP)
-        op, om = tile(o, q0 + rm, ok, hk * GROUP + head, HQ, V, vb * BV, BV)
+        ok = (im < rows) & (head < GROUP)
+        op, om = tile(o, im, ok, hk * GROUP + head, HQ, V, vb * BV, BV)
         tl.store(op, acc.to(o.dtype.element_ty), mask=om)
         den *= scale
-        m_p = (q0 + rm) * HQ + hk * GROUP + head
+        m_p = im * HQ + hk * GROUP + head
         tl.store(mass + m_p, den, mask=only_if(vb == 0, ok))
         tl.store(log_mass + m_p, log_of(den), mask=only_if(vb == 0, ok))
 
@@ -160,16 +163,24 @@ def channel_row_kernel(
     kb = pid % NKB
     hk = (pid // NKB) % HK
     chunk = pid // (NKB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    g += k0 * (HK * K)
+    k += k0 * (HK * K)
+    v += k0 * (HK * V)
+    q += q0 * (HQ * K)
+    mass += q0 * HQ
+    d_log_mass += q0 * HQ
+    extra += q0 * HQ
+    d_o += q0 * (HQ * V)
+    dq += q0 * (HQ * K)
+    row_dot += k0 * (HK * K)
     o_m = tl.arange(0, BM)
     o_c = tl.arange(0, C)
     im = o_m % C
-    rm = c * C + im
-    r = c * C + o_c
-    r_ok = r < rows
+    r_ok = o_c < rows
     causal = (im[:, None] >= o_c[None, :]) & r_ok[None, :]
-    g_t = gate_tile(g, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
-    kp, km = tile(k, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
+    g_t = gate_tile(g, o_c, r_ok, hk, HK, K, kb * BK, BK)
+    kp, km = tile(k, o_c, r_ok, hk, HK, K, kb * BK, BK)
     k_t = tl.load(kp, mask=km, other=0.0).to(tl.float32)
     keys = key_sums(k_t, g_t, z_states, (chunk * HK + hk).to(tl.int64), kb, K, C, LEVELS, BK, OPERAND, PRECISION)
     dots = tl.zeros([C, BK], tl.float32)
@@ -178,16 +189,16 @@ def channel_row_kernel(
         head0 = hk * GROUP + step * GH
         heads = GROUP - step * GH
         member = step * GH + o_m // C
-        ok = (rm < rows) & (member < GROUP)
-        m_p = (q0 + rm) * HQ + hk * GROUP + member
-        d_score = score_gradient(v, d_o, q0, k0, r, r_ok, rm, ok, hk, member, HQ, HK, V, C, GH, BV, PRECISION)
+        ok = (im < rows) & (member < GROUP)
+        m_p = im * HQ + hk * GROUP + member
+        d_score = score_gradient(v, d_o, r_ok, im, ok, hk, member, HQ, HK, V, C, GH, BV, PRECISION)
         d_score = tl.where(causal, d_score, 0.0)
         own = tl.sum(tl.where(im[:, None] == o_c[None, :], d_score, 0.0), 1)  # do_i.v_i [BM]
         x = value_sums(
-            d_score, k_t, g_t, d_o, states, q0, rm, ok, hk, member, chunk, kb, HQ, HK, K, V, C, LEVELS, GH, BK, BV,
+            d_score, k_t, g_t, d_o, states, ok, hk, member, chunk, kb, HQ, HK, K, V, C, LEVELS, GH, BK, BV,
             OPERAND, PRECISION,
         )  # fmt: skip
-        qp, qm = head_tile(q, q0, r, rows, head0, heads, HQ, K, kb * BK, GH, BK)
+        qp, qm = head_tile(q, o_c, rows, head0, heads, HQ, K, kb * BK, GH, BK)
         q_t = tl.load(qp, mask=qm, other=0.0).to(tl.float32)
         den = tl.load(mass + m_p, mask=ok, other=0.0)
         dlm = tl.load(d_log_mass + m_p, mask=ok, other=0.0)
@@ -199,14 +210,14 @@ def channel_row_kernel(
             else:
                 delta = tl.zeros([BM], tl.float32)
                 for b in tl.static_range(NKB):
-                    g_b = gate_tile(g, k0 + r, r_ok, hk, HK, K, b * BK, BK)
-                    bp, bm = tile(k, k0 + r, r_ok, hk, HK, K, b * BK, BK)
+                    g_b = gate_tile(g, o_c, r_ok, hk, HK, K, b * BK, BK)
+                    bp, bm = tile(k, o_c, r_ok, hk, HK, K, b * BK, BK)
                     k_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
                     x_b = value_sums(
-                        d_score, k_b, g_b, d_o, states, q0, rm, ok, hk, member, chunk, b, HQ, HK, K, V, C, LEVELS, GH,
+                        d_score, k_b, g_b, d_o, states, ok, hk, member, chunk, b, HQ, HK, K, V, C, LEVELS, GH,
                         BK, BV, OPERAND, PRECISION,
                     )  # fmt: skip
-                    bp, bm = head_tile(q, q0, r, rows, head0, heads, HQ, K, b * BK, GH, BK)
+                    bp, bm = head_tile(q, o_c, rows, head0, heads, HQ, K, b * BK, GH, BK)
                     q_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
                     delta += tl.reshape(tl.sum(x_b * q_b, 2), [BM])
                     delta += own * tl.reshape(tl.sum(q_b * k_b[None, :, :], 2), [BM])
@@ -219,9 +230,9 @@ def channel_row_kernel(
         x = x * tl.reshape(w, [GH, C])[:, :, None] + keys[None, :, :] * tl.reshape(e, [GH, C])[:, :, None]
         dots += tl.sum(x * q_t, 0)
         x += tl.reshape(w * own + e, [GH, C])[:, :, None] * k_t[None, :, :]
-        dqp, qm = head_tile(dq, q0, r, rows, head0, heads, HQ, K, kb * BK, GH, BK)
+        dqp, qm = head_tile(dq, o_c, rows, head0, heads, HQ, K, kb * BK, GH, BK)
         tl.store(dqp, x.to(dq.dtype.element_ty), mask=qm)
-    rp, rmask = tile(row_dot, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
+    rp, rmask = tile(row_dot, o_c, r_ok, hk, HK, K, kb * BK, BK)
     tl.store(rp, dots, mask=rmask)
 
 
@@ -245,23 +256,23 @@ def key_sums(
 
 @triton.jit
 def score_gradient(
-    v, d_o, q0, k0, r, r_ok, rm, ok, hk, member, HQ: tl.constexpr, HK: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    v, d_o, r_ok, im, ok, hk, member, HQ: tl.constexpr, HK: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     GH: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """do_i.v_j [GH*C, C]."""
     GROUP: tl.constexpr = HQ // HK
     d_score = tl.zeros([GH * C, C], tl.float32)
     for vb in tl.static_range((V + BV - 1) // BV):
-        vp, vm = tile(v, k0 + r, r_ok, hk, HK, V, vb * BV, BV)
+        vp, vm = tile(v, tl.arange(0, C), r_ok, hk, HK, V, vb * BV, BV)
         v_t = tl.load(vp, mask=vm, other=0.0)
-        dop, om = tile(d_o, q0 + rm, ok, hk * GROUP + member, HQ, V, vb * BV, BV)
+        dop, om = tile(d_o, im, ok, hk * GROUP + member, HQ, V, vb * BV, BV)
         d_score = tl.dot(tl.load(dop, mask=om, other=0.0), tl.trans(v_t), d_score, input_precision=PRECISION)
     return d_score
 
 
 @triton.jit
 def value_sums(
-    d_score, k_t, g_t, d_o, states, q0, rm, ok, hk, member, chunk, kb, HQ: tl.constexpr, HK: tl.constexpr,
+    d_score, k_t, g_t, d_o, states, ok, hk, member, chunk, kb, HQ: tl.constexpr, HK: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GH: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -275,7 +286,7 @@ def value_sums(
     for vb in tl.static_range((V + BV - 1) // BV):
         sp, sm = state_tile(states, (chunk * HK + hk).to(tl.int64), K, V, kb * BK, vb * BV, BK, BV)
         s_t = tl.load(sp, mask=sm, other=0.0)
-        dop, om = tile(d_o, q0 + rm, ok, hk * GROUP + member, HQ, V, vb * BV, BV)
+        dop, om = tile(d_o, im, ok, hk * GROUP + member, HQ, V, vb * BV, BV)
         do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
         x = tl.dot(do_t, tl.trans(s_t), x, input_precision=PRECISION)
     x = tl.reshape(x, [GH, C, BK]) * summed(o_c[None, :] <= o_c[:, None], g_t, OPERAND)[None, :, :]
@@ -306,19 +317,28 @@ def channel_key_kernel(
     part = pid % NB
     hk = (pid // NB) % HK
     chunk = pid // (NB * HK)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    g += k0 * (HK * K)
+    k += k0 * (HK * K)
+    v += k0 * (HK * V)
+    q += q0 * (HQ * K)
+    mass += q0 * HQ
+    extra += q0 * HQ
+    d_o += q0 * (HQ * V)
+    dk += k0 * (HK * K)
+    dv += k0 * (HK * V)
+    dg += k0 * (HK * K)
+    row_dot += k0 * (HK * K)
     o_m = tl.arange(0, BM)
     o_c = tl.arange(0, C)
     im = o_m % C
-    rm = c * C + im
-    r = c * C + o_c
-    r_ok = r < rows
-    causal = (im[None, :] >= o_c[:, None]) & (rm < rows)[None, :]  # [C, BM]
+    r_ok = o_c < rows
+    causal = (im[None, :] >= o_c[:, None]) & (im < rows)[None, :]  # [C, BM]
     kcol = part * BK
     vcol = part * BV
     ks = kcol + tl.arange(0, BK)
-    g_t = gate_tile(g, k0 + r, r_ok, hk, HK, K, kcol, BK)
-    kp, km = tile(k, k0 + r, r_ok, hk, HK, K, kcol, BK)
+    g_t = gate_tile(g, o_c, r_ok, hk, HK, K, kcol, BK)
+    kp, km = tile(k, o_c, r_ok, hk, HK, K, kcol, BK)
     k_t = tl.load(kp, mask=km, other=0.0).to(tl.float32)
     acc_k = tl.zeros([C, BK], tl.float32)
     own_k = tl.zeros([C, BK], tl.float32)  # of the pairs i = j
@@ -328,15 +348,15 @@ def channel_key_kernel(
         head0 = hk * GROUP + step * GH
         heads = GROUP - step * GH
         member = step * GH + o_m // C
-        ok = (rm < rows) & (member < GROUP)
-        m_p = (q0 + rm) * HQ + hk * GROUP + member
+        ok = (im < rows) & (member < GROUP)
+        m_p = im * HQ + hk * GROUP + member
         w = row_weights(mass, m_p, ok, scale, NORMALIZE)
         e_row = tl.load(extra + m_p, mask=ok, other=0.0)
         d_score = tl.zeros([C, BM], tl.float32)
         for vb in tl.static_range(NVB):
-            vp, vm = tile(v, k0 + r, r_ok, hk, HK, V, vb * BV, BV)
+            vp, vm = tile(v, o_c, r_ok, hk, HK, V, vb * BV, BV)
             v_t = tl.load(vp, mask=vm, other=0.0)
-            dop, om = tile(d_o, q0 + rm, ok, hk * GROUP + member, HQ, V, vb * BV, BV)
+            dop, om = tile(d_o, im, ok, hk * GROUP + member, HQ, V, vb * BV, BV)
             do_t = tl.load(dop, mask=om, other=0.0)
             d_score = tl.dot(v_t, tl.trans(do_t), d_score, input_precision=PRECISION)
         d_score = tl.where(causal, d_score * w[None, :] + e_row[None, :], 0.0)
@@ -344,10 +364,10 @@ def channel_key_kernel(
         score = tl.zeros([C, BM], tl.float32)
         if NKB > 1:
             for kb in tl.static_range(NKB):
-                g_b = gate_tile(g, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
-                bp, bm = tile(k, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
+                g_b = gate_tile(g, o_c, r_ok, hk, HK, K, kb * BK, BK)
+                bp, bm = tile(k, o_c, r_ok, hk, HK, K, kb * BK, BK)
                 k_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
-                qp, qm = head_tile(q, q0, r, rows, head0, heads, HQ, K, kb * BK, GH, BK)
+                qp, qm = head_tile(q, o_c, rows, head0, heads, HQ, K, kb * BK, GH, BK)
                 q_b = tl.load(qp, mask=qm, other=0.0).to(tl.float32)
                 diagonal = tl.reshape(tl.sum(q_b * k_b[None, :, :], 2), [BM])
                 score += tl.where(on_diagonal, diagonal[None, :], 0.0)
@@ -357,7 +377,7 @@ def channel_key_kernel(
                     far_q = tl.reshape((q_b * e[None, :, :]).to(OPERAND), [BM, BK])
                     near = tl.dot((k_b * e).to(OPERAND), tl.trans(far_q), input_precision=PRECISION)
                     score += tl.where(meets(im[None, :], o_c[:, None], level), near, 0.0)
-        qp, qm = head_tile(q, q0, r, rows, head0, heads, HQ, K, kcol, GH, BK)
+        qp, qm = head_tile(q, o_c, rows, head0, heads, HQ, K, kcol, GH, BK)
         q_t = tl.load(qp, mask=qm, other=0.0).to(tl.float32)
         diagonal = tl.reshape(tl.sum(tl.where(on_diagonal, d_score, 0.0), 0), [GH, C])
         own_k += tl.sum(diagonal[:, :, None] * q_t, 0)
@@ -373,14 +393,14 @@ def channel_key_kernel(
                 near = tl.dot((k_t * e).to(OPERAND), tl.trans(far_q), input_precision=PRECISION)
                 score += tl.where(chosen, near, 0.0)
             acc_k += tl.dot(tl.where(chosen, d_score, 0.0).to(OPERAND), far_q, input_precision=PRECISION) * e
-        dop, om = tile(d_o, q0 + rm, ok, hk * GROUP + member, HQ, V, vcol, BV)
+        dop, om = tile(d_o, im, ok, hk * GROUP + member, HQ, V, vcol, BV)
         do_t = tl.load(dop, mask=om, other=0.0)
         acc_v = tl.dot((score * w[None, :]).to(OPERAND), do_t.to(OPERAND), acc_v, input_precision=PRECISION)
 
     state = (chunk * HK + hk).to(tl.int64)
     through_k = tl.zeros([C, BK], tl.float32)
     for vb in tl.static_range(NVB):
-        vp, vm = tile(v, k0 + r, r_ok, hk, HK, V, vb * BV, BV)
+        vp, vm = tile(v, o_c, r_ok, hk, HK, V, vb * BV, BV)
         v_t = tl.load(vp, mask=vm, other=0.0).to(OPERAND)
         rp, rmask = state_tile(d_states, state, K, V, kcol, vb * BV, BK, BV)
         s_t = tl.load(rp, mask=rmask, other=0.0)
@@ -388,23 +408,23 @@ def channel_key_kernel(
     dz_t = tl.load(dz_states + state * K + ks, mask=ks < K, other=0.0)
     through_k = (through_k + dz_t[None, :]) * summed(o_c[None, :] > o_c[:, None], g_t, OPERAND)
     for kb in tl.static_range(NKB):
-        g_b = gate_tile(g, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
-        bp, bm = tile(k, k0 + r, r_ok, hk, HK, K, kb * BK, BK)
+        g_b = gate_tile(g, o_c, r_ok, hk, HK, K, kb * BK, BK)
+        bp, bm = tile(k, o_c, r_ok, hk, HK, K, kb * BK, BK)
         k_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
         k_b *= summed(o_c[None, :] > o_c[:, None], g_b, OPERAND)
         rp, rmask = state_tile(d_states, state, K, V, kb * BK, vcol, BK, BV)
         s_t = tl.load(rp, mask=rmask, other=0.0)
         acc_v = tl.dot(k_b.to(OPERAND), s_t, acc_v, input_precision=PRECISION)
-    dvp, vm = tile(dv, k0 + r, r_ok, hk, HK, V, vcol, BV)
+    dvp, vm = tile(dv, o_c, r_ok, hk, HK, V, vcol, BV)
     tl.store(dvp, acc_v.to(dv.dtype.element_ty), mask=vm)
 
     # dg_t: rows i >= t of q.dq less those of k.dk inside the chunk; keys before t through the state; both outside
-    rp, rmask = tile(row_dot, k0 + r, r_ok, hk, HK, K, kcol, BK)
+    rp, rmask = tile(row_dot, o_c, r_ok, hk, HK, K, kcol, BK)
     later = k_t * through_k
     acc_k += through_k
     grad = tl.cumsum(tl.load(rp, mask=rmask, other=0.0) - k_t * acc_k, 0, reverse=True)
     whole = tl.sum(later, 0) + tl.load(cross + state * K + ks, mask=ks < K, other=0.0)
-    dgp, km = tile(dg, k0 + r, r_ok, hk, HK, K, kcol, BK)
+    dgp, km = tile(dg, o_c, r_ok, hk, HK, K, kcol, BK)
     tl.store(dgp, grad + whole[None, :], mask=km)
-    dkp, km = tile(dk, k0 + r, r_ok, hk, HK, K, kcol, BK)
+    dkp, km = tile(dk, o_c, r_ok, hk, HK, K, kcol, BK)
     tl.store(dkp, (acc_k + own_k).to(dk.dtype.element_ty), mask=km)

@@ -16,10 +16,10 @@ def decay_row(g_hi, g_lo, rows, valid, hg, HG: tl.constexpr):
 
 
 @triton.jit
-def decay_tile(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG: tl.constexpr):
+def decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG: tl.constexpr):
     """exp(G_i - G_j) [queries, keys], 0 where query i does not see key j. Cheaper to form anew than to keep."""
-    gi, gi_lo = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
-    gj, gj_lo = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
+    gi, gi_lo = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
+    gj, gj_lo = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
     d = (gi[:, None] - gj[None, :]) + (gi_lo[:, None] - gj_lo[None, :])
     return tl.where(causal, tl.exp2(d), 0.0)
 
@@ -52,26 +52,35 @@ def output_kernel(
     vb = pid % NVB
     hs = (pid // NVB) % HS
     chunk = pid // (NVB * HS)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    q += q0 * (HQ * K)
+    o += q0 * (HQ * V)
+    mass += q0 * HQ
+    log_mass += q0 * HQ
+    k += k0 * (HK * K)
+    v += k0 * (HK * V)
+    if GATED:
+        g_hi += k0 * HG
+        g_lo += k0 * HG
     hk = hs * HK // HS
     hg = hs * HG // HS
     state = (chunk * HS + hs).to(tl.int64)
 
     o_m = tl.arange(0, BM)
-    ri = c * C + o_m % C
-    rj = c * C + tl.arange(0, C)
+    ri = o_m % C
+    rj = tl.arange(0, C)
     i_ok = ri < rows
     j_ok = rj < rows
     causal = (ri[:, None] >= rj[None, :]) & j_ok[None, :]  # [BM, C]
     if GATED:
-        gj, _ = decay_row(g_hi, g_lo, k0 + rj, j_ok, hg, HG)
-        gi, _ = decay_row(g_hi, g_lo, k0 + ri, i_ok, hg, HG)
+        gj, _ = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
+        gi, _ = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
         from_start = tl.exp2(gi)
 
-    vp, vm = tile(v, k0 + rj, j_ok, hk, HK, V, vb * BV, BV)
+    vp, vm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)
     v_t = tl.load(vp, mask=vm, other=0.0)  # [C, BV]
     if NKB == 1:
-        kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, 0, BK)
+        kp, km = tile(k, rj, j_ok, hk, HK, K, 0, BK)
         k_t = tl.load(kp, mask=km, other=0.0)  # [C, BK]
         if ABSORBED:
             k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(OPERAND)
@@ -86,7 +95,7 @@ def output_kernel(
         head = hs * GS + head
         for kb in tl.static_range(NKB):
             if NKB > 1:
-                kp, km = tile(k, k0 + rj, j_ok, hk, HK, K, kb * BK, BK)
+                kp, km = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
                 k_t = tl.load(kp, mask=km, other=0.0)
                 if ABSORBED:
                     k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(OPERAND)
@@ -94,7 +103,7 @@ def output_kernel(
                 s_t = tl.load(sp, mask=sm, other=0.0)
                 ks = kb * BK + tl.arange(0, BK)
                 z_t = column(tl.load(z_states + state * K + ks, mask=ks < K, other=0.0), OPERAND)
-            qp, qm = tile(q, q0 + ri, ok, head, HQ, K, kb * BK, BK)
+            qp, qm = tile(q, ri, ok, head, HQ, K, kb * BK, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
             if ABSORBED:
                 q_t = (q_t.to(tl.float32) * from_start[:, None]).to(OPERAND)
@@ -110,7 +119,7 @@ def output_kernel(
         if GATED and not ABSORBED:
             den *= from_start
             acc *= from_start[:, None]
-            p = score * decay_tile(g_hi, g_lo, k0, ri, rj, i_ok, j_ok, causal, hg, HG)
+            p = score * decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG)
         else:
             p = tl.where(causal, score, 0.0)
         den += tl.sum(p, 1)
@@ -119,10 +128,10 @@ def output_kernel(
             acc *= tl.where(den != 0, 1.0 / den, 0.0)[:, None]
         else:
             acc *= scale
-        op, om = tile(o, q0 + ri, ok, head, HQ, V, vb * BV, BV)
+        op, om = tile(o, ri, ok, head, HQ, V, vb * BV, BV)
         tl.store(op, acc.to(o.dtype.element_ty), mask=om)
         den *= scale
         first = only_if(vb == 0, ok)
-        m_p = (q0 + ri) * HQ + head
+        m_p = ri * HQ + head
         tl.store(mass + m_p, den, mask=first)
         tl.store(log_mass + m_p, log_of(den), mask=first)

@@ -154,7 +154,7 @@ def chunk_states(
     cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
     state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
         a, b, mass, extra, *gates, states, z_states, decays, rows.table, rows.owner, scale, *rows.place,
-        HA=a.shape[2], HB=b.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
+        HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
         BV=cfg.block_v, GATE=shape.gate, NORMALIZE=normalize, REVERSE=reverse, VARLEN=varlen, **shape.dims,
         **cfg.options,
     )  # fmt: skip
@@ -162,8 +162,8 @@ def chunk_states(
     scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.block_k),)](
         states, z_states, decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None))[:2],
         rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.block_k, BV=cfg.block_v,
-        GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen, STAGES=cfg.num_stages,
-        num_warps=cfg.num_warps,
+        GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen,
+        STAGES=cfg.num_stages, num_warps=cfg.num_warps,
     )  # fmt: skip
     return states, z_states, decays, s_out, z_out, cross
 

@@ -21,7 +21,7 @@ def locate(
     i, table, owner, q_rows, k_rows, q_shift, k_shift, pairs,
     C: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Sequence, index inside it, first query row, first key row and row count of the i-th chunk.
+    """Sequence, first query row, first key row and rows of the i-th chunk (rows: as many as are left, perhaps over C).
 
     Dense: N equal sequences of ``pairs`` rows. VARLEN: table [N, 4] holds (query row, key row, rows, first chunk) of
     each sequence and owner [chunks] the sequence of each chunk, -1 past the last.
@@ -42,12 +42,12 @@ def locate(
         q0 = n * q_rows + q_shift
         k0 = n * k_rows + k_shift
         rows = pairs
-    return n, local, q0, k0, rows
+    return n, q0 + local * C, k0 + local * C, rows - local * C
 
 
 @triton.jit
 def tile(ptr, rows, valid, heads, H: tl.constexpr, D: tl.constexpr, col, BD: tl.constexpr):
-    """Pointers and mask [R, BD] of columns col.. of x [rows, H, D] at rows (int64 [R]) and heads ([R] or one)."""
+    """Pointers and mask [R, BD] of columns col.. of x [rows, H, D] at rows [R] from ptr and heads ([R] or one)."""
     cols = col + tl.arange(0, BD)
     p = ptr + ((rows * H + heads) * D)[:, None] + cols[None, :]
     if D % BD == 0:
@@ -84,8 +84,8 @@ def gate_sum_kernel(
     """
     blocks: tl.constexpr = (HG + BH - 1) // BH
     pid = tl.program_id(0)
-    _, c, _, k0, rows = locate(pid // blocks, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
-    r = c * C + tl.arange(0, C)
+    _, _, k0, rows = locate(pid // blocks, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
+    r = tl.arange(0, C)
     h = (pid % blocks) * BH + tl.arange(0, BH)
     p = (k0 + r)[:, None] * HG + h[None, :]
     m = (r < rows)[:, None] & (h < HG)[None, :]
@@ -115,7 +115,7 @@ def column(x, OPERAND: tl.constexpr):
 @triton.jit
 def state_kernel(
     a, b, mass, extra, g, g_lo, states, z_states, decays, table, owner, scale, q_rows, k_rows, q_shift, k_shift, pairs,
-    HA: tl.constexpr, HB: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, AG: tl.constexpr,
+    HA: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, AG: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
     NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -134,31 +134,35 @@ def state_kernel(
     kb = (pid // NVB) % NKB
     hs = (pid // (NVB * NKB)) % HS
     chunk = pid // (NVB * NKB * HS)
-    n, c, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     if REVERSE:
-        a0 = q0
+        a += q0 * (HQ * K)
+        b += q0 * (HQ * V)
+        mass += q0 * HQ
+        extra += q0 * HQ
     else:
-        a0 = k0
+        a += k0 * (HA * K)
+        b += k0 * (HA * V)
     ks = kb * BK + tl.arange(0, BK)
     k_ok = ks < K
     o_c = tl.arange(0, C)
-    r = c * C + o_c
-    ok = r < rows
+    ok = o_c < rows
     hg = hs * HG // HS
     state = (chunk * HS + hs).to(tl.int64)
 
     if GATE == 1:
-        last = tl.maximum(tl.minimum(rows, c * C + C) - 1, 0)
+        last = tl.maximum(tl.minimum(rows, C) - 1, 0)
         total = tl.load(g + (k0 + last) * HG + hg, mask=rows > 0, other=0.0)
-        decay = tl.load(g + (k0 + r) * HG + hg, mask=ok, other=0.0)
+        decay = tl.load(g + (k0 + o_c) * HG + hg, mask=ok, other=0.0)
         if not REVERSE:
             total_lo = tl.load(g_lo + (k0 + last) * HG + hg, mask=rows > 0, other=0.0)
-            decay_lo = tl.load(g_lo + (k0 + r) * HG + hg, mask=ok, other=0.0)
+            decay_lo = tl.load(g_lo + (k0 + o_c) * HG + hg, mask=ok, other=0.0)
             decay = (total - decay) + (total_lo - decay_lo)
             tl.store(decays + state, total, mask=(kb == 0) & (vb == 0))
         decay = tl.exp2(decay)
     elif GATE == 2:
-        g_t = tl.load(g + ((k0 + r) * HG + hg)[None, :] * K + ks[:, None], mask=ok[None, :] & k_ok[:, None], other=0.0)
+        g += k0 * (HG * K)
+        g_t = tl.load(g + (o_c * HG + hg)[None, :] * K + ks[:, None], mask=ok[None, :] & k_ok[:, None], other=0.0)
         g_t = tl.maximum(g_t, FLOOR) * LOG2E  # [BK, C]
         if not REVERSE:
             tl.store(decays + state * K + ks, tl.sum(g_t, 1), mask=only_if(vb == 0, k_ok))
@@ -183,14 +187,14 @@ def state_kernel(
     acc_z = tl.zeros([BK], tl.float32)
     for member in range(0, AG):
         h = hs * HA // HS + member
-        rows_a = ((a0 + r) * HA + h)[None, :] * K + ks[:, None]
+        rows_a = (o_c * HA + h)[None, :] * K + ks[:, None]
         a_t = tl.load(a + rows_a, mask=ok[None, :] & k_ok[:, None], other=0.0)  # [BK, C]
-        bp, bm = tile(b, a0 + r, ok, hs * HB // HS + member, HB, V, vb * BV, BV)
+        bp, bm = tile(b, o_c, ok, h, HA, V, vb * BV, BV)
         b_t = tl.load(bp, mask=bm, other=0.0)  # [C, BV]
         weight = decay
         z_weight = decay
         if REVERSE:
-            m_p = (a0 + r) * HQ + h
+            m_p = o_c * HQ + h
             if NORMALIZE:
                 den = tl.load(mass + m_p, mask=ok, other=0.0)
                 weight *= tl.where(den != 0, scale / den, 0.0)
