@@ -97,14 +97,18 @@ class Report:
         past = past_edge(edges)
         share = teacher is not None and control is not None and past is not None
         error = any(row.relative_error is not None for row, _ in rows)
-        table = Table(title="loss in nats by position", title_justify="left")
+        table = Table(title="loss in nats by position", title_justify="left", caption_justify="left")
+        notes: list[str] = []
         table.add_column("", no_wrap=True)
         for start, end in zip(edges, edges[1:], strict=False):
             table.add_column(f"\\[{start}, {end})", justify="right")
         if share:
-            table.add_column(f"recovered past {past}", justify="right")
+            table.add_column("recovered", justify="right")
+            notes.append(f"recovered: share of the gap from window control to teacher that is closed, from {past} on")
         if error:
-            table.add_column("attention error", justify="right")
+            table.add_column("error", justify="right")
+            notes.append("error: relative squared error of the attention heads, held out")
+        table.caption = "\n".join(notes) or None
         for row, loss in rows:
             cells = [row.name, *(f"{mean:.3f}" for mean in loss.means)]
             if share:

