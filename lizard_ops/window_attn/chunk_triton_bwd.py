@@ -10,6 +10,19 @@ from lizard_ops.window_attn.chunk_triton_blocks import FAR, load_rows, locate_bl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def score_gradient(
+    b_s, b_do, b_v, b_lse, b_term, from_largest, b_dmax, scale_log2, HAS_MAX: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """d scores [rows, columns] of raw scores b_s, -inf where masked; from_largest is 0 at a row's largest score."""
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_term[:, None])
+    if HAS_MAX:
+        b_ds += tl.where(from_largest == 0, b_dmax[:, None], 0.0)
+    return b_ds
+
+
 @triton.jit(do_not_specialize=["T", "N", "STEPS"])
 def window_backward_queries_kernel(
     q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
@@ -17,7 +30,7 @@ def window_backward_queries_kernel(
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh,
     T, N, STEPS, scale,
     HK: tl.constexpr, G: tl.constexpr, HB: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_MAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,42 +86,43 @@ def window_backward_queries_kernel(
     b_lse *= LOG2E
     scale_log2 = scale * LOG2E
     o_r = tl.where(m_f, o_t + P, -FAR)
-    b_arg = tl.zeros([BM], tl.int32)
+    b_arg = tl.zeros([BM, 1], tl.int32)
     b_dmax = tl.zeros([BM], tl.float32)
     if HAS_MAX:
-        b_arg = tl.load(arg_max + o_out, mask=m_f, other=0)
+        b_arg = tl.load(arg_max + o_out, mask=m_f, other=FAR)[:, None]
         b_dmax = tl.load(d_max + o_out, mask=m_f, other=0.0)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
-    start = tl.maximum(i_block * BM // HB + P - W + 1, low)
-    stop = tl.minimum((i_block * BM + BM - 1) // HB + 1, length) + P
-    columns = A + tl.maximum(stop - start, 0)
-    for c in range(0, columns, BN):
-        o_c = c + tl.arange(0, BN)
-        r_c = start - A + o_c
-        p_k = k + r_c.to(tl.int64) * k_st
-        p_v = v + r_c.to(tl.int64) * v_st
-        newest = r_c + W - 1
-        oldest = r_c
-        m_c = o_c < columns
-        if A > 0:
-            p_k = tl.where(o_c < A, anchor_k + o_c.to(tl.int64) * ak_st, p_k)
-            p_v = tl.where(o_c < A, anchor_v + o_c.to(tl.int64) * av_st, p_v)
-            newest = tl.where(o_c < A, FAR, newest)
-            oldest = tl.where(o_c < A, o_c + shift, oldest)
-            r_c = tl.where(o_c < A, -1 - o_c, r_c)
-            if not CARRIED:
-                m_c = m_c & ((o_c >= A) | (o_c < length))
-        oldest = tl.where(m_c, oldest, FAR)
-        b_k = load_rows(p_k, m_c, D, BD)  # [BN, BD]
+    for a in tl.static_range(0, A, BA):
+        o_a = a + tl.arange(0, BA)
+        m_a = o_a < (A if CARRIED else tl.minimum(length, A))
+        b_ka = load_rows(anchor_k + o_a.to(tl.int64) * ak_st, m_a, D, BD)  # [BA, BD]
+        b_va = load_rows(anchor_v + o_a.to(tl.int64) * av_st, m_a, V, BV)
+        b_sa = tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION)
+        b_sa = tl.where((o_r[:, None] >= (o_a + shift)[None, :]) & m_a[None, :], b_sa, float("-inf"))
+        b_dsa = score_gradient(
+            b_sa, b_do, b_va, b_lse, b_term, b_arg + 1 + o_a[None, :], b_dmax, scale_log2, HAS_MAX, PRECISION
+        )
+        b_dq = tl.dot(b_dsa.to(b_ka.dtype), b_ka, b_dq, input_precision=PRECISION)
+
+    first_row = i_block * BM // HB + P  # stream rows of the first and the last query
+    last_row = (i_block * BM + BM - 1) // HB + P
+    start = tl.maximum(first_row - W + 1, low)
+    stop = tl.minimum(last_row + 1, length + P)
+    o_c = tl.arange(0, BN)
+    o_k = o_c.to(tl.int64) * k_st
+    o_v = o_c.to(tl.int64) * v_st
+    for r in range(start, stop, BN):
+        r_long = tl.cast(r, tl.int64)
+        b_k = load_rows(k + r_long * k_st + o_k, o_c < stop - r, D, BD)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-        keep = (o_r[:, None] >= oldest[None, :]) & (o_r[:, None] <= newest[None, :])
-        b_p = tl.exp2(tl.where(keep, b_s * scale_log2 - b_lse[:, None], float("-inf")))
-        b_v = load_rows(p_v, m_c, V, BV)  # [BN, BV]
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = b_p * (b_dp - b_term[:, None])
-        if HAS_MAX:
-            b_ds += tl.where(keep & (b_arg[:, None] == r_c[None, :]), b_dmax[:, None], 0.0)
+        if (r < last_row - W + 1) | (r + BN > first_row + 1):  # not every row sees every column
+            distance = o_r[:, None] - (r + o_c)[None, :]
+            b_s = tl.where((distance >= 0) & (distance < W), b_s, float("-inf"))
+        b_v = load_rows(v + r_long * v_st + o_v, o_c < stop - r, V, BV)  # [BN, BV]
+        b_ds = score_gradient(
+            b_s, b_do, b_v, b_lse, b_term, b_arg - (r + o_c)[None, :], b_dmax, scale_log2, HAS_MAX, PRECISION
+        )
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     store_rows(dq + o_out * D, b_dq * scale, m_f, D, BD)
 
@@ -119,9 +133,9 @@ def window_backward_keys_kernel(
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh,
     T, N, STEPS, scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, AB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr, HAS_MAX: tl.constexpr,
-    PRECISION: tl.constexpr,
+    W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, AB: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr,
+    HAS_MAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BM - AB stream rows of one key head, from the rows (token, query head) that see them.
 
@@ -159,7 +173,8 @@ def window_backward_keys_kernel(
     o_r = i_block * KB + o_i
     m_r = (o_i + i_part * BM < KB) & (o_r < length + P)
     oldest = o_r  # first and last row that sees the key
-    newest = tl.where(m_r & (o_r >= low), o_r + W - 1, -1)
+    m_open = m_r & (o_r >= low)
+    newest = tl.where(m_open, o_r + W - 1, -1)
     p_k = k + o_r.to(tl.int64) * k_st
     p_v = v + o_r.to(tl.int64) * v_st
     m_k = m_r
@@ -184,31 +199,46 @@ def window_backward_keys_kernel(
     b_v = load_rows(p_v, m_k, V, BV)  # [BM, BV]
     scale_log2 = scale * LOG2E
 
+    # query tiles: BN // HB tokens, HB heads of the group
+    TOKENS: tl.constexpr = BN // HB
+    SUBS: tl.constexpr = (G + HB - 1) // HB
+    o_n = tl.arange(0, BN)
+    o_g = o_n % HB
+    o_q = (o_n // HB).to(tl.int64) * q_st + o_g.to(tl.int64) * q_sh
+    o_row = (o_n // HB) * (HK * G) + o_g
+    q += i_h.to(tl.int64) * G * q_sh
     b_dk = tl.zeros([BM, BD], tl.float32)
     b_dv = tl.zeros([BM, BV], tl.float32)
     t_start = tl.maximum(i_block * KB - P, 0)
     t_stop = tl.minimum(i_block * KB + KB - 1 + W - P, length)
-    for f in range(t_start * G, t_stop * G, BN):
-        o_f = f + tl.arange(0, BN)
-        o_t = o_f // G
-        o_h = i_h * G + o_f % G
-        m_f = o_t < t_stop
-        o_out = (o_token + o_t) * (HK * G) + o_h
-        b_q = load_rows(q + o_t.to(tl.int64) * q_st + o_h.to(tl.int64) * q_sh, m_f, D, BD)  # [BN, BD]
-        b_do = load_rows(d_o + o_out * V, m_f, V, BV)  # [BN, BV]
-        b_lse = tl.load(lse + o_out, mask=m_f, other=0.0) * LOG2E
-        b_term = tl.load(row_term + o_out, mask=m_f, other=0.0)
-        q_r = tl.where(m_f, o_t + P, FAR)
+    for i in range(0, tl.cdiv(t_stop - t_start, TOKENS) * SUBS):
+        t = t_start + (i // SUBS) * TOKENS
+        g = (i % SUBS) * HB
+        m_n = o_n // HB < t_stop - t
+        if G % HB > 0:
+            m_n = m_n & (o_g < G - g)
+        t_long = tl.cast(t, tl.int64)
+        p_row = (o_token + t_long) * (HK * G) + i_h * G + g
+        b_q = load_rows(q + t_long * q_st + tl.cast(g, tl.int64) * q_sh + o_q, m_n, D, BD)  # [BN, BD]
+        b_do = load_rows(d_o + p_row * V + o_row * V, m_n, V, BV)  # [BN, BV]
+        b_lse = tl.load(lse + p_row + o_row, mask=m_n, other=0.0) * LOG2E
+        b_term = tl.load(row_term + p_row + o_row, mask=m_n, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BM, BN]
-        keep = (q_r[None, :] >= oldest[:, None]) & (q_r[None, :] <= newest[:, None])
-        b_p = tl.exp2(tl.where(keep, b_s * scale_log2 - b_lse[None, :], float("-inf")))
+        edge = (t + P < i_block * KB + KB) | (t + TOKENS + P > i_block * KB + W)
+        b_s = tl.where((m_open | edge)[:, None], b_s, float("-inf"))  # else the queries see all window rows, no anchor
+        if edge:
+            o_query = t + P + o_n // HB
+            keep = (o_query[None, :] >= oldest[:, None]) & (o_query[None, :] <= newest[:, None])
+            b_s = tl.where(keep, b_s, float("-inf"))
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_ds = b_p * (b_dp - b_term[None, :])
         if HAS_MAX:
-            b_arg = tl.load(arg_max + o_out, mask=m_f, other=-FAR)
-            b_dmax = tl.load(d_max + o_out, mask=m_f, other=0.0)
-            b_ds += tl.where(keep & (b_arg[None, :] == o_r[:, None]), b_dmax[None, :], 0.0)
+            b_arg = tl.load(arg_max + p_row + o_row, mask=m_n, other=-FAR)
+            b_dmax = tl.load(d_max + p_row + o_row, mask=m_n, other=0.0)
+            b_largest = (b_arg[None, :] == o_r[:, None]) & (b_p > 0.0)
+            b_ds += tl.where(b_largest, b_dmax[None, :], 0.0)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
     b_dk *= scale

@@ -10,20 +10,38 @@ from lizard_ops.window_attn.chunk_triton_blocks import FAR, load_rows, locate_bl
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def absorb(
+    b_s, b_v, b_m, b_l, b_o, b_arg, column, step, scale_log2, WITH_MAX: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """One tile of the online softmax: raw scores b_s [rows, columns], their columns numbered from ``column``."""
+    if WITH_MAX:
+        top, index = tl.max(b_s, 1, return_indices=True)
+        b_arg = tl.where(top > b_m, column + step * index, b_arg)
+    else:
+        top = tl.max(b_s, 1)
+    b_new = tl.maximum(b_m, top)
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new) * scale_log2
+    b_p = tl.exp2(b_s * scale_log2 - b_safe[:, None])
+    b_shrink = tl.exp2(b_m * scale_log2 - b_safe)
+    b_l = b_l * b_shrink + tl.sum(b_p, 1)
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision=PRECISION)
+    return b_new, b_l, b_o, b_arg
+
+
 @triton.jit(do_not_specialize=["T", "N", "STEPS"])
 def window_forward_kernel(
     q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh,
     T, N, STEPS, scale_log2,
     HK: tl.constexpr, G: tl.constexpr, HB: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr, HAS_SINKS: tl.constexpr,
     WITH_MAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM rows (token, query head of the group), token-major, of one key head.
 
-    The key stream of a sequence holds P rows before its T tokens: query t stands at row t + P. Columns are the A
-    anchors, then the rows that any row of the block can see, so that they fill as few tiles as they can.
+    The key stream of a sequence holds P rows before its T tokens: query t stands at row t + P.
     """
     SUBS: tl.constexpr = (G + HB - 1) // HB
     i_p = tl.program_id(0)
@@ -61,48 +79,35 @@ def window_forward_kernel(
     b_q = load_rows(q + o_t.to(tl.int64) * q_st + o_h.to(tl.int64) * q_sh, m_f, D, BD)  # [BM, BD]
     o_r = tl.where(m_f, o_t + P, -FAR)
 
-    start = tl.maximum(i_block * BM // HB + P - W + 1, low)
-    stop = tl.minimum((i_block * BM + BM - 1) // HB + 1, length) + P
-    columns = A + tl.maximum(stop - start, 0)
+    first_row = i_block * BM // HB + P  # stream rows of the first and the last query
+    last_row = (i_block * BM + BM - 1) // HB + P
+    start = tl.maximum(first_row - W + 1, low)
+    stop = tl.minimum(last_row + 1, length + P)
     b_m = tl.full([BM], float("-inf"), tl.float32)  # raw scores, not yet times the scale
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BV], tl.float32)
     b_arg = tl.zeros([BM], tl.int32)
-    for c in range(0, columns, BN):
-        o_c = c + tl.arange(0, BN)
-        r_c = start - A + o_c
-        p_k = k + r_c.to(tl.int64) * k_st
-        p_v = v + r_c.to(tl.int64) * v_st
-        newest = r_c + W - 1  # last row that sees the column
-        oldest = r_c
-        if A > 0:
-            p_k = tl.where(o_c < A, anchor_k + o_c.to(tl.int64) * ak_st, p_k)
-            p_v = tl.where(o_c < A, anchor_v + o_c.to(tl.int64) * av_st, p_v)
-            newest = tl.where(o_c < A, FAR, newest)
-            oldest = tl.where(o_c < A, o_c + shift, oldest)
-        m_c = o_c < columns
-        if A > 0 and not CARRIED:
-            m_c = m_c & ((o_c >= A) | (o_c < length))
-        oldest = tl.where(m_c, oldest, FAR)
-        b_k = load_rows(p_k, m_c, D, BD)  # [BN, BD]
+    for a in tl.static_range(0, A, BA):
+        o_a = a + tl.arange(0, BA)
+        m_a = o_a < (A if CARRIED else tl.minimum(length, A))
+        b_ka = load_rows(anchor_k + o_a.to(tl.int64) * ak_st, m_a, D, BD)  # [BA, BD]
+        b_va = load_rows(anchor_v + o_a.to(tl.int64) * av_st, m_a, V, BV)
+        b_sa = tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION)
+        b_sa = tl.where((o_r[:, None] >= (o_a + shift)[None, :]) & m_a[None, :], b_sa, float("-inf"))
+        b_m, b_l, b_o, b_arg = absorb(b_sa, b_va, b_m, b_l, b_o, b_arg, -1 - a, -1, scale_log2, WITH_MAX, PRECISION)
+
+    o_c = tl.arange(0, BN)
+    o_k = o_c.to(tl.int64) * k_st
+    o_v = o_c.to(tl.int64) * v_st
+    for r in range(start, stop, BN):
+        r_long = tl.cast(r, tl.int64)
+        b_k = load_rows(k + r_long * k_st + o_k, o_c < stop - r, D, BD)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        keep = (o_r[:, None] >= oldest[None, :]) & (o_r[:, None] <= newest[None, :])
-        b_s = tl.where(keep, b_s, float("-inf"))  # [BM, BN]
-        if WITH_MAX:
-            top, index = tl.max(b_s, 1, return_indices=True)
-            index = tl.where(c + index < A, -1 - c - index, start - A + c + index)
-            b_arg = tl.where(top > b_m, index, b_arg)
-        else:
-            top = tl.max(b_s, 1)
-        b_new = tl.maximum(b_m, top)
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new) * scale_log2
-        b_p = tl.exp2(b_s * scale_log2 - b_safe[:, None])
-        b_shrink = tl.exp2(b_m * scale_log2 - b_safe)
-        b_l = b_l * b_shrink + tl.sum(b_p, 1)
-        b_v = load_rows(p_v, m_c, V, BV)  # [BN, BV]
-        b_o = b_o * b_shrink[:, None]
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
-        b_m = b_new
+        if (r < last_row - W + 1) | (r + BN > first_row + 1):  # not every row sees every column
+            distance = o_r[:, None] - (r + o_c)[None, :]
+            b_s = tl.where((distance >= 0) & (distance < W), b_s, float("-inf"))
+        b_v = load_rows(v + r_long * v_st + o_v, o_c < stop - r, V, BV)  # [BN, BV]
+        b_m, b_l, b_o, b_arg = absorb(b_s, b_v, b_m, b_l, b_o, b_arg, r, 1, scale_log2, WITH_MAX, PRECISION)
 
     o_out = (o_token + o_t) * (HK * G) + o_h
     b_m = b_m * scale_log2

@@ -33,6 +33,10 @@ def anchors_or(k: Tensor, v: Tensor, anchor_k: Tensor | None, anchor_v: Tensor |
     return (k, v) if anchor_k is None or anchor_v is None else (anchor_k, anchor_v)
 
 
+def anchor_tile(anchors: int) -> int:
+    return 16 if anchors <= 16 else 32
+
+
 def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, prefix: int, config: Config) -> dict:
     """The compile-time arguments that every window kernel takes."""
     return {
@@ -80,7 +84,8 @@ def window_forward(
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)), length, n, (n - 1).bit_length(),
             scale * 1.4426950408889634,
-            HB=config.heads, PACKED=packed, CARRIED=first is not None, HAS_SINKS=sinks is not None, WITH_MAX=with_max,
+            HB=config.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=first is not None,
+            HAS_SINKS=sinks is not None, WITH_MAX=with_max,
             **shape_arguments(q, k, v, window, anchors, prefix, config),
         )  # fmt: skip
     return o, lse, row_max, arg_max
@@ -146,13 +151,14 @@ def window_backward(
         window_backward_queries_kernel[(programs,)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
             dq, term, d_sinks, *all_strides, length, n, steps, scale,
-            HB=rows.heads, PACKED=packed, CARRIED=carried, HAS_SINKS=sinks is not None, HAS_LSE=d_lse is not None,
-            HAS_MAX=d_max is not None, **shape_arguments(q, k, v, window, anchors, prefix, rows),
+            HB=rows.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=carried, HAS_SINKS=sinks is not None,
+            HAS_LSE=d_lse is not None, HAS_MAX=d_max is not None,
+            **shape_arguments(q, k, v, window, anchors, prefix, rows),
         )  # fmt: skip
         window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](
             q, k, v, anchor_k, anchor_v, first, cu_seqlens, lse, arg_max, term, d_o, d_max, dk, dv, part_k, part_v,
             *all_strides, length, n, steps, scale,
-            AB=kept, PACKED=packed, CARRIED=carried, HAS_MAX=d_max is not None,
+            HB=columns.heads, AB=kept, PACKED=packed, CARRIED=carried, HAS_MAX=d_max is not None,
             **shape_arguments(q, k, v, window, anchors, prefix, columns),
         )  # fmt: skip
         for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
