@@ -14,6 +14,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     Stream,
     at,
     block_count,
+    decay_since_start,
     first_rows,
     first_slot,
     head_rows,
@@ -26,7 +27,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
 def gate_gradient_kernel(
     dg, s, z, ds, dz, gates, flow, entered, near, far, sent, rows_total, slots, tokens, stream,
     WINDOW: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the log-decay at each linear row, one column a state head.
 
@@ -53,15 +54,15 @@ def gate_gradient_kernel(
             out = (batch.to(tl.int64) * HQ + head_q) * tokens + first + stream.shift + r
             if PARTS > 0:
                 b_entered += tl.load(entered + out, mask=r < seen, other=0.0)
-                for part in tl.static_range(PARTS):
-                    b_sent += tl.load(sent + part * rows_total + out, mask=r < seen, other=0.0)
+                for block_of_keys in tl.static_range(PARTS):
+                    b_sent += tl.load(sent + block_of_keys * rows_total + out, mask=r < seen, other=0.0)
             else:
                 b_sent += tl.load(flow + out, mask=r < seen, other=0.0)
         b_near = tl.load(near + entry * C + i, mask=r < seen, other=0.0)
         b_far = tl.load(far + entry * C + i, mask=r < seen, other=0.0)
-        through = tl.zeros([16], tl.float32)
-        f, d = tl.arange(0, 16), tl.arange(0, BV)
-        for f0 in tl.range(0, F, 16):
+        through = tl.zeros([32], tl.float32)
+        f, d = tl.arange(0, 32), tl.arange(0, BV)
+        for f0 in tl.range(0, F, 32, num_stages=3):
             where_z = f0 + f
             where_s = where_z[:, None] * V + d[None, :]
             mask = (where_z < F)[:, None] & (d < V)[None, :]
@@ -69,17 +70,18 @@ def gate_gradient_kernel(
             b_ds = tl.load(ds + entry * F * V + where_s, mask=mask, other=0.0).to(tl.float32)
             b_z = tl.load(z + entry * F + where_z, mask=where_z < F, other=0.0)
             through += tl.sum(b_s * b_ds, 1) + b_z * tl.load(dz + entry * F + where_z, mask=where_z < F, other=0.0)
-        whole, part_sum = load_gates(gates, slot, slots, head // (HS // HG), C - 1, HG, C)
+        whole, part = load_gates(gates, slot, slots, head // (HS // HG), C - 1, HG, C, SPLIT)
         b_dg = tl.cumsum(b_sent - b_near, 0, reverse=True) + tl.cumsum(b_entered, 0, reverse=True)
-        b_dg += (tl.cumsum(b_far, 0) - b_far) + tl.sum(through, 0) * tl.exp2(whole + part_sum)
+        b_dg += (tl.cumsum(b_far, 0) - b_far) + tl.sum(through, 0) * decay_since_start(whole, part, SPLIT)
         b_dg = tl.where(r < seen, b_dg, 0.0)
-    for head_q in tl.range(head * GROUP, head * GROUP + GROUP):
-        for j in tl.range(block * C - WINDOW, (block + 1) * C if WINDOW > 0 else 0, 32):
-            query = j + tl.arange(0, 32)  # its linear row
-            out = (batch.to(tl.int64) * HQ + head_q) * tokens + first + stream.shift + query
-            b_flow = tl.load(flow + out, mask=(query >= 0) & (query < seen), other=0.0)
-            near_rows = (query[None, :] < r[:, None]) & (query[None, :] >= r[:, None] - WINDOW)
-            b_dg += tl.sum(tl.where(near_rows, b_flow[None, :], 0.0), 1)
+    for j in tl.range(block * C - WINDOW, (block + 1) * C if WINDOW > 0 else 0, 64):
+        query = j + tl.arange(0, 64)  # its linear row
+        b_flow = tl.zeros([64], tl.float32)
+        for own in tl.static_range(GROUP):
+            out = (batch.to(tl.int64) * HQ + head * GROUP + own) * tokens + first + stream.shift + query
+            b_flow += tl.load(flow + out, mask=(query >= 0) & (query < seen), other=0.0)
+        passed = (query[None, :] < r[:, None]) & (query[None, :] >= r[:, None] - WINDOW)
+        b_dg += tl.sum(tl.where(passed, b_flow[None, :], 0.0), 1)
     p_dg = at(dg, batch, linear_row, head) + r.to(tl.int64) * dg.time
     tl.store(p_dg, b_dg, mask=r < known)
 
@@ -97,6 +99,6 @@ def gate_gradients(
             head_rows(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, *keys,
             terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, shape.window if shape.outside else 0,
             shape.query_heads, shape.state_heads, heads, shape.features, shape.value, shape.value_block, shape.chunk,
-            0 if keys.sent is None else keys.sent.shape[0], num_warps=4,
+            0 if keys.sent is None else keys.sent.shape[0], shape.split, num_warps=4,
         )  # fmt: skip
     return dg.unflatten(2, (heads, shape.state_heads // heads)).sum(-1) if heads != shape.state_heads else dg

@@ -16,10 +16,13 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     Stream,
     at,
     block_count,
+    decay_between,
+    decay_since_start,
     features,
     features_backward,
     first_rows,
     first_slot,
+    half_features,
     head_lead,
     head_rows,
     load_ahead,
@@ -36,7 +39,8 @@ class RowTerms(NamedTuple):
     """What is left of each query's gradient once the mix is taken apart, [B, Hq, T]; do_i . v_j is written d_ij.
 
     Gradient of a linear weight: slope d_ij + offset. Gradient of a score: p_ij (share d_ij + shift), and ``flow``
-    more at the key of the row maximum.
+    more at the key of the row maximum. In a merge all weights form one average: offset = -slope do.o and
+    shift = -share do.o; in a sum either branch is its own.
     """
 
     slope: Tensor
@@ -57,17 +61,14 @@ class KeyTerms(NamedTuple):
 
 @triton.jit
 def linear_query_kernel(
-    v, fq, fk, o, do, dfq, s, z, gates, weight, linear, window, top_in, slope_out, offset_out, share_out, shift_out,
-    flow_out, entered_out, slots, tokens, stream, feature_scale,
+    v, fq, fk, o, do, dfq, s, z, gates, weight, linear, window, top_in, average, slope_out, offset_out, share_out,
+    shift_out, flow_out, entered_out, slots, tokens, stream, feature_scale,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    SOFTMAX: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of fq and row terms of BT queries of one head; the blocks are those of the output kernel.
-
-    y = sum_j decay_ij d_ij phi_j and x = sum_j decay_ij phi_j give every gradient of the row.
-    """
+    """Gradient of fq and row terms of BT queries of one head; the blocks are those of the output kernel."""
     F: tl.constexpr = 2 * FP if SOFTMAX else FP
     head = tl.program_id(0) % HQ
     head_k, head_s, head_g = head // (HQ // HK), head // (HQ // HS), head // (HQ // HG)
@@ -92,58 +93,12 @@ def linear_query_kernel(
         b_weight += 1.0
     r = t - stream.shift
     slope, offset, flow = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
-    d_linear = tl.zeros([BT], tl.float32)  # weight of the branch times do . o_linear
     rest = tl.full([BT], 1.0, tl.float32)
     p_dfq = at(dfq, batch, first + t, head) + (i * dfq.time)[:, None] + f[None, :]
     mask_fq = inside[:, None] & (f < FP)[None, :]
     if r >= 0:
         slot = first_slot(n, first, stream, C) + r // C
         start = r // C * C
-        whole, part = load_gates(gates, slot, slots, head_g, r - start + i, HG, C)
-        entry = slot.to(tl.int64) * HS + head_s
-        p_s, p_z = s + entry * F * V, z + entry * F + f
-        b_dol = b_do.to(LINEAR_DTYPE)
-        y = tl.dot(b_dol, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
-        entered = tl.exp2(whole + part)[:, None]
-        x = tl.load(p_z, mask=f < FP, other=0.0)[None, :] * entered
-        y *= entered
-        x_minus, y_minus = x, y
-        if SOFTMAX:
-            b_s = load_tile_transposed(p_s + FP * V, V, r * 0, FP, BF, V, BV)
-            x_minus = tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :] * entered
-            y_minus = tl.dot(b_dol, b_s, input_precision=PRECISION) * entered
-        y_entered, x_entered = slope, slope
-        if entered_out is not None:
-            b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
-            plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
-            y_entered, x_entered = tl.sum(plus * y, 1), tl.sum(plus * x, 1)
-            if SOFTMAX:
-                y_entered += tl.sum(minus * y_minus, 1)
-                x_entered += tl.sum(minus * x_minus, 1)
-        p_fk = at(fk, batch, linear_row, head_k)
-        p_v = at(v, batch, key_row + stream.start, head_k)
-        for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
-            row = start + j
-            c = row + tl.arange(0, BN)
-            b_fk = load_tile(p_fk, fk.time, row, length - stream.shift, BN, FP, BF)
-            b_v = load_tile(p_v, v.time, row, length - stream.shift, BN, V, BV)
-            plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
-            key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C)
-            decay = (whole[:, None] - key_whole[None, :]) + (part[:, None] - key_part[None, :])
-            seen = (r + i[:, None] >= c[None, :]) & (c + stream.start >= behind)[None, :]
-            decay = tl.exp2(tl.where(seen, decay, float("-inf")))
-            dv = (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) * decay).to(LINEAR_DTYPE)
-            decay = decay.to(LINEAR_DTYPE)
-            y = tl.dot(dv, plus.to(LINEAR_DTYPE), y, input_precision=PRECISION)
-            x = tl.dot(decay, plus.to(LINEAR_DTYPE), x, input_precision=PRECISION)
-            if SOFTMAX:
-                y_minus = tl.dot(dv, minus.to(LINEAR_DTYPE), y_minus, input_precision=PRECISION)
-                x_minus = tl.dot(decay, minus.to(LINEAR_DTYPE), x_minus, input_precision=PRECISION)
-        b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
-        plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
-        d_linear = tl.sum(plus.to(LINEAR_DTYPE).to(tl.float32) * y, 1)
-        if SOFTMAX:
-            d_linear += tl.sum(minus.to(LINEAR_DTYPE).to(tl.float32) * y_minus, 1)
         ahead = load_ahead(gates, slot, slots, head_g, r - start + i, HG, C)
         log_linear = tl.load(linear + out, mask=inside, other=float("-inf"))
         some = log_linear > float("-inf")
@@ -154,52 +109,94 @@ def linear_query_kernel(
             if RELATIVE:
                 top = tl.load(top_in + out, mask=inside, other=0.0)
             share, rest = shares(log_linear, ahead, feature_scale, log_window, top, b_weight, RELATIVE)
-            share, rest = tl.where(some, share, 0.0), tl.where(some, rest, 1.0)
-            d_average = d_linear * slope
-            d_linear = share * d_average
-            flow = share * (d_average - both)
-            offset = (flow - d_linear) * slope
-            slope *= share
+            slope *= tl.where(some, share, 0.0)
+            rest = tl.where(some, rest, 1.0)
+            offset = -both * slope
         elif NORMALIZE:
-            d_linear *= slope
-            offset = -d_linear * slope
+            offset = (b_weight * tl.load(average + out, mask=inside, other=0.0) - both) * slope
         else:
             slope = tl.where(inside, feature_scale * tl.exp2(ahead), 0.0)
-            d_linear *= slope
-            flow = d_linear
-        b_slope, b_offset = slope[:, None], offset[:, None]
-        b_dfq = features_backward(
-            plus, minus, b_slope * y + b_offset * x, b_slope * y_minus + b_offset * x_minus, SOFTMAX
-        )
-        tl.store(p_dfq, b_dfq.to(dfq.ptr.dtype.element_ty), mask=mask_fq)
+
+        # through the state that entered the chunk
+        whole, part = load_gates(gates, slot, slots, head_g, r - start + i, HG, C, SPLIT)
+        entered = decay_since_start(whole, part, SPLIT)
+        entry = slot.to(tl.int64) * HS + head_s
+        p_s, p_z = s + entry * F * V, z + entry * F + f
+        b_dol = b_do.to(LINEAR_DTYPE)
+        by_state, by_mass = (slope * entered)[:, None], (offset * entered)[:, None]
+        b_s = load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV)
+        d_minus = tl.zeros([BT, BF], tl.float32)
+        if SOFTMAX:
+            b_s_minus = load_tile_transposed(p_s + FP * V, V, r * 0, FP, BF, V, BV)
+            d_minus = tl.dot(b_dol, b_s_minus, input_precision=PRECISION)
+            d_minus = d_minus * by_state + tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :] * by_mass
+        d_plus = tl.dot(b_dol, b_s, input_precision=PRECISION)
+        d_plus = d_plus * by_state + tl.load(p_z, mask=f < FP, other=0.0)[None, :] * by_mass
         if entered_out is not None:
-            tl.store(entered_out + out, slope * y_entered + offset * x_entered, mask=inside)
+            b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
+            plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
+            tl.store(entered_out + out, through_features(plus, minus, d_plus, d_minus, SOFTMAX), mask=inside)
+
+        # keys of the same chunk
+        p_fk = at(fk, batch, linear_row, head_k)
+        p_v = at(v, batch, key_row + stream.start, head_k)
+        for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
+            row = start + j
+            c = row + tl.arange(0, BN)
+            b_fk = load_tile(p_fk, fk.time, row, length - stream.shift, BN, FP, BF)
+            b_v = load_tile(p_v, v.time, row, length - stream.shift, BN, V, BV)
+            key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
+            key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
+            decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
+            decay = tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
+            da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            da = ((da * slope[:, None] + offset[:, None]) * decay).to(LINEAR_DTYPE)
+            plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
+            d_plus = tl.dot(da, plus.to(LINEAR_DTYPE), d_plus, input_precision=PRECISION)
+            if SOFTMAX:
+                d_minus = tl.dot(da, minus.to(LINEAR_DTYPE), d_minus, input_precision=PRECISION)
+        b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
+        plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
+        if MERGE or not NORMALIZE:
+            flow = through_features(plus, minus, d_plus, d_minus, SOFTMAX)
+        b_dfq = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
+        tl.store(p_dfq, b_dfq.to(dfq.ptr.dtype.element_ty), mask=mask_fq)
     else:
         tl.store(p_dfq, tl.zeros([BT, BF], dfq.ptr.dtype.element_ty), mask=mask_fq)
     tl.store(slope_out + out, slope, mask=inside)
     tl.store(offset_out + out, offset, mask=inside)
-    tl.store(share_out + out, rest if MERGE else b_weight, mask=inside)
-    tl.store(shift_out + out, d_linear - both - flow if MERGE else d_linear - both, mask=inside)
     tl.store(flow_out + out, flow, mask=inside)
+    if MERGE:
+        tl.store(share_out + out, rest, mask=inside)
+        tl.store(shift_out + out, -both * rest, mask=inside)
+
+
+@triton.jit
+def through_features(plus, minus, d_plus, d_minus, SOFTMAX: tl.constexpr):
+    """Weights of a row times their gradients, summed: features times theirs."""
+    total = tl.sum(plus * d_plus, 1)
+    if SOFTMAX:
+        total += tl.sum(minus * d_minus, 1)
+    return total
 
 
 @triton.jit
 def query_state_kernel(
     fq, do, gates, slope, offset, s, z, slots, tokens, stream,
     HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr, SPLIT: tl.constexpr,
     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of each chunk add to the gradient of the state that enters it."""
+    """What the queries of each chunk add to the gradient of one half of the state that enters it."""
     GROUP: tl.constexpr = HQ // HS
-    slot, head = tl.program_id(0) // HS, tl.program_id(0) % HS
+    HALVES: tl.constexpr = 2 if SOFTMAX else 1
+    half, entry = tl.program_id(0) % HALVES, tl.program_id(0) // HALVES
+    slot, head = entry // HS, entry % HS
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
     head_g = head // (HS // HG)
     t = i_chunk * C + stream.shift
     b_s = tl.zeros([BF, BV], tl.float32)
-    b_s_minus = tl.zeros([BF, BV], tl.float32)
     b_z = tl.zeros([BF], tl.float32)
-    b_z_minus = tl.zeros([BF], tl.float32)
     for step in tl.range(0, GROUP * (C // BJ), num_stages=STAGES):
         head_q = head * GROUP + step // (C // BJ)
         j = step % (C // BJ) * BJ
@@ -209,16 +206,12 @@ def query_state_kernel(
         row = (batch.to(tl.int64) * HQ + head_q) * tokens + first + t + i
         b_slope = tl.load(slope + row, mask=t + i < length, other=0.0)
         b_offset = tl.load(offset + row, mask=t + i < length, other=0.0)
-        whole, part = load_gates(gates, slot, slots, head_g, i, HG, C)
-        entered = tl.exp2(whole + part)
-        b_slope, b_offset = b_slope * entered, b_offset * entered
-        plus, minus = features(b_fq, FP, BF, 0, SOFTMAX)
-        b_s = tl.dot((plus * b_slope[None, :]).to(LINEAR_DTYPE), b_do, b_s, input_precision=PRECISION)
-        b_z += tl.sum(plus * b_offset[None, :], 1)
-        if SOFTMAX:
-            b_s_minus = tl.dot((minus * b_slope[None, :]).to(LINEAR_DTYPE), b_do, b_s_minus, input_precision=PRECISION)
-            b_z_minus += tl.sum(minus * b_offset[None, :], 1)
-    store_state(s, z, slot, head, b_s, b_z, b_s_minus, b_z_minus, HS, FP, BF, V, BV, SOFTMAX)
+        whole, part = load_gates(gates, slot, slots, head_g, i, HG, C, SPLIT)
+        entered = decay_since_start(whole, part, SPLIT)
+        phi = half_features(b_fq, 1.0 - 2.0 * half, FP, BF, 0, SOFTMAX)
+        b_s = tl.dot((phi * (b_slope * entered)[None, :]).to(LINEAR_DTYPE), b_do, b_s, input_precision=PRECISION)
+        b_z += tl.sum(phi * (b_offset * entered)[None, :], 1)
+    store_state(s, z, entry, half, b_s, b_z, FP, BF, V, BV, HALVES)
 
 
 @triton.jit
@@ -227,7 +220,8 @@ def linear_key_kernel(
     stream,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    SOFTMAX: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BT linear rows of one key head over its query heads: dfk, and what dv gets beside the window's.
 
@@ -259,16 +253,17 @@ def linear_key_kernel(
         head_g = head_s // (HS // HG)
         entry = slot.to(tl.int64) * HS + head_s
         p_s, p_z = ds + entry * F * V, dz + entry * F + f
-        whole, part = load_gates(gates, slot, slots, head_g, r - start + j, HG, C)
+        whole, part = load_gates(gates, slot, slots, head_g, r - start + j, HG, C, SPLIT)
+        whole = tl.where(known, whole, float("inf"))
 
         # through the state that leaves the chunk
-        end_whole, end_part = load_gates(gates, slot, slots, head_g, C - 1, HG, C)
-        leaving = tl.where(known, tl.exp2((end_whole - whole) + (end_part - part)), 0.0)[:, None]
+        end_whole, end_part = load_gates(gates, slot, slots, head_g, C - 1, HG, C, SPLIT)
+        leaving = tl.exp2(decay_between(end_whole, end_part, whole, part, SPLIT))[:, None]
         b_vl = b_v.to(LINEAR_DTYPE)
         from_state = tl.dot(key_plus, load_tile(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
         more = tl.dot(b_vl, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
         more = (more + tl.load(p_z, mask=f < FP, other=0.0)[None, :]) * leaving
-        far = tl.sum(key_plus.to(tl.float32) * more, 1)
+        far = tl.sum(plus * more, 1)
         d_plus += more
         if SOFTMAX:
             p_s, p_z = p_s + FP * V, p_z + FP
@@ -276,7 +271,7 @@ def linear_key_kernel(
             from_state = tl.dot(key_minus, b_s, from_state, input_precision=PRECISION)
             more = tl.dot(b_vl, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
             more = (more + tl.load(p_z, mask=f < FP, other=0.0)[None, :]) * leaving
-            far += tl.sum(key_minus.to(tl.float32) * more, 1)
+            far += tl.sum(minus * more, 1)
             d_minus += more
         b_dv += from_state * leaving
         near = tl.zeros([BT], tl.float32)
@@ -294,10 +289,9 @@ def linear_key_kernel(
             b_do = load_tile(at(do, batch, first, head_q), do.time, t, length, BN, V, BV)
             slope = tl.load(slope_in + out, mask=here, other=0.0)
             offset = tl.load(offset_in + out, mask=here, other=0.0)
-            q_whole, q_part = load_gates(gates, slot, slots, head_g, i, HG, C)
-            decay = (q_whole[None, :] - whole[:, None]) + (q_part[None, :] - part[:, None])
-            seen = (r - start + j[:, None] <= i[None, :]) & known[:, None]
-            decay = tl.exp2(tl.where(seen, decay, float("-inf")))
+            q_whole, q_part = load_gates(gates, slot, slots, head_g, i, HG, C, SPLIT)
+            decay = decay_between(q_whole[None, :], q_part[None, :], whole[:, None], part[:, None], SPLIT)
+            decay = tl.exp2(tl.where((r - start + j)[:, None] <= i[None, :], decay, float("-inf")))
             q_plus, q_minus = features(b_fq, FP, BF, 1, SOFTMAX)
             q_plus, q_minus = q_plus.to(LINEAR_DTYPE), q_minus.to(LINEAR_DTYPE)
             a = tl.dot(key_plus, tl.trans(q_plus), input_precision=PRECISION)
@@ -319,35 +313,41 @@ def linear_key_kernel(
             row = (slot.to(tl.int64) * HS + head_s) * C + r - start + j
             tl.store(near_out + row, near)
             tl.store(far_out + row, far)
-    b_dfk = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
-    tl.store(p_dfk, b_dfk.to(dfk.ptr.dtype.element_ty), mask=mask_fk)
     p_dv = at(dv, batch, key_row + stream.start + r, head) + (j * dv.time)[:, None] + d[None, :]
     mask_v = (r + j < seen_rows)[:, None] & (d < V)[None, :]
     b_dv += tl.load(p_dv, mask=mask_v, other=0.0).to(tl.float32)
     tl.store(p_dv, b_dv.to(dv.ptr.dtype.element_ty), mask=mask_v)
+    b_fk = load_tile(at(fk, batch, linear_row, head), fk.time, r, seen_rows, BT, FP, BF)  # again: registers are short
+    plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
+    b_dfk = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
+    tl.store(p_dfk, b_dfk.to(dfk.ptr.dtype.element_ty), mask=mask_fk)
+
+
+def empty_terms(masses: Masses, numeric: bool) -> RowTerms:
+    """Buffers [B, Hq, T]; ``entered`` is there if ``numeric``."""
+    make = torch.empty_like
+    return RowTerms(*(make(masses.linear) for _ in range(5)), torch.zeros_like(masses.linear) if numeric else None)
 
 
 def linear_queries(
     v: Tensor, fq: Tensor, fk: Tensor, states: States, gates: Tensor, weight: Tensor | None, o: Tensor, do: Tensor,
-    masses: Masses, feature_scale: float, stream: Stream, shape: Shape, numeric: bool,
-) -> tuple[Tensor, RowTerms]:  # fmt: skip
-    """(dfq, terms), with what entered from the states if ``numeric``."""
+    masses: Masses, average: Tensor | None, terms: RowTerms, feature_scale: float, stream: Stream, shape: Shape,
+) -> Tensor:  # fmt: skip
+    """dfq; fills ``terms``, in a sum all but share and shift. average: do . o_window of a sum."""
     dfq = torch.empty(fq.shape, dtype=fq.dtype, device=fq.device)
-    make = torch.empty_like
-    terms = RowTerms(*(make(masses.linear) for _ in range(5)), torch.zeros_like(masses.linear) if numeric else None)
     tokens, heads = fq.shape[1:3]
     c = shape.config("linear_query")
     blocks = block_count(stream, head_lead(stream.shift, c.rows), c.rows)
     if blocks and tokens:
         linear_query_kernel[(blocks * heads,)](
             rows(v), rows(fq), rows(fk), rows(o), rows(do), rows(dfq), states.s, states.z, gates,
-            None if weight is None else head_rows(weight), masses.linear, masses.window, masses.top, *terms,
+            None if weight is None else head_rows(weight), masses.linear, masses.window, masses.top, average, *terms,
             gates.shape[1], tokens, stream, feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
             gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns,
-            shape.softmax, shape.merge, shape.merge and shape.relative, shape.normalize, shape.linear_dtype,
-            shape.precision, c.stages, num_warps=c.warps,
+            shape.softmax, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
+            shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
-    return dfq, terms
+    return dfq
 
 
 def query_states(
@@ -358,11 +358,11 @@ def query_states(
     states = empty_states(gates, stream, shape, start)
     slots, c = gates.shape[1], shape.config("query_state")
     if slots:
-        query_state_kernel[(slots * shape.state_heads,)](
+        query_state_kernel[(slots * shape.state_heads * shape.halves,)](
             rows(fq), rows(do), gates, terms.slope, terms.offset, states.s, states.z, slots, do.shape[1], stream,
             shape.query_heads, shape.state_heads, gates.shape[2], shape.pre, shape.pre_block, shape.value,
-            shape.value_block, shape.chunk, c.rows, shape.softmax, shape.linear_dtype, shape.precision,
-            c.stages, num_warps=c.warps,
+            shape.value_block, shape.chunk, c.rows, shape.softmax, shape.split, shape.linear_dtype, shape.precision,
+            c.stages, **c.launch,
         )  # fmt: skip
     scan_states(states, end, gates, stream, shape, reverse=True)
     return states
@@ -386,9 +386,9 @@ def linear_keys(
     if blocks:
         linear_key_kernel[(blocks * shape.key_heads,)](
             rows(v), rows(fq), rows(fk), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates, terms.slope,
-            terms.offset, *(found or (None, None, None)), terms.flow.numel(), gates.shape[1], fq.shape[1], stream, shape.anchors, shape.query_heads,
-            shape.key_heads, shape.state_heads, gates.shape[2], shape.value, shape.value_block, shape.pre,
-            shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.linear_dtype, shape.precision,
-            c.stages, num_warps=c.warps,
+            terms.offset, *(found or (None, None, None)), terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
+            shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
+            shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.split,
+            shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dfk, found

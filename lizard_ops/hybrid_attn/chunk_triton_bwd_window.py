@@ -17,6 +17,8 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     at_anchors,
     block_count,
     first_rows,
+    head_rows,
+    in_window,
     load_tile,
     locate,
     power_of_two,
@@ -29,98 +31,95 @@ ANCHOR_SPAN = 256  # queries whose gradients of the anchors are summed in one bl
 
 @triton.jit
 def window_query_kernel(
-    q, k, v, anchor_k, anchor_v, do, dq, window, top_key_in, share_in, shift_in, flow_in, alpha_out, tokens, stream,
-    scale,
-    W: tl.constexpr, KEPT: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
+    q, k, v, anchor_k, anchor_v, do, dq, weight, window, top_key_in, share_io, shift_io, flow_in, average_out, tokens,
+    stream, scale,
+    W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, MERGE: tl.constexpr,
-    RELATIVE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    RELATIVE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BT queries of one head, and of their alpha in a sum."""
+    """Gradient of BT queries of one head; in a sum also do . o_window, and with it share and shift."""
     head = tl.program_id(0) % HQ
     head_k = head // (HQ // HK)
     n, block, batch, first, length = locate(tl.program_id(0) // HQ, stream, 0, BT)
     t = block * BT
     if t >= length:
         return
-    key_row, _, valid, _ = first_rows(n, first, stream, KEPT)
+    key_row, _, valid, _ = first_rows(n, first, stream, ANCHORS)
     i, d = tl.arange(0, BT), tl.arange(0, BD)
     inside = t + i < length
     out = (batch.to(tl.int64) * HQ + head) * tokens + first + t + i
     b_q = load_tile(at(q, batch, first, head), q.time, t, length, BT, D, BD)
     b_do = load_tile(at(do, batch, first, head), do.time, t, length, BT, V, BV)
     log_window = tl.load(window + out, mask=inside, other=float("inf"))
-    share = tl.load(share_in + out, mask=inside, other=0.0)
-    shift = tl.load(shift_in + out, mask=inside, other=0.0)
-    top_key = tl.full([BT], -(1 << 30), tl.int32)
-    flow = tl.zeros([BT], tl.float32)
-    if MERGE:
-        flow = tl.load(flow_in + out, mask=inside, other=0.0)
-    if RELATIVE:
-        top_key = tl.load(top_key_in + out, mask=inside, other=-(1 << 30))
     p_k = at(k, batch, key_row, head_k)
     p_v = at(v, batch, key_row, head_k)
     own = t + stream.prefix + i
     keys = length + stream.prefix
-    kept = tl.minimum(KEPT, keys) if OWN else n * 0 + KEPT
+    kept = tl.minimum(ANCHORS, keys) if OWN else n * 0 + ANCHORS
     p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
     p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
     score_scale = scale * LOG2E
-    average = tl.zeros([BT], tl.float32)  # do . o_window
-    if EXACT:
+    if MERGE:
+        share = tl.load(share_io + out, mask=inside, other=0.0)
+        shift = tl.load(shift_io + out, mask=inside, other=0.0)
+    else:
+        share = tl.full([BT], 1.0, tl.float32)
+        if weight is not None:
+            p_weight = at(weight, batch, first + t, head) + i * weight.time
+            share = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
+        average = tl.zeros([BT], tl.float32)
         for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
             row = t + stream.prefix - W + 1 + j
             c = row + tl.arange(0, BN)
             b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
             b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
-            seen = (c[None, :] <= own[:, None]) & (c[None, :] > own[:, None] - W) & (c >= valid)[None, :]
-            p, dp = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION)
+            p, dp = weights(b_q, b_do, b_k, b_v, in_window(own, c, valid, W), log_window, score_scale, PRECISION)
             average += tl.sum(p * dp, 1)
-        for j in tl.range(0, KEPT, 16):
+        for j in tl.range(0, ANCHORS, 16):
             c = j + tl.arange(0, 16)
             b_k = load_tile(p_ak, anchor_k.time, n * 0 + j, kept, 16, D, BD)
             b_v = load_tile(p_av, anchor_v.time, n * 0 + j, kept, 16, V, BV)
-            seen = anchor_seen(c, t + i, n, stream, W, KEPT)
+            seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
             p, dp = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION)
             average += tl.sum(p * dp, 1)
-        shift = -share * average - flow
-        tl.store(shift_in + out, shift, mask=inside)
+        shift = -share * average
+        tl.store(average_out + out, average, mask=inside)
+        tl.store(share_io + out, share, mask=inside)
+        tl.store(shift_io + out, shift, mask=inside)
     b_dq = tl.zeros([BT, BD], tl.float32)
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)
         b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
         b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
-        seen = (c[None, :] <= own[:, None]) & (c[None, :] > own[:, None] - W) & (c >= valid)[None, :]
-        p, dp = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION)
-        if not MERGE and not EXACT:
-            average += tl.sum(p * dp, 1)
+        p, dp = weights(b_q, b_do, b_k, b_v, in_window(own, c, valid, W), log_window, score_scale, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None])
-        if RELATIVE:
-            ds += tl.where(c[None, :] == top_key[:, None], flow[:, None], 0.0)
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
-    for j in tl.range(0, KEPT, 16):
+    for j in tl.range(0, ANCHORS, 16):
         c = j + tl.arange(0, 16)
         b_k = load_tile(p_ak, anchor_k.time, n * 0 + j, kept, 16, D, BD)
         b_v = load_tile(p_av, anchor_v.time, n * 0 + j, kept, 16, V, BV)
-        seen = anchor_seen(c, t + i, n, stream, W, KEPT)
+        seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
         p, dp = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION)
-        if not MERGE and not EXACT:
-            average += tl.sum(p * dp, 1)
         ds = p * (share[:, None] * dp + shift[:, None])
-        if RELATIVE:
-            ds += tl.where((-1 - c)[None, :] == top_key[:, None], flow[:, None], 0.0)
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
+    if RELATIVE:
+        top_key = tl.load(top_key_in + out, mask=inside, other=0)
+        flow = tl.load(flow_in + out, mask=inside, other=0.0)[:, None]
+        of_k = p_k + top_key.to(tl.int64) * k.time
+        if ANCHORS > 0:
+            of_k = tl.where(top_key >= 0, of_k, p_ak + (-1 - top_key).to(tl.int64) * anchor_k.time)
+        mask = inside[:, None] & (d < D)[None, :]
+        b_dq += flow * tl.load(of_k[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     p_dq = at(dq, batch, first + t, head) + (i * dq.time)[:, None] + d[None, :]
     tl.store(p_dq, (b_dq * scale).to(dq.ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
-    if alpha_out is not None:
-        tl.store(alpha_out + out, average, mask=inside)
 
 
 @triton.jit
 def weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION: tl.constexpr):
     """(p_ij, do_i . v_j) of one tile of window keys."""
-    score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * score_scale
-    p = tl.exp2(tl.where(seen, score - log_window[:, None], float("-inf")))
+    score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * score_scale - log_window[:, None]
+    p = tl.exp2(tl.where(seen, score, float("-inf")))
     return p, tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
 
 
@@ -158,7 +157,8 @@ def window_key_kernel(
         b_q = load_tile(at(q, batch, first, head_q), q.time, t, length, BN, D, BD)
         b_do = load_tile(at(do, batch, first, head_q), do.time, t, length, BN, V, BV)
         own = i + stream.prefix
-        seen = (c[:, None] <= own[None, :]) & (c[:, None] > own[None, :] - W) & (c >= valid)[:, None]
+        age = own[None, :] - tl.where(c >= valid, c, -(1 << 30))[:, None]
+        seen = tl.cast(age, tl.uint32) < W
         here = (i >= 0) & (i < length)
         out = (batch.to(tl.int64) * HQ + head_q) * tokens + first + i
         p, ds = weights_transposed(
@@ -198,7 +198,7 @@ def weights_transposed(
 def anchor_kernel(
     q, anchor_k, anchor_v, do, d_anchor_k, d_anchor_v, window, top_key_in, share_in, shift_in, flow_in, tokens,
     stream, scale,
-    W: tl.constexpr, KEPT: tl.constexpr, OWN: tl.constexpr, BA: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
+    W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, BA: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr,
     RELATIVE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -208,8 +208,8 @@ def anchor_kernel(
     entry = tl.program_id(0) // HK
     n, block, batch, first, length = locate(entry, stream, 0, SPAN)
     a = tl.arange(0, BA)
-    key_row, _, _, _ = first_rows(n, first, stream, KEPT)
-    kept = tl.minimum(KEPT, length) if OWN else n * 0 + KEPT
+    key_row, _, _, _ = first_rows(n, first, stream, ANCHORS)
+    kept = tl.minimum(ANCHORS, length) if OWN else n * 0 + ANCHORS
     b_k = load_tile(at_anchors(anchor_k, n, batch, key_row, head, OWN), anchor_k.time, n * 0, kept, BA, D, BD)
     b_v = load_tile(at_anchors(anchor_v, n, batch, key_row, head, OWN), anchor_v.time, n * 0, kept, BA, V, BV)
     b_dk = tl.zeros([BA, BD], tl.float32)
@@ -225,15 +225,15 @@ def anchor_kernel(
         age = i - W
         if stream.position is not None:
             age = age + tl.load(stream.position + n)
-        seen = (a[:, None] <= age[None, :]) & (a < KEPT)[:, None]
+        seen = (a[:, None] <= age[None, :]) & (a < ANCHORS)[:, None]
         p, ds = weights_transposed(
             b_q, b_do, b_k, b_v, seen, -1 - a, out, here, window, top_key_in, share_in, shift_in, flow_in,
             scale * LOG2E, RELATIVE, PRECISION,
         )  # fmt: skip
         b_dv = tl.dot(p.to(DTYPE), b_do, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(ds.to(DTYPE), b_q, b_dk, input_precision=PRECISION)
-    base = (entry.to(tl.int64) * HK + head) * KEPT + a
-    mask = a < KEPT
+    base = (entry.to(tl.int64) * HK + head) * ANCHORS + a
+    mask = a < ANCHORS
     d_k, d_v = tl.arange(0, BD), tl.arange(0, BV)
     tl.store(d_anchor_k + base[:, None] * D + d_k[None, :], b_dk * scale, mask=mask[:, None] & (d_k < D)[None, :])
     tl.store(d_anchor_v + base[:, None] * V + d_v[None, :], b_dv, mask=mask[:, None] & (d_v < V)[None, :])
@@ -241,12 +241,12 @@ def anchor_kernel(
 
 @triton.jit
 def anchor_sum_kernel(
-    parts, out, stream, KEPT: tl.constexpr, OWN: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
+    parts, out, stream, ANCHORS: tl.constexpr, OWN: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
     """Sum of the anchors' gradients over the blocks of each sequence, in order, onto those of OWN rows."""
     pid = tl.program_id(0)
-    n, a, head = pid // (HK * KEPT), pid // HK % KEPT, pid % HK
+    n, a, head = pid // (HK * ANCHORS), pid // HK % ANCHORS, pid % HK
     batch, first, length = sequence(n, stream)
     entry = n * tl.cdiv(stream.length, SPAN)
     if stream.cu_seqlens is not None:
@@ -254,7 +254,7 @@ def anchor_sum_kernel(
     d = tl.arange(0, BD)
     mask = d < DIM
     if OWN:
-        key_row, _, _, _ = first_rows(n, first, stream, KEPT)
+        key_row, _, _, _ = first_rows(n, first, stream, ANCHORS)
         p_out = at(out, batch, key_row + a, head) + d
         mask = mask & (a + d * 0 < length)
         acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
@@ -262,31 +262,32 @@ def anchor_sum_kernel(
         p_out = at(out, n, a, head) + d
         acc = tl.zeros([BD], tl.float32)
     for i in tl.range(0, tl.cdiv(length, SPAN)):
-        base = (((entry + i).to(tl.int64) * HK + head) * KEPT + a) * DIM
+        base = (((entry + i).to(tl.int64) * HK + head) * ANCHORS + a) * DIM
         acc += tl.load(parts + base + d, mask=mask, other=0.0)
     tl.store(p_out, acc.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 def window_queries(
-    q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, masses: Masses,
-    terms: RowTerms, scale: float, stream: Stream, shape: Shape, alpha_gradient: bool,
+    q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, weight: Tensor | None,
+    masses: Masses, terms: RowTerms, scale: float, stream: Stream, shape: Shape,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dq, gradient of alpha [B, Hq, T]); where the shape asks for it, ``terms.shift`` gets its digits here."""
+    """(dq, in a sum do . o_window [B, Hq, T]); a sum's share and shift go to ``terms``."""
     batch, tokens, heads = q.shape[:3]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    d_alpha = torch.empty_like(terms.share) if alpha_gradient else None
+    average = None if shape.merge else torch.empty_like(terms.share)
     c = shape.config("window_query")
     blocks = block_count(stream, 0, c.rows)
     if blocks and tokens:
         anchor_k, anchor_v = (k, v) if anchors is None else anchors
         window_query_kernel[(blocks * heads,)](
-            rows(q), rows(k), rows(v), rows(anchor_k), rows(anchor_v), rows(do), rows(dq), masses.window,
-            masses.top_key, terms.share, terms.shift, terms.flow, d_alpha, tokens, stream, scale, shape.window,
-            shape.anchors, anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block, shape.value,
-            shape.value_block, c.rows, c.columns, shape.merge, shape.merge and shape.relative, shape.exact,
-            shape.compute_dtype, shape.precision, c.stages, num_warps=c.warps,
+            rows(q), rows(k), rows(v), rows(anchor_k), rows(anchor_v), rows(do), rows(dq),
+            None if weight is None else head_rows(weight), masses.window, masses.top_key, terms.share, terms.shift,
+            terms.flow, average, tokens, stream, scale, shape.window, shape.anchors, anchors is None, heads,
+            shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, c.rows, c.columns,
+            shape.merge, shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages,
+            **c.launch,
         )  # fmt: skip
-    return dq, d_alpha
+    return dq, average
 
 
 def window_keys(
@@ -302,7 +303,7 @@ def window_keys(
             rows(q), rows(k), rows(v), rows(do), rows(dk), rows(dv), masses.window, masses.top_key, terms.share,
             terms.shift, terms.flow, q.shape[1], stream, scale, shape.window, shape.query_heads, shape.key_heads,
             shape.dim, shape.dim_block, shape.value, shape.value_block, c.rows, c.columns,
-            shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages, num_warps=c.warps,
+            shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dk, dv
 
@@ -321,7 +322,7 @@ def window_anchors(
             rows(q), rows(keys[0]), rows(keys[1]), rows(do), *parts, masses.window, masses.top_key, terms.share,
             terms.shift, terms.flow, q.shape[1], stream, scale, shape.window, kept, own, power_of_two(kept),
             shape.query_heads, shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, span,
-            c.rows, shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages, num_warps=c.warps,
+            c.rows, shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     for part, out in zip(parts, grads, strict=True):
         dim = out.shape[3]

@@ -14,13 +14,18 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 class Config(NamedTuple):
-    """Rows and columns of a score tile, query heads that share a row block, warps, pipeline stages."""
+    """Rows and columns of a score tile, warps, pipeline stages, and the registers a thread may have at most."""
 
     rows: int
     columns: int
-    heads: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,15 @@ class Shape:
     @property
     def features(self) -> int:
         return 2 * self.pre if self.softmax else self.pre
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.softmax else 1
+
+    @property
+    def split(self) -> bool:
+        """Whether running gates keep more digits than one float32."""
+        return self.dtype == torch.float32
 
     @property
     def group(self) -> int:
@@ -84,18 +98,7 @@ class Shape:
 
     @property
     def precision(self) -> str:
-        return "ieee" if self.dtype == torch.float32 else "tf32"
-
-    @property
-    def linear_precision(self) -> str:
-        """float16 has the digits of tf32."""
-        return self.precision
-
-    @property
-    def exact(self) -> bool:
-        """Whether a difference of do . o and do . o_linear would cost digits: o may be mostly o_linear without
-        normalize, and float32 keeps more than o does."""
-        return not self.normalize or self.dtype == torch.float32
+        return "ieee" if self.dtype == torch.float32 else "tf32"  # float16 has the digits of tf32
 
     @property
     def exact_gates(self) -> bool:
@@ -106,20 +109,18 @@ class Shape:
     def config(self, kernel: str) -> Config:
         """Launch configuration of a kernel, named without "_kernel", picked on an H200."""
         if kernel == "scan":
-            return Config(512, 1, 1, 4, 6)
+            return Config(512, 1, 4, 6)
         if self.dtype == torch.float32:  # no tensor cores
-            return Config(32, 32, 1, 4, 1)
-        if max(self.dim_block, self.value_block, self.pre_block) > 128:
-            return Config(64, 32, 1, 8, 1)
-        if self.dtype == torch.float16:
-            return Config(64, 32, 1, 8, 1)
+            return Config(32, 32, 4, 1)
+        if self.dtype == torch.float16 or max(self.dim_block, self.value_block, self.pre_block) > 128:
+            return Config(64, 32, 8, 1)
         return {
-            "state": Config(64, 64, 1, 8, 2),
-            "output": Config(64, 64, 1, 4, 2),
-            "linear_query": Config(64, 64, 1, 4, 2),
-            "query_state": Config(64, 64, 1, 8, 2),
-            "linear_key": Config(64, 64, 1, 4, 2),
-            "window_query": Config(64, 64, 1, 4, 2),
-            "window_key": Config(64, 64, 1, 4, 2),
-            "anchor": Config(64, 64, 1, 4, 2),
+            "state": Config(64, 64, 4, 2),
+            "output": Config(64, 64, 4, 2),
+            "linear_query": Config(64, 64, 4, 2),
+            "query_state": Config(64, 64, 4, 2),
+            "linear_key": Config(64, 32, 4, 2),
+            "window_query": Config(64, 64, 4, 2),
+            "window_key": Config(64, 32, 4, 2),
+            "anchor": Config(64, 64, 4, 2),
         }[kernel]

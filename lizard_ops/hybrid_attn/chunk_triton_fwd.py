@@ -17,11 +17,14 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     at,
     at_anchors,
     block_count,
+    decay_between,
+    decay_since_start,
     features,
     first_rows,
     first_slot,
     head_lead,
     head_rows,
+    in_window,
     load_ahead,
     load_gates,
     load_tile,
@@ -41,19 +44,41 @@ class Masses(NamedTuple):
 
 
 @triton.jit
-def softmax_step(score, value, index, top, top_key, total, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-                 RELATIVE: tl.constexpr):  # fmt: skip
-    """One tile of keys into the running softmax."""
+def softmax_step(
+    score, value, index, top, top_key, total, acc, scale, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    RELATIVE: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running softmax of scale * score; top is that of the bare scores."""
     tile_top = tl.max(score, 1)
     if RELATIVE:
         tile_key = tl.max(tl.where(score == tile_top[:, None], index[None, :], -(1 << 30)), 1)
         top_key = tl.where(tile_top > top, tile_key, top_key)
     new_top = tl.maximum(top, tile_top)
-    kept = tl.exp2(top - new_top)
-    p = tl.exp2(score - new_top[:, None])
+    kept = tl.exp2((top - new_top) * scale)
+    p = tl.exp2(score * scale - (new_top * scale)[:, None])
     total = total * kept + tl.sum(p, 1)
-    acc = tl.dot(p.to(DTYPE), value, acc * kept[:, None], input_precision=PRECISION)
+    if FIRST:
+        acc = tl.dot(p.to(DTYPE), value, input_precision=PRECISION)
+    else:
+        acc = tl.dot(p.to(DTYPE), value, acc * kept[:, None], input_precision=PRECISION)
     return new_top, top_key, total, acc
+
+
+@triton.jit
+def anchor_step(
+    b_q, p_k, p_v, k_time, v_time, A0: tl.constexpr, t, kept, n, stream, top, top_key, total, acc, scale,
+    W: tl.constexpr, ANCHORS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, RELATIVE: tl.constexpr,
+):  # fmt: skip
+    """Sixteen anchors into the running softmax, which the first of them start."""
+    c = A0 + tl.arange(0, 16)
+    b_k = load_tile(p_k, k_time, n * 0 + A0, kept, 16, D, BD)
+    b_v = load_tile(p_v, v_time, n * 0 + A0, kept, 16, V, BV)
+    score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    score = tl.where(anchor_seen(c, t, n, stream, W, ANCHORS), score, float("-inf"))
+    return softmax_step(
+        score, b_v, -1 - c, top, top_key, total, acc, scale, DTYPE, PRECISION, RELATIVE, A0 == 0
+    )  # fmt: skip
 
 
 @triton.jit
@@ -63,7 +88,7 @@ def output_kernel(
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     HS: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
-    MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr,
     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and masses of BT queries of one head.
@@ -83,30 +108,32 @@ def output_kernel(
     f, d = tl.arange(0, BF), tl.arange(0, BV)
     inside = (t + i >= 0) & (t + i < length)
 
-    # linear branch: [inside the chunk] + [what entered it]
+    # linear branch: the state that entered the chunk, and the chunk up to here; its average waits in o
     r = t - stream.shift  # first linear row of the block
-    acc = tl.zeros([BT, BV], tl.float32)
+    p_o = at(o, batch, first + t, head) + (i * o.time)[:, None] + d[None, :]
+    mask_o = inside[:, None] & (d < V)[None, :]
     mass = tl.zeros([BT], tl.float32)
     ahead = tl.zeros([BT], tl.float32)
     if r >= 0:
         slot = first_slot(n, first, stream, C) + r // C
         start = r // C * C
-        whole, part = load_gates(gates, slot, slots, head_g, r - start + i, HG, C)
-        ahead = load_ahead(gates, slot, slots, head_g, r - start + i, HG, C)
         b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
-        plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
-        plus, minus = plus.to(LINEAR_DTYPE), minus.to(LINEAR_DTYPE)
         entry = slot.to(tl.int64) * HS + head_s
         p_s = s + entry * F * V
         p_z = z + entry * F + f
         b_s = load_tile(p_s, V, r * 0, FP, BF, V, BV)
-        acc = tl.dot(plus, b_s, acc, input_precision=PRECISION)
-        mass += tl.sum(plus.to(tl.float32) * tl.load(p_z, mask=f < FP, other=0.0)[None, :], 1)
+        b_z = tl.load(p_z, mask=f < FP, other=0.0)
+        plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
+        mass += tl.sum(plus * b_z[None, :], 1)
         if SOFTMAX:
-            b_s = load_tile(p_s + FP * V, V, r * 0, FP, BF, V, BV)
-            acc = tl.dot(minus, b_s, acc, input_precision=PRECISION)
-            mass += tl.sum(minus.to(tl.float32) * tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :], 1)
-        entered = tl.exp2(whole + part)
+            b_s_minus = load_tile(p_s + FP * V, V, r * 0, FP, BF, V, BV)
+            mass += tl.sum(minus * tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :], 1)
+        plus, minus = plus.to(LINEAR_DTYPE), minus.to(LINEAR_DTYPE)
+        acc = tl.dot(plus, b_s, input_precision=PRECISION)
+        if SOFTMAX:
+            acc = tl.dot(minus, b_s_minus, acc, input_precision=PRECISION)
+        whole, part = load_gates(gates, slot, slots, head_g, r - start + i, HG, C, SPLIT)
+        entered = decay_since_start(whole, part, SPLIT)
         acc *= entered[:, None]
         mass *= entered
         p_fk = at(fk, batch, linear_row, head_k)
@@ -120,12 +147,18 @@ def output_kernel(
             a = tl.dot(plus, key_plus.to(LINEAR_DTYPE), input_precision=PRECISION)
             if SOFTMAX:
                 a = tl.dot(minus, key_minus.to(LINEAR_DTYPE), a, input_precision=PRECISION)
-            key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C)
-            decay = (whole[:, None] - key_whole[None, :]) + (part[:, None] - key_part[None, :])
-            seen = (r + i[:, None] >= c[None, :]) & (c + stream.start >= behind)[None, :]
-            a *= tl.exp2(tl.where(seen, decay, float("-inf")))
+            key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
+            key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
+            decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
+            a *= tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
             mass += tl.sum(a, 1)
             acc = tl.dot(a.to(LINEAR_DTYPE), b_v, acc, input_precision=PRECISION)
+        ahead = load_ahead(gates, slot, slots, head_g, r - start + i, HG, C)
+        if NORMALIZE:
+            acc *= tl.where(mass != 0.0, 1.0 / mass, 0.0)[:, None]
+        else:
+            acc *= (feature_scale * tl.exp2(ahead))[:, None]
+        tl.store(p_o, acc.to(o.ptr.dtype.element_ty), mask=mask_o)
 
     # window branch: keys t + prefix - W < c <= t + prefix
     b_q = load_tile(at(q, batch, first, head), q.time, t, length, BT, D, BD)
@@ -136,33 +169,27 @@ def output_kernel(
     top = tl.full([BT], -1.0e30, tl.float32)
     top_key = tl.zeros([BT], tl.int32)
     total = tl.zeros([BT], tl.float32)
-    acc_window = tl.zeros([BT, BV], tl.float32)
+    acc = tl.zeros([BT, BV], tl.float32)
+    if ANCHORS > 0:
+        kept = tl.minimum(ANCHORS, keys) if OWN else n * 0 + ANCHORS
+        p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
+        p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
+        for a in tl.static_range(0, ANCHORS, 16):
+            top, top_key, total, acc = anchor_step(
+                b_q, p_ak, p_av, anchor_k.time, anchor_v.time, a, t + i, kept, n, stream, top, top_key, total, acc,
+                score_scale, W, ANCHORS, D, BD, V, BV, DTYPE, PRECISION, RELATIVE,
+            )  # fmt: skip
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)
         b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
         b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
-        score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * score_scale
-        seen = (c[None, :] <= own[:, None]) & (c[None, :] > own[:, None] - W) & (c >= valid)[None, :]
-        score = tl.where(seen, score, float("-inf"))
-        top, top_key, total, acc_window = softmax_step(
-            score, b_v, c, top, top_key, total, acc_window, DTYPE, PRECISION, RELATIVE
+        score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        score = tl.where(in_window(own, c, valid, W), score, float("-inf"))
+        top, top_key, total, acc = softmax_step(
+            score, b_v, c, top, top_key, total, acc, score_scale, DTYPE, PRECISION, RELATIVE, False
         )
-    if ANCHORS > 0:
-        kept = tl.minimum(ANCHORS, keys) if OWN else n * 0 + ANCHORS
-        p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
-        p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
-        BA: tl.constexpr = 16 if ANCHORS <= 16 else (32 if ANCHORS <= 32 else 64)
-        for j in tl.range(0, ANCHORS, BA):
-            c = j + tl.arange(0, BA)
-            b_k = load_tile(p_ak, anchor_k.time, n * 0 + j, kept, BA, D, BD)
-            b_v = load_tile(p_av, anchor_v.time, n * 0 + j, kept, BA, V, BV)
-            score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * score_scale
-            seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
-            score = tl.where(seen, score, float("-inf"))
-            top, top_key, total, acc_window = softmax_step(
-                score, b_v, -1 - c, top, top_key, total, acc_window, DTYPE, PRECISION, RELATIVE
-            )
+    top *= score_scale
     log_window = top + tl.log2(total)
     if sink is not None:
         b_sink = tl.load(sink + head) * LOG2E
@@ -179,17 +206,18 @@ def output_kernel(
         b_weight = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
     elif not MERGE:
         b_weight += 1.0
+    weight_linear = tl.where(some, 1.0, 0.0) if NORMALIZE else tl.full([BT], 1.0, tl.float32)
     if MERGE:
         share, rest = shares(log_linear, ahead, feature_scale, log_window, top, b_weight, RELATIVE)
-        weight_linear = tl.where(some, share / mass, 0.0)
-        weight_window *= rest
+        weight_linear = tl.where(some, share, 0.0)
+        weight_window *= tl.where(some, rest, 1.0)
     else:
-        weight_linear = tl.where(some, 1.0 / mass, 0.0) if NORMALIZE else feature_scale * tl.exp2(ahead)
         weight_window *= b_weight
-    acc = acc * weight_linear[:, None] + acc_window * weight_window[:, None]
-
-    p_o = at(o, batch, first + t, head) + (i * o.time)[:, None] + d[None, :]
-    tl.store(p_o, acc.to(o.ptr.dtype.element_ty), mask=inside[:, None] & (d < V)[None, :])
+    acc *= weight_window[:, None]
+    if r >= 0:
+        tl.debug_barrier()  # other threads may have written what this one reads
+        acc += tl.load(p_o, mask=mask_o, other=0.0).to(tl.float32) * weight_linear[:, None]
+    tl.store(p_o, acc.to(o.ptr.dtype.element_ty), mask=mask_o)
     out = (batch.to(tl.int64) * HQ + head) * tokens + first + t + i
     tl.store(linear + out, log_linear, mask=inside)
     tl.store(window + out, log_window, mask=inside)
@@ -234,9 +262,9 @@ def hybrid_output(
             gates, None if weight is None else head_rows(weight), sink, *masses, gates.shape[1], tokens, stream,
             scale * LOG2E.value, feature_scale, shape.window, shape.anchors, anchors is None, heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
-            shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.merge,
-            shape.merge and shape.relative, shape.normalize, shape.compute_dtype, shape.linear_dtype, shape.precision,
-            c.stages, num_warps=c.warps,
+            shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.split,
+            shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype, shape.linear_dtype,
+            shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return o, masses
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.hybrid_attn.chunk_triton_bwd_gate import gate_gradients
-from lizard_ops.hybrid_attn.chunk_triton_bwd_linear import linear_keys, linear_queries, query_states
+from lizard_ops.hybrid_attn.chunk_triton_bwd_linear import empty_terms, linear_keys, linear_queries, query_states
 from lizard_ops.hybrid_attn.chunk_triton_bwd_window import window_anchors, window_keys, window_queries
 from lizard_ops.hybrid_attn.chunk_triton_config import Shape
 from lizard_ops.hybrid_attn.chunk_triton_fwd import Masses, hybrid_output
@@ -127,24 +127,16 @@ def hybrid_backward(
     with on_device(q):
         gates = running_gates(g, stream, shape)
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
-        numeric = gate_gradient and shape.exact_gates
-        dfq, terms = linear_queries(
-            v, fq, fk, states, gates, weight, o, d_o, masses, feature_scale, stream, shape, numeric
+        terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
+        own_anchors = pair(anchor_k, anchor_v)
+        if not shape.merge:
+            dq, average = window_queries(q, k, v, own_anchors, d_o, weight, masses, terms, scale, stream, shape)
+        dfq = linear_queries(
+            v, fq, fk, states, gates, weight, o, d_o, masses, average, terms, feature_scale, stream, shape
         )
+        if shape.merge:
+            dq, _ = window_queries(q, k, v, own_anchors, d_o, None, masses, terms, scale, stream, shape)
         d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
-        dq, d_alpha = window_queries(
-            q,
-            k,
-            v,
-            pair(anchor_k, anchor_v),
-            d_o,
-            masses,
-            terms,
-            scale,
-            stream,
-            shape,
-            weight is not None and mix == "sum",
-        )
         dk, dv = window_keys(q, k, v, d_o, masses, terms, scale, stream, shape)
         dfk, key_terms = linear_keys(v, fq, fk, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient)
         da_k, da_v = (empty(q, 0) if x is None else torch.empty_like(x) for x in (anchor_k, anchor_v))
@@ -161,7 +153,7 @@ def hybrid_backward(
             d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
     d_weight = empty(q, 0)
     if weight is not None:
-        d_weight = (terms.flow if d_alpha is None else d_alpha).transpose(1, 2).contiguous()
+        d_weight = (terms.flow if average is None else average).transpose(1, 2).contiguous()
     d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
     return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
 

@@ -15,9 +15,11 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     LOG2E,
     Stream,
     at,
-    features,
+    decay_between,
+    decay_since_start,
     first_rows,
     first_slot,
+    half_features,
     head_rows,
     load_gates,
     load_tile,
@@ -39,10 +41,8 @@ class States(NamedTuple):
 
 
 @triton.jit
-def gate_kernel(
-    g, gates, slots, stream, WINDOW: tl.constexpr, HG: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Running sums of log2-decays inside each chunk, split so that any decay keeps its digits."""
+def gate_kernel(g, gates, slots, stream, WINDOW: tl.constexpr, HG: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr):
+    """Running sums of log2-decays inside each chunk, and the sum over the gates between each row and its query."""
     slot, head = tl.program_id(0) // HG, tl.program_id(0) % HG
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
     _, linear_row, _, _ = first_rows(n, first, stream, 0)
@@ -53,83 +53,79 @@ def gate_kernel(
     r = i_chunk * C + i
     b_g = tl.load(pointer + r.to(tl.int64) * g.time, mask=r < seen, other=0.0) * LOG2E
     b_g = tl.maximum(b_g, GATE_FLOOR)
-    whole = tl.floor(b_g + 0.5)
     out = gates + (slot.to(tl.int64) * HG + head) * C + i
     step = slots.to(tl.int64) * HG * C
-    tl.store(out, tl.cumsum(whole, 0))
-    tl.store(out + step, tl.cumsum(b_g - whole, 0))
-    ahead = tl.zeros([C], tl.float32)  # sum over r < l <= r + WINDOW
-    for j in range(0, C + WINDOW, 32):
-        l = i_chunk * C + j + tl.arange(0, 32)
-        b_l = tl.load(pointer + l.to(tl.int64) * g.time, mask=l < known, other=0.0) * LOG2E
-        near = (l[None, :] > r[:, None]) & (l[None, :] <= r[:, None] + WINDOW)
-        ahead += tl.sum(tl.where(near, b_l[None, :], 0.0), 1)
-    tl.store(out + 2 * step, ahead)
+    if SPLIT:
+        whole = tl.floor(b_g + 0.5)
+        tl.store(out + step, tl.cumsum(b_g - whole, 0))
+        b_g = whole
+    tl.store(out, tl.cumsum(b_g, 0))
+    if WINDOW > 0:
+        ahead = tl.zeros([C], tl.float32)  # sum over r < l <= r + WINDOW
+        for j in range(0, C + WINDOW, 64):
+            l = i_chunk * C + j + tl.arange(0, 64)
+            b_l = tl.load(pointer + l.to(tl.int64) * g.time, mask=l < known, other=0.0) * LOG2E
+            near = (l[None, :] > r[:, None]) & (l[None, :] <= r[:, None] + WINDOW)
+            ahead += tl.sum(tl.where(near, b_l[None, :], 0.0), 1)
+        tl.store(out + 2 * step, ahead)
+    else:
+        tl.store(out + 2 * step, tl.zeros([C], tl.float32))
 
 
 @triton.jit
 def chunk_state_kernel(
     fk, v, gates, s, z, slots, stream,
     ANCHORS: tl.constexpr, HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr,
-     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr, SPLIT: tl.constexpr,
+    LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk adds to the state: sum_j exp(G_end - G_j) phi_k(k_j) [v_j, 1]."""
-    slot, head = tl.program_id(0) // HS, tl.program_id(0) % HS
+    """What each chunk adds to one half of the state: sum_j exp(G_end - G_j) phi_k(k_j) [v_j, 1]."""
+    HALVES: tl.constexpr = 2 if SOFTMAX else 1
+    half, entry = tl.program_id(0) % HALVES, tl.program_id(0) // HALVES
+    slot, head = entry // HS, entry % HS
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
     seen = length - stream.shift
     key_row, linear_row, _, behind = first_rows(n, first, stream, ANCHORS)
     head_k, head_g = head // (HS // HK), head // (HS // HG)
     p_fk = at(fk, batch, linear_row, head_k)
     p_v = at(v, batch, key_row + stream.start, head_k)
-    total_whole, total_part = load_gates(gates, slot, slots, head_g, C - 1, HG, C)
+    end_whole, end_part = load_gates(gates, slot, slots, head_g, C - 1, HG, C, SPLIT)
     b_s = tl.zeros([BF, BV], tl.float32)
-    b_s_minus = tl.zeros([BF, BV], tl.float32)
     b_z = tl.zeros([BF], tl.float32)
-    b_z_minus = tl.zeros([BF], tl.float32)
-    for j in tl.range(0, C, BJ):
+    for j in tl.range(0, C, BJ, num_stages=STAGES):
         row = i_chunk * C + j
         r = row + tl.arange(0, BJ)
         b_fk = load_tile_transposed(p_fk, fk.time, row, seen, BJ, FP, BF)  # [BF, BJ]
         b_v = load_tile(p_v, v.time, row, seen, BJ, V, BV).to(LINEAR_DTYPE)  # [BJ, BV]
-        whole, part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C)
-        decay = tl.exp2((total_whole - whole) + (total_part - part))
+        whole, part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C, SPLIT)
+        decay = tl.exp2(decay_between(end_whole, end_part, whole, part, SPLIT))
         decay = tl.where((r < seen) & (r + stream.start >= behind), decay, 0.0)
-        plus, minus = features(b_fk, FP, BF, 0, SOFTMAX)
-        plus = plus.to(LINEAR_DTYPE).to(tl.float32) * decay[None, :]
-        b_s = tl.dot(plus.to(LINEAR_DTYPE), b_v, b_s, input_precision=PRECISION)
-        b_z += tl.sum(plus, 1)
-        if SOFTMAX:
-            minus = minus.to(LINEAR_DTYPE).to(tl.float32) * decay[None, :]
-            b_s_minus = tl.dot(minus.to(LINEAR_DTYPE), b_v, b_s_minus, input_precision=PRECISION)
-            b_z_minus += tl.sum(minus, 1)
-    store_state(s, z, slot, head, b_s, b_z, b_s_minus, b_z_minus, HS, FP, BF, V, BV, SOFTMAX)
+        phi = half_features(b_fk, 1.0 - 2.0 * half, FP, BF, 0, SOFTMAX)
+        phi *= decay[None, :]
+        b_s = tl.dot(phi.to(LINEAR_DTYPE), b_v, b_s, input_precision=PRECISION)
+        b_z += tl.sum(phi, 1)
+    store_state(s, z, entry, half, b_s, b_z, FP, BF, V, BV, HALVES)
 
 
 @triton.jit
 def store_state(
-    s, z, slot, head, b_s, b_z, b_s_minus, b_z_minus,
-    HS: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SOFTMAX: tl.constexpr,
+    s, z, entry, half, b_s, b_z, FP: tl.constexpr, BF: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Write both halves of one chunk's sums."""
-    entry = slot.to(tl.int64) * HS + head
-    f, d = tl.arange(0, BF), tl.arange(0, BV)
-    F: tl.constexpr = 2 * FP if SOFTMAX else FP
-    p_s = s + entry * F * V + f[:, None] * V + d[None, :]
-    p_z = z + entry * F + f
-    mask = (f < FP)[:, None] & (d < V)[None, :]
-    tl.store(p_s, b_s.to(s.dtype.element_ty), mask=mask)
-    tl.store(p_z, b_z, mask=f < FP)
-    if SOFTMAX:
-        tl.store(p_s + FP * V, b_s_minus.to(s.dtype.element_ty), mask=mask)
-        tl.store(p_z + FP, b_z_minus, mask=f < FP)
+    """Write one half of one chunk's sums."""
+    f, d = half * FP + tl.arange(0, BF), tl.arange(0, BV)
+    mask = tl.arange(0, BF) < FP
+    base = entry.to(tl.int64) * (HALVES * FP)
+    p_s = s + base * V + f[:, None] * V + d[None, :]
+    tl.store(p_s, b_s.to(s.dtype.element_ty), mask=mask[:, None] & (d < V)[None, :])
+    tl.store(z + base + f, b_z, mask=mask)
 
 
 @triton.jit
 def scan_tile(
     x, start, end, gates, slot, slots, chunks, n, head, head_g, tile,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Replace the addition of each chunk by the decayed sum of those before it (after it, if reversed)."""
     e = tile * BLOCK + tl.arange(0, BLOCK)
@@ -138,13 +134,12 @@ def scan_tile(
     carry = tl.zeros([BLOCK], tl.float32)
     if HAS_START:
         carry = tl.load(start + fixed, mask=mask, other=0.0)
-    step = slots.to(tl.int64) * HG * C
     for i in tl.range(0, chunks, num_stages=STAGES):
         i_slot = slot + (chunks - 1 - i if REVERSE else i)
         p_x = x + (i_slot.to(tl.int64) * HS + head) * SIZE + e
         b_x = tl.load(p_x, mask=mask, other=0.0)
-        p_end = gates + (i_slot.to(tl.int64) * HG + head_g) * C + C - 1
-        decay = tl.exp2(tl.load(p_end) + tl.load(p_end + step))
+        whole, part = load_gates(gates, i_slot, slots, head_g, C - 1, HG, C, SPLIT)
+        decay = decay_since_start(whole, part, SPLIT)
         tl.store(p_x, carry.to(x.dtype.element_ty), mask=mask)
         carry = carry * decay + b_x
     if HAS_END:
@@ -155,8 +150,7 @@ def scan_tile(
 def scan_kernel(
     s, z, start_s, start_z, end_s, end_z, gates, slots, stream,
     HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scan over the chunks of a sequence, every element of s and z on its own."""
     TILES: tl.constexpr = (F * V + BLOCK - 1) // BLOCK
@@ -171,12 +165,12 @@ def scan_kernel(
     if tile < TILES:
         scan_tile(
             s, start_s, end_s, gates, slot, slots, chunks, n, head, head_g, tile,
-            F * V, BLOCK, HS, HG, C, REVERSE, HAS_START, HAS_END, STAGES,
+            F * V, BLOCK, HS, HG, C, SPLIT, REVERSE, HAS_START, HAS_END, STAGES,
         )  # fmt: skip
     else:
         scan_tile(
             z, start_z, end_z, gates, slot, slots, chunks, n, head, head_g, tile - TILES,
-            F, BLOCK, HS, HG, C, REVERSE, HAS_START, HAS_END, STAGES,
+            F, BLOCK, HS, HG, C, SPLIT, REVERSE, HAS_START, HAS_END, STAGES,
         )  # fmt: skip
 
 
@@ -189,7 +183,7 @@ def running_gates(g: Tensor | None, stream: Stream, shape: Shape) -> Tensor:
     if slots:
         window = shape.window if shape.outside else 0
         gate_kernel[(slots * g.shape[2],)](
-            head_rows(g), gates, slots, stream, window, g.shape[2], shape.chunk, num_warps=4
+            head_rows(g), gates, slots, stream, window, g.shape[2], shape.chunk, shape.split, num_warps=4
         )
     return gates
 
@@ -201,11 +195,11 @@ def chunk_states(
     states = empty_states(gates, stream, shape, end)
     slots, c = gates.shape[1], shape.config("state")
     if slots:
-        chunk_state_kernel[(slots * shape.state_heads,)](
+        chunk_state_kernel[(slots * shape.state_heads * shape.halves,)](
             rows(fk), rows(v), gates, states.s, states.z, slots, stream,
             shape.anchors, shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block,
-            shape.value, shape.value_block, shape.chunk, c.rows, shape.softmax,
-            shape.linear_dtype, shape.linear_precision, num_warps=c.warps, num_stages=c.stages,
+            shape.value, shape.value_block, shape.chunk, c.rows, shape.softmax, shape.split, shape.linear_dtype,
+            shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     scan_states(states, start, gates, stream, shape, reverse=False)
     return states
@@ -232,6 +226,6 @@ def scan_states(
     if stream.count:
         scan_kernel[(stream.count * shape.state_heads * tiles,)](
             states.s, states.z, start_s, start_z, states.end_s, states.end_z, gates, gates.shape[1], stream,
-            shape.state_heads, gates.shape[2], shape.features, shape.value, shape.chunk, c.rows, reverse,
-            start is not None, states.end_s is not None, c.stages, num_warps=c.warps,
+            shape.state_heads, gates.shape[2], shape.features, shape.value, shape.chunk, c.rows, shape.split, reverse,
+            start is not None, states.end_s is not None, c.stages, **c.launch,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-GATE_FLOOR = tl.constexpr(-1.0e5)  # log2 of a decay that is zero in float32, small enough that sums stay exact
+GATE_FLOOR = tl.constexpr(-200.0)  # log2 of a decay that is zero in float32; a chunk of them still sums exactly
 
 
 class Rows(NamedTuple):
@@ -184,25 +184,23 @@ def load_tile_transposed(pointer, stride, row, length, BR: tl.constexpr, DIM: tl
 
 
 @triton.jit
-def features(x, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, SOFTMAX: tl.constexpr):
-    """Both halves of the features of a tile of pre-activations, float32; for finished features both are the tile."""
+def half_features(x, sign, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, SOFTMAX: tl.constexpr):
+    """softmax(sign x) of a tile of pre-activations, float32; finished features as they are."""
     x = x.to(tl.float32)
     if SOFTMAX:
-        x = x * LOG2E
+        scale = sign * LOG2E
         if FP != BF:
-            inside = tl.expand_dims(tl.arange(0, BF) < FP, 1 - AXIS)
-            top = tl.max(tl.where(inside, x, float("-inf")), AXIS, keep_dims=True)
-            low = tl.min(tl.where(inside, x, float("inf")), AXIS, keep_dims=True)
-            plus = tl.where(inside, tl.exp2(x - top), 0.0)
-            minus = tl.where(inside, tl.exp2(low - x), 0.0)
-        else:
-            plus = tl.exp2(x - tl.max(x, AXIS, keep_dims=True))
-            minus = tl.exp2(tl.min(x, AXIS, keep_dims=True) - x)
-        plus = plus * (1.0 / tl.sum(plus, AXIS, keep_dims=True))
-        minus = minus * (1.0 / tl.sum(minus, AXIS, keep_dims=True))
-        return plus, minus
+            x = tl.where(tl.expand_dims(tl.arange(0, BF) < FP, 1 - AXIS), x, sign * float("-inf"))
+        x = tl.exp2(x * scale - tl.max(x * sign, AXIS, keep_dims=True) * LOG2E)
+        return x * (1.0 / tl.sum(x, AXIS, keep_dims=True))
     else:
-        return x, x
+        return x
+
+
+@triton.jit
+def features(x, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, SOFTMAX: tl.constexpr):
+    """Both halves of the features of a tile; for finished features both are the tile."""
+    return half_features(x, 1.0, FP, BF, AXIS, SOFTMAX), half_features(x, -1.0, FP, BF, AXIS, SOFTMAX)
 
 
 @triton.jit
@@ -217,13 +215,36 @@ def features_backward(plus, minus, d_plus, d_minus, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def load_gates(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr):
-    """Running log2-decays of chunk rows: whole part and fraction."""
+def load_gates(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr):
+    """Running log2-decays of chunk rows: whole part and fraction, or (not SPLIT) all of it and nothing."""
     pointer = gates + (slot.to(tl.int64) * HG + head) * C + row
-    return tl.load(pointer), tl.load(pointer + slots.to(tl.int64) * HG * C)
+    whole = tl.load(pointer)
+    return whole, tl.load(pointer + slots.to(tl.int64) * HG * C) if SPLIT else whole
+
+
+@triton.jit
+def decay_between(whole, part, key_whole, key_part, SPLIT: tl.constexpr):
+    """Log2 of the decay from key to query; SPLIT keeps the digits that a long sum has lost."""
+    if SPLIT:
+        return (whole - key_whole) + (part - key_part)
+    else:
+        return whole - key_whole
+
+
+@triton.jit
+def decay_since_start(whole, part, SPLIT: tl.constexpr):
+    """The decay from the state that enters the chunk."""
+    return tl.exp2(whole + part if SPLIT else whole)
 
 
 @triton.jit
 def load_ahead(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr):
     """Sum of the gates between key row and query."""
     return tl.load(gates + ((2 * slots.to(tl.int64) + slot) * HG + head) * C + row)
+
+
+@triton.jit
+def in_window(own, c, valid, W: tl.constexpr):
+    """[query, key]: c is one of the W rows up to the query's own, and at least ``valid``."""
+    age = own[:, None] - tl.where(c >= valid, c, -(1 << 30))[None, :]
+    return tl.cast(age, tl.uint32) < W
