@@ -38,9 +38,12 @@ WIDE = {
     "key": (128, 128, 32, 4, 2),
     "channel_state": (128, 64, 1, 4, 1),
     "channel_state_reverse": (128, 64, 1, 4, 1),
-    "channel_output": (128, 128, 2, 8, 1),
-    "channel_row": (128, 128, 1, 8, 1),
-    "channel_key": (128, 128, 1, 8, 1),
+    "factor": (128, 128, 1, 4, 1),
+    "key_sum": (128, 128, 1, 4, 1),
+    "channel_output": (128, 128, 1, 4, 2),
+    "channel_row": (128, 128, 1, 4, 2),
+    "channel_value": (128, 128, 1, 4, 2),
+    "channel_key": (128, 128, 1, 4, 2),
 }
 NARROW = {
     "state": (64, 64, 1, 4, 1),
@@ -51,8 +54,11 @@ NARROW = {
     "key": (64, 64, 32, 4, 1),
     "channel_state": (64, 64, 1, 4, 1),
     "channel_state_reverse": (64, 64, 1, 4, 1),
+    "factor": (64, 64, 1, 4, 1),
+    "key_sum": (64, 64, 1, 4, 1),
     "channel_output": (64, 64, 1, 4, 1),
     "channel_row": (64, 64, 1, 4, 1),
+    "channel_value": (64, 64, 1, 4, 1),
     "channel_key": (64, 64, 1, 4, 1),
 }
 

@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_triton_bwd import key_kernel, row_kernel
-from .chunk_triton_channel import channel_key_kernel, channel_output_kernel, channel_row_kernel
+from .chunk_triton_channel import (
+    channel_key_kernel,
+    channel_output_kernel,
+    channel_row_kernel,
+    channel_value_kernel,
+    factor_kernel,
+    key_sum_kernel,
+)
 from .chunk_triton_config import Launch, launch, scan_launch
 from .chunk_triton_fwd import output_kernel
 from .chunk_triton_scan import gate_sum_kernel, scan_kernel, state_kernel
@@ -107,7 +114,7 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> S
     return Shape(hq, hk, hs, hg, k.shape[3], v.shape[3], chunk, gate, operand, precision)
 
 
-PRECISION = "ieee"
+PRECISION = "tf32x3"
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -115,57 +122,69 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def gate_sums(g: Tensor | None, shape: Shape, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
-    """Local sums of one-number-a-head gates, in two parts; per-channel gates stay as they are."""
-    if g is None or shape.gate == GATE_CHANNEL:
-        return g, None
+class Gates(NamedTuple):
+    """What the kernels read of a gate: local sums in two parts (a number a head), or factors (a number a channel)."""
+
+    first: Tensor | None = None  # [B, T, Hg] high part, or [chunks, Hk, levels + 2, C, K] decay factors
+    second: Tensor | None = None  # [B, T, Hg] low part
+    decays: Tensor | None = None  # [chunks, Hs, 1 or K] log2 of each chunk's decay
+
+
+def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
+    """Form them; the decays of one-number-a-head gates are left for ``state_kernel`` to write."""
+    if g is None:
+        return Gates()
+    width = shape.k if shape.gate == GATE_CHANNEL else 1
+    decays = g.new_empty(rows.chunks, shape.hs, width)
+    place = rows.table, rows.owner, rows.k_rows, rows.k_shift, rows.pairs
+    if shape.gate == GATE_CHANNEL:
+        cfg, levels = shape.launch("factor"), shape.chunk.bit_length() - 1
+        factors = g.new_empty(rows.chunks, shape.hk, levels + 2, shape.chunk, shape.k, dtype=shape.operand)
+        factor_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+            g, factors, decays, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.block_k,
+            VARLEN=rows.table is not None, OPERAND=shape.operand_tl, **cfg.options,
+        )  # fmt: skip
+        return Gates(factors, None, decays)
     hi, lo = torch.empty_like(g), torch.empty_like(g)
     block = min(8, triton.next_power_of_2(shape.hg))
     gate_sum_kernel[(rows.chunks * triton.cdiv(shape.hg, block),)](
-        g, hi, lo, rows.table, rows.owner, rows.k_rows, rows.k_shift, rows.pairs,
-        HG=shape.hg, C=shape.chunk, BH=block, VARLEN=rows.table is not None, num_warps=1,
-    )  # fmt: skip
-    return hi, lo
+        g, hi, lo, *place, HG=shape.hg, C=shape.chunk, BH=block, VARLEN=rows.table is not None, num_warps=1
+    )
+    return Gates(hi, lo, decays)
 
 
 def chunk_states(
-    a: Tensor, b: Tensor, gates: tuple[Tensor | None, Tensor | None], start: tuple[Tensor, Tensor] | None, shape: Shape,
-    rows: Rows, *, scale: float = 1.0, normalize: bool = False, mass: Tensor | None = None, extra: Tensor | None = None,
-    forward: tuple[Tensor, Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """States (S, z) before each chunk, the chunks' decays, the states at each sequence's end, and the gate cross terms.
+    a: Tensor, b: Tensor, gates: Gates, start: tuple[Tensor, Tensor] | None, shape: Shape, rows: Rows, *,
+    scale: float = 1.0, normalize: bool = False, mass: Tensor | None = None, extra: Tensor | None = None,
+    forward: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """States (S, z) before each chunk, the states at each sequence's end, and the gate cross terms.
 
-    Forward with a = k, b = v. With a = q, b = do, the mass, the row terms and what the forward gave: the gradients of
-    the states after each chunk and at each sequence's start.
+    Forward with a = k, b = v. With a = q, b = do, the mass, the row terms and the forward states: the gradients of the
+    states after each chunk and at each sequence's start.
     """
     reverse, n, hs = forward is not None, rows.sequences, shape.hs
     new = functools.partial(torch.empty, device=a.device, dtype=torch.float32)
     states = torch.empty(rows.chunks, hs, shape.k, shape.v, device=a.device, dtype=shape.operand)
     z_states = new(rows.chunks, hs, shape.k)
-    s_out, z_out, cross = new(n, hs, shape.k, shape.v), new(n, hs, shape.k), None
-    if forward is None:
-        decays = None
-        if shape.gate != GATE_NONE:
-            decays = new(rows.chunks, hs, shape.k if shape.gate == GATE_CHANNEL else 1)
-    else:
-        decays = forward[2]
-        cross = None if decays is None else torch.empty_like(z_states)
+    s_out, z_out = new(n, hs, shape.k, shape.v), new(n, hs, shape.k)
+    cross = torch.empty_like(z_states) if reverse and shape.gate != GATE_NONE else None
     varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
     cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
     state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
-        a, b, mass, extra, *gates, states, z_states, decays, rows.table, rows.owner, scale, *rows.place,
+        a, b, mass, extra, *gates[:2], states, z_states, gates.decays, rows.table, rows.owner, scale, *rows.place,
         HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
-        BV=cfg.block_v, GATE=shape.gate, NORMALIZE=normalize, REVERSE=reverse, VARLEN=varlen, **shape.dims,
-        **cfg.options,
+        BV=cfg.block_v, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
+        VARLEN=varlen, **shape.dims, **cfg.options,
     )  # fmt: skip
     cfg = scan_launch(shape.v, shape.operand.itemsize)
     scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.block_k),)](
-        states, z_states, decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None))[:2],
+        states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None))[:2],
         rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.block_k, BV=cfg.block_v,
         GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen,
         STAGES=cfg.num_stages, num_warps=cfg.num_warps,
     )  # fmt: skip
-    return states, z_states, decays, s_out, z_out, cross
+    return states, z_states, s_out, z_out, cross
 
 
 def blank(
@@ -197,19 +216,19 @@ def gated_chunk(
         return o, log_mass, mass, *carried(q, s0, z0, rows, shape)
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
     with on_device(q):
-        gates = gate_sums(g, shape, rows)
-        states, z_states, _, s, z, _ = chunk_states(k, v, gates, start, shape, rows)
+        gates = prepare_gates(g, shape, rows)
+        states, z_states, s, z, _ = chunk_states(k, v, gates, start, shape, rows)
         ends = o, log_mass, mass, rows.table, rows.owner, scale, *rows.place
         if shape.gate == GATE_CHANNEL:
-            cfg = shape.launch("channel_output", shape.hq // shape.hs)
+            cfg = shape.launch("channel_output")
             channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
-                q, k, v, g, states, z_states, *ends, NORMALIZE=normalize, **shape.channel_constants,
-                **cfg.blocks, VARLEN=table is not None,
+                q, k, v, gates.first, states, z_states, *ends, NORMALIZE=normalize, **shape.channel_constants,
+                BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
             output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
-                q, k, v, *gates, states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
+                q, k, v, *gates[:2], states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
                 **shape.constants, **cfg.blocks, VARLEN=table is not None,
             )  # fmt: skip
     return o, log_mass, mass, s, z
@@ -252,56 +271,90 @@ def gated_chunk_backward(
     if rows.chunks == 0 or pairs <= 0:
         return dq, dk, dv, (q.new_zeros(0) if g is None else torch.zeros_like(g)), end[0].clone(), end[1].clone()
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
-    group = shape.hq // shape.hs
     channel = shape.gate == GATE_CHANNEL
-    common = shape.channel_constants if channel else shape.constants
     flags = {"NORMALIZE": normalize, "VARLEN": table is not None}
     place = rows.table, rows.owner, scale, *rows.place
+    extra = torch.empty_like(mass)
     with on_device(q):
-        gates = gate_sums(g, shape, rows)
-        forward = chunk_states(k, v, gates, start, shape, rows)[:3]
-        states = forward[:2]
-
-        cfg = shape.launch("channel_row" if channel else "row", group)
-        blocks = triton.cdiv(shape.k, cfg.block_k)
-        grid = (rows.chunks * shape.hs * blocks,)
-        extra, row_dot = torch.empty_like(mass), None
+        gates = prepare_gates(g, shape, rows)
+        states = chunk_states(k, v, gates, start, shape, rows)[:2]
+        x = q, k, v, d_o, mass, extra
         if channel:
-            row_dot = mass.new_empty(k.shape)
-            channel_row_kernel[grid](
-                q, k, v, g, *states, d_o, mass, d_log_mass, dq, extra, row_dot, *place, **common, **flags, **cfg.blocks
-            )
+            row_dot = _channel_rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags)
         else:
-            row_dot = mass.new_empty(blocks, *mass.shape) if g is not None else None
-            row_kernel[grid](
-                q, k, v, *gates, *states, d_o, mass, d_log_mass, dq, extra, row_dot, *place, mass.numel(), **common,
-                **flags, **cfg.blocks,
-            )  # fmt: skip
-
-        d_states, dz_states, _, ds0, dz0, cross = chunk_states(
-            q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra, forward=forward
+            row_dot = _rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags)
+        *d_states, ds0, dz0, cross = chunk_states(
+            q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra, forward=states
         )
-
-        cfg = shape.launch("channel_key" if channel else "key", group)
-        blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
-        grid = (rows.chunks * shape.hk * blocks,)
+        ends = row_dot, cross, dk, dv, all_k
         if channel:
-            dg = blank(mass, k.shape, all_k)
-            channel_key_kernel[grid](
-                q, k, v, g, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place,
-                **common, **flags, **cfg.blocks,
-            )  # fmt: skip
-            return dq, dk, dv, dg, ds0, dz0
-        gates_out = None if g is None else blank(g, (blocks, *g.shape[:2], shape.hs), all_k)
-        key_kernel[grid](
-            q, k, v, *gates, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, gates_out, *place,
-            mass.numel(), 0 if gates_out is None else gates_out[0].numel(), BQ=cfg.queries, BK=cfg.block_k,
-            BV=cfg.block_v, **common, **flags, **cfg.options,
-        )  # fmt: skip
-    if gates_out is None:
-        return dq, dk, dv, q.new_zeros(0), ds0, dz0
-    dg = gates_out[0] if blocks == 1 else gates_out.sum(0)
-    return dq, dk, dv, (dg.sum(2, keepdim=True) if shape.hg < shape.hs else dg), ds0, dz0
+            dg = _channel_keys(x, d_states, *ends, gates, shape, rows, place, flags)
+        else:
+            dg = _keys(x, d_states, *ends, gates, shape, rows, place, flags)
+    return dq, dk, dv, dg, ds0, dz0
+
+
+def _rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags) -> Tensor | None:
+    q, k, v, d_o, mass, extra = x
+    cfg = shape.launch("row", shape.hq // shape.hs)
+    blocks = triton.cdiv(shape.k, cfg.block_k)
+    row_dot = mass.new_empty(blocks, *mass.shape) if shape.gate != GATE_NONE else None
+    row_kernel[(rows.chunks * shape.hs * blocks,)](
+        q, k, v, *gates[:2], *states, d_o, mass, d_log_mass, dq, extra, row_dot, *place, mass.numel(),
+        **shape.constants, **flags, **cfg.blocks,
+    )  # fmt: skip
+    return row_dot
+
+
+def _keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
+    q, k, v, d_o, mass, extra = x
+    cfg = shape.launch("key")
+    blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
+    dg = None
+    if shape.gate != GATE_NONE:
+        dg = blank(mass, (blocks, *k.shape[:2], shape.hs), all_k)
+    key_kernel[(rows.chunks * shape.hk * blocks,)](
+        q, k, v, *gates[:2], *d_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place, mass.numel(),
+        0 if dg is None else dg[0].numel(), BQ=cfg.queries, BK=cfg.block_k, BV=cfg.block_v, **shape.constants,
+        **flags, **cfg.options,
+    )  # fmt: skip
+    if dg is None:
+        return q.new_zeros(0)
+    dg = dg[0] if blocks == 1 else dg.sum(0)
+    return dg.sum(2, keepdim=True) if shape.hg < shape.hs else dg
+
+
+def _channel_rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags) -> Tensor:
+    q, k, v, d_o, mass, extra = x
+    key_sums, row_dot = mass.new_empty(k.shape), mass.new_empty(k.shape)
+    dims, varlen = shape.channel_constants, rows.table is not None
+    cfg = shape.launch("key_sum")
+    key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+        k, gates.first, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift, rows.pairs,
+        BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")}, **cfg.options,
+    )  # fmt: skip
+    cfg = shape.launch("channel_row")
+    channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+        q, k, v, gates.first, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, row_dot, *place, BK=cfg.block_k,
+        BV=cfg.block_v, **dims, **flags, **cfg.options,
+    )  # fmt: skip
+    return row_dot
+
+
+def _channel_keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
+    q, k, v, d_o, mass, extra = x
+    dg = blank(mass, k.shape, all_k)
+    cfg = shape.launch("channel_value")
+    channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.block_v),)](
+        q, k, gates.first, d_states[0], d_o, mass, dv, *place, BK=cfg.block_k, BV=cfg.block_v,
+        **shape.channel_constants, **flags, **cfg.options,
+    )  # fmt: skip
+    cfg = shape.launch("channel_key")
+    channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+        q, k, v, gates.first, *d_states, d_o, mass, extra, row_dot, cross, dk, dg, *place, BK=cfg.block_k,
+        BV=cfg.block_v, **shape.channel_constants, **flags, **cfg.options,
+    )  # fmt: skip
+    return dg
 
 
 @gated_chunk_backward.register_fake

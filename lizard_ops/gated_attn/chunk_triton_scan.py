@@ -117,15 +117,15 @@ def state_kernel(
     a, b, mass, extra, g, g_lo, states, z_states, decays, table, owner, scale, q_rows, k_rows, q_shift, k_shift, pairs,
     HA: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, AG: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-    NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILES: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, VARLEN: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one chunk adds to S [K, V] and z [K] of one state head (one block of each), and log2 of its whole decay.
 
     Forward: sum_j exp(G_C - G_j) a_j b_j^T with a = k, b = v, and z alike with 1 for b.
     REVERSE: sum_h sum_i exp(G_i) a_i w_i b_i^T with a = q, b = do; z alike with ``extra`` (the gradient of the row's
     denominator) for w b.
-    GATE: 0 none, 1 a number a head (g, g_lo: local sums), 2 a number a channel (g: log-decays).
+    GATE: 0 none, 1 a number a head (g, g_lo: local sums), 2 a number a channel (g: TILES tiles of decay factors).
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV
@@ -160,28 +160,13 @@ def state_kernel(
             decay = (total - decay) + (total_lo - decay_lo)
             tl.store(decays + state, total, mask=(kb == 0) & (vb == 0))
         decay = tl.exp2(decay)
-    elif GATE == 2:
-        g += k0 * (HG * K)
-        g_t = tl.load(g + (o_c * HG + hg)[None, :] * K + ks[:, None], mask=ok[None, :] & k_ok[:, None], other=0.0)
-        g_t = tl.maximum(g_t, FLOOR) * LOG2E  # [BK, C]
-        if not REVERSE:
-            tl.store(decays + state * K + ks, tl.sum(g_t, 1), mask=only_if(vb == 0, k_ok))
-            between = o_c[:, None] > o_c[None, :]
-        else:
-            between = o_c[:, None] <= o_c[None, :]
-        # whether gate l stands between row r and the chunk's end (reverse: its start); products of zeros and ones with
-        # gates split in two float16 parts are exact, so the sums are float32's
-        if OPERAND == tl.bfloat16:
-            hi = g_t.to(tl.float16)
-            lo = (g_t - hi.to(tl.float32)).to(tl.float16)
-            between = between.to(tl.float16)
-            channel_decay = tl.dot(lo, between, tl.dot(hi, between))
-        else:
-            channel_decay = tl.dot(g_t, between.to(tl.float32), input_precision="ieee")
-        channel_decay = tl.exp2(channel_decay)
-        decay = tl.where(ok, 1.0, 0.0)
     else:
         decay = tl.where(ok, 1.0, 0.0)
+    if GATE == 2:
+        LEVELS: tl.constexpr = TILES - 2
+        part = state * TILES + (LEVELS if REVERSE else LEVELS + 1)
+        f_p = g + part * (C * K) + (o_c * K)[None, :] + ks[:, None]
+        f_t = tl.load(f_p, mask=(o_c < C)[None, :] & k_ok[:, None], other=0.0).to(tl.float32)  # [BK, C]
 
     acc = tl.zeros([BK, BV], tl.float32)
     acc_z = tl.zeros([BK], tl.float32)
@@ -202,7 +187,7 @@ def state_kernel(
                 weight *= scale
             z_weight *= tl.load(extra + m_p, mask=ok, other=0.0)
         if GATE == 2:
-            a_w = a_t.to(tl.float32) * channel_decay
+            a_w = a_t.to(tl.float32) * f_t
             acc_z += tl.sum(a_w * z_weight[None, :], 1)
             a_w = (a_w * weight[None, :]).to(OPERAND)
             acc = tl.dot(a_w, b_t.to(OPERAND), acc, input_precision=PRECISION)
