@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +29,7 @@ def command(
 
     With more training: [cyan]lizard-attn demo --minutes 30 --out longer-demo[/cyan]
     """
-    with one_line_errors("lizard-attn demo"):
+    with one_line_errors(lambda: shlex.join(["lizard-attn", *sys.argv[1:]])):
         from rich.console import Console
 
         from lizard_models.demo import demo

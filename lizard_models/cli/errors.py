@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import typer
 from rich.console import Console
@@ -14,22 +14,25 @@ FULL_DISK = ("No space left on device", "os error 28", "PytorchStreamWriter fail
 
 
 @contextlib.contextmanager
-def one_line_errors(go_on: str | None = None) -> Iterator[None]:
+def one_line_errors(go_on: Callable[[], str | None] = lambda: None) -> Iterator[None]:
     """Ends the command with one line on stderr for what a user can mend, and for Ctrl-C.
 
-    go_on: the command that takes up the work again. Exit codes: 2 for bad input and full disks or memory, 130 for
-    Ctrl-C. Any other error is a fault of ours and keeps its traceback, as does everything if $LIZARD_TRACEBACK is set.
+    go_on: called then, gives the command that takes up the work again, or None if there is nothing to take up.
+    Exit codes: 2 for bad input and full disks or memory, 130 for Ctrl-C. Any other error is a fault of ours and keeps
+    its traceback, as does everything if $LIZARD_TRACEBACK is set.
     """
     try:
         yield
     except KeyboardInterrupt as interrupt:
         what = str(interrupt) or "stopped"
-        _stop(f"{what}; nothing half-written is left" + (f"; go on with: {go_on}" if go_on else ""), 130)
+        again = f"; go on with: {command}" if (command := go_on()) else ""
+        _stop(f"{what}; nothing half-written is left{again}", 130)
     except Exception as error:
         line = explanation(error)
         if line is None or os.environ.get("LIZARD_TRACEBACK"):
             raise
-        _stop(f"error: {line}" + (f" (then go on with: {go_on})" if go_on and is_full_disk(error) else ""), 2)
+        again = f"; then go on with: {command}" if is_full_disk(error) and (command := go_on()) else ""
+        _stop(f"error: {line}{again}", 2)
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -41,7 +44,7 @@ def explanation(error: Exception) -> str | None:
     """One line for an error that the user can mend, None for any other."""
     text = " ".join(str(error).split())
     if is_full_disk(error):
-        return "the disk is full: free some space, or give --out (and --cache) on another disk"
+        return "the disk is full: free some space, or start again with --out (and --cache) on another disk"
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU is out of memory: give a smaller --micro-batch-size or --seq-len, or --gradient-checkpointing"
     if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileNotFoundError):

@@ -76,7 +76,7 @@ def command(
 
     A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
     """
-    with one_line_errors(_resume_command()):
+    with one_line_errors(lambda: _resume_command(out)):
         from rich.console import Console
 
         from lizard_models.config import LizardConfig
@@ -126,6 +126,10 @@ def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed
     return changes | ({"epochs": None} if steps else {})
 
 
-def _resume_command() -> str:
+def _resume_command(out: Path) -> str | None:
+    from lizard_models.pipeline import work_folder
+
+    if not work_folder(out).exists():
+        return None
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     return shlex.join(["lizard-attn", *arguments, "--resume"])

@@ -65,22 +65,23 @@ class ProgressCallback(TrainerCallback):
                 f"{self.title}: {self.quantity} is {self.loss} at step {state.global_step}; "
                 "try a smaller learning rate, or float32"
             )
-        self._show(state)
+        self._show(state, last=state.global_step == state.max_steps)
 
-    def _show(self, state: TrainerState) -> None:
+    def _show(self, state: TrainerState, last: bool = False) -> None:
         pace = (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
         left = clock(pace * (state.max_steps - state.global_step))
         loss = "" if self.loss is None else f"{self.quantity} {self.loss:.4f} · "
         status = f"{loss}{pace:.2f} s/step · {left} left"
         self.bar.update(self.task, completed=state.global_step, status=status)
-        due = state.global_step == state.max_steps or self.times[-1] - self.printed > self.every
+        due = last or self.times[-1] - self.printed > self.every
         if due and self.loss is not None and not self.console.is_terminal:
             self.printed = self.times[-1]
             self.console.print(f"{self.title}: step {state.global_step}/{state.max_steps} · {status}", highlight=False)
 
     def close(self) -> None:
         """Leaves the last state of the bar on the screen."""
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.stop()
 
 
 class InterruptCallback(TrainerCallback):
