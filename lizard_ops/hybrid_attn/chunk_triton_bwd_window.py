@@ -35,9 +35,9 @@ def window_query_kernel(
     stream, scale,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, MERGE: tl.constexpr,
-    RELATIVE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    RELATIVE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BT queries of one head; in a sum also do . o_window, and with it share and shift."""
+    """Gradient of BT queries of one head. EXACT finds do . o_window first, and with it the shift of the scores."""
     head = tl.program_id(0) % HQ
     head_k = head // (HQ // HK)
     n, block, batch, first, length = locate(tl.program_id(0) // HQ, stream, 0, BT)
@@ -62,11 +62,15 @@ def window_query_kernel(
     if MERGE:
         share = tl.load(share_io + out, mask=inside, other=0.0)
         shift = tl.load(shift_io + out, mask=inside, other=0.0)
+        flow = tl.load(flow_in + out, mask=inside, other=0.0)
     else:
         share = tl.full([BT], 1.0, tl.float32)
+        shift, flow = share, tl.zeros([BT], tl.float32)
         if weight is not None:
             p_weight = at(weight, batch, first + t, head) + i * weight.time
             share = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
+        tl.store(share_io + out, share, mask=inside)
+    if EXACT:
         average = tl.zeros([BT], tl.float32)
         for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
             row = t + stream.prefix - W + 1 + j
@@ -82,10 +86,10 @@ def window_query_kernel(
             seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
             p, dp = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION)
             average += tl.sum(p * dp, 1)
-        shift = -share * average
-        tl.store(average_out + out, average, mask=inside)
-        tl.store(share_io + out, share, mask=inside)
+        shift = -share * average - flow
         tl.store(shift_io + out, shift, mask=inside)
+        if not MERGE:
+            tl.store(average_out + out, average, mask=inside)
     b_dq = tl.zeros([BT, BD], tl.float32)
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
@@ -105,12 +109,11 @@ def window_query_kernel(
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
     if RELATIVE:
         top_key = tl.load(top_key_in + out, mask=inside, other=0)
-        flow = tl.load(flow_in + out, mask=inside, other=0.0)[:, None]
         of_k = p_k + top_key.to(tl.int64) * k.time
         if ANCHORS > 0:
             of_k = tl.where(top_key >= 0, of_k, p_ak + (-1 - top_key).to(tl.int64) * anchor_k.time)
         mask = inside[:, None] & (d < D)[None, :]
-        b_dq += flow * tl.load(of_k[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_dq += flow[:, None] * tl.load(of_k[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     p_dq = at(dq, batch, first + t, head) + (i * dq.time)[:, None] + d[None, :]
     tl.store(p_dq, (b_dq * scale).to(dq.ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
@@ -284,7 +287,7 @@ def window_queries(
             None if weight is None else head_rows(weight), masses.window, masses.top_key, terms.share, terms.shift,
             terms.flow, average, tokens, stream, scale, shape.window, shape.anchors, anchors is None, heads,
             shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, c.rows, c.columns,
-            shape.merge, shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages,
+            shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype, shape.precision, c.stages,
             **c.launch,
         )  # fmt: skip
     return dq, average

@@ -101,6 +101,11 @@ class Shape:
         return "ieee" if self.dtype == torch.float32 else "tf32"  # float16 has the digits of tf32
 
     @property
+    def exact(self) -> bool:
+        """Whether do . o_window is summed up key by key: a sum needs it, and float32 has digits that o lacks."""
+        return not self.merge or self.dtype == torch.float32
+
+    @property
     def exact_gates(self) -> bool:
         """Whether gate gradients count what queries send pair by pair, so that its roundings are those of what keys
         receive; the sum of a row is known without counting, to fewer digits."""
