@@ -169,7 +169,7 @@ def recurrent_hybrid_attn(
         anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
         coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, feature_scale=a.feature_scale,
     )  # fmt: skip
-    if chosen == "triton":
+    if chosen == "triton" and initial_state is not None:
         from lizard_ops.hybrid_attn.decode_triton import decode_hybrid_triton
 
         o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state)

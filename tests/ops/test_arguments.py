@@ -1,0 +1,181 @@
+"""Bad input: a ValueError that names the argument."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lizard_ops
+from lizard_ops import AttentionState, checked
+
+B, T, HQ, HK, K, V, F = 2, 6, 4, 2, 3, 5, 4
+
+
+def tensors(op):
+    x = {"q": torch.rand(B, T, HQ, K), "k": torch.rand(B, T, HK, K), "v": torch.rand(B, T, HK, V)}
+    if op == "hybrid":
+        x |= {"fq": torch.rand(B, T, HQ, F), "fk": torch.rand(B, T, HK, F)}
+    if op != "window":
+        x["g"] = -torch.rand(B, T, HK)
+    return x | ({} if op == "gated" else {"window": 3})
+
+
+FORMS = {
+    "gated": ("chunk_gated_attn", "recurrent_gated_attn", "naive_gated_attn"),
+    "window": ("window_attn", "naive_window_attn"),
+    "hybrid": ("chunk_hybrid_attn", "recurrent_hybrid_attn", "naive_hybrid_attn"),
+}
+EVERY = ("gated", "window", "hybrid")
+LINEAR = ("gated", "hybrid")
+STATE = AttentionState(torch.zeros(B, dtype=torch.int64))
+ONE_ROW = {"q": torch.rand(1, T, HQ, K), "k": torch.rand(1, T, HK, K), "v": torch.rand(1, T, HK, V)}
+ONE_ROW_LINEAR = ONE_ROW | {"g": None}
+
+BAD = [
+    # ops, changed arguments, what the message starts with
+    (EVERY, {"q": torch.rand(B, T, K)}, "q: got shape"),
+    (EVERY, {"q": [1.0]}, "q: got"),
+    (EVERY, {"q": torch.ones(B, T, HQ, K, dtype=torch.int64)}, "q: got"),
+    (EVERY, {"q": torch.rand(B, T, 3, K)}, "q: got"),
+    (EVERY, {"k": torch.rand(B, T, HK, K + 1)}, "k: got"),
+    (EVERY, {"k": torch.rand(B, T, HK, K).double()}, "k: got"),
+    (EVERY, {"k": torch.rand(B, T + 1, HK, K)}, "k: got"),
+    (EVERY, {"v": torch.rand(B, T, HQ, V)}, "v: got"),
+    (EVERY, {"v": torch.rand(B, T, HK, V).bfloat16()}, "v: got"),
+    (EVERY, {"v": torch.rand(B, T, HK, V, device="meta")}, "v: got"),
+    (EVERY, {"v": torch.rand(B, T, HK, 0)}, "k and v: got"),
+    (LINEAR, {"g": -torch.rand(B, T, HK).bfloat16()}, "g: got"),
+    (LINEAR, {"g": -torch.rand(B, T, 3)}, "g: got"),
+    (LINEAR, {"g": -torch.rand(B, T, HK, 2)}, "g: got"),
+    (LINEAR, {"g": torch.rand(B, T, HK)}, "g: got 0."),
+    (LINEAR, {"g": torch.full((B, T), torch.nan)}, "g: got nan"),
+    (LINEAR, {"normalize": 1}, "normalize: got 1"),
+    (EVERY, {"scale": 0.0}, "scale: got 0.0"),
+    (EVERY, {"scale": torch.nan}, "scale: got nan"),
+    (EVERY, {"anchors": -1}, "anchors: got -1"),
+    (EVERY, {"anchors": 1.0}, "anchors: got 1.0"),
+    (("gated",), {"window_offset": -2}, "window_offset: got -2"),
+    (("window", "hybrid"), {"window": 0}, "window: got 0"),
+    (("window", "hybrid"), {"sinks": torch.rand(3, 2)}, "sinks: got"),
+    (("window", "hybrid"), {"sinks": torch.rand(0)}, "sinks: got"),
+    (("window", "hybrid"), {"sinks": torch.ones(2, dtype=torch.int32)}, "sinks: got"),
+    (("window", "hybrid"), {"sink_form": "none"}, "sink_form: got 'none'"),
+    (EVERY, {"padding_mask": torch.ones(B, T)}, "padding_mask: got"),
+    (EVERY, {"padding_mask": torch.ones(B, T + 1, dtype=torch.bool)}, "padding_mask: got"),
+    (EVERY, {"cu_seqlens": torch.tensor([0, T])}, "q: got"),
+    (EVERY, {"cu_seqlens": torch.tensor([0.0, T])}, "cu_seqlens: got"),
+    (EVERY, {"cu_seqlens": torch.tensor([T])}, "cu_seqlens: got"),
+    (EVERY, {"cu_seqlens": torch.tensor([0, T]), "padding_mask": torch.ones(B, T).bool()}, "padding_mask: got"),
+    (("window",), ONE_ROW | {"cu_seqlens": torch.tensor([1, T])}, "cu_seqlens: got [1, 6]"),
+    (("window",), ONE_ROW | {"cu_seqlens": torch.tensor([0, 4, 2, T])}, "cu_seqlens: got [0, 4, 2, 6]"),
+    (("gated",), ONE_ROW_LINEAR | {"cu_seqlens": torch.tensor([0, T + 1])}, "cu_seqlens: got [0, 7]"),
+    (EVERY, {"initial_state": torch.zeros(B)}, "initial_state: got 'Tensor'"),
+    (EVERY, {"initial_state": STATE._replace(position=torch.zeros(B))}, "initial_state.position: got"),
+    (LINEAR, {"initial_state": STATE}, "initial_state."),
+    (("window",), {"initial_state": STATE._replace(ring_k=torch.zeros(B, 4, HK, K))}, "initial_state.ring_k"),
+    (("hybrid",), {"fq": torch.rand(B, T, HK, F)}, "fq: got"),
+    (("hybrid",), {"fk": torch.rand(B, T, HK, F + 1)}, "fk: got"),
+    (("hybrid",), {"fk": torch.rand(B, T, HK, F).double()}, "fk: got"),
+    (("hybrid",), {"mix": "mean"}, "mix: got 'mean'"),
+    (("hybrid",), {"merge_mass": "exact"}, "merge_mass: got 'exact'"),
+    (("hybrid",), {"coverage": "inside"}, "coverage: got 'inside'"),
+    (("hybrid",), {"feature_map": "relu"}, "feature_map: got 'relu'"),
+    (("hybrid",), {"mix": "merge", "normalize": False}, "normalize: got False"),
+    (("hybrid",), {"mix": "merge", "alpha": 1.0}, "alpha: got 1.0"),
+    (("hybrid",), {"merge_bias": torch.rand(HQ)}, "merge_bias: got"),
+    (("hybrid",), {"alpha": torch.rand(HK)}, "alpha: got"),
+    (("hybrid",), {"mix": "merge", "merge_bias": torch.rand(B, T, HK)}, "merge_bias: got"),
+    (("hybrid",), {"feature_scale": -1.0}, "feature_scale: got -1.0"),
+]
+CASES = [
+    pytest.param(op, form, changes, message, id=f"{form}-{i}")
+    for i, (ops, changes, message) in enumerate(BAD)
+    for op in ops
+    for form in FORMS[op]
+]
+
+
+@pytest.mark.parametrize("op, form, changes, message", CASES)
+def test_bad_arguments(op, form, changes, message):
+    with pytest.raises(ValueError) as error:
+        getattr(lizard_ops, form)(**(tensors(op) | changes))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "form, changes, message",
+    [
+        ("chunk_gated_attn", {"chunk_size": 0}, "chunk_size"),
+        ("chunk_gated_attn", {"impl": "fast"}, "impl: got 'fast'"),
+        ("chunk_gated_attn", {"impl": "naive", "chunk_size": 4}, "chunk_size"),
+        ("chunk_gated_attn", {"impl": "naive", "gate_form": "absorbed"}, "gate_form"),
+        ("chunk_gated_attn", {"gate_form": "fused"}, "gate_form: got 'fused'"),
+        ("chunk_gated_attn", {"gate_form": "absorbed", "g": None}, "gate_form"),
+        ("chunk_gated_attn", {"gate_form": "absorbed", "g": -torch.rand(B, T, HK, K)}, "gate_form"),
+        ("chunk_gated_attn", {"gate_form": "absorbed", "g": torch.full((B, T), -50.0)}, "gate_form"),
+        ("chunk_hybrid_attn", {"gate_form": "absorbed", "feature_map": "softmax", "g": None}, "gate_form"),
+        ("chunk_gated_attn", {"return_log_mass": 1}, "return_log_mass"),
+        ("window_attn", {"return_lse": None}, "return_lse"),
+        ("recurrent_gated_attn", {"impl": "triton"}, "impl: got 'triton'"),
+        ("recurrent_hybrid_attn", {"impl": "triton"}, "impl: got 'triton'"),
+    ],
+)
+def test_bad_choices(form, changes, message):
+    op = form.split("_")[-2]
+    with pytest.raises(ValueError) as error:
+        getattr(lizard_ops, form)(**(tensors(op) | changes))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("form", ["chunk_gated_attn", "window_attn", "chunk_hybrid_attn"])
+def test_triton_is_not_replaced(form, monkeypatch):
+    op = form.split("_")[-2]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl: got 'triton'"):
+        getattr(lizard_ops, form)(**tensors(op), impl="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    double = {name: x.double() if torch.is_tensor(x) else x for name, x in tensors(op).items()}
+    with pytest.raises(ValueError, match="float64"):
+        getattr(lizard_ops, form)(**double, impl="triton")
+    if op != "gated":
+        with pytest.raises(ValueError, match="linear"):
+            getattr(lizard_ops, form)(**tensors(op), impl="triton", sinks=torch.ones(2), sink_form="linear")
+
+
+def test_unknown_keywords_are_refused():
+    with pytest.raises(TypeError):
+        lizard_ops.chunk_gated_attn(**tensors("gated"), head_first=True)
+
+
+def test_a_state_of_other_options_is_refused():
+    x = tensors("gated")
+    _, state = lizard_ops.chunk_gated_attn(**x, window_offset=2, output_final_state=True)
+    for options in ({"window_offset": 3}, {"window_offset": 0}):
+        with pytest.raises(ValueError, match="initial_state.ring"):
+            lizard_ops.chunk_gated_attn(**x, **options, initial_state=state)
+    with pytest.raises(ValueError, match="initial_state.ring_g"):
+        lizard_ops.chunk_gated_attn(**(x | {"g": None}), window_offset=2, initial_state=state)
+
+
+def test_gates_of_padding_may_hold_anything():
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[:, 0] = False
+    x = tensors("gated")
+    x["g"][:, 0] = torch.nan
+    assert lizard_ops.chunk_gated_attn(**x, padding_mask=mask)[0].isfinite().all()
+
+
+def test_checked_mode_is_a_context():
+    assert not torch.empty(0).is_cuda
+    with checked(), checked(False):
+        lizard_ops.chunk_gated_attn(**tensors("gated"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_checked_mode_reads_gpu_values():
+    x = {name: x.cuda() for name, x in tensors("gated").items()}
+    x["g"] = -x["g"]
+    lizard_ops.chunk_gated_attn(**x)
+    with checked(), pytest.raises(ValueError, match="g: got"):
+        lizard_ops.chunk_gated_attn(**x)

@@ -1,0 +1,45 @@
+"""The PyTorch paths under torch.compile(fullgraph=True): one graph, so no value is read back, and the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import call, cases
+from op_checks import examples
+
+RECOMMENDED = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "weight": "head", "gate": "key"}
+
+
+@pytest.mark.parametrize(
+    "op, form, fixed",
+    [
+        ("gated", "chunk", {"gate": "key"}),
+        ("gated", "chunk", {"gate": "channel", "offset": 5}),
+        ("window", "chunk", {"sinks": True, "anchors": 3}),
+        ("hybrid", "chunk", RECOMMENDED),
+        ("hybrid", "chunk", {"mix": "sum", "feature_map": "exp", "coverage": "all"}),
+        ("hybrid", "recurrent", RECOMMENDED),
+    ],
+)
+def test_compiles_to_one_graph(op, form, fixed):
+    @examples(1, cases(op, B=2, T=9 if form == "chunk" else 1, **fixed))
+    def check(case):
+        case = case.cast(torch.float32)
+        mask = torch.tensor([[True], [False]]) | (torch.arange(case.length) < 7)
+
+        def run(tokens, weights):
+            case.tokens.update(tokens)
+            case.weights.update(weights)
+            return call(case, form, padding_mask=mask)
+
+        torch.compiler.reset()
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        leaves = {name: None if x is None else x.clone().requires_grad_() for name, x in case.tokens.items()}
+        weights = {name: x.clone().requires_grad_() for name, x in case.weights.items()}
+        plain, found = run(leaves, weights), compiled(leaves, weights)
+        inputs = [x for x in (*leaves.values(), *weights.values()) if x is not None]
+        plain_d, found_d = (torch.autograd.grad(y["o"].sum(), inputs, allow_unused=True) for y in (plain, found))
+        for a, b in ((list(plain.values()), list(found.values())), (plain_d, found_d)):
+            for x, y in zip(a, b, strict=True):
+                if x is not None:
+                    torch.testing.assert_close(y, x)
