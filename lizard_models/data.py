@@ -107,8 +107,8 @@ def load_sequences(
 
     sources: see ``documents.find_sources``; records: see ``documents.document_of``. tokenizer: may be None if every
     source holds token ids. An end-of-text token is put between documents of text. examples: documents taken at most.
-    vocab_size: ids are checked against it (default: the tokenizer's). Hub data sets and local files beyond 256 MB are
-    streamed.
+    vocab_size: ids are checked against it (default: the tokenizer's). Without ``examples``, hub data sets and local
+    files beyond 256 MB are streamed.
 
     Raises ValueError naming the source: missing, unreadable, without text, shorter than one sequence, ids out of range.
     """
@@ -127,7 +127,7 @@ def load_sequences(
 
     for name in hub:  # a name or a field that is wrong shows here, not in the middle of a run
         next(read_hub(name, text_field), None)
-    if hub or sum(path.stat().st_size for path in local) > STREAM_FROM_BYTES:
+    if examples is None and (hub or sum(path.stat().st_size for path in local) > STREAM_FROM_BYTES):
         digest = hashlib.sha256("\n".join(sources).encode()).hexdigest()
         return StreamedTokens(lambda epoch: encode(documents(epoch)), seq_len, seed, digest=f"names:{digest}")
     tokens = list(encode(documents(0)))

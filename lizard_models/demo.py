@@ -34,6 +34,7 @@ EVAL_LENGTH = 2048
 SEQUENCE = 1024
 PASSKEY_LENGTHS = (128, 512)
 PROMPT_TOKENS, NEW_TOKENS = 400, 60
+STAGE2_STEP, MEASURING = 3, 75  # one step of stage 2, and all that is not training, in steps of stage 1
 
 
 def fetch_tales(cache: Path, say: Say) -> tuple[Path, Path]:
@@ -67,7 +68,7 @@ def read_tales(file: Path) -> list[tuple[str, str]]:
 def demo(out: Path, *, minutes: float, cache: str | None, console: Console) -> Path:
     """Runs the demonstration and returns the model's folder. Goes on with a run that stopped; shows a finished one.
 
-    minutes: time for training, from which the steps are planned by a short measurement.
+    minutes: time for everything, from which the steps are planned by a short measurement.
     """
     started = time.monotonic()
 
@@ -77,7 +78,7 @@ def demo(out: Path, *, minutes: float, cache: str | None, console: Console) -> P
     if (out / "config.json").is_file():
         say(f"{out} holds a finished model; delete it to start again")
     else:
-        run(_plan(out, minutes, cache, say), console)
+        run(_plan(out, started + 60 * minutes, cache, say), console)
     if not (out / "continuations.json").is_file():
         continuations = _continuations(out, cache, say)
         (out / "continuations.json").write_text(json.dumps(continuations, indent=2) + "\n")
@@ -87,7 +88,7 @@ def demo(out: Path, *, minutes: float, cache: str | None, console: Console) -> P
     return out
 
 
-def _plan(out: Path, minutes: float, cache: str | None, say: Say) -> Plan:
+def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
     train, held_out = fetch_tales(cache_dir(cache), say)
     work = work_folder(out)
     path = work / "demo.json"
@@ -96,7 +97,7 @@ def _plan(out: Path, minutes: float, cache: str | None, say: Say) -> Plan:
         say(f"going on with the run in {work}")
         steps = json.loads(path.read_text())
     else:
-        steps = _plan_steps(minutes, cache, say)
+        steps = _plan_steps(deadline, cache, say)
     recipe: dict[str, Any] = {"sequence_length": SEQUENCE, "batch_size": 1}
     config = LizardConfig.preset(
         "recommended",
@@ -122,8 +123,8 @@ def _plan(out: Path, minutes: float, cache: str | None, say: Say) -> Plan:
     )
 
 
-def _plan_steps(minutes: float, cache: str | None, say: Say) -> dict[str, int]:
-    """Steps that fit: two thirds of the time for stage 1. A step of stage 2 costs about 2.5 of stage 1."""
+def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
+    """Steps that fit before ``deadline`` (monotonic seconds): two thirds of the time that is left for stage 1."""
     teacher = load_teacher(TEACHER, cache=cache, say=say)
     student = linearize(teacher.model, LizardConfig.preset("recommended")).requires_grad_(False)
     for _, parameter in student.lizard_parameters():
@@ -138,8 +139,9 @@ def _plan_steps(minutes: float, cache: str | None, say: Say) -> dict[str, int]:
         objective(tokens)["loss"].backward()
         times.append(time.monotonic() - begun)
     seconds = min(times)
-    first = max(20, min(2000, round(minutes * 60 * 2 / 3 / seconds)))
-    second = max(8, min(800, round(minutes * 60 / 3 / (2.5 * seconds))))
+    left = deadline - time.monotonic() - MEASURING * seconds
+    first = max(20, round(left * 2 / 3 / seconds))
+    second = max(8, round(left / 3 / (STAGE2_STEP * seconds)))
     say(f"plan: a step takes about {seconds:.1f} s here, so {first} steps of stage 1 and {second} of stage 2")
     return {"stage1": first, "stage2": second}
 

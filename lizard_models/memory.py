@@ -61,7 +61,8 @@ def describe(
     for length in LENGTHS:
         teacher = cache_bytes(config, length, config.num_hidden_layers, dtype)
         student = lizard_bytes(config, length, dtype)
-        table.add_row(f"{length:,}", f"{teacher:,} B", f"{student:,} B", f"{teacher / student:.1f}x")
+        sizes = (f"{size / 2**20:,.1f} MiB" for size in (teacher, student))
+        table.add_row(f"{length:,}", *sizes, f"{teacher / student:.1f}x")
     return [*lines, table]
 
 

@@ -9,6 +9,8 @@ import typer
 from lizard_models.cli.errors import one_line_errors
 from lizard_models.cli.options import Device, DType, read_device, read_dtype
 
+PREFILL_CHUNK = 4096  # tokens of the prompt that are read at a time, so that its length takes no memory
+
 
 def command(
     model: Annotated[str, typer.Argument(help="Folder of a linearized model.")],
@@ -59,6 +61,7 @@ def command(
             pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
             streamer=TextStreamer(loaded.tokenizer, skip_prompt=chat, skip_special_tokens=True),
             return_dict_in_generate=True,
+            prefill_chunk_size=PREFILL_CHUNK,
             **(
                 {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
             ),

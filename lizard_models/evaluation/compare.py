@@ -89,9 +89,7 @@ def _measure(name: str, model: Any, plan: Comparison, loaded: LoadedModel, docum
     if documents is not None:
         row.loss = loss_by_position(model, documents.tokens, plan.batch_size)
     if plan.passkey_lengths and loaded.tokenizer is not None:
-        row.passkey = passkey_accuracy(
-            model, loaded.tokenizer, plan.passkey_lengths, trials=plan.passkey_trials, batch_size=plan.batch_size
-        )
+        row.passkey = passkey_accuracy(model, loaded.tokenizer, plan.passkey_lengths, trials=plan.passkey_trials)
     if plan.tasks and loaded.tokenizer is not None:
         row.tasks = run_tasks(
             model,

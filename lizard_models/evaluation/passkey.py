@@ -49,13 +49,13 @@ def passkey_accuracy(
     *,
     trials: int = 10,
     seed: int = 0,
-    batch_size: int = 1,
+    batch_tokens: int = 4096,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[int, float]:
     """Share of keys that greedy generation repeats exactly, by length in tokens.
 
-    Keys of five digits from ``seed``, at depths spread evenly over the text, the same for every model. advance: called
-    with the number of prompts done.
+    Keys of five digits from ``seed``, at depths spread evenly over the text, the same for every model. As many prompts
+    go through together as fit into ``batch_tokens``, at least one. advance: called with the number of prompts done.
     """
     device = next(model.parameters()).device
     accuracy = {}
@@ -64,7 +64,7 @@ def passkey_accuracy(
         keys = ["".join(map(str, draw.integers(0, 10, DIGITS))) for _ in range(trials)]
         depths = [(i + 0.5) / trials for i in range(trials)]
         pairs = [passkey_prompt(tokenizer, length, depth, key) for depth, key in zip(depths, keys, strict=True)]
-        right = 0
+        right, batch_size = 0, max(1, batch_tokens // length)
         for start in range(0, trials, batch_size):
             batch = pairs[start : start + batch_size]
             prompts = torch.tensor([prompt for prompt, _ in batch], device=device)

@@ -61,7 +61,7 @@ def test_linearize_saves_a_model_and_what_was_measured(model):
     assert lizard_config(loaded.config).attention.window == 16
 
 
-def test_generate_continues_in_bounded_state(model):
+def test_generate_continues_in_bounded_state(model, monkeypatch):
     result = call("generate", model[0], "the wind turns", "-n", "5", "--device", "cpu")
     assert result.stdout.startswith("the wind turns")
     assert "14 tokens read, 5 written" in result.stderr and "MB of state" in result.stderr
@@ -71,6 +71,8 @@ def test_generate_continues_in_bounded_state(model):
     assert sampled[0] == sampled[1] != sampled[2]
     piped = CliRunner().invoke(app, ["generate", str(model[0]), "-", "-n", "2"], input="from a pipe")
     assert piped.stdout.startswith("from a pipe")
+    monkeypatch.setattr("lizard_models.cli.generate.PREFILL_CHUNK", 3)
+    assert call("generate", model[0], "the wind turns", "-n", "5", "--device", "cpu").stdout == result.stdout
     assert error("generate", model[0], "") == "error: prompt is empty: give some text to continue"
 
 

@@ -135,6 +135,8 @@ def test_a_hub_data_set_is_streamed(monkeypatch):
     streamed = load_sequences(["owner/name:part"], TOKENIZER, 4)
     assert len(list(streamed)) == 2
     assert asked[0] == (("owner/name", "part"), {"split": "train", "streaming": True})
+    some = load_sequences(["owner/name:part"], TOKENIZER, 4, examples=1)
+    assert written(some) == "abcdefg</s>"  # a number of examples has a length, so that epochs can be counted
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ValueError, match="'owner/name'.*division by zero"):
         load_sequences(["owner/name"], TOKENIZER, 4)

@@ -8,6 +8,7 @@ from readable import SENTENCE, save_teacher
 from rich.console import Console
 
 from lizard_models import demo as module
+from lizard_models import pipeline
 from lizard_models.demo import demo, fetch_tales, read_tales
 
 
@@ -51,11 +52,18 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "TEACHER", str(save_teacher(tmp_path / "teacher")))
     out = tmp_path / "demo"
-    texts = []
-    for _ in range(2):
+
+    def attempt() -> str:
         console = Console(record=True, width=200, file=open("/dev/null", "w"))
         demo(out, minutes=0.01, cache=str(tales), console=console)
-        texts.append(console.export_text())
+        return console.export_text()
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(pipeline, "train_stage2", interrupted)
+        attempt()
+    assert not out.exists()
+    texts = [attempt(), attempt()]
+    assert "going on with the run in" in texts[0] and "holds a finished model" in texts[1]
     for text in (
         "window control",
         "untrained student",
@@ -66,10 +74,13 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
         "plot:",
     ):
         assert all(text in shown for shown in texts)
-    assert "steps of stage 1" in texts[0] and "holds a finished model" in texts[1]
     files = {"config.json", "evaluation.json", "evaluation.png", "continuations.json", "model.safetensors"}
     assert files <= {path.name for path in out.iterdir()} and not (tmp_path / "demo.training").exists()
     assert set(json.loads((out / "continuations.json").read_text())) == {"prompt", "teacher", "student"}
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.network

@@ -87,14 +87,14 @@ def test_passkey_accuracy_counts_exact_answers():
                 rows.append(tokenizer(f" {key[:-1]}{wrong}", return_tensors="pt")["input_ids"][0])
             return torch.cat([prompts, torch.stack(rows)], 1)
 
-    accuracy = passkey_accuracy(EveryOther(1, 1), tokenizer, [500, 700], trials=6, batch_size=4)
+    accuracy = passkey_accuracy(EveryOther(1, 1), tokenizer, [500, 700], trials=6, batch_tokens=2100)
     assert accuracy == {500: 0.5, 700: 0.5}
 
 
 def test_models_answer_passkeys_by_generating():
     tokenizer = byte_tokenizer()
     model = student(vocab_size=len(tokenizer), max_position_embeddings=1024)
-    assert passkey_accuracy(model, tokenizer, [400], trials=2, batch_size=2) == {400: 0.0}
+    assert passkey_accuracy(model, tokenizer, [400], trials=2) == {400: 0.0}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import student, tokens
 from training import Sequences, arguments, fresh, moved, recipes, snapshot
 
+from lizard_models.data import StreamedTokens
 from lizard_models.distill import TrainingInterrupted, layer_errors, train_stage1, trainer
 from lizard_models.distill.stage1 import AttentionTransfer
 
@@ -92,6 +93,20 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     loaded = fresh()  # a finished run is only read
     train_stage1(loaded, Sequences(stop_at=1), dataclasses.replace(run, resume=True), recipe)
     assert moved(snapshot(whole), loaded) == set()
+
+
+def test_streamed_data_resume_where_they_stopped(tmp_path):
+    def stream(stop_at: int | None = None) -> StreamedTokens:
+        rows = Sequences(stop_at=stop_at)
+        return StreamedTokens(lambda epoch: (rows[i]["input_ids"].numpy() for i in range(16)), 48, buffer=4)
+
+    whole, again = fresh(), fresh()
+    recipe = recipes(whole, steps=11)[0]  # into the second epoch
+    train_stage1(whole, stream(), arguments(tmp_path / "a"), recipe)
+    with pytest.raises(TrainingInterrupted):
+        train_stage1(fresh(), stream(stop_at=14), arguments(tmp_path / "b"), recipe)
+    train_stage1(again, stream(), arguments(tmp_path / "b", resume=True), recipe)
+    assert moved(snapshot(whole), again) == set()
 
 
 def test_a_second_interrupt_stops_at_once():
