@@ -59,22 +59,28 @@ def judge(found: Outputs, case: Case, dtype: torch.dtype, naive: Callable[[Case]
     sizes = {name: x.abs().max().item() if x.numel() else 0.0 for name, x in case.leaves().items()}
     flow = exact["d v"].abs().max().item() * sizes["v"] if gradients and exact["d v"].numel() else 0.0
     for name, x in found.items():
-        before = _before_cancelling(name.removeprefix("d "), case.op, sizes) * flow
+        before = _before_cancelling(name.removeprefix("d "), case, sizes) * flow
         error = excess(x.cpu(), plain[name], exact[name], dtype, before)
         assert error <= 1, f"{name}: {error:.3g} times the error that is allowed, {dtype}, {case.options}"
 
 
-def _before_cancelling(name: str, op: str, sizes: dict[str, float]) -> float:
-    """Size of the terms of an input's gradient over that of the values' gradient times the values."""
-    if name in ("q", "k") and op != "gated":  # the scores are q.k
+def _before_cancelling(name: str, case: Case, sizes: dict[str, float]) -> float:
+    """Size of the terms of an input's gradient over that of the values' gradient times the values.
+
+    They cancel, to nothing where one key has all the mass, because a normalised output knows ratios of weights alone.
+    """
+    if name in ("q", "k") and case.op != "gated":  # scores q.k are logs of weights
         return sizes["k" if name == "q" else "q"]
-    return 1.0 / max(1.0, sizes[name]) if name in sizes else 0.0  # the logs of weights are
+    finished = case.op == "gated" or case.options.get("feature_map") == "identity"
+    if name in ("q", "k", "fq", "fk") and finished:  # weights are products of features
+        return 1.0 / max(1.0, sizes[name])
+    return 1.0 if name in sizes else 0.0
 
 
 def excess(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, before: float) -> float:
     """Error over what is allowed: twice that of ``plain`` and a floor of a few roundings, largest and RMS.
 
-    before: size of the terms of a gradient before they cancel, as they do to nothing where one key has all the mass.
+    before: size of the terms of a gradient before they cancel.
     """
     assert found.shape == exact.shape, (found.shape, exact.shape)
     if not exact.is_floating_point() or exact.numel() == 0:
