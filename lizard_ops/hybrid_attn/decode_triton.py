@@ -18,7 +18,7 @@ STATE_FIELDS = AttentionState._fields
 
 
 class Config(NamedTuple):
-    """Launch configuration: features of a state tile, ring slots of a score tile, warps, stages, register limit."""
+    """Launch configuration: features of a state tile, ring slots of a score tile, warps, stages, registers."""
 
     features: int
     slots: int
@@ -28,10 +28,13 @@ class Config(NamedTuple):
 
 
 def config_for(q: Tensor, features: int, v_dim: int) -> Config:
-    """The configuration by dims and dtype, picked on an H200."""
-    tile = max(16, min(triton.next_power_of_2(features), 16384 // max(16, triton.next_power_of_2(v_dim))))
-    narrow = q.dtype == torch.float32 or max(q.shape[3], v_dim) > 128
-    return Config(tile, 32, 8, 2, None) if narrow else Config(tile, 64, 8, 2, 128)
+    """The configuration by dims and dtype, picked on an H200.
+
+    A state tile has at least four numbers a thread, lest two threads update one number.
+    """
+    if q.dtype == torch.float32 or max(q.shape[3], v_dim) > 128:
+        return Config(32, 32, 4, 1, None)
+    return Config(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
 
 
 def decode_hybrid_triton(
@@ -138,6 +141,7 @@ def hybrid_decode(
             BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return o

@@ -14,28 +14,29 @@ FAR = tl.constexpr(1 << 30)  # beyond every row index
 
 
 class Config(NamedTuple):
-    """Launch configuration: rows and columns of a score tile, query heads in a tile of query rows, warps, stages."""
+    """Launch configuration: rows and columns of a score tile, query heads in a tile of query rows, warps, stages,
+    registers a thread (None: the compiler's choice)."""
 
     rows: int
     columns: int
     heads: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
     """The configuration of a kernel ("forward", "queries" or "keys") by head dims and dtype, picked on an H200."""
     dim, full = max(q.shape[3], v.shape[3]), q.dtype == torch.float32
     if kernel == "keys":  # its tiles hold a power of two of heads
-        rows, columns, warps, stages = (32, 32, 4, 1) if full else (64, 32, 8, 1) if dim > 128 else (64, 64, 4, 2)
+        rows, columns, warps, stages = (32, 32, 4, 1) if full else (64, 32, 8, 1) if dim > 128 else (64, 32, 4, 2)
         return Config(rows, columns, min(triton.next_power_of_2(group), columns), warps, stages)
     if full:  # no tensor cores: small tiles
-        rows, columns, warps, stages = 32, 32, 4, 1
-    elif dim > 128:
-        rows, columns, warps, stages = 64, 32, 4, 1
-    else:
-        rows, columns, warps, stages = (128, 64, 8, 2) if kernel == "forward" else (128, 32, 8, 2)
-    return Config(rows, columns, min(group, rows), warps, stages)
+        return Config(32, 32, min(group, 32), 4, 1)
+    heads = min(group, 64)
+    if dim > 128:
+        return Config(64, 32, heads, 4, 1)
+    return Config(64, 32, heads, 4, 2, None if kernel == "forward" else 168)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

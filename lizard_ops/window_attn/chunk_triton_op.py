@@ -44,7 +44,7 @@ def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, 
         "P": prefix, "BM": config.rows, "BN": config.columns,
         "BD": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "num_warps": config.warps, "num_stages": config.stages,
+        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
     }  # fmt: skip
 
 
