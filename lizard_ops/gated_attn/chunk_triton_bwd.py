@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .chunk_triton_fwd import decay_row, decay_tile
-from .chunk_triton_scan import column, locate, only_if, state_tile, tile
+from .chunk_triton_scan import locate, only_if, state_tile, tile
 
 
 @triton.jit
@@ -84,6 +84,9 @@ def row_kernel(
     if GATED:
         gi, _ = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
         from_start = tl.exp2(gi)
+        weight = decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG)
+    else:
+        weight = causal.to(tl.float32)
 
     kp, km = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
     k_t = tl.load(kp, mask=km, other=0.0)  # [C, BK]
@@ -115,17 +118,12 @@ def row_kernel(
                 acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), acc, input_precision=PRECISION)
         qp, qm = tile(q, ri, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
-        if GATED:
-            weight = decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG)
-        else:
-            weight = causal.to(tl.float32)
-        own = tl.sum(acc * q_t.to(tl.float32), 1)
         delta = tl.zeros([BM], tl.float32)
         if NORMALIZE:
             # do.o from the same rounded factors as dA, so that sum_j a_ij dA_ij stays d log_mass; o would not give that
             if NKB == 1:
                 score = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
-                far = own
+                far = tl.sum(acc * q_t.to(tl.float32), 1)
             else:
                 far = tl.zeros([BM], tl.float32)
                 score = tl.zeros([BM, C], tl.float32)
@@ -136,11 +134,11 @@ def row_kernel(
                     score = tl.dot(q_b, tl.trans(tl.load(bp, mask=bm, other=0.0)), score, input_precision=PRECISION)
                     through = tl.zeros([BM, BK], tl.float32)
                     for vb in tl.static_range(NVB):
-                        dop, om = tile(d_o, ri, ok, head, HQ, V, vb * BV, BV)
-                        do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
+                        bp, bm = tile(d_o, ri, ok, head, HQ, V, vb * BV, BV)
+                        do_b = tl.load(bp, mask=bm, other=0.0).to(OPERAND)
                         sp, sm = state_tile(states, state, K, V, b * BK, vb * BV, BK, BV)
-                        s_t = tl.load(sp, mask=sm, other=0.0)
-                        through = tl.dot(do_t, tl.trans(s_t), through, input_precision=PRECISION)
+                        s_b = tl.load(sp, mask=sm, other=0.0)
+                        through = tl.dot(do_b, tl.trans(s_b), through, input_precision=PRECISION)
                     far += tl.sum(through * q_b.to(tl.float32), 1)
             if GATED:
                 far *= from_start
@@ -149,11 +147,8 @@ def row_kernel(
         w, e = row_terms(d_log_mass, mass, m_p, ok, delta, scale, NORMALIZE)
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
         if GATED:
-            own_z = tl.sum(tl.dot(q_t.to(OPERAND), column(z_t, OPERAND), input_precision=PRECISION), 1)
-            w_far = w * from_start
-            e_far = e * from_start
-            tl.store(row_dot + kb * row_total + m_p, own * w_far + own_z * e_far, mask=ok)
-            acc = acc * w_far[:, None] + e_far[:, None] * z_t[None, :]
+            acc = acc * (w * from_start)[:, None] + (e * from_start)[:, None] * z_t[None, :]
+            tl.store(row_dot + kb * row_total + m_p, tl.sum(acc * q_t.to(tl.float32), 1), mask=ok)
         else:
             acc = acc * w[:, None] + e[:, None] * z_t[None, :]
         da = (d_score * w[:, None] + e[:, None]) * weight

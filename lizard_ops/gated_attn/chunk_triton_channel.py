@@ -237,8 +237,8 @@ def channel_row_kernel(
         else:
             delta = tl.zeros([C], tl.float32)
             for b in tl.static_range(NKB):
-                x_b = value_sums(d_score, own, k, d_o, factors, states, state, ok, hk, head, b, HQ, HK, K, V, C, LEVELS, BK,
-                                 BV, OPERAND, PRECISION)  # fmt: skip
+                x_b = value_sums(d_score, own, k, d_o, factors, states, state, ok, hk, head, b, HQ, HK, K, V, C, LEVELS,
+                                 BK, BV, OPERAND, PRECISION)  # fmt: skip
                 bp, bm = tile(q, r, ok, head, HQ, K, b * BK, BK)
                 delta += tl.sum(x_b * tl.load(bp, mask=bm, other=0.0).to(tl.float32), 1)
         m_p = r * HQ + head

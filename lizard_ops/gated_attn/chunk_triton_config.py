@@ -30,20 +30,20 @@ class Launch(NamedTuple):
 
 # kernel -> (most columns of K and V in a tile, queries, warps, stages); for operands of 2 bytes, then of 4
 WIDE = {
-    "state": (128, 128, 1, 4, 2),
-    "state_reverse": (128, 128, 1, 8, 2),
-    "scan": (4, 128, 1, 2, 6),
+    "state": (128, 128, 1, 8, 1),
+    "state_reverse": (128, 128, 1, 8, 3),
+    "scan": (8, 128, 1, 4, 6),
     "output": (128, 128, 1, 4, 2),
     "row": (128, 128, 2, 8, 2),
     "key": (128, 128, 32, 4, 2),
-    "channel_state": (128, 64, 1, 4, 1),
-    "channel_state_reverse": (128, 64, 1, 4, 1),
+    "channel_state": (64, 128, 1, 4, 1),
+    "channel_state_reverse": (64, 128, 1, 4, 2),
     "factor": (128, 128, 1, 4, 1),
     "key_sum": (128, 128, 1, 4, 1),
-    "channel_output": (128, 128, 1, 4, 2),
-    "channel_row": (128, 128, 1, 4, 2),
-    "channel_value": (128, 128, 1, 4, 2),
-    "channel_key": (128, 128, 1, 4, 2),
+    "channel_output": (128, 128, 1, 8, 2),
+    "channel_row": (128, 128, 1, 8, 2),
+    "channel_value": (128, 128, 1, 8, 2),
+    "channel_key": (128, 128, 1, 8, 2),
 }
 NARROW = {
     "state": (64, 64, 1, 4, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_triton_scan import column, locate, only_if, state_tile, tile
+from .chunk_triton_scan import locate, only_if, state_tile, tile
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def decay_row(g_hi, g_lo, rows, valid, hg, HG: tl.constexpr):
 
 @triton.jit
 def decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG: tl.constexpr):
-    """exp(G_i - G_j) [queries, keys], 0 where query i does not see key j. Cheaper to form anew than to keep."""
+    """exp(G_i - G_j) [queries, keys], 0 where query i does not see key j."""
     gi, gi_lo = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
     gj, gj_lo = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
     d = (gi[:, None] - gj[None, :]) + (gi_lo[:, None] - gj_lo[None, :])
@@ -76,6 +76,10 @@ def output_kernel(
         gj, _ = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
         gi, _ = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
         from_start = tl.exp2(gi)
+    if GATED and not ABSORBED:
+        weight = decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG)
+    else:
+        weight = causal.to(tl.float32)
 
     vp, vm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)
     v_t = tl.load(vp, mask=vm, other=0.0)  # [C, BV]
@@ -87,7 +91,7 @@ def output_kernel(
         sp, sm = state_tile(states, state, K, V, 0, vb * BV, BK, BV)
         s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
         ks = tl.arange(0, BK)
-        z_t = column(tl.load(z_states + state * K + ks, mask=ks < K, other=0.0), OPERAND)
+        z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
 
     for step in range(0, (GS + GH - 1) // GH):
         head = step * GH + o_m // C
@@ -102,12 +106,12 @@ def output_kernel(
                 sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
                 s_t = tl.load(sp, mask=sm, other=0.0)
                 ks = kb * BK + tl.arange(0, BK)
-                z_t = column(tl.load(z_states + state * K + ks, mask=ks < K, other=0.0), OPERAND)
+                z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
             qp, qm = tile(q, ri, ok, head, HQ, K, kb * BK, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
             if ABSORBED:
                 q_t = (q_t.to(tl.float32) * from_start[:, None]).to(OPERAND)
-            zi = tl.sum(tl.dot(q_t.to(OPERAND), z_t, input_precision=PRECISION), 1)
+            zi = tl.sum(q_t.to(tl.float32) * z_t[None, :], 1)
             if kb == 0:
                 score = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
                 acc = tl.dot(q_t.to(OPERAND), s_t, input_precision=PRECISION)
@@ -119,9 +123,7 @@ def output_kernel(
         if GATED and not ABSORBED:
             den *= from_start
             acc *= from_start[:, None]
-            p = score * decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG)
-        else:
-            p = tl.where(causal, score, 0.0)
+        p = score * weight
         den += tl.sum(p, 1)
         acc = tl.dot(p.to(OPERAND), v_t.to(OPERAND), acc, input_precision=PRECISION)
         if NORMALIZE:
