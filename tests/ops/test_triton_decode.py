@@ -109,13 +109,34 @@ def test_hard_reset_in_the_window():
         torch.testing.assert_close(found[name], reference[name])
 
 
+PLAIN = RECOMMENDED | {
+    "anchors": 0, "sinks": None, "alpha": None, "merge_bias": None, "merge_mass": "relative", "normalize": True,
+    "scale": D**-0.5, "feature_scale": 1.0,
+}  # fmt: skip
+
+
+def test_step_in_place_wants_contiguous_state():
+    x = {name: t.to(DEVICE) for name, t in make(1, "key", 2 * FP, RECOMMENDED).items()}
+    state = past_state(x, RECOMMENDED)
+    strided = state._replace(ring_k=state.ring_k.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match="state.ring_k"):
+        decode.decode_hybrid_triton(*arguments(x, "", {})[0], WINDOW, **PLAIN, state=strided, inplace=True)
+
+
+def test_operator_is_well_formed():
+    x = {name: t.to(DEVICE) for name, t in make(1, "key", 2 * FP, RECOMMENDED).items()}
+    state = past_state(x, RECOMMENDED)
+    tail = (WINDOW, 0, True, True, True, "softmax", True, D**-0.5, 1.0)
+    checks = ("test_schema", "test_faketensor")  # its state changes with every call
+    torch.library.opcheck(
+        decode.hybrid_decode, (*arguments(x, "", {})[0], None, None, *state, *tail), test_utils=checks
+    )
+
+
 def test_copies_leave_the_state_alone():
     x = {name: t.to(DEVICE) for name, t in make(1, "key", 2 * FP, RECOMMENDED).items()}
     state = past_state(x, RECOMMENDED)
     before = [None if t is None else t.clone() for t in state]
-    tensors, options = arguments(x, "", RECOMMENDED)
-    decode.decode_hybrid_triton(
-        *tensors, WINDOW, **options, anchors=0, sinks=None, alpha=None, merge_bias=None, merge_mass="relative",
-        normalize=True, scale=0.25, feature_scale=1.0, state=state,
-    )  # fmt: skip
+    tensors, _ = arguments(x, "", RECOMMENDED)
+    decode.decode_hybrid_triton(*tensors, WINDOW, **PLAIN, state=state)
     assert all(a is None if b is None else torch.equal(a, b) for a, b in zip(state, before, strict=True))

@@ -138,3 +138,20 @@ def test_operator_is_well_formed():
     x = {name: t.to(DEVICE).requires_grad_() for name, t in make(1, 9, 2, 1, 16, 16).items()}
     sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
     torch.library.opcheck(window_forward, (x["q"], x["k"], x["v"], None, None, sinks, None, None, 4, 2, 0, 0.25, True))
+
+
+def test_autocast_takes_its_dtype():
+    x = {name: t.to(DEVICE) for name, t in make(1, 9, 2, 1, 16, 16, 1).items()}
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        cast = fast(x, 4, 2)
+    plain = fast({name: t if name == "sinks" else t.half() for name, t in x.items()}, 4, 2)
+    assert cast["o"].dtype == torch.float16 and torch.equal(cast["o"], plain["o"])
+
+
+def test_compiles_into_one_graph():
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in make(1, 9, 2, 1, 16, 16, 1).items()}
+    o = torch.compile(lambda x: fast(x, 4, 2)["o"], backend="aot_eager", fullgraph=True)(x)
+    plain = fast(x, 4, 2)["o"]
+    assert torch.equal(o, plain)
+    found, wanted = (torch.autograd.grad(out.sum(), list(x.values())) for out in (o, plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
