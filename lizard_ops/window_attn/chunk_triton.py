@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,21 +38,25 @@ def window_triton(
     lengths = None
     if padding_mask is not None:
         plan = compaction(padding_mask)
-        q, k, v, lengths = compact(q, plan), compact(k, plan), compact(v, plan), plan.lengths
-    layout = layout_of(q, initial_state, cu_seqlens, lengths)
-    state = AttentionState(layout.position) if initial_state is None else initial_state
-    carried = initial_state is not None
+        q, k, v = (cast(Tensor, compact(x, plan)) for x in (q, k, v))
+        lengths = plan.lengths
+    sink_mass = None if sinks is None else sinks.float().logsumexp(-1)
     anchor_k = anchor_v = None
-    if anchors and (carried or output_final_state):
-        anchor_k, anchor_v = (
-            anchor_rows(x, kept, anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
+    if initial_state is not None or output_final_state:
+        layout = layout_of(q, initial_state, cu_seqlens, lengths)
+        kept_k, kept_v = (None, None) if initial_state is None else (initial_state.anchor_k, initial_state.anchor_v)
+        if anchors:
+            anchor_k, anchor_v = anchor_rows(k, kept_k, anchors, layout), anchor_rows(v, kept_v, anchors, layout)
+    if initial_state is None:
+        o, lse, row_max, _ = window_forward(
+            q, k, v, None, None, sink_mass, None, cu_seqlens, window, anchors, 0, scale, with_max
         )
-    o, lse, row_max, _ = window_forward(
-        q, key_stream(k, state.ring_k, layout), key_stream(v, state.ring_v, layout),
-        anchor_k if carried else None, anchor_v if carried else None,
-        None if sinks is None else sinks.float().logsumexp(-1), layout.position if carried else None, cu_seqlens,
-        window, anchors, window if carried else 0, scale, with_max,
-    )  # fmt: skip
+    else:
+        stream_k, stream_v = key_stream(k, initial_state.ring_k, layout), key_stream(v, initial_state.ring_v, layout)
+        o, lse, row_max, _ = window_forward(
+            q, stream_k, stream_v, anchor_k, anchor_v, sink_mass, initial_state.position, cu_seqlens, window, anchors,
+            window, scale, with_max,
+        )  # fmt: skip
     final = None
     if output_final_state:
         final = AttentionState(layout.end, **window_fields(k, v, anchor_k, anchor_v, initial_state, window, layout))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -19,8 +21,8 @@ def sequences_of(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def rows_last(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors, those whose last axis has strides copied."""
+def rows_last(*tensors: Any) -> list[Any]:
+    """The same tensors (or None), those whose last axis has strides copied."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
