@@ -60,28 +60,31 @@ def gate_gradient_kernel(
                 b_sent += tl.load(flow + out, mask=r < seen, other=0.0)
         b_near = tl.load(near + entry * C + i, mask=r < seen, other=0.0)
         b_far = tl.load(far + entry * C + i, mask=r < seen, other=0.0)
-        through = tl.zeros([32], tl.float32)
-        f, d = tl.arange(0, 32), tl.arange(0, BV)
-        for f0 in tl.range(0, F, 32, num_stages=3):
+        f, d = tl.arange(0, 16), tl.arange(0, BV)
+        through = tl.zeros([16, BV], tl.float32)
+        through_z = tl.zeros([16], tl.float32)
+        for f0 in tl.range(0, F, 16, num_stages=3):
             where_z = f0 + f
             where_s = where_z[:, None] * V + d[None, :]
             mask = (where_z < F)[:, None] & (d < V)[None, :]
             b_s = tl.load(s + entry * F * V + where_s, mask=mask, other=0.0).to(tl.float32)
-            b_ds = tl.load(ds + entry * F * V + where_s, mask=mask, other=0.0).to(tl.float32)
+            through += b_s * tl.load(ds + entry * F * V + where_s, mask=mask, other=0.0).to(tl.float32)
             b_z = tl.load(z + entry * F + where_z, mask=where_z < F, other=0.0)
-            through += tl.sum(b_s * b_ds, 1) + b_z * tl.load(dz + entry * F + where_z, mask=where_z < F, other=0.0)
+            through_z += b_z * tl.load(dz + entry * F + where_z, mask=where_z < F, other=0.0)
         whole, part = load_gates(gates, slot, slots, head // (HS // HG), C - 1, HG, C, SPLIT)
         b_dg = tl.cumsum(b_sent - b_near, 0, reverse=True) + tl.cumsum(b_entered, 0, reverse=True)
-        b_dg += (tl.cumsum(b_far, 0) - b_far) + tl.sum(through, 0) * decay_since_start(whole, part, SPLIT)
+        b_dg += (tl.cumsum(b_far, 0) - b_far) + (tl.sum(through) + tl.sum(through_z)) * decay_since_start(
+            whole, part, SPLIT
+        )
         b_dg = tl.where(r < seen, b_dg, 0.0)
-    for j in tl.range(block * C - WINDOW, (block + 1) * C if WINDOW > 0 else 0, 64):
-        query = j + tl.arange(0, 64)  # its linear row
-        b_flow = tl.zeros([64], tl.float32)
+    for j in tl.range(block * C - WINDOW, (block + 1) * C if WINDOW > 0 else 0, 32):
+        query = j + tl.arange(0, 32)  # its linear row
+        b_flow = tl.zeros([32], tl.float32)
         for own in tl.static_range(GROUP):
             out = (batch.to(tl.int64) * HQ + head * GROUP + own) * tokens + first + stream.shift + query
             b_flow += tl.load(flow + out, mask=(query >= 0) & (query < seen), other=0.0)
-        passed = (query[None, :] < r[:, None]) & (query[None, :] >= r[:, None] - WINDOW)
-        b_dg += tl.sum(tl.where(passed, b_flow[None, :], 0.0), 1)
+        age = r[None, :] - 1 - query[:, None]  # [query, gate]: sums stay inside a thread
+        b_dg += tl.sum(tl.where(tl.cast(age, tl.uint32) < WINDOW, b_flow[:, None], 0.0), 0)
     p_dg = at(dg, batch, linear_row, head) + r.to(tl.int64) * dg.time
     tl.store(p_dg, b_dg, mask=r < known)
 

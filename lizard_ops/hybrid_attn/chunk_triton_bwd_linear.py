@@ -61,7 +61,7 @@ class KeyTerms(NamedTuple):
 
 @triton.jit
 def linear_query_kernel(
-    v, fq, fk, o, do, dfq, s, z, gates, weight, linear, window, top_in, average, slope_out, offset_out, share_out,
+    v, fq, phi, o, do, dfq, s, z, gates, weight, linear, window, top_in, average, slope_out, offset_out, share_out,
     shift_out, flow_out, entered_out, slots, tokens, stream, feature_scale,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
@@ -138,12 +138,12 @@ def linear_query_kernel(
             tl.store(entered_out + out, through_features(plus, minus, d_plus, d_minus, SOFTMAX), mask=inside)
 
         # keys of the same chunk
-        p_fk = at(fk, batch, linear_row, head_k)
+        p_phi = at(phi, batch, linear_row, head_k)
         p_v = at(v, batch, key_row + stream.start, head_k)
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
             row = start + j
             c = row + tl.arange(0, BN)
-            b_fk = load_tile(p_fk, fk.time, row, length - stream.shift, BN, FP, BF)
+            b_phi = load_tile(p_phi, phi.time, row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
             b_v = load_tile(p_v, v.time, row, length - stream.shift, BN, V, BV)
             key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
@@ -151,10 +151,10 @@ def linear_query_kernel(
             decay = tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
             da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             da = ((da * slope[:, None] + offset[:, None]) * decay).to(LINEAR_DTYPE)
-            plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
-            d_plus = tl.dot(da, plus.to(LINEAR_DTYPE), d_plus, input_precision=PRECISION)
+            d_plus = tl.dot(da, b_phi, d_plus, input_precision=PRECISION)
             if SOFTMAX:
-                d_minus = tl.dot(da, minus.to(LINEAR_DTYPE), d_minus, input_precision=PRECISION)
+                b_phi = load_tile(p_phi + FP, phi.time, row, length - stream.shift, BN, FP, BF)
+                d_minus = tl.dot(da, b_phi, d_minus, input_precision=PRECISION)
         b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
         plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
         if MERGE or not NORMALIZE:
@@ -216,8 +216,8 @@ def query_state_kernel(
 
 @triton.jit
 def linear_key_kernel(
-    v, fq, fk, do, dv, dfk, ds, dz, gates, slope_in, offset_in, near_out, far_out, sent_out, rows_total, slots, tokens,
-    stream,
+    v, fq, fk, phi, do, dv, dfk, ds, dz, gates, slope_in, offset_in, near_out, far_out, sent_out, rows_total, slots,
+    tokens, stream,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -241,9 +241,11 @@ def linear_key_kernel(
         return
     slot = first_slot(n, first, stream, C) + r // C
     start = r // C * C
-    b_fk = load_tile(at(fk, batch, linear_row, head), fk.time, r, seen_rows, BT, FP, BF)
-    plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
-    key_plus, key_minus = plus.to(LINEAR_DTYPE), minus.to(LINEAR_DTYPE)
+    p_phi = at(phi, batch, linear_row, head)
+    key_plus = load_tile(p_phi, phi.time, r, seen_rows, BT, FP, BF).to(LINEAR_DTYPE)
+    key_minus = key_plus
+    if SOFTMAX:
+        key_minus = load_tile(p_phi + FP, phi.time, r, seen_rows, BT, FP, BF)
     b_v = load_tile(at(v, batch, key_row + stream.start, head), v.time, r, seen_rows, BT, V, BV)
     known = (r + j < seen_rows) & (r + j + stream.start >= behind)
     d_plus, d_minus = tl.zeros([BT, BF], tl.float32), tl.zeros([BT, BF], tl.float32)
@@ -263,7 +265,7 @@ def linear_key_kernel(
         from_state = tl.dot(key_plus, load_tile(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
         more = tl.dot(b_vl, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
         more = (more + tl.load(p_z, mask=f < FP, other=0.0)[None, :]) * leaving
-        far = tl.sum(plus * more, 1)
+        far = tl.sum(key_plus.to(tl.float32) * more, 1)
         d_plus += more
         if SOFTMAX:
             p_s, p_z = p_s + FP * V, p_z + FP
@@ -271,7 +273,7 @@ def linear_key_kernel(
             from_state = tl.dot(key_minus, b_s, from_state, input_precision=PRECISION)
             more = tl.dot(b_vl, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
             more = (more + tl.load(p_z, mask=f < FP, other=0.0)[None, :]) * leaving
-            far += tl.sum(minus * more, 1)
+            far += tl.sum(key_minus.to(tl.float32) * more, 1)
             d_minus += more
         b_dv += from_state * leaving
         near = tl.zeros([BT], tl.float32)
@@ -317,7 +319,7 @@ def linear_key_kernel(
     mask_v = (r + j < seen_rows)[:, None] & (d < V)[None, :]
     b_dv += tl.load(p_dv, mask=mask_v, other=0.0).to(tl.float32)
     tl.store(p_dv, b_dv.to(dv.ptr.dtype.element_ty), mask=mask_v)
-    b_fk = load_tile(at(fk, batch, linear_row, head), fk.time, r, seen_rows, BT, FP, BF)  # again: registers are short
+    b_fk = load_tile(at(fk, batch, linear_row, head), fk.time, r, seen_rows, BT, FP, BF)
     plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
     b_dfk = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
     tl.store(p_dfk, b_dfk.to(dfk.ptr.dtype.element_ty), mask=mask_fk)
@@ -330,7 +332,7 @@ def empty_terms(masses: Masses, numeric: bool) -> RowTerms:
 
 
 def linear_queries(
-    v: Tensor, fq: Tensor, fk: Tensor, states: States, gates: Tensor, weight: Tensor | None, o: Tensor, do: Tensor,
+    v: Tensor, fq: Tensor, states: States, gates: Tensor, weight: Tensor | None, o: Tensor, do: Tensor,
     masses: Masses, average: Tensor | None, terms: RowTerms, feature_scale: float, stream: Stream, shape: Shape,
 ) -> Tensor:  # fmt: skip
     """dfq; fills ``terms``, in a sum all but share and shift. average: do . o_window of a sum."""
@@ -340,7 +342,7 @@ def linear_queries(
     blocks = block_count(stream, head_lead(stream.shift, c.rows), c.rows)
     if blocks and tokens:
         linear_query_kernel[(blocks * heads,)](
-            rows(v), rows(fq), rows(fk), rows(o), rows(do), rows(dfq), states.s, states.z, gates,
+            rows(v), rows(fq), rows(states.phi), rows(o), rows(do), rows(dfq), states.s, states.z, gates,
             None if weight is None else head_rows(weight), masses.linear, masses.window, masses.top, average, *terms,
             gates.shape[1], tokens, stream, feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
             gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns,
@@ -369,7 +371,8 @@ def query_states(
 
 
 def linear_keys(
-    v: Tensor, fq: Tensor, fk: Tensor, do: Tensor, dv: Tensor, gates: Tensor, terms: RowTerms, d_states: States,
+    v: Tensor, fq: Tensor, fk: Tensor, phi: Tensor, do: Tensor, dv: Tensor, gates: Tensor, terms: RowTerms,
+    d_states: States,
     stream: Stream, shape: Shape, gate_gradient: bool,
 ) -> tuple[Tensor, KeyTerms | None]:  # fmt: skip
     """(dfk, what the gates see of the keys); adds to dv."""
@@ -384,9 +387,10 @@ def linear_keys(
             found = KeyTerms(near, far, torch.zeros(shape.chunk // c.rows, *terms.flow.shape, **make))
     blocks = block_count(stream, stream.prefix - stream.start, c.rows)
     if blocks:
+        terms_of_keys = found or (None, None, None)
         linear_key_kernel[(blocks * shape.key_heads,)](
-            rows(v), rows(fq), rows(fk), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates, terms.slope,
-            terms.offset, *(found or (None, None, None)), terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
+            rows(v), rows(fq), rows(fk), rows(phi), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates,
+            terms.slope, terms.offset, *terms_of_keys, terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
             shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.split,
             shape.linear_dtype, shape.precision, c.stages, **c.launch,

@@ -121,9 +121,10 @@ def window_query_kernel(
 @triton.jit
 def weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION: tl.constexpr):
     """(p_ij, do_i . v_j) of one tile of window keys."""
-    score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * score_scale - log_window[:, None]
-    p = tl.exp2(tl.where(seen, score, float("-inf")))
-    return p, tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    score = score * score_scale - log_window[:, None]
+    return tl.exp2(tl.where(seen, score, float("-inf"))), dp
 
 
 @triton.jit
@@ -186,9 +187,9 @@ def weights_transposed(
     log_window = tl.load(window + out, mask=here, other=float("inf"))
     share = tl.load(share_in + out, mask=here, other=0.0)
     shift = tl.load(shift_in + out, mask=here, other=0.0)
-    score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * score_scale
-    p = tl.exp2(tl.where(seen, score - log_window[None, :], float("-inf")))
+    score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    p = tl.exp2(tl.where(seen, score * score_scale - log_window[None, :], float("-inf")))
     ds = p * (share[None, :] * dp + shift[None, :])
     if RELATIVE:
         top_key = tl.load(top_key_in + out, mask=here, other=-(1 << 30))
@@ -329,6 +330,6 @@ def window_anchors(
         )  # fmt: skip
     for part, out in zip(parts, grads, strict=True):
         dim = out.shape[3]
-        anchor_sum_kernel[(stream.count * kept * shape.key_heads,)](
+        anchor_sum_kernel[((stream.ends - 1) * kept * shape.key_heads,)](
             part, rows(out), stream, kept, own, shape.key_heads, dim, power_of_two(dim), span, num_warps=1
         )

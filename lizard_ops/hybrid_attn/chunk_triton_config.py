@@ -120,12 +120,12 @@ class Shape:
         if self.dtype == torch.float16 or max(self.dim_block, self.value_block, self.pre_block) > 128:
             return Config(64, 32, 8, 1)
         return {
-            "state": Config(64, 64, 4, 2),
-            "output": Config(64, 64, 4, 2),
-            "linear_query": Config(64, 64, 4, 2),
-            "query_state": Config(64, 64, 4, 2),
-            "linear_key": Config(64, 32, 4, 2),
-            "window_query": Config(64, 64, 4, 2),
+            "state": Config(64, 64, 4, 1, 168),
+            "output": Config(64, 32, 4, 2, 168),
+            "linear_query": Config(64, 32, 4, 1, 168),
+            "query_state": Config(64, 64, 4, 2, 168),
+            "linear_key": Config(64, 32, 4, 1),
+            "window_query": Config(64, 32, 4, 2, 168),
             "window_key": Config(64, 32, 4, 2),
             "anchor": Config(64, 64, 4, 2),
         }[kernel]

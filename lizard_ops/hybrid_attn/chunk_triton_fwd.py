@@ -28,7 +28,6 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     load_ahead,
     load_gates,
     load_tile,
-    load_tile_transposed,
     locate,
     rows,
 )
@@ -83,7 +82,7 @@ def anchor_step(
 
 @triton.jit
 def output_kernel(
-    q, k, v, fq, fk, anchor_k, anchor_v, o, s, z, gates, weight, sink, linear, window, top_out, top_key_out,
+    q, k, v, fq, phi, anchor_k, anchor_v, o, s, z, gates, weight, sink, linear, window, top_out, top_key_out,
     slots, tokens, stream, score_scale, feature_scale,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     HS: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -136,17 +135,17 @@ def output_kernel(
         entered = decay_since_start(whole, part, SPLIT)
         acc *= entered[:, None]
         mass *= entered
-        p_fk = at(fk, batch, linear_row, head_k)
+        p_phi = at(phi, batch, linear_row, head_k)
         p_v = at(v, batch, key_row + stream.start, head_k)
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
             row = start + j
             c = row + tl.arange(0, BN)
-            b_fk = load_tile_transposed(p_fk, fk.time, row, length - stream.shift, BN, FP, BF)
+            b_phi = load_tile(p_phi, phi.time, row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
             b_v = load_tile(p_v, v.time, row, length - stream.shift, BN, V, BV).to(LINEAR_DTYPE)
-            key_plus, key_minus = features(b_fk, FP, BF, 0, SOFTMAX)
-            a = tl.dot(plus, key_plus.to(LINEAR_DTYPE), input_precision=PRECISION)
+            a = tl.dot(plus, tl.trans(b_phi), input_precision=PRECISION)
             if SOFTMAX:
-                a = tl.dot(minus, key_minus.to(LINEAR_DTYPE), a, input_precision=PRECISION)
+                b_phi = load_tile(p_phi + FP, phi.time, row, length - stream.shift, BN, FP, BF)
+                a = tl.dot(minus, tl.trans(b_phi), a, input_precision=PRECISION)
             key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
             decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
@@ -245,7 +244,7 @@ def shares(log_linear, ahead, feature_scale, log_window, top, bias, RELATIVE: tl
 
 
 def hybrid_output(
-    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, anchors: tuple[Tensor, Tensor] | None, states: States,
+    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, anchors: tuple[Tensor, Tensor] | None, states: States,
     gates: Tensor, weight: Tensor | None, sink: Tensor | None, scale: float, feature_scale: float, stream: Stream,
     shape: Shape,
 ) -> tuple[Tensor, Masses]:  # fmt: skip
@@ -258,9 +257,9 @@ def hybrid_output(
     if blocks and tokens:
         anchor_k, anchor_v = (k, v) if anchors is None else anchors
         output_kernel[(blocks * heads,)](
-            rows(q), rows(k), rows(v), rows(fq), rows(fk), rows(anchor_k), rows(anchor_v), rows(o), states.s, states.z,
-            gates, None if weight is None else head_rows(weight), sink, *masses, gates.shape[1], tokens, stream,
-            scale * LOG2E.value, feature_scale, shape.window, shape.anchors, anchors is None, heads,
+            rows(q), rows(k), rows(v), rows(fq), rows(states.phi), rows(anchor_k), rows(anchor_v), rows(o),
+            states.s, states.z, gates, None if weight is None else head_rows(weight), sink, *masses, gates.shape[1],
+            tokens, stream, scale * LOG2E.value, feature_scale, shape.window, shape.anchors, anchors is None, heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.split,
             shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype, shape.linear_dtype,

@@ -13,7 +13,7 @@ from lizard_ops.hybrid_attn.chunk_triton_bwd_window import window_anchors, windo
 from lizard_ops.hybrid_attn.chunk_triton_config import Shape
 from lizard_ops.hybrid_attn.chunk_triton_fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.chunk_triton_state import chunk_states, running_gates
-from lizard_ops.hybrid_attn.chunk_triton_tiles import Stream
+from lizard_ops.hybrid_attn.chunk_triton_tiles import Stream, slot_count
 
 
 def describe(
@@ -29,9 +29,9 @@ def describe(
         anchors, outside, mix != "sum", mix == "relative", normalize,
     )  # fmt: skip
     prefix = 0 if position is None else window
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    ends = q.shape[0] + 1 if cu_seqlens is None else cu_seqlens.shape[0]
     shift = window - prefix if outside else 0
-    return shape, Stream(cu_seqlens, lengths, position, count, q.shape[1], prefix, shift, 0 if outside else prefix)
+    return shape, Stream(cu_seqlens, lengths, position, ends, q.shape[1], prefix, shift, 0 if outside else prefix)
 
 
 def pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -73,8 +73,8 @@ def hybrid_forward(
     scale: float,
     feature_scale: float,
     final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final s, final z, masses...); the final sums are empty without ``final``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final s, final z, running gates, masses...); the final sums are empty without ``final``."""
     shape, stream = describe(
         q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
     )
@@ -82,11 +82,11 @@ def hybrid_forward(
         gates = running_gates(g, stream, shape)
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, final)
         o, masses = hybrid_output(
-            q, k, v, fq, fk, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, feature_scale, stream, shape
+            q, k, v, fq, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, feature_scale, stream, shape
         )
     if states.end_s is None or states.end_z is None:
-        return o, empty(q, 0), empty(q, 0), *masses
-    return o, states.end_s, states.end_z, *masses
+        return o, empty(q, 0), empty(q, 0), gates, *masses
+    return o, states.end_s, states.end_z, gates, *masses
 
 
 @hybrid_forward.register_fake
@@ -99,11 +99,12 @@ def _(
     )
     full = (q.shape[0], q.shape[2], q.shape[1])
     some = full if mix == "relative" else (0,)
-    end = (stream.count, shape.state_heads, shape.features)
+    end = (stream.ends - 1, shape.state_heads, shape.features)
     return (
         empty(q, *q.shape[:3], v.shape[3], dtype=q.dtype),
         empty(q, *end, v.shape[3]) if final else empty(q, 0),
         empty(q, *end) if final else empty(q, 0),
+        empty(q, 3, slot_count(stream, shape.chunk), 1 if g is None else g.shape[2], shape.chunk),
         empty(q, *full), empty(q, *full), empty(q, *some), empty(q, *some, dtype=torch.int32),
     )  # fmt: skip
 
@@ -115,7 +116,7 @@ def hybrid_backward(
     position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
     window: int, anchors: int, outside: bool, mix: str, normalize: bool, softmax: bool, scale: float,
     feature_scale: float,
-    o: Tensor, linear: Tensor, log_window: Tensor, top: Tensor, top_key: Tensor,
+    o: Tensor, gates: Tensor, linear: Tensor, log_window: Tensor, top: Tensor, top_key: Tensor,
     d_o: Tensor, d_s: Tensor | None, d_z: Tensor | None, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the first twelve arguments of ``hybrid_forward``; those of absent ones are empty."""
@@ -125,27 +126,30 @@ def hybrid_backward(
     masses, d_end = Masses(linear, log_window, top, top_key), pair(d_s, d_z)
     own = anchor_k is None
     with on_device(q):
-        gates = running_gates(g, stream, shape)
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
-        own_anchors = pair(anchor_k, anchor_v)
+        of_queries = (q, k, v, pair(anchor_k, anchor_v), d_o, weight, masses, terms, scale, stream, shape)
         if not shape.merge:
-            dq, average = window_queries(q, k, v, own_anchors, d_o, weight, masses, terms, scale, stream, shape)
-        dfq = linear_queries(
-            v, fq, fk, states, gates, weight, o, d_o, masses, average, terms, feature_scale, stream, shape
-        )
-        if shape.merge:
-            dq, _ = window_queries(q, k, v, own_anchors, d_o, None, masses, terms, scale, stream, shape)
+            dq, average = window_queries(*of_queries)
+        dfq = linear_queries(v, fq, states, gates, weight, o, d_o, masses, average, terms, feature_scale, stream, shape)
+        if shape.merge and shape.exact:
+            dq, _ = window_queries(*of_queries)
         d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
         dk, dv = window_keys(q, k, v, d_o, masses, terms, scale, stream, shape)
-        dfk, key_terms = linear_keys(v, fq, fk, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient)
+        dfk, key_terms = linear_keys(
+            v, fq, fk, states.phi, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient
+        )
+        dg = empty(q, 0)
+        if key_terms is not None:
+            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
+        d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
+        del states, d_states  # before dq, the largest, is there
+        if not shape.exact:
+            dq, _ = window_queries(*of_queries)
         da_k, da_v = (empty(q, 0) if x is None else torch.empty_like(x) for x in (anchor_k, anchor_v))
         if anchors:
             anchor_rows, grads = ((k, v), (dk, dv)) if own else ((anchor_k, anchor_v), (da_k, da_v))
             window_anchors(q, anchor_rows, grads, own, d_o, masses, terms, scale, stream, shape)
-        dg = empty(q, 0)
-        if key_terms is not None:
-            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
         d_sink = empty(q, 0)
         if sink is not None:  # p_sink times the shift that every score shares
             there = log_window.isfinite()
@@ -154,14 +158,14 @@ def hybrid_backward(
     d_weight = empty(q, 0)
     if weight is not None:
         d_weight = (terms.flow if average is None else average).transpose(1, 2).contiguous()
-    d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
     return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
 
 
 @hybrid_backward.register_fake
 def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
-    mix, normalize, softmax, scale, feature_scale, o, linear, log_window, top, top_key, d_o, d_s, d_z, gate_gradient,
+    mix, normalize, softmax, scale, feature_scale, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z,
+    gate_gradient,
 ):  # fmt: skip
     def like(x):
         return empty(q, 0) if x is None else empty(q, *x.shape, dtype=x.dtype)
@@ -180,7 +184,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, d_o, d_s, d_z, *_):
-    *inputs, o, linear, log_window, top, top_key = ctx.saved_tensors
+    *inputs, o, gates, linear, log_window, top, top_key = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(o)
     if d_s is not None or d_z is not None:
@@ -188,7 +192,7 @@ def _backward(ctx, d_o, d_s, d_z, *_):
         d_s = torch.zeros(s_shape, device=o.device) if d_s is None else d_s
         d_z = torch.zeros(s_shape[:-1], device=o.device) if d_z is None else d_z
     grads = hybrid_backward(
-        *inputs, *ctx.options, o, linear, log_window, top, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
+        *inputs, *ctx.options, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
     )
     wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
     return *wanted, *[None] * 12

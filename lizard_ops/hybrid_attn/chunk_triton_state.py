@@ -36,6 +36,7 @@ class States(NamedTuple):
 
     s: Tensor  # [slots, Hs, F, V]
     z: Tensor  # [slots, Hs, F] float32
+    phi: Tensor | None  # features of the linear rows, like fk with F
     end_s: Tensor | None  # [N, Hs, F, V] float32, after the last chunk, or for gradients before the first
     end_z: Tensor | None  # [N, Hs, F] float32
 
@@ -62,24 +63,24 @@ def gate_kernel(g, gates, slots, stream, WINDOW: tl.constexpr, HG: tl.constexpr,
     tl.store(out, tl.cumsum(b_g, 0))
     if WINDOW > 0:
         ahead = tl.zeros([C], tl.float32)  # sum over r < l <= r + WINDOW
-        for j in range(0, C + WINDOW, 64):
-            l = i_chunk * C + j + tl.arange(0, 64)
-            b_l = tl.load(pointer + l.to(tl.int64) * g.time, mask=l < known, other=0.0) * LOG2E
-            near = (l[None, :] > r[:, None]) & (l[None, :] <= r[:, None] + WINDOW)
-            ahead += tl.sum(tl.where(near, b_l[None, :], 0.0), 1)
-        tl.store(out + 2 * step, ahead)
+        for j in range(0, C + WINDOW, 32):  # [gate, row]: sums stay inside a thread
+            l = i_chunk * C + j + tl.arange(0, 32)
+            b_l = tl.load(pointer + l.to(tl.int64) * g.time, mask=l < known, other=0.0)
+            age = l[:, None] - 1 - r[None, :]
+            ahead += tl.sum(tl.where(tl.cast(age, tl.uint32) < WINDOW, b_l[:, None], 0.0), 0)
+        tl.store(out + 2 * step, ahead * LOG2E)
     else:
         tl.store(out + 2 * step, tl.zeros([C], tl.float32))
 
 
 @triton.jit
 def chunk_state_kernel(
-    fk, v, gates, s, z, slots, stream,
+    fk, v, phi, gates, s, z, slots, stream,
     ANCHORS: tl.constexpr, HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr, SPLIT: tl.constexpr,
     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk adds to one half of the state: sum_j exp(G_end - G_j) phi_k(k_j) [v_j, 1]."""
+    """What each chunk adds to one half of the state: sum_j exp(G_end - G_j) phi_k(k_j) [v_j, 1]; and phi_k itself."""
     HALVES: tl.constexpr = 2 if SOFTMAX else 1
     half, entry = tl.program_id(0) % HALVES, tl.program_id(0) // HALVES
     slot, head = entry // HS, entry % HS
@@ -100,10 +101,15 @@ def chunk_state_kernel(
         whole, part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C, SPLIT)
         decay = tl.exp2(decay_between(end_whole, end_part, whole, part, SPLIT))
         decay = tl.where((r < seen) & (r + stream.start >= behind), decay, 0.0)
-        phi = half_features(b_fk, 1.0 - 2.0 * half, FP, BF, 0, SOFTMAX)
-        phi *= decay[None, :]
-        b_s = tl.dot(phi.to(LINEAR_DTYPE), b_v, b_s, input_precision=PRECISION)
-        b_z += tl.sum(phi, 1)
+        b_phi = half_features(b_fk, 1.0 - 2.0 * half, FP, BF, 0, SOFTMAX)
+        if SOFTMAX and (HS == HK or head % (HS // HK) == 0):
+            f = tl.arange(0, BF)
+            p_phi = at(phi, batch, linear_row + row, head_k) + half * FP + f[:, None]
+            p_phi += (tl.arange(0, BJ) * phi.time)[None, :]
+            tl.store(p_phi, b_phi.to(phi.ptr.dtype.element_ty), mask=(f < FP)[:, None] & (r < seen)[None, :])
+        b_phi *= decay[None, :]
+        b_s = tl.dot(b_phi.to(LINEAR_DTYPE), b_v, b_s, input_precision=PRECISION)
+        b_z += tl.sum(b_phi, 1)
     store_state(s, z, entry, half, b_s, b_z, FP, BF, V, BV, HALVES)
 
 
@@ -192,11 +198,14 @@ def chunk_states(
     fk: Tensor, v: Tensor, gates: Tensor, start: tuple[Tensor, Tensor] | None, stream: Stream, shape: Shape, end: bool
 ) -> States:
     """The state that enters each chunk, and with ``end`` the one after the last."""
-    states = empty_states(gates, stream, shape, end)
+    phi = fk
+    if shape.softmax:
+        phi = torch.empty(*fk.shape[:3], shape.features, dtype=shape.state_dtype, device=fk.device)
+    states = empty_states(gates, stream, shape, end)._replace(phi=phi)
     slots, c = gates.shape[1], shape.config("state")
     if slots:
         chunk_state_kernel[(slots * shape.state_heads * shape.halves,)](
-            rows(fk), rows(v), gates, states.s, states.z, slots, stream,
+            rows(fk), rows(v), rows(states.phi), gates, states.s, states.z, slots, stream,
             shape.anchors, shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block,
             shape.value, shape.value_block, shape.chunk, c.rows, shape.softmax, shape.split, shape.linear_dtype,
             shape.precision, c.stages, **c.launch,
@@ -211,9 +220,9 @@ def empty_states(gates: Tensor, stream: Stream, shape: Shape, end: bool) -> Stat
     s = torch.empty(gates.shape[1], *heads, shape.value, dtype=shape.state_dtype, device=gates.device)
     z = torch.empty(gates.shape[1], *heads, dtype=torch.float32, device=gates.device)
     if not end:
-        return States(s, z, None, None)
-    end_s = torch.empty(stream.count, *heads, shape.value, dtype=torch.float32, device=gates.device)
-    return States(s, z, end_s, torch.empty(stream.count, *heads, dtype=torch.float32, device=gates.device))
+        return States(s, z, None, None, None)
+    end_s = torch.empty(stream.ends - 1, *heads, shape.value, dtype=torch.float32, device=gates.device)
+    return States(s, z, None, end_s, torch.empty(stream.ends - 1, *heads, dtype=torch.float32, device=gates.device))
 
 
 def scan_states(
@@ -223,8 +232,8 @@ def scan_states(
     c = shape.config("scan")
     tiles = triton.cdiv(shape.features * shape.value, c.rows) + triton.cdiv(shape.features, c.rows)
     start_s, start_z = (None, None) if start is None else (x.contiguous() for x in start)
-    if stream.count:
-        scan_kernel[(stream.count * shape.state_heads * tiles,)](
+    if stream.ends > 1:
+        scan_kernel[((stream.ends - 1) * shape.state_heads * tiles,)](
             states.s, states.z, start_s, start_z, states.end_s, states.end_z, gates, gates.shape[1], stream,
             shape.state_heads, gates.shape[2], shape.features, shape.value, shape.chunk, c.rows, shape.split, reverse,
             start is not None, states.end_s is not None, c.stages, **c.launch,

@@ -32,7 +32,7 @@ class Stream(NamedTuple):
     cu_seqlens: Tensor | None  # [N + 1] ends of packed sequences
     lengths: Tensor | None  # [N] queries of each right-padded row
     position: Tensor | None  # [N] of query 0 with a carried state
-    count: int  # N
+    ends: int  # N + 1, which is never the 1 that Triton would compile a kernel of its own for
     length: int  # queries in a batch row
     prefix: int
     shift: int
@@ -53,8 +53,8 @@ def head_rows(x: Tensor) -> Rows:
 def block_count(stream: Stream, extra: int, block: int) -> int:
     """Programs that ``locate`` spreads over all sequences, each of its length + extra rows."""
     if stream.cu_seqlens is None:
-        return stream.count * max(0, triton.cdiv(stream.length + extra, block))
-    return (stream.length + stream.count * extra) // block + stream.count
+        return (stream.ends - 1) * max(0, triton.cdiv(stream.length + extra, block))
+    return (stream.length + (stream.ends - 1) * extra) // block + stream.ends - 1
 
 
 def head_lead(offset: int, block: int) -> int:
@@ -93,7 +93,7 @@ def locate(pid, stream, EXTRA, BLOCK: tl.constexpr):
     """
     if stream.cu_seqlens is not None:
         n = pid * 0
-        high = n + stream.count
+        high = n + stream.ends - 1
         while high - n > 1:
             middle = (n + high) // 2
             before = tl.load(stream.cu_seqlens + middle).to(tl.int32)
