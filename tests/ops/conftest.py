@@ -20,32 +20,40 @@ class Target:
     effort: float
 
     def count(self, examples: int) -> int:
-        return max(2, round(self.effort * examples))
+        return max(3, round(self.effort * examples))
 
     def __str__(self) -> str:
         return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
 
 
 CPU = (Target("torch", "cpu", torch.float64, 1.0), Target("torch", "cpu", torch.float32, 0.5))
-INTERPRETED = (Target("triton", "cpu", torch.float32, 0.1),)
+INTERPRETED = (Target("triton", "cpu", torch.float32, 0.0),)
 CUDA = tuple(Target("triton", "cuda", dtype, 0.5) for dtype in (torch.float32, torch.bfloat16, torch.float16))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``target``: every implementation; ``torch_target``: those of the PyTorch path alone."""
+    """Fill in the argument that asks for implementations.
+
+    target: the PyTorch paths on a CPU, the Triton kernels on a GPU. any_target: in Triton's interpreter too, which is
+    slow, so only what needs it asks for it. torch_target: the PyTorch paths alone.
+    """
     on_gpu = metafunc.config.getoption("--device") == "cuda"
-    if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", CUDA if on_gpu else CPU + INTERPRETED, ids=str)
-    if "torch_target" in metafunc.fixturenames:
-        metafunc.parametrize("torch_target", () if on_gpu else CPU, ids=str)
+    kinds = {
+        "target": CUDA if on_gpu else CPU,
+        "any_target": CUDA if on_gpu else CPU + INTERPRETED,
+        "torch_target": () if on_gpu else CPU,
+    }
+    for name in kinds.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, kinds[name], ids=str)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few positions in the PyTorch paths, so that short sequences meet every boundary."""
-    if "target" not in request.fixturenames and "torch_target" not in request.fixturenames:
+    asked = [name for name in request.fixturenames if name.endswith("target")]
+    if not asked:
         return
-    target = request.getfixturevalue("target" if "target" in request.fixturenames else "torch_target")
+    target = request.getfixturevalue(asked[0])
     if target.impl == "triton" and target.device == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     for module, name, size in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from op_cases import Case, call
 from torch import Tensor
@@ -14,10 +14,14 @@ Outputs = dict[str, Tensor]
 
 
 def examples(count: int, *strategies: st.SearchStrategy) -> Callable[[Callable], None]:
-    """Run the decorated check on this many drawn examples at once, always the same ones."""
+    """Run the decorated check on this many drawn examples at once, always the same ones.
+
+    A failing example is made smaller first, unless so few were asked for that each must be slow.
+    """
+    phases = (Phase.generate,) if count < 5 else (Phase.generate, Phase.shrink)
 
     def run(check: Callable) -> None:
-        settings(max_examples=count)(given(*strategies)(check))()
+        settings(max_examples=count, phases=phases)(given(*strategies)(check))()
 
     return run
 

@@ -45,10 +45,10 @@ def in_segments(case, cuts, step):
     return joined(parts, parts[-1])
 
 
-def test_chunked_is_the_reference(op, target):
-    @examples(target.count(60), drawn(op, target))
+def test_chunked_is_the_reference(op, any_target):
+    @examples(any_target.count(60), drawn(op, any_target))
     def check(case):
-        judge(with_gradients(lambda c: chunk(c, target), there(case, target)), case, target.dtype)
+        judge(with_gradients(lambda c: chunk(c, any_target), there(case, any_target)), case, any_target.dtype)
 
 
 def test_recurrent_is_the_reference(op, torch_target):
@@ -60,15 +60,15 @@ def test_recurrent_is_the_reference(op, torch_target):
         judge(with_gradients(lambda c: call(c, "recurrent"), case), case, torch_target.dtype)
 
 
-def test_segments_with_a_carried_state_are_the_whole(op, target):
+def test_segments_with_a_carried_state_are_the_whole(op, any_target):
     cuts = st.lists(st.sampled_from([0, 1, 2, 5, 8, 9, 16]), max_size=3)
 
-    @examples(target.count(40), drawn(op, target), cuts)
+    @examples(any_target.count(40), drawn(op, any_target), cuts)
     def check(case, cuts):
         def run(c):
-            return in_segments(c, cuts, lambda part, state: chunk(part, target, state))
+            return in_segments(c, cuts, lambda part, state: chunk(part, any_target, state))
 
-        judge(with_gradients(run, there(case, target)), case, target.dtype)
+        judge(with_gradients(run, there(case, any_target)), case, any_target.dtype)
 
 
 def test_steps_are_the_whole(op, target):
@@ -81,8 +81,8 @@ def test_steps_are_the_whole(op, target):
         judge(run, case, target.dtype)
 
 
-def test_packed_is_separate(op, target):
-    @examples(target.count(25), drawn(op, target, B=1), st.lists(st.integers(0, 17), max_size=3), st.booleans())
+def test_packed_is_separate(op, any_target):
+    @examples(any_target.count(25), drawn(op, any_target, B=1), st.lists(st.integers(0, 17), max_size=3), st.booleans())
     def check(case, cuts, carried):
         ends = [0, *sorted(min(c, case.length) for c in cuts), case.length]
         pieces = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
@@ -101,13 +101,15 @@ def test_packed_is_separate(op, target):
 
         def packed(c):
             before = states(c)[1] if carried else None
-            return chunk(c, target, before, cu_seqlens=torch.tensor(ends, device=target.device))
+            return chunk(c, any_target, before, cu_seqlens=torch.tensor(ends, device=any_target.device))
 
-        judge(with_gradients(packed, there(case, target)), case, target.dtype, separate)
+        judge(with_gradients(packed, there(case, any_target)), case, any_target.dtype, separate)
 
 
-def test_padding_is_not_there(op, target):
-    @examples(target.count(25), drawn(op, target), st.integers(0, 3), st.sampled_from(["left", "right", "mixed"]))
+def test_padding_is_not_there(op, any_target):
+    @examples(
+        any_target.count(25), drawn(op, any_target), st.integers(0, 3), st.sampled_from(["left", "right", "mixed"])
+    )
     def check(case, seed, side):
         rows, length = case.tokens["q"].shape[:2]
         if side == "mixed":
@@ -118,7 +120,7 @@ def test_padding_is_not_there(op, target):
 
         def padded(c):
             c = c.map(lambda _, x: x.masked_fill(~mask.to(x.device).view(rows, length, *[1] * (x.ndim - 2)), torch.nan))
-            return chunk(c, target, padding_mask=mask.to(target.device))
+            return chunk(c, any_target, padding_mask=mask.to(any_target.device))
 
         def alone(c):
             parts = [call(c.part(slice(n, n + 1), mask[n]), "naive") for n in range(rows)]
@@ -132,11 +134,11 @@ def test_padding_is_not_there(op, target):
                 whole[name] = blank
             return whole
 
-        judge(with_gradients(padded, there(case, target)), case, target.dtype, alone)
+        judge(with_gradients(padded, there(case, any_target)), case, any_target.dtype, alone)
 
 
-def test_the_future_changes_nothing(op, target):
-    @examples(target.count(20), drawn(op, target), st.integers(1, 16), st.sampled_from([1.5, 30.0]))
+def test_the_future_changes_nothing(op, any_target):
+    @examples(any_target.count(20), drawn(op, any_target), st.integers(1, 16), st.sampled_from([1.5, 30.0]))
     def check(case, at, factor):
         at = min(at, case.length)
 
@@ -144,12 +146,12 @@ def test_the_future_changes_nothing(op, target):
             tail = x[:, at:] * factor if name in ("g", "fq", "fk") else factor - x[:, at:]
             return torch.cat([x[:, :at], tail], 1)
 
-        case = there(case, target)
-        a, b = chunk(case, target), chunk(case.map(later), target)
+        case = there(case, any_target)
+        a, b = chunk(case, any_target), chunk(case.map(later), any_target)
         for name in ("o", "log"):
             if name in a:
                 assert torch.equal(a[name][:, :at], b[name][:, :at]), name
-        found = with_gradients(lambda c: {"o": chunk(c, target)["o"][:, :at]}, case)
+        found = with_gradients(lambda c: {"o": chunk(c, any_target)["o"][:, :at]}, case)
         for name in case.tokens:
             if f"d {name}" in found:
                 assert not found[f"d {name}"][:, at:].any(), name
@@ -236,15 +238,15 @@ def test_the_same_twice(op, target):
             assert torch.equal(x, b[name]), name
 
 
-def test_memory_is_never_read_before_it_is_written(op, target, monkeypatch):
-    @examples(target.count(10), drawn(op, target))
+def test_memory_is_never_read_before_it_is_written(op, any_target, monkeypatch):
+    @examples(any_target.count(10), drawn(op, any_target))
     def check(case):
-        case = there(case, target)
-        clean = with_gradients(lambda c: chunk(c, target), case)
+        case = there(case, any_target)
+        clean = with_gradients(lambda c: chunk(c, any_target), case)
         with monkeypatch.context() as patched:
             for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
                 patched.setattr(owner, name, poisoned(getattr(owner, name)))
-            found = with_gradients(lambda c: chunk(c, target), case)
+            found = with_gradients(lambda c: chunk(c, any_target), case)
         for name, x in clean.items():
             assert torch.equal(x, found[name]), name
 
