@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.arguments import gated_arguments
@@ -69,6 +70,8 @@ def chunk_gated_attn(
         chunk_size: positions a chunk; None lets the implementation choose.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
+    Under autocast q, k and v take its dtype; sums, gates and states stay float32.
+
     Returns:
         (o, state) or (o, state, log_mass): o [B, T, Hq, V] in the dtype of q; log_mass [B, T, Hq] float32 (float64 for
         float64 inputs); state an ``AttentionState`` or None.
@@ -80,6 +83,7 @@ def chunk_gated_attn(
 
     Source: Lizard (arXiv 2507.09025) section 3; the normalised gated form is its parallel form.
     """
+    q, k, v = autocast_inputs(q, k, v)
     g, scale = gated_arguments(
         q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, padding_mask
     )
@@ -104,7 +108,8 @@ def chunk_gated_attn(
     else:
         from lizard_ops.gated_attn.chunk_torch import chunk_gated_torch
 
-        o, state, log_mass = chunk_gated_torch(q, k, v, g, **common, gate_form=gate_form, chunk_size=chunk_size)
+        with without_autocast(q):
+            o, state, log_mass = chunk_gated_torch(q, k, v, g, **common, gate_form=gate_form, chunk_size=chunk_size)
     return (o, state, log_mass) if return_log_mass else (o, state)
 
 
@@ -131,6 +136,7 @@ def recurrent_gated_attn(
     loop or a synchronisation. impl: "auto" and "torch" are PyTorch on every device, "naive" is the reference;
     "triton" raises ValueError, for no kernel of this op alone exists (``recurrent_hybrid_attn`` has one).
     """
+    q, k, v = autocast_inputs(q, k, v)
     g, scale = gated_arguments(
         q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, padding_mask
     )
@@ -145,5 +151,6 @@ def recurrent_gated_attn(
         return naive_gated_attn(q, k, v, g, **common, return_log_mass=return_log_mass)
     from lizard_ops.gated_attn.recurrent import recurrent_gated_torch
 
-    o, state, log_mass = recurrent_gated_torch(q, k, v, g, **common)
+    with without_autocast(q):
+        o, state, log_mass = recurrent_gated_torch(q, k, v, g, **common)
     return (o, state, log_mass) if return_log_mass else (o, state)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.arguments import hybrid_arguments
@@ -83,6 +84,8 @@ def chunk_hybrid_attn(
         gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
+    Under autocast q, k, v, fq and fk take its dtype; sums, gates, weights and states stay float32.
+
     Returns:
         (o, state): o [B, T, Hq, V] in the dtype of q, state an ``AttentionState`` or None.
 
@@ -91,6 +94,7 @@ def chunk_hybrid_attn(
 
     Source: Lizard (arXiv 2507.09025) section 3 for the sum; LoLCATs (arXiv 2410.10254) for the merge.
     """
+    q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
     a = hybrid_arguments(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
         feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
@@ -114,7 +118,8 @@ def chunk_hybrid_attn(
         return chunk_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, gate_form=gate_form)
     from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch
 
-    return chunk_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, gate_form=gate_form)
+    with without_autocast(q):
+        return chunk_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, gate_form=gate_form)
 
 
 def recurrent_hybrid_attn(
@@ -151,6 +156,7 @@ def recurrent_hybrid_attn(
     carried state, no padding and no packing, and has no backward; "auto" takes it for CUDA tensors wherever all that
     holds, and PyTorch otherwise.
     """
+    q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
     a = hybrid_arguments(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
         feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
@@ -182,4 +188,5 @@ def recurrent_hybrid_attn(
         return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common)
     from lizard_ops.hybrid_attn.recurrent import recurrent_hybrid_torch
 
-    return recurrent_hybrid_torch(q, k, v, fq, fk, a.g, window, **common)
+    with without_autocast(q):
+        return recurrent_hybrid_torch(q, k, v, fq, fk, a.g, window, **common)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
 from lizard_ops.window_attn.arguments import window_arguments
@@ -58,6 +59,8 @@ def window_attn(
         return_lse: return lse too.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
+    Under autocast q, k and v take its dtype; sums and lse stay float32.
+
     Returns:
         (o, state) or (o, state, lse): o [B, T, Hq, V] in the dtype of q; lse [B, T, Hq] float32 (float64 for float64
         inputs), differentiable; state an ``AttentionState`` or None.
@@ -69,6 +72,7 @@ def window_attn(
 
     Source: Lizard (arXiv 2507.09025) section 3, anchor window attention; anchors as in StreamingLLM (arXiv 2309.17453).
     """
+    q, k, v = autocast_inputs(q, k, v)
     sinks, scale = window_arguments(
         q, k, v, window, anchors, sinks, sink_form, scale, initial_state, cu_seqlens, padding_mask
     )
@@ -89,5 +93,6 @@ def window_attn(
     else:
         from lizard_ops.window_attn.chunk_torch import window_torch
 
-        o, state, lse, _ = window_torch(q, k, v, window, **common, sink_form=sink_form)
+        with without_autocast(q):
+            o, state, lse, _ = window_torch(q, k, v, window, **common, sink_form=sink_form)
     return (o, state, lse) if return_lse else (o, state)

@@ -1,0 +1,25 @@
+"""What autocast means to the ops: their inputs take its dtype, their sums do not."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
+    """Under autocast, float32 and half inputs in its dtype; everything else, and everything without it, unchanged."""
+    first = inputs[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return inputs
+    dtype = torch.get_autocast_dtype(first.device.type)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in inputs)
+
+
+def without_autocast(like: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which products of float32 tensors stay float32."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
