@@ -8,6 +8,7 @@ from torch import Tensor
 from lizard_ops.common.padding import compact, compaction, restore
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, offset_fields, window_fields
+from lizard_ops.hybrid_attn.chunk_triton_composed import composed_hybrid
 from lizard_ops.hybrid_attn.chunk_triton_op import hybrid_forward
 
 
@@ -39,11 +40,20 @@ def chunk_hybrid_triton(
 ) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked.
 
-    Under autocast q, k, v, fq and fk take its dtype; gates, weights and sums stay float32.
+    The kernels fuse gates that are one a head or for all heads. Gates a channel and gate_form="absorbed" run the gated
+    and the window kernels one after the other. Under autocast q, k, v, fq and fk take its dtype; gates, weights and
+    sums stay float32.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
     weight = alpha if mix == "sum" else merge_bias
+    if gate_form == "absorbed" or feature_map == "exp" or (g is not None and g.ndim == 4):
+        return composed_hybrid(
+            q, k, v, fq, fk, g, window, anchors=anchors, sinks=sinks, mix=mix, weight=weight, merge_mass=merge_mass,
+            outside=coverage == "outside", feature_map=feature_map, normalize=normalize, scale=scale,
+            feature_scale=feature_scale, initial_state=initial_state, output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens, padding_mask=padding_mask, gate_form=gate_form,
+        )  # fmt: skip
     if weight is not None:
         weight = weight.float().expand(q.shape[:3])
     lengths = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from kernel_checks import DEVICE, check_against_naive
@@ -83,6 +85,31 @@ def test_output_and_gradients_match_the_reference(shape, window, anchors, option
 )
 def test_every_option_matches_the_reference(options):
     check(make(1, 80, 2, 1, 16, 16, 16, 2, weight=True, positive=True), 20, anchors=3, **options)
+
+
+@pytest.mark.parametrize(
+    "options, per_channel",
+    [(MERGE, True), (SUM | {"coverage": "outside"}, True), (MERGE | {"feature_map": "exp"}, False),
+     (SUM | {"feature_map": "exp", "coverage": "outside"}, False)],
+)  # fmt: skip
+def test_gates_a_channel_and_exponential_features(options, per_channel):
+    """Across a carried state, whose ring holds features as given."""
+    x = make(2, 40, 2, 1, 16, 16, 16, 1)
+    if per_channel:
+        x["g"] = x["g"].unsqueeze(-1) * torch.linspace(0, 2, 32)
+
+    def in_two_parts(op):
+        def both(x):
+            parts = ({n: t[:, a:b] for n, t in x.items()} for a, b in ((0, 23), (23, 40)))
+            first = run(op, next(parts), 6, final=True, anchors=2, **options)
+            o = first.pop("o")
+            second = run(op, next(parts), 6, state=AttentionState(**first), final=True, anchors=2, **options)
+            return second | {"o": torch.cat([o, second["o"]], 1)}
+
+        return both
+
+    kernels = functools.partial(chunk_hybrid_attn, impl="triton")
+    check_against_naive(in_two_parts(kernels), in_two_parts(naive_hybrid_attn), x, torch.float32)
 
 
 @pytest.mark.parametrize("options", [MERGE, SUM])
