@@ -125,7 +125,8 @@ def test_padding_anywhere(gate):
 
 @pytest.mark.parametrize("gate", ["key", "channel"])
 @pytest.mark.parametrize(
-    "shape", [(1, 33, 3, 1, 10, 21), (1, 20, 2, 1, 72, 80), (1, 1, 8, 1, 16, 5), (2, 16, 1, 1, 1, 1)]
+    "shape",
+    [(1, 33, 3, 1, 10, 21), (1, 20, 2, 1, 72, 80), (1, 17, 2, 1, 72, 16), (1, 1, 8, 1, 16, 5), (2, 16, 1, 1, 1, 1)],
 )
 def test_odd_lengths_groups_and_dims(gate, shape):
     compare(make(*shape, gate=gate), final=False)
@@ -198,3 +199,23 @@ def test_registered_as_torch_wants_it(gate):
     x = {name: value.float().to(DEVICE).requires_grad_() for name, value in make(t=20, gate=gate, hq=2).items()}
     arguments = (x["q"], x["k"], x["v"], x.get("g"), None, None, None, 0, 0, 20, 1.0, True, False, 16)
     torch.library.opcheck(torch.ops.lizard_ops.gated_chunk.default, arguments)
+
+
+@pytest.mark.parametrize("gate", ["key", "channel"])
+def test_compiles_to_one_graph_and_follows_autocast(gate):
+    x = {name: value.float().to(DEVICE).requires_grad_() for name, value in make(t=20, gate=gate).items()}
+
+    def attend(q, k, v, g):
+        o, final, log_mass = chunk_gated_triton(
+            q, k, v, g, scale=1.0, normalize=True, window_offset=4, anchors=2, initial_state=None,
+            output_final_state=True, cu_seqlens=None, padding_mask=None, gate_form="stable", chunk_size=None,
+        )  # fmt: skip
+        return o, final.s, log_mass[:, 6:]
+
+    torch.compiler.reset()
+    plain, compiled = attend(*x.values()), torch.compile(attend, fullgraph=True, backend="aot_eager")(*x.values())
+    gradients = [torch.autograd.grad(sum(y.sum() for y in found), list(x.values())) for found in (plain, compiled)]
+    for a, b in zip(plain + gradients[0], compiled + gradients[1], strict=True):
+        assert torch.equal(a, b)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        assert attend(*x.values())[0].dtype == torch.float16
