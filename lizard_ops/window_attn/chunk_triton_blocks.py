@@ -29,14 +29,14 @@ def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
     """The configuration of a kernel ("forward", "queries" or "keys") by head dims and dtype, picked on an H200."""
     dim, full = max(q.shape[3], v.shape[3]), q.dtype == torch.float32
     if kernel == "keys":  # its tiles hold a power of two of heads
-        rows, columns, warps, stages = (32, 32, 4, 1) if full else (64, 32, 8, 1) if dim > 128 else (64, 32, 4, 2)
+        rows, columns, warps, stages = (32, 32, 4, 1) if full else (64, 32, 8, 1) if dim > 128 else (64, 32, 4, 3)
         return Config(rows, columns, min(triton.next_power_of_2(group), columns), warps, stages)
-    if full:  # no tensor cores: small tiles
+    if full:
         return Config(32, 32, min(group, 32), 4, 1)
     heads = min(group, 64)
     if dim > 128:
         return Config(64, 32, heads, 4, 1)
-    return Config(64, 32, heads, 4, 2, None if kernel == "forward" else 168)
+    return Config(64, 32, heads, 4, 2, 128 if kernel == "forward" else 168)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:

@@ -45,7 +45,7 @@ def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, 
         "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": q.shape[3], "V": v.shape[3], "W": window, "A": anchors,
         "P": prefix, "BM": config.rows, "BN": config.columns,
         "BD": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
     }  # fmt: skip
 
