@@ -75,10 +75,12 @@ def linear_step(
     normalize: bool,
     offset: int,
     anchors: int,
+    ring_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """One token a row: (o [B, Hq, V], log mass [B, Hq], the fields that changed, position left to the caller).
 
     The key that joins the sums is the one that leaves the ring, or the new one without an offset.
+    ring_v: the ring of values with the new one in it, from whoever shares it.
     """
     assert state.s is not None and state.z is not None
     work, q_heads, heads = work_dtype(v), fq.shape[1], state.s.shape[1]
@@ -87,7 +89,8 @@ def linear_step(
     if offset:
         assert state.ring_v is not None and state.ring_fk is not None
         slot = state.position % offset
-        fields["ring_v"], fields["ring_fk"] = put_at(state.ring_v, slot, v), put_at(state.ring_fk, slot, fk)
+        fields["ring_v"] = put_at(state.ring_v, slot, v) if ring_v is None else ring_v
+        fields["ring_fk"] = put_at(state.ring_fk, slot, fk)
         fk, v = take_at(state.ring_fk, slot), take_at(state.ring_v, slot)
         if g is not None:
             assert state.ring_g is not None
@@ -109,7 +112,7 @@ def linear_step(
     kept = kept.exp()
     phi_k = phi_k.masked_fill(~is_key, 0.0)
     values = _to_heads(v.to(work), heads)
-    s = kept.unsqueeze(-1) * state.s.to(work) + phi_k.unsqueeze(-1) * values.unsqueeze(-2)
+    s = torch.addcmul(kept.unsqueeze(-1) * state.s.to(work), phi_k.unsqueeze(-1), values.unsqueeze(-2))
     z = kept * state.z.to(work) + phi_k
     fields |= {"s": s, "z": z, "log_scale": log_scale}
 

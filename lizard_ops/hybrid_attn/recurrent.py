@@ -53,13 +53,14 @@ def recurrent_hybrid_torch(
             state = AttentionState._make(b if a is None else a for a, b in zip(local, linear, strict=True))
         outputs = []
         for t in range(q.shape[1]):
-            o_lin, log_mass, linear = linear_step(
-                fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], state, feature_map=feature_map,
-                scale=feature_scale, normalize=normalize, offset=offset, anchors=anchors,
-            )  # fmt: skip
             o_win, lse, row_max, local = window_step(
                 q[:, t], k[:, t], v[:, t], state,
                 window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
+            )  # fmt: skip
+            o_lin, log_mass, linear = linear_step(
+                fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], state, feature_map=feature_map,
+                scale=feature_scale, normalize=normalize, offset=offset, anchors=anchors,
+                ring_v=local["ring_v"],
             )  # fmt: skip
             o = mixed(
                 o_lin, log_mass, o_win, lse, row_max,

@@ -31,7 +31,8 @@ def window_step(
     slot = torch.arange(window, device=q.device)
     ring_k, ring_v = (put_at(x, state.position % window, new) for x, new in ((state.ring_k, k), (state.ring_v, v)))
     fields: dict[str, Tensor | None] = {"ring_k": ring_k, "ring_v": ring_v}
-    keys, values, seen = ring_k, ring_v, slot <= position  # slots fill in order, then all hold a key
+    queries = q.to(work).unflatten(1, (k.shape[1], -1)) * scale  # [B, Hk, G, D]
+    scores = _scores(queries, ring_k, slot <= position)  # slots fill in order, then all hold a key
     if anchors:
         assert state.anchor_k is not None and state.anchor_v is not None
         place = torch.arange(anchors, device=q.device)
@@ -39,14 +40,18 @@ def window_step(
         anchor_k = torch.where(own, k.unsqueeze(1), state.anchor_k.to(k.dtype))
         anchor_v = torch.where(own, v.unsqueeze(1), state.anchor_v.to(v.dtype))
         fields |= {"anchor_k": anchor_k, "anchor_v": anchor_v}
-        keys, values = torch.cat([anchor_k, ring_k], 1), torch.cat([anchor_v, ring_v], 1)
-        seen = torch.cat([place <= position - window, seen], 1)
-    queries = q.to(work).unflatten(1, (k.shape[1], -1)) * scale  # [B, Hk, G, D]
-    scores = queries @ keys.to(work).permute(0, 2, 3, 1)
-    scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+        scores = torch.cat([scores, _scores(queries, anchor_k, place <= position - window)], -1)
     row_max, weights = scores.amax(-1).flatten(1), scores.softmax(-1)
-    lse = row_max - weights.amax(-1).flatten(1).log()
-    o = (weights @ values.to(work).transpose(1, 2)).flatten(1, 2)
+    lse = scores.logsumexp(-1).flatten(1)
+    o = weights[..., :window] @ ring_v.to(work).transpose(1, 2)
+    if anchors:
+        o = o + weights[..., window:] @ anchor_v.to(work).transpose(1, 2)
+    o = o.flatten(1, 2)
     if sinks is not None:
         o, lse = with_sinks(o, lse, row_max, sinks.to(work), sink_form)
     return o, lse, row_max, fields
+
+
+def _scores(queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
+    """[B, Hk, G, M]: queries [B, Hk, G, D] against keys [B, M, Hk, D], -inf where not seen [B, M]."""
+    return (queries @ keys.to(queries.dtype).permute(0, 2, 3, 1)).masked_fill(~seen[:, None, None], -math.inf)
