@@ -203,6 +203,21 @@ def test_the_size_of_features_cancels(op, target):
         assert torch.equal(chunk(case, target)["o"], chunk(scaled, target)["o"])
 
 
+def test_absorbed_gates_are_the_same_gates(op, any_target):
+    if op == "window":
+        return
+
+    gates, maps = st.sampled_from(["token", "key", "query"]), st.sampled_from(["identity", "exp"])
+
+    def fixed(gate, feature_map):
+        return drawn(op, any_target, gate=gate, feature_map=feature_map, decay=0.5, Fp=4)
+
+    @examples(any_target.count(15), st.tuples(gates, maps).flatmap(lambda x: fixed(*x)))
+    def check(case):
+        run = with_gradients(lambda c: chunk(c, any_target, gate_form="absorbed"), there(case, any_target))
+        judge(run, case, any_target.dtype)
+
+
 def test_strided_inputs(op, target):
     @examples(target.count(10), drawn(op, target), st.sampled_from(["transposed", "sliced", "expanded"]))
     def check(case, how):
