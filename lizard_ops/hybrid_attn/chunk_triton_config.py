@@ -114,7 +114,7 @@ class Shape:
     def config(self, kernel: str) -> Config:
         """Launch configuration of a kernel, named without "_kernel", picked on an H200."""
         if kernel == "scan":
-            return Config(512, 1, 4, 6)
+            return Config(512, 1, 4, 10)
         if self.dtype == torch.float32:  # no tensor cores
             return Config(32, 32, 4, 1)
         if self.dtype == torch.float16 or max(self.dim_block, self.value_block, self.pre_block) > 128:

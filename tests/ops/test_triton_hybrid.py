@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from kernel_checks import DEVICE, check_against_naive
 
 from lizard_ops.common.state import AttentionState
@@ -60,8 +61,8 @@ def check(x, window, dtype=torch.float32, **options):
 @pytest.mark.parametrize(
     "shape, window, anchors, options, dtype",
     [
-        (dict(b=1, t=150, hq=2, hk=1, dim=16, value=16, pre=16, gate=1), 32, 3, MERGE, torch.float32),
-        (dict(b=2, t=71, hq=4, hk=2, dim=16, value=20, pre=12, gate=4, weight=True), 20, 2, MERGE, torch.float32),
+        (dict(b=1, t=110, hq=2, hk=1, dim=16, value=16, pre=16, gate=1), 32, 3, MERGE, torch.float32),
+        (dict(b=2, t=45, hq=4, hk=2, dim=16, value=20, pre=12, gate=4, weight=True), 13, 2, MERGE, torch.float32),
         (dict(b=1, t=40, hq=3, hk=1, dim=24, value=16, pre=16, weight=True), 41, 0, MERGE, torch.float32),
         (dict(b=1, t=1, hq=2, hk=2, dim=16, value=16, pre=16, gate=2), 4, 2, MERGE, torch.float32),
         (dict(b=1, t=130, hq=2, hk=1, dim=16, value=16, pre=16, gate=1, sinks=2), 33, 5, SUM, torch.float32),
@@ -136,14 +137,14 @@ def test_padding_adds_nothing(options):
     check(make(3, 60, 2, 1, 16, 16, 16, 1, weight=True), 9, final=True, rows=rows, anchors=2, **options)
 
 
-@pytest.mark.parametrize("gate", [1, 4])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [MERGE, SUM])
+@pytest.mark.parametrize(
+    "options, packed, gate", [(MERGE, False, 2), (MERGE, True, 1), (SUM, False, 1), (SUM, True, 2)]
+)
 def test_carried_state_continues_the_sequence(packed, options, gate):
     """Sequences that have seen 0, 2 and 43 tokens; gradients reach those tokens through the state."""
     window, anchors = 7, 4
-    x = make(*((1, 90) if packed else (3, 40)), 4, 2, 16, 16, 16, gate)
-    x |= {"past " + name: t for name, t in make(1, 45, 4, 2, 16, 16, 16, gate).items()}
+    x = make(*((1, 90) if packed else (3, 40)), 2, 1, 16, 16, 16, gate)
+    x |= {"past " + name: t for name, t in make(1, 45, 2, 1, 16, 16, 16, gate).items()}
     seen = torch.tensor([0, 0, 2, 45], device=DEVICE)
     rows = {"cu_seqlens": torch.tensor([0, 3, 35, 90], device=DEVICE)} if packed else {}
 
@@ -162,7 +163,7 @@ def test_carried_state_continues_the_sequence(packed, options, gate):
 
 
 def test_strided_inputs_need_no_copy():
-    x = make(2, 40, 4, 2, 16, 16, 16, 2)
+    x = make(1, 40, 4, 2, 16, 16, 16, 2)
 
     def strided(op):
         def moved(x):
@@ -187,3 +188,23 @@ def test_operator_is_well_formed():
     x = {name: t.to(DEVICE).requires_grad_() for name, t in x.items()}
     inputs = (x["q"], x["k"], x["v"], x["fq"], x["fk"], x["g"], x["weight"], *[None] * 8)
     torch.library.opcheck(hybrid_forward, (*inputs, 4, 2, True, "relative", True, True, 0.25, 1.0, True))
+
+
+def test_compiles_checkpoints_and_autocasts():
+    x = {name: t.to(DEVICE).requires_grad_() for name, t in make(1, 20, 2, 1, 16, 16, 16, 1, weight=True).items()}
+
+    def attend(x):
+        return fast(x, 4, anchors=2, **MERGE)["o"]
+
+    def gradients(op):
+        o = op(x)
+        return o, *torch.autograd.grad(o.sum(), tuple(x.values()))
+
+    plain = gradients(attend)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, attend, use_reentrant=False)
+    for op in (compiled, checkpointed):
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients(op), strict=True))
+    with torch.autocast(DEVICE, torch.float16):
+        o, *grads = gradients(attend)
+    assert o.dtype == torch.float16 and all(grad.dtype == torch.float32 for grad in grads)
