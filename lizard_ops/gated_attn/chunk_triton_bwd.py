@@ -173,11 +173,12 @@ def far_keys(
     """dk, dv and k_j.dk_j of the queries after the chunk, through the state; dg of the pairs around the chunk."""
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV
+    WHOLE: tl.constexpr = NKB == 1 and NVB == 1  # k_part and v_part are all of k and v
     state = (chunk * HS + hs).to(tl.int64)
     ks = part * BK + tl.arange(0, BK)
     dz_t = tl.load(dz_states + state * K + ks, mask=ks < K, other=0.0)
     for vb in tl.static_range(NVB):
-        if NVB == 1:
+        if WHOLE:
             v_t = v_part
         else:
             vp, vm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)
@@ -189,12 +190,12 @@ def far_keys(
         else:
             far_k = tl.dot(v_t.to(OPERAND), tl.trans(r_t), far_k, input_precision=PRECISION)
     for kb in tl.static_range(NKB):
-        if NKB == 1:
+        if WHOLE:
             k_t = k_part
         else:
             kp, km = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
             k_t = tl.load(kp, mask=km, other=0.0)
-        if NKB > 1 or NVB > 1:
+        if not WHOLE:
             rp, rm = state_tile(d_states, state, K, V, kb * BK, part * BV, BK, BV)
             r_t = tl.load(rp, mask=rm, other=0.0)
         if kb == 0:
@@ -211,8 +212,9 @@ def far_keys(
         far_k *= to_end[:, None]
         far_v *= to_end[:, None]
         through = tl.sum(far_k * k_part.to(tl.float32), 1)
-        all_k = tl.arange(0, NKB * BK)
-        whole = tl.sum(tl.load(cross + state * K + all_k, mask=all_k < K, other=0.0), 0)
+        for kb in tl.static_range(NKB):
+            all_k = kb * BK + tl.arange(0, BK)
+            whole += tl.sum(tl.load(cross + state * K + all_k, mask=all_k < K, other=0.0), 0)
     return far_k, far_v, through, whole
 
 
@@ -289,7 +291,7 @@ def key_kernel(
         ok = ri < rows
         causal = (ri[None, :] >= rj[:, None]) & ok[None, :]  # [C, BQ]
         for kb in tl.static_range(NKB):
-            if NKB == 1:
+            if NB == 1:
                 k_t = k_part
             else:
                 bp, bm = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
@@ -301,7 +303,7 @@ def key_kernel(
             else:
                 score = tl.dot(k_t, tl.trans(q_t), score, input_precision=PRECISION)
         for vb in tl.static_range(NVB):
-            if NVB == 1:
+            if NB == 1:
                 v_t = v_part
             else:
                 bp, bm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)

@@ -154,7 +154,7 @@ def key_sum_kernel(
     HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, VARLEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y [rows, HK, K] float32: the decayed sum of the keys up to each row, the gradient of den by q."""
+    """Y [rows, HK, K] float32: the decayed sum of the keys before each row."""
     NKB: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     kb = pid % NKB
@@ -171,7 +171,7 @@ def key_sum_kernel(
     ks = kb * BK + tl.arange(0, BK)
     z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
     fp, fm = factor_tile(factors, LEVELS, LEVELS, C, K, kb * BK, BK)
-    y = k_t.to(tl.float32) + z_t[None, :] * tl.load(fp, mask=fm, other=0.0).to(tl.float32)
+    y = z_t[None, :] * tl.load(fp, mask=fm, other=0.0).to(tl.float32)
     for level in range(0, LEVELS):
         level = tl.cast(level, tl.int32)
         fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
@@ -184,16 +184,17 @@ def key_sum_kernel(
 
 @triton.jit
 def channel_row_kernel(
-    q, k, v, factors, states, key_sums, d_o, mass, d_log_mass, dq, extra, row_dot, table, owner, scale, q_rows, k_rows,
-    q_shift, k_shift, pairs,
+    q, k, v, factors, states, key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot, table, owner, scale,
+    q_rows, k_rows, q_shift, k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, the row terms e and sum_h q.dq channel by channel (row_dot [rows, HK, K], for dg).
+    """dq, the row terms e, the gradients of the pairs i = j (own_term) and the rest of sum_h q.dq by channel (row_dot).
 
     dq_i = w_i X_i + e_i Y_i with X the decayed sum of (do_i.v_j) k_j and Y that of k_j: no score is needed, for do.o is
-    q_i.X_i / den_i. All blocks of K are visited once for q.X when K has more than one.
+    q_i.X_i / den_i. All blocks of K are visited once for q.X when K has more than one. The pair i = j, which no gate
+    touches, stays out of row_dot [rows, HK, K]: strong gates leave little beside it.
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     GROUP: tl.constexpr = HQ // HK
@@ -208,6 +209,7 @@ def channel_row_kernel(
     mass += q0 * HQ
     d_log_mass += q0 * HQ
     extra += q0 * HQ
+    own_term += q0 * HQ
     k += k0 * (HK * K)
     v += k0 * (HK * V)
     key_sums += k0 * (HK * K)
@@ -225,22 +227,26 @@ def channel_row_kernel(
             dop, om = tile(d_o, r, ok, head, HQ, V, vb * BV, BV)
             do_t = tl.load(dop, mask=om, other=0.0)
             d_score = tl.dot(do_t, tl.trans(tl.load(vp, mask=vm, other=0.0)), d_score, input_precision=PRECISION)
-        # do_i.v_i in float32: strong gates leave little of dg beside the pairs i = j, and these must cancel
         own = tl.sum(tl.where(r[:, None] == r[None, :], d_score, 0.0), 1)
         d_score = d_score.to(OPERAND)
-        x = value_sums(d_score, own, k, d_o, factors, states, state, ok, hk, head, kb, HQ, HK, K, V, C, LEVELS, BK, BV,
+        x = value_sums(d_score, k, d_o, factors, states, state, ok, hk, head, kb, HQ, HK, K, V, C, LEVELS, BK, BV,
                        OPERAND, PRECISION)  # fmt: skip
         qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0).to(tl.float32)
+        kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)
+        k_t = tl.load(kp, mask=km, other=0.0).to(tl.float32)
         if NKB == 1:
-            delta = tl.sum(x * q_t, 1)
+            delta = tl.sum(x * q_t, 1) + own * tl.sum(k_t * q_t, 1)
         else:
             delta = tl.zeros([C], tl.float32)
             for b in tl.static_range(NKB):
-                x_b = value_sums(d_score, own, k, d_o, factors, states, state, ok, hk, head, b, HQ, HK, K, V, C, LEVELS,
+                x_b = value_sums(d_score, k, d_o, factors, states, state, ok, hk, head, b, HQ, HK, K, V, C, LEVELS,
                                  BK, BV, OPERAND, PRECISION)  # fmt: skip
                 bp, bm = tile(q, r, ok, head, HQ, K, b * BK, BK)
-                delta += tl.sum(x_b * tl.load(bp, mask=bm, other=0.0).to(tl.float32), 1)
+                q_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
+                bp, bm = tile(k, r, ok, hk, HK, K, b * BK, BK)
+                near = tl.sum(tl.load(bp, mask=bm, other=0.0).to(tl.float32) * q_b, 1)
+                delta += tl.sum(x_b * q_b, 1) + own * near
         m_p = r * HQ + head
         den = tl.load(mass + m_p, mask=ok, other=0.0)
         dlm = tl.load(d_log_mass + m_p, mask=ok, other=0.0)
@@ -252,22 +258,24 @@ def channel_row_kernel(
             w = tl.where(ok, scale, 0.0)
             e = tl.where(dlm != 0, dlm * inv, 0.0)
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
+        tl.store(own_term + m_p, w * own + e, mask=only_if(kb == 0, ok))
         yp, ym = tile(key_sums, r, ok, hk, HK, K, kb * BK, BK)
         x = x * w[:, None] + tl.load(yp, mask=ym, other=0.0) * e[:, None]
-        dqp, qm = tile(dq, r, ok, head, HQ, K, kb * BK, BK)
-        tl.store(dqp, x.to(dq.dtype.element_ty), mask=qm)
         rp, rm = tile(row_dot, r, ok, hk, HK, K, kb * BK, BK)
         before = tl.load(rp, mask=only_if(member > 0, rm), other=0.0)  # this program's own, of the last head
         tl.store(rp, before + x * q_t, mask=rm)
+        x += (w * own + e)[:, None] * tl.load(kp, mask=km, other=0.0).to(tl.float32)  # again: registers are short
+        dqp, qm = tile(dq, r, ok, head, HQ, K, kb * BK, BK)
+        tl.store(dqp, x.to(dq.dtype.element_ty), mask=qm)
 
 
 @triton.jit
 def value_sums(
-    d_score, own, k, d_o, factors, states, state, ok, hk, head, kb, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr,
+    d_score, k, d_o, factors, states, state, ok, hk, head, kb, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X [C, BK]: the decayed sum of (do_i.v_j) k_j over the keys up to i, in the chunk and in the state."""
+    """X [C, BK]: the decayed sum of (do_i.v_j) k_j over the keys before i, in the chunk and in the state."""
     r = tl.arange(0, C)
     x = tl.zeros([C, BK], tl.float32)
     for vb in tl.static_range((V + BV - 1) // BV):
@@ -280,7 +288,6 @@ def value_sums(
     x *= tl.load(fp, mask=fm, other=0.0).to(tl.float32)
     kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)
     k_t = tl.load(kp, mask=km, other=0.0).to(OPERAND)
-    x += own[:, None] * k_t.to(tl.float32)
     for level in range(0, LEVELS):
         level = tl.cast(level, tl.int32)
         fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
@@ -349,8 +356,8 @@ def channel_value_kernel(
 
 @triton.jit
 def channel_key_kernel(
-    q, k, v, factors, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dg, table, owner, scale, q_rows,
-    k_rows, q_shift, k_shift, pairs,
+    q, k, v, factors, d_states, dz_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, table, owner, scale,
+    q_rows, k_rows, q_shift, k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -372,6 +379,7 @@ def channel_key_kernel(
     d_o += q0 * (HQ * V)
     mass += q0 * HQ
     extra += q0 * HQ
+    own_term += q0 * HQ
     k += k0 * (HK * K)
     dk += k0 * (HK * K)
     dg += k0 * (HK * K)
@@ -408,11 +416,9 @@ def channel_key_kernel(
             v_t = tl.load(vp, mask=vm, other=0.0)
             d_score = tl.dot(v_t, tl.trans(tl.load(dop, mask=om, other=0.0)), d_score, input_precision=PRECISION)
         d_score = d_score * w[None, :] + e[None, :]
-        own = tl.sum(tl.where(r[:, None] == r[None, :], d_score, 0.0), 1)
         d_score = d_score.to(OPERAND)
         qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0).to(OPERAND)
-        acc += own[:, None] * q_t.to(tl.float32)
         for level in range(0, LEVELS):
             level = tl.cast(level, tl.int32)
             fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
@@ -420,8 +426,6 @@ def channel_key_kernel(
             chosen = tl.where(meets(r[None, :], r[:, None], level), d_score, 0.0).to(OPERAND)
             acc += tl.dot(chosen, q_t * f_t, input_precision=PRECISION) * f_t.to(tl.float32)
 
-    dkp, km = tile(dk, r, ok, hk, HK, K, kb * BK, BK)
-    tl.store(dkp, acc.to(dk.dtype.element_ty), mask=km)
     rp, rm = tile(row_dot, r, ok, hk, HK, K, kb * BK, BK)
     kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)
     pairs_from = tl.load(rp, mask=rm, other=0.0) - tl.load(kp, mask=km, other=0.0).to(tl.float32) * acc
@@ -436,3 +440,10 @@ def channel_key_kernel(
         grad = tl.dot(from_t, pairs_from, input_precision="ieee")
     dgp, gm = tile(dg, r, ok, hk, HK, K, kb * BK, BK)
     tl.store(dgp, grad + whole[None, :], mask=gm)
+    for member in range(0, GROUP):
+        head = hk * GROUP + member
+        own = tl.load(own_term + r * HQ + head, mask=ok, other=0.0)
+        qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)
+        acc += own[:, None] * tl.load(qp, mask=qm, other=0.0).to(tl.float32)
+    dkp, km = tile(dk, r, ok, hk, HK, K, kb * BK, BK)
+    tl.store(dkp, acc.to(dk.dtype.element_ty), mask=km)

@@ -40,10 +40,10 @@ WIDE = {
     "channel_state_reverse": (64, 128, 1, 4, 2),
     "factor": (128, 128, 1, 4, 1),
     "key_sum": (128, 128, 1, 4, 1),
-    "channel_output": (128, 128, 1, 8, 2),
+    "channel_output": (128, 128, 1, 4, 2),
     "channel_row": (128, 128, 1, 8, 2),
-    "channel_value": (128, 128, 1, 8, 2),
-    "channel_key": (128, 128, 1, 8, 2),
+    "channel_value": (128, 128, 1, 4, 2),
+    "channel_key": (128, 128, 1, 4, 2),
 }
 # the same where a head dim over 128 or a chunk over 64 rows leaves less shared memory
 LARGE = WIDE | {

@@ -280,7 +280,8 @@ def gated_chunk_backward(
         states = chunk_states(k, v, gates, start, shape, rows)[:2]
         x = q, k, v, d_o, mass, extra
         if channel:
-            row_dot = _channel_rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags)
+            own_term = torch.empty_like(mass)
+            row_dot = _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags)
         else:
             row_dot = _rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags)
         *d_states, ds0, dz0, cross = chunk_states(
@@ -288,7 +289,7 @@ def gated_chunk_backward(
         )
         ends = row_dot, cross, dk, dv, all_k
         if channel:
-            dg = _channel_keys(x, d_states, *ends, gates, shape, rows, place, flags)
+            dg = _channel_keys(x, d_states, own_term, *ends, gates, shape, rows, place, flags)
         else:
             dg = _keys(x, d_states, *ends, gates, shape, rows, place, flags)
     return dq, dk, dv, dg, ds0, dz0
@@ -324,7 +325,7 @@ def _keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place,
     return dg.sum(2, keepdim=True) if shape.hg < shape.hs else dg
 
 
-def _channel_rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags) -> Tensor:
+def _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags) -> Tensor:
     q, k, v, d_o, mass, extra = x
     key_sums, row_dot = mass.new_empty(k.shape), mass.new_empty(k.shape)
     dims, varlen = shape.channel_constants, rows.table is not None
@@ -335,13 +336,13 @@ def _channel_rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags) -
     )  # fmt: skip
     cfg = shape.launch("channel_row")
     channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, row_dot, *place, BK=cfg.block_k,
-        BV=cfg.block_v, **dims, **flags, **cfg.options,
+        q, k, v, gates.first, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot, *place,
+        BK=cfg.block_k, BV=cfg.block_v, **dims, **flags, **cfg.options,
     )  # fmt: skip
     return row_dot
 
 
-def _channel_keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
+def _channel_keys(x, d_states, own_term, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
     q, k, v, d_o, mass, extra = x
     dg = blank(mass, k.shape, all_k)
     cfg = shape.launch("channel_value")
@@ -351,8 +352,8 @@ def _channel_keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows
     )  # fmt: skip
     cfg = shape.launch("channel_key")
     channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, *d_states, d_o, mass, extra, row_dot, cross, dk, dg, *place, BK=cfg.block_k,
-        BV=cfg.block_v, **shape.channel_constants, **flags, **cfg.options,
+        q, k, v, gates.first, *d_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, *place,
+        BK=cfg.block_k, BV=cfg.block_v, **shape.channel_constants, **flags, **cfg.options,
     )  # fmt: skip
     return dg
 

@@ -46,21 +46,21 @@ def locate(
 
 
 @triton.jit
+def only_if(flag, mask):
+    """mask where the scalar flag holds, nothing otherwise."""
+    return tl.where(flag, mask, False)
+
+
+@triton.jit
 def tile(ptr, rows, valid, heads, H: tl.constexpr, D: tl.constexpr, col, BD: tl.constexpr):
     """Pointers and mask [R, BD] of columns col.. of x [rows, H, D] at rows [R] from ptr and heads ([R] or one)."""
     cols = col + tl.arange(0, BD)
     p = ptr + ((rows * H + heads) * D)[:, None] + cols[None, :]
     if D % BD == 0:
-        m = valid[:, None]
+        m = only_if(col < D, valid)[:, None]
     else:
         m = valid[:, None] & (cols < D)[None, :]
     return p, m
-
-
-@triton.jit
-def only_if(flag, mask):
-    """mask where the scalar flag holds, nothing otherwise."""
-    return tl.where(flag, mask, False)
 
 
 @triton.jit

@@ -126,7 +126,14 @@ def test_padding_anywhere(gate):
 @pytest.mark.parametrize("gate", ["key", "channel"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 33, 3, 1, 10, 21), (1, 20, 2, 1, 72, 80), (1, 17, 2, 1, 72, 16), (1, 1, 8, 1, 16, 5), (2, 16, 1, 1, 1, 1)],
+    [
+        (1, 33, 3, 1, 10, 21),
+        (1, 20, 2, 1, 72, 80),
+        (1, 17, 2, 1, 72, 16),
+        (1, 17, 2, 1, 16, 72),
+        (1, 1, 8, 1, 16, 5),
+        (2, 16, 1, 1, 1, 1),
+    ],
 )
 def test_odd_lengths_groups_and_dims(gate, shape):
     compare(make(*shape, gate=gate), final=False)
