@@ -63,7 +63,7 @@ def window_forward_kernel(
         o_token = i_row * T
     k += i_h.to(tl.int64) * k_sh
     v += i_h.to(tl.int64) * v_sh
-    if CARRIED:
+    if CARRIED and A > 0:
         anchor_k += i_row * ak_sn + i_h.to(tl.int64) * ak_sh
         anchor_v += i_row * av_sn + i_h.to(tl.int64) * av_sh
     else:
