@@ -117,7 +117,9 @@ class Shape:
             return Config(512, 1, 4, 10)
         if self.dtype == torch.float32:  # no tensor cores
             return Config(32, 32, 4, 1)
-        if self.dtype == torch.float16 or max(self.dim_block, self.value_block, self.pre_block) > 128:
+        wide = max(self.dim_block, self.value_block, self.pre_block) > 128
+        linear = not kernel.startswith(("window", "anchor"))
+        if wide or (linear and self.dtype == torch.float16):  # float16 multiplies linear tiles as tf32
             return Config(64, 32, 8, 1)
         return {
             "state": Config(64, 64, 4, 1, 168),

@@ -248,7 +248,7 @@ def hybrid_output(
     gates: Tensor, weight: Tensor | None, sink: Tensor | None, scale: float, feature_scale: float, stream: Stream,
     shape: Shape,
 ) -> tuple[Tensor, Masses]:  # fmt: skip
-    """Output [B, T, Hq, V] and masses. weight: alpha or merge bias [B, T, Hq, 1]; sink: log of the sink mass [Hq]."""
+    """Output [B, T, Hq, V] and masses. weight: alpha or merge bias [B, T, Hq]; sink: log of the sink mass [Hq]."""
     batch, tokens, heads = q.shape[:3]
     o = torch.empty(batch, tokens, heads, shape.value, dtype=q.dtype, device=q.device)
     masses = empty_masses(q, shape)
