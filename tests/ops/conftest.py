@@ -28,7 +28,7 @@ class Target:
 
 CPU = (Target("torch", "cpu", torch.float64, 1.0), Target("torch", "cpu", torch.float32, 0.5))
 INTERPRETED = (Target("triton", "cpu", torch.float32, 0.0),)
-CUDA = tuple(Target("triton", "cuda", dtype, 0.5) for dtype in (torch.float32, torch.bfloat16, torch.float16))
+CUDA = tuple(Target("triton", "cuda", dtype, 0.05) for dtype in (torch.float32, torch.bfloat16, torch.float16))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -48,7 +48,13 @@ def _cotangent(name: str, x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
 
 
-def judge(found: Outputs, case: Case, dtype: torch.dtype, naive: Callable[[Case], Outputs] | None = None) -> None:
+def judge(
+    found: Outputs,
+    case: Case,
+    dtype: torch.dtype,
+    naive: Callable[[Case], Outputs] | None = None,
+    largest_score: float = 1.0,
+) -> None:
     """Largest and RMS error against float64 at most twice those of the reference in this dtype.
 
     case: as given to the fast path, in dtype. naive: what the reference is to compute, ``call(case, "naive")`` with
@@ -63,7 +69,7 @@ def judge(found: Outputs, case: Case, dtype: torch.dtype, naive: Callable[[Case]
     sizes = {name: x.abs().max().item() if x.numel() else 0.0 for name, x in case.leaves().items()}
     flow = exact["d v"].abs().max().item() * sizes["v"] if gradients and exact["d v"].numel() else 0.0
     for name, x in found.items():
-        before = _before_cancelling(name.removeprefix("d "), case, sizes) * flow
+        before = _before_cancelling(name.removeprefix("d "), case, sizes) * flow * largest_score
         error = excess(x.cpu(), plain[name], exact[name], dtype, before)
         assert error <= 1, f"{name}: {error:.3g} times the error that is allowed, {dtype}, {case.options}"
 

@@ -20,6 +20,8 @@ def drawn(op, target, **fixed):
     """Cases that the target takes, in its dtype but on the CPU."""
     if target.impl == "triton":
         fixed = {"chunk_size": None, "lengths": CHUNKED_LENGTHS if target.device == "cuda" else (0, 1, 17, 23)} | fixed
+    if target.device == "cuda":  # every size is a compilation of its own: test_triton_*.py go through them
+        fixed = {"G": 3, "K": 5, "V": 8, "Fp": 4} | fixed
     return cases(op, **fixed).map(lambda case: case.cast(target.dtype))
 
 
@@ -329,7 +331,8 @@ def test_extreme_inputs(op, target, kind):
             if kind == "zero values" and name == "v":
                 return x * 0
             if kind == "large features" and name in (("q", "k") if op == "gated" else ("fq", "fk")):
-                return x * {"identity": 1e3, "softmax": 5}[maps] if maps != "exp" else x + 500 * x[..., :1].abs()
+                large = {"identity": 30 if target.dtype == torch.float16 else 1e3, "softmax": 5}
+                return x + 500 * x[..., :1].abs() if maps == "exp" else x * large[maps]
             if kind == "zero features" and maps == "identity" and name in ("fq", "q"):
                 return x * 0 if op == "gated" or name == "fq" else x
             return x
@@ -337,4 +340,7 @@ def test_extreme_inputs(op, target, kind):
         case = case.map(extreme)
         found = with_gradients(lambda c: chunk(c, target), there(case, target))
         assert finite(found)
-        judge(found, case, target.dtype)
+        top = 1.0
+        if kind == "large scores" and op != "gated" and case.length:
+            top = (case.tokens["q"].abs().max() * case.tokens["k"].abs().max()).item()
+        judge(found, case, target.dtype, largest_score=top)
