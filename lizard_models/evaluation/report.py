@@ -97,14 +97,14 @@ class Report:
         past = past_edge(edges)
         share = teacher is not None and control is not None and past is not None
         error = any(row.relative_error is not None for row, _ in rows)
-        table = Table(title="loss in nats by position", title_justify="left", caption_justify="left")
+        table = Table(title="loss in nats by position", title_justify="left", caption_justify="left", pad_edge=False)
         notes: list[str] = []
         table.add_column("", no_wrap=True)
         for start, end in zip(edges, edges[1:], strict=False):
-            table.add_column(f"\\[{start}, {end})", justify="right")
+            table.add_column(f"{short(start)}–{short(end)}", justify="right", no_wrap=True)
         if share:
-            table.add_column("recovered", justify="right")
-            notes.append(f"recovered: share of the gap from window control to teacher that is closed, from {past} on")
+            table.add_column("share", justify="right")
+            notes.append(f"share: of the gap between window control and teacher, how much is closed from {past} on")
         if error:
             table.add_column("error", justify="right")
             notes.append("error: relative squared error of the attention heads, held out")
@@ -153,6 +153,11 @@ class Report:
 def _with_error(metrics: dict[str, Any], metric: str, error: str) -> str:
     value, spread = metrics[metric], metrics.get(error)
     return f"{value:.4f}" + (f" ± {spread:.4f}" if isinstance(spread, float) else "")
+
+
+def short(position: int) -> str:
+    """A position as 512, 1K, 64K."""
+    return str(position) if position < 1024 or position % 1024 else f"{position // 1024}K"
 
 
 def past_edge(edges: tuple[int, ...]) -> int | None:

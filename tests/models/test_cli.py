@@ -49,7 +49,7 @@ def model(world):
 
 def test_linearize_saves_a_model_and_what_was_measured(model):
     out, output = model
-    for text in ("after stage 1", "after stage 2", "window control", "recovered", "passkey found", "saved:"):
+    for text in ("after stage 1", "after stage 2", "window control", "share", "passkey found", "saved:"):
         assert text in output
     assert {"model.safetensors", "tokenizer.json", "evaluation.json", "evaluation.png", "training.json"} <= {
         file.name for file in out.iterdir()

@@ -125,7 +125,7 @@ def test_the_table_shows_losses_shares_and_passkeys(report):
     for table in report.tables():
         console.print(table)
     text = console.export_text()
-    for cell in ("[128, 256)", "closed, from 128 on", "50%", "0.0123", "3.500", "512", "90%", "0.5000 ± 0.0100"):
+    for cell in ("128–256", "closed from 128 on", "50%", "0.0123", "3.500", "512", "90%", "0.5000 ± 0.0100"):
         assert cell in text
     assert "nan" not in text
 
