@@ -275,7 +275,7 @@ def empty_masses(q: Tensor, shape: Shape) -> Masses:
     make = torch.empty
     return Masses(
         make(full, dtype=torch.float32, device=q.device),
-        make(full, dtype=torch.float32, device=q.device),
+        torch.full(full, -torch.inf, dtype=torch.float32, device=q.device),  # where no row is, nothing else says so
         make(some, dtype=torch.float32, device=q.device),
         make(some, dtype=torch.int32, device=q.device),
     )
