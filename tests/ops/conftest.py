@@ -20,7 +20,11 @@ class Target:
     effort: float
 
     def count(self, examples: int) -> int:
-        return max(3, round(self.effort * examples))
+        return max(2 if self.interpreted else 3, round(self.effort * examples))
+
+    @property
+    def interpreted(self) -> bool:
+        return self.impl == "triton" and self.device == "cpu"
 
     def __str__(self) -> str:
         return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
@@ -54,7 +58,7 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if not asked:
         return
     target = request.getfixturevalue(asked[0])
-    if target.impl == "triton" and target.device == "cpu":
+    if target.interpreted:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     for module, name, size in (
         ("gated_attn.chunk_torch", "HEAD_GATE_CHUNK", 8),

@@ -26,10 +26,10 @@ def examples(count: int, *strategies: st.SearchStrategy) -> Callable[[Callable],
     return run
 
 
-def with_gradients(run: Callable[[Case], Outputs], case: Case, wanted: tuple[str, ...] = ()) -> Outputs:
-    """Outputs, and gradients for fixed random cotangents of every differentiable output; ``wanted`` inputs or all."""
-    leaves = {name: x.clone().requires_grad_() for name, x in case.leaves().items() if not wanted or name in wanted}
-    tracked = case.map(lambda name, x: leaves.get(name, x), weights=True)
+def with_gradients(run: Callable[[Case], Outputs], case: Case) -> Outputs:
+    """Outputs, and gradients of all inputs for fixed random cotangents of every differentiable output."""
+    leaves = {name: x.clone().requires_grad_() for name, x in case.leaves().items()}
+    tracked = case.map(lambda name, _: leaves[name], weights=True)
     outputs = run(tracked)
     terms = [
         (torch.where(x.isfinite(), x, 0).double() * _cotangent(name, x)).sum()
@@ -58,7 +58,8 @@ def judge(
     """Largest and RMS error against float64 at most twice those of the reference in this dtype.
 
     case: as given to the fast path, in dtype. naive: what the reference is to compute, ``call(case, "naive")`` with
-    gradients where they were found. Float64 results must agree to rounding.
+    gradients where they were found. Float64 results must agree to 1e-9. largest_score: where scores are extreme a
+    weight exp(s - lse) is known to |s| roundings only, unless its reference happens to be exact.
     """
     naive = naive or (lambda c: call(c, "naive"))
     gradients = any(name.startswith("d ") for name in found)

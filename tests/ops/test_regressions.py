@@ -194,8 +194,6 @@ def test_forward_and_backward_read_nothing_back(torch_target, monkeypatch):
 
 def test_many_heads_and_rows_fit_the_grid(target):
     """More rows times heads than the 65,535 of a launch grid's second axis."""
-    if target.device == "cpu" and target.impl == "triton":
-        return  # that many programs take the interpreter hours
     q = torch.ones(33000, 1, 2, 1, device=target.device, dtype=target.dtype)
     assert chunk_gated_attn(q, q, q, impl=target.impl)[0].min() == 1
     assert window_attn(q, q, q, 1, impl=target.impl)[0].min() == 1
