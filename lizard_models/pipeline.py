@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +173,20 @@ class _Run:
         if any(row.name == name for row in self.rows):
             return
         row = Row(name)
-        with self.console.status(f"measuring {name}"):
+        with self.console.status(f"measuring {name}") as status:
+            done = count(1)
+
+            def advance(_: int) -> None:
+                status.update(f"measuring {name}: {next(done)} documents and prompts done")
+
             if self.documents is not None:
-                row.loss = loss_by_position(model, self.documents.tokens)
+                row.loss = loss_by_position(model, self.documents.tokens, advance=advance)
                 if errors and isinstance(model, LizardCausalLM):
                     tokens = self.documents.tokens[:, : self.plan.config.stage1.sequence_length]
                     row.relative_error = layer_errors(model, tokens).mean().item()
             if self.plan.passkey_lengths and self.teacher.tokenizer is not None:
                 lengths, trials = self.plan.passkey_lengths, self.plan.passkey_trials
-                row.passkey = passkey_accuracy(model, self.teacher.tokenizer, lengths, trials=trials)
+                row.passkey = passkey_accuracy(model, self.teacher.tokenizer, lengths, trials=trials, advance=advance)
         if row.loss is None and not row.passkey:
             return
         self.rows.append(row)
