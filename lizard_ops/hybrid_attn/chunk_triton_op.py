@@ -157,10 +157,7 @@ def hybrid_backward(
             d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
     d_weight = empty(q, 0)
     if weight is not None:
-        flow = terms.flow if average is None else average
-        if lengths is not None:  # rows past the end were not written
-            flow = flow.where(log_window.isfinite(), 0.0)
-        d_weight = flow.transpose(1, 2).contiguous()
+        d_weight = (terms.flow if average is None else average).transpose(1, 2).contiguous()
     return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
 
 

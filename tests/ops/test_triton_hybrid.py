@@ -145,7 +145,7 @@ def test_padding_reads_no_leftovers(options, monkeypatch):
 
         def leftover(*args, make_tensor=make_tensor, **kwargs):
             x = make_tensor(*args, **kwargs)
-            return x.fill_(1e30) if x.is_floating_point() else x
+            return x.fill_(-1e30) if x.is_floating_point() else x
 
         monkeypatch.setattr(owner, name, leftover)
     mask = torch.ones(2, 20, dtype=torch.bool)
