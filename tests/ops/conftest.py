@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 
 import pytest
 import torch
@@ -67,7 +66,3 @@ def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         ("window_attn.chunk_torch", "BLOCK", 4),
     ):
         monkeypatch.setattr(importlib.import_module(f"lizard_ops.{module}"), name, size)
-
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when Triton is first imported
