@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which the tests of the models do before those of the ops.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+torch.set_num_threads(1)  # the workers share the cores; threads of their own only wait for each other
+
 settings.register_profile(
     "steady", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
