@@ -13,6 +13,7 @@ from lizard_models.modeling_llama import LizardLlamaConfig, LizardLlamaForCausal
 from lizard_models.modeling_mistral import LizardMistralConfig, LizardMistralForCausalLM, LizardMistralModel
 
 _LOADED_ON_USE = {
+    "linearize_folder": "lizard_models.convert_folder",
     "load_teacher": "lizard_models.teachers",
     "train_stage1": "lizard_models.distill",
     "train_stage2": "lizard_models.distill",

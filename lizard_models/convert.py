@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lizard_models.config import LizardConfig
-from lizard_models.modeling_common import LizardCausalLM, LizardModelMixin
+from lizard_models.modeling_common import LizardAttention, LizardCausalLM, LizardModelMixin
 from lizard_models.modeling_llama import LizardLlamaForCausalLM
 from lizard_models.modeling_mistral import LizardMistralForCausalLM
 
@@ -42,12 +42,16 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
     teacher_rope: Any = model.model.rotary_emb  # made anew: a teacher cast to half precision has rounded frequencies
     student.model.rotary_emb = type(teacher_rope)(student.config).to(teacher_rope.inv_freq.device)
     for attention in student.lizard_attentions():
-        device = attention.q_proj.weight.device
-        attention.lizard.to_empty(device=device)
-        for module in attention.lizard.modules():
-            student._init_weights(module)
+        start_new_parameters(student, attention, attention.q_proj.weight.device)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
+
+
+def start_new_parameters(student: LizardCausalLM, attention: LizardAttention, device: torch.device | str) -> None:
+    """Gives a layer's new parameters, now on the meta device, their starts on ``device``."""
+    attention.lizard.to_empty(device=device)
+    for module in attention.lizard.modules():
+        student._init_weights(module)
 
 
 def student_config(teacher: PreTrainedConfig, config: LizardConfig) -> PreTrainedConfig:

@@ -74,12 +74,15 @@ def command(
     [cyan]lizard-attn linearize smollm2-135m --data books/ --eval-data held-out/ --stage1-steps 400 --stage2-steps 0
     --out my-lizard[/cyan]
 
+    Untrained, for a teacher larger than memory: [cyan]lizard-attn convert[/cyan], or no steps in both stages.
+
     A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
     """
     with one_line_errors(lambda: _resume_command(out)):
         from rich.console import Console
 
         from lizard_models.config import LizardConfig
+        from lizard_models.convert_folder import linearize_folder
         from lizard_models.pipeline import Plan, run
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
@@ -88,6 +91,11 @@ def command(
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
         )
         console = Console(soft_wrap=True)
+        if stage1_steps == 0 and stage2_steps == 0 and not eval_data and not passkey:
+            # Nothing is trained or measured, so the teacher need not fit into memory.
+            folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
+            console.print(f"saved, untrained: {folder}")
+            return
         outcome = run(
             Plan(
                 teacher=teacher,

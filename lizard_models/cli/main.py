@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lizard_models.cli import demo, evaluate, generate, info, linearize
+from lizard_models.cli import convert, demo, evaluate, generate, info, linearize
 
 app = typer.Typer(
     help="Turn a pretrained Llama or Mistral into a model that reads any length in constant memory.",
@@ -25,6 +25,7 @@ def quiet() -> None:
 
 
 app.command("linearize")(linearize.command)
+app.command("convert")(convert.command)
 app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
 app.command("demo")(demo.command)

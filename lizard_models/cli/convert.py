@@ -1,0 +1,42 @@
+"""``lizard-attn convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lizard_models.cli.errors import one_line_errors
+from lizard_models.cli.options import Cache, DType, Settings, read_dtype, read_settings
+
+
+def command(
+    teacher: Annotated[str, typer.Argument(help="Hub name, local folder, or smollm2-135m.")],
+    out: Annotated[Path, typer.Option(help="Folder for the untrained model; must not exist yet.")],
+    preset: Annotated[
+        str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
+    ] = "recommended",
+    settings: Settings = None,
+    dtype: DType = None,
+    cache: Cache = None,
+) -> None:
+    """Write a teacher's untrained Lizard, shard by shard: it need not fit into memory.
+
+    [bold]Examples[/bold]
+
+    [cyan]lizard-attn convert meta-llama/Llama-3.1-8B --out lizard-8b[/cyan]
+
+    Another preset and window: [cyan]lizard-attn convert my-teacher --preset paper --set attention.window=64
+    --out my-lizard[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from lizard_models.config import LizardConfig
+        from lizard_models.convert_folder import linearize_folder
+
+        console = Console(soft_wrap=True, highlight=False)
+        chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
+        folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
+        console.print(f"saved, untrained: {folder}")

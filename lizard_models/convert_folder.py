@@ -1,0 +1,187 @@
+"""From a teacher's folder to an untrained Lizard's folder, one shard at a time, for models larger than memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from lizard_models.config import LizardConfig
+from lizard_models.convert import FAMILIES, start_new_parameters, student_config
+from lizard_models.downloads import Say, appear_whole, silent
+from lizard_models.loading import TRAINING
+from lizard_models.modeling_common import LizardCausalLM
+from lizard_models.teachers import find_teacher, load_tokenizer
+
+OLD_BUFFERS = "rotary_emb.inv_freq"  # in checkpoints of older transformers, and ignored by the present one
+
+
+class Shard(NamedTuple):
+    """A safetensors file and the shapes of its tensors."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+
+def linearize_folder(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    config: LizardConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    cache: str | os.PathLike | None = None,
+    say: Say = silent,
+) -> Path:
+    """Writes the untrained Lizard model of a saved teacher without holding its weights in memory.
+
+    The teacher's tensors keep their names and bits: each of its safetensors files is copied as it is, and one more
+    holds the new parameters, float32. Memory is that of the new parameters alone. With ``dtype`` floating tensors are
+    cast, which takes the memory of one shard in that dtype. ``AutoModelForCausalLM.from_pretrained(out)`` then gives
+    what ``linearize(teacher, config)`` does.
+
+    source: a local folder, a hub name or smollm2-135m, as ``load_teacher`` takes it. out: must not exist; it appears
+    when it is whole. cache, say: as in ``load_teacher``. Returns ``out``.
+
+    Raises ValueError for what ``find_teacher`` and ``linearize`` refuse, a quantized teacher, weights that are not in
+    safetensors, a damaged shard, and tensors that are missing, unexpected or of another shape than the model's.
+    """
+    target = Path(out).expanduser()
+    if target.exists():
+        raise ValueError(f"out: {str(target)!r} exists already; give another folder, or delete it")
+    folder, teacher = _local_teacher(str(source), cache, say)
+    if getattr(teacher, "quantization_config", None) is not None:
+        raise ValueError(
+            f"teacher {str(source)!r} is quantized: linearize its unquantized weights, quantize afterwards"
+        )
+    chosen = student_config(teacher, config)
+    if dtype is not None:
+        chosen.dtype = dtype
+    family = FAMILIES[teacher.model_type]
+    with torch.device("meta"):
+        student = family(chosen)
+    shards = read_shards(folder)
+    _check_tensors(student, shards, folder)
+    with appear_whole(target) as draft:
+        names = [f"model-{i:05d}-of-{len(shards) + 1:05d}.safetensors" for i in range(1, len(shards) + 2)]
+        where: dict[str, str] = {}
+        total = 0
+        for shard, name in zip(shards, names, strict=False):
+            say(f"{shard.path.name} -> {name}")
+            total += _write_shard(shard, draft / name, dtype)
+            where |= dict.fromkeys(shard.shapes, name)
+        new = dict(_new_parameters(student))
+        if new:
+            say(f"{len(new)} new parameters -> {names[-1]}")
+        save_file(new, draft / names[-1], metadata={"format": "pt"})
+        where |= dict.fromkeys(new, names[-1])
+        total += sum(tensor.nbytes for tensor in new.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (draft / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        _write_companions(folder, draft, chosen)
+        record = {"teacher": str(source), "config": config.to_dict(), "stages": {}}
+        (draft / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
+    return target
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The safetensors files that hold a saved model, in order of their names; only their headers are read.
+
+    Raises ValueError for a folder without any, an index that names files that are not there, or a damaged file.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        names = [SAFE_WEIGHTS_NAME]
+    elif index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        others = ", ".join(sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)))
+        found = f"found {others}, which are pickles and are never read" if others else "found no weights"
+        raise ValueError(f"{str(folder)!r}: {found}; wanted {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}")
+    return [_read_header(folder / name) for name in names]
+
+
+def _read_header(path: Path) -> Shard:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, though the index names it: fetch the model again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): fetch the model again") from error
+    return Shard(path, shapes)
+
+
+def _local_teacher(source: str, cache: str | os.PathLike | None, say: Say) -> tuple[Path, PretrainedConfig]:
+    found, config = find_teacher(source, cache=cache, say=say)
+    if not Path(found).is_dir():
+        say(f"teacher: {found} from the hub")
+        found = snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"])
+    return Path(found), config
+
+
+def _check_tensors(student: LizardCausalLM, shards: list[Shard], folder: Path) -> None:
+    wanted = {name: tuple(t.shape) for name, t in student.state_dict().items() if ".lizard." not in name}
+    found = {name: shape for shard in shards for name, shape in shard.shapes.items() if OLD_BUFFERS not in name}
+    tied = {"lm_head.weight"} if student.config.tie_word_embeddings else set()
+    problems = {
+        "missing": wanted.keys() - found.keys() - tied,
+        "unexpected": found.keys() - wanted.keys(),
+        "misshapen": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+    }
+    for kind, names in problems.items():
+        if names:
+            first = sorted(names)
+            more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+            raise ValueError(f"{str(folder)!r} has {kind} tensors for its config.json: {', '.join(first[:3])}{more}")
+
+
+def _write_shard(shard: Shard, target: Path, dtype: torch.dtype | None) -> int:
+    """Writes one of the teacher's shards, and returns the bytes of its tensors."""
+    if dtype is None:
+        shutil.copyfile(shard.path, target)
+        return data_bytes(target)
+    tensors: dict[str, Tensor] = {}
+    with safe_open(shard.path, framework="pt") as file:
+        for name in shard.shapes:
+            tensor = file.get_tensor(name)
+            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            del tensor  # so that one is held twice at most
+    save_file(tensors, target, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def data_bytes(path: Path) -> int:
+    """Bytes of the tensors in a safetensors file: all but its header and the header's length."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def _new_parameters(student: LizardCausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Names and starts of the parameters the teacher does not have; ``student`` is on the meta device."""
+    for attention in student.lizard_attentions():
+        start_new_parameters(student, attention, "cpu")
+    for name, parameter in student.lizard_parameters():
+        yield name, parameter.detach().contiguous()
+
+
+def _write_companions(folder: Path, draft: Path, config: PretrainedConfig) -> None:
+    config.save_pretrained(draft)
+    if (folder / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(folder).save_pretrained(draft)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(draft)
+    tokenizer: Any = load_tokenizer(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(draft)
