@@ -32,6 +32,20 @@ class AttentionChoices:
     """RoPE in the window. The paper's equations have none: without it the window explains about 60% of the teacher at
     positions 0 to 127, with it all."""
 
+    positions: Literal["true", "clamped"] = "true"
+    """Distance at which a query sees the anchors. Keys of the window are less than ``window`` behind it at any length;
+    anchors fall back without end. true: their distance i - j, which past the teacher's context is one it was never
+    trained on. clamped: i - j as long as i < P = ``position_limit``; from there on the anchors follow in steps of
+    s = ``position_step``: the distance is P - s + (i - P) mod s - j and never reaches P. With P = window + anchors and
+    s = 1 these are StreamingLLM's positions in the cache (arXiv 2309.17453). Up to P both forms are the same."""
+
+    position_limit: int | None = None
+    """P: positions the teacher knows. None is its context (``max_position_embeddings``)."""
+
+    position_step: int | None = None
+    """s: how far the anchors move at a time. None is half of ``position_limit``. A prefill is cut where they move, so a
+    step below a few hundred makes long prompts slow; decoding costs the same with any."""
+
     linear_rope: bool = False
     """RoPE before the feature maps. LoLCATs has it. It helps up to the training length and does not extrapolate."""
 
@@ -143,6 +157,11 @@ class AttentionChoices:
         for name in ("anchors", "num_sinks", "feature_noise", "sink_spread"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("position_limit", "position_step"):
+            if getattr(self, name) is not None and self.positions == "true":
+                raise ValueError(f'{name} belongs to positions="clamped", got {name}={getattr(self, name)} with "true"')
+        if self.positions == "clamped":
+            self._check_positions()
         if self.gate_init is not None and not 0 < self.gate_init < 1:
             raise ValueError(f"gate_init is a decay between 0 and 1, got {self.gate_init}")
         if self.gate_temperature <= 0:
@@ -155,6 +174,21 @@ class AttentionChoices:
             )
         if self.linear_branch:
             self._check_linear_branch()
+
+    def _check_positions(self) -> None:
+        limit, step = self.position_limit, self.position_step
+        if limit is not None and limit < self.window + self.anchors:
+            raise ValueError(
+                f"position_limit={limit} is less than window + anchors = {self.window + self.anchors}: the anchors "
+                "would move while the window still holds them"
+            )
+        if step is not None and not 1 <= step <= (limit or step):
+            raise ValueError(f"position_step={step} must be at least 1 and at most position_limit={limit}")
+        if self.linear_branch and self.linear_rope:
+            raise ValueError(
+                'positions="clamped" keeps the anchors in range, but linear_rope=True turns every key of the linear '
+                'branch by its true position, at distances without bound: use positions="true"'
+            )
 
     def _check_linear_branch(self) -> None:
         if self.feature_dim is not None and self.two_sided and self.feature_dim_counts == "features":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lizard_layers.feature_map import FeatureMaps
 from lizard_layers.gate import build_gate
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
-from lizard_layers.rope import apply_rope
+from lizard_layers.rope import AnchorBlock, apply_rope
 from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
 
 
@@ -46,17 +47,73 @@ class HybridAttention(nn.Module):
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        anchor_blocks: Sequence[AnchorBlock] | None = None,
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend over the new positions and what ``state`` remembers.
 
         x [B, T, hidden]: the layer's normalised input, for gate and merge bias. q [B, T, Hq, D], k and v [B, T, Hk, D]:
         projected heads before RoPE. rope: (cos, sin), each [B or 1, T, D], of these positions. padding_mask [B, T]
-        bool, True at real tokens; cu_seqlens [N+1] packs N sequences into one row.
+        bool, True at real tokens; cu_seqlens [N+1] packs N sequences into one row. anchor_blocks: for
+        positions="clamped", how far the anchors have moved on, block by block of the new positions; None: not at all.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
         else None. Raises ValueError for shapes that do not fit the config, or a choice of RoPE without ``rope``.
         """
         self._check(x, q, k, v, rope)
+        if anchor_blocks is None:
+            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, cu_seqlens)
+        lengths = [block.length for block in anchor_blocks]
+        if cu_seqlens is not None or sum(lengths) != x.shape[1]:
+            raise ValueError(
+                f"anchor_blocks have lengths {lengths}, wanted lengths that add up to the {x.shape[1]} new positions, "
+                "and no cu_seqlens"
+            )
+        outputs, end = [], 0
+        for block in anchor_blocks:
+            part = slice(end, end := end + block.length)
+            turns = None if rope is None else (rope[0][:, part], rope[1][:, part])
+            mask = None if padding_mask is None else padding_mask[:, part]
+            carry = use_state or end < x.shape[1]
+            o, state = self._attend_moved(
+                block, x[:, part], q[:, part], k[:, part], v[:, part], turns, state, carry, mask
+            )
+            outputs.append(o)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
+
+    def _attend_moved(
+        self,
+        block: AnchorBlock,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        state: AttentionState | None,
+        use_state: bool,
+        padding_mask: Tensor | None,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """``_attend`` with the anchors turned on; the state keeps them as they were, so that nothing adds up."""
+        if state is None or state.anchor_k is None:
+            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, None)
+        moved = state._replace(anchor_k=apply_rope(state.anchor_k, block.cos, block.sin))
+        o, new = self._attend(x, q, k, v, rope, moved, use_state, padding_mask, None)
+        if new is not None and new.anchor_k is not None:
+            kept = torch.where(block.moved[:, None, None, None], state.anchor_k, new.anchor_k)
+            new = new._replace(anchor_k=kept)
+        return o, new
+
+    def _attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        state: AttentionState | None,
+        use_state: bool,
+        padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, AttentionState | None]:
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             window_q, window_k = q, k

@@ -12,6 +12,7 @@ from lizard_models.config import LizardConfig
 from lizard_models.modeling_common import LizardAttention, LizardCausalLM, LizardModelMixin
 from lizard_models.modeling_llama import LizardLlamaForCausalLM
 from lizard_models.modeling_mistral import LizardMistralForCausalLM
+from lizard_models.positions import with_far_positions
 
 FAMILIES: dict[str, type[LizardCausalLM]] = {"llama": LizardLlamaForCausalLM, "mistral": LizardMistralForCausalLM}
 """Teachers' ``model_type`` and the class they become."""
@@ -40,7 +41,8 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
         if name and not any(True for _ in module.children()):
             student.set_submodule(name, module)
     teacher_rope: Any = model.model.rotary_emb  # made anew: a teacher cast to half precision has rounded frequencies
-    student.model.rotary_emb = type(teacher_rope)(student.config).to(teacher_rope.inv_freq.device)
+    rope = type(teacher_rope)(student.config).to(teacher_rope.inv_freq.device)
+    student.model.rotary_emb = with_far_positions(rope)
     for attention in student.lizard_attentions():
         start_new_parameters(student, attention, attention.q_proj.weight.device)
     student.generation_config = copy.deepcopy(model.generation_config)

@@ -15,11 +15,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lizard_layers import Float32Module, HybridAttention, apply_rope
+from lizard_layers import AnchorBlock, Float32Module, HybridAttention, apply_rope
 from lizard_models.cache import LizardCache
 from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import approximation_error
 from lizard_models.layer_configs import attention_config, converted_layers, lizard_config
+from lizard_models.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
 
 AttentionMode = Literal["student", "teacher", "distill"]
 
@@ -35,6 +36,7 @@ class LizardAttention(nn.Module):
     layer_idx: int
     head_dim: int
     scaling: float
+    layer_type: str
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -57,6 +59,7 @@ class LizardAttention(nn.Module):
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         with_gradients: bool = False,
+        anchor_blocks: dict[str | None, list[AnchorBlock]] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights."""
@@ -70,10 +73,15 @@ class LizardAttention(nn.Module):
             )
         x, rope = hidden_states, position_embeddings
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        blocks = None
+        if anchor_blocks is not None:
+            blocks = anchor_blocks[None if None in anchor_blocks else self.layer_type]
         if self.mode == "distill":
-            o = self._distill(x, q, k, v, rope, attention_mask, padding_mask, cu_seqlens, with_gradients, **kwargs)
+            o = self._distill(
+                x, q, k, v, rope, attention_mask, padding_mask, cu_seqlens, blocks, with_gradients, **kwargs
+            )
         else:
-            o = self._student(x, q, k, v, rope, past_key_values, padding_mask, cu_seqlens)
+            o = self._student(x, q, k, v, rope, past_key_values, padding_mask, cu_seqlens, blocks)
         return self.o_proj(o.flatten(2)), None
 
     def _student(
@@ -86,6 +94,7 @@ class LizardAttention(nn.Module):
         cache: Cache | None,
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
+        blocks: list[AnchorBlock] | None,
     ) -> Tensor:
         if cu_seqlens is not None:
             packed = [t.flatten(0, 1).unsqueeze(0) for t in (x, q, k, v)]  # [1, B T, ...]
@@ -93,7 +102,7 @@ class LizardAttention(nn.Module):
             return self.lizard(*packed, turns, cu_seqlens=cu_seqlens)[0].view_as(q)
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
         state = None if layer is None else layer.state
-        o, state = self.lizard(x, q, k, v, rope, state, layer is not None, padding_mask)
+        o, state = self.lizard(x, q, k, v, rope, state, layer is not None, padding_mask, None, blocks)
         if layer is not None:
             layer.set_state(state, x.shape[1])
         return o
@@ -108,6 +117,7 @@ class LizardAttention(nn.Module):
         attention_mask: Tensor | None,
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
+        blocks: list[AnchorBlock] | None,
         with_gradients: bool,
         **kwargs: Any,
     ) -> Tensor:
@@ -115,7 +125,7 @@ class LizardAttention(nn.Module):
         parameters = [p for p in self.lizard.parameters() if p.requires_grad] if with_gradients else []
         with torch.set_grad_enabled(with_gradients):
             self.last_error, student = approximation_error(
-                lambda: self._student(x, q, k, v, rope, None, padding_mask, cu_seqlens),
+                lambda: self._student(x, q, k, v, rope, None, padding_mask, cu_seqlens, blocks),
                 target,
                 self.stage1.error,
                 padding_mask,
@@ -215,6 +225,8 @@ class LizardDecoder(LizardModelMixin):
         self.has_softmax_layers = len(converted) < len(layers)
         for i in converted:
             layers[i].self_attn = self.attention_class(config, i)
+        self.position_range, self.moves_anchors = position_range(config), moves_anchors(config)
+        self.rotary_emb = with_far_positions(self.rotary_emb)
         self.post_init()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LizardDecoder:
@@ -246,6 +258,9 @@ class LizardDecoder(LizardModelMixin):
         not see each other and leave no cache. A cache must be a ``LizardCache``; unless asked for, none is made in
         training.
         """
+        reached = None if self.mode == "teacher" else self.position_range
+        if self.rotary_emb.range != reached:
+            self.rotary_emb.range = reached
         if self.mode == "teacher":
             if isinstance(past_key_values, LizardCache):
                 raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
@@ -273,6 +288,7 @@ class LizardDecoder(LizardModelMixin):
             start = past_key_values.positions()
             if start is not None:
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
+        kwargs["anchor_blocks"] = self._anchor_blocks(tokens, position_ids, past, kwargs.get("cu_seqlens") is not None)
         kwargs["padding_mask"] = None if all_real(padding_mask) else padding_mask
         if self.mode == "student" and not self.has_softmax_layers:
             # A 4-D mask is taken as it is: the [T, T] one that no layer reads is never built.
@@ -289,6 +305,25 @@ class LizardDecoder(LizardModelMixin):
                 use_cache=past_key_values is not None,
                 **kwargs,
             )
+
+    def _anchor_blocks(
+        self, tokens: Tensor, position_ids: Tensor | None, past: int, packed: bool
+    ) -> dict[str | None, list[AnchorBlock]] | None:
+        """Where the anchors move on among the new positions; None if no row can reach the limit."""
+        length = tokens.shape[1]
+        traced = torch.compiler.is_compiling()  # one graph must do before and past the limit
+        if not self.moves_anchors or not length or (past + length <= self.position_range.limit and not traced):
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=tokens.device)[None]
+        if packed:
+            if int(position_ids.max()) >= self.position_range.limit:
+                raise ValueError(
+                    f"position_ids reach {int(position_ids.max())}: packed sequences must be no longer than "
+                    f'position_limit={self.position_range.limit} with positions="clamped"'
+                )
+            return None
+        return anchor_blocks(self.rotary_emb, position_ids, self.position_range, whole=length == 1)
 
     def _cache_for(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> LizardCache | None:
         if self.mode == "distill" or packed:
