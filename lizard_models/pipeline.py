@@ -17,6 +17,7 @@ from lizard_models.config import LizardConfig, Recipe
 from lizard_models.convert import linearize
 from lizard_models.data import Documents, load_documents, load_sequences
 from lizard_models.distill import RunArguments, StageResult, layer_errors, train_stage1, train_stage2
+from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
 from lizard_models.downloads import appear_whole
 from lizard_models.evaluation import Report, Row, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.report import CONTROL, TEACHER
@@ -50,6 +51,8 @@ class Plan:
     """"cpu" or "cuda"; None takes CUDA if there is one."""
     micro_batch_size: int | None = None
     gradient_checkpointing: bool = False
+    fsdp: bool = False
+    """Share the weights among the processes that torchrun or accelerate started."""
     save_steps: int = 50
     resume: bool = False
     cache: str | None = None
@@ -77,6 +80,8 @@ def run(plan: Plan, console: Console) -> Outcome:
     ``plan.out`` appears when the model is finished, whole; until then everything is in ``work_folder(plan.out)``, from
     where a stopped run goes on with ``plan.resume``. The teacher is changed by stage 2.
 
+    Several processes train together, each on its part of the batch; all measure, the main one writes and speaks.
+
     Raises ValueError for a bad plan, before any training; what ``train_stage1`` and ``train_stage2`` raise.
     """
     work = work_folder(plan.out)
@@ -87,10 +92,14 @@ def run(plan: Plan, console: Console) -> Outcome:
 class _Run:
     def __init__(self, plan: Plan, console: Console, work: Path) -> None:
         self.plan, self.console, self.work = plan, console, work
-        self.device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.console.quiet = self.console.quiet or not is_main_process()
+        self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if plan.fsdp and process_count() == 1:
+            raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+        self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
         self.say(f"teacher: {plan.teacher}")
-        self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.device, cache=plan.cache, say=self.say)
+        self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
         self.documents = self._evaluation_documents()
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
         added = sum(p.numel() for _, p in self.model.lizard_parameters())
@@ -99,9 +108,9 @@ class _Run:
         # Read now, so that bad data stop the run before it starts.
         self.sequences = {stage: self._training_sequences(recipe) for stage, recipe in self._stages(added).items()}
         self.results: dict[str, StageResult] = {}
-        work.mkdir(parents=True, exist_ok=True)
         self._check_same_plan()
         self.rows = self._measured_rows()
+        wait_for_all()
 
     def say(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False)
@@ -173,6 +182,7 @@ class _Run:
         if any(row.name == name for row in self.rows):
             return
         row = Row(name)
+        model.to(self.device)
         with self.console.status(f"measuring {name}") as status:
             done = count(1)
 
@@ -187,10 +197,12 @@ class _Run:
             if self.plan.passkey_lengths and self.teacher.tokenizer is not None:
                 lengths, trials = self.plan.passkey_lengths, self.plan.passkey_trials
                 row.passkey = passkey_accuracy(model, self.teacher.tokenizer, lengths, trials=trials, advance=advance)
+        model.to(self.home)
         if row.loss is None and not row.passkey:
             return
         self.rows.append(row)
-        (self.work / "rows.json").write_text(json.dumps([row.to_dict() for row in self.rows]))
+        if is_main_process():
+            (self.work / "rows.json").write_text(json.dumps([row.to_dict() for row in self.rows]))
         parts = [] if row.loss is None else [f"loss by position {' '.join(f'{m:.3f}' for m in row.loss.means)}"]
         parts += [] if row.relative_error is None else [f"relative error {row.relative_error:.4f}"]
         parts += [f"passkey {length}: {share:.0%}" for length, share in row.passkey.items()]
@@ -204,10 +216,11 @@ class _Run:
         return RunArguments(
             output_dir=self.work / stage,
             resume=self.plan.resume,
-            device=self.device,
+            device=torch.device(self.device).type,
             micro_batch_size=self.plan.micro_batch_size,
             save_steps=self.plan.save_steps,
             gradient_checkpointing=self.plan.gradient_checkpointing,
+            fsdp=self.plan.fsdp,
             title=title,
         )
 
@@ -217,7 +230,8 @@ class _Run:
             "teacher": plan.teacher,
             "config": plan.config.to_dict(),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device,
+            "device": torch.device(self.device).type,
+            "processes": process_count(),
             "data": plan.data,
             "eval_data": plan.eval_data,
             "eval_length": plan.eval_length,
@@ -227,7 +241,7 @@ class _Run:
         }
 
     def _check_same_plan(self) -> None:
-        settings = {key: value for key, value in self._settings().items() if key != "stages"}
+        settings = {key: value for key, value in self._settings().items() if key not in ("stages", "processes")}
         settings["passkey_lengths"] = self.plan.passkey_lengths
         text = json.dumps(settings, sort_keys=True, indent=2)
         path = self.work / "plan.json"
@@ -239,9 +253,14 @@ class _Run:
                     f"resume: {self.work} is of a run with other {', '.join(changed)}; repeat its command with "
                     "--resume, or delete that folder"
                 )
-        path.write_text(text)
+        wait_for_all()
+        if is_main_process():
+            self.work.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
     def _save(self, model: LizardCausalLM, report: Report) -> None:
+        if not is_main_process():
+            return wait_for_all()
         with appear_whole(self.plan.out) as draft:
             model.save_pretrained(draft)
             if self.teacher.tokenizer is not None:
@@ -249,6 +268,7 @@ class _Run:
             report.save(draft)
             (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
         shutil.rmtree(self.work)
+        wait_for_all()
 
 
 def window_control(teacher: Teacher, config: LizardConfig) -> LizardCausalLM:

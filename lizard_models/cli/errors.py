@@ -32,7 +32,7 @@ def one_line_errors(go_on: Callable[[], str | None] = lambda: None) -> Iterator[
         if line is None or os.environ.get("LIZARD_TRACEBACK"):
             raise
         again = f"; then go on with: {command}" if is_full_disk(error) and (command := go_on()) else ""
-        _stop(f"error: {line}{again}", 2)
+        _stop(f"error: {line}{again}", 2, everywhere=not isinstance(error, ValueError))
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -54,6 +54,10 @@ def explanation(error: Exception) -> str | None:
     return None
 
 
-def _stop(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(message, markup=False)
+def _stop(message: str, code: int, everywhere: bool = False) -> None:
+    """everywhere: each process of several speaks, because only one may have failed; else the main one alone."""
+    process = os.environ.get("RANK", "0")
+    if process == "0" or everywhere:
+        start = "" if process == "0" else f"process {process}: "
+        Console(stderr=True, soft_wrap=True, highlight=False).print(start + message, markup=False)
     raise typer.Exit(code)

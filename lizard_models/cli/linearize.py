@@ -46,6 +46,9 @@ def command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Stage 2 with less memory and a quarter slower.")
     ] = False,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Share the weights among the processes of torchrun, for large teachers.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and starts.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
     eval_data: Annotated[
@@ -75,6 +78,9 @@ def command(
     --out my-lizard[/cyan]
 
     Untrained, for a teacher larger than memory: [cyan]lizard-attn convert[/cyan], or no steps in both stages.
+    On several GPUs, with the weights shared among them:
+    [cyan]torchrun --nproc-per-node 8 -m lizard_models linearize meta-llama/Llama-3.1-8B --preset paper
+    --fsdp --out paper-8b[/cyan]
 
     A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
     """
@@ -83,6 +89,7 @@ def command(
 
         from lizard_models.config import LizardConfig
         from lizard_models.convert_folder import linearize_folder
+        from lizard_models.distill import parallel
         from lizard_models.pipeline import Plan, run
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
@@ -113,6 +120,7 @@ def command(
                 device=read_device(device),
                 micro_batch_size=micro_batch_size,
                 gradient_checkpointing=gradient_checkpointing,
+                fsdp=fsdp,
                 save_steps=save_steps,
                 resume=resume,
                 cache=cache,
@@ -123,6 +131,7 @@ def command(
             console.print(table)
         for name, result in outcome.stages.items():
             console.print(f"{name}: {result.steps} steps in {result.seconds:.0f} s, final loss {result.final_loss:.4f}")
+        parallel.leave()
         console.print(f"saved: {out}   try: lizard-attn generate {out} 'Once upon a time'")
 
 
@@ -135,9 +144,12 @@ def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed
 
 
 def _resume_command(out: Path) -> str | None:
+    from lizard_models.distill.parallel import process_count
     from lizard_models.pipeline import work_folder
 
     if not work_folder(out).exists():
         return None
+    if process_count() > 1:
+        return "the same torchrun command and --resume"
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     return shlex.join(["lizard-attn", *arguments, "--resume"])

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from lizard_models.config import Recipe
+from lizard_models.distill.parallel import process_count
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,10 @@ class RunArguments:
     gradient_checkpointing: bool = False
     """Stage 2: recompute layers in the backward pass instead of keeping them."""
 
+    fsdp: bool = False
+    """Spread the weights over the processes that torchrun or accelerate started (FSDP-2), for models that do not fit
+    on one device. Without it every process holds them all, and only gradients are exchanged."""
+
     title: str = ""
     """What the progress bar calls the run."""
 
@@ -57,7 +62,12 @@ def total_steps(recipe: Recipe, dataset: Dataset) -> int:
 
 
 def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
-    """Transformers' arguments for a recipe. Raises ValueError if batch_size does not divide into micro batches."""
+    """Transformers' arguments for a recipe.
+
+    Raises ValueError if batch_size does not divide into micro batches, or for FSDP in a single process.
+    """
+    if run.fsdp and process_count() == 1:
+        raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
     devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}
     arguments = TrainingArguments(
         output_dir=str(run.output_dir),

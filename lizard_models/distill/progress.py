@@ -13,6 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lizard_models.distill.parallel import any_process, is_main_process, process_count
+
+LAUNCHERS_ECHO = 2.0  # seconds in which a launcher passes on the Ctrl-C that its processes had already
+
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C (or SIGTERM) in training. The step was finished and a checkpoint written; ``resume`` goes on from it."""
@@ -32,7 +36,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, title: str, quantity: str, console: Console | None = None, every: float = 10.0) -> None:
         self.title, self.quantity, self.every = title, quantity, every
-        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.console = console or Console(stderr=True, soft_wrap=True, quiet=not is_main_process())
         self.loss: float | None = None
         self.times: deque[float] = deque(maxlen=21)
         self.printed = -math.inf
@@ -91,8 +95,9 @@ class InterruptCallback(TrainerCallback):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not is_main_process())
         self.asked = False
+        self.asked_at = -math.inf
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptCallback:
@@ -106,13 +111,16 @@ class InterruptCallback(TrainerCallback):
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked:
+            if process_count() > 1 and time.monotonic() - self.asked_at < LAUNCHERS_ECHO:
+                return
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.asked_at = True, time.monotonic()
         self.console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.asked = any_process(self.asked, args.device)
         if self.asked:
             control.should_save = control.should_training_stop = True
         return control

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lizard_models.config import Recipe
+from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.schedule import cosine_schedule
@@ -48,35 +50,69 @@ class StageResult:
 
 
 class DistillTrainer(Trainer):
-    """A Trainer whose checkpoints hold only the parameters that train, and appear whole or not at all."""
+    """A Trainer whose checkpoints hold only the parameters that train, and appear whole or not at all.
+
+    They do not depend on how many processes wrote them, nor on whether the model was sharded.
+    """
 
     model: nn.Module
+    lr_scheduler: Any
     saving_to: str | None = None
+    sharded = False
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self._get_output_dir(None))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_state(self.model), folder / TRAINED)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the parameters that train; every process must call it."""
+        state = trained_state(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir or self._get_output_dir(None))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained_state(self.model if model is None else model, Path(resume_from_checkpoint))
+        load_trained_state(self.model, Path(resume_from_checkpoint))
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return parallel.Prepared(model) if self.sharded else super()._wrap_model(model, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = parallel.whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        parallel.load_optimizer_state(self.optimizer, saved)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.saving_to or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(None))
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=run_dir) as draft:
+        main = parallel.is_main_process()
+        draft = parallel.agreed(tempfile.mkdtemp(prefix=".saving-", dir=run_dir) if main else None)
+        try:
             self.saving_to = draft
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self.saving_to = None
-            written = next(Path(draft).glob("checkpoint-*"))
-            shutil.rmtree(run_dir / written.name, ignore_errors=True)
-            written.rename(run_dir / written.name)
-        for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+            parallel.wait_for_all()
+            if main:
+                written = next(Path(draft).glob("checkpoint-*"))
+                shutil.rmtree(run_dir / written.name, ignore_errors=True)
+                written.rename(run_dir / written.name)
+                for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
+                    shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if main:
+                shutil.rmtree(draft, ignore_errors=True)
+        parallel.wait_for_all()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -85,20 +121,20 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Names and values of the parameters that train."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    """Names and whole values of the parameters that train."""
+    return {name: parallel.whole(p).contiguous() for name, p in parallel.trained(model)}
 
 
 def load_trained_state(model: nn.Module, checkpoint: Path) -> None:
     """Writes a checkpoint's parameters into a model. Raises ValueError unless they are just those that train."""
     saved = load_file(checkpoint / TRAINED)
-    present = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    present = dict(parallel.trained(model))
     if saved.keys() != present.keys():
         different = sorted(saved.keys() ^ present.keys())
         raise ValueError(f"{checkpoint} is of another model: {len(different)} parameters differ, first {different[0]}")
     with torch.no_grad():
         for name, value in saved.items():
-            present[name].copy_(value)
+            present[name].copy_(parallel.like(value, present[name]))
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, gate_learning_rate: float | None = None) -> list[dict]:
@@ -129,6 +165,9 @@ def run_stage(
 
     Raises ValueError if nothing trains, if checkpoints are there and ``resume`` is not set, or if they are of another
     run; FloatingPointError if the loss is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
+
+    Started by torchrun or accelerate, the batch is shared among the processes. With ``run.fsdp`` the model is sharded
+    over them meanwhile; what it learned is in ``objective`` in every process afterwards.
     """
     steps = total_steps(recipe, dataset)
     folder = Path(run.output_dir)
@@ -136,13 +175,13 @@ def run_stage(
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     if parameters == 0:
         raise ValueError("the model has no parameters to train in this stage")
-    folder.mkdir(parents=True, exist_ok=True)
     last = _checkpoint_to_resume(folder, run, recipe, steps, digest)
 
     arguments = training_arguments(recipe, run, steps)
     arguments.save_total_limit = run.keep_checkpoints
+    trained = parallel.sharded(objective, run.device or "cuda") if run.fsdp else objective
     optimizer = torch.optim.AdamW(
-        parameter_groups(objective, recipe.learning_rate, gate_learning_rate),
+        parameter_groups(trained, recipe.learning_rate, gate_learning_rate),
         betas=recipe.betas,
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
@@ -150,12 +189,13 @@ def run_stage(
     schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
     progress, interrupt = ProgressCallback(run.title, quantity), InterruptCallback()
     trainer = DistillTrainer(
-        model=objective,
+        model=trained,
         args=arguments,
         train_dataset=dataset,
         optimizers=(optimizer, schedule),
         callbacks=[progress, interrupt],
     )
+    trainer.sharded = run.fsdp
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     if last is not None and last.name == f"checkpoint-{steps}":
@@ -167,6 +207,8 @@ def run_stage(
         history = trainer.state.log_history
         if interrupt.asked and trainer.state.global_step < steps:
             raise TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
+        if trained is not objective:
+            parallel.copy_trained(trained, objective)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     return StageResult(steps, time.monotonic() - started, losses, parameters, digest)
 
@@ -174,9 +216,13 @@ def run_stage(
 def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps: int, digest: str) -> Path | None:
     record = {"recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "steps": steps, "data": digest}
     path = folder / RUN
-    found = get_last_checkpoint(str(folder))
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    parallel.wait_for_all()  # every process has looked before one writes
     if found is None:
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        if parallel.is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=2) + "\n")
+        parallel.wait_for_all()
         return None
     if not run.resume:
         raise ValueError(f"{folder} holds checkpoints already: resume from them (--resume) or delete the folder")

@@ -1,0 +1,55 @@
+"""One process of several, as torchrun starts it: short runs of both stages; the main one writes what they gave."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from training import Sequences, arguments, fresh, recipes
+
+from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage2
+from lizard_models.distill.parallel import is_main_process, sharded
+from lizard_models.distill.stage1 import AttentionTransfer
+
+torch.set_num_threads(1)
+
+
+def one_run(stage: int, folder: Path, dtype: torch.dtype = torch.float32, stop_at: int | None = None, **changes):
+    """Losses and parameters after four steps of one stage."""
+    model = fresh().to(dtype)
+    recipe = dataclasses.replace(
+        recipes(model, steps=4, batch_size=4)[stage - 1], **({"error": "mse"} if stage == 1 else {})
+    )
+    run = arguments(folder, **changes)
+    if stage == 1:
+        result = train_stage1(model, Sequences(stop_at=stop_at), run, recipe)
+    else:
+        model, result = train_stage2(model, Sequences(stop_at=stop_at), run, recipe)
+    return result.losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def main(folder: Path) -> None:
+    """All ways to train, each into a folder of its own."""
+    found = {}
+    for stage in (1, 2):
+        for fsdp in (False, True):
+            found[f"stage {stage}, {'fsdp' if fsdp else 'ddp'}"] = one_run(
+                stage, folder / f"{stage}-{fsdp}", fsdp=fsdp, save_steps=2
+            )
+    objective = AttentionTransfer(fresh())
+    found["held"] = sum(p.to_local().numel() for p in sharded(objective, "cpu").parameters())
+    found["whole"] = sum(p.numel() for p in objective.parameters())
+    found["bfloat16"] = one_run(1, folder / "bf16", torch.bfloat16, fsdp=True)
+    try:  # Ctrl-C reaches one process of two, both stop after the same step
+        one_run(1, folder / "stopped", fsdp=True, stop_at=5 if is_main_process() else None)
+    except TrainingInterrupted as stopped:
+        found["stopped"] = str(stopped)
+    found["resumed"] = one_run(1, folder / "stopped", fsdp=True, resume=True)
+    if is_main_process():
+        torch.save(found, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
