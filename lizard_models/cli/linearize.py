@@ -78,6 +78,7 @@ def command(
     --out my-lizard[/cyan]
 
     Untrained, for a teacher larger than memory: [cyan]lizard-attn convert[/cyan], or no steps in both stages.
+
     On several GPUs, with the weights shared among them:
     [cyan]torchrun --nproc-per-node 8 -m lizard_models linearize meta-llama/Llama-3.1-8B --preset paper
     --fsdp --out paper-8b[/cyan]
