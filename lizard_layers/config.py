@@ -246,11 +246,16 @@ class AttentionConfig(AttentionChoices):
     head_dim: int
     """Channels of a head D, the same for keys and values."""
 
+    scale: float | None = None
+    """Factor of the window's scores q . k; None is head_dim**-0.5."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hidden_size", "num_heads", "num_key_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"scale must be positive or None, got {self.scale}")
         if self.num_heads % self.num_key_heads:
             raise ValueError(f"num_key_heads={self.num_key_heads} must divide num_heads={self.num_heads}")
         if (self.window_rope or self.linear_rope) and self.head_dim % 2:
@@ -258,12 +263,19 @@ class AttentionConfig(AttentionChoices):
 
     @classmethod
     def from_choices(
-        cls, choices: AttentionChoices, *, hidden_size: int, num_heads: int, num_key_heads: int, head_dim: int
+        cls,
+        choices: AttentionChoices,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_key_heads: int,
+        head_dim: int,
+        scale: float | None = None,
     ) -> AttentionConfig:
         """The same choices with a shape."""
         values: dict[str, Any] = {f.name: getattr(choices, f.name) for f in dataclasses.fields(AttentionChoices)}
         values |= dict(hidden_size=hidden_size, num_heads=num_heads, num_key_heads=num_key_heads, head_dim=head_dim)
-        return cls(**values)
+        return cls(**values, scale=scale)
 
     @property
     def projection_dim(self) -> int:

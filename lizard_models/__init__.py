@@ -9,8 +9,13 @@ from typing import Any
 from lizard_models.cache import LizardCache
 from lizard_models.config import LizardConfig, Stage1Config, Stage2Config
 from lizard_models.convert import linearize
+from lizard_models.modeling_gemma2 import LizardGemma2Config, LizardGemma2ForCausalLM, LizardGemma2Model
+from lizard_models.modeling_gemma3 import LizardGemma3ForCausalLM, LizardGemma3TextConfig, LizardGemma3TextModel
 from lizard_models.modeling_llama import LizardLlamaConfig, LizardLlamaForCausalLM, LizardLlamaModel
 from lizard_models.modeling_mistral import LizardMistralConfig, LizardMistralForCausalLM, LizardMistralModel
+from lizard_models.modeling_qwen2 import LizardQwen2Config, LizardQwen2ForCausalLM, LizardQwen2Model
+from lizard_models.modeling_qwen3 import LizardQwen3Config, LizardQwen3ForCausalLM, LizardQwen3Model
+from lizard_models.modeling_smollm3 import LizardSmolLM3Config, LizardSmolLM3ForCausalLM, LizardSmolLM3Model
 
 _LOADED_ON_USE = {
     "linearize_folder": "lizard_models.convert_folder",
@@ -22,12 +27,27 @@ _LOADED_ON_USE = {
 __all__ = [
     "LizardCache",
     "LizardConfig",
+    "LizardGemma2Config",
+    "LizardGemma2ForCausalLM",
+    "LizardGemma2Model",
+    "LizardGemma3ForCausalLM",
+    "LizardGemma3TextConfig",
+    "LizardGemma3TextModel",
     "LizardLlamaConfig",
     "LizardLlamaForCausalLM",
     "LizardLlamaModel",
     "LizardMistralConfig",
     "LizardMistralForCausalLM",
     "LizardMistralModel",
+    "LizardQwen2Config",
+    "LizardQwen2ForCausalLM",
+    "LizardQwen2Model",
+    "LizardQwen3Config",
+    "LizardQwen3ForCausalLM",
+    "LizardQwen3Model",
+    "LizardSmolLM3Config",
+    "LizardSmolLM3ForCausalLM",
+    "LizardSmolLM3Model",
     "Stage1Config",
     "Stage2Config",
     "linearize",

@@ -16,7 +16,7 @@ from lizard_models.layer_configs import converted_layers
 class LizardCacheLayer(CacheLayerMixin):
     """The state of one converted layer. Its tensors have their final size from the first token on."""
 
-    is_sliding = True  # what it holds of the past has a fixed size
+    is_sliding = False  # the sliding window of a kept layer is another size, and masks are made for that one
     is_croppable = False
 
     def __init__(self) -> None:
@@ -97,10 +97,10 @@ class LizardCache(Cache):
             layers[i] = LizardCacheLayer()
         super().__init__(layers=layers)
 
-    def _mask_layer(self, layer_idx: int) -> int:
-        """The layer masks are made for: a kept softmax one if there is any."""
-        softmax = [i for i, layer in enumerate(self.layers) if not isinstance(layer, LizardCacheLayer)]
-        return layer_idx if layer_idx in softmax or not softmax else softmax[0]
+    @property
+    def is_linear(self) -> list[bool]:
+        """True for converted layers, so that masks take their sizes from the kept softmax ones."""
+        return [isinstance(layer, LizardCacheLayer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen, padding included."""
@@ -112,10 +112,6 @@ class LizardCache(Cache):
             if isinstance(layer, LizardCacheLayer) and layer.state is not None:
                 return layer.state.position
         return None
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys that masks of the kept softmax layers cover."""
-        return self.layers[self._mask_layer(layer_idx)].get_mask_sizes(query_length)
 
     def state_bytes(self) -> int:
         """Bytes held, those of kept softmax layers included."""

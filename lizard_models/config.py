@@ -147,6 +147,15 @@ class LizardConfig:
     softmax_layers: tuple[int, ...] = ()
     """Indices of layers that keep the teacher's softmax attention and its growing cache."""
 
+    softmax_share: float = 0.0
+    """Share of the layers kept softmax, placed evenly, instead of a list: the rounded number of the layers that are not
+    kept as sliding ones, at least one unless the share is 0."""
+
+    keep_sliding_layers: bool | None = None
+    """Keep the teacher's sliding-window layers as they are; their cache has a constant size already. None keeps them
+    where the teacher has layers of both kinds (Gemma, some Qwen2) and converts them where every layer slides
+    (Mistral 0.1)."""
+
     stage1: Stage1Config = field(default_factory=Stage1Config)
     """Recipe of stage 1, its target and inputs included (A12)."""
 
@@ -157,6 +166,13 @@ class LizardConfig:
         check_fields(self)
         if len(set(self.softmax_layers)) < len(self.softmax_layers) or min(self.softmax_layers, default=0) < 0:
             raise ValueError(f"softmax_layers must be distinct indices from 0, got {list(self.softmax_layers)}")
+        if not 0 <= self.softmax_share < 1:
+            raise ValueError(f"softmax_share is a share of the layers, from 0 to below 1, got {self.softmax_share}")
+        if self.softmax_share and self.softmax_layers:
+            raise ValueError(
+                "give one of softmax_layers and softmax_share, "
+                f"got {list(self.softmax_layers)} and {self.softmax_share}"
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LizardConfig:

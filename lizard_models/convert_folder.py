@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lizard_models.config import LizardConfig
-from lizard_models.convert import FAMILIES, start_new_parameters, student_config
+from lizard_models.convert import start_new_parameters, student_config
 from lizard_models.downloads import Say, appear_whole, silent
+from lizard_models.families import family_of
 from lizard_models.loading import TRAINING
 from lizard_models.modeling_common import LizardCausalLM
 from lizard_models.teachers import find_teacher, load_tokenizer
@@ -67,7 +68,7 @@ def linearize_folder(
     chosen = student_config(teacher, config)
     if dtype is not None:
         chosen.dtype = dtype
-    family = FAMILIES[teacher.model_type]
+    family = family_of(teacher)
     with torch.device("meta"):
         student = family(chosen)
     shards = read_shards(folder)

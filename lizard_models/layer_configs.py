@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from transformers import PreTrainedConfig
 
 from lizard_layers import AttentionConfig
@@ -18,26 +20,70 @@ def lizard_config(config: PreTrainedConfig) -> LizardConfig:
     return LizardConfig.from_dict(config.lizard)
 
 
+def head_dim(config: PreTrainedConfig) -> int:
+    """Channels of an attention head; some families leave it to be derived."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The teacher's own window of each layer, its query included; None where it attends to everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def kept_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of the layers that keep the teacher's softmax attention: by list, by share, and sliding ones.
+
+    Raises ValueError for an index the model does not have.
+    """
+    chosen, layers = lizard_config(config), range(config.num_hidden_layers)
+    if any(i not in layers for i in chosen.softmax_layers):
+        raise ValueError(
+            f"softmax_layers={list(chosen.softmax_layers)}, but the model has layers 0 to {len(layers) - 1}"
+        )
+    windows, keep = sliding_windows(config), chosen.keep_sliding_layers
+    if keep is None:
+        keep = None in windows
+    sliding = [i for i in layers if keep and windows[i] is not None]
+    shared = evenly_placed([i for i in layers if i not in sliding], chosen.softmax_share)
+    return sorted({*chosen.softmax_layers, *sliding, *shared})
+
+
+def evenly_placed(layers: list[int], share: float) -> list[int]:
+    """``share`` of the layers, rounded, at least one unless the share is 0: the middle of each of that many pieces."""
+    count = max(1, round(share * len(layers))) if share and layers else 0
+    return [layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count)]
+
+
 def converted_layers(config: PreTrainedConfig) -> list[int]:
-    """Indices of the layers that are not kept softmax. Raises ValueError for an index the model does not have."""
-    kept = lizard_config(config).softmax_layers
-    if any(i >= config.num_hidden_layers for i in kept):
-        raise ValueError(f"softmax_layers={list(kept)}, but the model has layers 0 to {config.num_hidden_layers - 1}")
+    """Indices of the layers that are not kept softmax. Raises as ``kept_layers``."""
+    kept = kept_layers(config)
     return [i for i in range(config.num_hidden_layers) if i not in kept]
 
 
-def attention_config(config: PreTrainedConfig) -> AttentionConfig:
-    """Shape and choices of every converted layer. Raises ValueError for a window wider than the teacher's own."""
+def attention_config(
+    config: PreTrainedConfig, layer_idx: int | None = None, *, scale: float | None = None, rope: bool = True
+) -> AttentionConfig:
+    """Shape and choices of a converted layer; without an index, those that all of them share.
+
+    scale: factor of the scores, None for the usual head_dim**-0.5. rope: False for a layer without positions (NoPE).
+    Raises ValueError for a window wider than the layer's own.
+    """
     choices = lizard_config(config).attention
-    sliding_window = getattr(config, "sliding_window", None)
-    if sliding_window is not None and choices.window > sliding_window:
+    own = None if layer_idx is None else sliding_windows(config)[layer_idx]
+    if own is not None and choices.window > own:
         raise ValueError(
-            f"attention.window={choices.window} is wider than the teacher's sliding window of {sliding_window}"
+            f"attention.window={choices.window} is wider than the teacher's sliding window of {own} "
+            f"in layer {layer_idx}: give a narrower one, or keep_sliding_layers=True"
         )
+    if not rope:
+        choices = dataclasses.replace(choices, window_rope=False, linear_rope=False)
     return AttentionConfig.from_choices(
         choices,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_key_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        head_dim=head_dim(config),
+        scale=scale,
     )

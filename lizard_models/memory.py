@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,38 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from lizard_layers import empty_state, state_bytes
 from lizard_models.config import LizardConfig
 from lizard_models.convert import student_config
-from lizard_models.modeling_common import LizardModelMixin, attention_config, converted_layers, lizard_config
+from lizard_models.layer_configs import (
+    attention_config,
+    converted_layers,
+    head_dim,
+    kept_layers,
+    lizard_config,
+    sliding_windows,
+)
+from lizard_models.modeling_common import LizardModelMixin
 from lizard_models.teachers import find_teacher
 
 LENGTHS = (8192, 32_768, 131_072)
 
 
-def cache_bytes(config: PreTrainedConfig, length: int, layers: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that ``layers`` softmax layers keep for one sequence of ``length`` tokens."""
-    window = getattr(config, "sliding_window", None)
-    kept = length if window is None else min(length, window)
-    return 2 * layers * kept * config.num_key_value_heads * config.head_dim * dtype.itemsize
+def cache_bytes(
+    config: PreTrainedConfig, length: int, dtype: torch.dtype, layers: Collection[int] | None = None
+) -> int:
+    """Bytes of keys and values that softmax layers keep for one sequence of ``length`` tokens.
+
+    layers: their indices, all by default. A sliding layer keeps the window - 1 keys that the next token can see.
+    """
+    windows = sliding_windows(config)
+    chosen = [windows[i] for i in (range(len(windows)) if layers is None else layers)]
+    kept = sum(length if window is None else min(length, window - 1) for window in chosen)
+    return 2 * kept * config.num_key_value_heads * head_dim(config) * dtype.itemsize
 
 
 def lizard_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> int:
     """Bytes that a Lizard model keeps for one sequence; the same at any length unless some layers stay softmax."""
-    converted = len(converted_layers(config))
+    converted, kept = converted_layers(config), kept_layers(config)
     state = empty_state(attention_config(config), 1, dtype, device="meta")
-    return converted * state_bytes(state) + cache_bytes(config, length, config.num_hidden_layers - converted, dtype)
+    return len(converted) * state_bytes(state) + cache_bytes(config, length, dtype, kept)
 
 
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
@@ -59,7 +74,7 @@ def describe(
     for column in ("tokens", "teacher's cache", "Lizard's state", "ratio"):
         table.add_column(column, justify="right")
     for length in LENGTHS:
-        teacher = cache_bytes(config, length, config.num_hidden_layers, dtype)
+        teacher = cache_bytes(config, length, dtype)
         student = lizard_bytes(config, length, dtype)
         sizes = (f"{size / 2**20:,.1f} MiB" for size in (teacher, student))
         table.add_row(f"{length:,}", *sizes, f"{teacher / student:.1f}x")

@@ -19,7 +19,7 @@ from lizard_layers import AnchorBlock, Float32Module, HybridAttention, apply_rop
 from lizard_models.cache import LizardCache
 from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import approximation_error
-from lizard_models.layer_configs import attention_config, converted_layers, lizard_config
+from lizard_models.layer_configs import attention_config, converted_layers, lizard_config, sliding_windows
 from lizard_models.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
 
 AttentionMode = Literal["student", "teacher", "distill"]
@@ -37,6 +37,8 @@ class LizardAttention(nn.Module):
     head_dim: int
     scaling: float
     layer_type: str
+    is_causal: bool
+    use_rope: bool | int = True  # a family with layers without positions sets it a layer
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -45,7 +47,10 @@ class LizardAttention(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.lizard = HybridAttention(attention_config(config))
+        if not self.is_causal:
+            raise ValueError(f"layer {layer_idx} attends in both directions: only causal attention can be converted")
+        self.lizard = HybridAttention(attention_config(config, layer_idx, scale=self.scaling, rope=bool(self.use_rope)))
+        self.teacher_window = sliding_windows(config)[layer_idx]
         self.stage1 = lizard_config(config).stage1
         self.mode: AttentionMode = "student"
         self.last_error: Tensor | None = None
@@ -71,10 +76,10 @@ class LizardAttention(nn.Module):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        x, rope = hidden_states, position_embeddings
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x, rope = hidden_states, position_embeddings if self.use_rope else None
+        q, k, v = self.heads(x)
         blocks = None
-        if anchor_blocks is not None:
+        if anchor_blocks is not None and self.use_rope:
             blocks = anchor_blocks[None if None in anchor_blocks else self.layer_type]
         if self.mode == "distill":
             o = self._distill(
@@ -84,13 +89,18 @@ class LizardAttention(nn.Module):
             o = self._student(x, q, k, v, rope, past_key_values, padding_mask, cu_seqlens, blocks)
         return self.o_proj(o.flatten(2)), None
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, hidden] -> q [B, T, Hq, D], k and v [B, T, Hk, D] as the family has them before RoPE."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
     def _student(
         self,
         x: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         cache: Cache | None,
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
@@ -98,7 +108,7 @@ class LizardAttention(nn.Module):
     ) -> Tensor:
         if cu_seqlens is not None:
             packed = [t.flatten(0, 1).unsqueeze(0) for t in (x, q, k, v)]  # [1, B T, ...]
-            turns = tuple(t.expand(x.shape[0], -1, -1).flatten(0, 1).unsqueeze(0) for t in rope)
+            turns = rope and tuple(t.expand(x.shape[0], -1, -1).flatten(0, 1).unsqueeze(0) for t in rope)
             return self.lizard(*packed, turns, cu_seqlens=cu_seqlens)[0].view_as(q)
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
         state = None if layer is None else layer.state
@@ -113,7 +123,7 @@ class LizardAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
@@ -139,24 +149,26 @@ class LizardAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The family's causal softmax attention of the same heads, without the output projection.
 
-        q [B, T, Hq, D], k and v [B, T, Hk, D] before RoPE; attention_mask as transformers prepares it for the
+        q [B, T, Hq, D], k and v [B, T, Hk, D] as ``heads`` gives them; rope None where the layer has none;
+        attention_mask as transformers prepares it for the
         attention implementation in use -> o [B, T, Hq, D].
         """
         name = self.config._attn_implementation
         attend: Callable = self.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        heads = [t.transpose(1, 2) for t in (apply_rope(q, *rope), apply_rope(k, *rope), v)]
+        q, k = (q, k) if rope is None else (apply_rope(q, *rope), apply_rope(k, *rope))
+        heads = [t.transpose(1, 2) for t in (q, k, v)]
         o, _ = attend(
             self,
             *heads,
             attention_mask,
             scaling=self.scaling,
-            sliding_window=getattr(self.config, "sliding_window", None),
+            sliding_window=self.teacher_window,
             **kwargs,
         )
         return o

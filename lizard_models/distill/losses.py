@@ -9,6 +9,7 @@ Shapes: B batch, T positions, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 Head = Callable[[Tensor], Tensor]
+
+
+def logits_of(model: Any) -> Head:
+    """What turns the last hidden states of a causal language model into logits, soft-capped as Gemma 2 has it."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return model.lm_head if cap is None else lambda hidden: cap * torch.tanh(model.lm_head(hidden) / cap)
 
 
 def next_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

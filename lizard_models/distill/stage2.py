@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lizard_models.config import Stage2Config
 from lizard_models.distill.arguments import RunArguments
-from lizard_models.distill.losses import distillation_loss, next_tokens
+from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
 from lizard_models.modeling_common import LizardCausalLM, lizard_config
 
@@ -35,10 +35,10 @@ class LanguageModelling(nn.Module):
         return {
             "loss": distillation_loss(
                 hidden,
-                student.lm_head,
+                logits_of(student),
                 next_tokens(input_ids, attention_mask),
                 teacher_hidden=teacher,
-                teacher_head=student.lm_head,
+                teacher_head=logits_of(student),
                 cross_entropy_weight=self.recipe.cross_entropy_weight,
                 kl_weight=self.recipe.kl_weight,
             )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_models.distill.losses import next_tokens, position_losses
+from lizard_models.distill.losses import logits_of, next_tokens, position_losses
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def loss_by_position(
     for batch in tokens.split(batch_size):
         batch = batch.to(device)
         hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
-        rows.append(position_losses(hidden, model.lm_head, next_tokens(batch))[:, :-1].double().cpu())
+        rows.append(position_losses(hidden, logits_of(model), next_tokens(batch))[:, :-1].double().cpu())
         advance(len(batch))
     losses = torch.cat(rows)  # [N, T]
     edges = bucket_edges(losses.shape[1])

@@ -107,7 +107,7 @@ def test_info_counts_what_the_models_hold(model, world):
     kept = DynamicCache(config=teacher.config)
     teacher(ids, past_key_values=kept)
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
-    assert size == memory.cache_bytes(teacher.config, 85, 3, torch.float32)
+    assert size == memory.cache_bytes(teacher.config, 85, torch.float32)
     hybrid = linearize(teacher, LizardConfig.preset("recommended").replace(softmax_layers=[1]))
     cache = hybrid(ids, use_cache=True).past_key_values
     assert cache.state_bytes() == memory.lizard_bytes(hybrid.config, 85, torch.float32)
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line_that_names_the_remedy(world, tmp_path, monkeypatc
     for line, reason in (
         (attempt("--preset", "best"), "unknown preset 'best', choose one of paper, "),
         (attempt(teacher=tmp_path / "nowhere"), "is not a folder; wanted a saved model"),
-        (attempt(teacher=tmp_path / "gpt2"), "is a 'gpt2' model; wanted one of llama, mistral"),
+        (attempt(teacher=tmp_path / "gpt2"), "the GPT2Attention of a 'gpt2' model has no q_proj"),
         (attempt(data=tmp_path / "nowhere.txt"), "does not exist; give a file, a folder"),
         (attempt(data=tmp_path / "short.txt"), "fewer than one sequence of seq_len=64"),
         (attempt("--eval-data", str(tmp_path / "short.txt")), "give longer documents or a smaller --eval-length"),

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from lizard_models import LizardConfig, linearize
 
@@ -20,23 +35,42 @@ SIZE = dict(
     eos_token_id=None,
     pad_token_id=0,
 )
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+HYBRID = ("softmax_layers", "softmax_share", "keep_sliding_layers")
+HEADS = dict(head_dim=16)
+GEMMA = HEADS | dict(query_pre_attn_scalar=24)
+SLIDING = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention", "full_attention"])
+FAMILIES: dict = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, dict(sliding_window=None)),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, HEADS),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {}),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GEMMA | SLIDING | dict(attn_logit_softcapping=None),
+    ),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA | SLIDING),
+}
 
 
 def teacher(family: str = "llama", **changes):
     """A random teacher in eval mode. ``initializer_range`` is large so that attention is far from uniform."""
-    config_class, model_class = FAMILIES[family]
-    if family == "mistral":
-        changes = {"sliding_window": None} | changes
+    config_class, model_class, defaults = FAMILIES[family]
     torch.manual_seed(0)
-    return model_class(config_class(**SIZE | changes)).eval()
+    model = model_class(config_class(**SIZE | defaults | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)  # fresh norms would hide one that is left out
+    return model
 
 
 def student(preset: str = "recommended", family: str = "llama", window: int = 8, seed: int | None = 1, **changes):
     """The student of ``teacher`` with a window short enough to leave; new parameters disturbed unless seed is None."""
     config = LizardConfig.preset(preset, attention={"window": window})
-    kept = changes.pop("softmax_layers", ())
-    model = linearize(teacher(family, **changes), config.replace(softmax_layers=kept))
+    own = {name: changes.pop(name) for name in HYBRID if name in changes}
+    model = linearize(teacher(family, **changes), config.replace(**own))
     if seed is not None:
         disturb(model, seed)
     return model.requires_grad_(False)
