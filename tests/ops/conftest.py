@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Iterable
 
 import pytest
 import torch
+from gpu_forms import FORMS
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One implementation under test; ``effort`` scales the number of examples."""
+    """One implementation under test; ``effort`` scales the number of examples.
+
+    form: on a GPU, the options of the op that are fixed (gpu_forms.FORMS).
+    """
 
     impl: str
     device: str
     dtype: torch.dtype
     effort: float
+    form: str | None = None
 
     def count(self, examples: int) -> int:
         return max(2 if self.interpreted else 3, round(self.effort * examples))
@@ -26,7 +32,8 @@ class Target:
         return self.impl == "triton" and self.device == "cpu"
 
     def __str__(self) -> str:
-        return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
+        form = "" if self.form is None else f"-{self.form}"
+        return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}{form}"
 
 
 CPU = (Target("torch", "cpu", torch.float64, 1.0), Target("torch", "cpu", torch.float32, 0.5))
@@ -38,7 +45,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fill in the argument that asks for implementations.
 
     target: the PyTorch paths on a CPU, the Triton kernels on a GPU. any_target: in Triton's interpreter too, which is
-    slow, so only what needs it asks for it. torch_target: the PyTorch paths alone.
+    slow, so only what needs it asks for it. torch_target: the PyTorch paths alone. With the argument ``op`` beside it
+    the check runs for every op, on a GPU for every form of it; the checks of a form share a worker (``--dist
+    loadgroup``), so that each kernel is compiled once.
     """
     on_gpu = metafunc.config.getoption("--device") == "cuda"
     kinds = {
@@ -47,7 +56,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "torch_target": () if on_gpu else CPU,
     }
     for name in kinds.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, kinds[name], ids=str)
+        if "op" not in metafunc.fixturenames:
+            metafunc.parametrize(name, kinds[name], ids=str)
+            continue
+        for_op = {op: in_forms(kinds[name], forms) if on_gpu else kinds[name] for op, forms in FORMS.items()}
+        pairs = [(op, target) for op, targets in for_op.items() for target in targets]
+        groups = [[pytest.mark.xdist_group(f"{op}-{target}")] if on_gpu else [] for op, target in pairs]
+        params = [
+            pytest.param(op, target, id=f"{op}-{target}", marks=marks)
+            for (op, target), marks in zip(pairs, groups, strict=True)
+        ]
+        metafunc.parametrize(("op", name), params)
+
+
+def in_forms(targets: tuple[Target, ...], forms: Iterable[str]) -> list[Target]:
+    """Each target in each form."""
+    return [dataclasses.replace(target, form=form) for form in forms for target in targets]
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,13 @@ def examples(count: int, *strategies: st.SearchStrategy) -> Callable[[Callable],
     return run
 
 
+def one_of(strategy: st.SearchStrategy[Case]) -> Case:
+    """A single drawn case, always the same one."""
+    found = []
+    examples(1, strategy)(lambda case: found.append(case))
+    return found[0]
+
+
 def with_gradients(run: Callable[[Case], Outputs], case: Case) -> Outputs:
     """Outputs, and gradients of all inputs for fixed random cotangents of every differentiable output."""
     leaves = {name: x.clone().requires_grad_() for name, x in case.leaves().items()}
@@ -83,8 +90,9 @@ def _before_cancelling(name: str, case: Case, sizes: dict[str, float]) -> float:
     if name in ("q", "k") and case.op != "gated":  # scores q.k are logs of weights
         return sizes["k" if name == "q" else "q"]
     finished = case.op == "gated" or case.options.get("feature_map") == "identity"
-    if name in ("q", "k", "fq", "fk") and finished:  # weights are products of features
-        return 1.0 / max(1.0, sizes[name])
+    if name in ("q", "k", "fq", "fk") and finished:  # weights are products of features, so terms are one over a row
+        rows = case.tokens[name].abs().amax(-1)
+        return 1.0 / rows[rows > 0].min().item() if rows.any() else 1.0
     return 1.0 if name in sizes else 0.0
 
 

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_forms import EVERY_LENGTH, FORMS, ODD_LENGTHS
 from hypothesis import strategies as st
 from op_cases import call, cases, state_in
 from op_checks import examples, judge, with_gradients
 
-pytestmark = pytest.mark.parametrize("op", ["gated", "window", "hybrid"])
-CHUNKED_LENGTHS = (1, 2, 15, 16, 17, 33, 67, 131)  # around the tiles of the kernels
-
 
 def drawn(op, target, **fixed):
     """Cases that the target takes, in its dtype but on the CPU."""
-    if target.impl == "triton":
-        fixed = {"chunk_size": None, "lengths": (1, 17, 19) if target.interpreted else CHUNKED_LENGTHS} | fixed
-    if target.device == "cuda":  # every size is a compilation of its own: test_triton_*.py go through them
-        fixed = {"G": 3, "K": 5, "V": 8, "Fp": 4} | fixed
+    if target.interpreted:
+        fixed = {"chunk_size": None, "lengths": (1, 17, 19)} | fixed
+    if target.form is not None:
+        form = FORMS[op][target.form]
+        unlike = {name: form[name] for name, value in fixed.items() if form.get(name, value) != value}
+        if unlike:
+            pytest.skip(f"this form has {unlike}")
+        fixed = {"lengths": ODD_LENGTHS} | form | fixed
     return cases(op, **fixed).map(lambda case: case.cast(target.dtype))
+
+
+def drawn_with_gates(op, target, *gates, **fixed):
+    """The same with one of these kinds of gate."""
+    if target.form is None:
+        return st.sampled_from(gates).flatmap(lambda gate: drawn(op, target, gate=gate, **fixed))
+    if FORMS[op][target.form]["gate"] not in gates:
+        pytest.skip("this form has no such gate")
+    return drawn(op, target, **fixed)
 
 
 def there(case, target):
@@ -48,7 +59,9 @@ def in_segments(case, cuts, step):
 
 
 def test_chunked_is_the_reference(op, any_target):
-    @examples(any_target.count(60), drawn(op, any_target))
+    lengths = {} if any_target.form is None else {"lengths": EVERY_LENGTH}
+
+    @examples(any_target.count(60), drawn(op, any_target, **lengths))
     def check(case):
         judge(with_gradients(lambda c: chunk(c, any_target), there(case, any_target)), case, any_target.dtype)
 
@@ -63,7 +76,8 @@ def test_recurrent_is_the_reference(op, torch_target):
 
 
 def test_segments_with_a_carried_state_are_the_whole(op, any_target):
-    cuts = st.lists(st.sampled_from([0, 1, 2, 5, 8, 9, 16]), max_size=1 if any_target.interpreted else 3)
+    places = [0, 1, 2, 5, 8, 9, 16] if any_target.form is None else [0, 2, 5, 70, 130]
+    cuts = st.lists(st.sampled_from(places), max_size=1 if any_target.interpreted else 3)
 
     @examples(any_target.count(40), drawn(op, any_target), cuts)
     def check(case, cuts):
@@ -209,12 +223,16 @@ def test_absorbed_gates_are_the_same_gates(op, any_target):
     if op == "window":
         return
 
-    gates, maps = st.sampled_from(["token", "key", "query"]), st.sampled_from(["identity", "exp"])
+    def fixed(feature_map):
+        features = {} if op == "gated" else {"feature_map": feature_map}
+        return drawn_with_gates(op, any_target, "token", "key", "query", decay=0.5, **features)
 
-    def fixed(gate, feature_map):
-        return drawn(op, any_target, gate=gate, feature_map=feature_map, decay=0.5, Fp=4)
+    form = {} if any_target.form is None else FORMS[op][any_target.form]
+    maps = [form["feature_map"]] if "feature_map" in form else ["identity", "exp"]
+    if maps == ["softmax"]:
+        pytest.skip("this form's features have no absorbed form")
 
-    @examples(any_target.count(15), st.tuples(gates, maps).flatmap(lambda x: fixed(*x)))
+    @examples(any_target.count(15), fixed(maps[0]) if len(maps) == 1 else st.sampled_from(maps).flatmap(fixed))
     def check(case):
         run = with_gradients(lambda c: chunk(c, any_target, gate_form="absorbed"), there(case, any_target))
         judge(run, case, any_target.dtype)
@@ -255,8 +273,9 @@ def test_the_same_twice(op, target):
             assert torch.equal(x, b[name]), name
 
 
-def test_memory_is_never_read_before_it_is_written(op, any_target, monkeypatch):
-    """Padded rows, one of them empty."""
+@pytest.mark.parametrize("leftover", [torch.nan, -1e30])
+def test_memory_is_never_read_before_it_is_written(op, any_target, leftover, monkeypatch):
+    """Padded rows, one of them empty. A finite leftover shows where a maximum swallows NaN."""
 
     @examples(any_target.count(10), drawn(op, any_target, B=2))
     def check(case):
@@ -269,18 +288,20 @@ def test_memory_is_never_read_before_it_is_written(op, any_target, monkeypatch):
         clean = run(case)
         with monkeypatch.context() as patched:
             for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-                patched.setattr(owner, name, poisoned(getattr(owner, name)))
+                patched.setattr(owner, name, poisoned(getattr(owner, name), leftover))
             found = run(case)
         for name, x in clean.items():
             assert torch.equal(x, found[name]), name
 
 
-def poisoned(make):
-    def full_of_nan(*args, **options):
+def poisoned(make, leftover):
+    def full_of_leftovers(*args, **options):
         x = make(*args, **options)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
+        if not x.is_floating_point():
+            return x
+        return x.fill_(leftover if leftover != leftover else max(leftover, torch.finfo(x.dtype).min))
 
-    return full_of_nan
+    return full_of_leftovers
 
 
 def finite(found):
@@ -307,9 +328,7 @@ def test_extreme_gates(op, target, kind):
     if op == "window":
         return
 
-    gates = st.sampled_from(["token", "key", "query", "channel"])
-
-    @examples(target.count(15), gates.flatmap(lambda gate: drawn(op, target, gate=gate)))
+    @examples(target.count(15), drawn_with_gates(op, target, "token", "key", "query", "channel"))
     def check(case):
         def extreme(name, x):
             which = (x * 1e3).long() % len(GATE_EXTREMES[kind])
