@@ -11,6 +11,11 @@ a later gate reaches an earlier row. log2(C) tensor-core products and the diagon
 
 The factors are the same for all query heads of a key head. ``factor_kernel`` forms them once, a tile [C, K] a level,
 and two more for what passes through the state: from the chunk's start to each row, and from each row to its end.
+
+While no channel has decayed by more than 2^-BOUND since the chunk's start, one product does the work of all levels: the
+query takes the factor f from the start, the key its inverse. 2^BOUND is far inside the range of bfloat16 and float32,
+and a product of the two is the wanted decay. Those rows are the first ``near`` of a chunk, found on the device; the
+levels pair the rest. A strong gate costs time in its own chunk, no accuracy, and nothing of it reaches an earlier row.
 """
 
 from __future__ import annotations
@@ -22,11 +27,34 @@ from .chunk_triton_bwd import row_weights
 from .chunk_triton_fwd import log_of
 from .chunk_triton_scan import FLOOR, LOG2E, locate, only_if, state_tile, tile
 
+BOUND = tl.constexpr(58.0)  # log2 of the decay since the chunk's start up to which keys may take inverse factors
+
 
 @triton.jit
-def meets(i, j, level):
-    """Whether query i and key j are paired at this level."""
-    return ((i >> level) == (j >> level) + 1) & (((i >> level) & 1) == 1)
+def meets(i, j, step, near):
+    """Whether query i and key j are paired by product 0, of the first ``near`` rows, or by that of level step - 1."""
+    level = tl.maximum(step - 1, 0)
+    apart = ((i >> level) == (j >> level) + 1) & (((i >> level) & 1) == 1)
+    return tl.where(step == 0, (i > j) & (i < near), apart & (i >= near))
+
+
+@triton.jit
+def pairing(near, state, kb, NKB: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr):
+    """(rows that product 0 pairs, products needed) in one block of channels."""
+    rows = tl.load(near + state * NKB + kb)
+    return rows, tl.where(rows < C, LEVELS + 1, 1)
+
+
+@triton.jit
+def factor_pair(
+    factors, step, near, LEVELS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, col, BK: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Factors [C, BK] of the queries and of the keys in one product."""
+    p, m = factor_tile(factors, tl.where(step == 0, LEVELS, step - 1), LEVELS, C, K, col, BK)
+    f = tl.load(p, mask=m, other=1.0)
+    inverse = tl.where((tl.arange(0, C) < near)[:, None], 1.0 / f.to(tl.float32), 0.0)
+    return f, tl.where(step == 0, inverse.to(OPERAND), f)
 
 
 @triton.jit
@@ -39,11 +67,11 @@ def factor_tile(factors, tile_index, LEVELS: tl.constexpr, C: tl.constexpr, K: t
 
 @triton.jit
 def factor_kernel(
-    g, factors, decays, table, owner, k_rows, k_shift, pairs,
+    g, factors, decays, near, table, owner, k_rows, k_shift, pairs,
     HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, VARLEN: tl.constexpr,
     OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The decay factors of one chunk and key head, and log2 of the chunk's whole decay.
+    """The decay factors of one chunk and key head, log2 of the chunk's whole decay, and the rows that need no levels.
 
     At level b rows of odd blocks decay from their block's start, rows of even blocks to their block's end. Sums over
     rows are products with matrices of zeros and ones: exact for gates split in two float16 parts, so the sums are
@@ -64,26 +92,36 @@ def factor_kernel(
     tl.store(decays + state * K + ks, tl.sum(g_t, 0), mask=ks < K)
     i = r[:, None]
     j = r[None, :]
-    for t in range(0, LEVELS + 2):
+    since_start = masked_sums((j <= i), g_t, OPERAND)
+    near_rows = tl.sum((tl.min(since_start, 1) > -BOUND).to(tl.int32), 0)  # sums fall: these are the first rows
+    tl.store(near + state * NKB + kb, near_rows)
+    for t in tl.range(tl.where(near_rows < C, 0, LEVELS), LEVELS + 2):
         t = tl.cast(t, tl.int32)
         level = tl.minimum(t, LEVELS)
         odd = ((i >> level) & 1) == 1
         ahead = odd | (t == LEVELS)
         which = ((i >> level) == (j >> level)) & ((ahead & (j <= i)) | ((j > i) & (ahead == 0)))
-        if OPERAND == tl.bfloat16:
-            which = which.to(tl.float16)
-            hi = g_t.to(tl.float16)
-            lo = (g_t - hi.to(tl.float32)).to(tl.float16)
-            d = tl.dot(which, lo, tl.dot(which, hi))
-        else:
-            d = tl.dot(which.to(tl.float32), g_t, input_precision="ieee")
         p, m = factor_tile(factors, t, LEVELS, C, K, kb * BK, BK)
-        tl.store(p, tl.exp2(d).to(factors.dtype.element_ty), mask=m)
+        tl.store(p, tl.exp2(masked_sums(which, g_t, OPERAND)).to(factors.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def masked_sums(which, g_t, OPERAND: tl.constexpr):
+    """Sums [C, BK] of the rows of g_t [C, BK] that ``which`` [C, C] chooses."""
+    if OPERAND == tl.bfloat16:
+        which = which.to(tl.float16)
+        hi = g_t.to(tl.float16)
+        lo = (g_t - hi.to(tl.float32)).to(tl.float16)
+        d = tl.dot(which, lo, tl.dot(which, hi))
+    else:
+        d = tl.dot(which.to(tl.float32), g_t, input_precision="ieee")
+    return d
 
 
 @triton.jit
 def channel_output_kernel(
-    q, k, v, factors, states, z_states, o, log_mass, mass, table, owner, scale, q_rows, k_rows, q_shift, k_shift, pairs,
+    q, k, v, factors, near, states, z_states, o, log_mass, mass, table, owner, scale, q_rows, k_rows, q_shift,
+    k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,12 +158,12 @@ def channel_output_kernel(
             q_t = tl.load(qp, mask=qm, other=0.0)
             own = tl.sum(q_t.to(tl.float32) * k_t.to(tl.float32), 1)
             score += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
-            for level in range(0, LEVELS):
-                level = tl.cast(level, tl.int32)
-                fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
-                f_t = tl.load(fp, mask=fm, other=0.0)
-                part = tl.dot(q_t.to(OPERAND) * f_t, tl.trans(k_t.to(OPERAND) * f_t), input_precision=PRECISION)
-                score += tl.where(meets(r[:, None], r[None, :], level), part, 0.0)
+            near_rows, steps = pairing(near, state, kb, (K + BK - 1) // BK, LEVELS, C)
+            for step in tl.range(0, steps):
+                step = tl.cast(step, tl.int32)
+                f_q, f_k = factor_pair(factors, step, near_rows, LEVELS, C, K, kb * BK, BK, OPERAND)
+                part = tl.dot(q_t.to(OPERAND) * f_q, tl.trans(k_t.to(OPERAND) * f_k), input_precision=PRECISION)
+                score += tl.where(meets(r[:, None], r[None, :], step, near_rows), part, 0.0)
             fp, fm = factor_tile(factors, LEVELS, LEVELS, C, K, kb * BK, BK)
             far_q = q_t.to(OPERAND) * tl.load(fp, mask=fm, other=0.0)
             ks = kb * BK + tl.arange(0, BK)
@@ -150,7 +188,7 @@ def channel_output_kernel(
 
 @triton.jit
 def key_sum_kernel(
-    k, factors, z_states, key_sums, table, owner, k_rows, k_shift, pairs,
+    k, factors, near, z_states, key_sums, table, owner, k_rows, k_shift, pairs,
     HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, VARLEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,20 +210,20 @@ def key_sum_kernel(
     z_t = tl.load(z_states + state * K + ks, mask=ks < K, other=0.0)
     fp, fm = factor_tile(factors, LEVELS, LEVELS, C, K, kb * BK, BK)
     y = z_t[None, :] * tl.load(fp, mask=fm, other=0.0).to(tl.float32)
-    for level in range(0, LEVELS):
-        level = tl.cast(level, tl.int32)
-        fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
-        f_t = tl.load(fp, mask=fm, other=0.0)
-        which = meets(r[:, None], r[None, :], level).to(OPERAND)
-        y += tl.dot(which, k_t.to(OPERAND) * f_t, input_precision=PRECISION) * f_t.to(tl.float32)
+    near_rows, steps = pairing(near, state, kb, (K + BK - 1) // BK, LEVELS, C)
+    for step in tl.range(0, steps):
+        step = tl.cast(step, tl.int32)
+        f_q, f_k = factor_pair(factors, step, near_rows, LEVELS, C, K, kb * BK, BK, OPERAND)
+        which = meets(r[:, None], r[None, :], step, near_rows).to(OPERAND)
+        y += tl.dot(which, k_t.to(OPERAND) * f_k, input_precision=PRECISION) * f_q.to(tl.float32)
     yp, ym = tile(key_sums, r, r < rows, hk, HK, K, kb * BK, BK)
     tl.store(yp, y, mask=ym)
 
 
 @triton.jit
 def channel_row_kernel(
-    q, k, v, factors, states, key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot, table, owner, scale,
-    q_rows, k_rows, q_shift, k_shift, pairs,
+    q, k, v, factors, near, states, key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot, table, owner,
+    scale, q_rows, k_rows, q_shift, k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -229,8 +267,8 @@ def channel_row_kernel(
             d_score = tl.dot(do_t, tl.trans(tl.load(vp, mask=vm, other=0.0)), d_score, input_precision=PRECISION)
         own = tl.sum(tl.where(r[:, None] == r[None, :], d_score, 0.0), 1)
         d_score = d_score.to(OPERAND)
-        x = value_sums(d_score, k, d_o, factors, states, state, ok, hk, head, kb, HQ, HK, K, V, C, LEVELS, BK, BV,
-                       OPERAND, PRECISION)  # fmt: skip
+        x = value_sums(d_score, k, d_o, factors, near, states, state, ok, hk, head, kb, HQ, HK, K, V, C, LEVELS, BK,
+                       BV, OPERAND, PRECISION)  # fmt: skip
         qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0).to(tl.float32)
         kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)
@@ -240,13 +278,13 @@ def channel_row_kernel(
         else:
             delta = tl.zeros([C], tl.float32)
             for b in tl.static_range(NKB):
-                x_b = value_sums(d_score, k, d_o, factors, states, state, ok, hk, head, b, HQ, HK, K, V, C, LEVELS,
-                                 BK, BV, OPERAND, PRECISION)  # fmt: skip
+                x_b = value_sums(d_score, k, d_o, factors, near, states, state, ok, hk, head, b, HQ, HK, K, V, C,
+                                 LEVELS, BK, BV, OPERAND, PRECISION)  # fmt: skip
                 bp, bm = tile(q, r, ok, head, HQ, K, b * BK, BK)
                 q_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
                 bp, bm = tile(k, r, ok, hk, HK, K, b * BK, BK)
-                near = tl.sum(tl.load(bp, mask=bm, other=0.0).to(tl.float32) * q_b, 1)
-                delta += tl.sum(x_b * q_b, 1) + own * near
+                own_pair = tl.sum(tl.load(bp, mask=bm, other=0.0).to(tl.float32) * q_b, 1)
+                delta += tl.sum(x_b * q_b, 1) + own * own_pair
         m_p = r * HQ + head
         den = tl.load(mass + m_p, mask=ok, other=0.0)
         dlm = tl.load(d_log_mass + m_p, mask=ok, other=0.0)
@@ -271,9 +309,9 @@ def channel_row_kernel(
 
 @triton.jit
 def value_sums(
-    d_score, k, d_o, factors, states, state, ok, hk, head, kb, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    d_score, k, d_o, factors, near, states, state, ok, hk, head, kb, HQ: tl.constexpr, HK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X [C, BK]: the decayed sum of (do_i.v_j) k_j over the keys before i, in the chunk and in the state."""
     r = tl.arange(0, C)
@@ -288,18 +326,18 @@ def value_sums(
     x *= tl.load(fp, mask=fm, other=0.0).to(tl.float32)
     kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)
     k_t = tl.load(kp, mask=km, other=0.0).to(OPERAND)
-    for level in range(0, LEVELS):
-        level = tl.cast(level, tl.int32)
-        fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
-        f_t = tl.load(fp, mask=fm, other=0.0)
-        chosen = tl.where(meets(r[:, None], r[None, :], level), d_score, 0.0).to(OPERAND)
-        x += tl.dot(chosen, k_t * f_t, input_precision=PRECISION) * f_t.to(tl.float32)
+    near_rows, steps = pairing(near, state, kb, (K + BK - 1) // BK, LEVELS, C)
+    for step in tl.range(0, steps):
+        step = tl.cast(step, tl.int32)
+        f_q, f_k = factor_pair(factors, step, near_rows, LEVELS, C, K, kb * BK, BK, OPERAND)
+        chosen = tl.where(meets(r[:, None], r[None, :], step, near_rows), d_score, 0.0).to(OPERAND)
+        x += tl.dot(chosen, k_t * f_k, input_precision=PRECISION) * f_q.to(tl.float32)
     return x
 
 
 @triton.jit
 def channel_value_kernel(
-    q, k, factors, d_states, d_o, mass, dv, table, owner, scale, q_rows, k_rows, q_shift, k_shift, pairs,
+    q, k, factors, near, d_states, d_o, mass, dv, table, owner, scale, q_rows, k_rows, q_shift, k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -340,12 +378,12 @@ def channel_value_kernel(
             q_t = tl.load(qp, mask=qm, other=0.0)
             own = tl.sum(q_t.to(tl.float32) * k_t.to(tl.float32), 1)
             score += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
-            for level in range(0, LEVELS):
-                level = tl.cast(level, tl.int32)
-                fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
-                f_t = tl.load(fp, mask=fm, other=0.0)
-                part = tl.dot(k_t.to(OPERAND) * f_t, tl.trans(q_t.to(OPERAND) * f_t), input_precision=PRECISION)
-                score += tl.where(meets(r[None, :], r[:, None], level), part, 0.0)
+            near_rows, steps = pairing(near, state, kb, (K + BK - 1) // BK, LEVELS, C)
+            for step in tl.range(0, steps):
+                step = tl.cast(step, tl.int32)
+                f_q, f_k = factor_pair(factors, step, near_rows, LEVELS, C, K, kb * BK, BK, OPERAND)
+                part = tl.dot(k_t.to(OPERAND) * f_k, tl.trans(q_t.to(OPERAND) * f_q), input_precision=PRECISION)
+                score += tl.where(meets(r[None, :], r[:, None], step, near_rows), part, 0.0)
         w = row_weights(mass, r * HQ + head, ok, scale, NORMALIZE)
         dop, om = tile(d_o, r, ok, head, HQ, V, vb * BV, BV)
         do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
@@ -356,8 +394,8 @@ def channel_value_kernel(
 
 @triton.jit
 def channel_key_kernel(
-    q, k, v, factors, d_states, dz_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, table, owner, scale,
-    q_rows, k_rows, q_shift, k_shift, pairs,
+    q, k, v, factors, near, d_states, dz_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, table, owner,
+    scale, q_rows, k_rows, q_shift, k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -419,12 +457,12 @@ def channel_key_kernel(
         d_score = d_score.to(OPERAND)
         qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0).to(OPERAND)
-        for level in range(0, LEVELS):
-            level = tl.cast(level, tl.int32)
-            fp, fm = factor_tile(factors, level, LEVELS, C, K, kb * BK, BK)
-            f_t = tl.load(fp, mask=fm, other=0.0)
-            chosen = tl.where(meets(r[None, :], r[:, None], level), d_score, 0.0).to(OPERAND)
-            acc += tl.dot(chosen, q_t * f_t, input_precision=PRECISION) * f_t.to(tl.float32)
+        near_rows, steps = pairing(near, state, kb, (K + BK - 1) // BK, LEVELS, C)
+        for step in tl.range(0, steps):
+            step = tl.cast(step, tl.int32)
+            f_q, f_k = factor_pair(factors, step, near_rows, LEVELS, C, K, kb * BK, BK, OPERAND)
+            chosen = tl.where(meets(r[None, :], r[:, None], step, near_rows), d_score, 0.0).to(OPERAND)
+            acc += tl.dot(chosen, q_t * f_q, input_precision=PRECISION) * f_k.to(tl.float32)
 
     rp, rm = tile(row_dot, r, ok, hk, HK, K, kb * BK, BK)
     kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)

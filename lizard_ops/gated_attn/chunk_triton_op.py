@@ -126,7 +126,7 @@ class Gates(NamedTuple):
     """What the kernels read of a gate: local sums in two parts (a number a head), or factors (a number a channel)."""
 
     first: Tensor | None = None  # [B, T, Hg] high part, or [chunks, Hk, levels + 2, C, K] decay factors
-    second: Tensor | None = None  # [B, T, Hg] low part
+    second: Tensor | None = None  # [B, T, Hg] low part, or [chunks, Hk, blocks of K] int32 rows that need no levels
     decays: Tensor | None = None  # [chunks, Hs, 1 or K] log2 of each chunk's decay
 
 
@@ -140,11 +140,12 @@ def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
     if shape.gate == GATE_CHANNEL:
         cfg, levels = shape.launch("factor"), shape.chunk.bit_length() - 1
         factors = g.new_empty(rows.chunks, shape.hk, levels + 2, shape.chunk, shape.k, dtype=shape.operand)
-        factor_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-            g, factors, decays, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.block_k,
+        near = g.new_empty(rows.chunks, shape.hk, triton.cdiv(shape.k, cfg.block_k), dtype=torch.int32)
+        factor_kernel[(near.numel(),)](
+            g, factors, decays, near, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.block_k,
             VARLEN=rows.table is not None, OPERAND=shape.operand_tl, **cfg.options,
         )  # fmt: skip
-        return Gates(factors, None, decays)
+        return Gates(factors, near, decays)
     hi, lo = torch.empty_like(g), torch.empty_like(g)
     block = min(8, triton.next_power_of_2(shape.hg))
     gate_sum_kernel[(rows.chunks * triton.cdiv(shape.hg, block),)](
@@ -222,8 +223,8 @@ def gated_chunk(
         if shape.gate == GATE_CHANNEL:
             cfg = shape.launch("channel_output")
             channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
-                q, k, v, gates.first, states, z_states, *ends, NORMALIZE=normalize, **shape.channel_constants,
-                BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
+                q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
+                **shape.channel_constants, BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
@@ -331,13 +332,14 @@ def _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place
     dims, varlen = shape.channel_constants, rows.table is not None
     cfg = shape.launch("key_sum")
     key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        k, gates.first, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift, rows.pairs,
-        BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")}, **cfg.options,
+        k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
+        rows.pairs, BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")},
+        **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_row")
     channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot, *place,
-        BK=cfg.block_k, BV=cfg.block_v, **dims, **flags, **cfg.options,
+        q, k, v, gates.first, gates.second, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot,
+        *place, BK=cfg.block_k, BV=cfg.block_v, **dims, **flags, **cfg.options,
     )  # fmt: skip
     return row_dot
 
@@ -347,12 +349,12 @@ def _channel_keys(x, d_states, own_term, row_dot, cross, dk, dv, all_k, gates, s
     dg = blank(mass, k.shape, all_k)
     cfg = shape.launch("channel_value")
     channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.block_v),)](
-        q, k, gates.first, d_states[0], d_o, mass, dv, *place, BK=cfg.block_k, BV=cfg.block_v,
+        q, k, gates.first, gates.second, d_states[0], d_o, mass, dv, *place, BK=cfg.block_k, BV=cfg.block_v,
         **shape.channel_constants, **flags, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_key")
     channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, *d_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, *place,
+        q, k, v, gates.first, gates.second, *d_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, *place,
         BK=cfg.block_k, BV=cfg.block_v, **shape.channel_constants, **flags, **cfg.options,
     )  # fmt: skip
     return dg
