@@ -27,6 +27,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     head_rows,
     load_ahead,
     load_gates,
+    load_stack,
     load_tile,
     load_tile_transposed,
     locate,
@@ -64,37 +65,38 @@ def linear_query_kernel(
     v, fq, phi, o, do, dfq, s, z, gates, weight, linear, window, top_in, average, slope_out, offset_out, share_out,
     shift_out, flow_out, entered_out, slots, tokens, stream, feature_scale,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
-    LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr,
+    BN: tl.constexpr, SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr,
+    NORMALIZE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of fq and row terms of BT queries of one head; the blocks are those of the output kernel."""
+    """Gradient of fq and row terms of BT queries of GH heads; the blocks are those of the output kernel."""
     F: tl.constexpr = 2 * FP if SOFTMAX else FP
-    head = tl.program_id(0) % HQ
+    BM: tl.constexpr = BT * GH
+    head = tl.program_id(0) % (HQ // GH) * GH
     head_k, head_s, head_g = head // (HQ // HK), head // (HQ // HS), head // (HQ // HG)
     lead = (BT - stream.shift % BT) % BT
-    n, block, batch, first, length = locate(tl.program_id(0) // HQ, stream, lead, BT)
+    n, block, batch, first, length = locate(tl.program_id(0) // (HQ // GH), stream, lead, BT)
     t = block * BT - lead
     if t >= length:
         return
     key_row, linear_row, _, behind = first_rows(n, first, stream, ANCHORS)
-    i = tl.arange(0, BT)
+    i, member = tl.arange(0, BM) // GH, tl.arange(0, BM) % GH
     f = tl.arange(0, BF)
     inside = (t + i >= 0) & (t + i < length)
-    out = (batch.to(tl.int64) * HQ + head) * tokens + first + t + i
-    b_do = load_tile(at(do, batch, first, head), do.time, t, length, BT, V, BV)
-    b_o = load_tile(at(o, batch, first, head), o.time, t, length, BT, V, BV)
+    out = (batch.to(tl.int64) * HQ + head + member) * tokens + first + t + i
+    b_do = load_stack(do, batch, first, head, t, i, member, inside, BM, V, BV)
+    b_o = load_stack(o, batch, first, head, t, i, member, inside, BM, V, BV)
     both = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # do . o
-    b_weight = tl.zeros([BT], tl.float32)
+    b_weight = tl.zeros([BM], tl.float32)
     if weight is not None:
-        p_weight = at(weight, batch, first + t, head) + i * weight.time
+        p_weight = at(weight, batch, first + t, head) + i * weight.time + member * weight.head
         b_weight = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
     elif not MERGE:
         b_weight += 1.0
     r = t - stream.shift
-    slope, offset, flow = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
-    rest = tl.full([BT], 1.0, tl.float32)
-    p_dfq = at(dfq, batch, first + t, head) + (i * dfq.time)[:, None] + f[None, :]
+    slope, offset, flow = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    rest = tl.full([BM], 1.0, tl.float32)
+    p_dfq = at(dfq, batch, first + t, head) + (i * dfq.time + member * dfq.head)[:, None] + f[None, :]
     mask_fq = inside[:, None] & (f < FP)[None, :]
     if r >= 0:
         slot = first_slot(n, first, stream, C) + r // C
@@ -125,7 +127,7 @@ def linear_query_kernel(
         b_dol = b_do.to(LINEAR_DTYPE)
         by_state, by_mass = (slope * entered)[:, None], (offset * entered)[:, None]
         b_s = load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV)
-        d_minus = tl.zeros([BT, BF], tl.float32)
+        d_minus = tl.zeros([BM, BF], tl.float32)
         if SOFTMAX:
             b_s_minus = load_tile_transposed(p_s + FP * V, V, r * 0, FP, BF, V, BV)
             d_minus = tl.dot(b_dol, b_s_minus, input_precision=PRECISION)
@@ -133,7 +135,7 @@ def linear_query_kernel(
         d_plus = tl.dot(b_dol, b_s, input_precision=PRECISION)
         d_plus = d_plus * by_state + tl.load(p_z, mask=f < FP, other=0.0)[None, :] * by_mass
         if entered_out is not None:
-            b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
+            b_fq = load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF)
             plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
             tl.store(entered_out + out, through_features(plus, minus, d_plus, d_minus, SOFTMAX), mask=inside)
 
@@ -155,14 +157,14 @@ def linear_query_kernel(
             if SOFTMAX:
                 b_phi = load_tile(p_phi + FP, phi.time, row, length - stream.shift, BN, FP, BF)
                 d_minus = tl.dot(da, b_phi, d_minus, input_precision=PRECISION)
-        b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
+        b_fq = load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF)
         plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
         if MERGE or not NORMALIZE:
             flow = through_features(plus, minus, d_plus, d_minus, SOFTMAX)
         b_dfq = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
         tl.store(p_dfq, b_dfq.to(dfq.ptr.dtype.element_ty), mask=mask_fq)
     else:
-        tl.store(p_dfq, tl.zeros([BT, BF], dfq.ptr.dtype.element_ty), mask=mask_fq)
+        tl.store(p_dfq, tl.zeros([BM, BF], dfq.ptr.dtype.element_ty), mask=mask_fq)
     tl.store(slope_out + out, slope, mask=inside)
     tl.store(offset_out + out, offset, mask=inside)
     tl.store(flow_out + out, flow, mask=inside)
@@ -339,14 +341,15 @@ def linear_queries(
     dfq = torch.empty(fq.shape, dtype=fq.dtype, device=fq.device)
     tokens, heads = fq.shape[1:3]
     c = shape.config("linear_query")
-    blocks = block_count(stream, head_lead(stream.shift, c.rows), c.rows)
+    count, stacked = shape.stack(c.rows)
+    blocks = block_count(stream, head_lead(stream.shift, count), count)
     if blocks and tokens:
-        linear_query_kernel[(blocks * heads,)](
+        linear_query_kernel[(blocks * (heads // stacked),)](
             rows(v), rows(fq), rows(states.phi), rows(o), rows(do), rows(dfq), states.s, states.z, gates,
             None if weight is None else head_rows(weight), masses.linear, masses.window, masses.top, average, *terms,
             gates.shape[1], tokens, stream, feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
-            gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns,
-            shape.softmax, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
+            gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked,
+            c.columns, shape.softmax, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
             shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dfq

@@ -19,6 +19,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     first_rows,
     head_rows,
     in_window,
+    load_stack,
     load_tile,
     locate,
     power_of_two,
@@ -34,22 +35,24 @@ def window_query_kernel(
     q, k, v, anchor_k, anchor_v, do, dq, weight, window, top_key_in, share_io, shift_io, flow_in, average_out, tokens,
     stream, scale,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, MERGE: tl.constexpr,
-    RELATIVE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
+    MERGE: tl.constexpr, RELATIVE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BT queries of one head. EXACT finds do . o_window first, and with it the shift of the scores."""
-    head = tl.program_id(0) % HQ
+    """Gradient of BT queries of GH heads of a group. EXACT finds do . o_window first, and with it the scores' shift."""
+    BM: tl.constexpr = BT * GH
+    head = tl.program_id(0) % (HQ // GH) * GH
     head_k = head // (HQ // HK)
-    n, block, batch, first, length = locate(tl.program_id(0) // HQ, stream, 0, BT)
+    n, block, batch, first, length = locate(tl.program_id(0) // (HQ // GH), stream, 0, BT)
     t = block * BT
     if t >= length:
         return
     key_row, _, valid, _ = first_rows(n, first, stream, ANCHORS)
-    i, d = tl.arange(0, BT), tl.arange(0, BD)
+    i, member, d = tl.arange(0, BM) // GH, tl.arange(0, BM) % GH, tl.arange(0, BD)
     inside = t + i < length
-    out = (batch.to(tl.int64) * HQ + head) * tokens + first + t + i
-    b_q = load_tile(at(q, batch, first, head), q.time, t, length, BT, D, BD)
-    b_do = load_tile(at(do, batch, first, head), do.time, t, length, BT, V, BV)
+    out = (batch.to(tl.int64) * HQ + head + member) * tokens + first + t + i
+    b_q = load_stack(q, batch, first, head, t, i, member, inside, BM, D, BD)
+    b_do = load_stack(do, batch, first, head, t, i, member, inside, BM, V, BV)
     log_window = tl.load(window + out, mask=inside, other=float("inf"))
     p_k = at(k, batch, key_row, head_k)
     p_v = at(v, batch, key_row, head_k)
@@ -64,14 +67,14 @@ def window_query_kernel(
         shift = tl.load(shift_io + out, mask=inside, other=0.0)
         flow = tl.load(flow_in + out, mask=inside, other=0.0)
     else:
-        share = tl.full([BT], 1.0, tl.float32)
-        shift, flow = share, tl.zeros([BT], tl.float32)
+        share = tl.full([BM], 1.0, tl.float32)
+        shift, flow = share, tl.zeros([BM], tl.float32)
         if weight is not None:
-            p_weight = at(weight, batch, first + t, head) + i * weight.time
+            p_weight = at(weight, batch, first + t, head) + i * weight.time + member * weight.head
             share = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
         tl.store(share_io + out, share, mask=inside)
     if EXACT:
-        average = tl.zeros([BT], tl.float32)
+        average = tl.zeros([BM], tl.float32)
         for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
             row = t + stream.prefix - W + 1 + j
             c = row + tl.arange(0, BN)
@@ -90,7 +93,7 @@ def window_query_kernel(
         tl.store(shift_io + out, shift, mask=inside)
         if not MERGE:
             tl.store(average_out + out, average, mask=inside)
-    b_dq = tl.zeros([BT, BD], tl.float32)
+    b_dq = tl.zeros([BM, BD], tl.float32)
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)
@@ -114,7 +117,7 @@ def window_query_kernel(
             of_k = tl.where(top_key >= 0, of_k, p_ak + (-1 - top_key).to(tl.int64) * anchor_k.time)
         mask = inside[:, None] & (d < D)[None, :]
         b_dq += flow[:, None] * tl.load(of_k[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    p_dq = at(dq, batch, first + t, head) + (i * dq.time)[:, None] + d[None, :]
+    p_dq = at(dq, batch, first + t, head) + (i * dq.time + member * dq.head)[:, None] + d[None, :]
     tl.store(p_dq, (b_dq * scale).to(dq.ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
@@ -280,14 +283,15 @@ def window_queries(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     average = None if shape.merge else torch.empty_like(terms.share)
     c = shape.config("window_query")
-    blocks = block_count(stream, 0, c.rows)
+    count, stacked = shape.stack(c.rows)
+    blocks = block_count(stream, 0, count)
     if blocks and tokens:
         anchor_k, anchor_v = (k, v) if anchors is None else anchors
-        window_query_kernel[(blocks * heads,)](
+        window_query_kernel[(blocks * (heads // stacked),)](
             rows(q), rows(k), rows(v), rows(anchor_k), rows(anchor_v), rows(do), rows(dq),
             None if weight is None else head_rows(weight), masses.window, masses.top_key, terms.share, terms.shift,
             terms.flow, average, tokens, stream, scale, shape.window, shape.anchors, anchors is None, heads,
-            shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, c.rows, c.columns,
+            shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, count, stacked, c.columns,
             shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype, shape.precision, c.stages,
             **c.launch,
         )  # fmt: skip

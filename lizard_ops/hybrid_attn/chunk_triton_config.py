@@ -111,6 +111,11 @@ class Shape:
         receive; the sum of a row is known without counting, to fewer digits."""
         return self.dtype == torch.float32
 
+    def stack(self, rows: int) -> tuple[int, int]:
+        """(queries of one head, heads) that make up the rows of a tile; heads that share keys and state share tiles."""
+        heads = min(4, self.group & -self.group) if self.state_heads == self.key_heads else 1
+        return rows // heads, heads
+
     def config(self, kernel: str) -> Config:
         """Launch configuration of a kernel, named without "_kernel", picked on an H200."""
         if kernel == "scan":

@@ -27,6 +27,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     in_window,
     load_ahead,
     load_gates,
+    load_stack,
     load_tile,
     locate,
     rows,
@@ -86,37 +87,38 @@ def output_kernel(
     slots, tokens, stream, score_scale, feature_scale,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     HS: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
-    SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, DTYPE: tl.constexpr,
-    LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
+    SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    DTYPE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Output and masses of BT queries of one head.
+    """Output and masses of BT queries of GH heads that share their keys, stacked as rows of one tile.
 
     Blocks are aligned on linear rows, so that one never spans two chunks: query t meets linear row t - shift.
     """
     F: tl.constexpr = 2 * FP if SOFTMAX else FP
-    head = tl.program_id(0) % HQ
+    BM: tl.constexpr = BT * GH
+    head = tl.program_id(0) % (HQ // GH) * GH
     head_k, head_s, head_g = head // (HQ // HK), head // (HQ // HS), head // (HQ // HG)
     lead = (BT - stream.shift % BT) % BT
-    n, block, batch, first, length = locate(tl.program_id(0) // HQ, stream, lead, BT)
+    n, block, batch, first, length = locate(tl.program_id(0) // (HQ // GH), stream, lead, BT)
     t = block * BT - lead  # first query of the block
     if t >= length:
         return
     key_row, linear_row, valid, behind = first_rows(n, first, stream, ANCHORS)
-    i = tl.arange(0, BT)
+    i, member = tl.arange(0, BM) // GH, tl.arange(0, BM) % GH
     f, d = tl.arange(0, BF), tl.arange(0, BV)
     inside = (t + i >= 0) & (t + i < length)
 
     # linear branch: the state that entered the chunk, and the chunk up to here; its average waits in o
     r = t - stream.shift  # first linear row of the block
-    p_o = at(o, batch, first + t, head) + (i * o.time)[:, None] + d[None, :]
+    p_o = at(o, batch, first + t, head) + (i * o.time + member * o.head)[:, None] + d[None, :]
     mask_o = inside[:, None] & (d < V)[None, :]
-    mass = tl.zeros([BT], tl.float32)
-    ahead = tl.zeros([BT], tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    ahead = tl.zeros([BM], tl.float32)
     if r >= 0:
         slot = first_slot(n, first, stream, C) + r // C
         start = r // C * C
-        b_fq = load_tile(at(fq, batch, first, head), fq.time, t, length, BT, FP, BF)
+        b_fq = load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF)
         entry = slot.to(tl.int64) * HS + head_s
         p_s = s + entry * F * V
         p_z = z + entry * F + f
@@ -160,15 +162,15 @@ def output_kernel(
         tl.store(p_o, acc.to(o.ptr.dtype.element_ty), mask=mask_o)
 
     # window branch: keys t + prefix - W < c <= t + prefix
-    b_q = load_tile(at(q, batch, first, head), q.time, t, length, BT, D, BD)
+    b_q = load_stack(q, batch, first, head, t, i, member, inside, BM, D, BD)
     p_k = at(k, batch, key_row, head_k)
     p_v = at(v, batch, key_row, head_k)
     own = t + stream.prefix + i
     keys = length + stream.prefix
-    top = tl.full([BT], -1.0e30, tl.float32)
-    top_key = tl.zeros([BT], tl.int32)
-    total = tl.zeros([BT], tl.float32)
-    acc = tl.zeros([BT, BV], tl.float32)
+    top = tl.full([BM], -1.0e30, tl.float32)
+    top_key = tl.zeros([BM], tl.int32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BV], tl.float32)
     if ANCHORS > 0:
         kept = tl.minimum(ANCHORS, keys) if OWN else n * 0 + ANCHORS
         p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
@@ -191,7 +193,7 @@ def output_kernel(
     top *= score_scale
     log_window = top + tl.log2(total)
     if sink is not None:
-        b_sink = tl.load(sink + head) * LOG2E
+        b_sink = tl.load(sink + head + member) * LOG2E
         larger = tl.maximum(log_window, b_sink)
         log_window = larger + tl.log2(tl.exp2(log_window - larger) + tl.exp2(b_sink - larger))
     weight_window = tl.exp2(top - log_window)
@@ -199,13 +201,13 @@ def output_kernel(
     # mix
     some = (mass != 0.0) & (ahead > float("-inf"))
     log_linear = tl.where(some, tl.log2(mass), float("-inf"))
-    b_weight = tl.zeros([BT], tl.float32)
+    b_weight = tl.zeros([BM], tl.float32)
     if weight is not None:
-        p_weight = at(weight, batch, first + t, head) + i * weight.time
+        p_weight = at(weight, batch, first + t, head) + i * weight.time + member * weight.head
         b_weight = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
     elif not MERGE:
         b_weight += 1.0
-    weight_linear = tl.where(some, 1.0, 0.0) if NORMALIZE else tl.full([BT], 1.0, tl.float32)
+    weight_linear = tl.where(some, 1.0, 0.0) if NORMALIZE else tl.full([BM], 1.0, tl.float32)
     if MERGE:
         share, rest = shares(log_linear, ahead, feature_scale, log_window, top, b_weight, RELATIVE)
         weight_linear = tl.where(some, share, 0.0)
@@ -217,7 +219,7 @@ def output_kernel(
         tl.debug_barrier()  # other threads may have written what this one reads
         acc += tl.load(p_o, mask=mask_o, other=0.0).to(tl.float32) * weight_linear[:, None]
     tl.store(p_o, acc.to(o.ptr.dtype.element_ty), mask=mask_o)
-    out = (batch.to(tl.int64) * HQ + head) * tokens + first + t + i
+    out = (batch.to(tl.int64) * HQ + head + member) * tokens + first + t + i
     tl.store(linear + out, log_linear, mask=inside)
     tl.store(window + out, log_window, mask=inside)
     if RELATIVE:
@@ -253,17 +255,18 @@ def hybrid_output(
     o = torch.empty(batch, tokens, heads, shape.value, dtype=q.dtype, device=q.device)
     masses = empty_masses(q, shape)
     c = shape.config("output")
-    blocks = block_count(stream, head_lead(stream.shift, c.rows), c.rows)
+    count, stacked = shape.stack(c.rows)
+    blocks = block_count(stream, head_lead(stream.shift, count), count)
     if blocks and tokens:
         anchor_k, anchor_v = (k, v) if anchors is None else anchors
-        output_kernel[(blocks * heads,)](
+        output_kernel[(blocks * (heads // stacked),)](
             rows(q), rows(k), rows(v), rows(fq), rows(states.phi), rows(anchor_k), rows(anchor_v), rows(o),
             states.s, states.z, gates, None if weight is None else head_rows(weight), sink, *masses, gates.shape[1],
             tokens, stream, scale * LOG2E.value, feature_scale, shape.window, shape.anchors, anchors is None, heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
-            shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.split,
-            shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype, shape.linear_dtype,
-            shape.precision, c.stages, **c.launch,
+            shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns, shape.softmax,
+            shape.split, shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype,
+            shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return o, masses
 

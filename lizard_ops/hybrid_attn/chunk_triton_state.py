@@ -25,6 +25,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     load_tile,
     load_tile_transposed,
     locate_chunk,
+    power_of_two,
     rows,
     sequence,
     slot_count,
@@ -42,7 +43,22 @@ class States(NamedTuple):
 
 
 @triton.jit
-def gate_kernel(g, gates, slots, stream, WINDOW: tl.constexpr, HG: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr):
+def finite(g):
+    """Log-decays for sums whose differences keep float32's digits; below the floor a decay is zero whatever it is."""
+    return tl.maximum(g, -1.0e6).to(tl.float64)
+
+
+@triton.jit
+def is_reset(g):
+    """1 where a gate forgets everything, a log-decay of -inf."""
+    return (g == float("-inf")).to(tl.int32)
+
+
+@triton.jit
+def gate_kernel(
+    g, gates, slots, stream, WINDOW: tl.constexpr, BW: tl.constexpr, HG: tl.constexpr, C: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
     """Running sums of log2-decays inside each chunk, and the sum over the gates between each row and its query."""
     slot, head = tl.program_id(0) // HG, tl.program_id(0) % HG
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
@@ -61,14 +77,17 @@ def gate_kernel(g, gates, slots, stream, WINDOW: tl.constexpr, HG: tl.constexpr,
         tl.store(out + step, tl.cumsum(b_g - whole, 0))
         b_g = whole
     tl.store(out, tl.cumsum(b_g, 0))
-    if WINDOW > 0:
-        ahead = tl.zeros([C], tl.float32)  # sum over r < l <= r + WINDOW
-        for j in range(0, C + WINDOW, 32):  # [gate, row]: sums stay inside a thread
-            l = i_chunk * C + j + tl.arange(0, 32)
-            b_l = tl.load(pointer + l.to(tl.int64) * g.time, mask=l < known, other=0.0)
-            age = l[:, None] - 1 - r[None, :]
-            ahead += tl.sum(tl.where(tl.cast(age, tl.uint32) < WINDOW, b_l[:, None], 0.0), 0)
-        tl.store(out + 2 * step, ahead * LOG2E)
+    if (
+        WINDOW > 0
+    ):  # sum over r < l <= r + WINDOW: the first WINDOW gates, and those that come in less those that go out
+        start = tl.arange(0, BW)
+        p_start = pointer + (i_chunk * C + start).to(tl.int64) * g.time
+        b_start = tl.load(p_start, mask=(start < WINDOW) & (i_chunk * C + start < known), other=0.0)
+        b_out = tl.load(pointer + r.to(tl.int64) * g.time, mask=r < known, other=0.0)
+        b_in = tl.load(pointer + (r + WINDOW).to(tl.int64) * g.time, mask=r + WINDOW < known, other=0.0)
+        ahead = tl.sum(finite(b_start), 0) + tl.cumsum(finite(b_in) - finite(b_out), 0)
+        resets = tl.sum(is_reset(b_start), 0) + tl.cumsum(is_reset(b_in) - is_reset(b_out), 0)
+        tl.store(out + 2 * step, tl.where(resets > 0, float("-inf"), ahead.to(tl.float32) * LOG2E))
     else:
         tl.store(out + 2 * step, tl.zeros([C], tl.float32))
 
@@ -189,7 +208,16 @@ def running_gates(g: Tensor | None, stream: Stream, shape: Shape) -> Tensor:
     if slots:
         window = shape.window if shape.outside else 0
         gate_kernel[(slots * g.shape[2],)](
-            head_rows(g), gates, slots, stream, window, g.shape[2], shape.chunk, shape.split, num_warps=4
+            head_rows(g),
+            gates,
+            slots,
+            stream,
+            window,
+            power_of_two(window),
+            g.shape[2],
+            shape.chunk,
+            shape.split,
+            num_warps=4,
         )
     return gates
 

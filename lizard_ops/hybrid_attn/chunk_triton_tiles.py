@@ -172,6 +172,19 @@ def load_tile(pointer, stride, row, length, BR: tl.constexpr, DIM: tl.constexpr,
 
 
 @triton.jit
+def load_stack(
+    x, batch, first, head, t, i, member, inside, BM: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Queries t + i of heads ``head`` + ``member`` as [BM, BD], zero where not ``inside``."""
+    d = tl.arange(0, BD)
+    mask = inside[:, None]
+    if DIM != BD:
+        mask = mask & (d < DIM)[None, :]
+    p = at(x, batch, first + t, head) + (i * x.time + member * x.head)[:, None] + d[None, :]
+    return tl.load(p, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_tile_transposed(pointer, stride, row, length, BR: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
     """The same rows as columns, [BD, BR]."""
     r = row + tl.arange(0, BR)
