@@ -71,7 +71,7 @@ def gate_kernel(
     b_g = tl.load(pointer + r.to(tl.int64) * g.time, mask=r < seen, other=0.0) * LOG2E
     b_g = tl.maximum(b_g, GATE_FLOOR)
     out = gates + (slot.to(tl.int64) * HG + head) * C + i
-    step = slots.to(tl.int64) * HG * C
+    step = tl.cast(slots, tl.int64) * HG * C
     if SPLIT:
         whole = tl.floor(b_g + 0.5)
         tl.store(out + step, tl.cumsum(b_g - whole, 0))

@@ -232,7 +232,7 @@ def load_gates(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr,
     """Running log2-decays of chunk rows: whole part and fraction, or (not SPLIT) all of it and nothing."""
     pointer = gates + (slot.to(tl.int64) * HG + head) * C + row
     whole = tl.load(pointer)
-    return whole, tl.load(pointer + slots.to(tl.int64) * HG * C) if SPLIT else whole
+    return whole, tl.load(pointer + tl.cast(slots, tl.int64) * HG * C) if SPLIT else whole
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def decay_since_start(whole, part, SPLIT: tl.constexpr):
 @triton.jit
 def load_ahead(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr):
     """Sum of the gates between key row and query."""
-    return tl.load(gates + ((2 * slots.to(tl.int64) + slot) * HG + head) * C + row)
+    return tl.load(gates + ((2 * tl.cast(slots, tl.int64) + slot) * HG + head) * C + row)
 
 
 @triton.jit
