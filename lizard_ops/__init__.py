@@ -4,6 +4,7 @@ from lizard_ops.common.checks import checked
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
+from lizard_ops.head_projection.api import project_heads
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.window_attn.api import window_attn
@@ -17,6 +18,7 @@ __all__ = [
     "naive_gated_attn",
     "naive_hybrid_attn",
     "naive_window_attn",
+    "project_heads",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
     "window_attn",

@@ -38,9 +38,9 @@ def window(x: LayerInputs) -> Tensor:
 
 
 def layer(x: LayerInputs, **choices) -> Tensor:
-    fq, fk = pre_activations(x.q, x.q_map), pre_activations(x.k, x.k_map)
+    (q, fq), (k, fk) = lizard_ops.project_heads(x.q, x.q_map), lizard_ops.project_heads(x.k, x.k_map)
     o, _ = lizard_ops.chunk_hybrid_attn(
-        x.q, x.k, x.v, fq, fk, x.g, WINDOW, anchors=ANCHORS, feature_map="softmax", **choices
+        q, k, x.v, fq, fk, x.g, WINDOW, anchors=ANCHORS, feature_map="softmax", **choices
     )
     return o
 

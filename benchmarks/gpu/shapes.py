@@ -21,8 +21,8 @@ class LayerInputs:
     q: Tensor  # [B, T, HEADS, HEAD_DIM]
     k: Tensor  # [B, T, KEY_HEADS, HEAD_DIM]
     v: Tensor  # [B, T, KEY_HEADS, HEAD_DIM]
-    q_map: Tensor  # [HEADS, HEAD_DIM, PRE_FEATURES] Hedgehog weight
-    k_map: Tensor  # [KEY_HEADS, HEAD_DIM, PRE_FEATURES]
+    q_map: Tensor  # [HEADS, HEAD_DIM, PRE_FEATURES] Hedgehog weight, float32
+    k_map: Tensor  # [KEY_HEADS, HEAD_DIM, PRE_FEATURES] float32
     phi_q: Tensor  # [B, T, HEADS, 2 PRE_FEATURES] finished features
     phi_k: Tensor  # [B, T, KEY_HEADS, 2 PRE_FEATURES]
     g: Tensor  # [B, T, KEY_HEADS] log-decay
@@ -37,8 +37,8 @@ def two_sided_softmax(x: Tensor) -> Tensor:
 
 
 def pre_activations(x: Tensor, weight: Tensor) -> Tensor:
-    """x [B, T, H, D], weight [H, D, F] -> [B, T, H, F]."""
-    return torch.einsum("bthd,hdf->bthf", x, weight)
+    """x [B, T, H, D], weight [H, D, F] -> [B, T, H, F] in the dtype of x, as a user of PyTorch writes it."""
+    return torch.einsum("bthd,hdf->bthf", x, weight.to(x.dtype))
 
 
 def make_layer(length: int, device: str = "cuda", tokens: int = TOKENS, seed: int = 0) -> LayerInputs:
@@ -57,8 +57,8 @@ def make_layer(length: int, device: str = "cuda", tokens: int = TOKENS, seed: in
         q=heads(HEADS, HEAD_DIM),
         k=heads(KEY_HEADS, HEAD_DIM),
         v=heads(KEY_HEADS, HEAD_DIM),
-        q_map=normal(HEADS, HEAD_DIM, PRE_FEATURES) * HEAD_DIM**-0.5,
-        k_map=normal(KEY_HEADS, HEAD_DIM, PRE_FEATURES) * HEAD_DIM**-0.5,
+        q_map=normal(HEADS, HEAD_DIM, PRE_FEATURES, dtype=torch.float32) * HEAD_DIM**-0.5,
+        k_map=normal(KEY_HEADS, HEAD_DIM, PRE_FEATURES, dtype=torch.float32) * HEAD_DIM**-0.5,
         phi_q=two_sided_softmax(heads(HEADS, PRE_FEATURES)),
         phi_k=two_sided_softmax(heads(KEY_HEADS, PRE_FEATURES)),
         g=log_decay,

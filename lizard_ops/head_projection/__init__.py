@@ -1,0 +1,1 @@
+"""Projections of attention heads."""

@@ -1,0 +1,105 @@
+"""Kernels of a matrix a head. Tokens n = b T + t; a weight of float32 enters 16-bit products as a sum of two parts."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_offsets(n, tokens, length, stride_b, stride_t):
+    """(offsets of tokens n, whether they exist)."""
+    n64 = n.to(tl.int64)
+    return n64 // length * stride_b + n64 % length * stride_t, n < tokens
+
+
+@triton.jit
+def dot_split(a, weight, acc, PRECISION: tl.constexpr):
+    """a weight + acc with float32's digits of the weight."""
+    if a.dtype == tl.float32:
+        acc = tl.dot(a, weight, acc, input_precision=PRECISION)
+    else:
+        high = weight.to(a.dtype)
+        low = (weight - high.to(tl.float32)).to(a.dtype)
+        acc = tl.dot(a, low, acc)
+        acc = tl.dot(a, high, acc)
+    return acc
+
+
+@triton.jit
+def project_kernel(
+    x, weight, y, tokens, length, x_b, x_t, x_h,
+    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, H, F] of STEPS blocks of tokens, one head, BF columns."""
+    NFB: tl.constexpr = (F + BF - 1) // BF
+    pid = tl.program_id(0)
+    h = (pid // NFB) % H
+    f = (pid % NFB) * BF + tl.arange(0, BF)
+    d = tl.arange(0, BD)
+    of_w = (h // (H // M)) * D * F + d[:, None] * F + f[None, :]
+    b_w = tl.load(weight + of_w, mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
+    first = pid // (NFB * H) * (STEPS * BN)
+    for step in tl.range(0, STEPS):
+        n = first + tl.cast(step, tl.int32) * BN + tl.arange(0, BN)
+        rows, here = token_offsets(n, tokens, length, x_b, x_t)
+        b_x = tl.load(x + rows[:, None] + h * x_h + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+        b_y = dot_split(b_x, b_w, tl.zeros([BN, BF], tl.float32), PRECISION)
+        p_y = y + ((n.to(tl.int64) * H + h) * F)[:, None] + f[None, :]
+        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=here[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def input_gradient_kernel(
+    dy, weight, d_x, dx, tokens, length, y_b, y_t, y_h, x_b, x_t, x_h,
+    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx [tokens, H, D] = dy weight^T, plus the gradient d_x of x's other readers if it is there."""
+    NFB: tl.constexpr = (F + BF - 1) // BF
+    pid = tl.program_id(0)
+    h = pid % H
+    d = tl.arange(0, BD)
+    first = pid // H * (STEPS * BN)
+    for step in tl.range(0, STEPS):
+        n = first + tl.cast(step, tl.int32) * BN + tl.arange(0, BN)
+        rows, here = token_offsets(n, tokens, length, y_b, y_t)
+        mask = here[:, None] & (d < D)[None, :]
+        acc = tl.zeros([BN, BD], tl.float32)
+        for fb in tl.static_range(NFB):
+            f = fb * BF + tl.arange(0, BF)
+            of_w = (h // (H // M)) * D * F + d[None, :] * F + f[:, None]
+            b_w = tl.load(weight + of_w, mask=(d < D)[None, :] & (f < F)[:, None], other=0.0)  # [BF, BD]
+            b_dy = tl.load(dy + rows[:, None] + h * y_h + f[None, :], mask=here[:, None] & (f < F)[None, :], other=0.0)
+            acc = dot_split(b_dy, b_w, acc, PRECISION)
+        if d_x is not None:
+            other, _ = token_offsets(n, tokens, length, x_b, x_t)
+            acc += tl.load(d_x + other[:, None] + h * x_h + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        p_dx = dx + ((n.to(tl.int64) * H + h) * D)[:, None] + d[None, :]
+        tl.store(p_dx, acc.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    x, dy, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, steps,
+    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What ``steps`` blocks of tokens add to the gradient of one head's matrix, parts [splits, H, D, F] float32."""
+    NFB: tl.constexpr = (F + BF - 1) // BF
+    pid = tl.program_id(0)
+    h = (pid // NFB) % H
+    split = pid // (NFB * H)
+    f = (pid % NFB) * BF + tl.arange(0, BF)
+    d = tl.arange(0, BD)
+    acc = tl.zeros([BD, BF], tl.float32)
+    for step in tl.range(0, steps, num_stages=2):
+        n = (split * steps + tl.cast(step, tl.int32)) * BN + tl.arange(0, BN)
+        rows_x, here = token_offsets(n, tokens, length, x_b, x_t)
+        rows_y, _ = token_offsets(n, tokens, length, y_b, y_t)
+        b_x = tl.load(x + rows_x[None, :] + h * x_h + d[:, None], mask=here[None, :] & (d < D)[:, None], other=0.0)
+        b_dy = tl.load(dy + rows_y[:, None] + h * y_h + f[None, :], mask=here[:, None] & (f < F)[None, :], other=0.0)
+        acc = tl.dot(b_x, b_dy, acc, input_precision=PRECISION)
+    of_w = ((split * H + h) * D).to(tl.int64) * F + d[:, None] * F + f[None, :]
+    tl.store(parts + of_w, acc, mask=(d < D)[:, None] & (f < F)[None, :])

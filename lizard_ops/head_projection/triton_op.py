@@ -1,0 +1,138 @@
+"""The projection as torch.library sees it, and the gradient that takes in x's other one."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lizard_ops.head_projection.triton_kernels import (
+    input_gradient_kernel,
+    project_kernel,
+    weight_gradient_kernel,
+)
+
+TOKENS = 64  # rows of a tile
+STEPS = 8  # tiles that one program takes with the same matrix
+SPLITS = 16  # programs that share the tokens of a weight gradient
+
+
+def blocks(weight: Tensor) -> dict[str, Any]:
+    """Tile shapes: the whole head dim, and as many features as registers hold."""
+    dim, features = weight.shape[1:]
+    wide = max(16, triton.next_power_of_2(dim))
+    columns = max(16, min(triton.next_power_of_2(features), 64 if wide > 128 else 128))
+    return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS, "num_warps": 8 if wide > 64 else 4}
+
+
+def precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the device of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with a unit last stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@torch.library.custom_op("lizard_ops::project_heads", mutates_args=())
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """y [B, T, H, F] = x [B, T, H, D] times weight [M, D, F]."""
+    x, weight = rows(x), weight.contiguous()
+    batch, length, heads = x.shape[:3]
+    y = x.new_empty(batch, length, heads, weight.shape[2])
+    tokens, tile = batch * length, blocks(weight)
+    if tokens:
+        count = triton.cdiv(tokens, TOKENS * STEPS) * heads * triton.cdiv(tile["F"], tile["BF"])
+        with on_device(x):
+            project_kernel[(count,)](
+                x, weight, y, tokens, length, *x.stride()[:3], H=heads, M=weight.shape[0], STEPS=STEPS,
+                PRECISION=precision(x), **tile,
+            )  # fmt: skip
+    return y
+
+
+@project.register_fake
+def _(x, weight):
+    return x.new_empty(*x.shape[:3], weight.shape[2])
+
+
+@torch.library.custom_op("lizard_ops::project_heads_backward", mutates_args=())
+def project_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), empty where not asked for. d_x [B, T, H, D]: a gradient of x to add."""
+    x, dy, weight = rows(x), rows(dy), weight.contiguous()
+    d_x = None if d_x is None else rows(d_x)
+    batch, length, heads = x.shape[:3]
+    maps, tokens, tile = weight.shape[0], batch * length, blocks(weight)
+    dx, d_weight = x.new_empty(x.shape if of_x else (0,)), weight.new_zeros(weight.shape if of_weight else (0,))
+    common = {"H": heads, "M": maps, "PRECISION": precision(x)} | tile
+    with on_device(x):
+        if of_x and tokens:
+            strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
+            input_gradient_kernel[(triton.cdiv(tokens, TOKENS * STEPS) * heads,)](
+                dy, weight, d_x, dx, tokens, length, *dy.stride()[:3], *strides, STEPS=STEPS, **common
+            )
+        if of_weight and tokens:
+            splits = min(SPLITS, triton.cdiv(tokens, TOKENS))
+            parts = weight.new_empty(splits, heads, *weight.shape[1:])
+            steps = triton.cdiv(tokens, TOKENS * splits)
+            weight_gradient_kernel[(splits * heads * triton.cdiv(tile["F"], tile["BF"]),)](
+                x, dy, parts, tokens, length, *x.stride()[:3], *dy.stride()[:3], steps, **common
+            )
+            d_weight = parts.unflatten(1, (maps, heads // maps)).sum((0, 2))
+    return dx, d_weight
+
+
+@project_backward.register_fake
+def _(x, weight, dy, d_x, of_x, of_weight):
+    return x.new_empty(x.shape if of_x else (0,)), weight.new_empty(weight.shape if of_weight else (0,))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    dx, d_weight = project_backward(x, weight, dy, None, *needed)
+    return dx if needed[0] else None, d_weight if needed[1] else None
+
+
+project.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _ProjectBoth(torch.autograd.Function):
+    """(x, y), so that both gradients of x meet in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), project(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if dy is None:
+            return d_x, None
+        x, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        dx, d_weight = project_backward(x, weight, dy, d_x, *needed)
+        return dx if needed[0] else None, d_weight if needed[1] else None
+
+
+def project_heads_triton(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, y). While torch.compile traces, the sum of x's gradients is left to the compiler."""
+    if torch.compiler.is_compiling():
+        return x, project(x, weight)
+    return _ProjectBoth.apply(x, weight)
