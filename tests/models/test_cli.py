@@ -2,15 +2,18 @@
 
 import errno
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from readable import save_teacher, save_texts
+from safetensors import SafetensorError
 from training import Sequences
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
 from typer.testing import CliRunner
 
-from lizard_models import LizardConfig, linearize, memory, pipeline
+from lizard_models import LizardConfig, LizardLlamaForCausalLM, linearize, memory, pipeline
 from lizard_models.cli.main import app
 from lizard_models.cli.options import read_settings
 from lizard_models.modeling_common import lizard_config
@@ -181,6 +184,10 @@ def test_a_full_disk_leaves_no_model(world, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def full_halfway(model, folder, **kwargs):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
     out = tmp_path / "out"
     command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out]
     with monkeypatch.context() as disk:
@@ -188,8 +195,36 @@ def test_a_full_disk_leaves_no_model(world, tmp_path, monkeypatch):
         line = error(*command)
     assert "error: the disk is full: free some space" in line and "then go on with: lizard-attn" in line
     assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["out.training"]
+    with monkeypatch.context() as disk:
+        disk.setattr(LizardLlamaForCausalLM, "save_pretrained", full_halfway)
+        assert "error: the disk is full" in error(*command, "--resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.training"]
     call(*command, "--resume")  # nothing is trained again
     assert (out / "config.json").exists()
+
+
+def test_a_disk_too_small_is_seen_before_the_run(world, tmp_path, monkeypatch):
+    teacher = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    config = LizardConfig.preset("recommended")
+    needed = pipeline.disk_needed(linearize(teacher, config), config, ["stage1", "stage2"])
+    assert sum(p.nbytes for p in teacher.parameters()) < needed < 5_000_000
+    free = [needed // 2]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    out = tmp_path / "a" / "out"
+    command = ["linearize", world / "teacher", "--data", world / "texts", *RECIPE, "--device", "cpu", "--out", out]
+    line = error(*command)
+    assert "error: out: the run takes about 0.00 GB, but the disk of" in line and "--out on another disk" in line
+    assert not any(tmp_path.iterdir())
+    free[0] = needed
+    call(*command)
+
+
+def test_damaged_weights_are_one_line(model, tmp_path):
+    shutil.copytree(model[0], tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    line = error("generate", tmp_path / "cut", "x", "--device", "cpu")
+    assert "damaged or cut short" in line and "copy the model again" in line
 
 
 def test_stages_can_be_left_out(world, tmp_path):

@@ -170,6 +170,17 @@ def write_gguf(gguf, path, model, tokenizer) -> None:
     writer.close()
 
 
+def test_a_damaged_cache_is_refused(tmp_path):
+    folder = save_teacher(tmp_path / "teachers" / "smollm2-135m")
+    assert find_teacher("smollm2-135m", cache=tmp_path)[0] == str(folder)  # from before there were sums
+    downloads.write_sums(folder)
+    assert find_teacher("smollm2-135m", cache=tmp_path)[0] == str(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"spot")
+    with pytest.raises(ValueError, match="model.safetensors in .* is damaged .*delete that folder"):
+        find_teacher("smollm2-135m", cache=tmp_path)
+
+
 @pytest.mark.network
 def test_the_packaged_teacher_speaks():
     try:
