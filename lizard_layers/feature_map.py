@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
@@ -11,6 +12,8 @@ from lizard_layers.parameters import Float32Module, float32_parameter, full_prec
 
 class HedgehogFeatureMap(Float32Module):
     """Pre-activations x W of a Hedgehog feature map (arXiv 2402.04347), W starting from the identity.
+
+    Columns beyond the head dim start as random rotations of x: equal columns would get equal gradients and stay equal.
 
     ``num_maps`` is the number of matrices: 1 for a map shared by all heads, the number of heads for one each, or the
     number of key heads for query heads that share the map of their group.
@@ -26,8 +29,12 @@ class HedgehogFeatureMap(Float32Module):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            eye = torch.eye(*self.weight.shape[1:], dtype=self.weight.dtype, device=self.weight.device)
+            dim, width = self.weight.shape[1:]
+            eye = torch.eye(dim, width, dtype=self.weight.dtype, device=self.weight.device)
             self.weight.copy_(eye + self.noise * torch.randn_like(self.weight))
+            for start in range(dim, width, dim):
+                for block in self.weight[:, :, start : start + dim]:
+                    nn.init.orthogonal_(block)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.weight.shape[0]
@@ -35,6 +42,27 @@ class HedgehogFeatureMap(Float32Module):
             raise ValueError(f"x has {x.shape[2]} heads (shape {tuple(x.shape)}), wanted a multiple of {maps} maps")
         grouped = full_precision(x).unflatten(2, (maps, -1))  # [B, T, M, G, D]
         return torch.einsum("btmgd,mdf->btmgf", grouped, self.weight).flatten(2, 3).to(x.dtype)
+
+
+class KeyWeight(Float32Module):
+    """exp(w.x): how much a key weighs for every query. x [B, T, d] -> [B, T, H] float32. w starts from zero."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.weight = float32_parameter(num_heads, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(full_precision(x), self.weight).exp()
+
+
+def both_softmax(x: Tensor) -> Tensor:
+    """[softmax(x), softmax(-x)] along the channels."""
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 
 class FeatureMaps(nn.Module):
@@ -48,6 +76,10 @@ class FeatureMaps(nn.Module):
         super().__init__()
         self.one_sided = config.feature_activation == "one_sided_softmax"
         self.op_feature_map = config.feature_activation if config.two_sided else "identity"
+        self.key_weight: KeyWeight | None = None
+        if config.key_weight == "token":
+            self.op_feature_map = "identity"
+            self.key_weight = KeyWeight(config.hidden_size, config.linear_key_heads)
         self.query_map: HedgehogFeatureMap | None = None
         self.key_map: HedgehogFeatureMap | None = None
         if config.feature_projection == "none":
@@ -59,8 +91,14 @@ class FeatureMaps(nn.Module):
         if not config.tie_features:
             self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, T, Hq, D] and k [B, T, H, D], H the linear key heads -> fq [B, T, Hq, Fp] and fk [B, T, H, Fp]."""
+    def forward(self, q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, T, Hq, D], k [B, T, H, D], H the linear key heads, x [B, T, d] -> fq [B, T, Hq, Fp], fk [B, T, H, Fp].
+
+        With a key weight F features instead of Fp.
+        """
         if self.key_map is not None:
             q, k = (self.query_map or self.key_map)(q), self.key_map(k)
+        if self.key_weight is not None:
+            fk = both_softmax(full_precision(k)) * self.key_weight(x).unsqueeze(-1)
+            return both_softmax(full_precision(q)).to(q.dtype), fk.to(k.dtype)
         return (q.softmax(-1), k.softmax(-1)) if self.one_sided else (q, k)

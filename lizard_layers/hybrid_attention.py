@@ -140,7 +140,7 @@ class HybridAttention(nn.Module):
                 linear_k, window_k, v = (h.repeat_interleave(group, 2) for h in (linear_k, window_k, v))
                 if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                     g = g.repeat_interleave(group, 2)
-            fq, fk = self.feature_maps(linear_q, linear_k)
+            fq, fk = self.feature_maps(linear_q, linear_k, x)
             choices: dict[str, Any] = dict(
                 mix=config.mix,
                 merge_mass=config.merge_mass,

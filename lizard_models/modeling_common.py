@@ -65,9 +65,15 @@ class LizardAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         with_gradients: bool = False,
         anchor_blocks: dict[str | None, list[AnchorBlock]] | None = None,
+        without_mask: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights."""
+        """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights.
+
+        without_mask: attention_mask is a placeholder and the teacher's attention is plainly causal.
+        """
+        if without_mask:
+            attention_mask = None
         if self.mode == "teacher":
             return super().forward(
                 hidden_states,
@@ -249,6 +255,15 @@ class LizardDecoder(LizardModelMixin):
                 setattr(self.rotary_emb, name, exact[name].to(frequencies.device))
         return self
 
+    @property
+    def causal_without_mask(self) -> bool:
+        """Whether full rows need no mask in the teacher's attention: SDPA is causal by itself.
+
+        Transformers finds that out too, by reading the position ids back from the device in every forward.
+        """
+        sliding = getattr(self.config, "sliding_window", None) is not None
+        return self.config._attn_implementation == "sdpa" and not sliding and not self.has_softmax_layers
+
     def new_cache(self) -> Cache:
         """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
         return DynamicCache(config=self.config) if self.mode == "teacher" else LizardCache(self.config)
@@ -273,9 +288,12 @@ class LizardDecoder(LizardModelMixin):
         reached = None if self.mode == "teacher" else self.position_range
         if self.rotary_emb.range != reached:
             self.rotary_emb.range = reached
+        plain = position_ids is None and attention_mask is None and past_key_values is None
         if self.mode == "teacher":
             if isinstance(past_key_values, LizardCache):
                 raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
+            if plain and use_cache is False and self.causal_without_mask and input_ids is not None:
+                attention_mask, kwargs["without_mask"] = placeholder_mask(input_ids), True
             return super().forward(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
             )
@@ -303,9 +321,10 @@ class LizardDecoder(LizardModelMixin):
         kwargs["anchor_blocks"] = self._anchor_blocks(tokens, position_ids, past, kwargs.get("cu_seqlens") is not None)
         kwargs["padding_mask"] = None if all_real(padding_mask) else padding_mask
         if self.mode == "student" and not self.has_softmax_layers:
-            # A 4-D mask is taken as it is: the [T, T] one that no layer reads is never built.
-            attention_mask = tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+            attention_mask = placeholder_mask(tokens)
         if self.mode == "distill":
+            if plain and self.causal_without_mask:
+                attention_mask, kwargs["without_mask"] = placeholder_mask(tokens), True
             kwargs["with_gradients"] = torch.is_grad_enabled()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):
             return super().forward(
@@ -424,6 +443,11 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
                 shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                 raise ValueError(f"checkpoint {args[0] if args else ''} has {kind.replace('_', ' ')}: {shown}")
         return (model, info) if output_loading_info else model
+
+
+def placeholder_mask(tokens: Tensor) -> Tensor:
+    """A 4-D mask that no layer reads: transformers takes it as it is and builds none of [T, T]."""
+    return tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
 
 
 def check_padding_mask(attention_mask: Tensor | None, batch: int, past: int, length: int) -> Tensor | None:

@@ -47,6 +47,10 @@ class RunArguments:
     """Spread the weights over the processes that torchrun or accelerate started (FSDP-2), for models that do not fit
     on one device. Without it every process holds them all, and only gradients are exchanged."""
 
+    cuda_graph: bool = False
+    """Run forward and backward of a step as one CUDA graph: the same numbers with one launch, for models so small that
+    launching their kernels takes longer than running them. Not with dropout or gradient checkpointing."""
+
     title: str = ""
     """What the progress bar calls the run."""
 

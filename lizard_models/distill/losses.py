@@ -47,23 +47,30 @@ def distillation_loss(
     cross_entropy_weight: float = 1.0,
     kl_weight: float = 0.0,
     chunk: int = 512,
+    all_count: bool = False,
 ) -> Tensor:
     """Mean over the positions that count of  w_ce (-log p_s(target)) + w_kl sum_v p_t(v) (log p_t(v) - log p_s(v)).
 
     p_s = softmax(head(hidden)), p_t the teacher's, both in float32. hidden [B, T, H]; targets [B, T] int64, positions
     with ``IGNORED`` count in neither term, so padding and a row's last position carry no KL. teacher_hidden [B, T, H]
-    and teacher_head are needed for kl_weight > 0. chunk: positions whose logits exist at a time.
+    and teacher_head are needed for kl_weight > 0. chunk: positions whose logits exist at a time. all_count: no target
+    is ``IGNORED``, which saves reading them back from the device.
 
     Returns a float32 scalar, differentiable in ``hidden`` and the head. Raises ValueError without a teacher for KL, or
     if no position counts.
     """
     if kl_weight and (teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kl_weight={kl_weight} needs teacher_hidden and teacher_head")
-    counted = targets != IGNORED
-    if not bool(counted.any()):
+    teacher = teacher_hidden if kl_weight else None
+    if all_count:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # [N, H], [N]
+        teacher = None if teacher is None else teacher.flatten(0, 1)
+    else:
+        counted = targets != IGNORED
+        hidden, targets = hidden[counted], targets[counted]
+        teacher = None if teacher is None else teacher[counted]
+    if not len(targets):
         raise ValueError("targets: no position counts")
-    hidden, targets = hidden[counted], targets[counted]  # [N, H], [N]
-    teacher = teacher_hidden[counted] if kl_weight and teacher_hidden is not None else None
 
     def chunk_loss(hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
         log_student = F.log_softmax(head(hidden).float(), -1)  # [n, V]
@@ -80,7 +87,12 @@ def distillation_loss(
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         total = total + checkpoint(
-            chunk_loss, hidden[part], targets[part], None if teacher is None else teacher[part], use_reentrant=False
+            chunk_loss,
+            hidden[part],
+            targets[part],
+            None if teacher is None else teacher[part],
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
     return total / len(targets)
 

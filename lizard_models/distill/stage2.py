@@ -32,11 +32,16 @@ class LanguageModelling(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         teacher = self._teacher_hidden(student, inputs) if self.recipe.kl_weight else None
         hidden = student.model(**inputs).last_hidden_state
+        targets = next_tokens(input_ids, attention_mask)
+        if attention_mask is None:  # only the last position of a row predicts nothing
+            hidden, targets = hidden[:, :-1], targets[:, :-1]
+            teacher = None if teacher is None else teacher[:, :-1]
         return {
             "loss": distillation_loss(
                 hidden,
                 logits_of(student),
-                next_tokens(input_ids, attention_mask),
+                targets,
+                all_count=attention_mask is None,
                 teacher_hidden=teacher,
                 teacher_head=logits_of(student),
                 cross_entropy_weight=self.recipe.cross_entropy_weight,
@@ -70,6 +75,8 @@ def train_stage2(
         raise ValueError(f"lora_targets: the model has no {', '.join(missing)}")
     if "lm_head" in recipe.lora_targets or "embed_tokens" in recipe.lora_targets:
         raise ValueError("lora_targets: lm_head and embed_tokens are shared with the teacher and cannot be adapted")
+    if run.cuda_graph and (recipe.lora_dropout or run.gradient_checkpointing):
+        raise ValueError("cuda_graph: a graph holds neither lora_dropout nor gradient_checkpointing; leave one out")
     new = {name for name, _ in model.lizard_parameters()} if recipe.train_new_parameters else set()
     torch.manual_seed(recipe.seed)  # LoRA's random half
     adapted: Any = get_peft_model(

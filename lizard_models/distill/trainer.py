@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -25,9 +26,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from lizard_models.config import Recipe
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
+from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.schedule import cosine_schedule
 
+INPUT_READER = re.compile(r"\.lizard\.(gate|mix|feature_maps\.key_weight)\.")
 TRAINED = "trained.safetensors"
 RUN = "run.json"
 
@@ -143,7 +146,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, gate_learning_rate:
     reading: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            reads_input = (".lizard.gate." in name or ".lizard.mix." in name) and parameter.ndim == 2
+            reads_input = INPUT_READER.search(name) is not None and parameter.ndim == 2
             (reading if reads_input and gate_learning_rate is not None else common).append(parameter)
     groups = [(common, learning_rate), (reading, gate_learning_rate)]
     return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
@@ -185,6 +188,7 @@ def run_stage(
         betas=recipe.betas,
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
+        fused=next(objective.parameters()).is_cuda,
     )
     schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
     progress, interrupt = ProgressCallback(run.title, quantity), InterruptCallback()
@@ -202,7 +206,7 @@ def run_stage(
         load_trained_state(objective, last)
         history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     else:
-        with interrupt, contextlib.closing(progress):
+        with interrupt, contextlib.closing(progress), graphed(objective, run.cuda_graph):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = trainer.state.log_history
         if interrupt.asked and trainer.state.global_step < steps:

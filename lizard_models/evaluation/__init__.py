@@ -1,13 +1,16 @@
 """Evaluation of a Lizard model beside its teacher and the window control."""
 
+from lizard_models.evaluation.attention_error import AttentionErrors, attention_errors
 from lizard_models.evaluation.passkey import passkey_accuracy
 from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, loss_by_position, recovered_share
 from lizard_models.evaluation.report import Report, Row, environment
 
 __all__ = [
+    "AttentionErrors",
     "PositionLoss",
     "Report",
     "Row",
+    "attention_errors",
     "bucket_edges",
     "environment",
     "loss_by_position",

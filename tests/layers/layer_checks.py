@@ -93,7 +93,11 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     for j in range(config.anchors, last + 1):
         decay = sum((log_decay(made, x, k, b, l, h, hk) for l in range(j + 1, i + 1)), ZERO).exp()
         query, key = features(made, lq[b, i, h], h, hk, "query"), features(made, lk[b, j, hk], h, hk, "key")
-        weights.append((query * key * decay).sum())
+        weight = (query * key * decay).sum()
+        if config.key_weight == "token":
+            row = h if config.key_map == "query_head" else hk
+            weight = weight * (made.feature_maps.key_weight.weight[row] @ x[b, j]).exp()
+        weights.append(weight)
         values.append(v[b, j, hk])
     if not weights:
         o_linear, mass_linear = torch.zeros_like(o_window), ZERO
@@ -147,7 +151,7 @@ def log_decay(made, x, k, b, j, h, hk):
         return sigmoid(k[b, j, hk].mean() + gate.start) / config.gate_temperature
     if config.gate == "channel":
         logits = (gate.up @ (gate.down @ token) + gate.bias).view(-1, config.num_features)
-        return sigmoid(logits[hk]) / config.gate_temperature
+        return sigmoid(logits[h if config.key_map == "query_head" else hk]) / config.gate_temperature
     row = {"scalar": 0, "key_head": hk, "query_head": h, "mamba2": hk}[config.gate]
     logit = gate.weight[row] @ token + gate.bias[row]
     if config.gate == "mamba2":

@@ -34,8 +34,15 @@ def test_a_map_starts_from_the_identity():
     x = torch.randn(2, 3, 4, 8)
     assert torch.equal(HedgehogFeatureMap(4, 8, 8)(x), x)
     assert torch.equal(HedgehogFeatureMap(4, 8, 5)(x), x[..., :5])
-    wide = HedgehogFeatureMap(4, 8, 11)(x)
-    assert torch.equal(wide[..., :8], x) and not wide[..., 8:].any()
+
+
+def test_columns_beyond_the_head_dim_start_as_rotations():
+    x, made = torch.randn(2, 3, 4, 8), HedgehogFeatureMap(4, 8, 19)
+    wide = made(x)
+    assert torch.equal(wide[..., :8], x)
+    torch.testing.assert_close(wide[..., 8:16].norm(dim=-1), x.norm(dim=-1))
+    columns = made.weight.transpose(1, 2).flatten(0, 1)
+    assert len(torch.unique(columns.round(decimals=4), dim=0)) == 8 + 4 * 11  # no two alike but the identity's
 
 
 def test_noise_tells_maps_apart():
@@ -75,13 +82,13 @@ def test_maps_a_layer_has(choices, query_maps, key_maps):
 def test_tied_maps_are_one():
     maps = FeatureMaps(config(tie_features=True, feature_noise=1.0))
     x = torch.randn(2, 3, 2, 8)
-    fq, fk = maps(x.repeat_interleave(2, 2), x)
+    fq, fk = maps(x.repeat_interleave(2, 2), x, x.flatten(2))
     assert torch.equal(fq, fk.repeat_interleave(2, 2))
 
 
 def test_one_sided_softmax_is_finished_here():
     maps = FeatureMaps(config(feature_activation="one_sided_softmax"))
-    fq, fk = maps(torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8))
+    fq, fk = maps(torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 5))
     assert maps.op_feature_map == "identity"
     torch.testing.assert_close(fq.sum(-1), torch.ones(2, 3, 4))
     torch.testing.assert_close(fk.sum(-1), torch.ones(2, 3, 2))

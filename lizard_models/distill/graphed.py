@@ -1,0 +1,94 @@
+"""Forward and backward of a training objective as one CUDA graph: a step of a small model is bound by its launches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # passes before the capture: kernels compile, libraries allocate
+
+
+@dataclass
+class _Captured:
+    graph: Any
+    input_ids: Tensor
+    loss: Tensor
+    gradients: list[Tensor]
+
+
+class GraphedForward:
+    """The forward of ``objective``, replayed from a CUDA graph that holds its backward too.
+
+    The first call with a shape of input_ids runs the objective a few times, captures loss and gradients of all its
+    trained parameters, and keeps the memory they took. Later calls copy the tokens in and launch one graph; the loss
+    they return hands out the gradients that came with it. Losses and gradients are those of the objective itself.
+
+    Calls without gradients, with an attention mask or on a CPU go to the objective. Parameters must be changed in
+    place, as optimizers and checkpoints do. Nothing in the objective may wait for the device or draw random numbers.
+    """
+
+    def __init__(self, objective: nn.Module) -> None:
+        self.objective = objective
+        self.plain = objective.forward
+        self.captured: dict[torch.Size, _Captured] = {}
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        if attention_mask is not None or not input_ids.is_cuda or not torch.is_grad_enabled():
+            return self.plain(input_ids, attention_mask)
+        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        captured = self.captured.get(input_ids.shape)
+        if captured is None:
+            captured = self.captured[input_ids.shape] = self._capture(input_ids, parameters)
+        captured.input_ids.copy_(input_ids)
+        captured.graph.replay()
+        return {"loss": _HandOut.apply(captured.loss, captured.gradients, *parameters)}
+
+    def _capture(self, input_ids: Tensor, parameters: list[Tensor]) -> _Captured:
+        held = input_ids.clone()
+
+        def both() -> tuple[Tensor, list[Tensor]]:
+            loss = self.plain(held)["loss"]
+            return loss.detach(), list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+
+        stream = torch.cuda.Stream(held.device)
+        stream.wait_stream(torch.cuda.current_stream(held.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                both()
+        torch.cuda.current_stream(held.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss, gradients = both()
+        return _Captured(graph, held, loss, gradients)
+
+
+class _HandOut(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return (None, None, *torch._foreach_mul(ctx.gradients, grad))
+
+
+@contextlib.contextmanager
+def graphed(objective: nn.Module, enabled: bool = True) -> Iterator[nn.Module]:
+    """Within: ``objective``'s forward is a ``GraphedForward``, its names and parameters unchanged."""
+    if not enabled:
+        yield objective
+        return
+    objective.forward = GraphedForward(objective)  # type: ignore[method-assign]
+    try:
+        yield objective
+    finally:
+        del objective.forward
