@@ -5,9 +5,10 @@
 
 list.json is a list of {"name": ..., "preset": "recommended", "changes": {"attention": {...}, "stage1": {...}},
 "seed": 0}, everything but the name optional, "changes" as ``LizardConfig.replace`` takes them. TEACHER is a folder or
-``smollm2-135m``; the training data are token ids of any shape, laid end to end. Every run sees the same sequences in the same order (that of its seed). Besides the list, "teacher" and "window control" are
-measured. Runs already in the folder are not repeated, so a run that was cut off goes on; a run that fails leaves its
-traceback and stops no other. A table of all that is there is printed at the end, and by itself with --table.
+``smollm2-135m``; the training data are token ids of any shape, laid end to end, and every run sees the same sequences
+in the same order (that of its seed). Besides the list, "teacher" and "window control" are measured. Runs already in
+the folder are not repeated, so a search that was cut off goes on; a run that fails leaves its traceback and stops no
+other. A table of all that is there is printed at the end, and by itself with --table.
 """
 
 from __future__ import annotations
