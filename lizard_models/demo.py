@@ -177,4 +177,5 @@ def _show(out: Path, console: Console) -> None:
     console.print(f"prompt ({PROMPT_TOKENS} tokens) … {continuations['prompt'][-200:]}", markup=False, highlight=False)
     for name in ("teacher", "student"):
         console.print(f"{name}: {continuations[name]}", markup=False, highlight=False)
-    console.print(f"model: {out}   plot: {out / 'evaluation.png'}   try: lizard-attn generate {out} 'Once upon a time'")
+    plot = f"   plot: {out / 'evaluation.png'}" if (out / "evaluation.png").is_file() else ""
+    console.print(f"model: {out}{plot}   try: lizard-attn generate {out} 'Once upon a time'")

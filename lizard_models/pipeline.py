@@ -266,7 +266,7 @@ class _Run:
             model.save_pretrained(draft)
             if self.teacher.tokenizer is not None:
                 self.teacher.tokenizer.save_pretrained(draft)
-            report.save(draft)
+            report.save(draft, say=self.say)
             (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
         shutil.rmtree(self.work)
         wait_for_all()

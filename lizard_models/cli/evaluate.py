@@ -78,4 +78,4 @@ def command(
             console.print(table)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            console.print("saved: " + ", ".join(str(path) for path in report.save(out)))
+            console.print("saved: " + ", ".join(str(path) for path in report.save(out, say=console.print)))

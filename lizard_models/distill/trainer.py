@@ -191,7 +191,8 @@ def run_stage(
         fused=next(objective.parameters()).is_cuda,
     )
     schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
-    progress, interrupt = ProgressCallback(run.title, quantity), InterruptCallback()
+    progress = ProgressCallback(run.title, quantity)
+    interrupt = InterruptCallback(progress.console)
     trainer = DistillTrainer(
         model=trained,
         args=arguments,

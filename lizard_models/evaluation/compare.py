@@ -12,7 +12,7 @@ from lizard_models.data import Documents, load_documents
 from lizard_models.evaluation.passkey import passkey_accuracy
 from lizard_models.evaluation.position_loss import loss_by_position
 from lizard_models.evaluation.report import CONTROL, TEACHER, Report, Row
-from lizard_models.evaluation.tasks import run_tasks
+from lizard_models.evaluation.tasks import require_tasks, run_tasks
 from lizard_models.loading import LoadedModel, load_model
 from lizard_models.modeling_common import LizardModelMixin, lizard_config
 from lizard_models.pipeline import window_control
@@ -47,6 +47,8 @@ def compare(plan: Comparison, console: Console) -> Report:
 
     Raises ValueError for models, data or tasks that are not there.
     """
+    if plan.tasks:
+        require_tasks(plan.tasks, plan.task_files)  # now, not after an hour of other measurements
     loaded = load_model(plan.model, device=plan.device, dtype=plan.dtype)
     if loaded.tokenizer is None and (plan.passkey_lengths or plan.tasks):
         raise ValueError(f"model {plan.model!r} has no tokenizer, which passkeys and tasks need")

