@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lizard_models.documents import Document, find_sources, read_file, read_hub
+from lizard_models.token_stream import check_ids
 
 STREAM_FROM_BYTES = 1 << 28  # local files beyond this are not held in memory
 TOKENISED_AT_ONCE = 1 << 22  # characters
@@ -213,11 +214,7 @@ class _Encoder:
             yield np.array(ids + self.end, dtype=self.dtype)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
-        if self.vocab_size and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise ValueError(
-                f"data: token ids run from {ids.min()} to {ids.max()}, but the vocabulary has {self.vocab_size}"
-            )
-        return ids.astype(self.dtype)
+        return check_ids(ids, self.vocab_size).astype(self.dtype)
 
 
 def _item(sequence: np.ndarray) -> dict[str, Tensor]:

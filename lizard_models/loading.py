@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
 from lizard_models.downloads import hub_answers
+from lizard_models.layer_configs import lizard_config
 from lizard_models.teachers import load_tokenizer
 
 TRAINING = "training.json"
@@ -25,12 +26,18 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    name_or_path: str, *, device: str = "cpu", dtype: torch.dtype | None = None, what: str = "model"
+    name_or_path: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    what: str = "model",
+    positions: str | None = None,
 ) -> LoadedModel:
     """Loads a folder that ``lizard-attn linearize`` wrote, or any causal language model by folder or hub name.
 
-    dtype: None is the saved one. what: what error messages call it. Raises ValueError for a folder without
-    config.json, or a name that cannot be read.
+    dtype: None is the saved one. what: what error messages call it. positions: "true" or "clamped" in place of what the
+    model was saved with. Raises ValueError for a folder without config.json, a name that cannot be read, or positions
+    for a model that is not linearized.
     """
     folder = Path(name_or_path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
@@ -39,10 +46,15 @@ def load_model(
         raise ValueError(f"{what} {name_or_path!r} is not a folder; make one with `lizard-attn linearize`")
     source = str(folder) if folder.exists() else name_or_path
     try:
-        AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{what} {name_or_path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    if positions is not None:
+        if getattr(config, "lizard", None) is None:
+            raise ValueError(f"--positions {positions}: {what} {name_or_path!r} is not a linearized model")
+        limits = {} if positions == "clamped" else {"position_limit": None, "position_step": None}
+        config.lizard = lizard_config(config).replace(attention={"positions": positions, **limits}).to_dict()
+    model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype or "auto")
     model = model.to(device).eval().requires_grad_(False)
     record = folder / TRAINING
     training = json.loads(record.read_text()) if record.is_file() else {}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, Device, DType, read_device, read_dtype, read_numbers
+from lizard_models.cli.options import Cache, Device, DType, Positions, read_device, read_dtype, read_numbers
 
 
 def command(
@@ -28,8 +28,20 @@ def command(
     task_files: Annotated[str | None, typer.Option(help="Folder of task files of your own for lm-eval.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     limit: Annotated[int | None, typer.Option(help="Documents a task; default all.", min=1)] = None,
+    stream: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text of any length (.txt, .jsonl, .parquet, .npy of token ids, or a folder), read through in fixed "
+            "memory with the loss as it goes. May be repeated.",
+        ),
+    ] = None,
+    stream_chunk: Annotated[int, typer.Option(help="Positions of a stream read at a time.", min=1)] = 2048,
+    stream_tokens: Annotated[int | None, typer.Option(help="Positions of a stream; default all.", min=1)] = None,
+    positions: Positions = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and evaluation.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.json and .png, or stream.json and .png.")
+    ] = None,
     device: Device = None,
     dtype: DType = None,
     cache: Cache = None,
@@ -43,16 +55,28 @@ def command(
     Benchmarks (pip install 'lizard-attn[eval]'):
     [cyan]lizard-attn eval my-lizard --tasks piqa,arc_easy,hellaswag,winogrande,mmlu[/cyan]
 
+    A million tokens in fixed memory:
+    [cyan]lizard-attn eval my-lizard --stream books/ --stream-tokens 1000000 --out stream[/cyan]
+
     The teacher alone: [cyan]lizard-attn eval smollm2-135m --teacher none --lengths 1024[/cyan]
     """
     with one_line_errors():
         from rich.console import Console
 
+        console = Console(soft_wrap=True)
+        if stream:
+            from lizard_models.cli.stream import run_stream
+
+            if data or lengths or tasks:
+                raise ValueError("--stream measures one model alone: leave out --data, --lengths and --tasks")
+            settings = {"chunk": stream_chunk, "max_tokens": stream_tokens, "text_field": text_field}
+            run_stream(model, stream, settings, positions, read_device(device), read_dtype(dtype), out, console)
+            return
+
         from lizard_models.evaluation.compare import Comparison, compare
 
         if not (data or lengths or tasks):
-            raise ValueError("nothing to measure: give --data, --lengths or --tasks")
-        console = Console(soft_wrap=True)
+            raise ValueError("nothing to measure: give --data, --lengths, --tasks or --stream")
         report = compare(
             Comparison(
                 model=model,
@@ -68,6 +92,7 @@ def command(
                 num_fewshot=num_fewshot,
                 limit=limit,
                 batch_size=batch_size,
+                positions=positions,
                 device=read_device(device),
                 dtype=read_dtype(dtype),
                 cache=cache,

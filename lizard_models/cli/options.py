@@ -19,6 +19,12 @@ Cache = Annotated[
     str | None,
     typer.Option(help="Folder for fetched and converted files; default $LIZARD_CACHE, else ~/.cache/lizard-attn."),
 ]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        help="true or clamped: distance to the anchors past the teacher's context; default: as the model was saved."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -4,16 +4,20 @@ from lizard_models.evaluation.attention_error import AttentionErrors, attention_
 from lizard_models.evaluation.passkey import passkey_accuracy
 from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, loss_by_position, recovered_share
 from lizard_models.evaluation.report import Report, Row, environment
+from lizard_models.evaluation.stream import StreamReport, measure_stream, stream_losses
 
 __all__ = [
     "AttentionErrors",
     "PositionLoss",
     "Report",
     "Row",
+    "StreamReport",
     "attention_errors",
     "bucket_edges",
     "environment",
     "loss_by_position",
+    "measure_stream",
     "passkey_accuracy",
     "recovered_share",
+    "stream_losses",
 ]

@@ -37,6 +37,8 @@ class Comparison:
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int = 1
+    positions: str | None = None
+    """Of the model in place of its own: "true" or "clamped"."""
     device: str = "cpu"
     dtype: torch.dtype | None = None
     cache: str | None = None
@@ -49,7 +51,7 @@ def compare(plan: Comparison, console: Console) -> Report:
     """
     if plan.tasks:
         require_tasks(plan.tasks, plan.task_files)  # now, not after an hour of other measurements
-    loaded = load_model(plan.model, device=plan.device, dtype=plan.dtype)
+    loaded = load_model(plan.model, device=plan.device, dtype=plan.dtype, positions=plan.positions)
     if loaded.tokenizer is None and (plan.passkey_lengths or plan.tasks):
         raise ValueError(f"model {plan.model!r} has no tokenizer, which passkeys and tasks need")
     documents = None

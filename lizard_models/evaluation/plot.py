@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from lizard_models.evaluation.report import Report
+    from lizard_models.evaluation.stream import StreamReport
 
 STYLES = {"teacher": ("black", "-"), "window control": ("tab:gray", "--")}
 COLOURS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -63,3 +64,30 @@ def _passkey(report: Report, axes, styles: dict[str, tuple[str, str]]) -> None:
     axes.set_ylabel("keys repeated exactly (%)")
     axes.set_title("Passkey retrieval")
     axes.legend(frameon=False)
+
+
+def draw_stream(report: StreamReport, path: Path) -> Path:
+    """Loss by bucket of positions and memory along the stream, side by side in one PNG."""
+    figure = Figure(figsize=(14.4, 4.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, memory = figure.subplots(1, 2)
+    edges, means = report.loss.edges, report.loss.means
+    loss.stairs(means, [max(edge, 64) for edge in edges], baseline=None, color="tab:blue", linewidth=2)
+    loss.plot([s.tokens for s in report.samples], [s.loss for s in report.samples], ".", color="tab:blue", alpha=0.25)
+    loss.set_xscale("log", base=2)
+    loss.set_ylabel("loss (nats, lower is better)")
+    loss.set_title("Loss by position: buckets, and single chunks")
+    for name, of, colour in (("resident", "resident", "tab:orange"), ("CUDA", "cuda", "tab:green")):
+        if any(getattr(s, of) for s in report.samples):
+            sizes = [getattr(s, of) / 2**20 for s in report.samples]
+            memory.plot([s.tokens for s in report.samples], sizes, color=colour, label=name)
+    memory.set_ylim(bottom=0)
+    memory.set_ylabel("MiB")
+    memory.set_title("Memory")
+    memory.legend(frameon=False)
+    for axes in (loss, memory):
+        axes.set_xlabel("position in the text (tokens)")
+        axes.grid(alpha=0.3)
+    figure.suptitle(report.title)
+    figure.savefig(path)
+    return path

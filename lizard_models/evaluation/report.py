@@ -77,7 +77,7 @@ class Report:
         Without matplotlib there is no plot, and ``say`` hears of it.
         """
         path = folder / f"{stem}.json"
-        path.write_text(json.dumps(_without_nan(self.to_dict()), indent=2) + "\n")
+        path.write_text(json.dumps(without_nan(self.to_dict()), indent=2) + "\n")
         written = [path]
         if any(row.loss or row.passkey for row in self.rows):
             try:
@@ -161,8 +161,10 @@ def _with_error(metrics: dict[str, Any], metric: str, error: str) -> str:
 
 
 def short(position: int) -> str:
-    """A position as 512, 1K, 64K."""
-    return str(position) if position < 1024 or position % 1024 else f"{position // 1024}K"
+    """A position as 512, 1K, 64K, 2M."""
+    if position < 1024 or position % 1024:
+        return str(position)
+    return f"{position // 1024}K" if position % (1 << 20) else f"{position >> 20}M"
 
 
 def past_edge(edges: tuple[int, ...]) -> int | None:
@@ -191,10 +193,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
+        return {key: without_nan(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
