@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from lizard_models.modeling_common import LizardCausalLM
 from lizard_models.modeling_gemma2 import LizardGemma2ForCausalLM
@@ -54,18 +55,17 @@ def missing(config: PreTrainedConfig) -> str:
     """What stands between an unsupported teacher and a Lizard, found in the model that its config describes."""
     kind = getattr(config, "model_type", "")
     if kind.startswith("lizard_"):
-        return f"a {kind!r} model is linearized already"
-    if f"{kind}_text" in FAMILIES:
-        return f"a {kind!r} model reads images too: give its language model, of type {kind}_text"
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError, AttributeError, RuntimeError, TypeError):
-        return f"a {kind!r} model is no causal language model that transformers builds from its config"
-    attentions = [m for name, m in model.named_modules() if name.endswith(("attn", "attention", "mixer", "self_attn"))]
+        return f"its type {kind!r} is linearized already"
+    if hasattr(config, "text_config"):
+        return f"its type {kind!r} reads more than text: give its language model alone"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"its type {kind!r} is no causal language model of transformers"
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    attentions = [m for name, m in model.named_modules() if name.endswith(("attn", "attention", "mixer"))]
     for attention in attentions:
-        if lacking := [p for p in PROJECTIONS if not isinstance(getattr(attention, p, None), torch.nn.Linear)]:
-            return f"the {type(attention).__name__} of a {kind!r} model has no {', '.join(lacking)} to build on"
+        if lacking := [p for p in PROJECTIONS if not isinstance(getattr(attention, p, None), nn.Linear)]:
+            return f"its {type(attention).__name__} has no separate {', '.join(lacking)}"
     if not attentions:
-        return f"a {kind!r} model has no attention layers"
-    return f"a {kind!r} model has no adapter yet, which would say how it prepares queries and keys before RoPE"
+        return f"its type {kind!r} has no attention layers"
+    return f"no adapter says yet how type {kind!r} makes queries and keys of its projections"

@@ -138,7 +138,7 @@ def test_mistakes_are_one_line_that_names_the_remedy(world, tmp_path, monkeypatc
     for line, reason in (
         (attempt("--preset", "best"), "unknown preset 'best', choose one of paper, "),
         (attempt(teacher=tmp_path / "nowhere"), "is not a folder; wanted a saved model"),
-        (attempt(teacher=tmp_path / "gpt2"), "the GPT2Attention of a 'gpt2' model has no q_proj"),
+        (attempt(teacher=tmp_path / "gpt2"), "GPT2Attention has no separate q_proj"),
         (attempt(data=tmp_path / "nowhere.txt"), "does not exist; give a file, a folder"),
         (attempt(data=tmp_path / "short.txt"), "fewer than one sequence of seq_len=64"),
         (attempt("--eval-data", str(tmp_path / "short.txt")), "give longer documents or a smaller --eval-length"),

@@ -2,11 +2,33 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import student, teacher, tokens
+from training import Sequences, arguments, fresh, moved, recipes, snapshot
 from transformers import AutoModelForCausalLM
 
 from lizard_models import LizardConfig, Stage1Config, linearize
+from lizard_models.distill import layer_errors, train_stage1, train_stage2
+from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 
+ROPE_KINDS = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + 0.5 * i for i in range(8)],
+    },
+    "proportional": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    },
+}  # fmt: skip
+LOCAL_AND_GLOBAL = {"sliding_attention": ROPE_KINDS["default"], "full_attention": ROPE_KINDS["linear"]}
 VARIANTS = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {}),
@@ -17,6 +39,7 @@ VARIANTS = {
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3_text", {}),
+    "global gemma3": ("gemma3_text", {"sliding_window": 40, "rope_parameters": LOCAL_AND_GLOBAL}),
 }
 every_family = pytest.mark.parametrize(("family", "changes"), VARIANTS.values(), ids=list(VARIANTS))
 
@@ -33,6 +56,17 @@ def test_untrained_student_equals_the_teacher_up_to_the_window(family, changes):
     assert torch.equal(model.generate(ids[:, :8], max_new_tokens=4), made.generate(ids[:, :8], max_new_tokens=4))
     longer = tokens(2, 40)
     assert (model(longer).logits - made(longer).logits).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ROPE_KINDS.values(), ids=list(ROPE_KINDS))
+def test_positions_are_the_teachers_own_past_every_limit_of_its_rope(kind):
+    made, ids = teacher(rope_parameters=kind, max_position_embeddings=32), tokens(2, 48)
+    model = linearize(made, LizardConfig.preset("recommended", attention={"window": 48}))
+    for length in (12, 24, 48, 20):  # dynamic kinds change their frequencies on the way up, and back
+        assert (model(ids[:, :length]).logits - made(ids[:, :length]).logits).abs().max() < 1e-4
+    prompt = ids[:, :12]
+    assert torch.equal(model.generate(prompt, max_new_tokens=30), made.generate(prompt, max_new_tokens=30))
 
 
 @torch.no_grad()
@@ -84,7 +118,7 @@ def test_generation_with_the_cache_is_generation_without(family, changes):
 def test_left_padded_rows_equal_single_runs(family, changes):
     model = student("recommended", family, **changes)
     rows = [tokens(1, length, seed=length) for length in (30, 17, 5)]
-    ids = torch.cat([torch.nn.functional.pad(row, (32 - row.shape[1], 0)) for row in rows])
+    ids = torch.cat([F.pad(row, (32 - row.shape[1], 0)) for row in rows])
     mask = torch.stack([torch.arange(32) >= 32 - row.shape[1] for row in rows]).long()
     logits = model(ids, attention_mask=mask).logits
     together = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
@@ -124,3 +158,24 @@ def test_distillation_imitates_the_familys_own_attention(family, changes):
     for i, target in enumerate(targets):
         torch.testing.assert_close(target.flatten(2), seen[i].detach())
     assert (model.attention_errors() > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_both_stages_train(tmp_path, family):
+    model = fresh("recommended", family=family)
+    first, second = recipes(model, steps=8)
+    before, held_out = snapshot(model), tokens(4, 48, seed=7)
+    error = layer_errors(model, held_out)
+    train_stage1(model, Sequences(), arguments(tmp_path / "1"), first)
+    assert (layer_errors(model, held_out) < 0.95 * error).all()
+    assert moved(before, model) == {name for name, _ in model.lizard_parameters()}
+    tuned, result = train_stage2(model, Sequences(2), arguments(tmp_path / "2"), second)
+    assert result.losses[-1][1] < result.losses[0][1] and type(tuned) is type(model)
+
+
+def test_a_soft_cap_of_the_logits_is_in_every_loss():
+    made, ids = teacher("gemma2", final_logit_softcapping=2.0), tokens(2, 30)
+    hidden, targets = made.model(ids).last_hidden_state, next_tokens(ids)
+    torch.testing.assert_close(distillation_loss(hidden, logits_of(made), targets), made(ids, labels=ids).loss)
+    bare = F.cross_entropy(made.lm_head(hidden)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert (made(ids, labels=ids).loss - bare).abs() > 0.1

@@ -47,7 +47,7 @@ def test_unusable_teachers_are_named(tmp_path):
         "missing": "is not a folder",
         "owner/missing": "the hub does not answer",
         str(tmp_path / "empty"): "without config.json",
-        str(tmp_path / "gpt2"): "the GPT2Attention of a 'gpt2' model has no q_proj",
+        str(tmp_path / "gpt2"): "GPT2Attention has no separate q_proj",
         str(tmp_path / "lizard"): "is linearized already",
     }.items():
         with pytest.raises(ValueError, match=f"teacher '{name}'.*{reason}"):
