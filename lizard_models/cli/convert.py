@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, DType, Settings, read_dtype, read_settings
+from lizard_models.cli.options import (
+    Cache,
+    DType,
+    KeepSliding,
+    Settings,
+    SoftmaxLayers,
+    SoftmaxShare,
+    read_dtype,
+    read_kept,
+    read_settings,
+)
 
 
 def command(
@@ -18,6 +28,9 @@ def command(
         str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
+    softmax_layers: SoftmaxLayers = None,
+    softmax_share: SoftmaxShare = None,
+    keep_sliding: KeepSliding = None,
     dtype: DType = None,
     cache: Cache = None,
 ) -> None:
@@ -29,6 +42,8 @@ def command(
 
     Another preset and window: [cyan]lizard-attn convert my-teacher --preset paper --set attention.window=64
     --out my-lizard[/cyan]
+
+    A quarter of the layers kept softmax: [cyan]lizard-attn convert my-teacher --softmax-share 0.25 --out hybrid[/cyan]
     """
     with one_line_errors():
         from rich.console import Console
@@ -38,5 +53,6 @@ def command(
 
         console = Console(soft_wrap=True, highlight=False)
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
+        chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
         folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
         console.print(f"saved, untrained: {folder}")

@@ -14,9 +14,13 @@ from lizard_models.cli.options import (
     Cache,
     Device,
     DType,
+    KeepSliding,
     Settings,
+    SoftmaxLayers,
+    SoftmaxShare,
     read_device,
     read_dtype,
+    read_kept,
     read_numbers,
     read_settings,
 )
@@ -36,6 +40,9 @@ def command(
         str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
+    softmax_layers: SoftmaxLayers = None,
+    softmax_share: SoftmaxShare = None,
+    keep_sliding: KeepSliding = None,
     stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, in both stages.", min=1)] = None,
@@ -79,6 +86,9 @@ def command(
 
     Untrained, for a teacher larger than memory: [cyan]lizard-attn convert[/cyan], or no steps in both stages.
 
+    A quarter of the layers kept as they are: [cyan]--softmax-share 0.25[/cyan], or by number:
+    [cyan]--softmax-layers 3,11,19,27[/cyan]
+
     On several GPUs, with the weights shared among them:
     [cyan]torchrun --nproc-per-node 8 -m lizard_models linearize meta-llama/Llama-3.1-8B --preset paper
     --fsdp --out paper-8b[/cyan]
@@ -94,6 +104,7 @@ def command(
         from lizard_models.pipeline import Plan, run
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
+        chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
         chosen = chosen.replace(
             stage1=_recipe(stage1_steps, batch_size, seq_len, seed),
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),

@@ -33,6 +33,20 @@ Settings = Annotated[
         help="Change a field of the preset, e.g. attention.window=64. May be repeated.",
     ),
 ]
+SoftmaxLayers = Annotated[
+    str | None, typer.Option(help="Layers that keep the teacher's softmax attention, e.g. 3,11,19,27.")
+]
+SoftmaxShare = Annotated[
+    float | None, typer.Option(help="Share of the layers that keep it, evenly placed, e.g. 0.25; instead of a list.")
+]
+KeepSliding = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-sliding/--convert-sliding",
+        help="What becomes of a teacher's sliding-window layers; default: kept if it has full attention layers too.",
+        show_default=False,
+    ),
+]
 
 
 def read_dtype(name: str | None) -> torch.dtype | None:
@@ -67,6 +81,16 @@ def read_numbers(text: str | None, option: str) -> list[int]:
     if any(number < 1 for number in numbers):
         raise ValueError(f"{option} is {text!r}, wanted positive numbers such as 256,1024")
     return numbers
+
+
+def read_kept(layers: str | None, share: float | None, sliding: bool | None) -> dict[str, Any]:
+    """What the three options about kept layers change in a ``LizardConfig``; None changes nothing."""
+    try:
+        indices = None if layers is None else [int(part) for part in layers.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--softmax-layers is {layers!r}, wanted layer numbers from 0 such as 3,11,19,27") from None
+    changes = {"softmax_layers": indices, "softmax_share": share, "keep_sliding_layers": sliding}
+    return {name: value for name, value in changes.items() if value is not None}
 
 
 def read_settings(pairs: list[str] | None) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import torch
 from readable import save_teacher, save_texts
 from safetensors import SafetensorError
 from training import Sequences
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config
 from typer.testing import CliRunner
 
 from lizard_models import LizardConfig, LizardLlamaForCausalLM, linearize, memory, pipeline
 from lizard_models.cli.main import app
 from lizard_models.cli.options import read_settings
+from lizard_models.layer_configs import kept_layers
 from lizard_models.modeling_common import lizard_config
 
 RECIPE = ["--stage1-steps", "3", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
@@ -116,6 +117,19 @@ def test_info_counts_what_the_models_hold(model, world):
     cache = hybrid(ids, use_cache=True).past_key_values
     assert cache.state_bytes() == memory.lizard_bytes(hybrid.config, 85, torch.float32)
     assert "linearized already" in error("info", model[0], "--preset", "paper")
+
+
+def test_layers_are_kept_as_the_options_say(world, tmp_path):
+    for options, kept in ((["--softmax-layers", "0,2"], [0, 2]), (["--softmax-share", "0.4", "--keep-sliding"], [1])):
+        out = tmp_path / options[0]
+        call("convert", world / "teacher", *options, "--out", out)
+        assert kept_layers(AutoConfig.from_pretrained(out)) == kept
+    bad = ["convert", world / "teacher", "--out", tmp_path / "bad"]
+    assert "--softmax-layers is 'x'" in error(*bad, "--softmax-layers", "x")
+    assert "give one of softmax_layers and softmax_share" in error(
+        *bad, "--softmax-layers", "1", "--softmax-share", "0.5"
+    )
+    assert "softmax_layers=[7], but the model has layers 0 to 2" in error(*bad, "--softmax-layers", "7")
 
 
 def test_help_teaches_by_example():
