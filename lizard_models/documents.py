@@ -11,7 +11,9 @@ import numpy as np
 from lizard_models.downloads import hub_answers
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".npy")
-Document = str | np.ndarray  # text, or token ids [T]
+Chat = list[dict[str, str]]  # turns, each with "role" and "content"
+Document = str | np.ndarray | Chat  # text, token ids [T], or a conversation for the model's own template
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # other sets' names for them
 
 
 def find_sources(source: str) -> list[Path] | None:
@@ -70,22 +72,46 @@ def read_hub(name: str, text_field: str | None = None) -> Iterator[Document]:
 
 
 def document_of(record: dict, where: str, text_field: str | None = None) -> Document:
-    """The text or the token ids of a record.
+    """The text, the conversation or the token ids of a record.
 
-    Taken from ``text_field`` if given, else from ``text``, from ``instruction`` / ``input`` / ``output``, or from
-    ``input_ids``. Raises ValueError naming ``where`` and the record's fields if there is none of these.
+    Taken from ``text_field`` if given, else from the first of these that it has: ``text``; ``messages`` (turns with
+    role and content) or ``conversations`` (turns with from and value); ``instruction`` / ``input`` / ``output``;
+    ``prompt`` and ``completion`` (or ``response``), as two turns; ``input_ids``. Raises ValueError naming ``where``
+    and the record's fields if there is none of these.
     """
     if text_field is not None:
         if text_field in record:
             return str(record[text_field])
     elif "text" in record:
         return str(record["text"])
+    elif turns := record.get("messages") or record.get("conversations"):
+        return [_turn(turn, where) for turn in turns]
     elif "instruction" in record and "output" in record:
         return format_instruction(record["instruction"], record.get("input") or "", record["output"])
+    elif "prompt" in record and (answer := record.get("completion") or record.get("response")):
+        return [
+            _turn({"role": "user", "content": record["prompt"]}, where),
+            _turn({"role": "assistant", "content": answer}, where),
+        ]
     elif "input_ids" in record:
         return np.asarray(record["input_ids"])
-    wanted = text_field or "text, instruction and output, or input_ids"
+    wanted = text_field or "text, messages, instruction and output, prompt and completion, or input_ids"
     raise ValueError(f"data: a record of {where!r} has the fields {', '.join(record)}; wanted {wanted} (--text-field)")
+
+
+def _turn(turn: dict, where: str) -> dict[str, str]:
+    role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(
+            f"data: a turn of a conversation in {where!r} has the fields {', '.join(turn)}; "
+            "wanted role and content as text"
+        )
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def format_chat(turns: Chat) -> str:
+    """A conversation as one text, for a tokenizer without a chat template."""
+    return "\n\n".join(f"### {turn['role'].capitalize()}:\n{turn['content'].strip()}" for turn in turns)
 
 
 def format_instruction(instruction: str, context: str, output: str) -> str:

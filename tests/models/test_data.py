@@ -55,6 +55,26 @@ def test_instruction_records_become_one_text(tmp_path):
     assert "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3</s>" in text
 
 
+def test_conversations_are_written_in_the_models_template(tmp_path):
+    turns = [("user", "Hi"), ("assistant", "Hello")]
+    records = [
+        {"messages": [{"role": role, "content": text} for role, text in turns]},
+        {"conversations": [{"from": name, "value": text} for name, text in [("human", "Hi"), ("gpt", "Hello")]]},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"prompt": "Hi", "response": "Hello"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plain = written(load_sequences([str(tmp_path / "a.jsonl")], TOKENIZER, 1))
+    assert plain == "### User:\nHi\n\n### Assistant:\nHello</s>" * 4
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    templated = written(load_sequences([str(tmp_path / "a.jsonl")], tokenizer, 1))
+    assert templated == "<user>Hi<assistant>Hello</s>" * 4
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"who": "me"}]}\n')
+    with pytest.raises(ValueError, match="turn of a conversation in .* has the fields who; wanted role and content"):
+        load_sequences([str(tmp_path / "b.jsonl")], TOKENIZER, 1)
+
+
 def test_a_text_field_and_a_number_of_examples_can_be_chosen(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "abcabc", "text": "x"}\n{"body": "de", "text": "y"}\n')
     packed = load_sequences([str(tmp_path / "a.jsonl")], TOKENIZER, 3, text_field="body", examples=1)
@@ -106,7 +126,7 @@ def test_unusable_sources_are_named(tmp_path, monkeypatch):
         str(tmp_path / "a.csv"): "ends in '.csv'",
         str(tmp_path / "short.txt"): "4 tokens are fewer than one sequence of seq_len=8; .* a smaller --seq-len",
         str(tmp_path / "bad.json"): "is not valid json",
-        str(tmp_path / "odd.jsonl"): "has the fields a; wanted text, instruction and output, or input_ids",
+        str(tmp_path / "odd.jsonl"): "has the fields a; wanted text, messages, instruction and output, prompt and ",
         str(tmp_path / "big.npy"): "token ids run from 1 to 300, but the vocabulary has 259",
         str(tmp_path / "float.npy"): r"holds float64 \[3\], wanted integer ids",
         str(tmp_path / "object.npy"): "is not an array of token ids",
