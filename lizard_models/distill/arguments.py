@@ -68,8 +68,10 @@ def total_steps(recipe: Recipe, dataset: Dataset) -> int:
 def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
     """Transformers' arguments for a recipe.
 
-    Raises ValueError if batch_size does not divide into micro batches, or for FSDP in a single process.
+    Raises ValueError if batch_size does not divide into micro batches, or for FSDP in a single process or in a graph.
     """
+    if run.fsdp and run.cuda_graph:
+        raise ValueError("cuda_graph: a graph holds no exchange between processes; leave out one of it and fsdp")
     if run.fsdp and process_count() == 1:
         raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
     devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}

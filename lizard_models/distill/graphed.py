@@ -48,7 +48,7 @@ class GraphedForward:
         captured.graph.replay()
         return {"loss": _HandOut.apply(captured.loss, captured.gradients, *parameters)}
 
-    def _capture(self, input_ids: Tensor, parameters: list[Tensor]) -> _Captured:
+    def _capture(self, input_ids: Tensor, parameters: list[nn.Parameter]) -> _Captured:
         held = input_ids.clone()
 
         def both() -> tuple[Tensor, list[Tensor]]:

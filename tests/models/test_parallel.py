@@ -106,6 +106,8 @@ def test_a_sharded_run_may_go_on_in_one_process(found, tmp_path):
 def test_what_the_launcher_must_not_ask(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="fsdp: one process has nobody to share with"):
         one_run(1, tmp_path, fsdp=True)
+    with pytest.raises(ValueError, match="leave out one of it and fsdp"):
+        one_run(1, tmp_path, fsdp=True, cuda_graph=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="give --fsdp here"):
