@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from lizard_models.documents import Chat, Document, find_sources, format_chat, read_file, read_hub
+from lizard_models.documents import Document, find_sources, format_chat, read_file, read_hub
 from lizard_models.token_stream import check_ids
 
 STREAM_FROM_BYTES = 1 << 28  # local files beyond this are not held in memory
@@ -193,7 +193,7 @@ class _Encoder:
         characters = 0
         for document in documents:
             if isinstance(document, list):
-                document = self._written(document)
+                document = format_chat(document, self.tokenizer)
             if isinstance(document, str):
                 waiting.append(document)
                 characters += len(document)
@@ -204,12 +204,6 @@ class _Encoder:
             if not isinstance(document, str):
                 yield self._checked(document)
         yield from self._tokenise(waiting)
-
-    def _written(self, turns: Chat) -> str:
-        """A conversation in the model's own template, if it has one."""
-        if self.tokenizer is None or self.tokenizer.chat_template is None:
-            return format_chat(turns)
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
 
     def _tokenise(self, texts: list[str]) -> Iterator[np.ndarray]:
         if not texts:

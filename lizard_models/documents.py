@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from lizard_models.downloads import hub_answers
 
@@ -109,9 +110,11 @@ def _turn(turn: dict, where: str) -> dict[str, str]:
     return {"role": ROLES.get(role, role), "content": content}
 
 
-def format_chat(turns: Chat) -> str:
-    """A conversation as one text, for a tokenizer without a chat template."""
-    return "\n\n".join(f"### {turn['role'].capitalize()}:\n{turn['content'].strip()}" for turn in turns)
+def format_chat(turns: Chat, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A conversation as one text: in the chat template of the tokenizer, or plainly if it has none."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return "\n\n".join(f"### {turn['role'].capitalize()}:\n{turn['content'].strip()}" for turn in turns)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
 def format_instruction(instruction: str, context: str, output: str) -> str:

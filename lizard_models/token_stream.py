@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from lizard_models.documents import find_sources, read_file
+from lizard_models.documents import find_sources, format_chat, read_file
 
 PIECE = 1 << 16  # characters, or ids, read at a time
 REACH = 1 << 12  # characters at the end of a piece in which a place to cut is looked for
@@ -34,7 +34,7 @@ def stream_tokens(
     """
     end = None if tokenizer is None else tokenizer.eos_token_id
     started = False
-    for document in _documents(sources, text_field, piece):
+    for document in _documents(sources, tokenizer, text_field, piece):
         if started and end is not None and not isinstance(document, np.ndarray):
             yield np.array([end])
         if isinstance(document, np.ndarray):
@@ -93,7 +93,9 @@ def read_text(file: IO[str], piece: int = PIECE) -> Iterator[str]:
         yield text
 
 
-def _documents(sources: Sequence[str], text_field: str | None, piece: int) -> Iterator[np.ndarray | Iterable[str]]:
+def _documents(
+    sources: Sequence[str], tokenizer: Any, text_field: str | None, piece: int
+) -> Iterator[np.ndarray | Iterable[str]]:
     for source in sources:
         files = find_sources(source)
         if files is None:
@@ -106,6 +108,8 @@ def _documents(sources: Sequence[str], text_field: str | None, piece: int) -> It
                 yield from _read_ids(path, piece)
             else:
                 for document in read_file(path, text_field):
+                    if isinstance(document, list):
+                        document = format_chat(document, tokenizer)
                     if isinstance(document, str):
                         yield (document[i : i + piece] for i in range(0, len(document), piece))
                     else:
