@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import compact, compaction
 from lizard_ops.common.rows import over_rows
@@ -74,7 +75,8 @@ def linear_in_pytorch(
         return [o, log_mass], AttentionState(layout_of(fq, state, None, lengths).end, **fields)
 
     fills = (0.0, -float("inf"))
-    (o, log_mass), after = over_rows(op, (fq, fk, v, g), fills, state, cu_seqlens, padding_mask)
+    with without_autocast(v):
+        (o, log_mass), after = over_rows(op, (fq, fk, v, g), fills, state, cu_seqlens, padding_mask)
     fields = {} if after is None else {name: x for name, x in after._asdict().items() if x is not None}
     return o, log_mass, fields if final else {}
 
