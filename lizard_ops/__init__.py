@@ -2,6 +2,7 @@
 
 from lizard_ops.common.checks import checked
 from lizard_ops.common.state import AttentionState
+from lizard_ops.common.tuning import tune, use_tuned
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.head_projection.api import project_heads
@@ -21,5 +22,7 @@ __all__ = [
     "project_heads",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
+    "tune",
+    "use_tuned",
     "window_attn",
 ]

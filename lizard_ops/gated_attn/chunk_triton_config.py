@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import triton
 
+from lizard_ops.common.tuning import tunable
+
 CHUNK = 64  # rows of a chunk
 
 
@@ -73,6 +75,7 @@ NARROW = {
 }
 
 
+@tunable("gated")
 def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_bytes: int) -> Launch:
     """The configuration of a kernel, by its name in the tables, for these head dims, heads a group and rows a chunk."""
     large = max(k_dim, v_dim) > 128 or chunk > 64
@@ -86,6 +89,7 @@ def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_
     )
 
 
+@tunable("gated scan")
 def scan_launch(v_dim: int, operand_bytes: int) -> Launch:
     """The scan's: every column of V, and as many rows of K as keep the tile's size."""
     rows, columns, _, warps, stages = (WIDE if operand_bytes == 2 else NARROW)["scan"]

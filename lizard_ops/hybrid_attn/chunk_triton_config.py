@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
+from lizard_ops.common.tuning import tunable
 from lizard_ops.hybrid_attn.chunk_triton_tiles import power_of_two
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -116,6 +117,7 @@ class Shape:
         heads = min(4, self.group & -self.group) if self.state_heads == self.key_heads else 1
         return rows // heads, heads
 
+    @tunable("hybrid")
     def config(self, kernel: str) -> Config:
         """Launch configuration of a kernel, named without "_kernel", picked on an H200."""
         if kernel == "scan":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lizard_ops.common.features import feature_dim
 from lizard_ops.common.state import AttentionState
+from lizard_ops.common.tuning import tunable
 from lizard_ops.hybrid_attn.decode_triton_kernel import hybrid_decode_kernel
 from lizard_ops.window_attn.chunk_triton_blocks import device_of
 
@@ -27,6 +28,7 @@ class Config(NamedTuple):
     registers: int | None
 
 
+@tunable("decode", fixed=("warps",))
 def config_for(q: Tensor, features: int, v_dim: int) -> Config:
     """The configuration by dims and dtype, picked on an H200.
 

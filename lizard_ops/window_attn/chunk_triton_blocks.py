@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.common.tuning import tunable
+
 FAR = tl.constexpr(1 << 30)  # beyond every row index
 
 
@@ -25,6 +27,7 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
+@tunable("window")
 def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
     """The configuration of a kernel ("forward", "queries" or "keys") by head dims and dtype, picked on an H200."""
     dim, full = max(q.shape[3], v.shape[3]), q.dtype == torch.float32
