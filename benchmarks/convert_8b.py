@@ -42,14 +42,16 @@ LLAMA_8B = dict(
     },
 )
 CONVERT = """
-import json, resource, sys, time
+import json, pathlib, re, sys, time
 from lizard_models import LizardConfig, linearize_folder
-imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.monotonic()
+
+def peak():  # ru_maxrss would hold the parent's
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+imported, start = peak(), time.monotonic()
 linearize_folder(sys.argv[1], sys.argv[2], LizardConfig.preset("recommended"))
 seconds = time.monotonic() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "imports": 1024 * imported, "peak": 1024 * peak}))
+print(json.dumps({"seconds": seconds, "peak_after_imports_bytes": imported, "peak_bytes": peak()}))
 """
 
 

@@ -7,15 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lizard_models.config import LizardConfig
 from lizard_models.convert import start_new_parameters, student_config
@@ -24,15 +24,9 @@ from lizard_models.families import family_of
 from lizard_models.loading import TRAINING
 from lizard_models.modeling_common import LizardCausalLM
 from lizard_models.teachers import find_teacher, load_tokenizer
+from lizard_models.weights import Shard, data_bytes, read_shards
 
 OLD_BUFFERS = "rotary_emb.inv_freq"  # in checkpoints of older transformers, and ignored by the present one
-
-
-class Shard(NamedTuple):
-    """A safetensors file and the shapes of its tensors."""
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
 
 
 def linearize_folder(
@@ -95,35 +89,6 @@ def linearize_folder(
     return target
 
 
-def read_shards(folder: Path) -> list[Shard]:
-    """The safetensors files that hold a saved model, in order of their names; only their headers are read.
-
-    Raises ValueError for a folder without any, an index that names files that are not there, or a damaged file.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        names = [SAFE_WEIGHTS_NAME]
-    elif index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        others = ", ".join(sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)))
-        found = f"found {others}, which are pickles and are never read" if others else "found no weights"
-        raise ValueError(f"{str(folder)!r}: {found}; wanted {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}")
-    return [_read_header(folder / name) for name in names]
-
-
-def _read_header(path: Path) -> Shard:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, though the index names it: fetch the model again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): fetch the model again") from error
-    return Shard(path, shapes)
-
-
 def _local_teacher(source: str, cache: str | os.PathLike | None, say: Say) -> tuple[Path, PretrainedConfig]:
     found, config = find_teacher(source, cache=cache, say=say)
     if not Path(found).is_dir():
@@ -161,12 +126,6 @@ def _write_shard(shard: Shard, target: Path, dtype: torch.dtype | None) -> int:
             del tensor  # so that one is held twice at most
     save_file(tensors, target, metadata={"format": "pt"})
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def data_bytes(path: Path) -> int:
-    """Bytes of the tensors in a safetensors file: all but its header and the header's length."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _new_parameters(student: LizardCausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
 from lizard_models.downloads import hub_answers
 from lizard_models.layer_configs import lizard_config
+from lizard_models.safe_loading import load_causal_lm
 from lizard_models.teachers import load_tokenizer
 
 TRAINING = "training.json"
@@ -36,8 +37,11 @@ def load_model(
     """Loads a folder that ``lizard-attn linearize`` wrote, or any causal language model by folder or hub name.
 
     dtype: None is the saved one. what: what error messages call it. positions: "true" or "clamped" in place of what the
-    model was saved with. Raises ValueError for a folder without config.json, a name that cannot be read, or positions
-    for a model that is not linearized.
+    model was saved with. Only safetensors are read, and no code that comes with the model is run.
+
+    Raises ValueError for a folder without config.json, a name that cannot be read, weights that are not in safetensors,
+    a file that is missing, damaged or cut short, a config of a newer version, positions for a model that is not
+    linearized, and what ``from_pretrained`` raises.
     """
     folder = Path(name_or_path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
@@ -45,8 +49,10 @@ def load_model(
     if not folder.exists() and (name_or_path.count("/") != 1 or not hub_answers()):
         raise ValueError(f"{what} {name_or_path!r} is not a folder; make one with `lizard-attn linearize`")
     source = str(folder) if folder.exists() else name_or_path
+    if folder.exists():
+        _check_version(folder)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{what} {name_or_path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if positions is not None:
@@ -54,8 +60,21 @@ def load_model(
             raise ValueError(f"--positions {positions}: {what} {name_or_path!r} is not a linearized model")
         limits = {} if positions == "clamped" else {"position_limit": None, "position_step": None}
         config.lizard = lizard_config(config).replace(attention={"positions": positions, **limits}).to_dict()
-    model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype or "auto")
+    model: Any = load_causal_lm(source, dtype or "auto", what, config=config)
     model = model.to(device).eval().requires_grad_(False)
-    record = folder / TRAINING
-    training = json.loads(record.read_text()) if record.is_file() else {}
-    return LoadedModel(model, load_tokenizer(source), training)
+    return LoadedModel(model, load_tokenizer(source), _record(folder / TRAINING))
+
+
+def _check_version(folder: Path) -> None:
+    kind = _record(folder / "config.json").get("model_type", "")
+    if kind.startswith("lizard_") and kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder / 'config.json'} is of a {kind!r} model, which this version does not know: update lizard-attn"
+        )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error

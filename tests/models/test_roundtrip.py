@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import student, teacher, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lizard_models import LizardConfig, LizardLlamaConfig, LizardLlamaForCausalLM, LizardMistralForCausalLM
+from lizard_models import LizardConfig, LizardLlamaConfig, LizardLlamaForCausalLM
 
 PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
 
@@ -127,13 +127,4 @@ def test_a_newer_config_says_so(tmp_path):
     values["lizard"]["version"] = 2
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="version 2, this lizard-attn reads version 1: update"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    model = student(family="mistral")
-    assert isinstance(model, LizardMistralForCausalLM)
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,77 @@
+"""The safetensors files of a saved model, checked before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+ADAPTER = "adapter_model"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Shard(NamedTuple):
+    """A safetensors file and the shapes of its tensors."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The safetensors files that hold a saved model, in order of their names; only their headers are read.
+
+    Raises ValueError, with the file's name, for a folder without weights in safetensors, an index that is damaged or
+    names files that are not there, and a file that is damaged or cut short.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        names = [SAFE_WEIGHTS_NAME]
+    elif index.is_file():
+        names = _named_in(index)
+    else:
+        pickles = _pickles(folder)
+        shown = ", ".join(pickles[:3]) + (" ..." if len(pickles) > 3 else "")
+        found = f"found {shown}: pickles, which can run code and are never read" if pickles else "found no weights"
+        raise ValueError(f"{str(folder)!r}: {found}; wanted {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}")
+    return [read_header(folder / name) for name in names]
+
+
+def read_header(path: Path) -> Shard:
+    """Names and shapes of a safetensors file. Raises ValueError if it is missing, damaged or cut short."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, though the index names it: fetch or copy the model again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): fetch or copy the model again") from error
+    return Shard(path, shapes)
+
+
+def refuse_pickled_adapter(folder: Path) -> None:
+    """Raises ValueError where transformers would read a peft adapter beside the model from a pickle."""
+    if (folder / f"{ADAPTER}.bin").is_file() and not (folder / f"{ADAPTER}.safetensors").is_file():
+        raise ValueError(f"{folder / ADAPTER}.bin is a pickle, which can run code and is never read: save it again")
+
+
+def data_bytes(path: Path) -> int:
+    """Bytes of the tensors in a safetensors file: all but its header and the header's length."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def _named_in(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error}): fetch or copy the model again") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file of its folder")
+    return names
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
