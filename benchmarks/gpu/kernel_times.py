@@ -10,38 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
-import triton
+from environment import environment
 from rows import ROWS, Row
 from shapes import LENGTHS, LayerInputs, make_layer
 from triton.testing import do_bench
-
-
-def environment() -> dict[str, str]:
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    try:
-        import fla
-
-        versions["fla-core"] = fla.__version__
-    except ImportError:
-        pass
-    command = "python " + " ".join(sys.argv)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "date": str(date.today()),
-        "command": command,
-    } | versions
 
 
 def gradients(row: Row, x: LayerInputs) -> dict[str, torch.Tensor]:

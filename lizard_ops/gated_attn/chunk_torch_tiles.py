@@ -139,7 +139,7 @@ def _absorbed_scores(q: Tensor, k: Tensor, run: Tensor, key: Tensor, shift: Tens
     """Score tiles with the gate products moved into the features (section 4 of the paper), [B, Hk, n, G, C, C]."""
     top = finite(key.amax(-1, keepdim=True))
     low = key.masked_fill(key == -math.inf, math.inf).amin(-1, keepdim=True)
-    bound, span = (700.0 if q.dtype == torch.float64 else 80.0), float((top - low).max())
+    bound, span = (700.0 if q.dtype == torch.float64 else 80.0), float((top - low).detach().max())
     if span >= bound:
         refuse("gate_form", "absorbed", f'"stable": log-decays of a chunk span {span:.1f}, and {bound} is the bound')
     query = q * _exp(run + top, shift, q.dtype, 0).unsqueeze(-1)
