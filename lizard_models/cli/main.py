@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lizard_models.cli import convert, demo, evaluate, generate, info, linearize
+from lizard_models.cli import bench, convert, demo, evaluate, generate, info, linearize
 
 app = typer.Typer(
     help="Turn a pretrained Llama or Mistral into a model that reads any length in constant memory.",
@@ -30,6 +30,7 @@ app.command("generate")(generate.command)
 app.command("eval")(evaluate.command)
 app.command("demo")(demo.command)
 app.command("info")(info.command)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

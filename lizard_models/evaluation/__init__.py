@@ -2,7 +2,13 @@
 
 from lizard_models.evaluation.attention_error import AttentionErrors, attention_errors
 from lizard_models.evaluation.passkey import passkey_accuracy
-from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, loss_by_position, recovered_share
+from lizard_models.evaluation.position_loss import (
+    PositionLoss,
+    bucket_edges,
+    divergence_by_position,
+    loss_by_position,
+    recovered_share,
+)
 from lizard_models.evaluation.report import Report, Row, environment
 from lizard_models.evaluation.stream import StreamReport, measure_stream, stream_losses
 
@@ -14,6 +20,7 @@ __all__ = [
     "StreamReport",
     "attention_errors",
     "bucket_edges",
+    "divergence_by_position",
     "environment",
     "loss_by_position",
     "measure_stream",

@@ -18,6 +18,12 @@ KEY = "The pass key is {key}. Remember that {key} is the pass key. "
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 DIGITS = 5
 
+MANY_OPENING = "There are several pass keys hidden in the text below. Find them and remember them.\n\n"
+MANY_KEY = "The pass key of the {owner} is {key}. Remember that {key} is the pass key of the {owner}. "
+MANY_QUESTION = "\n\nWhat is the pass key of the {owner}? The pass key of the {owner} is"
+OWNERS = ("miller", "baker", "doctor", "sailor", "teacher", "farmer", "painter", "hunter")
+MANY_DIGITS = (5, 8)
+
 
 def passkey_prompt(
     tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: str
@@ -41,6 +47,52 @@ def passkey_prompt(
     return opening + filler[:before] + needle + filler[before:room] + question, answer
 
 
+def several_passkeys_prompt(
+    tokenizer: PreTrainedTokenizerBase, length: int, keys: Sequence[str], asked: int, owners: Sequence[str] = OWNERS
+) -> tuple[list[int], list[int]]:
+    """A prompt with several keys, spread evenly over the filler, each with an owner; one of them is asked for.
+
+    Returns the token ids of prompt and answer, ``length`` ids together. Raises ValueError if ``length`` cannot hold
+    the keys, or there are more keys than ``owners``.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if len(keys) > len(owners):
+        raise ValueError(f"keys: {len(keys)} of them, wanted at most {len(owners)}")
+    opening, filler = encode(MANY_OPENING), encode(FILLER)
+    question, answer = encode(MANY_QUESTION.format(owner=owners[asked])), encode(f" {keys[asked]}")
+    needles = [encode(MANY_KEY.format(owner=owner, key=key)) for owner, key in zip(owners, keys, strict=False)]
+    room = length - len(opening) - sum(map(len, needles)) - len(question) - len(answer)
+    if room < 0:
+        raise ValueError(f"passkey length {length} is too short, the keys alone take {length - room} tokens")
+    filler = filler * (room // len(filler) + 1)
+    cuts = [round(room * i / len(keys)) for i in range(len(keys) + 1)]
+    body: list[int] = []
+    for needle, start, end in zip(needles, cuts, cuts[1:], strict=False):
+        middle = (start + end) // 2
+        body += filler[start:middle] + needle + filler[middle:end]
+    return opening + body + question, answer
+
+
+def _pairs(
+    tokenizer: PreTrainedTokenizerBase, length: int, trials: int, keys: int, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    if keys == 1:
+        draw = np.random.default_rng((seed, length))
+        drawn = ["".join(map(str, draw.integers(0, 10, DIGITS))) for _ in range(trials)]
+        return [passkey_prompt(tokenizer, length, (i + 0.5) / trials, key) for i, key in enumerate(drawn)]
+    draw = np.random.default_rng((seed, length, keys))
+    pairs = []
+    for trial in range(trials):
+        counts = draw.integers(MANY_DIGITS[0], MANY_DIGITS[1] + 1, keys)
+        drawn = ["".join(map(str, draw.integers(0, 10, count))) for count in counts]
+        owners = [OWNERS[i] for i in draw.permutation(len(OWNERS))]
+        pairs.append(several_passkeys_prompt(tokenizer, length, drawn, trial % keys, owners))
+    return pairs
+
+
 @torch.no_grad()
 def passkey_accuracy(
     model: Any,
@@ -48,36 +100,44 @@ def passkey_accuracy(
     lengths: Sequence[int],
     *,
     trials: int = 10,
+    keys: int = 1,
     seed: int = 0,
     batch_tokens: int = 4096,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[int, float]:
     """Share of keys that greedy generation repeats exactly, by length in tokens.
 
-    Keys of five digits from ``seed``, at depths spread evenly over the text, the same for every model. As many prompts
-    go through together as fit into ``batch_tokens``, at least one. advance: called with the number of prompts done.
+    keys=1: five digits, at depths spread evenly over the text. More: each of 5 to 8 digits with an owner, spread over
+    the text, and one is asked for, each place in turn. They come from ``seed`` and are the same for every model. As
+    many prompts go through together as fit into ``batch_tokens``, at least one. advance: called with the number of
+    prompts done.
     """
     device = next(model.parameters()).device
     accuracy = {}
     for length in lengths:
-        draw = np.random.default_rng((seed, length))
-        keys = ["".join(map(str, draw.integers(0, 10, DIGITS))) for _ in range(trials)]
-        depths = [(i + 0.5) / trials for i in range(trials)]
-        pairs = [passkey_prompt(tokenizer, length, depth, key) for depth, key in zip(depths, keys, strict=True)]
+        pairs = _pairs(tokenizer, length, trials, keys, seed)
         right, batch_size = 0, max(1, batch_tokens // length)
-        for start in range(0, trials, batch_size):
-            batch = pairs[start : start + batch_size]
-            prompts = torch.tensor([prompt for prompt, _ in batch], device=device)
-            answers = torch.tensor([answer for _, answer in batch], device=device)
-            generated = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=answers.shape[1],
-                min_new_tokens=answers.shape[1],
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or 0,
-            )
-            right += int((generated[:, prompts.shape[1] :] == answers).all(1).sum())
-            advance(len(batch))
+        for group in _by_length(pairs):
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                prompts = torch.tensor([prompt for prompt, _ in batch], device=device)
+                answers = torch.tensor([answer for _, answer in batch], device=device)
+                generated = model.generate(
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    max_new_tokens=answers.shape[1],
+                    min_new_tokens=answers.shape[1],
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id or 0,
+                )
+                right += int((generated[:, prompts.shape[1] :] == answers).all(1).sum())
+                advance(len(batch))
         accuracy[length] = right / trials
     return accuracy
+
+
+def _by_length(pairs: list[tuple[list[int], list[int]]]) -> list[list[tuple[list[int], list[int]]]]:
+    groups: dict[int, list[tuple[list[int], list[int]]]] = {}
+    for pair in pairs:
+        groups.setdefault(len(pair[1]), []).append(pair)
+    return list(groups.values())

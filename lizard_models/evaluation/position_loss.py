@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lizard_models.distill.losses import logits_of, next_tokens, position_losses
+from lizard_models.distill.losses import next_tokens, position_losses
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,17 @@ class PositionLoss:
     edges: tuple[int, ...]
     means: tuple[float, ...]
     errors: tuple[float, ...]  # NaN for a single document
+
+    @classmethod
+    def from_positions(cls, losses: Tensor) -> PositionLoss:
+        """Buckets of the losses [N, T] of N documents."""
+        edges = bucket_edges(losses.shape[1])
+        means, errors = [], []
+        for start, end in zip(edges, edges[1:], strict=False):
+            documents = losses[:, start:end].double().mean(1)
+            means.append(documents.mean().item())
+            errors.append(documents.std().item() / math.sqrt(len(documents)) if len(documents) > 1 else math.nan)
+        return cls(edges, tuple(means), tuple(errors))
 
     @property
     def perplexities(self) -> tuple[float, ...]:
@@ -49,23 +61,51 @@ def loss_by_position(
 ) -> PositionLoss:
     """Loss of a causal language model on documents ``tokens`` [N, T + 1], for its T positions that predict a token.
 
-    Logits exist for some hundred positions at a time, in float32. advance: called with the number of documents done.
+    Logits exist for some hundred positions at a time, in float32 whatever the model's dtype. advance: called with the
+    number of documents done.
     """
-    device = next(model.parameters()).device
     rows = []
-    for batch in tokens.split(batch_size):
-        batch = batch.to(device)
-        hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
-        rows.append(position_losses(hidden, logits_of(model), next_tokens(batch))[:, :-1].double().cpu())
+    for batch, hidden in _hidden_states(model, tokens, batch_size):
+        rows.append(position_losses(hidden, float32_head(model), next_tokens(batch))[:, :-1].cpu())
         advance(len(batch))
-    losses = torch.cat(rows)  # [N, T]
-    edges = bucket_edges(losses.shape[1])
-    means, errors = [], []
-    for start, end in zip(edges, edges[1:], strict=False):
-        documents = losses[:, start:end].mean(1)
-        means.append(documents.mean().item())
-        errors.append(documents.std().item() / math.sqrt(len(documents)) if len(documents) > 1 else math.nan)
-    return PositionLoss(edges, tuple(means), tuple(errors))
+    return PositionLoss.from_positions(torch.cat(rows))
+
+
+@torch.no_grad()
+def divergence_by_position(model: Any, teacher: Any, tokens: Tensor, batch_size: int = 1) -> PositionLoss:
+    """KL divergence in nats from the teacher's next-token distribution to the model's, by position.
+
+    tokens [N, T + 1]; the same T positions as ``loss_by_position``. Logits are float32.
+    """
+    rows = []
+    pairs = zip(_hidden_states(model, tokens, batch_size), _hidden_states(teacher, tokens, batch_size), strict=True)
+    student_head, teacher_head = float32_head(model), float32_head(teacher)
+    for (batch, hidden), (_, wanted) in pairs:
+        parts = []
+        for h, w in zip(hidden.flatten(0, 1).split(512), wanted.flatten(0, 1).split(512), strict=True):
+            log_student, log_teacher = (F.log_softmax(x, -1) for x in (student_head(h), teacher_head(w)))
+            parts.append(F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1))
+        rows.append(torch.cat(parts).view(batch.shape)[:, :-1].cpu())
+    return PositionLoss.from_positions(torch.cat(rows))
+
+
+def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
+    """What turns last hidden states into logits, with float32 weights and arithmetic, soft-capped where the model is."""
+    weight = model.lm_head.weight.float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden.float(), weight)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
+
+
+def _hidden_states(model: Any, tokens: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    device = next(model.parameters()).device
+    for part in tokens.split(batch_size):
+        batch = part.to(device)
+        yield batch, model.model(input_ids=batch, use_cache=False).last_hidden_state
 
 
 def recovered_share(teacher: PositionLoss, control: PositionLoss, student: PositionLoss, past: int) -> float:

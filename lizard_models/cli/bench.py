@@ -1,0 +1,286 @@
+"""``lizard-attn bench quality``: the rows behind docs/results.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lizard_models.cli.errors import one_line_errors
+from lizard_models.cli.options import Cache, Device, read_device, read_numbers
+
+app = typer.Typer(help="Benchmarks of a whole method.", no_args_is_help=True, rich_markup_mode="rich")
+quality = typer.Typer(
+    help="Quality: every preset and ablation, trained and measured alike. One JSON file a row, one command a table.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(quality, name="quality")
+
+RESULTS = Path("benchmarks/results/quality")
+
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+Teacher = Annotated[str, typer.Option(help="Hub name, local folder, or smollm2-135m.")]
+BudgetName = Annotated[str, typer.Option(help="quick (1.6M and 0.6M tokens) or full (20M a stage).")]
+Data = Annotated[list[str] | None, typer.Option(help="Training text or token ids. May be repeated.")]
+EvalData = Annotated[list[str] | None, typer.Option(help="Held-out documents. May be repeated.")]
+
+
+@quality.command("run")
+def run(
+    names: Annotated[list[str], typer.Argument(help="Tables or rows, see `lizard-attn bench quality list`.")],
+    data: Data = None,
+    eval_data: EvalData = None,
+    budget: BudgetName = "quick",
+    stage1_steps: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=0)] = None,
+    stage2_steps: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=2)] = None,
+    measures: Annotated[
+        str, typer.Option(help="Of loss, kl, branches, restore, length, passkey, passkeys5, tasks.")
+    ] = "loss,kl,branches",
+    seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own, e.g. 0,1,2.")] = "0",
+    controls: Annotated[bool, typer.Option(help="The teacher and window control that each row needs, too.")] = True,
+    minutes: Annotated[float | None, typer.Option(help="Start no row that would not end in this time.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to use; default all there are.", min=0)] = None,
+    jobs_per_gpu: Annotated[int, typer.Option(help="Rows side by side on each GPU (or on the CPU).", min=1)] = 1,
+    eval_length: Annotated[int, typer.Option(help="Positions of an evaluation document.", min=2)] = 4096,
+    eval_documents: Annotated[int, typer.Option(help="Evaluation documents.", min=1)] = 8,
+    long_length: Annotated[int, typer.Option(help="Positions for the measure length.", min=2)] = 65_536,
+    passkey_lengths: Annotated[str, typer.Option(help="Lengths of the passkey tests.")] = (
+        "256,512,1024,2048,4096,8192,16384"
+    ),
+    passkey_trials: Annotated[int, typer.Option(help="Passkeys a length.", min=1)] = 20,
+    requests: Annotated[
+        Path | None, typer.Option(help="File from `bench quality requests`, for the measure tasks.")
+    ] = None,
+    teacher: Teacher = "smollm2-135m",
+    out: Out = RESULTS,
+    work: Annotated[Path, typer.Option(help="Folder for models and checkpoints.")] = Path("quality-work"),
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, for small models.")
+    ] = False,
+    device: Device = None,
+    cache: Cache = None,
+) -> None:
+    """Train and measure tables or single rows, side by side; go on where an earlier run stopped.
+
+    A finished row is not repeated, a stopped one goes on from its checkpoint, a measure that a trained row lacks is
+    added to it.
+
+    [bold]Examples[/bold]
+
+    Every preset beside teacher and window control:
+    [cyan]lizard-attn bench quality run presets --data books/ --eval-data held-out/[/cyan]
+
+    Three seeds of two tables on two GPUs in nine minutes:
+    [cyan]lizard-attn bench quality run gates parts --seeds 0,1,2 --gpus 2 --jobs-per-gpu 3 --minutes 9 --data books/
+    --eval-data held-out/[/cyan]
+
+    One row, more measures: [cyan]lizard-attn bench quality run recommended --measures loss,kl,length,passkey --data
+    books/ --eval-data held-out/[/cyan]
+    """
+    with one_line_errors():
+        import dataclasses
+
+        import torch
+        from rich.console import Console
+
+        from lizard_models.quality.bench import Bench
+        from lizard_models.quality.runner import Runner
+        from lizard_models.quality.selection import layer_order
+        from lizard_models.quality.tables import find_rows
+
+        if not data or not eval_data:
+            raise ValueError("--data and --eval-data are needed: training text and held-out documents")
+        bench = Bench(
+            teacher=teacher,
+            data=data,
+            eval_data=eval_data,
+            budget=dataclasses.replace(
+                read_budget(budget),
+                **given(
+                    stage1_steps=stage1_steps,
+                    stage2_steps=stage2_steps,
+                    batch_size=batch_size,
+                    sequence_length=seq_len,
+                ),
+            ),
+            out=out,
+            work=work,
+            measures=read_names(measures),
+            eval_length=eval_length,
+            eval_documents=eval_documents,
+            long_length=long_length,
+            passkey_lengths=read_numbers(passkey_lengths, "--passkey-lengths"),
+            passkey_trials=passkey_trials,
+            requests=requests,
+            device=read_device(device),
+            cuda_graph=cuda_graph,
+            cache=cache,
+        )
+        there = torch.cuda.device_count() if bench.device == "cuda" else 0
+        if gpus is not None and gpus > there:
+            raise ValueError(f"--gpus is {gpus}, but {there} CUDA devices are here")
+        rows = find_rows(
+            names,
+            read_seeds(seeds),
+            bench.budget,
+            order=layer_order(bench),
+            layers=bench.num_layers(),
+            with_controls=controls,
+        )
+        count = there if gpus is None else gpus
+        runner = Runner(bench, Console(soft_wrap=True), gpus=range(count), jobs_per_gpu=jobs_per_gpu, minutes=minutes)
+        fates = runner.run(rows)
+        if any(fate == "failed" for fate in fates.values()):
+            raise typer.Exit(1)
+
+
+EvalSets = Annotated[Path, typer.Option(help="Folder with piqa/, hellaswag/, arc_easy/, lambada_openai/ and mmlu/.")]
+Sets = Annotated[str, typer.Option(help="Of piqa, hellaswag, arc_easy, lambada_openai, mmlu and mmlu_letters.")]
+
+
+@quality.command("requests")
+def record_requests(
+    eval_sets: EvalSets,
+    out: Annotated[Path, typer.Option(help="File to write, .xz.")],
+    sets: Sets = "piqa,hellaswag,arc_easy,lambada_openai,mmlu",
+    limit: Annotated[int | None, typer.Option(help="Documents a task; default all.", min=1)] = None,
+    teacher: Teacher = "smollm2-135m",
+    cache: Cache = None,
+) -> None:
+    """Record what lm-eval asks a model, as token ids, so that a machine without lm-eval can answer.
+
+    Then `bench quality run --measures tasks --requests FILE` scores it there, and `bench quality tasks` makes metrics
+    of the scores here.
+
+    [bold]Example[/bold]
+
+    [cyan]lizard-attn bench quality requests --eval-sets eval/ --out requests.xz[/cyan]
+    """
+    with one_line_errors():
+        import tempfile
+
+        from rich.console import Console
+
+        from lizard_models.evaluation.requests import Requests
+        from lizard_models.teachers import find_teacher, load_tokenizer
+
+        recorded = recorded_lm()
+        tokenizer = load_tokenizer(find_teacher(teacher, cache=cache)[0])
+        if tokenizer is None:
+            raise ValueError(f"teacher {teacher!r} has no tokenizer, which tasks need")
+        lm = recorded.RecordedLM(tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            names = recorded.write_tasks(eval_sets, Path(folder), read_names(sets))
+            recorded.evaluate(lm, Path(folder), names, limit)
+        requests = Requests.from_pairs(lm.pairs)
+        requests.save(out)
+        size = out.stat().st_size / 2**20
+        Console(soft_wrap=True).print(f"{len(requests)} requests, {size:.1f} MiB, sha256 of the ids {requests.digest}")
+
+
+@quality.command("tasks")
+def task_metrics(
+    eval_sets: EvalSets,
+    requests: Annotated[Path, typer.Option(help="The file that was scored.")],
+    sets: Sets = "piqa,hellaswag,arc_easy,lambada_openai,mmlu",
+    limit: Annotated[int | None, typer.Option(help="As the requests were recorded.", min=1)] = None,
+    budget: BudgetName = "quick",
+    teacher: Teacher = "smollm2-135m",
+    out: Out = RESULTS,
+    cache: Cache = None,
+) -> None:
+    """Turn scores into lm-eval's metrics, for every row that has scores and no metrics of them yet.
+
+    [bold]Example[/bold]
+
+    [cyan]lizard-attn bench quality tasks --eval-sets eval/ --requests requests.xz --budget full[/cyan]
+    """
+    with one_line_errors():
+        import json
+        import tempfile
+
+        from rich.console import Console
+
+        from lizard_models.evaluation.requests import Requests, Scores
+        from lizard_models.quality.bench import write_json
+        from lizard_models.teachers import find_teacher, load_tokenizer
+
+        recorded = recorded_lm()
+        tokenizer = load_tokenizer(find_teacher(teacher, cache=cache)[0])
+        asked = Requests.load(requests)
+        console = Console(soft_wrap=True)
+        with tempfile.TemporaryDirectory() as folder:
+            names = recorded.write_tasks(eval_sets, Path(folder), read_names(sets))
+            lm = None
+            for path in sorted((out / read_budget(budget).name / "scores").glob("*.npz")):
+                row = path.parent.parent / f"{path.stem}.json"
+                record = json.loads(row.read_text())
+                scores = Scores.load(path)
+                if record["measures"].get("tasks", {}).get("digest") == scores.digest:
+                    continue
+                if lm is None:
+                    lm = recorded.RecordedLM(tokenizer)
+                lm.answer_from(asked, scores)
+                metrics = recorded.evaluate(lm, Path(folder), names, limit)
+                record["measures"]["tasks"] = {"digest": scores.digest, "metrics": metrics}
+                write_json(row, record)
+                shown = ", ".join(f"{n} {m.get('acc_norm', m['acc']):.4f}" for n, m in metrics.items())
+                console.print(f"{path.stem}: {shown}", highlight=False)
+
+
+@quality.command("list")
+def list_rows() -> None:
+    """Show the tables and the rows in them."""
+    with one_line_errors():
+        from rich.console import Console
+
+        from lizard_models.quality.tables import TABLES
+
+        console = Console(soft_wrap=True)
+        for name, table in TABLES.items():
+            about = (table.__doc__ or "").strip().splitlines()[0]
+            rows = ", ".join(row.name for row in table(range(30), 30))
+            console.print(f"[bold]{name}[/bold]: {about}\n  {rows}", highlight=False)
+
+
+def recorded_lm() -> Any:
+    """The module that needs lm-eval. Raises ValueError if it is missing."""
+    try:
+        from lizard_models.evaluation import recorded_lm
+    except ImportError as error:
+        raise ValueError("tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'") from error
+    return recorded_lm
+
+
+def read_names(text: str) -> list[str]:
+    """Words with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_budget(name: str) -> Any:
+    """A budget by name. Raises ValueError for others."""
+    from lizard_models.quality.rows import BUDGETS
+
+    if name not in BUDGETS:
+        raise ValueError(f"--budget is {name!r}, wanted {' or '.join(BUDGETS)}")
+    return BUDGETS[name]
+
+
+def read_seeds(text: str) -> list[int]:
+    """Whole numbers from 0 with commas between them. Raises ValueError."""
+    try:
+        seeds = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"--seeds is {text!r}, wanted numbers such as 0,1,2")
+    return seeds
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}

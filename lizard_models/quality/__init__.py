@@ -1,0 +1,1 @@
+"""Evidence: every table of docs/results.md as rows that train, measure and leave one JSON file each."""

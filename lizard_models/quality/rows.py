@@ -1,0 +1,135 @@
+"""What a row of a table is: a preset, what is changed in it, a seed, and how long each stage trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lizard_models.config import LizardConfig, Stage2Config
+
+TEACHER = "teacher"
+MEASURES = ("loss", "kl", "branches", "restore", "length", "passkey", "passkeys5", "tasks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long each stage trains. A row may leave a stage out, never train it longer."""
+
+    name: str
+    stage1_steps: int
+    stage2_steps: int
+    batch_size: int
+    sequence_length: int
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of stage 1 and of stage 2."""
+        step = self.batch_size * self.sequence_length
+        return self.stage1_steps * step, self.stage2_steps * step
+
+
+BUDGETS = {
+    budget.name: budget
+    for budget in (
+        Budget(name="quick", stage1_steps=400, stage2_steps=150, batch_size=4, sequence_length=1024),
+        Budget(name="full", stage1_steps=1221, stage2_steps=1221, batch_size=8, sequence_length=2048),
+    )
+}
+"""quick: 1.6M and 0.6M tokens. full: the paper's 20M tokens a stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """One trained and measured model."""
+
+    name: str
+    preset: str = "recommended"
+    """A preset, or ``teacher``: all layers kept softmax, so that stage 2 fine-tunes the teacher alike."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """As ``LizardConfig.replace`` takes them."""
+    seed: int = 0
+    stage1: bool = True
+    stage2: bool = True
+
+    @property
+    def stem(self) -> str:
+        """Name of the row's files."""
+        return f"{self.name}.s{self.seed}"
+
+    def config(self, budget: Budget, num_layers: int) -> LizardConfig:
+        """The preset with the changes, the budget and the seed in it."""
+        shared = {"epochs": None, "batch_size": budget.batch_size, "sequence_length": budget.sequence_length}
+        recipes = {
+            "stage1": {**shared, "max_steps": budget.stage1_steps, "seed": self.seed},
+            "stage2": {**shared, "max_steps": budget.stage2_steps, "seed": self.seed},
+        }
+        if self.preset == TEACHER:
+            config = LizardConfig.preset("window_only", softmax_layers=list(range(num_layers)))
+        else:
+            config = LizardConfig.preset(self.preset)
+        return config.replace(**recipes).replace(**self.changes)
+
+
+def stage2_recipe(config: LizardConfig) -> dict[str, Any]:
+    """The fields of stage 2 in which a recipe differs from the default, the budget's and the seed left out."""
+    left_out = {"max_steps", "epochs", "batch_size", "sequence_length", "seed", "examples", "dataset"}
+    values = config.to_dict()["stage2"]
+    default = LizardConfig(stage2=Stage2Config()).to_dict()["stage2"]
+    return {key: value for key, value in values.items() if key not in left_out and value != default[key]}
+
+
+def recipe_name(config: LizardConfig) -> str:
+    """A short name for how stage 2 trains: objective, projections, rank, rate."""
+    recipe = config.stage2
+    objective = "ce" * bool(recipe.cross_entropy_weight) + "kl" * bool(recipe.kl_weight)
+    targets = "".join(
+        name[0] if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) else name.split("_")[0]
+        for name in recipe.lora_targets
+    )
+    return f"{objective}-{targets}-r{recipe.lora_rank}-{recipe.learning_rate:.0e}"
+
+
+def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
+    """The rows that a row is compared with: ``teacher`` and ``control``, each trained as it was.
+
+    The control is the same window and four anchors without a linear branch, after the same stage 2. The teacher gets
+    that stage too where it trains on text (cross-entropy); a teacher distilled to itself would stay as it is.
+    """
+    config = spec.config(budget, 0)
+    window = config.attention.window
+    attention = {"window": window}
+    base = {"seed": spec.seed, "stage1": False}
+    if not spec.stage2 or not budget.stage2_steps:
+        return {
+            "teacher": RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False),
+            "control": RowSpec(
+                name=f"control-w{window}",
+                preset="window_only",
+                changes={"attention": attention},
+                stage1=False,
+                stage2=False,
+            ),
+        }
+    recipe = stage2_recipe(config) | {"train_new_parameters": True}
+    if config.stage2.cross_entropy_weight:
+        teacher = RowSpec(
+            name=f"teacher-{recipe_name(config)}", preset=TEACHER, changes={"stage2": complete(recipe)}, **base
+        )
+    else:
+        teacher = RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False)
+    control = RowSpec(
+        name=f"control-w{window}-{recipe_name(config)}",
+        preset="window_only",
+        changes={"attention": attention, "stage2": complete(recipe)},
+        **base,
+    )
+    return {"teacher": teacher, "control": control}
+
+
+def complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's differences with every other field at its default, so that they replace any preset's."""
+    default = LizardConfig(stage2=Stage2Config()).to_dict()["stage2"]
+    fields = {f.name for f in dataclasses.fields(Stage2Config)}
+    kept = {"max_steps", "epochs", "batch_size", "sequence_length", "seed", "examples", "dataset"}
+    return {key: value for key, value in (default | recipe).items() if key in fields - kept}

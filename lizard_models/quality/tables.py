@@ -1,0 +1,166 @@
+"""The tables: which rows stand together, in the form of the paper's tables and of its open choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lizard_models.quality.rows import TEACHER, Budget, RowSpec, controls
+
+Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
+
+
+def _row(name: str, preset: str = "recommended", stage1: bool = True, stage2: bool = True, **changes: Any) -> RowSpec:
+    return RowSpec(name=name, preset=preset, changes=changes, stage1=stage1, stage2=stage2)
+
+
+def _attention(name: str, preset: str = "recommended", **fields: Any) -> RowSpec:
+    return _row(name, preset, attention=fields)
+
+
+TEACHER_ROW = _row(TEACHER, TEACHER, stage1=False, stage2=False)
+RECOMMENDED = _row("recommended")
+PAPER = _row("paper", "paper")
+
+
+def presets(order: Order, layers: int) -> list[RowSpec]:
+    """Every preset beside teacher and window control."""
+    names = ("paper_literal", "paper", "lolcats", "liger", "recommended")
+    return [
+        TEACHER_ROW,
+        _row("control-w128", "window_only", stage1=False, stage2=False, attention={"window": 128}),
+        *(_row(name, name) for name in names),
+    ]
+
+
+def gates(order: Order, layers: int) -> list[RowSpec]:
+    """The paper's Table 4 and A7: how wide the gate is and what it reads."""
+    kinds = ("scalar", "query_head", "mamba2", "channel", "pooling", "none")
+    starts = {"pooling": {"gate_init": None, "gate_temperature": 16.0}}
+    return [RECOMMENDED, *(_attention(f"gate-{kind}", gate=kind, **starts.get(kind, {})) for kind in kinds)]
+
+
+def parts(order: Order, layers: int) -> list[RowSpec]:
+    """The paper's Table 6: each part left out."""
+    return [
+        RECOMMENDED,
+        _attention("no-window", window=1, anchors=0),
+        _attention("no-anchors", anchors=0),
+        _attention("gate-none", gate="none"),
+        _attention("merge-bias-none", merge_bias="none"),
+        _row("no-stage1", stage1=False),
+        _row("no-stage2", stage2=False),
+    ]
+
+
+def windows(order: Order, layers: int) -> list[RowSpec]:
+    """The paper's Table 7: window by meta memory, and anchors in its place."""
+    rows = []
+    for window in (32, 64, 128, 256):
+        rows.append(_attention(f"w{window}-a4", window=window) if window != 128 else RECOMMENDED)
+        for sinks in (2, 4, 6):
+            name = f"w{window}-m{sinks}"
+            rows.append(_attention(name, window=window, anchors=0, num_sinks=sinks, sink_init=-2.0))
+    return rows
+
+
+def lora(order: Order, layers: int) -> list[RowSpec]:
+    """The paper's Table 8: rank of the adapters, and which projections have one."""
+    projections = {
+        "qk": ("q_proj", "k_proj"),
+        "vo": ("v_proj", "o_proj"),
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+    return [
+        RECOMMENDED,
+        *(_row(f"lora-r{r}", stage2={"lora_rank": r, "lora_alpha": 2 * r}) for r in (4, 16, 32, 64)),
+        *(_row(f"lora-{name}", stage2={"lora_targets": list(targets)}) for name, targets in projections.items()),
+    ]
+
+
+def softmax(order: Order, layers: int) -> list[RowSpec]:
+    """The paper's Table 10: a share of the layers kept softmax, chosen by the KL they save, and evenly spaced.
+
+    Raises ValueError where the order of the layers has not been measured.
+    """
+    if order is None:
+        raise ValueError(
+            "softmax: which layers save most KL is not measured yet; run `lizard-attn bench quality run recommended "
+            "--measures loss,kl,restore` first"
+        )
+    rows = [RECOMMENDED]
+    for percent in (12.5, 25.0, 50.0):
+        count = int(layers * percent / 100 + 0.5)
+        chosen, even = sorted(order[:count]), [int((i + 0.5) * layers / count) for i in range(count)]
+        rows.append(_row(f"softmax-{percent:g}", softmax_layers=chosen))
+        rows.append(_row(f"softmax-{percent:g}-uniform", softmax_layers=even))
+    return rows
+
+
+def choices(order: Order, layers: int) -> list[RowSpec]:
+    """What the paper leaves open, A1 to A13: one line a reading (A7 is the table ``gates``)."""
+    return [
+        RECOMMENDED,
+        PAPER,
+        _attention("A1-sink-linear", "paper", sink_form="linear", sink_init=1.0, sink_spread=0.1),
+        _attention("A2-exp", feature_activation="exp", merge_mass="absolute"),
+        _attention("A3-no-denominator", "paper", normalize=False),
+        _attention("A4-shared", feature_projection="shared"),
+        _attention("A4-tied", tie_features=True),
+        _attention("A4-query-head-keys", key_map="query_head"),
+        _attention("A5-alpha-fixed", "paper", alpha="fixed"),
+        _attention("A5-alpha-per-head", "paper", alpha="per_head"),
+        _attention("A6-gate-half", gate_init=None),
+        _attention("A6-gate-0.95", gate_init=0.95),
+        _attention("A6-gate-0.999", gate_init=0.999),
+        _attention("A8-features-64", feature_dim=64, feature_dim_counts="features"),
+        _attention("A8-features-256", feature_dim=128),
+        _attention("A9-sinks-per-head", "paper", sinks_per_head=True),
+        _attention("A10-no-rope", window_rope=False),
+        _attention("A10-linear-rope", linear_rope=True),
+        _attention("A10-paper-rope", "paper", window_rope=True),
+        _row("A11-adapters-alone", stage2={"train_new_parameters": False}),
+        _row("A12-after-o-proj", stage1={"target": "output"}),
+        _row("A12-student-inputs", stage1={"inputs": "student"}),
+        _row("A12-mse", stage1={"error": "mse"}),
+        _attention("A13-all-keys", coverage="all"),
+        _attention("A13-paper-outside", "paper", coverage="outside"),
+        _attention("mix-sum", mix="sum", merge_bias="none", alpha="per_head"),
+        _attention("mass-absolute", merge_mass="absolute"),
+        _attention("merge-bias-none", merge_bias="none"),
+        _attention("merge-bias-head", merge_bias="head"),
+        _row("stage2-ce", stage2={"cross_entropy_weight": 1.0, "kl_weight": 0.0}),
+    ]
+
+
+TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
+    table.__name__: table for table in (presets, gates, parts, windows, lora, softmax, choices)
+}
+
+
+def find_rows(
+    names: Iterable[str], seeds: Sequence[int], budget: Budget, *, order: Order, layers: int, with_controls: bool = True
+) -> list[RowSpec]:
+    """The rows of tables or single rows by name, each with its controls before it, every seed, none twice.
+
+    Untrained rows have no seed but 0. Raises ValueError for a name that is neither table nor row.
+    """
+    known: dict[str, RowSpec] = {}
+    for name, table in TABLES.items():
+        if name != "softmax" or order is not None:
+            known |= {row.name: row for row in table(order, layers)}
+    found: dict[str, RowSpec] = {}
+    for name in names:
+        if name not in TABLES and name not in known:
+            if name.startswith("softmax-"):
+                softmax(order, layers)  # says what is missing
+            raise ValueError(f"no table or row {name!r}; tables: {', '.join(TABLES)}; rows: {', '.join(known)}")
+        for row in TABLES[name](order, layers) if name in TABLES else [known[name]]:
+            for seed in seeds if row.stage1 or row.stage2 else [0]:
+                seeded = replace(row, seed=seed)
+                beside = controls(seeded, budget).values() if with_controls else []
+                for one in (*beside, seeded):
+                    found.setdefault(one.stem, one)
+    return list(found.values())
