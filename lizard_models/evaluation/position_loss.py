@@ -90,7 +90,7 @@ def divergence_by_position(model: Any, teacher: Any, tokens: Tensor, batch_size:
 
 
 def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
-    """What turns last hidden states into logits, with float32 weights and arithmetic, soft-capped where the model is."""
+    """What turns last hidden states into logits, in float32 whatever the model's dtype, soft-capped where it is."""
     weight = model.lm_head.weight.float()
     cap = getattr(model.config, "final_logit_softcapping", None)
 

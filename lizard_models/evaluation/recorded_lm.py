@@ -177,7 +177,7 @@ def evaluate(lm: TemplateLM, folder: Path, names: dict[str, list[str]], limit: i
 
     folder, names: of ``write_tasks``. A set of several tasks (MMLU's subjects) is the mean over all of its documents.
     """
-    manager = TaskManager(include_path=str(folder))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     results = {}
     for name, tasks in names.items():
         found = simple_evaluate(
