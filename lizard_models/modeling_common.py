@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -344,8 +345,8 @@ class LizardDecoder(LizardModelMixin):
     ) -> dict[str | None, list[AnchorBlock]] | None:
         """Where the anchors move on among the new positions; None if no row can reach the limit."""
         length = tokens.shape[1]
-        traced = torch.compiler.is_compiling()  # one graph must do before and past the limit
-        if not self.moves_anchors or not length or (past + length <= self.position_range.limit and not traced):
+        step = length == 1 and torch.compiler.is_compiling()  # one graph of a step must do before and past the limit
+        if not self.moves_anchors or not length or (past + length <= self.position_range.limit and not step):
             return None
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=tokens.device)[None]
@@ -429,6 +430,14 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             model_kwargs["past_key_values"] = self.new_cache()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+
+    def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        if self.mode == "student" and not self.model.has_softmax_layers:
+            for criterion in criteria:  # their warning that the context is exceeded would mislead: there is none
+                if isinstance(criterion, MaxLengthCriteria):
+                    criterion.max_position_embeddings = None
+        return criteria
 
 
 def placeholder_mask(tokens: Tensor) -> Tensor:

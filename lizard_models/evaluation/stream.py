@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -94,6 +96,7 @@ class StreamMeter:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.process = psutil.Process()
+        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
         self.started = time.monotonic()
         self.tokens = 0
         self.sums: list[float] = []
@@ -122,6 +125,8 @@ class StreamMeter:
         return sample
 
     def _memory(self) -> tuple[int, int]:
+        if self.trim is not None:  # glibc keeps freed memory at will; given back, what is resident is what is held
+            self.trim(0)
         cuda = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         return self.process.memory_info().rss, cuda
 

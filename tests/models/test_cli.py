@@ -76,7 +76,7 @@ def test_generate_continues_in_bounded_state(model, monkeypatch):
     assert sampled[0] == sampled[1] != sampled[2]
     piped = CliRunner().invoke(app, ["generate", str(model[0]), "-", "-n", "2"], input="from a pipe")
     assert piped.stdout.startswith("from a pipe")
-    monkeypatch.setattr("lizard_models.cli.generate.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("lizard_models.prompts.PREFILL_CHUNK", 3)
     assert call("generate", model[0], "the wind turns", "-n", "5", "--device", "cpu").stdout == result.stdout
     assert error("generate", model[0], "") == "error: prompt is empty: give some text to continue"
 
