@@ -258,13 +258,17 @@ class AttentionConfig(AttentionChoices):
     scale: float | None = None
     """Factor of the window's scores q . k; None is head_dim**-0.5."""
 
+    softcap: float | None = None
+    """Bound c of the window's scores, c tanh(score / c), as Gemma 2 has it; None leaves them. Triton kernels do not."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hidden_size", "num_heads", "num_key_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.scale is not None and self.scale <= 0:
-            raise ValueError(f"scale must be positive or None, got {self.scale}")
+        for name in ("scale", "softcap"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
         if self.num_heads % self.num_key_heads:
             raise ValueError(f"num_key_heads={self.num_key_heads} must divide num_heads={self.num_heads}")
         if (self.window_rope or self.linear_rope) and self.head_dim % 2:
@@ -280,11 +284,12 @@ class AttentionConfig(AttentionChoices):
         num_key_heads: int,
         head_dim: int,
         scale: float | None = None,
+        softcap: float | None = None,
     ) -> AttentionConfig:
         """The same choices with a shape."""
         values: dict[str, Any] = {f.name: getattr(choices, f.name) for f in dataclasses.fields(AttentionChoices)}
         values |= dict(hidden_size=hidden_size, num_heads=num_heads, num_key_heads=num_key_heads, head_dim=head_dim)
-        return cls(**values, scale=scale)
+        return cls(**values, scale=scale, softcap=softcap)
 
     @property
     def projection_dim(self) -> int:

@@ -125,6 +125,7 @@ class HybridAttention(nn.Module):
                 sinks=None if self.sinks is None else self.sinks(),
                 sink_form=config.sink_form,
                 scale=config.scale,
+                softcap=config.softcap,
                 initial_state=state,
                 output_final_state=use_state,
                 padding_mask=padding_mask,

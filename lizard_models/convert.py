@@ -22,8 +22,7 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
     the layer they join.
 
     Raises ValueError for another architecture, a model that is a Lizard already, an index in ``softmax_layers``
-    that the model does not have, a window wider than the sliding window of a layer to convert, or a layer to convert
-    whose scores are soft-capped.
+    that the model does not have, or a window wider than the sliding window of a layer to convert.
     """
     if isinstance(model, LizardModelMixin):
         raise ValueError(f"model is a {type(model).__name__} already: linearize takes its teacher")

@@ -63,12 +63,17 @@ def converted_layers(config: PreTrainedConfig) -> list[int]:
 
 
 def attention_config(
-    config: PreTrainedConfig, layer_idx: int | None = None, *, scale: float | None = None, rope: bool = True
+    config: PreTrainedConfig,
+    layer_idx: int | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rope: bool = True,
 ) -> AttentionConfig:
     """Shape and choices of a converted layer; without an index, those that all of them share.
 
-    scale: factor of the scores, None for the usual head_dim**-0.5. rope: False for a layer without positions (NoPE).
-    Raises ValueError for a window wider than the layer's own.
+    scale: factor of the scores, None for the usual head_dim**-0.5. softcap: their bound, None for none. rope: False for
+    a layer without positions (NoPE). Raises ValueError for a window wider than the layer's own.
     """
     choices = lizard_config(config).attention
     own = None if layer_idx is None else sliding_windows(config)[layer_idx]
@@ -86,4 +91,5 @@ def attention_config(
         num_key_heads=config.num_key_value_heads,
         head_dim=head_dim(config),
         scale=scale,
+        softcap=softcap,
     )

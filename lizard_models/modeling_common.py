@@ -40,6 +40,7 @@ class LizardAttention(nn.Module):
     scaling: float
     layer_type: str
     is_causal: bool
+    softcap: float | None = None  # bound of the scores
     use_rope: bool | int = True  # a family with layers without positions sets it a layer
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -51,7 +52,9 @@ class LizardAttention(nn.Module):
         super().__init__(config, layer_idx)
         if not self.is_causal:
             raise ValueError(f"layer {layer_idx} attends in both directions: only causal attention can be converted")
-        self.lizard = HybridAttention(attention_config(config, layer_idx, scale=self.scaling, rope=bool(self.use_rope)))
+        self.lizard = HybridAttention(
+            attention_config(config, layer_idx, scale=self.scaling, softcap=self.softcap, rope=bool(self.use_rope))
+        )
         self.teacher_window = sliding_windows(config)[layer_idx]
         self.stage1 = lizard_config(config).stage1
         self.mode: AttentionMode = "student"
@@ -177,6 +180,7 @@ class LizardAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             sliding_window=self.teacher_window,
+            **({} if self.softcap is None else {"softcap": self.softcap}),
             **kwargs,
         )
         return o

@@ -9,7 +9,6 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma2Model,
-    PreTrainedConfig,
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
 
@@ -24,18 +23,14 @@ class LizardGemma2Config(Gemma2Config):
 
 
 class LizardGemma2Attention(LizardAttention, Gemma2Attention):  # type: ignore[misc]
-    """Gemma 2's projections around a hybrid attention, where scores are not soft-capped."""
+    """Gemma 2's projections around a hybrid attention with soft-capped scores."""
 
     eager_attention_forward = staticmethod(eager_attention_forward)
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if self.attn_logit_softcapping is not None:
-            raise ValueError(
-                f"layer {layer_idx} caps its scores (attn_logit_softcapping={self.attn_logit_softcapping}), which the "
-                "window does not compute: keep it in softmax_layers, or load the teacher with "
-                "attn_logit_softcapping=None"
-            )
+    @property
+    def softcap(self) -> float | None:  # type: ignore[override]
+        """Bound of the scores."""
+        return self.attn_logit_softcapping
 
 
 class LizardGemma2Model(LizardDecoder, Gemma2Model):

@@ -90,6 +90,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     want(q_heads > 0 and q_heads % heads == 0, "q", q, f"a number of heads that is a multiple of the {heads} of k")
 
 
+def check_softcap(softcap: float | None) -> None:
+    """None or a positive finite number."""
+    check_scale("softcap", softcap, 1.0)
+
+
 def check_scale(name: str, scale: float | None, default: float) -> float:
     """The scale as a positive finite float."""
     if scale is None:

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(scores / softcap): within +-softcap, and the score itself where it is small. None leaves them."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def logistic(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)); torch.sigmoid rounds differently in the last elements of a tensor.
 

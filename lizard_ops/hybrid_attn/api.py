@@ -35,6 +35,7 @@ def chunk_hybrid_attn(
     feature_map: str = "identity",
     normalize: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     feature_scale: float | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
@@ -79,6 +80,7 @@ def chunk_hybrid_attn(
         feature_map: "identity", "softmax" or "exp".
         normalize: divide the linear branch by its mass.
         scale: factor of the window scores, K ** -0.5 by default.
+        softcap: bound of the window scores, as for ``window_attn``.
         feature_scale: factor of the linear weights; 1.0 by default with normalize, else F ** -0.5.
         initial_state, output_final_state, cu_seqlens, padding_mask: as for ``chunk_gated_attn``.
         gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features.
@@ -99,10 +101,12 @@ def chunk_hybrid_attn(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
         feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
     )  # fmt: skip
+    checks.check_softcap(softcap)
     checks.check_flag("output_final_state", output_final_state)
     checks.check_gate_form(gate_form, a.g, feature_map)
     linear_sinks = a.sinks is not None and sink_form == "linear"
-    chosen = choose_impl(impl, q, 'sink_form="linear"' if linear_sinks else float64_of(q))
+    beyond = 'sink_form="linear"' if linear_sinks else float64_of(q)
+    chosen = choose_impl(impl, q, beyond if softcap is None else f"softcap={softcap}")
     common: dict[str, Any] = dict(
         anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
         coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, feature_scale=a.feature_scale,
@@ -111,7 +115,7 @@ def chunk_hybrid_attn(
     )  # fmt: skip
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
-        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form)
+        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, softcap=softcap)
     if chosen == "triton":
         from lizard_ops.hybrid_attn.chunk_triton import chunk_hybrid_triton
 
@@ -119,7 +123,9 @@ def chunk_hybrid_attn(
     from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch
 
     with without_autocast(q):
-        return chunk_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, gate_form=gate_form)
+        return chunk_hybrid_torch(
+            q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, softcap=softcap, gate_form=gate_form
+        )
 
 
 def recurrent_hybrid_attn(
@@ -142,6 +148,7 @@ def recurrent_hybrid_attn(
     feature_map: str = "identity",
     normalize: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     feature_scale: float | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
@@ -161,10 +168,12 @@ def recurrent_hybrid_attn(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
         feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
     )  # fmt: skip
+    checks.check_softcap(softcap)
     checks.check_flag("output_final_state", output_final_state)
     tensors = (q, k, v, fq, fk, a.g, a.sinks, a.alpha, a.merge_bias, *(initial_state or ()))
     beyond = {
         'sink_form="linear"': a.sinks is not None and sink_form == "linear",
+        f"softcap={softcap}": softcap is not None,
         "float64 tensors": float64_of(q) is not None,
         "anything but one token a row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
         "a step without a carried state": initial_state is None,
@@ -181,7 +190,7 @@ def recurrent_hybrid_attn(
         o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state)
         return o, state if output_final_state else None
     common |= dict(
-        sink_form=sink_form, initial_state=initial_state, output_final_state=output_final_state,
+        sink_form=sink_form, softcap=softcap, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, padding_mask=padding_mask,
     )  # fmt: skip
     if chosen == "naive":

@@ -32,6 +32,7 @@ def chunk_hybrid_torch(
     feature_map: str,
     normalize: bool,
     scale: float,
+    softcap: float | None,
     feature_scale: float,
     initial_state: AttentionState | None,
     output_final_state: bool,
@@ -50,8 +51,9 @@ def chunk_hybrid_torch(
             offset=window if coverage == "outside" else 0, anchors=anchors, gate_form=gate_form, chunk_size=None,
         )  # fmt: skip
         o_win, lse, row_max, local = window_rows(
-            q, k, v, lengths, state, window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale
-        )
+            q, k, v, lengths, state, window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
+            softcap=softcap,
+        )  # fmt: skip
         o = mixed(
             o_lin, log_mass, o_win, lse, row_max,
             mix=mix, weight=weight if by_token is None else by_token, merge_mass=merge_mass,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lizard_ops.common.checks import state_heads, work_dtype
+from lizard_ops.common.checks import check_softcap, state_heads, work_dtype
 from lizard_ops.common.sequences import put_rows, sequence_slices, stack_states, state_of
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.naive import linear_branch
@@ -35,6 +35,7 @@ def naive_hybrid_attn(
     feature_map: str = "identity",
     normalize: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     feature_scale: float | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
@@ -46,6 +47,7 @@ def naive_hybrid_attn(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
         feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
     )  # fmt: skip
+    check_softcap(softcap)
     heads, work = state_heads(q, v, g), work_dtype(q)
     offset = window if coverage == "outside" else 0
     outputs, states = [], []
@@ -59,7 +61,7 @@ def naive_hybrid_attn(
         )  # fmt: skip
         o_win, lse, row_max, local = window_branch(
             q[row, at], k[row, at], v[row, at], past,
-            window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
+            window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale, softcap=softcap,
         )  # fmt: skip
         o_lin, o_win = o_lin.to(work), o_win.to(work)
         weight = alpha if mix == "sum" else merge_bias

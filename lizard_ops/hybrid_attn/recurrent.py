@@ -34,6 +34,7 @@ def recurrent_hybrid_torch(
     feature_map: str,
     normalize: bool,
     scale: float,
+    softcap: float | None,
     feature_scale: float,
     initial_state: AttentionState | None,
     output_final_state: bool,
@@ -56,6 +57,7 @@ def recurrent_hybrid_torch(
             o_win, lse, row_max, local = window_step(
                 q[:, t], k[:, t], v[:, t], state,
                 window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
+                softcap=softcap,
             )  # fmt: skip
             o_lin, log_mass, linear = linear_step(
                 fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], state, feature_map=feature_map,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common.checks import work_dtype
-from lizard_ops.common.numerics import logistic
+from lizard_ops.common.numerics import logistic, soft_capped
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
@@ -27,6 +27,7 @@ def window_torch(
     sinks: Tensor | None,
     sink_form: str,
     scale: float,
+    softcap: float | None,
     initial_state: AttentionState | None,
     output_final_state: bool,
     cu_seqlens: Tensor | None,
@@ -36,8 +37,9 @@ def window_torch(
 
     def op(rows, lengths, state):
         *results, fields = window_rows(
-            *rows, lengths, state, window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale
-        )
+            *rows, lengths, state, window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
+            softcap=softcap,
+        )  # fmt: skip
         position = layout_of(rows[0], state, None, lengths).end
         return results, AttentionState(position, **fields) if output_final_state else None
 
@@ -58,6 +60,7 @@ def window_rows(
     sinks: Tensor | None,  # [Hq, M]
     sink_form: str,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
     """Right-padded rows: (o [B, T, Hq, V], lse [B, T, Hq], row maximum [B, T, Hq], fields of the final state)."""
     (batch, length, heads, dim), key_heads, work = q.shape, k.shape[2], work_dtype(q)
@@ -79,7 +82,7 @@ def window_rows(
     queries = queries.contiguous().flatten(3, 4)  # [B, Hk, n, G C, D]
 
     seen = _visible(layout.position, anchors, window, size, back, blocks)  # [B, n, C, A + S]
-    scores = (queries @ keys.transpose(-1, -2)).unflatten(3, (group, size))
+    scores = soft_capped(queries @ keys.transpose(-1, -2), softcap).unflatten(3, (group, size))
     scores = scores.masked_fill_(~seen[:, None, :, None], -math.inf).flatten(3, 4)
     o, lse, row_max = (x.unflatten(3, (group, size)) for x in SoftmaxAverage.apply(scores, values)[:3])
 

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from lizard_ops.common import checks
 from lizard_ops.common.checks import work_dtype
+from lizard_ops.common.numerics import soft_capped
 from lizard_ops.common.sequences import (
     anchors_after,
     put_rows,
@@ -31,6 +33,7 @@ def naive_window_attn(
     sinks: Tensor | None = None,
     sink_form: str = "exp",
     scale: float | None = None,
+    softcap: float | None = None,
     initial_state: AttentionState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -45,12 +48,13 @@ def naive_window_attn(
     sinks, scale = window_arguments(
         q, k, v, window, anchors, sinks, sink_form, scale, initial_state, cu_seqlens, padding_mask
     )
+    checks.check_softcap(softcap)
     outputs, masses, states = [], [], []
     slices = sequence_slices(q.shape[0], q.shape[1], cu_seqlens, padding_mask, q.device)
     for n, (row, at) in enumerate(slices):
         o_n, lse_n, _, state = window_branch(
             q[row, at], k[row, at], v[row, at], state_of(initial_state, n),
-            window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
+            window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale, softcap=softcap,
         )  # fmt: skip
         outputs.append(o_n)
         masses.append(lse_n)
@@ -73,10 +77,12 @@ def window_branch(
     sinks: Tensor | None,  # [Hq, M]
     sink_form: str,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, AttentionState]:
     """One sequence: (o [T, Hq, V], lse [T, Hq], row maximum of the scores [T, Hq], state without the leading N).
 
-    o_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + c) over i - window < j <= i and j < anchors, s_ij = scale q_i.k_j.
+    o_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + c) over i - window < j <= i and j < anchors, s_ij = scale q_i.k_j, or
+    softcap tanh(scale q_i.k_j / softcap).
     """
     work, (length, heads, _), group = work_dtype(q), q.shape, q.shape[1] // k.shape[1]
     old = AttentionState(torch.tensor(0)) if past is None else past
@@ -93,7 +99,7 @@ def window_branch(
         far = min(anchors, first + begin)  # anchors that the window has left behind
         keys = torch.cat([anchor_k[:far], k[begin:end]]).to(work).repeat_interleave(group, 1)
         values = torch.cat([anchor_v[:far], v[begin:end]]).to(work).repeat_interleave(group, 1)
-        scores = scale * (q[i].to(work) * keys).sum(-1)  # [j, Hq]
+        scores = soft_capped(scale * (q[i].to(work) * keys).sum(-1), softcap)  # [j, Hq]
         top = scores.amax(0)
         if sinks is None:
             lse = scores.logsumexp(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.checks import work_dtype
+from lizard_ops.common.numerics import soft_capped
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.steps import put_at
 from lizard_ops.window_attn.chunk_torch import with_sinks
@@ -24,6 +25,7 @@ def window_step(
     sinks: Tensor | None,  # [Hq, M]
     sink_form: str,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
     """One token a row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed)."""
     assert state.ring_k is not None and state.ring_v is not None
@@ -32,7 +34,7 @@ def window_step(
     ring_k, ring_v = (put_at(x, state.position % window, new) for x, new in ((state.ring_k, k), (state.ring_v, v)))
     fields: dict[str, Tensor | None] = {"ring_k": ring_k, "ring_v": ring_v}
     queries = q.to(work).unflatten(1, (k.shape[1], -1)) * scale  # [B, Hk, G, D]
-    scores = _scores(queries, ring_k, slot <= position)  # slots fill in order, then all hold a key
+    scores = _scores(queries, ring_k, slot <= position, softcap)  # slots fill in order, then all hold a key
     if anchors:
         assert state.anchor_k is not None and state.anchor_v is not None
         place = torch.arange(anchors, device=q.device)
@@ -40,7 +42,7 @@ def window_step(
         anchor_k = torch.where(own, k.unsqueeze(1), state.anchor_k.to(k.dtype))
         anchor_v = torch.where(own, v.unsqueeze(1), state.anchor_v.to(v.dtype))
         fields |= {"anchor_k": anchor_k, "anchor_v": anchor_v}
-        scores = torch.cat([scores, _scores(queries, anchor_k, place <= position - window)], -1)
+        scores = torch.cat([scores, _scores(queries, anchor_k, place <= position - window, softcap)], -1)
     row_max, weights = scores.amax(-1).flatten(1), scores.softmax(-1)
     lse = scores.logsumexp(-1).flatten(1)
     o = weights[..., :window] @ ring_v.to(work).transpose(1, 2)
@@ -52,6 +54,7 @@ def window_step(
     return o, lse, row_max, fields
 
 
-def _scores(queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
     """[B, Hk, G, M]: queries [B, Hk, G, D] against keys [B, M, Hk, D], -inf where not seen [B, M]."""
-    return (queries @ keys.to(queries.dtype).permute(0, 2, 3, 1)).masked_fill(~seen[:, None, None], -math.inf)
+    scores = soft_capped(queries @ keys.to(queries.dtype).permute(0, 2, 3, 1), softcap)
+    return scores.masked_fill(~seen[:, None, None], -math.inf)

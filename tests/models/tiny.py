@@ -48,7 +48,7 @@ FAMILIES: dict = {
     "gemma2": (
         Gemma2Config,
         Gemma2ForCausalLM,
-        GEMMA | SLIDING | dict(attn_logit_softcapping=None),
+        GEMMA | SLIDING | dict(attn_logit_softcapping=2.0),
     ),
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA | SLIDING),
 }
