@@ -30,10 +30,13 @@ LINEAR = ("gated", "hybrid")
 STATE = AttentionState(torch.zeros(B, dtype=torch.int64))
 ONE_ROW = {"q": torch.rand(1, T, HQ, K), "k": torch.rand(1, T, HK, K), "v": torch.rand(1, T, HK, V)}
 ONE_ROW_LINEAR = ONE_ROW | {"g": None}
+ONE_ROW_HYBRID = ONE_ROW_LINEAR | {"fq": torch.rand(1, T, HQ, F), "fk": torch.rand(1, T, HK, F)}
 
 BAD = [
     # ops, changed arguments, what the message starts with
     (EVERY, {"q": torch.rand(B, T, K)}, "q: got shape"),
+    (EVERY, {"k": torch.rand(B, T, K)}, "k: got"),
+    (EVERY, {"v": torch.rand(B, T, HK, V, 1)}, "v: got"),
     (EVERY, {"q": [1.0]}, "q: got"),
     (EVERY, {"q": torch.ones(B, T, HQ, K, dtype=torch.int64)}, "q: got"),
     (EVERY, {"q": torch.rand(B, T, 3, K)}, "q: got"),
@@ -42,7 +45,17 @@ BAD = [
     (EVERY, {"k": torch.rand(B, T + 1, HK, K)}, "k: got"),
     (EVERY, {"v": torch.rand(B, T, HQ, V)}, "v: got"),
     (EVERY, {"v": torch.rand(B, T, HK, V).bfloat16()}, "v: got"),
+    (EVERY, {"k": torch.rand(B, T, HK, K, device="meta")}, "k: got"),
     (EVERY, {"v": torch.rand(B, T, HK, V, device="meta")}, "v: got"),
+    (LINEAR, {"g": -torch.rand(B, T, HK, device="meta")}, "g: got"),
+    (("window", "hybrid"), {"sinks": torch.rand(3, device="meta")}, "sinks: got"),
+    (("hybrid",), {"fq": torch.rand(B, T, HQ, F, device="meta")}, "fq: got"),
+    (("hybrid",), {"fq": torch.rand(B, T, HQ, 0), "fk": torch.rand(B, T, HK, 0)}, "fq: got"),
+    (("hybrid",), {"alpha": torch.rand(HQ, device="meta")}, "alpha: got"),
+    (("hybrid",), {"alpha": "1"}, "alpha: got '1'"),
+    (EVERY, {"padding_mask": torch.ones(B, T, device="meta").bool()}, "padding_mask: got"),
+    (EVERY, {"initial_state": STATE._replace(position=STATE.position.to("meta"))}, "initial_state.position: got"),
+    (EVERY, {"initial_state": STATE._replace(position=STATE.position[:1])}, "initial_state.position: got"),
     (EVERY, {"v": torch.rand(B, T, HK, 0)}, "k and v: got"),
     (LINEAR, {"g": -torch.rand(B, T, HK).bfloat16()}, "g: got"),
     (LINEAR, {"g": -torch.rand(B, T, 3)}, "g: got"),
@@ -66,9 +79,12 @@ BAD = [
     (EVERY, {"cu_seqlens": torch.tensor([0.0, T])}, "cu_seqlens: got"),
     (EVERY, {"cu_seqlens": torch.tensor([T])}, "cu_seqlens: got"),
     (EVERY, {"cu_seqlens": torch.tensor([0, T]), "padding_mask": torch.ones(B, T).bool()}, "padding_mask: got"),
-    (("window",), ONE_ROW | {"cu_seqlens": torch.tensor([1, T])}, "cu_seqlens: got [1, 6]"),
-    (("window",), ONE_ROW | {"cu_seqlens": torch.tensor([0, 4, 2, T])}, "cu_seqlens: got [0, 4, 2, 6]"),
-    (("gated",), ONE_ROW_LINEAR | {"cu_seqlens": torch.tensor([0, T + 1])}, "cu_seqlens: got [0, 7]"),
+    *(
+        ((op,), row | {"cu_seqlens": torch.tensor(ends)}, f"cu_seqlens: got {ends}")
+        for op, row in (("window", ONE_ROW), ("gated", ONE_ROW_LINEAR), ("hybrid", ONE_ROW_HYBRID))
+        for ends in ([1, T], [0, 4, 2, T], [0, T + 1], [0, T - 1])
+    ),
+    (("window",), ONE_ROW | {"cu_seqlens": torch.tensor([0, T], device="meta")}, "cu_seqlens: got"),
     (EVERY, {"initial_state": torch.zeros(B)}, "initial_state: got 'Tensor'"),
     (EVERY, {"initial_state": STATE._replace(position=torch.zeros(B))}, "initial_state.position: got"),
     (LINEAR, {"initial_state": STATE}, "initial_state."),
@@ -115,7 +131,21 @@ def test_bad_arguments(op, form, changes, message):
         ("chunk_gated_attn", {"gate_form": "absorbed", "g": torch.full((B, T), -50.0)}, "gate_form"),
         ("chunk_hybrid_attn", {"gate_form": "absorbed", "feature_map": "softmax", "g": None}, "gate_form"),
         ("chunk_gated_attn", {"return_log_mass": 1}, "return_log_mass"),
+        ("recurrent_gated_attn", {"return_log_mass": None}, "return_log_mass"),
         ("window_attn", {"return_lse": None}, "return_lse"),
+        *(
+            (form, {"output_final_state": 1}, "output_final_state: got 1")
+            for op in EVERY
+            for form in FORMS[op]
+            if not form.startswith("naive")
+        ),
+        *(
+            (form, {"impl": "fast"}, "impl: got 'fast'")
+            for op in EVERY
+            for form in FORMS[op]
+            if not form.startswith("naive")
+        ),
+        ("chunk_hybrid_attn", {"impl": "naive", "gate_form": "absorbed"}, "gate_form"),
         ("recurrent_gated_attn", {"impl": "triton"}, "impl: got 'triton'"),
         ("recurrent_hybrid_attn", {"impl": "triton"}, "impl: got 'triton'"),
     ],
@@ -140,6 +170,34 @@ def test_triton_is_not_replaced(form, monkeypatch):
     if op != "gated":
         with pytest.raises(ValueError, match="linear"):
             getattr(lizard_ops, form)(**tensors(op), impl="triton", sinks=torch.ones(2), sink_form="linear")
+
+
+STEP = {"q": (1, HQ, K), "k": (1, HK, K), "v": (1, HK, V), "fq": (1, HQ, F), "fk": (1, HK, F), "g": (1, HK)}
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"q": torch.rand(B, T, HQ, K)}, "one token a row"),
+        ({"padding_mask": torch.ones(B, 1, dtype=torch.bool)}, "one token a row"),
+        ({"initial_state": None}, "without a carried state"),
+        ({"sinks": torch.ones(2), "sink_form": "linear"}, "linear"),
+        ({"merge_bias": torch.zeros(HQ, requires_grad=True)}, "gradients"),
+        ({}, "TRITON_INTERPRET"),
+    ],
+)
+def test_the_decode_kernel_is_not_replaced(changes, reason, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = {"window": 3, "mix": "merge", "coverage": "outside", "feature_map": "softmax"}
+    state = lizard_ops.naive_hybrid_attn(**(tensors("hybrid") | options), output_final_state=True)[1]
+    step = {name: -torch.rand(B, *shape) if name == "g" else torch.rand(B, *shape) for name, shape in STEP.items()}
+    if "q" in changes:
+        step = {name: x for name, x in tensors("hybrid").items() if name != "window"}
+    with pytest.raises(ValueError, match=f"impl: got 'triton'.*{reason}"):
+        lizard_ops.recurrent_hybrid_attn(
+            **(step | options | {"initial_state": state} | {n: x for n, x in changes.items() if n != "q"}),
+            impl="triton",
+        )
 
 
 def test_unknown_keywords_are_refused():
@@ -179,3 +237,7 @@ def test_checked_mode_reads_gpu_values():
     lizard_ops.chunk_gated_attn(**x)
     with checked(), pytest.raises(ValueError, match="g: got"):
         lizard_ops.chunk_gated_attn(**x)
+    one = {name: x.cuda() for name, x in ONE_ROW.items()}
+    for ends in ([1, T], [0, 4, 2, T], [0, T - 1]):
+        with checked(), pytest.raises(ValueError, match="cu_seqlens: got"):
+            lizard_ops.chunk_gated_attn(**one, cu_seqlens=torch.tensor(ends, device="cuda"))

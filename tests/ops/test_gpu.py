@@ -274,6 +274,23 @@ def test_decode_steps_of_every_form():
                 raise AssertionError(f"{name} in {dtype}") from error
 
 
+@pytest.mark.parametrize("name", PRACTICE | COMPOSED)
+def test_more_rows_than_a_grid_axis_counts(name):
+    """70,000 rows, where an axis other than the first ends at 65,535."""
+    case = on_gpu(one_case(name, T=3, B=2, K=16, V=16, Fp=8), BF16)
+    many = case.map(lambda _, x: x.repeat(35_000, *[1] * (x.ndim - 1)))
+    found, few = with_gradients_of_ones(many), with_gradients_of_ones(case)
+    for x, y in zip(found, few, strict=True):
+        assert torch.equal(x.unflatten(0, (35_000, 2)), y.expand(35_000, *y.shape))
+
+
+def with_gradients_of_ones(case):
+    leaves = {n: x.detach().clone().requires_grad_() for n, x in case.tokens.items() if x is not None}
+    o = chunk(case.map(lambda n, _: leaves[n]))["o"]
+    found = torch.autograd.grad(o, list(leaves.values()), torch.ones_like(o), allow_unused=True)
+    return [o.detach(), *(d for d in found if d is not None)]
+
+
 @pytest.mark.xdist_group("huge")  # one after another: each takes about 30 GiB
 @pytest.mark.parametrize("op", ["gated", "window", "hybrid"])
 def test_more_elements_than_an_int32_counts(op):

@@ -6,6 +6,8 @@ dtype (op_checks.judge). ``pytest tests/ops --device cuda`` runs the same checks
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from gpu_forms import EVERY_LENGTH, FORMS, ODD_LENGTHS
@@ -173,15 +175,50 @@ def test_the_future_changes_nothing(op, any_target):
                 assert not found[f"d {name}"][:, at:].any(), name
 
 
+def test_later_masks_change_nothing(op, target):
+    """Padding from position ``at`` on, and ends of packed sequences there, are nothing to the positions before."""
+
+    @examples(target.count(12), drawn(op, target, B=1), st.integers(1, 16), st.integers(0, 9))
+    def check(case, at, seed):
+        at, length = min(at, case.length), case.length
+        case = there(case, target)
+
+        def before(kind, values, case):
+            return {"o": chunk(case, target, **{kind: values})["o"][:, :at]}
+
+        early = torch.rand(1, length, generator=torch.Generator().manual_seed(seed)) > 0.3
+        late = early.clone()
+        late[:, at:] = ~late[:, at:]
+        ends = [torch.tensor(x, device=target.device) for x in ([0, at // 2, length, length], [0, at // 2, at, length])]
+        for kind, values in (("padding_mask", [x.to(target.device) for x in (early, late)]), ("cu_seqlens", ends)):
+            a, b = (with_gradients(partial(before, kind, x), case) for x in values)
+            for name, x in a.items():
+                if target.impl == "triton":
+                    assert torch.equal(b[name], x), (kind, name)
+                else:  # where PyTorch's chunks begin depends on the longest sequence
+                    torch.testing.assert_close(b[name], x)
+
+
+def own_gradients(case, target):
+    """Of the token tensors, for cotangents that each row makes of its own output."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in case.tokens.items() if x is not None}
+    o = chunk(case.map(lambda name, _: leaves[name]), target)["o"]
+    found = torch.autograd.grad(o, list(leaves.values()), o.detach().sin(), allow_unused=True)
+    return {f"d {name}": d for name, d in zip(leaves, found, strict=True) if d is not None}
+
+
 def test_a_row_does_not_know_its_batch(op, target):
     @examples(target.count(12), drawn(op, target, B=3))
     def check(case):
         case = there(case, target)
         together = chunk(case, target)
+        kernels = target.impl == "triton"  # PyTorch's backward products on a CPU add in an order of the batch's size
+        gradients = own_gradients(case, target) if kernels else {}
         for row in range(3):
-            alone = chunk(case.part(slice(row, row + 1), slice(None)), target)
-            for name, x in alone.items():
-                assert torch.equal(together[name][row : row + 1], x), name
+            part = case.part(slice(row, row + 1), slice(None))
+            for name, x in (chunk(part, target) | (own_gradients(part, target) if kernels else {})).items():
+                whole = gradients[name] if name in gradients else together[name]
+                assert torch.equal(whole[row : row + 1], x), name
 
 
 def test_permuted_heads_permute_the_output(op, target):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,9 +70,9 @@ def test_no_gate_makes_nan(target, value, shape):
     assert all(x.isfinite().all() for x in (o, state.s, *grads))
 
 
-def test_odd_dims_read_nothing_beyond_them(target):
+def test_odd_dims_read_nothing_beyond_them(any_target):
     """Inputs lie in larger buffers full of NaN."""
-    inputs = []
+    target, inputs = any_target, []
     for x in hybrid_inputs(target, dim=5, fp=3):
         buffer = torch.full((x.shape[0], x.shape[1] + 1, *(n + 3 for n in x.shape[2:])), torch.nan).to(x)
         view = buffer[(slice(None), slice(0, x.shape[1]), *(slice(0, n) for n in x.shape[2:]))]
@@ -197,3 +200,42 @@ def test_many_heads_and_rows_fit_the_grid(target):
     q = torch.ones(33000, 1, 2, 1, device=target.device, dtype=target.dtype)
     assert chunk_gated_attn(q, q, q, impl=target.impl)[0].min() == 1
     assert window_attn(q, q, q, 1, impl=target.impl)[0].min() == 1
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_training_takes_no_more_than_the_length(torch_target, channels):
+    """No tensor of a forward and backward grows with the square of the length."""
+    largest = []
+    for t in (64, 128, 256):
+        *x, g = hybrid_inputs(torch_target, t=t)
+        g = g.unsqueeze(-1).expand(*g.shape, 6) if channels else g
+        leaves = [y.clone().requires_grad_() for y in (*x, g)]
+        with LargestTensor() as mode:
+            chunk_hybrid_attn(*leaves, 4, anchors=2, **MERGE, impl=torch_target.impl)[0].sum().backward()
+        largest.append(mode.elements)
+    assert largest[2] - largest[1] <= 2.1 * (largest[1] - largest[0])
+
+
+PACKAGES = ("lizard_ops", "lizard_layers", "lizard_models")
+SOURCES = [path for name in PACKAGES for path in sorted((Path(__file__).parents[2] / name).rglob("*.py"))]
+
+
+def test_sources_hold_nothing_of_a_debugging_session():
+    """No breakpoints, no anomaly detection, no silent loading, no grid axis with its limit of 65,535 programs."""
+    assert len(SOURCES) > 50
+    banned = r"breakpoint\(|set_trace\(|detect_anomaly|load_state_dict\([^)]*strict=False|program_id\([12]\)"
+    found = {str(path): re.findall(banned, path.read_text()) for path in SOURCES}
+    assert not {path: hits for path, hits in found.items() if hits}
