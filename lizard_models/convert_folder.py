@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lizard_models.config import LizardConfig
 from lizard_models.convert import start_new_parameters, student_config
-from lizard_models.downloads import Say, appear_whole, silent
+from lizard_models.downloads import Say, appear_whole, check_space, silent, write_sums
 from lizard_models.families import family_of
 from lizard_models.loading import TRAINING
 from lizard_models.modeling_common import LizardCausalLM
@@ -43,13 +43,14 @@ def linearize_folder(
     The teacher's tensors keep their names and bits: each of its safetensors files is copied as it is, and one more
     holds the new parameters, float32. Memory is that of the new parameters alone. With ``dtype`` floating tensors are
     cast, which takes the memory of one shard in that dtype. ``AutoModelForCausalLM.from_pretrained(out)`` then gives
-    what ``linearize(teacher, config)`` does.
+    what ``linearize(teacher, config)`` does after ``torch.manual_seed(config.stage1.seed)``.
 
     source: a local folder, a hub name or smollm2-135m, as ``load_teacher`` takes it. out: must not exist; it appears
     when it is whole. cache, say: as in ``load_teacher``. Returns ``out``.
 
-    Raises ValueError for what ``find_teacher`` and ``linearize`` refuse, a quantized teacher, weights that are not in
-    safetensors, a damaged shard, and tensors that are missing, unexpected or of another shape than the model's.
+    Raises ValueError for a disk that is too small, what ``find_teacher`` and ``linearize`` refuse, a quantized teacher,
+    weights that are not in safetensors, a damaged shard, and tensors that are missing, unexpected or of another shape
+    than the model's.
     """
     target = Path(out).expanduser()
     if target.exists():
@@ -67,6 +68,7 @@ def linearize_folder(
         student = family(chosen)
     shards = read_shards(folder)
     _check_tensors(student, shards, folder)
+    check_space(target, _bytes_to_write(student, dtype), "the converted model")
     with appear_whole(target) as draft:
         names = [f"model-{i:05d}-of-{len(shards) + 1:05d}.safetensors" for i in range(1, len(shards) + 2)]
         where: dict[str, str] = {}
@@ -75,7 +77,9 @@ def linearize_folder(
             say(f"{shard.path.name} -> {name}")
             total += _write_shard(shard, draft / name, dtype)
             where |= dict.fromkeys(shard.shapes, name)
-        new = dict(_new_parameters(student))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.stage1.seed)
+            new = dict(_new_parameters(student))
         if new:
             say(f"{len(new)} new parameters -> {names[-1]}")
         save_file(new, draft / names[-1], metadata={"format": "pt"})
@@ -86,6 +90,8 @@ def linearize_folder(
         _write_companions(folder, draft, chosen)
         record = {"teacher": str(source), "config": config.to_dict(), "stages": {}}
         (draft / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
+        say("writing the sha256 of every file")
+        write_sums(draft)
     return target
 
 
@@ -111,6 +117,12 @@ def _check_tensors(student: LizardCausalLM, shards: list[Shard], folder: Path) -
             first = sorted(names)
             more = f" and {len(first) - 3} more" if len(first) > 3 else ""
             raise ValueError(f"{str(folder)!r} has {kind} tensors for its config.json: {', '.join(first[:3])}{more}")
+
+
+def _bytes_to_write(student: LizardCausalLM, dtype: torch.dtype | None) -> int:
+    new = {name for name, _ in student.lizard_parameters()}
+    width = (dtype or student.config.dtype or torch.float32).itemsize
+    return sum(p.numel() * (4 if name in new else width) for name, p in student.named_parameters())
 
 
 def _write_shard(shard: Shard, target: Path, dtype: torch.dtype | None) -> int:

@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
-from lizard_models.downloads import hub_answers
+from lizard_models.downloads import SUMS, damaged, hub_answers
 from lizard_models.layer_configs import lizard_config
 from lizard_models.safe_loading import load_causal_lm
 from lizard_models.teachers import load_tokenizer
@@ -50,6 +50,11 @@ def load_model(
         raise ValueError(f"{what} {name_or_path!r} is not a folder; make one with `lizard-attn linearize`")
     source = str(folder) if folder.exists() else name_or_path
     if folder.exists():
+        if bad := damaged(folder):
+            raise ValueError(
+                f"{what} {name_or_path!r}: {', '.join(bad)} is damaged, or changed since it was saved (another sha256 "
+                f"than in {SUMS}): copy the model again, or delete {SUMS} if the change is yours"
+            )
         _check_version(folder)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)

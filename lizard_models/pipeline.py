@@ -18,7 +18,7 @@ from lizard_models.convert import linearize
 from lizard_models.data import Documents, load_documents, load_sequences
 from lizard_models.distill import RunArguments, StageResult, layer_errors, train_stage1, train_stage2
 from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
-from lizard_models.downloads import appear_whole, check_space
+from lizard_models.downloads import appear_whole, check_space, write_sums
 from lizard_models.evaluation import Report, Row, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.modeling_common import LizardCausalLM
@@ -101,6 +101,7 @@ class _Run:
         self.say(f"teacher: {plan.teacher}")
         self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
         self.documents = self._evaluation_documents()
+        torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
         added = sum(p.numel() for _, p in self.model.lizard_parameters())
         total = sum(p.numel() for p in self.model.parameters())
@@ -268,6 +269,7 @@ class _Run:
                 self.teacher.tokenizer.save_pretrained(draft)
             report.save(draft, say=self.say)
             (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+            write_sums(draft)
         shutil.rmtree(self.work)
         wait_for_all()
 

@@ -27,12 +27,18 @@ def saved(folder, shard: str = "50KB", dtype=torch.float32, **changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["recommended", "paper", "lolcats", "liger", "window_only"])
-def test_the_folder_holds_what_linearize_makes(tmp_path, preset):
+@pytest.mark.parametrize(
+    ("preset", "family"),
+    [
+        *((preset, "llama") for preset in ("recommended", "paper", "lolcats", "liger", "window_only")),
+        *(("recommended", family) for family in ("mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")),
+    ],
+)
+def test_the_folder_holds_what_linearize_makes(tmp_path, preset, family):
     config = LizardConfig.preset(preset, attention={"window": 8})
-    torch.manual_seed(5)
-    made = linearize(saved(tmp_path / "teacher"), config)
-    torch.manual_seed(5)
+    original = saved(tmp_path / "teacher", family=family)
+    torch.manual_seed(config.stage1.seed)
+    made = linearize(original, config)
     loaded = AutoModelForCausalLM.from_pretrained(linearize_folder(tmp_path / "teacher", tmp_path / "out", config))
     for (name, a), (other, b) in zip(made.named_parameters(), loaded.named_parameters(), strict=True):
         assert name == other and a.dtype == b.dtype and torch.equal(a, b)

@@ -11,7 +11,7 @@ from training import Sequences, arguments, fresh, recipes
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lizard_models import LizardLlamaForCausalLM, load_teacher
+from lizard_models import LizardLlamaForCausalLM, downloads, load_teacher
 from lizard_models.cli.main import app
 from lizard_models.distill import state_files, train_stage1
 from lizard_models.loading import load_model
@@ -221,3 +221,16 @@ def test_optimizer_state_comes_back_to_the_last_bit(tmp_path):
         step(model, optimizer)
     assert torch.equal(models[0].weight, models[1].weight) and torch.equal(models[0].bias, models[1].bias)
     assert isinstance(optimizers[1].param_groups[0]["lr"], torch.Tensor)
+
+
+def test_a_changed_bit_is_seen_where_the_folder_has_sums(tmp_path):
+    downloads.write_sums(save(tmp_path))
+    load_model(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="model.safetensors is damaged, or changed since it was saved .*SHA256SUMS"):
+        load_model(str(tmp_path))
+    (tmp_path / "SHA256SUMS").unlink()
+    load_model(str(tmp_path))
