@@ -22,6 +22,7 @@ from lizard_models.convert import start_new_parameters, student_config
 from lizard_models.downloads import Say, appear_whole, check_space, silent, write_sums
 from lizard_models.families import family_of
 from lizard_models.loading import TRAINING
+from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM
 from lizard_models.teachers import find_teacher, load_tokenizer
 from lizard_models.weights import Shard, data_bytes, read_shards
@@ -90,6 +91,7 @@ def linearize_folder(
         _write_companions(folder, draft, chosen)
         record = {"teacher": str(source), "config": config.to_dict(), "stages": {}}
         (draft / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
+        write_model_card(draft, folder)
         say("writing the sha256 of every file")
         write_sums(draft)
     return target
@@ -121,8 +123,8 @@ def _check_tensors(student: LizardCausalLM, shards: list[Shard], folder: Path) -
 
 def _bytes_to_write(student: LizardCausalLM, dtype: torch.dtype | None) -> int:
     new = {name for name, _ in student.lizard_parameters()}
-    width = (dtype or student.config.dtype or torch.float32).itemsize
-    return sum(p.numel() * (4 if name in new else width) for name, p in student.named_parameters())
+    saved: Any = dtype or student.config.dtype or torch.float32
+    return sum(p.numel() * (4 if name in new else saved.itemsize) for name, p in student.named_parameters())
 
 
 def _write_shard(shard: Shard, target: Path, dtype: torch.dtype | None) -> int:

@@ -21,6 +21,7 @@ from lizard_models.distill.parallel import is_main_process, join, process_count,
 from lizard_models.downloads import appear_whole, check_space, write_sums
 from lizard_models.evaluation import Report, Row, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.report import CONTROL, TEACHER
+from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM
 from lizard_models.teachers import Teacher, load_teacher
 
@@ -269,6 +270,7 @@ class _Run:
                 self.teacher.tokenizer.save_pretrained(draft)
             report.save(draft, say=self.say)
             (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+            write_model_card(draft, self.teacher.source)
             write_sums(draft)
         shutil.rmtree(self.work)
         wait_for_all()

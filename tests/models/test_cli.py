@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from readable import save_teacher, save_texts
 from safetensors import SafetensorError
 from training import Sequences
@@ -60,6 +61,10 @@ def test_linearize_saves_a_model_and_what_was_measured(model):
         file.name for file in out.iterdir()
     }
     assert not pipeline.work_folder(out).exists()
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers" and "lizard_llama" in card.data.tags
+    for text in ("preset `recommended`: window 16", "stage1: 3 steps of 2 x 64", "stage2: 2 steps", "Passkeys found"):
+        assert text in card.text
     training = json.loads((out / "training.json").read_text())
     assert training["stages"]["stage1"]["steps"] == 3 and len(training["eval_hash"]) == 64
     loaded = AutoModelForCausalLM.from_pretrained(out)
