@@ -52,8 +52,8 @@ def load_model(
     if folder.exists():
         if bad := damaged(folder):
             raise ValueError(
-                f"{what} {name_or_path!r}: {', '.join(bad)} is damaged or cut short, or changed since it was saved (another "
-                f"sha256 than in {SUMS}): copy the model again, or delete {SUMS} if the change is yours"
+                f"{what} {name_or_path!r}: {', '.join(bad)} is damaged or cut short, or changed since it was saved "
+                f"(another sha256 than in {SUMS}): copy the model again, or delete {SUMS} if the change is yours"
             )
         _check_version(folder)
     try:
