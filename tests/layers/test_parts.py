@@ -124,6 +124,17 @@ def test_gates_are_float32_decays_of_the_promised_width(gate):
     assert (g <= 0).all() and g.isfinite().all()
 
 
+def test_pooling_averages_the_channels_of_each_head():
+    made, k = build_gate(config(gate="pooling")), torch.randn(2, 5, 2, 8)
+    g = made(torch.zeros(2, 5, 24), k)
+    torch.testing.assert_close(made(torch.zeros(2, 5, 24), k[..., torch.randperm(8)]), g)
+    for channel in range(8):
+        other = k.clone()
+        other[:, :, 1, channel] += 1.0
+        changed = made(torch.zeros(2, 5, 24), other)
+        assert (changed[:, :, 1] != g[:, :, 1]).all() and torch.equal(changed[:, :, 0], g[:, :, 0])
+
+
 def test_no_gate():
     assert build_gate(config(gate="none")) is None
 
