@@ -451,8 +451,8 @@ def channel_key_kernel(
         for vb in tl.static_range(NVB):
             vp, vm = tile(v, r, ok, hk, HK, V, vb * BV, BV)
             dop, om = tile(d_o, r, ok, head, HQ, V, vb * BV, BV)
-            v_t = tl.load(vp, mask=vm, other=0.0)
-            d_score = tl.dot(v_t, tl.trans(tl.load(dop, mask=om, other=0.0)), d_score, input_precision=PRECISION)
+            value = tl.load(vp, mask=vm, other=0.0)  # not v_t, whose type may differ
+            d_score = tl.dot(value, tl.trans(tl.load(dop, mask=om, other=0.0)), d_score, input_precision=PRECISION)
         d_score = d_score * w[None, :] + e[None, :]
         d_score = d_score.to(OPERAND)
         qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)

@@ -73,9 +73,11 @@ def output_kernel(
     j_ok = rj < rows
     causal = (ri[:, None] >= rj[None, :]) & j_ok[None, :]  # [BM, C]
     if GATED:
-        gj, _ = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
-        gi, _ = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
-        from_start = tl.exp2(gi)
+        gi, gi_lo = decay_row(g_hi, g_lo, ri, i_ok, hg, HG)
+        from_start = tl.exp2(gi) * tl.exp2(gi_lo)
+    if ABSORBED:
+        gj, gj_lo = decay_row(g_hi, g_lo, rj, j_ok, hg, HG)
+        to_key = tl.exp2(-gj) * tl.exp2(-gj_lo)
     if GATED and not ABSORBED:
         weight = decay_tile(g_hi, g_lo, ri, rj, i_ok, j_ok, causal, hg, HG)
     else:
@@ -87,7 +89,7 @@ def output_kernel(
         kp, km = tile(k, rj, j_ok, hk, HK, K, 0, BK)
         k_t = tl.load(kp, mask=km, other=0.0)  # [C, BK]
         if ABSORBED:
-            k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(OPERAND)
+            k_t = (k_t.to(tl.float32) * to_key[:, None]).to(OPERAND)
         sp, sm = state_tile(states, state, K, V, 0, vb * BV, BK, BV)
         s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
         ks = tl.arange(0, BK)
@@ -102,7 +104,7 @@ def output_kernel(
                 kp, km = tile(k, rj, j_ok, hk, HK, K, kb * BK, BK)
                 k_t = tl.load(kp, mask=km, other=0.0)
                 if ABSORBED:
-                    k_t = (k_t.to(tl.float32) * tl.exp2(-gj)[:, None]).to(OPERAND)
+                    k_t = (k_t.to(tl.float32) * to_key[:, None]).to(OPERAND)
                 sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
                 s_t = tl.load(sp, mask=sm, other=0.0)
                 ks = kb * BK + tl.arange(0, BK)

@@ -51,6 +51,13 @@ def project_kernel(
 
 
 @triton.jit
+def transposed_weight(weight, first, d, D: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
+    """Columns first.. of one head's matrix as rows [BF, BD]."""
+    f = first + tl.arange(0, BF)
+    return tl.load(weight + d[None, :] * F + f[:, None], mask=(d < D)[None, :] & (f < F)[:, None], other=0.0)
+
+
+@triton.jit
 def input_gradient_kernel(
     dy, weight, d_x, dx, tokens, length, y_b, y_t, y_h, x_b, x_t, x_h,
     H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
@@ -62,6 +69,9 @@ def input_gradient_kernel(
     h = pid % H
     d = tl.arange(0, BD)
     first = pid // H * (STEPS * BN)
+    weight += (h // (H // M)) * D * F
+    if NFB == 1:
+        b_w = transposed_weight(weight, 0, d, D, F, BF)
     for step in tl.range(0, STEPS):
         n = first + tl.cast(step, tl.int32) * BN + tl.arange(0, BN)
         rows, here = token_offsets(n, tokens, length, y_b, y_t)
@@ -69,8 +79,8 @@ def input_gradient_kernel(
         acc = tl.zeros([BN, BD], tl.float32)
         for fb in tl.static_range(NFB):
             f = fb * BF + tl.arange(0, BF)
-            of_w = (h // (H // M)) * D * F + d[None, :] * F + f[:, None]
-            b_w = tl.load(weight + of_w, mask=(d < D)[None, :] & (f < F)[:, None], other=0.0)  # [BF, BD]
+            if NFB > 1:
+                b_w = transposed_weight(weight, fb * BF, d, D, F, BF)
             b_dy = tl.load(dy + rows[:, None] + h * y_h + f[None, :], mask=here[:, None] & (f < F)[None, :], other=0.0)
             acc = dot_split(b_dy, b_w, acc, PRECISION)
         if d_x is not None:

@@ -20,14 +20,15 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     head_rows,
     load_gates,
     locate,
+    power_of_two,
 )
 
 
 @triton.jit
 def gate_gradient_kernel(
     dg, s, z, ds, dz, gates, flow, entered, near, far, sent, rows_total, slots, tokens, stream,
-    WINDOW: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr, BW: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the log-decay at each linear row, one column a state head.
 
@@ -77,14 +78,22 @@ def gate_gradient_kernel(
             whole, part, SPLIT
         )
         b_dg = tl.where(r < seen, b_dg, 0.0)
-    for j in tl.range(block * C - WINDOW, (block + 1) * C if WINDOW > 0 else 0, 32):
-        query = j + tl.arange(0, 32)  # its linear row
-        b_flow = tl.zeros([32], tl.float32)
-        for own in tl.static_range(GROUP):
-            out = (batch.to(tl.int64) * HQ + head * GROUP + own) * tokens + first + stream.shift + query
-            b_flow += tl.load(flow + out, mask=(query >= 0) & (query < seen), other=0.0)
-        age = r[None, :] - 1 - query[:, None]  # [query, gate]: sums stay inside a thread
-        b_dg += tl.sum(tl.where(tl.cast(age, tl.uint32) < WINDOW, b_flow[:, None], 0.0), 0)
+    if WINDOW > 0:  # flow of the queries r - WINDOW to r - 1: those before the block, less who leaves, and who comes
+        r0, before = block * C, block * C - WINDOW + tl.arange(0, BW)
+        flow_before, flow_in, flow_out = (
+            tl.zeros([BW], tl.float32),
+            tl.zeros([C], tl.float32),
+            tl.zeros([C], tl.float32),
+        )
+        for head_q in tl.range(head * GROUP, head * GROUP + GROUP):
+            p_flow = flow + (batch.to(tl.int64) * HQ + head_q) * tokens + first + stream.shift
+            flow_before += tl.load(p_flow + before, mask=(before >= 0) & (before < r0) & (before < seen), other=0.0)
+            flow_in += tl.load(p_flow + r - 1, mask=(i > 0) & (r - 1 < seen), other=0.0)
+            flow_out += tl.load(
+                p_flow + r - 1 - WINDOW, mask=(i > 0) & (r > WINDOW) & (r - 1 - WINDOW < seen), other=0.0
+            )
+        come_and_gone = tl.cumsum(flow_in.to(tl.float64) - flow_out.to(tl.float64), 0)
+        b_dg += (tl.sum(flow_before.to(tl.float64), 0) + come_and_gone).to(tl.float32)
     p_dg = at(dg, batch, linear_row, head) + r.to(tl.int64) * dg.time
     tl.store(p_dg, b_dg, mask=r < known)
 
@@ -96,11 +105,11 @@ def gate_gradients(
     """Gradient of g, float32."""
     dg = torch.empty(*g.shape[:2], shape.state_heads, dtype=torch.float32, device=g.device)
     blocks = block_count(stream, stream.prefix - stream.start, shape.chunk)
-    heads = g.shape[2]
+    heads, window = g.shape[2], shape.window if shape.outside else 0
     if blocks:
         gate_gradient_kernel[(blocks * shape.state_heads,)](
             head_rows(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, *keys,
-            terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, shape.window if shape.outside else 0,
+            terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, window, power_of_two(window),
             shape.query_heads, shape.state_heads, heads, shape.features, shape.value, shape.value_block, shape.chunk,
             0 if keys.sent is None else keys.sent.shape[0], shape.split, num_warps=4,
         )  # fmt: skip

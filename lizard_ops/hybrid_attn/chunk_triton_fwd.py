@@ -196,7 +196,8 @@ def output_kernel(
         b_sink = tl.load(sink + head + member) * LOG2E
         larger = tl.maximum(log_window, b_sink)
         log_window = larger + tl.log2(tl.exp2(log_window - larger) + tl.exp2(b_sink - larger))
-    weight_window = tl.exp2(top - log_window)
+        total += tl.exp2(b_sink - top)
+    weight_window = 1.0 / total  # not exp2(top - log_window), which large scores leave few digits
 
     # mix
     some = (mass != 0.0) & (ahead > float("-inf"))

@@ -388,7 +388,7 @@ def test_extreme_inputs(op, target, kind):
 
         def extreme(name, x):
             if kind == "large scores" and name in ("q", "k") and op != "gated":
-                return x * 60
+                return x * (12 if target.dtype == torch.float16 else 60)  # the reference's own scores must fit
             if kind == "equal keys" and name in ("k", "fk"):
                 return x[:, :1].expand_as(x)
             if kind == "zero values" and name == "v":
