@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
 from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
+from lizard_ops import project_heads
 
 
 class HedgehogFeatureMap(Float32Module):
@@ -18,7 +19,8 @@ class HedgehogFeatureMap(Float32Module):
     ``num_maps`` is the number of matrices: 1 for a map shared by all heads, the number of heads for one each, or the
     number of key heads for query heads that share the map of their group.
 
-    x [B, T, H, D], H a multiple of num_maps -> [B, T, H, feature_dim] in x's dtype; computed in float32.
+    x [B, T, H, D], H a multiple of num_maps -> x itself, for what else reads it, and [B, T, H, feature_dim] in its
+    dtype; weights and sums are float32's (``lizard_ops.project_heads``).
     """
 
     def __init__(self, num_maps: int, head_dim: int, feature_dim: int, noise: float = 0.0) -> None:
@@ -36,12 +38,8 @@ class HedgehogFeatureMap(Float32Module):
                 for block in self.weight[:, :, start : start + dim]:
                     nn.init.orthogonal_(block)
 
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.weight.shape[0]
-        if x.shape[2] % maps:
-            raise ValueError(f"x has {x.shape[2]} heads (shape {tuple(x.shape)}), wanted a multiple of {maps} maps")
-        grouped = full_precision(x).unflatten(2, (maps, -1))  # [B, T, M, G, D]
-        return torch.einsum("btmgd,mdf->btmgf", grouped, self.weight).flatten(2, 3).to(x.dtype)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return project_heads(x, self.weight)
 
 
 class KeyWeight(Float32Module):
@@ -91,14 +89,15 @@ class FeatureMaps(nn.Module):
         if not config.tie_features:
             self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape)
 
-    def forward(self, q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, T, Hq, D], k [B, T, H, D], H the linear key heads, x [B, T, d] -> fq [B, T, Hq, Fp], fk [B, T, H, Fp].
+    def forward(self, q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, fq, fk): q [B, T, Hq, D] and k [B, T, H, D], H the linear key heads, as they came, for the window.
 
-        With a key weight F features instead of Fp.
+        x [B, T, d]: the layer's input. fq [B, T, Hq, Fp], fk [B, T, H, Fp]; with a key weight F features instead.
         """
+        fq, fk = q, k
         if self.key_map is not None:
-            q, k = (self.query_map or self.key_map)(q), self.key_map(k)
+            (q, fq), (k, fk) = (self.query_map or self.key_map)(q), self.key_map(k)
         if self.key_weight is not None:
-            fk = both_softmax(full_precision(k)) * self.key_weight(x).unsqueeze(-1)
-            return both_softmax(full_precision(q)).to(q.dtype), fk.to(k.dtype)
-        return (q.softmax(-1), k.softmax(-1)) if self.one_sided else (q, k)
+            weighted = both_softmax(full_precision(fk)) * self.key_weight(x).unsqueeze(-1)
+            return q, k, both_softmax(full_precision(fq)).to(q.dtype), weighted.to(k.dtype)
+        return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)

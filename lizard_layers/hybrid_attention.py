@@ -116,10 +116,6 @@ class HybridAttention(nn.Module):
     ) -> tuple[Tensor, AttentionState | None]:
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
-            window_q, window_k = q, k
-            if rope is not None and (config.window_rope or config.linear_rope):
-                turned = apply_rope(q, *rope), apply_rope(k, *rope)
-                window_q, window_k = turned if config.window_rope else (q, k)
             shared: dict[str, Any] = dict(
                 anchors=config.anchors,
                 sinks=None if self.sinks is None else self.sinks(),
@@ -133,15 +129,19 @@ class HybridAttention(nn.Module):
                 impl=config.impl,
             )
             if not config.linear_branch:
-                return window_attn(window_q, window_k, v, config.window, **shared)[:2]
-            linear_q, linear_k = turned if config.linear_rope else (q, k)
+                return window_attn(*self._turn(config.window_rope, q, k, rope), v, config.window, **shared)[:2]
             g = None if self.gate is None else self.gate(x, k)
             if config.linear_key_heads != k.shape[2]:
                 group = config.num_heads // config.num_key_heads
-                linear_k, window_k, v = (h.repeat_interleave(group, 2) for h in (linear_k, window_k, v))
+                k, v = (h.repeat_interleave(group, 2) for h in (k, v))
                 if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                     g = g.repeat_interleave(group, 2)
-            fq, fk = self.feature_maps(linear_q, linear_k, x)
+            if config.linear_rope and not config.window_rope:
+                _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope), x)
+                window_q, window_k = q, k
+            else:
+                q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), x)
+                window_q, window_k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
             choices: dict[str, Any] = dict(
                 mix=config.mix,
                 merge_mass=config.merge_mass,
@@ -156,6 +156,10 @@ class HybridAttention(nn.Module):
             return chunk_hybrid_attn(
                 window_q, window_k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, **shared
             )
+
+    @staticmethod
+    def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        return (apply_rope(q, *rope), apply_rope(k, *rope)) if wanted and rope is not None else (q, k)
 
     def _check(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
         config = self.config

@@ -99,7 +99,7 @@ class Shape:
 
     @property
     def precision(self) -> str:
-        """Of products of float32 tiles, which the linear branch of float16 has too: three of bfloat16 keep its digits."""
+        """Of products of float32 tiles, which float16 has in its linear branch: three of bfloat16 keep its digits."""
         return "ieee" if self.dtype == torch.float32 or self.device.type != "cuda" else "bf16x3"
 
     @property
