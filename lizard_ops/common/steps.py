@@ -8,9 +8,11 @@ from torch import Tensor
 from lizard_ops.common.state import AttentionState
 
 
-def put_at(kept: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    """kept [N, M, ...] with new [N, ...] at place ``index`` [N] of each row, out of place."""
+def put_at(kept: Tensor, index: Tensor, new: Tensor, inplace: bool = False) -> Tensor:
+    """kept [N, M, ...] with new [N, ...] at place ``index`` [N] of each row; out of place in the dtype of new."""
     rows = torch.arange(kept.shape[0], device=kept.device)
+    if inplace:
+        return kept.index_put_((rows, index), new.to(kept.dtype))
     return kept.to(new.dtype).index_put((rows, index), new)
 
 
@@ -28,6 +30,14 @@ def where_active(active: Tensor | None, new: AttentionState, old: AttentionState
         None if a is None or b is None else torch.where(active.view(-1, *[1] * (a.ndim - 1)), a, b.to(a.dtype))
         for a, b in pairs
     )
+
+
+def overwrite(state: AttentionState, new: AttentionState) -> AttentionState:
+    """``state`` with the values of ``new``, in the memory and dtypes it has."""
+    for old, value in zip(state, new, strict=True):
+        if old is not None and value is not None and old is not value:
+            old.copy_(value)
+    return state
 
 
 def blank_state(like: Tensor, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> AttentionState:

@@ -75,12 +75,14 @@ def linear_step(
     normalize: bool,
     offset: int,
     anchors: int,
-    ring_v: Tensor | None = None,
+    shared: tuple[Tensor | None, Tensor] | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """One token a row: (o [B, Hq, V], log mass [B, Hq], the fields that changed, position left to the caller).
 
     The key that joins the sums is the one that leaves the ring, or the new one without an offset.
-    ring_v: the ring of values with the new one in it, from whoever shares it.
+    shared: the ring of values with the new one in it and the value that left it, from whoever shares that ring.
+    inplace: the fields are those of ``state``, overwritten.
     """
     assert state.s is not None and state.z is not None
     work, q_heads, heads = work_dtype(v), fq.shape[1], state.s.shape[1]
@@ -89,13 +91,16 @@ def linear_step(
     if offset:
         assert state.ring_v is not None and state.ring_fk is not None
         slot = state.position % offset
-        fields["ring_v"] = put_at(state.ring_v, slot, v) if ring_v is None else ring_v
-        fields["ring_fk"] = put_at(state.ring_fk, slot, fk)
-        fk, v = take_at(state.ring_fk, slot), take_at(state.ring_v, slot)
+        leaving_v = take_at(state.ring_v, slot) if shared is None else shared[1]
+        fields["ring_v"] = put_at(state.ring_v, slot, v, inplace) if shared is None else shared[0]
+        leaving_fk = take_at(state.ring_fk, slot)
+        fields["ring_fk"] = put_at(state.ring_fk, slot, fk, inplace)
+        fk, v = leaving_fk, leaving_v
         if g is not None:
             assert state.ring_g is not None
-            fields["ring_g"] = ring_g = put_at(state.ring_g, slot, g)
-            g, passed = take_at(state.ring_g, slot).to(work), ring_g.sum(1)
+            leaving_g = take_at(state.ring_g, slot).to(work)
+            fields["ring_g"] = ring_g = put_at(state.ring_g, slot, g, inplace)
+            g, passed = leaving_g, ring_g.sum(1)
     is_key = (state.position >= anchors + offset).view(-1, 1, 1)
 
     phi_k, key_log = expand_features(fk.to(work), feature_map)
@@ -112,8 +117,13 @@ def linear_step(
     kept = kept.exp()
     phi_k = phi_k.masked_fill(~is_key, 0.0)
     values = _to_heads(v.to(work), heads)
-    s = torch.addcmul(kept.unsqueeze(-1) * state.s.to(work), phi_k.unsqueeze(-1), values.unsqueeze(-2))
-    z = kept * state.z.to(work) + phi_k
+    if inplace:
+        s = state.s.mul_(kept.unsqueeze(-1)).addcmul_(phi_k.unsqueeze(-1), values.unsqueeze(-2))
+        z = state.z.mul_(kept).add_(phi_k)
+        log_scale = None if log_scale is None or state.log_scale is None else state.log_scale.copy_(log_scale)
+    else:
+        s = torch.addcmul(kept.unsqueeze(-1) * state.s.to(work), phi_k.unsqueeze(-1), values.unsqueeze(-2))
+        z = kept * state.z.to(work) + phi_k
     fields |= {"s": s, "z": z, "log_scale": log_scale}
 
     phi_q, query_log = expand_features(fq.to(work), feature_map)

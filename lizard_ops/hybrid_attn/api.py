@@ -154,12 +154,20 @@ def recurrent_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
     """What ``chunk_hybrid_attn`` computes, one position at a time: the decode step, and many of them in a row.
 
     The arguments, results, state and errors are those of ``chunk_hybrid_attn``. T = 1 is one light step without a
-    loop or a synchronisation. impl: "triton" is the one-launch decode kernel, which takes one token a row (T = 1), a
+    loop or a synchronisation.
+
+    inplace: overwrite the tensors of ``initial_state``, position included, and return that state: no copy of it is
+    made, its addresses stay, and a CUDA graph or a compiled step can be replayed on it. Its tensors must be contiguous
+    and of the dtypes that an op leaves; gradients (grad mode on, and a tensor that requires one) are refused with a
+    ValueError, as they would need the state from before the step.
+
+    impl: "triton" is the one-launch decode kernel, which takes one token a row (T = 1), a
     carried state, no padding and no packing, and has no backward; "auto" takes it for CUDA tensors wherever all that
     holds, and PyTorch otherwise.
     """
@@ -170,14 +178,23 @@ def recurrent_hybrid_attn(
     )  # fmt: skip
     checks.check_softcap(softcap)
     checks.check_flag("output_final_state", output_final_state)
+    checks.check_flag("inplace", inplace)
     tensors = (q, k, v, fq, fk, a.g, a.sinks, a.alpha, a.merge_bias, *(initial_state or ()))
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if inplace:
+        checks.want(initial_state is not None, "inplace", inplace, "False without an initial_state to overwrite")
+        checks.want(not gradients, "inplace", inplace, "False where gradients are recorded: use torch.no_grad()")
+        checks.want(impl != "naive", "inplace", inplace, 'False with impl="naive"')
+        for name, x in zip(AttentionState._fields, initial_state or (), strict=False):
+            if x is not None and not x.is_contiguous():
+                raise ValueError(f"initial_state.{name}: got strides {x.stride()}, wanted contiguous with inplace")
     beyond = {
         'sink_form="linear"': a.sinks is not None and sink_form == "linear",
         f"softcap={softcap}": softcap is not None,
         "float64 tensors": float64_of(q) is not None,
         "anything but one token a row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
         "a step without a carried state": initial_state is None,
-        "gradients": torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+        "gradients": gradients,
     }
     chosen = choose_impl(impl, q, next((what for what, holds in beyond.items() if holds), None))
     common: dict[str, Any] = dict(
@@ -187,7 +204,7 @@ def recurrent_hybrid_attn(
     if chosen == "triton" and initial_state is not None:
         from lizard_ops.hybrid_attn.decode_triton import decode_hybrid_triton
 
-        o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state)
+        o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state, inplace=inplace)
         return o, state if output_final_state else None
     common |= dict(
         sink_form=sink_form, softcap=softcap, initial_state=initial_state, output_final_state=output_final_state,
@@ -198,4 +215,4 @@ def recurrent_hybrid_attn(
     from lizard_ops.hybrid_attn.recurrent import recurrent_hybrid_torch
 
     with without_autocast(q):
-        return recurrent_hybrid_torch(q, k, v, fq, fk, a.g, window, **common)
+        return recurrent_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, inplace=inplace)

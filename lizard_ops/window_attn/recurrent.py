@@ -26,12 +26,17 @@ def window_step(
     sink_form: str,
     scale: float,
     softcap: float | None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
-    """One token a row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed)."""
+    """One token a row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed).
+
+    inplace: the fields are those of ``state``, overwritten.
+    """
     assert state.ring_k is not None and state.ring_v is not None
     work, position = work_dtype(q), state.position.unsqueeze(1)
     slot = torch.arange(window, device=q.device)
-    ring_k, ring_v = (put_at(x, state.position % window, new) for x, new in ((state.ring_k, k), (state.ring_v, v)))
+    newest = state.position % window
+    ring_k, ring_v = (put_at(x, newest, new, inplace) for x, new in ((state.ring_k, k), (state.ring_v, v)))
     fields: dict[str, Tensor | None] = {"ring_k": ring_k, "ring_v": ring_v}
     queries = q.to(work).unflatten(1, (k.shape[1], -1)) * scale  # [B, Hk, G, D]
     scores = _scores(queries, ring_k, slot <= position, softcap)  # slots fill in order, then all hold a key
@@ -41,6 +46,8 @@ def window_step(
         own = (place == position)[:, :, None, None]
         anchor_k = torch.where(own, k.unsqueeze(1), state.anchor_k.to(k.dtype))
         anchor_v = torch.where(own, v.unsqueeze(1), state.anchor_v.to(v.dtype))
+        if inplace:
+            anchor_k, anchor_v = state.anchor_k.copy_(anchor_k), state.anchor_v.copy_(anchor_v)
         fields |= {"anchor_k": anchor_k, "anchor_v": anchor_v}
         scores = torch.cat([scores, _scores(queries, anchor_k, place <= position - window, softcap)], -1)
     row_max, weights = scores.amax(-1).flatten(1), scores.softmax(-1)
