@@ -8,7 +8,7 @@ from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
 from lizard_layers.rope import AnchorBlock, apply_rope
-from lizard_layers.state import empty_state, map_state, select_sequences, state_bytes
+from lizard_layers.state import empty_state, map_state, overwrite, select_sequences, state_bytes
 from lizard_ops import AttentionState
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "build_gate",
     "empty_state",
     "map_state",
+    "overwrite",
     "select_sequences",
     "state_bytes",
 ]

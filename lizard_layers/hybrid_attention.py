@@ -14,6 +14,7 @@ from lizard_layers.gate import build_gate
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.rope import AnchorBlock, apply_rope
+from lizard_layers.state import overwrite
 from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
 
 
@@ -48,6 +49,7 @@ class HybridAttention(nn.Module):
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         anchor_blocks: Sequence[AnchorBlock] | None = None,
+        inplace: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend over the new positions and what ``state`` remembers.
 
@@ -55,13 +57,14 @@ class HybridAttention(nn.Module):
         projected heads before RoPE. rope: (cos, sin), each [B or 1, T, D], of these positions. padding_mask [B, T]
         bool, True at real tokens; cu_seqlens [N+1] packs N sequences into one row. anchor_blocks: for
         positions="clamped", how far the anchors have moved on, block by block of the new positions; None: not at all.
+        inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
         else None. Raises ValueError for shapes that do not fit the config, or a choice of RoPE without ``rope``.
         """
         self._check(x, q, k, v, rope)
         if anchor_blocks is None:
-            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, cu_seqlens)
+            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, cu_seqlens, inplace)
         lengths = [block.length for block in anchor_blocks]
         if cu_seqlens is not None or sum(lengths) != x.shape[1]:
             raise ValueError(
@@ -75,7 +78,7 @@ class HybridAttention(nn.Module):
             mask = None if padding_mask is None else padding_mask[:, part]
             carry = use_state or end < x.shape[1]
             o, state = self._attend_moved(
-                block, x[:, part], q[:, part], k[:, part], v[:, part], turns, state, carry, mask
+                block, x[:, part], q[:, part], k[:, part], v[:, part], turns, state, carry, mask, inplace
             )
             outputs.append(o)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
@@ -91,15 +94,16 @@ class HybridAttention(nn.Module):
         state: AttentionState | None,
         use_state: bool,
         padding_mask: Tensor | None,
+        inplace: bool,
     ) -> tuple[Tensor, AttentionState | None]:
         """``_attend`` with the anchors turned on; the state keeps them as they were, so that nothing adds up."""
         if state is None or state.anchor_k is None:
-            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, None)
+            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, None, inplace)
         moved = state._replace(anchor_k=apply_rope(state.anchor_k, block.cos, block.sin))
-        o, new = self._attend(x, q, k, v, rope, moved, use_state, padding_mask, None)
+        o, new = self._attend(x, q, k, v, rope, moved, use_state, padding_mask, None, inplace)
         if new is not None and new.anchor_k is not None:
             kept = torch.where(block.moved[:, None, None, None], state.anchor_k, new.anchor_k)
-            new = new._replace(anchor_k=kept)
+            new = new._replace(anchor_k=state.anchor_k.copy_(kept) if inplace else kept)
         return o, new
 
     def _attend(
@@ -113,6 +117,7 @@ class HybridAttention(nn.Module):
         use_state: bool,
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
+        inplace: bool,
     ) -> tuple[Tensor, AttentionState | None]:
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
@@ -129,7 +134,9 @@ class HybridAttention(nn.Module):
                 impl=config.impl,
             )
             if not config.linear_branch:
-                return window_attn(*self._turn(config.window_rope, q, k, rope), v, config.window, **shared)[:2]
+                turned = self._turn(config.window_rope, q, k, rope)
+                o, new = window_attn(*turned, v, config.window, **shared)[:2]
+                return o, overwrite(state, new) if inplace and state is not None and new is not None else new
             g = None if self.gate is None else self.gate(x, k)
             if config.linear_key_heads != k.shape[2]:
                 group = config.num_heads // config.num_key_heads
@@ -152,10 +159,13 @@ class HybridAttention(nn.Module):
                 **self.mix(x),
             )
             if q.shape[1] == 1 and state is not None:
-                return recurrent_hybrid_attn(window_q, window_k, v, fq, fk, g, config.window, **choices, **shared)
-            return chunk_hybrid_attn(
+                return recurrent_hybrid_attn(
+                    window_q, window_k, v, fq, fk, g, config.window, **choices, **shared, inplace=inplace
+                )
+            o, new = chunk_hybrid_attn(
                 window_q, window_k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, **shared
             )
+            return o, overwrite(state, new) if inplace and state is not None and new is not None else new
 
     @staticmethod
     def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lizard_layers import AnchorBlock, Float32Module, HybridAttention, apply_rope
-from lizard_models.cache import LizardCache
+from lizard_models.cache import LizardCache, is_graphed
 from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import approximation_error
 from lizard_models.layer_configs import attention_config, converted_layers, lizard_config, sliding_windows
+from lizard_models.packing import Packing, find_packing, packed_mask, positions_of_documents
 from lizard_models.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
 from lizard_models.safe_loading import SafeLoading
 
@@ -67,7 +68,7 @@ class LizardAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         padding_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        packing: Packing | None = None,
         with_gradients: bool = False,
         anchor_blocks: dict[str | None, list[AnchorBlock]] | None = None,
         without_mask: bool = False,
@@ -93,11 +94,9 @@ class LizardAttention(nn.Module):
         if anchor_blocks is not None and self.use_rope:
             blocks = anchor_blocks[None if None in anchor_blocks else self.layer_type]
         if self.mode == "distill":
-            o = self._distill(
-                x, q, k, v, rope, attention_mask, padding_mask, cu_seqlens, blocks, with_gradients, **kwargs
-            )
+            o = self._distill(x, q, k, v, rope, attention_mask, padding_mask, packing, blocks, with_gradients, **kwargs)
         else:
-            o = self._student(x, q, k, v, rope, past_key_values, padding_mask, cu_seqlens, blocks)
+            o = self._student(x, q, k, v, rope, past_key_values, padding_mask, packing, blocks)
         return self.o_proj(o.flatten(2)), None
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,19 +113,17 @@ class LizardAttention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         cache: Cache | None,
         padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
+        packing: Packing | None,
         blocks: list[AnchorBlock] | None,
     ) -> Tensor:
-        if cu_seqlens is not None:
-            packed = [t.flatten(0, 1).unsqueeze(0) for t in (x, q, k, v)]  # [1, B T, ...]
-            turns = rope and tuple(t.expand(x.shape[0], -1, -1).flatten(0, 1).unsqueeze(0) for t in rope)
-            return self.lizard(*packed, turns, cu_seqlens=cu_seqlens)[0].view_as(q)
-        layer: Any = None if cache is None else cache.layers[self.layer_idx]
-        state = None if layer is None else layer.state
-        o, state = self.lizard(x, q, k, v, rope, state, layer is not None, padding_mask, None, blocks)
-        if layer is not None:
-            layer.set_state(state, x.shape[1])
-        return o
+        if packing is not None:
+            turns = rope and tuple(packing.pack(t.expand(x.shape[0], -1, -1)) for t in rope)
+            packed = (packing.pack(t) for t in (x, q, k, v))
+            return packing.unpack(self.lizard(*packed, turns, cu_seqlens=packing.cu_seqlens)[0], q)
+        if cache is None:
+            return self.lizard(x, q, k, v, rope, padding_mask=padding_mask, anchor_blocks=blocks)[0]
+        layer: Any = cache.layers[self.layer_idx]
+        return layer.read(self.lizard, x, q, k, v, rope, padding_mask, blocks)
 
     def _distill(
         self,
@@ -137,7 +134,7 @@ class LizardAttention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
+        packing: Packing | None,
         blocks: list[AnchorBlock] | None,
         with_gradients: bool,
         **kwargs: Any,
@@ -146,7 +143,7 @@ class LizardAttention(nn.Module):
         parameters = [p for p in self.lizard.parameters() if p.requires_grad] if with_gradients else []
         with torch.set_grad_enabled(with_gradients):
             self.last_error, student = approximation_error(
-                lambda: self._student(x, q, k, v, rope, None, padding_mask, cu_seqlens, blocks),
+                lambda: self._student(x, q, k, v, rope, None, padding_mask, packing, blocks),
                 target,
                 self.stage1.error,
                 padding_mask,
@@ -190,7 +187,6 @@ class LizardModelMixin(SafeLoading):
     """What the decoder and the causal language model share: modes, errors, new parameters, their starts."""
 
     mode: AttentionMode
-    _is_stateful = True  # transformers then refuses, by name, the ways of generating that must take tokens back
 
     def lizard_attentions(self) -> list[LizardAttention]:
         """The converted attention layers, first to last."""
@@ -271,9 +267,18 @@ class LizardDecoder(LizardModelMixin):
         sliding = getattr(self.config, "sliding_window", None) is not None
         return self.config._attn_implementation == "sdpa" and not sliding and not self.has_softmax_layers
 
-    def new_cache(self) -> Cache:
-        """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
-        return DynamicCache(config=self.config) if self.mode == "teacher" else LizardCache(self.config)
+    def new_cache(self, *, static: bool = False, max_cache_len: int | None = None) -> Cache:
+        """An empty cache for the current mode: constant size for the student, keys and values for the teacher.
+
+        static, max_cache_len: for compiled decoding, as ``LizardCache`` takes them.
+        """
+        if self.mode == "teacher" and static:
+            if max_cache_len is None:
+                raise ValueError("max_cache_len: got None, wanted the number of positions a static cache holds")
+            return StaticCache(config=self.config, max_cache_len=max_cache_len)
+        if self.mode == "teacher":
+            return DynamicCache(config=self.config)
+        return LizardCache(self.config, static=static, max_cache_len=max_cache_len)
 
     def forward(
         self,
@@ -288,13 +293,17 @@ class LizardDecoder(LizardModelMixin):
         """As the family's decoder, with these differences.
 
         attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
-        count real tokens only. Without a mask and a cache, position ids that restart mark packed sequences, which do
-        not see each other and leave no cache. A cache must be a ``LizardCache``; unless asked for, none is made in
-        training.
+        count real tokens only. Padding after a real token repeats that token's output. Position ids of real tokens
+        that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without position ids) mark packed sequences,
+        which do not see each other and leave no cache. A cache must be a ``LizardCache``; unless asked for, none is
+        made in training.
         """
         reached = None if self.mode == "teacher" else self.position_range
         if self.rotary_emb.range != reached:
             self.rotary_emb.range = reached
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if position_ids is None and tokens is not None:
+            position_ids = positions_of_documents(kwargs, tokens.shape[1])
         plain = position_ids is None and attention_mask is None and past_key_values is None
         if self.mode == "teacher":
             if isinstance(past_key_values, LizardCache):
@@ -304,7 +313,6 @@ class LizardDecoder(LizardModelMixin):
             return super().forward(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
             )
-        tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.get("output_attentions") or self.config.output_attentions:
@@ -312,48 +320,82 @@ class LizardDecoder(LizardModelMixin):
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
             )
         batch, length = tokens.shape[:2]
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            kwargs["cu_seqlens"] = packed_boundaries(position_ids, batch)
-        past_key_values = self._cache_for(past_key_values, use_cache, kwargs.get("cu_seqlens") is not None)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_key_values, packing = self._cache_and_packing(
+            past_key_values, use_cache, position_ids, attention_mask, batch, length
+        )
+        past = 0 if past_key_values is None else past_key_values.known_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
         if padding_mask is not None:
+            new = padding_mask.shape[1] - length
             if position_ids is None:
-                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-            padding_mask = padding_mask[:, past:]
+                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new:]
+            padding_mask = padding_mask[:, new:]
         elif position_ids is None and past_key_values is not None:
             start = past_key_values.positions()
             if start is not None:
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
-        kwargs["anchor_blocks"] = self._anchor_blocks(tokens, position_ids, past, kwargs.get("cu_seqlens") is not None)
-        kwargs["padding_mask"] = None if all_real(padding_mask) else padding_mask
+        if all_real(padding_mask):
+            padding_mask = None
+        kwargs["anchor_blocks"] = self._anchor_blocks(tokens, position_ids, past, packing is not None)
         if self.mode == "student" and not self.has_softmax_layers:
             attention_mask = placeholder_mask(tokens)
+        elif packing is not None and attention_mask is not None:
+            # transformers looks for packed sequences only where there is no mask.
+            attention_mask = None
+            if padding_mask is not None:
+                attention_mask = packed_mask(packing, padding_mask, self.dtype, self.config)
         if self.mode == "distill":
             if plain and self.causal_without_mask:
                 attention_mask, kwargs["without_mask"] = placeholder_mask(tokens), True
             kwargs["with_gradients"] = torch.is_grad_enabled()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):
-            return super().forward(
+            outputs = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=past_key_values is not None,
+                padding_mask=padding_mask,
+                packing=packing,
                 **kwargs,
             )
+        if past_key_values is not None:
+            past_key_values.advance(length)
+        if padding_mask is not None and length > 1:
+            outputs.last_hidden_state = repeat_over_padding(outputs.last_hidden_state, padding_mask)
+        return outputs
+
+    def _cache_and_packing(
+        self,
+        cache: Cache | None,
+        use_cache: bool | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        batch: int,
+        length: int,
+    ) -> tuple[LizardCache | None, Packing | None]:
+        packing = None
+        if position_ids is not None and length > 1 and not is_graphed(position_ids):
+            real = None if attention_mask is None else attention_mask[:, -length:].bool()
+            packing = find_packing(position_ids, batch, real)
+        cache = self._cache_for(cache, use_cache, packing is not None)
+        if cache is not None and not torch.compiler.is_compiling():
+            cache.expect(batch)
+        return cache, packing
 
     def _anchor_blocks(
-        self, tokens: Tensor, position_ids: Tensor | None, past: int, packed: bool
+        self, tokens: Tensor, position_ids: Tensor | None, past: int | None, packed: bool
     ) -> dict[str | None, list[AnchorBlock]] | None:
         """Where the anchors move on among the new positions; None if no row can reach the limit."""
         length = tokens.shape[1]
         step = length == 1 and torch.compiler.is_compiling()  # one graph of a step must do before and past the limit
-        if not self.moves_anchors or not length or (past + length <= self.position_range.limit and not step):
+        if not self.moves_anchors or not length:
+            return None
+        if past is not None and past + length <= self.position_range.limit and not step:
             return None
         if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=tokens.device)[None]
+            position_ids = torch.arange(past or 0, (past or 0) + length, device=tokens.device)[None]
         if packed:
             if int(position_ids.max()) >= self.position_range.limit:
                 raise ValueError(
@@ -393,9 +435,12 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def new_cache(self) -> Cache:
-        """An empty cache for the current mode: constant size for the student, keys and values for the teacher."""
-        return self.model.new_cache()
+    def new_cache(self, *, static: bool = False, max_cache_len: int | None = None) -> Cache:
+        """An empty cache for the current mode: constant size for the student, keys and values for the teacher.
+
+        static, max_cache_len: for compiled decoding, as ``LizardCache`` takes them.
+        """
+        return self.model.new_cache(static=static, max_cache_len=max_cache_len)
 
     def forward(
         self,
@@ -424,16 +469,71 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         return CausalLMOutputWithPast(loss=self.attention_errors().mean(), hidden_states=outputs.hidden_states)
 
     def _prepare_cache_for_generation(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
     ) -> Any:
         kind = generation_config.cache_implementation
-        if self.mode == "student" and kind not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={kind!r}: a Lizard model has a constant-size cache of its own")
+        if self.mode == "student" and kind not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation={kind!r}: a Lizard model has a constant-size cache of its own; "
+                'wanted None, "dynamic", or "static" to compile the decode step'
+            )
         makes_cache = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
         if self.mode == "student" and makes_cache:
-            model_kwargs["past_key_values"] = self.new_cache()
+            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs["past_key_values"] = self.new_cache(static=kind == "static", max_cache_len=length)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
         else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
+            )
+
+    def _prepare_position_ids_for_generation(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        mask = model_kwargs.get("attention_mask")
+        if self.mode == "student" and mask is not None:
+            return mask.long().cumsum(-1) - 1  # padding repeats its predecessor's, so that the next token's is right
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def create_masks_for_generate(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """The 2-D mask as it is: the decoder makes what its layers need."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: Any, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', without a mask where a step has none to read."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        step = inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1 and not is_first_iteration
+        if step and inputs.get("past_key_values") is not None and not self.model.has_softmax_layers:
+            if self.mode == "student" and inputs.get("position_ids") is not None:
+                inputs.pop("attention_mask", None)  # generate appends real tokens only
+        return inputs
+
+    def _prefill(
+        self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if self.mode == "student" and isinstance(cache, LizardCache):
+            columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            new, seen = input_ids.shape[1], cache.get_seq_length()
+            if seen and columns == new and new <= seen:
+                raise ValueError(
+                    f"input_ids has {new} tokens, but past_key_values has seen {seen}: give the whole text, or the new "
+                    f"tokens alone with an attention_mask of {seen} + {new} columns (cache.inputs_for makes it)"
+                )
+            chunk = generation_config.prefill_chunk_size
+            if chunk is not None and mask is not None and chunk < new and not bool(mask[:, -1].all()):
+                raise ValueError(f"prefill_chunk_size={chunk}: rows padded on the right are read in one piece")
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
@@ -449,14 +549,15 @@ def placeholder_mask(tokens: Tensor) -> Tensor:
     return tokens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
 
 
-def check_padding_mask(attention_mask: Tensor | None, batch: int, past: int, length: int) -> Tensor | None:
-    """The mask [B, past + T] as bool, or None. Raises ValueError for another shape."""
+def check_padding_mask(attention_mask: Tensor | None, batch: int, past: int | None, length: int) -> Tensor | None:
+    """The mask [B, past + T] as bool, or None. Raises ValueError for another shape; past None is not known."""
     if attention_mask is None:
         return None
-    if attention_mask.shape != (batch, past + length):
+    columns = attention_mask.shape[-1] if past is None else past + length
+    if attention_mask.shape != (batch, columns) or columns < length:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, wanted [{batch}, {past + length}]: "
-            f"one column for each of the {past} cached and {length} new positions"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, wanted [{batch}, {columns}]: "
+            f"one column for each of the {columns - length} cached and {length} new positions"
         )
     return attention_mask.bool()
 
@@ -466,15 +567,12 @@ def all_real(padding_mask: Tensor | None) -> bool:
     return padding_mask is None or (not torch.compiler.is_compiling() and bool(padding_mask.all()))
 
 
-def packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
-    """cu_seqlens [N+1] int32 over the flattened [B * T] batch, or None where no row holds two sequences.
+def repeat_over_padding(hidden: Tensor, padding_mask: Tensor) -> Tensor:
+    """hidden [B, T, ...] with that of the last real token wherever padding [B, T] follows one.
 
-    A sequence ends where position ids stop rising by one. position_ids [B or 1, T].
+    So the last position of a right-padded row predicts what its last token predicts.
     """
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=-1) != 1
-    starts = starts.expand(batch, -1)
-    if int(starts.sum()) == batch or not starts.numel():
-        return None
-    ends = torch.tensor([starts.numel()], device=starts.device)
-    return torch.cat([starts.flatten().nonzero().squeeze(-1), ends]).int()
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    last = torch.where(padding_mask, places, -1).cummax(1).values
+    source = torch.where(last < 0, places, last)
+    return hidden.gather(1, source.unsqueeze(-1).expand_as(hidden))

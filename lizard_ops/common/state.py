@@ -35,3 +35,11 @@ class AttentionState(NamedTuple):
     ring_g: Tensor | None = None  # [N, W, Hg] or [N, W, Hk, F] log-decays, float32
     anchor_k: Tensor | None = None  # [N, A, Hk, D] the first A keys
     anchor_v: Tensor | None = None  # [N, A, Hk, V] the first A values
+
+
+def overwrite(state: AttentionState, new: AttentionState) -> AttentionState:
+    """``state`` with the values of ``new``, which holds the same fields, in the memory and dtypes it has."""
+    for kept, value in zip(state, new, strict=True):
+        if kept is not None and value is not None and kept is not value:
+            kept.copy_(value)
+    return state

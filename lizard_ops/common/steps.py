@@ -32,14 +32,6 @@ def where_active(active: Tensor | None, new: AttentionState, old: AttentionState
     )
 
 
-def overwrite(state: AttentionState, new: AttentionState) -> AttentionState:
-    """``state`` with the values of ``new``, in the memory and dtypes it has."""
-    for old, value in zip(state, new, strict=True):
-        if old is not None and value is not None and old is not value:
-            old.copy_(value)
-    return state
-
-
 def blank_state(like: Tensor, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> AttentionState:
     """The state before the first token: fields of these shapes, zero but for an empty log scale."""
     n = next(iter(shapes.values()))[0]

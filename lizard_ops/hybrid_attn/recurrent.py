@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lizard_ops.common.checks import window_state_shapes
 from lizard_ops.common.rows import over_rows
-from lizard_ops.common.state import AttentionState
-from lizard_ops.common.steps import blank_state, overwrite, take_at, where_active
+from lizard_ops.common.state import AttentionState, overwrite
+from lizard_ops.common.steps import blank_state, take_at, where_active
 from lizard_ops.gated_attn.recurrent import blank_linear_state, linear_step
 from lizard_ops.hybrid_attn.mix import mixed
 from lizard_ops.window_attn.recurrent import window_step

@@ -88,12 +88,82 @@ def test_bfloat16_generates():
     assert state.ring_k.dtype == torch.bfloat16 and state.s.dtype == torch.float32
 
 
-def test_ways_that_take_tokens_back_are_refused_by_name():
+@pytest.mark.parametrize("kept", [(), (1,)])
+@pytest.mark.parametrize("length", [1, 9, 150])
+def test_prompt_lookup_writes_what_greedy_decoding_writes(kept, length):
+    model, row = student(softmax_layers=kept), tokens(1, length)[0]
+    settings = dict(max_new_tokens=20, do_sample=False)
+    wanted = model.generate(**alone(row), **settings)
+    assert torch.equal(model.generate(**alone(row), **settings, prompt_lookup_num_tokens=4), wanted)
+
+
+def test_assisted_generation_writes_what_greedy_decoding_writes():
+    model, row, other = student(), tokens(1, 9)[0], student(seed=5)
+    settings = dict(max_new_tokens=8, do_sample=False)
+    wanted = model.generate(**alone(row), **settings)
+    for assistant in (teacher(), student(), other):  # one that keeps keys, one that is always right, one that is not
+        assert torch.equal(model.generate(**alone(row), **settings, assistant_model=assistant), wanted)
+    taught = teacher().generate(**alone(row), **settings)
+    assert torch.equal(teacher().generate(**alone(row), **settings, assistant_model=model), taught)
+
+
+def test_assisted_generation_leaves_the_state_of_the_text():
     model, row = student(), tokens(1, 9)[0]
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(**alone(row), max_new_tokens=4, assistant_model=teacher())
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(**alone(row), max_new_tokens=4, prompt_lookup_num_tokens=2)
-    for kind in ("static", "offloaded", "quantized"):
+    out = model.generate(
+        **alone(row), max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3, return_dict_in_generate=True
+    )
+    seen = out.past_key_values.get_seq_length()
+    state, wanted = (
+        cache.layers[2].state for cache in (out.past_key_values, model(out.sequences[:, :seen]).past_key_values)
+    )
+    for a, b in zip(state, wanted, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_contrastive_search_wants_remote_code_by_name():
+    with pytest.raises(ValueError, match="Contrastive Search requires `trust_remote_code=True`"):
+        student().generate(**alone(tokens(1, 9)[0]), max_new_tokens=4, penalty_alpha=0.6, top_k=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_cache_makes_the_moves_of_contrastive_search(sequential):
+    """Candidates beside each other in the batch, or one after the other and taken back."""
+    model, ids = student(), tokens(1, 12)
+    output = model(ids)
+    cache, candidates = output.past_key_values, output.logits[0, -1].topk(3).indices
+    if sequential:
+        cache.activate_past_recording()
+        logits = []
+        for token in candidates:
+            logits.append(model(token.view(1, 1), past_key_values=cache).logits)
+            cache.crop(-1)
+        logits = torch.cat(logits)
+        model(candidates[1].view(1, 1), past_key_values=cache)
+    else:
+        cache.batch_repeat_interleave(3)
+        logits = model(candidates.view(3, 1), past_key_values=cache).logits
+        cache.batch_select_indices(torch.tensor([1]))
+    longer = torch.cat([ids.expand(3, -1), candidates.view(3, 1)], 1)
+    torch.testing.assert_close(logits, model(longer).logits[:, -1:], rtol=1e-4, atol=1e-4)
+    step = tokens(1, 1, seed=8)
+    wanted = model(torch.cat([longer[1:2], step], 1)).logits[:, -1:]
+    torch.testing.assert_close(model(step, past_key_values=cache).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_caches_of_other_kinds_are_refused_by_name():
+    for kind in ("offloaded", "quantized"):
         with pytest.raises(ValueError, match=f"cache_implementation='{kind}'"):
-            model.generate(**alone(row), max_new_tokens=4, cache_implementation=kind)
+            student().generate(**alone(tokens(1, 9)[0]), max_new_tokens=4, cache_implementation=kind)
+
+
+def test_new_tokens_alone_need_a_mask_of_the_whole_text():
+    model, ids = student(), tokens(1, 9)
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match="input_ids has 3 tokens, but past_key_values has seen 9"):
+        model.generate(tokens(1, 3), past_key_values=cache, max_new_tokens=2)
+    more = tokens(1, 3, seed=4)
+    settings = dict(max_new_tokens=6, do_sample=False)
+    found = model.generate(**cache.inputs_for(more), **settings)
+    assert torch.equal(found[:, 3:], model.generate(torch.cat([ids, more], 1), **settings)[:, 12:])

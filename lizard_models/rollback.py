@@ -1,0 +1,73 @@
+"""Taking tokens back out of a constant-size state: the state from before them, and what the layer read of them."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from lizard_layers import AttentionState, HybridAttention, map_state, select_sequences
+
+LIMIT = 128  # tokens a layer can take back; more cost memory without a reader
+
+
+class Rollback:
+    """The state before the last tokens, and those tokens as the layer read them.
+
+    A state cannot forget a token, but the layer can read the kept ones again: one attention call a layer on at most
+    ``LIMIT`` tokens, without projections or MLPs.
+    """
+
+    def __init__(self, state: AttentionState | None) -> None:
+        self.base = snapshot(state)
+        self.read: tuple[Tensor, ...] | None = None
+        self.attention: weakref.ref[HybridAttention] | None = None
+
+    def tokens(self) -> int:
+        """Tokens that can be taken back."""
+        return 0 if self.read is None else self.read[0].shape[1]
+
+    def record(
+        self, attention: HybridAttention, before: AttentionState | None, inputs: tuple[Tensor | None, ...]
+    ) -> None:
+        """Remember (x, q, k, v, cos, sin, padding mask) of at most ``LIMIT`` tokens, read after the state ``before``.
+
+        Earlier ones are let go where both together are more.
+        """
+        x, mask = inputs[0], inputs[-1]
+        assert x is not None
+        if mask is None:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        new = tuple(t.expand(x.shape[0], *t.shape[1:]) for t in (*inputs[:-1], mask) if t is not None)
+        if self.tokens() + x.shape[1] > LIMIT:
+            self.base, self.read = snapshot(before), None
+        self.attention = weakref.ref(attention)
+        self.read = new if self.read is None else tuple(torch.cat(pair, 1) for pair in zip(self.read, new, strict=True))
+
+    def without(self, removed: int) -> AttentionState | None:
+        """The state without the last ``removed`` tokens; None before the first."""
+        kept = self.tokens() - removed
+        if kept == 0:
+            return snapshot(self.base)
+        attention = None if self.attention is None else self.attention()
+        assert self.read is not None and attention is not None
+        x, q, k, v, *rope, mask = (t[:, :kept] for t in self.read)
+        return attention(x, q, k, v, tuple(rope) if rope else None, self.base, True, mask)[1]
+
+    def select(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self.base = None if self.base is None else select_sequences(self.base, indices)
+        if self.read is not None:
+            self.read = tuple(t.index_select(0, indices.to(t.device)) for t in self.read)
+
+    def copy(self) -> Rollback:
+        """An independent one."""
+        new = Rollback(self.base)
+        new.read, new.attention = self.read, self.attention  # never written to
+        return new
+
+
+def snapshot(state: AttentionState | None) -> AttentionState | None:
+    """The state in memory of its own."""
+    return None if state is None else map_state(state, torch.clone)
