@@ -146,6 +146,8 @@ def test_what_cannot_be_converted_says_why():
         linearize(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), recommended)
     with pytest.raises(ValueError, match="LlamaForSequenceClassification, without the head.*wanted a LlamaForCausalLM"):
         linearize(LlamaForSequenceClassification(teacher().config), recommended)
+    with pytest.raises(ValueError, match="layer 1 attends in both directions: only causal attention"):
+        linearize(teacher("gemma3_text", use_bidirectional_attention=True), recommended)
     with pytest.raises(ValueError, match="LizardLlamaForCausalLM already"):
         linearize(student(), recommended)
     with pytest.raises(ValueError, match=r"softmax_layers=\[3\], but the model has layers 0 to 2"):
