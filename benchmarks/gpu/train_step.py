@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import time
 import traceback
@@ -148,29 +149,29 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
     rows: list[dict[str, Any]] = []
-    for stage in ("stage 1", "stage 2"):
-        for batch, length in sizes:
+    plain_and_graph = (False, True) if options.device != "cpu" else (False,)
+    for graph, stage, (batch, length) in itertools.product(plain_and_graph, ("stage 1", "stage 2"), sizes):
+        row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "cuda_graph": graph}
+        objective: Any = None
+        try:
             torch.manual_seed(1)
             batches = [torch.randint(49152, (batch, length), device=options.device) for _ in range(2)]
-            for graph in (False, True) if options.device != "cpu" else (False,):
-                row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "cuda_graph": graph}
-                try:
-                    objective, recipe = objective_of(stage, options.device, options.layers)
-                    if graph:
-                        row["difference"] = difference(objective, batches)
-                    with graphed(objective, graph):
-                        row |= timed(stepper(objective, recipe), batches, options.steps)
-                except Exception:
-                    row["failed"] = traceback.format_exc()
-                objective = recipe = None
-                gc.collect()
-                rows.append(row)
-                text = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "top"}
-                print(text, flush=True)
-                for name, milliseconds, count in row.get("top", []):
-                    print(f"    {milliseconds:8.3f} ms {count:5d} x {name}")
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+            objective, recipe = objective_of(stage, options.device, options.layers)
+            if graph:
+                row["difference"] = difference(objective, batches)
+            with graphed(objective, graph):
+                row |= timed(stepper(objective, recipe), batches, options.steps)
+        except Exception:
+            row["failed"] = traceback.format_exc()
+        objective = None
+        gc.collect()
+        rows.append(row)
+        text = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "top"}
+        print(text, flush=True)
+        for name, milliseconds, count in row.get("top", []):
+            print(f"    {milliseconds:8.3f} ms {count:5d} x {name}")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,7 @@ def line(result: dict[str, Any], control: float | None) -> str:
 def results(out: Path) -> list[dict[str, Any]]:
     """All finished runs of a folder, best loss past 2048 (the last bucket) first."""
     found = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    found = [result for result in found if "loss" in result or "failed" in result]
     return sorted(found, key=lambda r: r["loss"]["means"][-1] if "loss" in r else float("inf"))
 
 

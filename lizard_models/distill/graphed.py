@@ -36,34 +36,42 @@ class GraphedForward:
         self.objective = objective
         self.plain = objective.forward
         self.captured: dict[torch.Size, _Captured] = {}
+        self.capturing = False
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        if attention_mask is not None or not input_ids.is_cuda or not torch.is_grad_enabled():
+        aside = attention_mask is not None or not input_ids.is_cuda or not torch.is_grad_enabled()
+        if self.capturing or aside:
             return self.plain(input_ids, attention_mask)
-        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        parameters = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
         captured = self.captured.get(input_ids.shape)
         if captured is None:
             captured = self.captured[input_ids.shape] = self._capture(input_ids, parameters)
         captured.input_ids.copy_(input_ids)
         captured.graph.replay()
-        return {"loss": _HandOut.apply(captured.loss, captured.gradients, *parameters)}
+        return {"loss": _HandOut.apply(captured.loss, captured.gradients, *parameters.values())}
 
-    def _capture(self, input_ids: Tensor, parameters: list[nn.Parameter]) -> _Captured:
+    def _capture(self, input_ids: Tensor, parameters: dict[str, nn.Parameter]) -> _Captured:
         held = input_ids.clone()
 
         def both() -> tuple[Tensor, list[Tensor]]:
-            loss = self.plain(held)["loss"]
-            return loss.detach(), list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+            # New leaves around the same values: the old ones' gradient nodes belong to the stream of their first use.
+            leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+            loss = torch.func.functional_call(self.objective, leaves, (held,))["loss"]
+            return loss.detach(), list(torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True))
 
         stream = torch.cuda.Stream(held.device)
-        stream.wait_stream(torch.cuda.current_stream(held.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                both()
-        torch.cuda.current_stream(held.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss, gradients = both()
+        self.capturing = True
+        try:
+            stream.wait_stream(torch.cuda.current_stream(held.device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    both()
+            torch.cuda.current_stream(held.device).wait_stream(stream)
+            with torch.cuda.graph(graph):
+                loss, gradients = both()
+        finally:
+            self.capturing = False
         return _Captured(graph, held, loss, gradients)
 
 

@@ -1,5 +1,7 @@
 """A step as a CUDA graph: what of it shows without a GPU. benchmarks/gpu/train_step.py compares the rest on one."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from tiny import student, tokens
@@ -38,6 +40,22 @@ def test_a_replayed_step_hands_out_loss_and_gradients():
     assert handed.item() == loss.item()
     for parameter, gradient in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(parameter.grad, 0.5 * gradient)
+
+
+def test_what_is_captured_are_the_objectives_own_numbers(monkeypatch):
+    made, ids = objective(), tokens(2, 40)
+    parameters = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    loss = made(ids)["loss"]
+    wanted = torch.autograd.grad(loss, list(parameters.values()))
+    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    with graphed(made):
+        captured = made.forward._capture(ids, parameters)
+        assert not made.forward.capturing
+    assert captured.loss.item() == loss.item()
+    for a, b in zip(captured.gradients, wanted, strict=True):
+        assert torch.equal(a, b)
+    assert all(p.grad is None and p.requires_grad for p in parameters.values())
 
 
 def test_a_graph_is_refused_where_it_would_change_the_numbers(tmp_path):
