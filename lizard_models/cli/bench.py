@@ -232,6 +232,81 @@ def task_metrics(
                 console.print(f"{path.stem}: {shown}", highlight=False)
 
 
+@quality.command("mqar")
+def mqar(
+    mixers: Annotated[str, typer.Option(help="Of attention, lizard, gla and window.")] = "attention,lizard,gla,window",
+    seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own.")] = "0",
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.", min=1)] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=8)] = 512,
+    pairs: Annotated[str, typer.Option(help="Numbers of key-value pairs.")] = "16,32,64,128",
+    vocabulary: Annotated[int, typer.Option(help="Half keys, half values.", min=8)] = 8192,
+    width: Annotated[int, typer.Option(help="Width of the models.", min=4)] = 128,
+    window: Annotated[int, typer.Option(help="Window of the hybrid.", min=1)] = 32,
+    learning_rates: Annotated[str, typer.Option(help="Peak rates; each row keeps the best.")] = "1e-3,3e-3",
+    minutes: Annotated[float | None, typer.Option(help="Start no row that would not end in this time.")] = None,
+    out: Out = RESULTS,
+    device: Device = None,
+) -> None:
+    """Associative recall from scratch: the hybrid beside attention, its linear branch alone and a window alone.
+
+    Memories have the same number of bytes a layer. One JSON file a mixer and seed in OUT/mqar; finished ones are kept.
+
+    [bold]Example[/bold]
+
+    [cyan]lizard-attn bench quality mqar --seeds 0,1,2[/cyan]
+    """
+    with one_line_errors():
+        import dataclasses
+        import json
+        import time
+
+        from rich.console import Console
+
+        from lizard_models.evaluation import environment
+        from lizard_models.quality.bench import write_json
+        from lizard_models.quality.mqar import MIXERS, Recall, train_recall
+
+        started, console, longest = time.monotonic(), Console(soft_wrap=True), 0.0
+        where = read_device(device)
+        rates = [float(rate) for rate in read_names(learning_rates)]
+        kinds = read_names(mixers)
+        if unknown := sorted(set(kinds) - set(MIXERS)):
+            raise ValueError(f"--mixers: no {', '.join(unknown)}; known are {', '.join(MIXERS)}")
+        for seed in read_seeds(seeds):
+            recall = Recall(
+                length=length,
+                pairs=tuple(read_numbers(pairs, "--pairs")),
+                vocabulary=vocabulary,
+                width=width,
+                window=window,
+                steps=steps,
+                batch_size=batch_size,
+                seed=seed,
+            )
+            for kind in kinds:
+                path = out / "mqar" / f"{kind}.s{seed}.json"
+                settings = json.loads(json.dumps({**dataclasses.asdict(recall), "mixer": kind, "learning_rate": rates}))
+                if path.is_file() and json.loads(path.read_text())["settings"] == settings:
+                    continue
+                if minutes is not None and time.monotonic() - started + longest > 60 * minutes:
+                    console.print(f"{path.stem}: not started, {minutes:g} minutes are nearly over")
+                    continue
+                begun = time.monotonic()
+                tried = {
+                    rate: train_recall(kind, dataclasses.replace(recall, learning_rate=rate), where) for rate in rates
+                }
+                best = max(tried, key=lambda rate: sum(tried[rate]["accuracy"].values()))
+                accuracies = {str(rate): result["accuracy"] for rate, result in tried.items()}
+                record = {"settings": settings, "best_rate": best, "by_rate": accuracies, **tried[best]}
+                write_json(path, record | {"environment": environment()})
+                longest = max(longest, time.monotonic() - begun)
+                shown = ", ".join(f"{n} pairs {share:.1%}" for n, share in tried[best]["accuracy"].items())
+                console.print(
+                    f"{path.stem}: {shown} at rate {best:g}, {time.monotonic() - begun:.0f} s", highlight=False
+                )
+
+
 @quality.command("list")
 def list_rows() -> None:
     """Show the tables and the rows in them."""

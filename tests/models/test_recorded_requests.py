@@ -1,10 +1,54 @@
 """Requests recorded, scored elsewhere and answered: the same numbers as lm-eval's own model gives."""
 
+import json
+
 import numpy as np
 import pytest
+from readable import byte_tokenizer
 from tiny import student, teacher
 
 from lizard_models.evaluation.requests import Requests, Scores, score
+
+WORDS = "the mill turns and river runs down to sea in wind sun cart comes back year after".split()
+
+
+def write_sets(folder, count=6):
+    draw = np.random.default_rng(0)
+
+    def phrase(low=2, high=8):
+        return " ".join(draw.choice(WORDS, draw.integers(low, high)))
+
+    def records(kind, n=count):
+        for i in range(n):
+            if kind == "piqa":
+                yield {"goal": phrase(), "sol1": phrase(), "sol2": phrase(), "label": i % 2}
+            elif kind == "hellaswag":
+                yield {
+                    "ind": i, "activity_label": phrase(1, 3), "ctx_a": phrase() + ".", "ctx_b": "he", "ctx": phrase(),
+                    "endings": [phrase() for _ in range(4)], "source_id": "x", "split": "val", "split_type": "in",
+                    "label": str(i % 4),
+                }  # fmt: skip
+            elif kind == "arc_easy":
+                choices = {"text": [phrase() for _ in range(4)], "label": list("ABCD")}
+                yield {"id": str(i), "question": phrase() + "?", "choices": choices, "answerKey": "ABCD"[i % 4]}
+            elif kind == "lambada_openai":
+                yield {"text": phrase(6, 12)}
+            else:
+                subject = "world_history"
+                yield {
+                    "question": phrase(),
+                    "subject": subject,
+                    "choices": [phrase(1, 4) for _ in "1234"],
+                    "answer": i % 4,
+                }
+
+    files = {"piqa": "validation", "hellaswag": "validation", "arc_easy": "test", "lambada_openai": "test"}
+    for kind, stem in files.items():
+        (folder / kind).mkdir()
+        (folder / kind / f"{stem}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(kind)))
+    (folder / "mmlu").mkdir()
+    for stem, n in (("dev", 5), ("test", count)):
+        (folder / "mmlu" / f"{stem}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records("mmlu", n)))
 
 
 def test_requests_keep_distinct_pairs_and_score_like_a_plain_forward(tmp_path):
@@ -32,3 +76,39 @@ def test_requests_keep_distinct_pairs_and_score_like_a_plain_forward(tmp_path):
             log = torch.log_softmax(logits, -1)[range(len(wanted)), wanted]
             assert found.log_likelihoods[i] == pytest.approx(log.sum().item(), rel=1e-4)
             assert found.greedy[i] == (logits.argmax(-1).tolist() == wanted)
+
+
+def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from lm_eval.models.huggingface import HFLM
+
+    from lizard_models.evaluation.recorded_lm import RecordedLM, evaluate, rotated, write_tasks
+
+    (tmp_path / "data").mkdir()
+    write_sets(tmp_path / "data")
+    sets = ["piqa", "hellaswag", "arc_easy", "lambada_openai", "mmlu", "mmlu_letters"]  # every kind of file
+    names = write_tasks(tmp_path / "data", tmp_path / "tasks", sets)
+    tokenizer = byte_tokenizer()
+    model = student(vocab_size=len(tokenizer), max_position_embeddings=700)
+    lm = RecordedLM(tokenizer)
+    evaluate(lm, tmp_path / "tasks", names)
+    requests = Requests.from_pairs(lm.pairs)
+    lm.answer_from(requests, score(model, requests))
+    ours = evaluate(lm, tmp_path / "tasks", names)
+    theirs = evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=700), tmp_path / "tasks", names
+    )
+    assert ours.keys() == theirs.keys() == {*sets[:5], *(f"mmlu_letters{turn}" for turn in range(4))}
+    for name, metrics in ours.items():
+        letters = metrics.pop("letters", None)
+        assert metrics["documents"] == 6 and letters == theirs[name].pop("letters", None)
+        assert (letters is None) == (not name.startswith("mmlu_letters")) and sum((letters or {"": 6}).values()) == 6
+        assert metrics == pytest.approx(theirs[name], rel=1e-3)
+    assert "ties" in ours["piqa"] and ours["lambada_openai"]["perplexity"] > 1
+
+    with pytest.raises(ValueError, match="they answer other requests"):
+        lm.answer_from(requests, Scores(np.zeros(1), np.zeros(1, bool), "other"))
+    with pytest.raises(ValueError, match="sets: no 'nonsense'"):
+        write_tasks(tmp_path / "data", tmp_path / "other", ["nonsense"])
+    record = {"choices": ["a", "b", "c", "d"], "answer": 3}
+    assert rotated(record, 1) == {"choices": ["d", "a", "b", "c"], "answer": 0}
