@@ -307,6 +307,32 @@ def mqar(
                 )
 
 
+@quality.command("docs")
+def docs(
+    document: Annotated[Path, typer.Option(help="Page to write the quality part of.")] = Path("docs/results.md"),
+    out: Out = RESULTS,
+) -> None:
+    """Write the quality part of docs/results.md, tables and plots, from the JSON files of the rows.
+
+    [bold]Example[/bold]
+
+    [cyan]lizard-attn bench quality docs[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        for path, what in ((document, "--document"), (out, "--out")):
+            if not path.exists():
+                raise ValueError(f"{what} {str(path)!r} is not there; run from the repository, or give another")
+        try:
+            from lizard_models.quality.report import write_docs
+
+            write_docs(document, out)
+        except ImportError as error:
+            raise ValueError("docs: plots need matplotlib; pip install 'lizard-attn[demo]'") from error
+        Console(soft_wrap=True).print(f"written: {document}")
+
+
 @quality.command("list")
 def list_rows() -> None:
     """Show the tables and the rows in them."""

@@ -191,8 +191,8 @@ def evaluate(lm: TemplateLM, folder: Path, names: dict[str, list[str]], limit: i
             verbosity="ERROR",
         )
         if name == "mmlu_letters":
-            groups = {f"letters{turn}": [t for t in tasks if f"_letters{turn}_" in t] for turn in range(ROTATIONS)}
-            results |= {f"mmlu_{key}": _summary(found, part, letters=True) for key, part in groups.items()}
+            groups = {turn: [task for task in tasks if f"_letters{turn}_" in task] for turn in range(ROTATIONS)}
+            results |= {f"mmlu_letters{n}": _summary(found, part, letters=True) for n, part in groups.items() if part}
         else:
             results[name] = _summary(found, tasks)
     return results

@@ -7,6 +7,7 @@ import pytest
 from readable import byte_tokenizer
 from tiny import student, teacher
 
+from lizard_models.cli.bench import recorded_lm
 from lizard_models.evaluation.requests import Requests, Scores, score
 
 WORDS = "the mill turns and river runs down to sea in wind sun cart comes back year after".split()
@@ -79,15 +80,21 @@ def test_requests_keep_distinct_pairs_and_score_like_a_plain_forward(tmp_path):
 
 
 def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
-    pytest.importorskip("lm_eval", reason="needs the extra eval")
-    from lm_eval.models.huggingface import HFLM
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        with pytest.raises(ValueError, match=r"pip install 'lizard-attn\[eval\]'"):
+            recorded_lm()
+        return
 
     from lizard_models.evaluation.recorded_lm import RecordedLM, evaluate, rotated, write_tasks
 
     (tmp_path / "data").mkdir()
     write_sets(tmp_path / "data")
-    sets = ["piqa", "hellaswag", "arc_easy", "lambada_openai", "mmlu", "mmlu_letters"]  # every kind of file
-    names = write_tasks(tmp_path / "data", tmp_path / "tasks", sets)
+    every = ["piqa", "hellaswag", "arc_easy", "lambada_openai", "mmlu", "mmlu_letters"]
+    names = write_tasks(tmp_path / "data", tmp_path / "tasks", every)
+    assert names.keys() == set(every) and len(names["mmlu_letters"]) == 4
+    names = {name: names[name][:2] for name in ("hellaswag", "lambada_openai", "mmlu_letters")}  # one of each kind
     tokenizer = byte_tokenizer()
     model = student(vocab_size=len(tokenizer), max_position_embeddings=700)
     lm = RecordedLM(tokenizer)
@@ -98,13 +105,13 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
     theirs = evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=700), tmp_path / "tasks", names
     )
-    assert ours.keys() == theirs.keys() == {*sets[:5], *(f"mmlu_letters{turn}" for turn in range(4))}
+    assert ours.keys() == theirs.keys() == {"hellaswag", "lambada_openai", "mmlu_letters0", "mmlu_letters1"}
     for name, metrics in ours.items():
         letters = metrics.pop("letters", None)
         assert metrics["documents"] == 6 and letters == theirs[name].pop("letters", None)
         assert (letters is None) == (not name.startswith("mmlu_letters")) and sum((letters or {"": 6}).values()) == 6
         assert metrics == pytest.approx(theirs[name], rel=1e-3)
-    assert "ties" in ours["piqa"] and ours["lambada_openai"]["perplexity"] > 1
+    assert "ties" in ours["hellaswag"] and ours["lambada_openai"]["perplexity"] > 1
 
     with pytest.raises(ValueError, match="they answer other requests"):
         lm.answer_from(requests, Scores(np.zeros(1), np.zeros(1, bool), "other"))

@@ -1,0 +1,95 @@
+"""Why each field of ``recommended`` is what it is: the rows that changed it, and what they lost or gained."""
+
+from __future__ import annotations
+
+from lizard_models.config import LizardConfig
+from lizard_models.quality.results import Results, markdown
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "attention.window": ("w32-a4", "w64-a4", "w256-a4"),
+    "attention.anchors": ("no-anchors", "w128-m2", "w128-m4", "w128-m6"),
+    "attention.window_rope": ("A10-no-rope",),
+    "attention.linear_rope": ("A10-linear-rope",),
+    "attention.coverage": ("A13-all-keys",),
+    "attention.feature_activation": ("A2-exp",),
+    "attention.feature_projection": ("A4-shared",),
+    "attention.tie_features": ("A4-tied",),
+    "attention.key_map": ("A4-query-head-keys",),
+    "attention.feature_dim": ("A8-features-64", "A8-features-256"),
+    "attention.gate": ("gate-scalar", "gate-query_head", "gate-mamba2", "gate-channel", "gate-pooling", "gate-none"),
+    "attention.gate_init": ("A6-gate-half", "A6-gate-0.95", "A6-gate-0.999"),
+    "attention.mix": ("mix-sum",),
+    "attention.merge_mass": ("mass-absolute",),
+    "attention.merge_bias": ("merge-bias-none", "merge-bias-head"),
+    "softmax_layers": ("softmax-12.5", "softmax-25", "softmax-50"),
+    "stage1.error": ("A12-mse",),
+    "stage1.target": ("A12-after-o-proj",),
+    "stage1.inputs": ("A12-student-inputs",),
+    "stage1.max_steps": ("no-stage1",),
+    "stage2.max_steps": ("no-stage2",),
+    "stage2.lora_rank": ("lora-r4", "lora-r16", "lora-r32", "lora-r64"),
+    "stage2.lora_targets": ("lora-qk", "lora-vo", "lora-qkv", "lora-all"),
+    "stage2.train_new_parameters": ("A11-adapters-alone",),
+    "stage2.kl_weight": ("stage2-ce",),
+}
+"""Fields of the preset, and the rows of the tables in which that field alone differs."""
+
+COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A8-features-256", "A4-query-head-keys",
+            "gate-query_head", "lora-all", "lora-r16", "lora-r32", "lora-r64"}  # fmt: skip
+"""Rows that take more memory or more trained weights: better is not enough to choose them."""
+
+
+def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
+    """Loss past 2048 of the rows that change a field, minus that of ``recommended``, and the noise of the difference.
+
+    The noise is twice the standard deviation over seeds, of the row and of ``recommended`` together; 0 for one seed.
+    Only rows measured in both are there.
+    """
+    base = results.past("recommended")
+    found = {}
+    for name in FIELDS[field]:
+        number = results.past(name)
+        if base is not None and number is not None:
+            noise = 2 * ((base.spread or 0.0) ** 2 + (number.spread or 0.0) ** 2) ** 0.5
+            found[name] = number.mean - base.mean, noise
+    return found
+
+
+def better_rows(results: Results) -> dict[str, list[str]]:
+    """Fields whose value the tables would not choose: rows that lose less, beyond the noise, at no higher cost."""
+    found = {}
+    for field in FIELDS:
+        gains = [
+            name
+            for name, (change, noise) in differences(results, field).items()
+            if change < -noise and name not in COSTLIER
+        ]
+        if gains:
+            found[field] = gains
+    return found
+
+
+def reasons(results: Results) -> str:
+    """A Markdown table: field, value, and the evidence beside it, as far as it was measured."""
+    config, better = LizardConfig.preset("recommended"), better_rows(results)
+    rows = []
+    for field in FIELDS:
+        changes = differences(results, field)
+        if not changes:
+            continue
+        value: object = config
+        for part in field.split("."):
+            value = getattr(value, part)
+        evidence = [
+            f"`{name}` {change:+.3f}" + (f" (noise {noise:.3f})" if noise else "")
+            for name, (change, noise) in changes.items()
+        ]
+        verdict = "kept" if field not in better else f"{', '.join(f'`{n}`' for n in better[field])} is better"
+        rows.append([f"`{field}`", f"`{_short(value)}`", ", ".join(evidence), verdict])
+    return markdown(["field", "value", "loss past 2048 when it is changed", "the tables say"], rows) if rows else ""
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(str(part).removesuffix("_proj") for part in value) or "none"
+    return str(value)

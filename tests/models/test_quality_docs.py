@@ -1,0 +1,96 @@
+"""The quality part of the docs: the JSON files' numbers, shares against the right controls, reasons, marks."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lizard_models.quality.bench import write_json
+from lizard_models.quality.reasons import FIELDS, better_rows, differences, reasons
+from lizard_models.quality.report import BEGIN, END, write_docs
+from lizard_models.quality.results import Number, Results
+from lizard_models.quality.rows import BUDGETS, RowSpec, controls
+from lizard_models.quality.tables import TABLES, find_rows
+
+EDGES = (0, 128, 2048, 4096)
+BUDGET = BUDGETS["quick"]
+
+
+def loss(value: float, edges=EDGES) -> dict:
+    return {"edges": edges, "means": [4.0] + [value] * (len(edges) - 2), "errors": [0.1] * (len(edges) - 1)}
+
+
+def write_row(folder, spec: RowSpec, value: float, **measures) -> None:
+    record = {
+        "settings": {"row": dataclasses.asdict(spec), "budget": dataclasses.asdict(BUDGET)},
+        "measures": {"loss": loss(value), "kl": loss(value - 3), **measures},
+        "stages": {},
+        "hashes": {"validation": "abcdef0123456789"},
+        "after_stage1": {"relative_error": 0.0321},
+        "environment": {"device": "a chip", "dtype": "bfloat16", "versions": {"torch": "1", "transformers": "2"}},
+    }
+    write_json(folder / BUDGET.name / f"{spec.stem}.json", record)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    row = RowSpec(name="recommended")
+    beside = controls(row, BUDGET)
+    write_row(tmp_path, beside["teacher"], 3.0)
+    for seed in (0, 1):
+        write_row(tmp_path, dataclasses.replace(beside["control"], seed=seed), 3.4)
+    more = {
+        "branches": {"without_linear": loss(3.5), "without_window": loss(5.0)},
+        "restore": {"kl": 0.1, "saved": {"0": 0.01, "1": 0.03}, "order": [1, 0]},
+        "passkey": {"256": 1.0, "1024": 0.5},
+        "length": loss(3.3, (0, 128, 4096, 65536)),
+        "tasks": {
+            "metrics": {"piqa": {"acc": 0.6, "acc_norm": 0.61, "acc_norm_stderr": 0.01, "documents": 9, "ties": 2}}
+        },
+    }
+    write_row(tmp_path, row, 3.1, **more)
+    write_row(tmp_path, dataclasses.replace(row, seed=1), 3.12)
+    for name, value in (("gate-none", 3.3), ("gate-scalar", 3.0), ("A8-features-256", 3.0)):
+        write_row(tmp_path, RowSpec(name=name), value)
+    settings = {"mixer": "lizard", "width": 8, "length": 64, "steps": 3, "batch_size": 2, "learning_rate": [1]}
+    recall = {"settings": settings, "accuracy": {"4": 0.5}, "memory_bytes": 4096}
+    write_json(tmp_path / "mqar" / "lizard.s0.json", recall)
+    return tmp_path
+
+
+def test_shares_are_taken_against_controls_of_the_same_seed(folder):
+    results = Results(folder / "quick")
+    assert results.past("recommended") == Number(pytest.approx(3.11), pytest.approx(0.01414, rel=1e-3), 2)
+    assert results.share("recommended").mean == pytest.approx((0.3 + 0.28) / 2 / 0.4)
+    assert results.share("teacher") is None and results.past("nothing") is None
+    assert results.past("recommended").text() == "3.110 ± 0.014" and results.past("gate-none").text(1) == "3.3"
+    assert results.share("gate-none").text(0, percent=True) == "25%"
+
+
+def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
+    results = Results(folder / "quick")
+    changes = differences(results, "attention.gate")
+    assert changes["gate-none"][0] == pytest.approx(0.19) and changes["gate-none"][1] == pytest.approx(0.0283, rel=1e-2)
+    assert better_rows(results) == {"attention.gate": ["gate-scalar"]}  # more features cost more, so they do not count
+    text = reasons(results)
+    assert "`gate-none` +0.190" in text and "`gate-scalar` is better" in text and "`attention.feature_dim`" in text
+    rows = find_rows(list(TABLES), [0], BUDGET, order=range(30), layers=30, with_controls=False)
+    assert {name for names in FIELDS.values() for name in names} <= {row.name for row in rows}
+
+
+def test_the_page_is_written_between_its_marks_again_and_again(folder, tmp_path):
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text("# Results\n\nBefore.\n")
+    write_docs(page, folder)
+    once = page.read_text()
+    assert once.startswith("# Results\n\nBefore.\n") and once.count(BEGIN) == once.count(END) == 1
+    cells = ["| recommended | 4.000 ± 0.000 | 3.110 ± 0.014 |", "72 ± 4%", "a chip, torch 1", "abcdef012345", "50.0%"]
+    cells += ["61.0% (error 1.0)", "2 ties", "1 (0.0300), 0 (0.0100)", "[4K, 64K)", "Table 4, A7", "| 5.000 |"]
+    for cell in cells:
+        assert cell in once, cell
+    assert {path.name for path in (page.parent / "figures").iterdir()} >= {"quality-quick-loss.png", "quality-mqar.png"}
+    page.write_text(once + "\nAfter.\n")
+    write_docs(page, folder)
+    assert page.read_text() == once + "\nAfter.\n"
+    assert "NaN" not in json.dumps(once)
