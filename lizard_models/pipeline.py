@@ -108,7 +108,9 @@ class _Run:
         total = sum(p.numel() for p in self.model.parameters())
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
-        self.sequences = {stage: self._training_sequences(recipe) for stage, recipe in self._stages(added).items()}
+        self.sequences = {
+            stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages(added).items()
+        }
         self.results: dict[str, StageResult] = {}
         check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
         self._check_same_plan()
@@ -145,7 +147,7 @@ class _Run:
             stages["stage2"] = config.stage2
         return stages
 
-    def _training_sequences(self, recipe: Recipe) -> Any:
+    def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
         sequences = load_sequences(
             self.plan.data,
             self.teacher.tokenizer,
@@ -156,7 +158,7 @@ class _Run:
             vocab_size=self.teacher.model.config.vocab_size,
         )
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
-        self.say(f"data: {size} of {recipe.sequence_length} tokens")
+        self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")
         return sequences
 
     def _evaluation_documents(self) -> Documents | None:

@@ -1,0 +1,60 @@
+"""Every command that the documents and the help texts show is one that the command line takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from lizard_models.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = re.compile(r"^(?:.*&& )?((?:lizard-attn|torchrun|accelerate launch) .*)$")
+LAUNCHER = re.compile(r"^(?:torchrun|accelerate launch) .*?-m lizard_models ")
+
+
+def commands_in(text: str) -> list[str]:
+    """The commands of a document's code blocks, lines that go on joined."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```|((?:^ {4,}\S.*\n)+)", joined, re.S | re.M)
+    lines = (line.strip().removeprefix("$ ") for block in blocks for line in "".join(block).splitlines())
+    return [match[1] for line in lines if (match := SHOWN.match(line))]
+
+
+def parse(command: str) -> None:
+    """Reads a command's arguments as the command line does, without running it."""
+    arguments = shlex.split(LAUNCHER.sub("lizard-attn ", command), comments=True)[1:]
+    redirected = next((i for i, argument in enumerate(arguments) if argument in ("<", "|", ">")), None)
+    arguments = arguments[:redirected]
+    chosen = typer.main.get_command(app)
+    while hasattr(chosen, "commands") and arguments and arguments[0] in chosen.commands:
+        chosen = chosen.commands[arguments.pop(0)]
+    assert not hasattr(chosen, "commands"), f"no such command: {command}"
+    chosen.make_context(command, arguments)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_commands_exist(document):
+    for command in commands_in(document.read_text(encoding="utf-8")):
+        parse(command)
+
+
+def test_the_quickstart_shows_every_step():
+    shown = " ".join(commands_in((ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")))
+    for name in ("demo", "info", "linearize", "generate", "eval"):
+        assert f"lizard-attn {name}" in shown
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))
+def test_help_teaches_by_examples_that_work(name):
+    command = typer.main.get_command(app).commands[name]
+    leaves = command.commands.values() if hasattr(command, "commands") else [command]
+    for leaf in leaves:
+        examples = [re.sub(r"\s+", " ", text) for text in re.findall(r"\[cyan\](.*?)\[/cyan\]", leaf.help or "", re.S)]
+        complete = [text for text in examples if SHOWN.match(text)]
+        assert complete, f"{name} {leaf.name} has no example"
+        for example in complete:
+            if len(example.split()) > 2 or example.split()[1] == name:  # another's name alone only points to it
+                parse(example)
