@@ -16,10 +16,10 @@ from rich.console import Console
 from lizard_models.config import LizardConfig, Recipe
 from lizard_models.convert import linearize
 from lizard_models.data import Documents, load_documents, load_sequences
-from lizard_models.distill import RunArguments, StageResult, layer_errors, train_stage1, train_stage2
+from lizard_models.distill import RunArguments, StageResult, train_stage1, train_stage2
 from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
 from lizard_models.downloads import appear_whole, check_space, write_sums
-from lizard_models.evaluation import Report, Row, loss_by_position, passkey_accuracy
+from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM
@@ -54,6 +54,8 @@ class Plan:
     gradient_checkpointing: bool = False
     fsdp: bool = False
     """Share the weights among the processes that torchrun or accelerate started."""
+    cuda_graph: bool = False
+    """Each training step as one CUDA graph: faster for small models, same numbers."""
     save_steps: int = 50
     resume: bool = False
     cache: str | None = None
@@ -198,7 +200,8 @@ class _Run:
                 row.loss = loss_by_position(model, self.documents.tokens, advance=advance)
                 if errors and isinstance(model, LizardCausalLM):
                     tokens = self.documents.tokens[:, : self.plan.config.stage1.sequence_length]
-                    row.relative_error = layer_errors(model, tokens).mean().item()
+                    row.attention_errors = attention_errors(model, tokens).readings()
+                    row.relative_error = row.attention_errors["head mean"]
             if self.plan.passkey_lengths and self.teacher.tokenizer is not None:
                 lengths, trials = self.plan.passkey_lengths, self.plan.passkey_trials
                 row.passkey = passkey_accuracy(model, self.teacher.tokenizer, lengths, trials=trials, advance=advance)
@@ -226,6 +229,7 @@ class _Run:
             save_steps=self.plan.save_steps,
             gradient_checkpointing=self.plan.gradient_checkpointing,
             fsdp=self.plan.fsdp,
+            cuda_graph=self.plan.cuda_graph,
             title=title,
         )
 

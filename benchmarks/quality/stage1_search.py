@@ -116,6 +116,7 @@ def work(experiment: dict[str, Any], options: argparse.Namespace) -> dict[str, A
         [options.eval_data], teacher.tokenizer, length, count=options.eval_documents, vocab_size=vocab_size
     )
     result: dict[str, Any] = {**experiment, "config": config.to_dict(), "eval_hash": documents.digest}
+    result["command"] = " ".join(["python", *sys.argv[: sys.argv.index("--one")]])
     if experiment["name"] == "teacher":
         model: Any = teacher.model
     elif experiment["name"] == "window control":
@@ -172,6 +173,15 @@ def results(out: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: r["loss"]["means"][-1] if "loss" in r else float("inf"))
 
 
+def brief(result: dict[str, Any]) -> dict[str, Any]:
+    """A run without its curve, its errors by head and its configuration where that follows from the changes."""
+    kept = {key: value for key, value in result.items() if key not in ("config", "curve", "gates", "attention")}
+    for length, errors in result.get("attention", {}).items():
+        shown = ("readings", "by_position", "by_layer")
+        kept.setdefault("attention", {})[length] = {key: errors[key] for key in shown}
+    return kept
+
+
 def control_loss(out: Path) -> float | None:
     path = file_of(out, SHARED[1])
     values = json.loads(path.read_text()) if path.exists() else {}
@@ -217,6 +227,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--graph", action="store_true", help="each step as one CUDA graph")
     parser.add_argument("--table", action="store_true", help="print what is in --out and end")
+    parser.add_argument("--summary", type=Path, help="also write what is in --out as one JSON file")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -230,8 +241,11 @@ def main() -> None:
     if not options.table:
         search(options)
     print("\nbest last bucket first")
-    for result in results(options.out):
+    found = results(options.out)
+    for result in found:
         print(line(result, control_loss(options.out)))
+    if options.summary is not None:
+        write(options.summary, {"runs": [brief(result) for result in found]})
 
 
 if __name__ == "__main__":

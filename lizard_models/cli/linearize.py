@@ -56,6 +56,9 @@ def command(
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Share the weights among the processes of torchrun, for large teachers.")
     ] = False,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, faster for small models.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and starts.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
     eval_data: Annotated[
@@ -133,6 +136,7 @@ def command(
                 micro_batch_size=micro_batch_size,
                 gradient_checkpointing=gradient_checkpointing,
                 fsdp=fsdp,
+                cuda_graph=cuda_graph,
                 save_steps=save_steps,
                 resume=resume,
                 cache=cache,

@@ -30,6 +30,7 @@ class Row:
     loss: PositionLoss | None = None
     passkey: dict[int, float] = field(default_factory=dict)
     relative_error: float | None = None  # of its attention, held out, mean over layers
+    attention_errors: dict[str, float] = field(default_factory=dict)  # its readings, see ``AttentionErrors``
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # metrics by task, as lm-eval names them
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,7 +47,8 @@ class Row:
         if loss is not None:
             loss = PositionLoss(*(tuple(loss[key]) for key in ("edges", "means", "errors")))
         passkey = {int(length): share for length, share in values["passkey"].items()}
-        return cls(values["name"], loss, passkey, values["relative_error"], values["tasks"])
+        errors = values.get("attention_errors", {})
+        return cls(values["name"], loss, passkey, values["relative_error"], errors, values["tasks"])
 
 
 @dataclass
