@@ -333,6 +333,36 @@ def docs(
         Console(soft_wrap=True).print(f"written: {document}")
 
 
+@quality.command("dry-run")
+def dry_run(
+    teachers: Annotated[list[str] | None, typer.Argument(help="Default: Llama-3.2-1B, Llama-3-8B, Mistral-7B.")] = None,
+    preset: Annotated[str, typer.Option(help="The preset to plan for.")] = "recommended",
+    budget: BudgetName = "full",
+    tflops: Annotated[float, typer.Option(help="Arithmetic that a device achieves, TFLOP/s.", min=0.1)] = 300.0,
+    devices: Annotated[int, typer.Option(help="Devices that share the work.", min=1)] = 1,
+    micro_batch_size: Annotated[int, typer.Option(help="Sequences that go through at a time.", min=1)] = 1,
+    cache: Cache = None,
+) -> None:
+    """Shapes, new parameters, memory and time of a row for larger teachers, without their weights.
+
+    [bold]Example[/bold]
+
+    [cyan]lizard-attn bench quality dry-run meta-llama/Meta-Llama-3-8B --preset paper[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from lizard_models.planning import describe_run, known_shapes
+        from lizard_models.quality.rows import RowSpec
+
+        chosen = RowSpec(name=preset, preset=preset).config(read_budget(budget), 0)
+        for name in teachers or known_shapes():
+            for part in describe_run(
+                name, chosen, achieved=tflops, devices=devices, micro_batch=micro_batch_size, cache=cache
+            ):
+                Console(soft_wrap=True).print(part, highlight=False)
+
+
 @quality.command("list")
 def list_rows() -> None:
     """Show the tables and the rows in them."""

@@ -72,6 +72,9 @@ def command(
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
     cache: Cache = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show shapes, new parameters, and estimates of memory and time.")
+    ] = False,
 ) -> None:
     """Turn a teacher into a Lizard: stage 1 imitates its attention, stage 2 fine-tunes with LoRA.
 
@@ -96,6 +99,9 @@ def command(
     [cyan]torchrun --nproc-per-node 8 -m lizard_models linearize meta-llama/Llama-3.1-8B --preset paper
     --fsdp --out paper-8b[/cyan]
 
+    What it would take, without weights: [cyan]lizard-attn linearize meta-llama/Meta-Llama-3-8B --preset paper
+    --gradient-checkpointing --dry-run --out paper-8b[/cyan]
+
     A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
     """
     with one_line_errors(lambda: _resume_command(out)):
@@ -113,6 +119,15 @@ def command(
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
         )
         console = Console(soft_wrap=True)
+        if dry_run:
+            from lizard_models.planning import describe_run
+
+            devices = parallel.process_count()
+            parts = describe_run(teacher, chosen, devices=devices, micro_batch=micro_batch_size,
+                                 checkpointing=gradient_checkpointing, cache=cache)  # fmt: skip
+            for part in parts:
+                console.print(part, highlight=False)
+            return
         if stage1_steps == 0 and stage2_steps == 0 and not eval_data and not passkey:
             # Nothing is trained or measured, so the teacher need not fit into memory.
             folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
