@@ -33,6 +33,7 @@ HELD_OUT = 6  # tales, every second of the longest
 EVAL_LENGTH = 2048
 SEQUENCE = 1024
 PASSKEY_LENGTHS = (128, 512)
+LEAST_STEPS = (20, 8)  # of the two stages: fewer show nothing
 PROMPT_TOKENS, NEW_TOKENS = 400, 60
 STAGE2_STEP, MEASURING = 3, 75  # one step of stage 2, and all that is not training, in steps of stage 1
 
@@ -94,8 +95,11 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
     path = work / "demo.json"
     resume = path.is_file()
     if resume:
-        say(f"going on with the run in {work}")
         steps = json.loads(path.read_text())
+        say(
+            f"going on with the run in {work}, planned when it began: {steps['stage1']} steps of stage 1 and "
+            f"{steps['stage2']} of stage 2, whatever --minutes says now; delete that folder to plan anew"
+        )
     else:
         steps = _plan_steps(deadline, cache, say)
     recipe: dict[str, Any] = {"sequence_length": SEQUENCE, "batch_size": 1}
@@ -140,9 +144,15 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
         times.append(time.monotonic() - begun)
     seconds = min(times)
     left = deadline - time.monotonic() - MEASURING * seconds
-    first = max(20, round(left * 2 / 3 / seconds))
-    second = max(8, round(left / 3 / (STAGE2_STEP * seconds)))
-    say(f"plan: a step takes about {seconds:.1f} s here, so {first} steps of stage 1 and {second} of stage 2")
+    first = max(LEAST_STEPS[0], round(left * 2 / 3 / seconds))
+    second = max(LEAST_STEPS[1], round(left / 3 / (STAGE2_STEP * seconds)))
+    needed = seconds * (MEASURING + first + STAGE2_STEP * second)
+    say(
+        f"plan: a step takes about {seconds:.1f} s here, so {first} steps of stage 1 and {second} of stage 2, "
+        f"ready in about {needed / 60:.1f} min"
+    )
+    if (first, second) == LEAST_STEPS:
+        say("that is the least that shows something, and more than --minutes allows")
     return {"stage1": first, "stage2": second}
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 
 import pytest
 from readable import SENTENCE, save_teacher
@@ -63,7 +64,7 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
         attempt()
     assert not out.exists()
     texts = [attempt(), attempt()]
-    assert "going on with the run in" in texts[0] and "holds a finished model" in texts[1]
+    assert "whatever --minutes says now" in texts[0] and "holds a finished model" in texts[1]
     for text in (
         "window control",
         "untrained student",
@@ -77,6 +78,20 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
     files = {"config.json", "evaluation.json", "evaluation.png", "continuations.json", "model.safetensors"}
     assert files <= {path.name for path in out.iterdir()} and not (tmp_path / "demo.training").exists()
     assert set(json.loads((out / "continuations.json").read_text())) == {"prompt", "teacher", "student"}
+
+
+@pytest.mark.parametrize(("minutes", "enough"), [(0.01, False), (60, True)])
+def test_the_plan_fits_the_minutes_or_says_so(tmp_path, monkeypatch, minutes, enough):
+    monkeypatch.setattr(module, "TEACHER", str(save_teacher(tmp_path / "teacher")))
+    monkeypatch.setattr(module, "SEQUENCE", 64)
+    said = []
+    steps = module._plan_steps(time.monotonic() + 60 * minutes, None, said.append)
+    assert (
+        f"{steps['stage1']} steps of stage 1 and {steps['stage2']} of stage 2, ready in about"
+        in said[-1 - (not enough)]
+    )
+    assert enough == ("more than --minutes allows" not in said[-1])
+    assert enough == (tuple(steps.values()) > module.LEAST_STEPS)
 
 
 def interrupted(*args, **kwargs):

@@ -27,6 +27,7 @@ def test_the_papers_recipe():
         assert (stage.sequence_length, stage.batch_size, stage.precision) == (2048, 8, "bf16")
         assert (stage.betas, stage.eps, stage.max_grad_norm) == ((0.9, 0.99), 1e-8, 1.0)
         assert (stage.warmup_ratio, stage.min_learning_rate_ratio) == (0.1, 0.1)
+        assert stage.weight_decay == 0.0 and stage.max_steps is None
     assert (paper.stage1.error, paper.stage1.inputs) == ("mse", "teacher")
     assert (paper.stage2.lora_rank, paper.stage2.lora_alpha, paper.stage2.lora_dropout) == (8, 16, 0.0)
     assert paper.stage2.lora_targets == ("q_proj", "k_proj", "v_proj")
