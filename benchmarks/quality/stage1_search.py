@@ -159,8 +159,9 @@ def line(result: dict[str, Any], control: float | None) -> str:
     if control is not None and result["name"] not in SHARED:
         text += f" | below control {control - means[-1]:.4f}"
     for length, errors in result.get("attention", {}).items():
-        shown = ("head mean", "head median", "pooled", "token mean", "output mean", "output pooled")
-        text += f" | T {length} " + " ".join(f"{name} {errors['readings'][name]:.4f}" for name in shown)
+        shown = ("head mean", "head median", "head geometric", "pooled", "output mean", "output pooled")
+        known = [(name, errors["readings"][name]) for name in shown if name in errors["readings"]]
+        text += f" | T {length} " + " ".join(f"{name} {value:.4f}" for name, value in known)
     if "training_error" in result:
         text += f" | training {result['training_error']:.4f} {result['seconds_per_step']:.3f} s/step"
     return text

@@ -44,6 +44,7 @@ class AttentionErrors:
 
             head mean      mean over layers and heads of (sum of squared errors / sum of squared targets)
             head median    their median
+            head geometric their geometric mean, exp of the mean logarithm
             layer pooled   mean over layers of (squared errors of all its heads / squared targets of all its heads)
             pooled         squared errors of all layers and heads / squared targets of all
             token mean     mean over layers, heads and tokens of (squared error / squared target)
@@ -59,6 +60,7 @@ class AttentionErrors:
         values = {
             "head mean": heads.mean(),
             "head median": heads.median(),
+            "head geometric": heads.log().mean().exp(),
             "layer pooled": (squares.sum(-1) / targets.sum(-1)).mean(),
             "pooled": squares.sum() / targets.sum(),
             "token mean": (self.ratios.sum(-1) / self.tokens.sum()).mean(),

@@ -34,6 +34,7 @@ def test_every_reading_is_its_formula():
         {
             "head mean": heads.mean().item(),
             "head median": heads.median().item(),
+            "head geometric": heads.prod().item() ** (1 / heads.numel()),
             "layer pooled": (error.sum((1, 2, 3, 4)) / target.sum((1, 2, 3, 4))).mean().item(),
             "pooled": (error.sum() / target.sum()).item(),
             "token mean": (error.sum(-1) / target.sum(-1)).mean().item(),
