@@ -20,7 +20,13 @@ from lizard_layers import AnchorBlock, Float32Module, HybridAttention, apply_rop
 from lizard_models.cache import LizardCache, is_graphed
 from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import approximation_error
-from lizard_models.layer_configs import attention_config, converted_layers, lizard_config, sliding_windows
+from lizard_models.layer_configs import (
+    attention_config,
+    converted_layers,
+    kept_layers,
+    lizard_config,
+    sliding_windows,
+)
 from lizard_models.packing import Packing, find_packing, packed_mask, positions_of_documents
 from lizard_models.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
 from lizard_models.safe_loading import SafeLoading
@@ -244,6 +250,8 @@ class LizardDecoder(LizardModelMixin):
         layers: Any = self.layers
         converted = converted_layers(config)
         self.has_softmax_layers = len(converted) < len(layers)
+        windows = sliding_windows(config)
+        self.keeps_sliding_layers = any(windows[i] is not None for i in kept_layers(config))
         for i in converted:
             layers[i].self_attn = self.attention_class(config, i)
         self.position_range, self.moves_anchors = position_range(config), moves_anchors(config)
@@ -326,6 +334,8 @@ class LizardDecoder(LizardModelMixin):
         past = 0 if past_key_values is None else past_key_values.known_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
         if padding_mask is not None:
+            if self.keeps_sliding_layers:
+                refuse_gaps(padding_mask)
             new = padding_mask.shape[1] - length
             if position_ids is None:
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new:]
@@ -560,6 +570,21 @@ def check_padding_mask(attention_mask: Tensor | None, batch: int, past: int | No
             f"one column for each of the {columns - length} cached and {length} new positions"
         )
     return attention_mask.bool()
+
+
+def refuse_gaps(padding_mask: Tensor) -> None:
+    """Raises ValueError for padding [B, T] between real tokens. Reads the data, but in a graph.
+
+    A kept sliding-window layer is transformers' own, which counts such padding as positions of its window.
+    """
+    starts = padding_mask.clone()
+    starts[:, 1:] &= ~padding_mask[:, :-1]
+    rows = starts.sum(1) > 1
+    if not is_graphed(padding_mask) and bool(rows.any()):
+        raise ValueError(
+            f"attention_mask has padding between the real tokens of row {int(rows.nonzero()[0])}, which the kept "
+            "sliding-window layers would count: pad on the left, or convert with keep_sliding_layers=False"
+        )
 
 
 def all_real(padding_mask: Tensor | None) -> bool:

@@ -86,6 +86,43 @@ def test_kept_layers_of_both_kinds_search_with_beams(kept):
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, **settings, use_cache=False))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [{}, {"softmax_layers": (1,)}])
+def test_right_padding_is_exact_and_gaps_are_refused_beside_sliding_layers(kept):
+    model, ids = student(family="gemma3_text", **kept), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, 25:] = 0
+    logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[1, :25], model(ids[1:, :25]).logits[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="padding between the real tokens of row 1, which the kept sliding-window"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3)
+    mask[1] = torch.arange(30) % 2
+    with pytest.raises(ValueError, match="padding between the real tokens of row 1"):
+        model(ids, attention_mask=mask)
+    exact = student(family="gemma3_text", keep_sliding_layers=False, **kept)
+    torch.testing.assert_close(
+        exact(ids, attention_mask=mask).logits[1, 1::2], exact(ids[1:, 1::2]).logits[0], rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_a_static_cache_and_a_snapshot_hold_sliding_layers_too():
+    model, ids = student(family="gemma3_text", softmax_layers=(1,)), tokens(2, 40)
+    whole = model(ids, use_cache=False).logits
+    cache = model.new_cache(static=True, max_cache_len=64)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([25] + [1] * 15, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    cache = model.new_cache()
+    model(ids[:, :25], past_key_values=cache)
+    kept = cache.copy()
+    cache.activate_past_recording()
+    model(ids[:, :7], past_key_values=cache)
+    cache.crop(-7)
+    for snapshot in (kept, cache):
+        logits = model(ids[:, 25:], past_key_values=snapshot).logits
+        torch.testing.assert_close(logits, whole[:, 25:], rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_kept_or_converted_says_why():
     recommended = LizardConfig.preset("recommended", attention={"window": 13})
     with pytest.raises(ValueError, match="window=13 is wider than the teacher's sliding window of 12 in layer 2"):
