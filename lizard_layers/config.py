@@ -37,7 +37,8 @@ class AttentionChoices:
     anchors fall back without end. true: their distance i - j, which past the teacher's context is one it was never
     trained on. clamped: i - j as long as i < P = ``position_limit``; from there on the anchors follow in steps of
     s = ``position_step``: the distance is P - s + (i - P) mod s - j and never reaches P. With P = window + anchors and
-    s = 1 these are StreamingLLM's positions in the cache (arXiv 2309.17453). Up to P both forms are the same."""
+    s = 1 these are StreamingLLM's positions in the cache (arXiv 2309.17453). Up to P both forms are the same; the
+    distances that ``linear_rope`` brings into the linear branch grow without end in either."""
 
     position_limit: int | None = None
     """P: positions the teacher knows. None is its context (``max_position_embeddings``)."""
@@ -188,11 +189,6 @@ class AttentionChoices:
             )
         if step is not None and not 1 <= step <= (limit or step):
             raise ValueError(f"position_step={step} must be at least 1 and at most position_limit={limit}")
-        if self.linear_branch and self.linear_rope:
-            raise ValueError(
-                'positions="clamped" keeps the anchors in range, but linear_rope=True turns every key of the linear '
-                'branch by its true position, at distances without bound: use positions="true"'
-            )
 
     def _check_linear_branch(self) -> None:
         if self.feature_dim is not None and self.two_sided and self.feature_dim_counts == "features":

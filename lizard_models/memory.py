@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,41 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for _, p in model.lizard_parameters())
 
 
+def memory_table(
+    config: PreTrainedConfig, lengths: Sequence[int] = LENGTHS, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> Table:
+    """Bytes of one sequence by its length, the teacher's cache and the Lizard's state, for each dtype of the keys.
+
+    config: of a Lizard model. The sums of the linear branch are float32 in any dtype.
+    """
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    table = Table(title=f"memory of one sequence, {' and '.join(names)}", title_justify="left")
+    table.add_column("tokens", justify="right")
+    for name in names:
+        of = f", {name}" if len(names) > 1 else ""
+        for column in (f"teacher's cache{of}", f"Lizard's state{of}", "ratio"):
+            table.add_column(column, justify="right")
+    for length in lengths:
+        cells = []
+        for dtype in dtypes:
+            teacher, student = cache_bytes(config, length, dtype), lizard_bytes(config, length, dtype)
+            cells += [*(f"{size / 2**20:,.1f} MiB" for size in (teacher, student)), f"{teacher / student:,.1f}x"]
+        table.add_row(f"{length:,}", *cells)
+    return table
+
+
 def describe(
-    name: str, *, preset: str | None = None, changes: dict[str, Any] | None = None, cache: str | None = None
+    name: str,
+    *,
+    preset: str | None = None,
+    changes: dict[str, Any] | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    cache: str | None = None,
 ) -> list[str | Table]:
     """What ``lizard-attn info`` prints about a linearized model, or about a teacher under a preset.
 
-    Raises ValueError for an unknown model or preset, or a preset given for a model that is linearized already.
+    lengths: of the sequences whose memory is shown. Raises ValueError for an unknown model or preset, or a preset given
+    for a model that is linearized already.
     """
     config = _config_of(name, preset, changes or {}, cache)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -70,15 +99,7 @@ def describe(
         f"{name}: preset {chosen.name}, {converted} of {config.num_hidden_layers} layers linearized",
         f"parameters: {everything:,}, of which {new:,} are new ({new / everything:.2%})",
     ]
-    table = Table(title=f"memory of one sequence, {str(dtype).removeprefix('torch.')}", title_justify="left")
-    for column in ("tokens", "teacher's cache", "Lizard's state", "ratio"):
-        table.add_column(column, justify="right")
-    for length in LENGTHS:
-        teacher = cache_bytes(config, length, dtype)
-        student = lizard_bytes(config, length, dtype)
-        sizes = (f"{size / 2**20:,.1f} MiB" for size in (teacher, student))
-        table.add_row(f"{length:,}", *sizes, f"{teacher / student:.1f}x")
-    return [*lines, table]
+    return [*lines, memory_table(config, lengths, [dtype])]
 
 
 def _config_of(name: str, preset: str | None, changes: dict[str, Any], cache: str | None) -> PreTrainedConfig:

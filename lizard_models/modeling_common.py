@@ -45,7 +45,6 @@ class LizardAttention(nn.Module):
     layer_idx: int
     head_dim: int
     scaling: float
-    layer_type: str
     is_causal: bool
     softcap: float | None = None  # bound of the scores
     use_rope: bool | int = True  # a family with layers without positions sets it a layer
@@ -98,7 +97,7 @@ class LizardAttention(nn.Module):
         q, k, v = self.heads(x)
         blocks = None
         if anchor_blocks is not None and self.use_rope:
-            blocks = anchor_blocks[None if None in anchor_blocks else self.layer_type]
+            blocks = anchor_blocks[None if None in anchor_blocks else self.config.layer_types[self.layer_idx]]
         if self.mode == "distill":
             o = self._distill(x, q, k, v, rope, attention_mask, padding_mask, packing, blocks, with_gradients, **kwargs)
         else:

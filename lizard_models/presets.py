@@ -48,6 +48,7 @@ RECOMMENDED = LizardConfig(
     attention=AttentionChoices(
         window=128,
         anchors=4,
+        positions="clamped",
         window_rope=True,
         coverage="outside",
         gate="key_head",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, Settings, read_settings
+from lizard_models.cli.options import Cache, Settings, read_numbers, read_settings
 
 
 def command(
@@ -16,6 +16,9 @@ def command(
         str | None, typer.Option(help="For a teacher: the preset it would be linearized with; default recommended.")
     ] = None,
     settings: Settings = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Lengths of sequences in tokens.", show_default="8192,32768,131072")
+    ] = None,
     cache: Cache = None,
 ) -> None:
     """Show what linearizing adds and what it saves: parameters, and memory of a sequence by its length.
@@ -28,13 +31,21 @@ def command(
 
     Before training anything: [cyan]lizard-attn info meta-llama/Llama-3.2-1B --preset paper[/cyan]
 
+    Up to a million tokens: [cyan]lizard-attn info smollm2-135m --lengths 1024,131072,1048576[/cyan]
+
     A wider window: [cyan]lizard-attn info smollm2-135m --set attention.window=256[/cyan]
     """
     with one_line_errors():
         from rich.console import Console
 
-        from lizard_models.memory import describe
+        from lizard_models.memory import LENGTHS, describe
 
         console = Console()
-        for part in describe(model, preset=preset, changes=read_settings(settings), cache=cache):
+        for part in describe(
+            model,
+            preset=preset,
+            changes=read_settings(settings),
+            lengths=read_numbers(lengths, "--lengths") or LENGTHS,
+            cache=cache,
+        ):
             console.print(part)

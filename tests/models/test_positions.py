@@ -198,8 +198,20 @@ def test_pairs_that_promise_nothing_are_refused():
         ({"position_step": 3}, 'position_step belongs to positions="clamped"'),
         ({"positions": "clamped", "position_limit": 9}, "position_limit=9 is less than window"),
         ({"positions": "clamped", "position_step": 0}, "position_step=0 must be at least 1"),
-        ({"positions": "clamped", "linear_rope": True}, "linear_rope=True turns every key"),
         ({"positions": "moving"}, "positions must be"),
     ):
         with pytest.raises(ValueError, match=reason):
             LizardConfig.preset("recommended", attention={"positions": "true"} | changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "gemma2", "gemma3_text"])
+def test_every_family_goes_past_the_limit(family):
+    config = LizardConfig.preset("recommended", attention={"window": 8, "positions": "clamped", "position_step": 9})
+    model = linearize(teacher(family, max_position_embeddings=LIMIT), config)
+    disturb(model)
+    ids = tokens(1, 60)
+    whole = model(ids, use_cache=False).logits
+    cache = model.new_cache()
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([30, 1, 29], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
