@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import lzma
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,12 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: Any, requests: Requests, *, batch_tokens: int = 1 << 15, say: Say = silent) -> Scores:
+def score(model: Any, requests: Requests, *, batch_tokens: int = 1 << 16, say: Say = silent) -> Scores:
     """Log-likelihood of every continuation under a causal language model, as lm-eval's HFLM computes it.
 
-    A context with several continuations is read once: contexts of equal length go through together, and their cache is
-    repeated for the continuations. Logits are float32 whatever the model's dtype. Pairs longer than the model's
-    positions lose tokens at their start, as in lm-eval. batch_tokens: tokens of a forward pass.
+    A context with several continuations is read once: contexts of about equal length go through together, padded on the
+    left, and their cache is repeated for the continuations. Logits are float32 whatever the model's dtype. Pairs longer
+    than the model's positions lose tokens at their start, as in lm-eval. batch_tokens: tokens of a forward pass.
     """
     return _Scorer(model, requests, batch_tokens, say).scores()
 
@@ -136,22 +136,20 @@ class _Scorer:
         members: dict[int, list[int]] = {}
         for pair, context in enumerate(self.requests.context_of.tolist()):
             members.setdefault(context, []).append(pair)
-        shared: dict[int, list[int]] = {}  # by length of the context
+        shared: list[int] = []
         alone: list[int] = []
         for context, pairs in members.items():
             length = len(self.requests.context(context))
             fits = length + max(len(self.requests.continuation(pair)) for pair in pairs) <= self.longest + 1
             if len(pairs) > 1 and fits:
-                shared.setdefault(length, []).append(context)
+                shared.append(context)
             else:
                 alone += pairs
         self._score_alone(alone)
         self.say(f"requests: {len(alone)} of {len(self.requests)} scored")
-        for length, contexts in shared.items():
-            size = max(1, self.batch_tokens // (length * 2))
-            for start in range(0, len(contexts), size):
-                part = contexts[start : start + size]
-                self._score_shared(part, [members[context] for context in part])
+        shared.sort(key=lambda context: len(self.requests.context(context)))
+        for batch in self._batches(shared, [len(self.requests.context(context)) for context in shared]):
+            self._score_shared(batch, [members[context] for context in batch])
         return Scores(self.sums, self.greedy, self.requests.digest)
 
     def _score_alone(self, pairs: list[int]) -> None:
@@ -160,12 +158,7 @@ class _Scorer:
             ids = np.concatenate([self.requests.context(self.requests.context_of[pair]), self._continuation(pair)])
             rows.append((pair, ids[-(self.longest + 1) :]))
         rows.sort(key=lambda row: len(row[1]))
-        start = 0
-        while start < len(rows):
-            end = start + 1
-            while end < len(rows) and (end + 1 - start) * len(rows[end][1]) <= self.batch_tokens:
-                end += 1
-            batch = rows[start:end]
+        for batch in self._batches(rows, [len(ids) for _, ids in rows]):
             inputs = self._padded([ids[:-1] for _, ids in batch])
             hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
             wanted = [self._continuation(pair) for pair, _ in batch]
@@ -174,16 +167,26 @@ class _Scorer:
                 for row, ((_, ids), w) in enumerate(zip(batch, wanted, strict=True))
             ]
             self._answer([pair for pair, _ in batch], kept, wanted)
+
+    def _batches(self, items: list[Any], lengths: list[int]) -> Iterator[list[Any]]:
+        """Runs of items, in order of their lengths, that take ``batch_tokens`` at most when they are padded."""
+        start = 0
+        while start < len(items):
+            end = start + 1
+            while end < len(items) and (end + 1 - start) * lengths[end] <= self.batch_tokens:
+                end += 1
+            yield items[start:end]
             start = end
 
     def _score_shared(self, contexts: list[int], pairs: list[list[int]]) -> None:
-        inputs = torch.tensor(
-            np.stack([self.requests.context(c).astype(np.int64) for c in contexts]), device=self.device
-        )
+        ids = [self.requests.context(context) for context in contexts]
+        inputs = self._padded([row[::-1] for row in ids]).flip(1)
+        lengths = torch.tensor([len(row) for row in ids], device=self.device).unsqueeze(1)
+        mask = torch.arange(inputs.shape[1], device=self.device) >= inputs.shape[1] - lengths
         flat = [pair for group in pairs for pair in group]
         wanted = [self._continuation(pair) for pair in flat]
         several = max(map(len, wanted)) > 1
-        outputs = self.model.model(input_ids=inputs, use_cache=several)
+        outputs = self.model.model(input_ids=inputs, attention_mask=mask.long(), use_cache=several)
         row_of = torch.tensor([row for row, group in enumerate(pairs) for _ in group], device=self.device)
         first = outputs.last_hidden_state[:, -1][row_of]  # [pairs, hidden]
         kept = [first[i : i + 1] for i in range(len(flat))]
@@ -191,7 +194,9 @@ class _Scorer:
             cache = outputs.past_key_values
             cache.batch_select_indices(row_of)
             rest = self._padded([w[:-1] for w in wanted])
-            hidden = self.model.model(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
+            seen = torch.cat([mask[row_of], torch.ones_like(rest, dtype=torch.bool)], 1).long()
+            outputs = self.model.model(input_ids=rest, attention_mask=seen, past_key_values=cache, use_cache=True)
+            hidden = outputs.last_hidden_state
             kept = [torch.cat([kept[i], hidden[i, : len(w) - 1]]) for i, w in enumerate(wanted)]
         self._answer(flat, kept, wanted)
 

@@ -23,7 +23,8 @@ from lizard_models.distill.progress import clock
 from lizard_models.quality.bench import Bench
 from lizard_models.quality.rows import TEACHER, RowSpec
 
-STARTING, STEP1, STEP2, MEASURE = 25.0, 0.25, 0.35, 12.0  # seconds, until rows of this run have shown better
+STARTING, MEASURE = 25.0, 12.0  # seconds, until rows of this run have shown better
+STEP, BUSY = (0.22, 0.35), (0.032, 0.07)  # of a step of each stage at least, and of the GPU alone for 4096 tokens
 MEASURES_TOO = {"tasks": 10.0, "passkey": 3.0, "passkeys5": 3.0, "restore": 3.0}  # as multiples of MEASURE
 GRACE = 20.0  # seconds a row has for its checkpoint when the time is up
 
@@ -126,10 +127,11 @@ class Runner:
         budget, missing = self.bench.budget, self.bench.missing(row, self.num_layers)
         seconds = STARTING + MEASURE * sum(MEASURES_TOO.get(m, 1.0) for m in missing)
         if not (self.bench.work / budget.name / row.stem / "model").is_dir():
-            scale = budget.batch_size * budget.sequence_length / 4096
+            beside = max(1, self.slots.count(self.slots[0]))
+            scale = beside * budget.batch_size * budget.sequence_length / 4096
             converts = row.preset not in (TEACHER, "window_only")
-            seconds += scale * (STEP1 * budget.stage1_steps * (row.stage1 and converts))
-            seconds += scale * STEP2 * budget.stage2_steps * row.stage2
+            seconds += max(STEP[0], scale * BUSY[0]) * budget.stage1_steps * (row.stage1 and converts)
+            seconds += max(STEP[1], scale * BUSY[1]) * budget.stage2_steps * row.stage2
         return seconds * (statistics.median(self.ratios) if self.ratios else 1.0)
 
     def _busy(self) -> list[_Worker]:
