@@ -484,8 +484,11 @@ def split_blocks(
 
 def is_writable(state: AttentionState) -> bool:
     """Whether the tensors may be overwritten: in no graph of gradients, and not left by inference mode to the world."""
-    here = torch.is_inference_mode_enabled()
-    return all(t is None or not (t.requires_grad or (t.is_inference() and not here)) for t in state)
+    if any(t is not None and t.requires_grad for t in state):
+        return False
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return True
+    return not any(t is not None and t.is_inference() for t in state)
 
 
 def is_graphed(like: Tensor | None) -> bool:
