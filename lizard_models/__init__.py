@@ -18,6 +18,8 @@ from lizard_models.modeling_qwen3 import LizardQwen3Config, LizardQwen3ForCausal
 from lizard_models.modeling_smollm3 import LizardSmolLM3Config, LizardSmolLM3ForCausalLM, LizardSmolLM3Model
 
 _LOADED_ON_USE = {
+    "load_state": "lizard_models.state_file",
+    "save_state": "lizard_models.state_file",
     "linearize_folder": "lizard_models.convert_folder",
     "load_teacher": "lizard_models.teachers",
     "train_stage1": "lizard_models.distill",

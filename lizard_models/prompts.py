@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import TextStreamer
 
+from lizard_models.cache import LizardCache
 from lizard_models.evaluation.stream import empty_cache, token_chunks
 from lizard_models.token_stream import tokenise_pieces
 
@@ -40,13 +41,17 @@ class Prefilled(NamedTuple):
 
 
 @torch.no_grad()
-def prefill(model: Any, tokens: Iterable[np.ndarray], chunk: int = PREFILL_CHUNK) -> Prefilled:
+def prefill(
+    model: Any, tokens: Iterable[np.ndarray], chunk: int = PREFILL_CHUNK, cache: Cache | None = None
+) -> Prefilled:
     """Reads all tokens but the last, ``chunk`` at a time; with a Lizard model in memory that does not depend on them.
 
-    tokens: ids in pieces of any sizes, read as they are needed. Raises ValueError if there is none.
+    tokens: ids in pieces of any sizes, read as they are needed. cache: what was read before them, by default nothing.
+    Raises ValueError if there are no tokens.
     """
-    device, cache = next(model.parameters()).device, empty_cache(model)
-    length, last = 0, None
+    device = next(model.parameters()).device
+    cache = empty_cache(model) if cache is None else cache
+    length, last = cache.get_seq_length(), None
     for ids in token_chunks(tokens, chunk):
         row = torch.from_numpy(ids.astype(np.int64)).to(device)[None]
         new = row[:, :-1] if last is None else torch.cat([last, row[:, :-1]], 1)
@@ -58,15 +63,30 @@ def prefill(model: Any, tokens: Iterable[np.ndarray], chunk: int = PREFILL_CHUNK
     return Prefilled(cache, last, length)
 
 
-def prompt_tokens(pieces: Iterable[str], tokenizer: Any, chat: bool = False) -> Iterator[np.ndarray]:
-    """Ids of a prompt whose text comes in pieces: after the tokenizer's own start, or inside its chat template."""
+@torch.no_grad()
+def read_to_the_end(model: Any, prompt: Prefilled) -> LizardCache:
+    """A cache that has read the last token too; the prompt's own stays as it is. For Lizard models alone."""
+    if not isinstance(prompt.cache, LizardCache):
+        raise ValueError("the model is not linearized: its cache grows with the text and has no state to save")
+    cache = prompt.cache.copy()
+    model.model(input_ids=prompt.last, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def prompt_tokens(
+    pieces: Iterable[str], tokenizer: Any, chat: bool = False, goes_on: bool = False
+) -> Iterator[np.ndarray]:
+    """Ids of a prompt whose text comes in pieces: after the tokenizer's own start, or inside its chat template.
+
+    goes_on: the text follows one that was read before, so that no start belongs before it.
+    """
     if chat:
         turns = [{"role": "user", "content": PLACE}]
         template = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         before, _, after = template.partition(PLACE)
         yield from tokenise_pieces(_around(before, pieces, after), tokenizer)
         return
-    start, empty = tokenizer("", verbose=False)["input_ids"], True
+    start, empty = [] if goes_on else tokenizer("", verbose=False)["input_ids"], True
     for ids in tokenise_pieces(pieces, tokenizer):
         if empty and start:
             yield np.asarray(start, dtype=np.int64)

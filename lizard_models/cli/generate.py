@@ -21,11 +21,17 @@ def command(
         Path | None,
         typer.Option(help="Text file to continue, of any length; only what is written after it is printed."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write.", min=1)] = 100,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write.", min=0)] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the probability that is sampled from.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    save_state: Annotated[
+        Path | None, typer.Option(help="File for what the model remembers of the prompt; -n 0 writes no text.")
+    ] = None,
+    load_state: Annotated[
+        Path | None, typer.Option(help="File of --save-state: the prompt goes on from the text read there.")
+    ] = None,
     positions: Positions = None,
     device: Device = None,
     dtype: DType = None,
@@ -41,6 +47,10 @@ def command(
     A whole book as the prompt, sampled:
     [cyan]lizard-attn generate my-lizard --prompt-file book.txt --temperature 0.8[/cyan]
 
+    A long text read once, and asked many times:
+    [cyan]lizard-attn generate my-lizard --prompt-file book.txt -n 0 --save-state book.state[/cyan]
+    [cyan]lizard-attn generate my-lizard --load-state book.state " The moral of this is"[/cyan]
+
     The same from a pipe, printed as it is read: [cyan]lizard-attn generate my-lizard - < book.txt[/cyan]
     """
     with one_line_errors():
@@ -49,19 +59,29 @@ def command(
         import torch
         from rich.console import Console
 
-        from lizard_models import prompts
+        from lizard_models import prompts, state_file
         from lizard_models.loading import load_model
 
         if (prompt is None) == (prompt_file is None):
             raise ValueError("give one of PROMPT and --prompt-file")
+        if not max_new_tokens and save_state is None:
+            raise ValueError("--max-new-tokens 0 writes nothing: give --save-state with it, or at least 1")
         loaded = load_model(model, device=read_device(device), dtype=read_dtype(dtype), positions=positions)
         if loaded.tokenizer is None:
             raise ValueError(f"model {model!r} has no tokenizer: copy the teacher's tokenizer files into it")
         torch.manual_seed(seed)
         started = time.monotonic()
         text = _text(prompt, prompt_file, echo=not chat and prompt_file is None)
-        tokens = prompts.prompt_tokens(text, loaded.tokenizer, chat)
-        prefilled = prompts.prefill(loaded.model, tokens, prompts.PREFILL_CHUNK)
+        tokens = prompts.prompt_tokens(text, loaded.tokenizer, chat, goes_on=load_state is not None)
+        cache = None if load_state is None else state_file.load_state(load_state, loaded.model)
+        before = 0 if cache is None else cache.get_seq_length()
+        prefilled = prompts.prefill(loaded.model, tokens, prompts.PREFILL_CHUNK, cache)
+        report = Console(stderr=True, highlight=False, soft_wrap=True)
+        if save_state is not None:
+            size = state_file.save_state(save_state, loaded.model, prompts.read_to_the_end(loaded.model, prefilled))
+            report.print(f"{prefilled.length} tokens read, state saved: {save_state} ({size / 1e6:.1f} MB)")
+        if not max_new_tokens:
+            return
         output = loaded.model.generate(
             **prefilled.generate_inputs(),
             max_new_tokens=max_new_tokens,
@@ -76,9 +96,7 @@ def command(
         written = output.sequences.shape[1] - 1
         cache = output.past_key_values
         held = f", {cache.state_bytes() / 1e6:.1f} MB of state" if hasattr(cache, "state_bytes") else ""
-        Console(stderr=True, highlight=False).print(
-            f"{prefilled.length} tokens read, {written} written in {seconds:.1f} s{held}"
-        )
+        report.print(f"{prefilled.length - before} tokens read, {written} written in {seconds:.1f} s{held}")
 
 
 def _text(prompt: str | None, file: Path | None, echo: bool) -> Iterator[str]:
