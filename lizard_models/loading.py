@@ -13,7 +13,7 @@ import lizard_models  # noqa: F401  registers the Lizard families with the Auto 
 from lizard_models.downloads import SUMS, damaged, hub_answers
 from lizard_models.layer_configs import lizard_config
 from lizard_models.safe_loading import load_causal_lm
-from lizard_models.teachers import load_tokenizer
+from lizard_models.teachers import find_teacher, load_tokenizer, local_snapshot
 
 TRAINING = "training.json"
 
@@ -33,12 +33,13 @@ def load_model(
     dtype: torch.dtype | None = None,
     what: str = "model",
     positions: str | None = None,
+    cache: str | None = None,
 ) -> LoadedModel:
     """Loads a folder that ``lizard-attn linearize`` wrote, or any causal language model by folder or hub name.
 
-    dtype: None is the saved one. what: what error messages call it. positions: "true" or "clamped" in place of what the
-    model was saved with. Only safetensors are read, and no code that comes with the model is run.
-
+    ``smollm2-135m`` is taken from where ``find_teacher`` finds it, with ``cache``. dtype: None is the saved one. what:
+    what error messages call it. positions: "true" or "clamped" in place of what the model was saved with. Only
+    safetensors are read, and no code that comes with the model is run.
     Raises ValueError for a folder without config.json, a name that cannot be read, weights that are not in safetensors,
     a file that is missing, damaged or cut short, a config of a newer version, positions for a model that is not
     linearized, and what ``from_pretrained`` raises.
@@ -46,9 +47,8 @@ def load_model(
     folder = Path(name_or_path).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{what} {name_or_path!r} has no config.json; wanted the folder of a saved model")
-    if not folder.exists() and (name_or_path.count("/") != 1 or not hub_answers()):
-        raise ValueError(f"{what} {name_or_path!r} is not a folder; make one with `lizard-attn linearize`")
-    source = str(folder) if folder.exists() else name_or_path
+    source = str(folder) if folder.exists() else _named(name_or_path, what, cache)
+    folder = Path(source)
     if folder.exists():
         if bad := damaged(folder):
             raise ValueError(
@@ -68,6 +68,19 @@ def load_model(
     model: Any = load_causal_lm(source, dtype or "auto", what, config=config)
     model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, load_tokenizer(source), _record(folder / TRAINING))
+
+
+def _named(name: str, what: str, cache: str | None) -> str:
+    """Where the model of that name can be loaded from: the hub, its local copy, or the packaged teacher's folder."""
+    if name == "smollm2-135m":
+        return find_teacher(name, cache=cache)[0]
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"{what} {name!r} is not a folder; make one with `lizard-attn linearize`")
+    if hub_answers():
+        return name
+    if local := local_snapshot(name):
+        return local
+    raise ValueError(f"{what} {name!r} is not a folder, and the hub does not answer; give the folder of a saved model")
 
 
 def _check_version(folder: Path) -> None:

@@ -120,14 +120,14 @@ def _checked_path(name: str) -> str:
         raise ValueError(f"teacher {name!r} is not a folder; wanted a saved model, a hub name or smollm2-135m")
     if hub_answers():
         return name
-    if local := _snapshot(name):
+    if local := local_snapshot(name):
         return local
     raise ValueError(
         f"teacher {name!r} is not a folder, and the hub does not answer; give a local folder or smollm2-135m"
     )
 
 
-def _snapshot(repository: str) -> str | None:
+def local_snapshot(repository: str) -> str | None:
     """The hub's local copy of a model, if it holds weights."""
     try:
         folder = snapshot_download(repository, local_files_only=True)
@@ -145,7 +145,7 @@ def _smollm2(cache: Path, say: Say) -> str:
                 "converted): delete that folder, and it is fetched again"
             )
         return str(converted)
-    if local := _snapshot(SMOLLM2_HUB):
+    if local := local_snapshot(SMOLLM2_HUB):
         return local
     if hub_answers(f"{SMOLLM2_HUB}/resolve/main/config.json"):
         say(f"teacher: {SMOLLM2_HUB} from the hub")

@@ -51,7 +51,7 @@ def compare(plan: Comparison, console: Console) -> Report:
     """
     if plan.tasks:
         require_tasks(plan.tasks, plan.task_files)  # now, not after an hour of other measurements
-    loaded = load_model(plan.model, device=plan.device, dtype=plan.dtype, positions=plan.positions)
+    loaded = load_model(plan.model, device=plan.device, dtype=plan.dtype, positions=plan.positions, cache=plan.cache)
     if loaded.tokenizer is None and (plan.passkey_lengths or plan.tasks):
         raise ValueError(f"model {plan.model!r} has no tokenizer, which passkeys and tasks need")
     documents = None

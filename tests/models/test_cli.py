@@ -239,6 +239,14 @@ def test_a_disk_too_small_is_seen_before_the_run(world, tmp_path, monkeypatch):
     call(*command)
 
 
+def test_models_have_names_too(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("lizard_models.loading.hub_answers", lambda: False)
+    shutil.copytree(world / "teacher", tmp_path / "teachers" / "smollm2-135m")
+    arguments = ["--teacher", "none", "--lengths", "400", "--trials", "1", "--device", "cpu", "--cache", tmp_path]
+    assert "this model" in call("eval", "smollm2-135m", *arguments).output
+    assert "is not a folder, and the hub does not answer" in error("generate", "owner/missing", "x")
+
+
 def test_missing_extras_are_named_before_anything_is_measured(model, world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     line = error("eval", model[0], "--data", world / "texts", "--tasks", "piqa", "--device", "cpu")

@@ -182,7 +182,7 @@ def test_a_damaged_cache_is_refused(tmp_path):
 
 
 def test_gguf_is_missed_before_the_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "_snapshot", lambda repository: None)
+    monkeypatch.setattr(teachers, "local_snapshot", lambda repository: None)
     monkeypatch.setattr(teachers, "fetch_from_wheel", None)
     monkeypatch.setattr(teachers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="need the package gguf; pip install 'lizard-attn\\[demo\\]'"):
