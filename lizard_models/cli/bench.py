@@ -55,6 +55,12 @@ def run(
     requests: Annotated[
         Path | None, typer.Option(help="File from `bench quality requests`, for the measure tasks.")
     ] = None,
+    eval_sets: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --requests, where lm-eval is: folder of the sets, for requests and metrics at once."
+        ),
+    ] = None,
     teacher: Teacher = "smollm2-135m",
     out: Out = RESULTS,
     work: Annotated[Path, typer.Option(help="Folder for models and checkpoints.")] = Path("quality-work"),
@@ -94,6 +100,11 @@ def run(
 
         if not data or not eval_data:
             raise ValueError("--data and --eval-data are needed: training text and held-out documents")
+        if eval_sets is not None and requests is None and "tasks" in read_names(measures):
+            requests = work / "requests.xz"
+            if not requests.is_file():
+                work.mkdir(parents=True, exist_ok=True)
+                recorded_lm().record_requests(eval_sets, read_tokenizer(teacher, cache)).save(requests)
         bench = Bench(
             teacher=teacher,
             data=data,
@@ -134,6 +145,13 @@ def run(
         count = there if gpus is None else gpus
         runner = Runner(bench, Console(soft_wrap=True), gpus=range(count), jobs_per_gpu=jobs_per_gpu, minutes=minutes)
         fates = runner.run(rows)
+        if eval_sets is not None and requests is not None and "tasks" in bench.measures:
+            from lizard_models.evaluation.requests import Requests
+            from lizard_models.quality.task_metrics import add_task_metrics
+
+            add_task_metrics(
+                bench.rows, eval_sets, read_tokenizer(teacher, cache), Requests.load(requests), say=runner.say
+            )
         if any(fate == "failed" for fate in fates.values()):
             raise typer.Exit(1)
 
@@ -161,22 +179,9 @@ def record_requests(
     [cyan]lizard-attn bench quality requests --eval-sets eval/ --out requests.xz[/cyan]
     """
     with one_line_errors():
-        import tempfile
-
         from rich.console import Console
 
-        from lizard_models.evaluation.requests import Requests
-        from lizard_models.teachers import find_teacher, load_tokenizer
-
-        recorded = recorded_lm()
-        tokenizer = load_tokenizer(find_teacher(teacher, cache=cache)[0])
-        if tokenizer is None:
-            raise ValueError(f"teacher {teacher!r} has no tokenizer, which tasks need")
-        lm = recorded.RecordedLM(tokenizer)
-        with tempfile.TemporaryDirectory() as folder:
-            names = recorded.write_tasks(eval_sets, Path(folder), read_names(sets))
-            recorded.evaluate(lm, Path(folder), names, limit)
-        requests = Requests.from_pairs(lm.pairs)
+        requests = recorded_lm().record_requests(eval_sets, read_tokenizer(teacher, cache), read_names(sets), limit)
         requests.save(out)
         size = out.stat().st_size / 2**20
         Console(soft_wrap=True).print(f"{len(requests)} requests, {size:.1f} MiB, sha256 of the ids {requests.digest}")
@@ -200,36 +205,23 @@ def task_metrics(
     [cyan]lizard-attn bench quality tasks --eval-sets eval/ --requests requests.xz --budget full[/cyan]
     """
     with one_line_errors():
-        import json
-        import tempfile
-
         from rich.console import Console
 
-        from lizard_models.evaluation.requests import Requests, Scores
-        from lizard_models.quality.bench import write_json
-        from lizard_models.teachers import find_teacher, load_tokenizer
+        from lizard_models.evaluation.requests import Requests
 
-        recorded = recorded_lm()
-        tokenizer = load_tokenizer(find_teacher(teacher, cache=cache)[0])
-        asked = Requests.load(requests)
+        recorded_lm()
+        from lizard_models.quality.task_metrics import add_task_metrics
+
         console = Console(soft_wrap=True)
-        with tempfile.TemporaryDirectory() as folder:
-            names = recorded.write_tasks(eval_sets, Path(folder), read_names(sets))
-            lm = None
-            for path in sorted((out / read_budget(budget).name / "scores").glob("*.npz")):
-                row = path.parent.parent / f"{path.stem}.json"
-                record = json.loads(row.read_text())
-                scores = Scores.load(path)
-                if record["measures"].get("tasks", {}).get("digest") == scores.digest:
-                    continue
-                if lm is None:
-                    lm = recorded.RecordedLM(tokenizer)
-                lm.answer_from(asked, scores)
-                metrics = recorded.evaluate(lm, Path(folder), names, limit)
-                record["measures"]["tasks"] = {"digest": scores.digest, "metrics": metrics}
-                write_json(row, record)
-                shown = ", ".join(f"{n} {m.get('acc_norm', m['acc']):.4f}" for n, m in metrics.items())
-                console.print(f"{path.stem}: {shown}", highlight=False)
+        add_task_metrics(
+            out / read_budget(budget).name,
+            eval_sets,
+            read_tokenizer(teacher, cache),
+            Requests.load(requests),
+            read_names(sets),
+            limit,
+            lambda message: console.print(message, highlight=False),
+        )
 
 
 @quality.command("mqar")
@@ -385,6 +377,16 @@ def recorded_lm() -> Any:
     except ImportError as error:
         raise ValueError("tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'") from error
     return recorded_lm
+
+
+def read_tokenizer(teacher: str, cache: str | None) -> Any:
+    """A teacher's tokenizer. Raises ValueError if it has none."""
+    from lizard_models.teachers import find_teacher, load_tokenizer
+
+    tokenizer = load_tokenizer(find_teacher(teacher, cache=cache)[0])
+    if tokenizer is None:
+        raise ValueError(f"teacher {teacher!r} has no tokenizer, which tasks need")
+    return tokenizer
 
 
 def read_names(text: str) -> list[str]:

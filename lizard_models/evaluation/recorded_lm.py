@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,33 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"data: {str(path)!r} is not there")
     return path.resolve()
+
+
+def record_requests(
+    data: Path, tokenizer: PreTrainedTokenizerBase, sets: Sequence[str] = SETS, limit: int | None = None
+) -> Requests:
+    """What lm-eval asks a model about local sets. data, sets: see ``write_tasks``. limit: documents a task."""
+    lm = RecordedLM(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        evaluate(lm, Path(folder), write_tasks(data, Path(folder), sets), limit)
+    return Requests.from_pairs(lm.pairs)
+
+
+def metrics_of(
+    scores: Iterable[Scores],
+    data: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Requests,
+    sets: Sequence[str] = SETS,
+    limit: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """lm-eval's metrics of each model's scores, see ``evaluate``; the other arguments as the requests were recorded."""
+    lm = RecordedLM(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        names = write_tasks(data, Path(folder), sets)
+        for one in scores:
+            lm.answer_from(requests, one)
+            yield evaluate(lm, Path(folder), names, limit)
 
 
 def evaluate(lm: TemplateLM, folder: Path, names: dict[str, list[str]], limit: int | None = None) -> dict[str, Any]:

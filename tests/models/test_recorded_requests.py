@@ -87,7 +87,8 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
             recorded_lm()
         return
 
-    from lizard_models.evaluation.recorded_lm import RecordedLM, evaluate, rotated, write_tasks
+    from lizard_models.evaluation.recorded_lm import RecordedLM, evaluate, record_requests, rotated, write_tasks
+    from lizard_models.quality.task_metrics import add_task_metrics
 
     (tmp_path / "data").mkdir()
     write_sets(tmp_path / "data")
@@ -119,3 +120,14 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
         write_tasks(tmp_path / "data", tmp_path / "other", ["nonsense"])
     record = {"choices": ["a", "b", "c", "d"], "answer": 3}
     assert rotated(record, 1) == {"choices": ["d", "a", "b", "c"], "answer": 0}
+
+    rows = tmp_path / "rows"
+    (rows / "scores").mkdir(parents=True)
+    (rows / "row.s0.json").write_text('{"measures": {}}')
+    recorded = record_requests(tmp_path / "data", tokenizer, ["lambada_openai"])
+    score(model, recorded).save(rows / "scores" / "row.s0.npz")
+    said: list[str] = []
+    for _ in range(2):  # the second time there is nothing left to do
+        add_task_metrics(rows, tmp_path / "data", tokenizer, recorded, ["lambada_openai"], say=said.append)
+    saved = json.loads((rows / "row.s0.json").read_text())["measures"]["tasks"]
+    assert saved["metrics"]["lambada_openai"] == pytest.approx(ours["lambada_openai"]) and len(said) == 1
