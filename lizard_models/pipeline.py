@@ -301,11 +301,16 @@ def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) 
 def window_control(teacher: Teacher, config: LizardConfig) -> LizardCausalLM:
     """The teacher with a window and its first four tokens, and nothing else: the control beside every result.
 
-    The window is ``config``'s. Weights are the teacher's own, not copied.
+    The window and the layers kept softmax are ``config``'s. Weights are the teacher's own, not copied.
     """
-    return linearize(
-        teacher.model, LizardConfig.preset("window_only", attention={"window": config.attention.window})
-    ).requires_grad_(False)
+    control = LizardConfig.preset(
+        "window_only",
+        attention={"window": config.attention.window},
+        softmax_layers=list(config.softmax_layers),
+        softmax_share=config.softmax_share,
+        keep_sliding_layers=config.keep_sliding_layers,
+    )
+    return linearize(teacher.model, control).requires_grad_(False)
 
 
 def precision(recipe: Recipe, device: str) -> torch.dtype:

@@ -69,6 +69,15 @@ def test_positions_are_the_teachers_own_past_every_limit_of_its_rope(kind):
 
 
 @torch.no_grad()
+def test_layers_without_positions_do_not_move_their_anchors():
+    made, ids = teacher("smollm3", no_rope_layers=[0, 0, 0]), tokens(2, 60)
+    recommended = LizardConfig.preset("recommended", attention={"window": 8, "positions": "true"})
+    moving = {"positions": "clamped", "position_limit": 20, "position_step": 5}
+    model = linearize(made, recommended.replace(attention=moving))
+    assert torch.equal(model(ids).logits, linearize(made, recommended)(ids).logits)
+
+
+@torch.no_grad()
 @every_family
 def test_teacher_mode_is_the_teacher(family, changes):
     made, ids = teacher(family, **changes), tokens(2, 30)

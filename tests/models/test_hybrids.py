@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 from lizard_models import LizardConfig, linearize, memory
 from lizard_models.cache import LizardCacheLayer
 from lizard_models.layer_configs import converted_layers, evenly_placed, kept_layers
+from lizard_models.pipeline import window_control
+from lizard_models.teachers import Teacher
 
 MIXED = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}
 
@@ -121,6 +123,17 @@ def test_a_static_cache_and_a_snapshot_hold_sliding_layers_too():
     for snapshot in (kept, cache):
         logits = model(ids[:, 25:], past_key_values=snapshot).logits
         torch.testing.assert_close(logits, whole[:, 25:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kept", [{"softmax_share": 0.5}, {"softmax_layers": [0, 1]}, {"keep_sliding_layers": False}, {}]
+)
+def test_the_window_control_keeps_the_same_layers(kept):
+    made = teacher("gemma3_text")
+    config = LizardConfig.preset("recommended", attention={"window": 8}, **kept)
+    control = window_control(Teacher(made, None, "random"), config)
+    assert kept_layers(control.config) == kept_layers(linearize(made, config).config)
+    assert not list(control.lizard_parameters())
 
 
 def test_what_cannot_be_kept_or_converted_says_why():
