@@ -7,7 +7,7 @@ import typer
 from lizard_models.cli import bench, convert, demo, evaluate, generate, info, linearize
 
 app = typer.Typer(
-    help="Turn a pretrained Llama or Mistral into a model that reads any length in constant memory.",
+    help="Turn a pretrained Llama, Mistral, Qwen or Gemma into a model that reads any length in constant memory.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
