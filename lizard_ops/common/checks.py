@@ -57,10 +57,10 @@ def want(condition: bool, name: str, came: object, wanted: str) -> None:
 
 def check_tensor(name: str, x: object, shape: Sequence[int], like: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     """x is a tensor of this shape and one of these dtypes on the device of ``like``."""
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    wanted = f"a {kinds} tensor of shape {tuple(shape)} on {like.device}"
     fits = isinstance(x, Tensor) and tuple(x.shape) == tuple(shape) and x.dtype in dtypes and x.device == like.device
-    want(fits, name, x, wanted)
+    if not fits:  # torch.compile cannot write a shape whose sizes it does not know
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        refuse(name, x, f"a {kinds} tensor of shape {tuple(shape)} on {like.device}")
 
 
 def check_count(name: str, n: object, least: int) -> None:
@@ -111,9 +111,10 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
     batch, length, q_heads, _ = q.shape
     shapes = [(batch, length), *((batch, length, h) for h in sorted({1, heads, q_heads}))]
     shapes.append((batch, length, heads, features))
-    wanted = "a float32 or float64 tensor of shape " + " or ".join(map(str, shapes)) + f" on {q.device}"
-    fits = isinstance(g, Tensor) and tuple(g.shape) in shapes and g.dtype in GATE_FLOATS and g.device == q.device
-    want(fits, "g", g, wanted)
+    fits = isinstance(g, Tensor) and any(tuple(g.shape) == shape for shape in shapes)
+    fits = fits and g.dtype in GATE_FLOATS and g.device == q.device
+    if not fits:
+        refuse("g", g, f"a float32 or float64 tensor of shape {' or '.join(map(str, shapes))} on {q.device}")
     if may_read(g):
         real = g.detach() if padding_mask is None else g.detach()[padding_mask]
         largest = real.max().item() if real.numel() else 0.0
@@ -219,9 +220,11 @@ def check_head_weight(name: str, x: float | Tensor | None, q: Tensor, scalar: bo
     if scalar and isinstance(x, (int, float)) and not isinstance(x, bool):
         return torch.full((heads,), float(x), dtype=work_dtype(q), device=q.device)
     shapes = [(heads,), tuple(q.shape[:3]), *([()] if scalar else [])]
-    wanted = f"a floating tensor of shape {' or '.join(map(str, shapes))} on {q.device}" + " or a number" * scalar
-    if not isinstance(x, Tensor) or tuple(x.shape) not in shapes or x.dtype not in FLOATS or x.device != q.device:
-        refuse(name, x, wanted)
+    # compared one by one: torch.compile does not find a shape of unknown sizes in a list
+    shaped = isinstance(x, Tensor) and any(tuple(x.shape) == shape for shape in shapes)
+    if not shaped or not isinstance(x, Tensor) or x.dtype not in FLOATS or x.device != q.device:
+        shown = " or ".join(map(str, shapes))
+        refuse(name, x, f"a floating tensor of shape {shown} on {q.device}" + " or a number" * scalar)
     return x.expand(heads) if x.ndim == 0 else x
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases import call, cases
-from op_checks import examples
+from op_checks import examples, one_of
 
 RECOMMENDED = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "weight": "head", "gate": "key"}
 
@@ -43,3 +43,25 @@ def test_compiles_to_one_graph(op, form, fixed):
             for x, y in zip(a, b, strict=True):
                 if x is not None:
                     torch.testing.assert_close(y, x)
+
+
+@pytest.mark.parametrize("op, fixed", [("gated", {"gate": "key", "normalize": True}), ("hybrid", RECOMMENDED)])
+def test_checks_of_arguments_compile_at_sizes_that_are_not_known(op, fixed):
+    """Sizes as symbols: messages are not written, shapes are compared, unless an argument is wrong."""
+    from lizard_ops.gated_attn.arguments import gated_arguments
+    from lizard_ops.hybrid_attn.arguments import hybrid_arguments
+
+    case = one_of(cases(op, B=2, T=9, Hk=2, **fixed)).cast(torch.float32)
+
+    def check(q, k, v, g, fq, fk, merge_bias):
+        if op == "gated":
+            return q * gated_arguments(q, k, v, g, None, True, 0, 0, None, None, None)[1]
+        return q * hybrid_arguments(
+            q, k, v, fq, fk, g, 4, 0, None, "exp", "merge", None, merge_bias, "relative", "outside", "softmax",
+            True, None, None, None, None, None,
+        ).scale  # fmt: skip
+
+    torch.compiler.reset()
+    compiled = torch.compile(check, fullgraph=True, dynamic=True, backend="aot_eager")
+    given = [case.tokens.get(name) for name in ("q", "k", "v", "g", "fq", "fk")] + [case.weights.get("merge_bias")]
+    torch.testing.assert_close(compiled(*given), check(*given))

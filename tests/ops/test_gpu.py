@@ -143,12 +143,13 @@ def test_forward_and_backward_never_wait_for_the_gpu(name):
 def test_captured_in_a_cuda_graph(name):
     """Forward and backward, replayed on new inputs."""
     case, other = (on_gpu(one_case(name, T=131, B=2, Hk=2, seed=seed), BF16) for seed in (1, 2))
-    leaves, fresh = ([x.detach() for x in c.leaves().values()] for c in (case, other))
-    tracked = [x.requires_grad_() for x in leaves]
+    leaves, fresh = list(case.leaves().values()), list(other.leaves().values())
+    for x in leaves:
+        x.requires_grad_()
 
     def run():
         o = chunk(case)["o"]
-        return o, *(x for x in torch.autograd.grad(o.float().square().sum(), tracked, allow_unused=True))
+        return o, *(x for x in torch.autograd.grad(o.float().square().sum(), leaves, allow_unused=True))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
