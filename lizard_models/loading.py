@@ -40,6 +40,7 @@ def load_model(
     ``smollm2-135m`` is taken from where ``find_teacher`` finds it, with ``cache``. dtype: None is the saved one. what:
     what error messages call it. positions: "true" or "clamped" in place of what the model was saved with. Only
     safetensors are read, and no code that comes with the model is run.
+
     Raises ValueError for a folder without config.json, a name that cannot be read, weights that are not in safetensors,
     a file that is missing, damaged or cut short, a config of a newer version, positions for a model that is not
     linearized, and what ``from_pretrained`` raises.
