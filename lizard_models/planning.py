@@ -20,8 +20,10 @@ ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
 EPOCH_TOKENS = 10_000_000  # of the paper's 50,000 examples
 LOSS_CHUNK = 512  # positions whose logits exist at a time
 
-_LLAMA3 = dict(vocab_size=128_256, num_key_value_heads=8, rms_norm_eps=1e-5, bos_token_id=128_000, eos_token_id=128_001)
-_SCALED = dict(
+_LLAMA3: dict[str, Any] = dict(
+    vocab_size=128_256, num_key_value_heads=8, rms_norm_eps=1e-5, bos_token_id=128_000, eos_token_id=128_001
+)
+_SCALED: dict[str, Any] = dict(
     rope_type="llama3",
     rope_theta=500_000.0,
     factor=32.0,
@@ -29,7 +31,7 @@ _SCALED = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )
-_7B = dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32)
+_7B: dict[str, Any] = dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32)
 
 
 def known_shapes() -> dict[str, PreTrainedConfig]:

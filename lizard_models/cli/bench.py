@@ -236,7 +236,8 @@ def mqar(
     width: Annotated[int, typer.Option(help="Width of the models.", min=4)] = 128,
     window: Annotated[int, typer.Option(help="Window of the hybrid.", min=1)] = 32,
     learning_rates: Annotated[str, typer.Option(help="Peak rates; each row keeps the best.")] = "1e-3,3e-3",
-    minutes: Annotated[float | None, typer.Option(help="Start no row that would not end in this time.")] = None,
+    jobs: Annotated[int, typer.Option(help="Trainings side by side.", min=1)] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Start no training after this time.")] = None,
     out: Out = RESULTS,
     device: Device = None,
 ) -> None:
@@ -246,27 +247,18 @@ def mqar(
 
     [bold]Example[/bold]
 
-    [cyan]lizard-attn bench quality mqar --seeds 0,1,2[/cyan]
+    [cyan]lizard-attn bench quality mqar --seeds 0,1,2 --jobs 8[/cyan]
     """
     with one_line_errors():
-        import dataclasses
-        import json
-        import time
-
         from rich.console import Console
 
-        from lizard_models.evaluation import environment
-        from lizard_models.quality.bench import write_json
-        from lizard_models.quality.mqar import MIXERS, Recall, train_recall
+        from lizard_models.quality.mqar import MIXERS, Recall, run_recall
 
-        started, console, longest = time.monotonic(), Console(soft_wrap=True), 0.0
-        where = read_device(device)
-        rates = [float(rate) for rate in read_names(learning_rates)]
         kinds = read_names(mixers)
         if unknown := sorted(set(kinds) - set(MIXERS)):
             raise ValueError(f"--mixers: no {', '.join(unknown)}; known are {', '.join(MIXERS)}")
-        for seed in read_seeds(seeds):
-            recall = Recall(
+        tasks = [
+            Recall(
                 length=length,
                 pairs=tuple(read_numbers(pairs, "--pairs")),
                 vocabulary=vocabulary,
@@ -276,27 +268,18 @@ def mqar(
                 batch_size=batch_size,
                 seed=seed,
             )
-            for kind in kinds:
-                path = out / "mqar" / f"{kind}.s{seed}.json"
-                settings = json.loads(json.dumps({**dataclasses.asdict(recall), "mixer": kind, "learning_rate": rates}))
-                if path.is_file() and json.loads(path.read_text())["settings"] == settings:
-                    continue
-                if minutes is not None and time.monotonic() - started + longest > 60 * minutes:
-                    console.print(f"{path.stem}: not started, {minutes:g} minutes are nearly over")
-                    continue
-                begun = time.monotonic()
-                tried = {
-                    rate: train_recall(kind, dataclasses.replace(recall, learning_rate=rate), where) for rate in rates
-                }
-                best = max(tried, key=lambda rate: sum(tried[rate]["accuracy"].values()))
-                accuracies = {str(rate): result["accuracy"] for rate, result in tried.items()}
-                record = {"settings": settings, "best_rate": best, "by_rate": accuracies, **tried[best]}
-                write_json(path, record | {"environment": environment()})
-                longest = max(longest, time.monotonic() - begun)
-                shown = ", ".join(f"{n} pairs {share:.1%}" for n, share in tried[best]["accuracy"].items())
-                console.print(
-                    f"{path.stem}: {shown} at rate {best:g}, {time.monotonic() - begun:.0f} s", highlight=False
-                )
+            for seed in read_seeds(seeds)
+        ]
+        console = Console(soft_wrap=True)
+        run_recall(
+            out / "mqar",
+            [(kind, task) for task in tasks for kind in kinds],
+            [float(rate) for rate in read_names(learning_rates)],
+            device=read_device(device),
+            jobs=jobs,
+            minutes=minutes,
+            say=lambda message: console.print(message, highlight=False),
+        )
 
 
 @quality.command("docs")

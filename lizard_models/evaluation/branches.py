@@ -80,7 +80,7 @@ def _without_window(layer: HybridAttention) -> Iterator[None]:
     else:
         device = next(layer.parameters()).device
         fixed = {"merge_bias": torch.full((layer.config.num_heads,), 1e4, device=device)}
-    layer.mix = _Fixed(fixed)
+    layer.mix = _Fixed(fixed)  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -106,7 +106,7 @@ def write_tasks(data: Path, folder: Path, sets: Sequence[str] = SETS) -> dict[st
         if name in plain:
             include, split, stem = plain[name]
             file = _existing(data / name / f"{stem}.jsonl")
-            splits = {key: None for key in ("training_split", "validation_split", "test_split")}
+            splits: dict[str, str | None] = {key: None for key in ("training_split", "validation_split", "test_split")}
             splits[f"{split}_split"] = split
             task = {"include": str(include), "task": f"local_{name}", "dataset_path": "json", "dataset_name": None}
             _write_task(folder, task | splits | {"dataset_kwargs": {"data_files": {split: str(file)}}})
@@ -141,7 +141,7 @@ def _write_mmlu(data: Path, folder: Path, kind: str, template: Path, turn: int) 
             path = folder / f"{kind}_{subject}_{split}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             files[split] = str(path)
-        task = {
+        task: dict[str, Any] = {
             "include": str(template),
             "task": f"local_{kind}_{subject}",
             "dataset_path": "json",
@@ -206,7 +206,7 @@ def evaluate(lm: TemplateLM, folder: Path, names: dict[str, list[str]], limit: i
     folder, names: of ``write_tasks``. A set of several tasks (MMLU's subjects) is the mean over all of its documents.
     """
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    results = {}
+    results: dict[str, Any] = {}
     for name, tasks in names.items():
         found = simple_evaluate(
             model=lm,

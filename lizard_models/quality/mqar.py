@@ -10,10 +10,14 @@ Shapes: B batch, T length, V vocabulary, d width, H heads, D head dim.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +35,9 @@ from lizard_layers import (
     state_bytes,
 )
 from lizard_models.config import LizardConfig
+from lizard_models.downloads import Say, silent
+from lizard_models.evaluation import environment
+from lizard_models.quality.bench import write_json
 from lizard_ops import chunk_gated_attn
 
 MIXERS = ("attention", "lizard", "gla", "window")
@@ -68,15 +75,16 @@ class Recall:
 def recall_batch(recall: Recall, pairs: int, rows: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens [B, T] and targets [B, T], ``IGNORED`` wherever no value is asked for.
 
-    Token 0 is filler, the lower half of the vocabulary is keys, the upper half values.
+    Token 0 is filler, the lower half of the vocabulary is keys, the upper half values. They are drawn, and are, on the
+    device of ``draw``.
     """
-    half = recall.vocabulary // 2
-    keys = 1 + torch.rand(rows, half - 1, generator=draw).argsort(1)[:, :pairs]
-    values = torch.randint(half, recall.vocabulary, (rows, pairs), generator=draw)
-    tokens = torch.zeros(rows, recall.length, dtype=torch.int64)
+    half, where = recall.vocabulary // 2, {"generator": draw, "device": draw.device}
+    keys = 1 + torch.rand(rows, half - 1, **where).argsort(1)[:, :pairs]
+    values = torch.randint(half, recall.vocabulary, (rows, pairs), **where)
+    tokens = torch.zeros(rows, recall.length, dtype=torch.int64, device=draw.device)
     targets = torch.full_like(tokens, IGNORED)
     tokens[:, : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-    places = 2 * pairs + torch.rand(rows, recall.length - 2 * pairs, generator=draw).argsort(1)[:, :pairs]
+    places = 2 * pairs + torch.rand(rows, recall.length - 2 * pairs, **where).argsort(1)[:, :pairs]
     tokens.scatter_(1, places, keys)
     targets.scatter_(1, places, values)
     return tokens, targets
@@ -97,8 +105,8 @@ class SoftmaxMixer(nn.Module):
                 q.shape[1], device=q.device
             )
             mask = (distance >= 0) & (distance < self.window)
-        heads = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
 
 class LinearMixer(nn.Module):
@@ -109,7 +117,8 @@ class LinearMixer(nn.Module):
         self.maps, self.gate = FeatureMaps(config), build_gate(config)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        fq, fk = (torch.cat([f.softmax(-1), (-f).softmax(-1)], -1) for f in self.maps(q, k, x))
+        _, _, *mapped = self.maps(q, k, x)
+        fq, fk = (torch.cat([f.softmax(-1), (-f).softmax(-1)], -1) for f in mapped)
         return chunk_gated_attn(fq, fk, v, None if self.gate is None else self.gate(x, k))[0]
 
 
@@ -127,7 +136,7 @@ class HybridMixer(nn.Module):
 def mixer_config(recall: Recall, **changes: Any) -> AttentionConfig:
     """The layer of ``recommended`` in the shape of the small models."""
     base = LizardConfig.preset("recommended").attention
-    choices: AttentionChoices = dataclasses.replace(base, **{"window": recall.window, **changes})
+    choices: AttentionChoices = dataclasses.replace(base, **{"window": recall.window, "positions": "true", **changes})
     head_dim = recall.width // recall.heads
     return AttentionConfig.from_choices(
         choices, hidden_size=recall.width, num_heads=recall.heads, num_key_heads=recall.heads, head_dim=head_dim
@@ -200,20 +209,17 @@ class RecallModel(nn.Module):
 @torch.no_grad()
 def recall_accuracy(model: nn.Module, recall: Recall, pairs: int, batches: int = 8) -> float:
     """Share of the questions answered right, on rows that training has not seen."""
-    device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(1_000_003 + pairs)
+    draw = torch.Generator(next(model.parameters()).device).manual_seed(1_000_003 + pairs)
     right = asked = 0
     for _ in range(batches):
-        tokens, targets = (t.to(device) for t in recall_batch(recall, pairs, recall.batch_size, draw))
+        tokens, targets = recall_batch(recall, pairs, recall.batch_size, draw)
         counted = targets != IGNORED
         right += int((model(tokens).argmax(-1) == targets)[counted].sum())
         asked += int(counted.sum())
     return right / asked
 
 
-def train_recall(
-    kind: str, recall: Recall, device: str, advance: Callable[[int, float], None] = lambda step, loss: None
-) -> dict[str, Any]:
+def train_recall(kind: str, recall: Recall, device: str) -> dict[str, Any]:
     """Trains one model and measures it: accuracy by number of pairs, bytes of memory a layer, parameters, losses.
 
     AdamW (0.9, 0.95), decay 0.1, a tenth of the steps of warm-up, cosine to zero, clip 1.0, float32.
@@ -226,11 +232,11 @@ def train_recall(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / recall.steps))),
     )
-    draw = torch.Generator().manual_seed(recall.seed)
+    draw = torch.Generator(device).manual_seed(recall.seed)
     started, losses = time.monotonic(), []
     for step in range(recall.steps):
         pairs = recall.pairs[step % len(recall.pairs)]
-        tokens, targets = (t.to(device) for t in recall_batch(recall, pairs, recall.batch_size, draw))
+        tokens, targets = recall_batch(recall, pairs, recall.batch_size, draw)
         counted = targets != IGNORED
         loss = F.cross_entropy(model(tokens)[counted], targets[counted])
         optimizer.zero_grad()
@@ -240,7 +246,6 @@ def train_recall(
         schedule.step()
         if (step + 1) % max(1, recall.steps // 40) == 0:
             losses.append((step + 1, loss.item()))
-            advance(step + 1, losses[-1][1])
     model.eval()
     return {
         "accuracy": {str(pairs): recall_accuracy(model, recall, pairs) for pairs in recall.pairs},
@@ -249,3 +254,64 @@ def train_recall(
         "losses": losses,
         "seconds": time.monotonic() - started,
     }
+
+
+def run_recall(
+    out: Path,
+    rows: Sequence[tuple[str, Recall]],
+    rates: Sequence[float],
+    *,
+    device: str,
+    jobs: int = 1,
+    minutes: float | None = None,
+    say: Say = silent,
+) -> None:
+    """Trains every (mixer, task) at every rate, ``jobs`` at a time, and writes the best rate's result, a file a row.
+
+    Finished rows are left out. minutes: trainings not started by then are not started any more.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    waiting: dict[Path, dict[str, Any]] = {}
+    for kind, recall in rows:
+        path = out / f"{kind}.s{recall.seed}.json"
+        settings = json.loads(json.dumps({**dataclasses.asdict(recall), "mixer": kind, "learning_rate": list(rates)}))
+        if not path.is_file() or json.loads(path.read_text())["settings"] != settings:
+            waiting[path] = {"kind": kind, "recall": recall, "settings": settings, "results": {}}
+    calls = [
+        (path, rate, (row["kind"], dataclasses.replace(row["recall"], learning_rate=rate), device, deadline))
+        for path, row in waiting.items()
+        for rate in rates
+    ]
+    for path, rate, result in _carried_out(calls, jobs):
+        results = waiting[path]["results"]
+        if result is None:
+            say(f"{path.stem} at rate {rate:g}: not started, the time is up")
+            continue
+        results[rate] = result
+        if len(results) == len(rates):
+            best = max(results, key=lambda rate: sum(results[rate]["accuracy"].values()))
+            by_rate = {str(rate): result["accuracy"] for rate, result in results.items()}
+            record = {"settings": waiting[path]["settings"], "best_rate": best, "by_rate": by_rate, **results[best]}
+            write_json(path, record | {"environment": environment()})
+            shown = ", ".join(f"{n} pairs {share:.1%}" for n, share in results[best]["accuracy"].items())
+            say(f"{path.stem}: {shown} at rate {best:g}, {results[best]['seconds']:.0f} s")
+
+
+def _carried_out(
+    calls: Sequence[tuple[Path, float, tuple[Any, ...]]], jobs: int
+) -> Iterator[tuple[Path, float, dict[str, Any] | None]]:
+    """The calls' results as they end: in this process, or in ``jobs`` others."""
+    if jobs == 1:
+        yield from ((path, rate, _timely(*arguments)) for path, rate, arguments in calls)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_timely, *arguments): (path, rate) for path, rate, arguments in calls}
+        for future in as_completed(futures):
+            yield *futures[future], future.result()
+
+
+def _timely(kind: str, recall: Recall, device: str, deadline: float | None) -> dict[str, Any] | None:
+    """``train_recall`` unless the time is up. The clock of ``time.monotonic`` is the same in every process."""
+    if deadline is not None and time.monotonic() > deadline:
+        return None
+    return train_recall(kind, recall, device)

@@ -99,7 +99,7 @@ def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
     config = spec.config(budget, 0)
     window = config.attention.window
     attention = {"window": window}
-    base = {"seed": spec.seed, "stage1": False}
+    base: dict[str, Any] = {"seed": spec.seed, "stage1": False}
     if not spec.stage2 or not budget.stage2_steps:
         return {
             "teacher": RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False),

@@ -88,7 +88,8 @@ class Runner:
         self, bench: Bench, console: Console, *, gpus: Sequence[int], jobs_per_gpu: int, minutes: float | None
     ) -> None:
         self.bench, self.console = bench, console
-        self.slots: list[int | None] = [gpu for _ in range(jobs_per_gpu) for gpu in (gpus or [None])]
+        devices: list[int | None] = [*gpus] or [None]
+        self.slots: list[int | None] = [gpu for _ in range(jobs_per_gpu) for gpu in devices]
         self.begun = time.monotonic()
         self.deadline = None if minutes is None else self.begun + 60 * minutes
         self.num_layers = bench.num_layers()

@@ -8,18 +8,21 @@ from typing import Any
 
 from lizard_models.quality.rows import TEACHER, Budget, RowSpec, controls
 
+STAGES = ("stage1", "stage2")
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 
 
-def _row(name: str, preset: str = "recommended", stage1: bool = True, stage2: bool = True, **changes: Any) -> RowSpec:
-    return RowSpec(name=name, preset=preset, changes=changes, stage1=stage1, stage2=stage2)
+def _row(name: str, preset: str = "recommended", *, without: Sequence[str] = (), **changes: Any) -> RowSpec:
+    """changes: as ``LizardConfig.replace`` takes them. without: stages left out."""
+    stages = {stage: stage not in without for stage in STAGES}
+    return RowSpec(name=name, preset=preset, changes=changes, **stages)
 
 
 def _attention(name: str, preset: str = "recommended", **fields: Any) -> RowSpec:
     return _row(name, preset, attention=fields)
 
 
-TEACHER_ROW = _row(TEACHER, TEACHER, stage1=False, stage2=False)
+TEACHER_ROW = _row(TEACHER, TEACHER, without=STAGES)
 RECOMMENDED = _row("recommended")
 PAPER = _row("paper", "paper")
 
@@ -29,7 +32,7 @@ def presets(order: Order, layers: int) -> list[RowSpec]:
     names = ("paper_literal", "paper", "lolcats", "liger", "recommended")
     return [
         TEACHER_ROW,
-        _row("control-w128", "window_only", stage1=False, stage2=False, attention={"window": 128}),
+        _row("control-w128", "window_only", without=STAGES, attention={"window": 128}),
         *(_row(name, name) for name in names),
     ]
 
@@ -37,7 +40,7 @@ def presets(order: Order, layers: int) -> list[RowSpec]:
 def gates(order: Order, layers: int) -> list[RowSpec]:
     """The paper's Table 4 and A7: how wide the gate is and what it reads."""
     kinds = ("scalar", "query_head", "mamba2", "channel", "pooling", "none")
-    starts = {"pooling": {"gate_init": None, "gate_temperature": 16.0}}
+    starts: dict[str, dict[str, Any]] = {"pooling": {"gate_init": None, "gate_temperature": 16.0}}
     return [RECOMMENDED, *(_attention(f"gate-{kind}", gate=kind, **starts.get(kind, {})) for kind in kinds)]
 
 
@@ -49,8 +52,8 @@ def parts(order: Order, layers: int) -> list[RowSpec]:
         _attention("no-anchors", anchors=0),
         _attention("gate-none", gate="none"),
         _attention("merge-bias-none", merge_bias="none"),
-        _row("no-stage1", stage1=False),
-        _row("no-stage2", stage2=False),
+        _row("no-stage1", without=["stage1"]),
+        _row("no-stage2", without=["stage2"]),
     ]
 
 

@@ -1,11 +1,21 @@
 """Associative recall: the task is what it says, memories have equal bytes, and small models learn it."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from lizard_models.quality.mqar import IGNORED, MIXERS, Recall, RecallModel, build_mixer, recall_batch, train_recall
+from lizard_models.quality.mqar import (
+    IGNORED,
+    MIXERS,
+    Recall,
+    RecallModel,
+    build_mixer,
+    recall_batch,
+    run_recall,
+    train_recall,
+)
 
 SMALL = Recall(length=32, pairs=(2, 4), vocabulary=32, width=16, heads=2, window=4, steps=4, batch_size=8)
 
@@ -44,3 +54,15 @@ def test_every_mixer_trains_and_attention_learns():
         assert set(result["accuracy"]) == {"2", "4"} and len(result["losses"]) == 4
     learnt = train_recall("attention", dataclasses.replace(SMALL, steps=300, width=32, learning_rate=1e-2), "cpu")
     assert learnt["accuracy"]["2"] > 0.5
+
+
+def test_rows_keep_the_best_rate_and_finished_ones_are_left_out(tmp_path):
+    tiny, said = dataclasses.replace(SMALL, steps=2), []
+    run_recall(tmp_path, [("window", tiny)], [1e-3, 1e-2], device="cpu", minutes=0, say=said.append)
+    assert len(said) == 2 and "not started" in said[0] and not list(tmp_path.iterdir())
+    for _ in range(2):
+        run_recall(tmp_path, [("window", tiny)], [1e-3, 1e-2], device="cpu", jobs=1, say=said.append)
+    assert len(said) == 3
+    saved = json.loads((tmp_path / "window.s0.json").read_text())
+    assert saved["best_rate"] in (1e-3, 1e-2) and len(saved["by_rate"]) == 2 and saved["settings"]["mixer"] == "window"
+    assert saved["accuracy"] == saved["by_rate"][str(saved["best_rate"])] and saved["memory_bytes"] > 0

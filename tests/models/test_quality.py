@@ -37,6 +37,17 @@ def test_every_row_of_every_table_is_a_sound_configuration():
             assert "/" not in row.stem
 
 
+def test_every_ablation_changes_something():
+    budget = BUDGETS["quick"]
+    base = RowSpec(name="recommended").config(budget, LAYERS)
+    for name, table in TABLES.items():
+        for row in table(range(LAYERS), LAYERS):
+            if row.name not in ("recommended", "no-stage1", "no-stage2"):
+                assert row.config(budget, LAYERS) != base, f"{name}: {row.name}"
+    stages = {row.name: (row.stage1, row.stage2) for row in TABLES["parts"](None, LAYERS)}
+    assert stages["no-stage1"] == (False, True) and stages["no-stage2"] == (True, False)
+
+
 def test_a_row_is_compared_with_a_control_and_a_teacher_trained_as_it_was():
     paper = controls(RowSpec(name="paper", preset="paper", seed=3), BUDGETS["quick"])
     assert paper["teacher"].name == "teacher-ce-qkv-r8-5e-04" and paper["teacher"].seed == 3
