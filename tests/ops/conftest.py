@@ -38,6 +38,7 @@ class Target:
 
 CPU = (Target("torch", "cpu", torch.float64, 1.0), Target("torch", "cpu", torch.float32, 0.5))
 INTERPRETED = (Target("triton", "cpu", torch.float32, 0.0),)
+INTERPRETED_HALF = (Target("triton", "cpu", torch.float16, 0.0),)
 CUDA = tuple(Target("triton", "cuda", dtype, 0.05) for dtype in (torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -45,14 +46,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fill in the argument that asks for implementations.
 
     target: the PyTorch paths on a CPU, the Triton kernels on a GPU. any_target: in Triton's interpreter too, which is
-    slow, so only what needs it asks for it. torch_target: the PyTorch paths alone. With the argument ``op`` beside it
-    the check runs for every op, on a GPU for every form of it; the checks of a form share a worker (``--dist
-    loadgroup``), so that each kernel is compiled once.
+    slow, so only what needs it asks for it. every_target: there in half precision as well. torch_target: the PyTorch
+    paths alone. With the argument ``op`` beside it the check runs for every op, on a GPU for every form of it; the
+    checks of a form share a worker (``--dist loadgroup``), so that each kernel is compiled once.
     """
     on_gpu = metafunc.config.getoption("--device") == "cuda"
     kinds = {
         "target": CUDA if on_gpu else CPU,
         "any_target": CUDA if on_gpu else CPU + INTERPRETED,
+        "every_target": CUDA if on_gpu else CPU + INTERPRETED + INTERPRETED_HALF,
         "torch_target": () if on_gpu else CPU,
     }
     for name in kinds.keys() & set(metafunc.fixturenames):

@@ -60,12 +60,12 @@ def in_segments(case, cuts, step):
     return joined(parts, parts[-1])
 
 
-def test_chunked_is_the_reference(op, any_target):
-    lengths = {} if any_target.form is None else {"lengths": EVERY_LENGTH}
+def test_chunked_is_the_reference(op, every_target):
+    lengths = {} if every_target.form is None else {"lengths": EVERY_LENGTH}
 
-    @examples(any_target.count(60), drawn(op, any_target, **lengths))
+    @examples(every_target.count(60), drawn(op, every_target, **lengths))
     def check(case):
-        judge(with_gradients(lambda c: chunk(c, any_target), there(case, any_target)), case, any_target.dtype)
+        judge(with_gradients(lambda c: chunk(c, every_target), there(case, every_target)), case, every_target.dtype)
 
 
 def test_recurrent_is_the_reference(op, torch_target):
