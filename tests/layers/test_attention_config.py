@@ -77,6 +77,13 @@ def test_derived_sizes(choices, projection, features, key_heads, state_heads):
     assert (config.linear_key_heads, config.state_heads) == (key_heads, state_heads)
 
 
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_scale_and_softcap_are_positive(name):
+    assert getattr(AttentionConfig(**SHAPE), name) is None
+    with pytest.raises(ValueError, match=f"{name} must be positive or None, got 0.0"):
+        AttentionConfig(**SHAPE, **{name: 0.0})
+
+
 def test_from_choices_keeps_every_choice():
     choices = AttentionChoices(window=7, anchors=2, gate="channel")
     config = AttentionConfig.from_choices(choices, **SHAPE)

@@ -115,6 +115,23 @@ def test_equals_softmax_attention_up_to_the_window_before_training(form):
     torch.testing.assert_close(made(x, q, k, v, rope)[0], full, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("linear_branch", [True, False])
+def test_scores_are_scaled_and_capped_as_the_config_says(linear_branch):
+    config = AttentionConfig(**SHAPE, window=12, anchors=2, linear_branch=linear_branch, scale=0.7, softcap=1.5)
+    x, q, k, v, rope = inputs(12)
+    made = HybridAttention(config).double()
+    keys, values = (t.repeat_interleave(2, 2) for t in (apply_rope(k, *rope), v))
+    scores = 1.5 * (0.7 * torch.einsum("bihd,bjhd->bhij", apply_rope(q, *rope), keys) / 1.5).tanh()
+    seen = torch.ones(12, 12, dtype=torch.bool).tril()
+    wanted = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
+    whole, state = made(x, q, k, v, rope, use_state=True)
+    torch.testing.assert_close(whole, wanted)
+    step = [t[:, :1] for t in (x, q, k, v)]
+    again, _ = made(*step, angles(torch.tensor([12])), state, use_state=True)
+    longer = [torch.cat([t, t[:, :1]], 1) for t in (x, q, k, v)]
+    torch.testing.assert_close(again[:, 0], made(*longer, angles(torch.arange(13)))[0][:, 12])
+
+
 def test_alpha_zero_switches_the_window_off():
     config = AttentionConfig(**SHAPE, window=5, mix="sum", alpha_init=0.0, coverage="all")
     x, q, k, v, rope = inputs(9)

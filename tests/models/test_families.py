@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import student, teacher, tokens
 from training import Sequences, arguments, fresh, moved, recipes, snapshot
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lizard_models import LizardConfig, Stage1Config, linearize
 from lizard_models.distill import layer_errors, train_stage1, train_stage2
@@ -99,6 +99,11 @@ def test_a_saved_model_comes_back_bit_equal(tmp_path, family, changes):
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), loaded.buffers(), strict=True))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for _, p in half.lizard_parameters()} == {torch.float32} and half.dtype == torch.bfloat16
+    assert all(torch.equal(p, ours[name].to(p.dtype)) for name, p in half.named_parameters())
+    decoder = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
 @torch.no_grad()
