@@ -24,7 +24,7 @@ from lizard_models.families import family_of
 from lizard_models.loading import TRAINING
 from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM
-from lizard_models.teachers import find_teacher, load_tokenizer
+from lizard_models.teachers import find_teacher, load_tokenizer, save_tokenizer
 from lizard_models.weights import Shard, data_bytes, read_shards
 
 OLD_BUFFERS = "rotary_emb.inv_freq"  # in checkpoints of older transformers, and ignored by the present one
@@ -158,4 +158,4 @@ def _write_companions(folder: Path, draft: Path, config: PretrainedConfig) -> No
         GenerationConfig.from_model_config(config).save_pretrained(draft)
     tokenizer: Any = load_tokenizer(str(folder))
     if tokenizer is not None:
-        tokenizer.save_pretrained(draft)
+        save_tokenizer(tokenizer, draft, config)

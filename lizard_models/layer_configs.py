@@ -93,3 +93,9 @@ def attention_config(
         scale=scale,
         softcap=softcap,
     )
+
+
+def has_context(config: PreTrainedConfig) -> bool:
+    """Whether a layer kept softmax attends to everything, so that the teacher's context is a limit still."""
+    windows = sliding_windows(config)
+    return any(windows[i] is None for i in kept_layers(config))

@@ -23,6 +23,7 @@ from lizard_models.distill_hook import approximation_error
 from lizard_models.layer_configs import (
     attention_config,
     converted_layers,
+    has_context,
     kept_layers,
     lizard_config,
     sliding_windows,
@@ -546,7 +547,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
-        if self.mode == "student" and not self.model.has_softmax_layers:
+        if self.mode == "student" and not has_context(self.config):
             for criterion in criteria:  # their warning that the context is exceeded would mislead: there is none
                 if isinstance(criterion, MaxLengthCriteria):
                     criterion.max_position_embeddings = None

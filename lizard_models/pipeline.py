@@ -23,7 +23,7 @@ from lizard_models.evaluation import Report, Row, attention_errors, loss_by_posi
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM
-from lizard_models.teachers import Teacher, load_teacher
+from lizard_models.teachers import Teacher, load_teacher, save_tokenizer
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 TRAINING = "training.json"
@@ -273,7 +273,7 @@ class _Run:
         with appear_whole(self.plan.out) as draft:
             model.save_pretrained(draft)
             if self.teacher.tokenizer is not None:
-                self.teacher.tokenizer.save_pretrained(draft)
+                save_tokenizer(self.teacher.tokenizer, draft, model.config)
             report.save(draft, say=self.say)
             (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
             write_model_card(draft, self.teacher.source)

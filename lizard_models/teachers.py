@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lizard_models.downloads import (
     Say,
@@ -33,6 +35,7 @@ from lizard_models.downloads import (
     write_sums,
 )
 from lizard_models.families import family_of
+from lizard_models.layer_configs import has_context
 from lizard_models.safe_loading import load_causal_lm
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -108,6 +111,17 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # what tokenizers raises for a damaged file has no class of its own
         raise ValueError(f"the tokenizer of {source!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, student: PretrainedConfig) -> None:
+    """Saves a teacher's tokenizer beside its Lizard model, without the teacher's context as the longest text.
+
+    transformers would warn of errors past it that a Lizard model does not have. A hybrid keeps the limit.
+    """
+    own = copy.deepcopy(tokenizer)
+    if not has_context(student):
+        own.model_max_length = VERY_LARGE_INTEGER
+    own.save_pretrained(folder)
 
 
 def _checked_path(name: str) -> str:

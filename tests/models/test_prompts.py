@@ -7,10 +7,15 @@ import pytest
 import torch
 from readable import SENTENCE, byte_tokenizer, save_teacher
 from tiny import student, teacher, tokens
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
+from lizard_models import LizardConfig, linearize
 from lizard_models.cli.main import app
+from lizard_models.loading import load_model
 from lizard_models.prompts import ContinuationStreamer, prefill, prompt_tokens
+from lizard_models.teachers import load_tokenizer, save_tokenizer
 
 WARNING = "predefined maximum length"
 
@@ -76,18 +81,23 @@ def warned(caplog):
     [(student, False), (teacher, True), (lambda **size: student(softmax_layers=(1,), **size), True)],
 )
 def test_only_models_with_a_context_warn_past_it(make, expected, warned):
-    from transformers.utils import logging as theirs
-
-    theirs.warning_once.cache_clear()
+    transformers_logging.warning_once.cache_clear()
     model, row = make(max_position_embeddings=24), tokens(1, 20)
     model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False)
     assert warned() == expected
 
 
-def test_a_file_of_any_length_is_continued(tmp_path):
-    from lizard_models import LizardConfig, linearize
-    from lizard_models.loading import load_model
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_the_saved_tokenizer_has_the_limit_of_the_model(kept, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 24
+    save_tokenizer(tokenizer, tmp_path, student(softmax_layers=kept).config)
+    saved = load_tokenizer(str(tmp_path))
+    assert saved.model_max_length == (24 if kept else VERY_LARGE_INTEGER) and tokenizer.model_max_length == 24
+    assert saved("the mill")["input_ids"] == tokenizer("the mill")["input_ids"]
 
+
+def test_a_file_of_any_length_is_continued(tmp_path):
     source = load_model(str(save_teacher(tmp_path / "teacher")))
     model = linearize(source.model, LizardConfig.preset("recommended", attention={"window": 8}))
     model.save_pretrained(tmp_path / "model")
