@@ -76,18 +76,19 @@ def several_passkeys_prompt(
     return opening + body + question, answer
 
 
-def _pairs(
-    tokenizer: PreTrainedTokenizerBase, length: int, trials: int, keys: int, seed: int
+def passkey_examples(
+    tokenizer: PreTrainedTokenizerBase, length: int, count: int, *, keys: int = 1, seed: int = 0
 ) -> list[tuple[list[int], list[int]]]:
+    """``count`` prompts with their answers, ``length`` ids together; ``keys`` as in ``passkey_accuracy``."""
     if keys == 1:
         draw = np.random.default_rng((seed, length))
-        drawn = ["".join(map(str, draw.integers(0, 10, DIGITS))) for _ in range(trials)]
-        return [passkey_prompt(tokenizer, length, (i + 0.5) / trials, key) for i, key in enumerate(drawn)]
+        drawn = ["".join(map(str, draw.integers(0, 10, DIGITS))) for _ in range(count)]
+        return [passkey_prompt(tokenizer, length, (i + 0.5) / count, key) for i, key in enumerate(drawn)]
     draw = np.random.default_rng((seed, length, keys))
     pairs = []
-    for trial in range(trials):
-        counts = draw.integers(MANY_DIGITS[0], MANY_DIGITS[1] + 1, keys)
-        drawn = ["".join(map(str, draw.integers(0, 10, count))) for count in counts]
+    for trial in range(count):
+        digits = draw.integers(MANY_DIGITS[0], MANY_DIGITS[1] + 1, keys)
+        drawn = ["".join(map(str, draw.integers(0, 10, number))) for number in digits]
         owners = [OWNERS[i] for i in draw.permutation(len(OWNERS))]
         pairs.append(several_passkeys_prompt(tokenizer, length, drawn, trial % keys, owners))
     return pairs
@@ -115,7 +116,7 @@ def passkey_accuracy(
     device = next(model.parameters()).device
     accuracy = {}
     for length in lengths:
-        pairs = _pairs(tokenizer, length, trials, keys, seed)
+        pairs = passkey_examples(tokenizer, length, trials, keys=keys, seed=seed)
         right, batch_size = 0, max(1, batch_tokens // length)
         for group in _by_length(pairs):
             for start in range(0, len(group), batch_size):

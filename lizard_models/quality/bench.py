@@ -81,8 +81,7 @@ class Bench:
         if not path.is_file():
             return None
         record = json.loads(path.read_text())
-        same = record["settings"] == json.loads(json.dumps(self.settings(spec, num_layers)))
-        return record if same else None
+        return record if _completed(record["settings"]) == _completed(self.settings(spec, num_layers)) else None
 
     def missing(self, spec: RowSpec, num_layers: int) -> list[str]:
         """The measures that the row still lacks, in order."""
@@ -106,6 +105,16 @@ class Bench:
         for name in ("out", "work", "requests"):
             values[name] = None if values[name] is None else Path(values[name])
         return cls(**values)
+
+
+def _completed(settings: dict[str, Any]) -> Any:
+    """Settings with the defaults of fields that did not exist when they were written; None for unreadable ones."""
+    try:
+        config = LizardConfig.from_dict(settings["config"]).to_dict()
+        row = dataclasses.asdict(RowSpec(**settings["row"]))
+    except (TypeError, ValueError):
+        return None
+    return json.loads(json.dumps({**settings, "config": config, "row": row}))
 
 
 def applies(measure: str, spec: RowSpec, config: LizardConfig) -> bool:

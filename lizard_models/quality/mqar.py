@@ -78,7 +78,8 @@ def recall_batch(recall: Recall, pairs: int, rows: int, draw: torch.Generator) -
     Token 0 is filler, the lower half of the vocabulary is keys, the upper half values. They are drawn, and are, on the
     device of ``draw``.
     """
-    half, where = recall.vocabulary // 2, {"generator": draw, "device": draw.device}
+    half = recall.vocabulary // 2
+    where: dict[str, Any] = {"generator": draw, "device": draw.device}
     keys = 1 + torch.rand(rows, half - 1, **where).argsort(1)[:, :pairs]
     values = torch.randint(half, recall.vocabulary, (rows, pairs), **where)
     tokens = torch.zeros(rows, recall.length, dtype=torch.int64, device=draw.device)

@@ -20,6 +20,7 @@ PAPER_TABLES = {
     "lora": "Adapters: rank and projections (the paper's Table 8)",
     "softmax": "Layers kept softmax (the paper's Table 10)",
     "choices": "What the paper leaves open (A1 to A13)",
+    "retrieval": "What may raise recall",
 }
 
 
@@ -90,9 +91,10 @@ def _compared(results: Results) -> list[str]:
     names = list(results.records)
     order = [n for n in names if n.startswith("teacher")] + [n for n in names if n.startswith("control")]
     presets = ["paper_literal", "paper", "lolcats", "liger", "recommended"]
+    trained = [n for n in names if n.endswith("-passkeys")]
     hybrids = ["softmax-12.5", "softmax-12.5-uniform", "softmax-25", "softmax-25-uniform", "softmax-50",
                "softmax-50-uniform"]  # fmt: skip
-    return [*order, *(n for n in presets + hybrids if n in results.records)]
+    return [*order, *(n for n in presets + hybrids + trained if n in results.records)]
 
 
 def _show(number: Number | None, digits: int = 3, percent: bool = False) -> str:

@@ -51,6 +51,8 @@ class RowSpec:
     seed: int = 0
     stage1: bool = True
     stage2: bool = True
+    passkeys: int = 0
+    """Synthetic examples of five passkeys among the training text of both stages."""
 
     @property
     def stem(self) -> str:
@@ -99,7 +101,8 @@ def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
     config = spec.config(budget, 0)
     window = config.attention.window
     attention = {"window": window}
-    base: dict[str, Any] = {"seed": spec.seed, "stage1": False}
+    base: dict[str, Any] = {"seed": spec.seed, "stage1": False, "passkeys": spec.passkeys}
+    suffix = f"-passkeys{spec.passkeys}" if spec.passkeys else ""
     if not spec.stage2 or not budget.stage2_steps:
         return {
             "teacher": RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False),
@@ -114,12 +117,12 @@ def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
     recipe = stage2_recipe(config) | {"train_new_parameters": True}
     if config.stage2.cross_entropy_weight:
         teacher = RowSpec(
-            name=f"teacher-{recipe_name(config)}", preset=TEACHER, changes={"stage2": complete(recipe)}, **base
+            name=f"teacher-{recipe_name(config)}{suffix}", preset=TEACHER, changes={"stage2": complete(recipe)}, **base
         )
     else:
         teacher = RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False)
     control = RowSpec(
-        name=f"control-w{window}-{recipe_name(config)}",
+        name=f"control-w{window}-{recipe_name(config)}{suffix}",
         preset="window_only",
         changes={"attention": attention, "stage2": complete(recipe)},
         **base,

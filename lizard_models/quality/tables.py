@@ -8,6 +8,7 @@ from typing import Any
 
 from lizard_models.quality.rows import TEACHER, Budget, RowSpec, controls
 
+PASSKEYS = 10_000
 STAGES = ("stage1", "stage2")
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 
@@ -138,8 +139,22 @@ def choices(order: Order, layers: int) -> list[RowSpec]:
     ]
 
 
+def retrieval(order: Order, layers: int) -> list[RowSpec]:
+    """What may raise recall: passkeys in training (the paper's Figure 2), more state, finer gates, softmax layers."""
+    rows = [
+        RECOMMENDED,
+        replace(RECOMMENDED, name="recommended-passkeys", passkeys=PASSKEYS),
+        replace(_row("lolcats", "lolcats"), name="lolcats-passkeys", passkeys=PASSKEYS),
+        _attention("A8-features-256", feature_dim=128),
+        _attention("gate-channel", gate="channel"),
+        _attention("w256-a4", window=256),
+    ]
+    kept = [row for row in softmax(order, layers) if row.name == "softmax-25"] if order is not None else []
+    return rows + kept + [replace(row, name=f"{row.name}-passkeys", passkeys=PASSKEYS) for row in kept]
+
+
 TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
-    table.__name__: table for table in (presets, gates, parts, windows, lora, softmax, choices)
+    table.__name__: table for table in (presets, gates, parts, windows, lora, softmax, choices, retrieval)
 }
 
 

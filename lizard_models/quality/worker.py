@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lizard_models.convert import linearize
-from lizard_models.data import Documents, load_documents, load_sequences
+from lizard_models.data import Documents, PackedTokens, load_documents, load_sequences
 from lizard_models.distill import RunArguments, layer_errors, train_stage1, train_stage2
 from lizard_models.downloads import Say, appear_whole
 from lizard_models.evaluation import (
@@ -29,6 +29,7 @@ from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.loading import load_model
 from lizard_models.pipeline import precision
 from lizard_models.quality.bench import Bench, write_json
+from lizard_models.quality.retrieval_data import WithPasskeys
 from lizard_models.quality.rows import TEACHER, RowSpec
 from lizard_models.teachers import load_teacher
 
@@ -106,7 +107,7 @@ class _Row:
 
     def _sequences(self, stage: str) -> Any:
         recipe = getattr(self.config, stage)
-        sequences = load_sequences(
+        sequences: Any = load_sequences(
             self.bench.data,
             self.teacher.tokenizer,
             recipe.sequence_length,
@@ -114,6 +115,10 @@ class _Row:
             examples=None,
             vocab_size=self.teacher.model.config.vocab_size,
         )
+        if self.spec.passkeys:
+            if not isinstance(sequences, PackedTokens) or self.teacher.tokenizer is None:
+                raise ValueError("data: passkeys are mixed into local text, with a teacher that has a tokenizer")
+            sequences = WithPasskeys(sequences, self.teacher.tokenizer, self.spec.passkeys, recipe.seed)
         self.record["hashes"][stage] = sequences.digest
         return sequences
 

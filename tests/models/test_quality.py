@@ -5,18 +5,21 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from readable import save_teacher, save_texts
+from readable import byte_tokenizer, save_teacher, save_texts
 from rich.console import Console
 from tiny import student, teacher, tokens
 
 from lizard_models import LizardConfig
+from lizard_models.data import PackedTokens
 from lizard_models.evaluation import divergence_by_position, loss_by_position
 from lizard_models.evaluation.branches import switched_off
 from lizard_models.evaluation.restoration import restoration_savings, restored
 from lizard_models.quality import runner as runner_module
 from lizard_models.quality.bench import Bench
+from lizard_models.quality.retrieval_data import WithPasskeys
 from lizard_models.quality.rows import BUDGETS, Budget, RowSpec, controls
 from lizard_models.quality.runner import Runner
 from lizard_models.quality.selection import layer_order
@@ -42,7 +45,7 @@ def test_every_ablation_changes_something():
     base = RowSpec(name="recommended").config(budget, LAYERS)
     for name, table in TABLES.items():
         for row in table(range(LAYERS), LAYERS):
-            if row.name not in ("recommended", "no-stage1", "no-stage2"):
+            if row.name not in ("recommended", "no-stage1", "no-stage2") and not row.passkeys:
                 assert row.config(budget, LAYERS) != base, f"{name}: {row.name}"
     stages = {row.name: (row.stage1, row.stage2) for row in TABLES["parts"](None, LAYERS)}
     assert stages["no-stage1"] == (False, True) and stages["no-stage2"] == (True, False)
@@ -132,6 +135,13 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert record["measures"]["loss"] == saved["measures"]["loss"]
     changed = RowSpec(name="recommended", changes={"attention": {"window": 8}})
     assert more.record(changed, 3) is None and "loss" in more.missing(changed, 3)
+    older = json.loads(more.record_path(spec).read_text())
+    del older["settings"]["row"]["passkeys"], older["settings"]["config"]["attention"]["gate_rank"]
+    more.record_path(spec).write_text(json.dumps(older))  # as written before these fields existed
+    assert more.missing(spec, 3) == []
+    older["settings"]["config"]["attention"]["nonsense"] = 1
+    more.record_path(spec).write_text(json.dumps(older))
+    assert more.record(spec, 3) is None
     with pytest.raises(ValueError, match="measures: no nonsense"):
         bench(places, measures=["nonsense"])
 
@@ -238,3 +248,18 @@ def test_divergence_is_the_kl_from_teacher_to_model():
     assert measured.means == pytest.approx((kl[:, :128].mean().item(), kl[:, 128:].mean().item()), rel=1e-4)
     assert divergence_by_position(reference, reference, ids).means == pytest.approx((0.0, 0.0), abs=1e-6)
     assert math.isfinite(loss_by_position(model, ids).past(128))
+
+
+def test_passkeys_among_the_text_fill_their_sequences():
+    tokenizer = byte_tokenizer()
+    text = PackedTokens(np.arange(5000, dtype=np.uint16) % 97, 800)
+    mixed = WithPasskeys(text, tokenizer, 3)
+    assert len(mixed) == len(text) + 3 and mixed.digest != text.digest
+    assert torch.equal(mixed[0]["input_ids"], text[0]["input_ids"])
+    shown = tokenizer.decode(mixed[len(text) + 1]["input_ids"])
+    assert len(mixed[len(text)]["input_ids"]) == 800 and shown.count("Remember that") == 5
+    owner, key = shown.rsplit("The pass key of the ", 1)[1].split(" is ")
+    assert f"The pass key of the {owner} is {key}. Remember" in shown and 5 <= len(key) <= 8
+    assert mixed.digest == WithPasskeys(text, tokenizer, 3).digest != WithPasskeys(text, tokenizer, 3, seed=1).digest
+    beside = controls(RowSpec(name="x", preset="paper", passkeys=3), BUDGETS["quick"])
+    assert all(row.passkeys == 3 and row.name.endswith("-passkeys3") for row in beside.values())
