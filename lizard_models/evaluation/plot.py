@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lizard_models.evaluation.report import short
+
 if TYPE_CHECKING:
     from lizard_models.evaluation.report import Report
     from lizard_models.evaluation.stream import StreamReport
@@ -28,6 +30,9 @@ def draw(report: Report, path: Path) -> Path:
         _loss(report, next(axes), styles)
     if panels[1]:
         _passkey(report, next(axes), styles)
+    named = [panel.get_legend_handles_labels() for panel in reversed(figure.axes)]
+    shown = {label: handle for handles, labels in named for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(5, len(shown)), frameon=False)
     figure.suptitle(report.title)
     figure.savefig(path)
     return path
@@ -41,13 +46,12 @@ def _loss(report: Report, axes, styles: dict[str, tuple[str, str]]) -> None:
         edges = row.loss.edges
         colour, line = styles[row.name]
         axes.plot(range(len(edges) - 1), row.loss.means, line, color=colour, marker="o", label=row.name)
-    labels = [f"{start}–{end - 1}" for start, end in zip(edges, edges[1:], strict=False)]
+    labels = [f"{short(start)}–{short(end)}" for start, end in zip(edges, edges[1:], strict=False)]
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("loss (nats, lower is better)")
     axes.set_title("Loss by position")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
 
 
 def _passkey(report: Report, axes, styles: dict[str, tuple[str, str]]) -> None:
@@ -57,13 +61,13 @@ def _passkey(report: Report, axes, styles: dict[str, tuple[str, str]]) -> None:
     for i, row in enumerate(rows):
         places = [lengths.index(length) + (i - (len(rows) - 1) / 2) * width for length in row.passkey]
         heights = [100 * share for share in row.passkey.values()]
-        axes.bar(places, heights, width, color=styles[row.name][0], label=row.name)
+        bars = axes.bar(places, heights, width, color=styles[row.name][0], label=row.name)
+        axes.bar_label(bars, fmt="%.0f", fontsize="small")  # a bar of 0% has no height to see
     axes.set_xticks(range(len(lengths)), map(str, lengths))
-    axes.set_ylim(0, 105)
+    axes.set_ylim(0, 110)
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel("keys repeated exactly (%)")
     axes.set_title("Passkey retrieval")
-    axes.legend(frameon=False)
 
 
 def draw_stream(report: StreamReport, path: Path) -> Path:
