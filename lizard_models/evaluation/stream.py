@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from lizard_models.distill.losses import position_losses
-from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges
+from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, float32_head
 from lizard_models.evaluation.report import environment, short, without_nan
 
 CHUNK = 2048
@@ -67,11 +67,11 @@ def stream_losses(
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     device = next(model.parameters()).device
     cache = empty_cache(model) if cache is None else cache
-    position = 0
+    position, head = 0, float32_head(model)
     for ids in token_chunks(tokens, chunk, overlap=1):
         row = torch.from_numpy(ids.astype(np.int64)).to(device)[None]
         hidden = model.model(input_ids=row[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
-        losses = position_losses(hidden, model.lm_head, row[:, 1:])[0].cpu()
+        losses = position_losses(hidden, head, row[:, 1:])[0].cpu()
         yield position, losses
         position += len(losses)
 

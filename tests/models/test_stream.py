@@ -25,7 +25,9 @@ def pieces_of(ids, sizes):
     return [piece.numpy() for piece in torch.as_tensor(ids).split(sizes)]
 
 
-@pytest.mark.parametrize("model", [teacher(), student(), student("paper"), student(softmax_layers=(1,))])
+@pytest.mark.parametrize(
+    "model", [teacher(), student(), student("paper"), student(softmax_layers=(1,)), student(family="gemma2")]
+)
 def test_streamed_losses_are_those_of_one_forward(model):
     ids = tokens(1, 200)[0]
     with torch.no_grad():
