@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from lizard_models.evaluation.report import short
 from lizard_models.quality.results import Results
+from lizard_models.quality.rows import controls
 
 COLOURS = (
     "tab:blue",
@@ -68,7 +69,13 @@ def recall(kinds: dict[str, list[dict[str, Any]]], path: Path, link: str) -> str
 
 
 def _curves(results: Results, names: list[str], measure: str, path: Path, link: str, title: str) -> str:
-    names = [name for name in names if results.has(name, measure)]
+    own = {
+        spec.name
+        for r in results.records.get("recommended", {}).values()
+        for spec in controls(r.spec, r.budget).values()
+    }
+    shown = [name for name in names if name in own or not name.startswith(("teacher", "control"))]
+    names = [name for name in shown if results.has(name, measure)]
     if not names:
         return ""
     figure, axes = _panel()
@@ -78,7 +85,7 @@ def _curves(results: Results, names: list[str], measure: str, path: Path, link: 
         curves = [loss for record in results.records[name].values() if (loss := record.losses(measure)) is not None]
         means = [sum(values) / len(curves) for values in zip(*(curve.means for curve in curves), strict=True)]
         style = {"color": "black"} if name == "teacher" else {"color": next(colours)}
-        line = "--" if name.startswith("control") else ":" if name.startswith("teacher-") else "-"
+        line = "--" if name.startswith("control") else "-"
         axes.plot(range(len(means)), means, line, marker="o", markersize=3, label=name, **style)
         edges = curves[0].edges
         lowest.append(min(means))
@@ -90,12 +97,12 @@ def _curves(results: Results, names: list[str], measure: str, path: Path, link: 
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("loss (nats)")
     axes.set_title(title)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _save(figure, path, link, title)
 
 
 def _panel() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7.5, 4.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.5, 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.grid(alpha=0.3)

@@ -238,7 +238,7 @@ def _restoration(results: Results) -> str:
 def _ablation(results: Results, table: str, title: str) -> str:
     order = list(range(30))
     names = [row.name for row in TABLES[table](order, 30) if results.has(row.name)]
-    if len(names) < 2:
+    if not set(names) - {row.name for row in TABLES["presets"](order, 30)}:
         return ""
     base = results.past("recommended")
     rows = []

@@ -23,7 +23,7 @@ from lizard_models.distill.progress import clock
 from lizard_models.quality.bench import Bench
 from lizard_models.quality.rows import TEACHER, RowSpec
 
-STARTING, MEASURE = 25.0, 12.0  # seconds, until rows of this run have shown better
+STARTING, MEASURE = 15.0, 4.0  # seconds, until rows of this run have shown better
 STEP, BUSY = (0.22, 0.35), (0.032, 0.07)  # of a step of each stage at least, and of the GPU alone for 4096 tokens
 MEASURES_TOO = {"tasks": 10.0, "passkey": 3.0, "passkeys5": 3.0, "restore": 3.0}  # as multiples of MEASURE
 GRACE = 20.0  # seconds a row has for its checkpoint when the time is up
@@ -172,7 +172,8 @@ class Runner:
             fates[row.stem] = answer["fate"]
             if answer["fate"] == "finished":
                 base = statistics.median(self.ratios) if self.ratios else 1.0
-                self.ratios.append(took / (worker.estimate / base))
+                if row.stage1 or row.stage2:  # how long it takes to train is what is hard to know
+                    self.ratios.append(took / (worker.estimate / base))
                 self.say(f"{row.stem}: finished in {clock(took)}{self._headline(row)}")
             else:
                 self.say(f"{row.stem}: failed after {clock(took)}: {answer['message']} (log: {worker.log})")
