@@ -408,12 +408,10 @@ class LizardCache(Cache):
         cannot give any back.
         """
         for layer in self.layers:
-            if isinstance(layer, LizardCacheLayer):
-                layer.check_crop(tokens_to_remove)
-            elif tokens_to_remove and not layer.is_croppable:
-                raise ValueError(
-                    f"a cache with {type(layer).__name__} cannot be cropped: use a cache that is not static"
-                )
+            if tokens_to_remove and not layer.is_croppable:
+                raise ValueError(f"a {type(layer).__name__} cannot be cropped: use a cache that is not static")
+        for layer in self.lizard_layers():
+            layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         self.seen.add(tokens_to_remove)
 
