@@ -69,9 +69,13 @@ def check_space(folder: Path, needed: int, what: str, option: str = "--out") -> 
     free = shutil.disk_usage(disk).free
     if free < needed:
         raise ValueError(
-            f"{option.lstrip('-')}: {what} takes about {needed / 1e9:.2f} GB, but the disk of {str(disk)!r} has "
-            f"{free / 1e9:.2f} GB free: free some space, or give {option} on another disk"
+            f"{option.lstrip('-')}: {what} takes about {_size(needed)}, but the disk of {str(disk)!r} has "
+            f"{_size(free)} free: free some space, or give {option} on another disk"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def damaged(folder: Path) -> list[str]:
