@@ -112,7 +112,7 @@ def anchor_blocks(
     if not whole:
         cuts = (shift.diff(dim=1) != 0).any(0).nonzero().flatten().add(1).tolist()
     starts, ends = [0, *cuts], [*cuts, positions.shape[1]]
-    shifts = shift[:, starts]  # [B or 1, blocks]
+    shifts = shift[:, :1] if whole else shift[:, starts]  # [B or 1, blocks]; a slice needs no index on the device
     moved = shifts > 0
     blocks: dict[str | None, list[AnchorBlock]] = {}
     for kind in rotary.kinds():
