@@ -16,8 +16,8 @@ from lizard_ops.head_projection.triton_kernels import (
 )
 
 TOKENS = 64  # rows of a tile
-STEPS = 8  # tiles that one program takes with the same matrix
-SPLITS = 16  # programs that share the tokens of a weight gradient
+STEPS = 16  # tiles that one program takes with the same matrix
+SPLITS = 32  # programs that share the tokens of a weight gradient
 
 
 def blocks(weight: Tensor) -> dict[str, Any]:

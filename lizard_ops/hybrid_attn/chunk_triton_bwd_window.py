@@ -1,4 +1,4 @@
-"""Backward of the window branch: queries, keys, values and anchors."""
+"""Backward of the window branch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     load_stack,
     load_tile,
     locate,
-    power_of_two,
     rows,
-    sequence,
 )
-
-ANCHOR_SPAN = 256  # queries whose gradients of the anchors are summed in one block
+from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
 
 
 @triton.jit
@@ -130,150 +127,6 @@ def weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION: tl.co
     return tl.exp2(tl.where(seen, score, float("-inf"))), dp
 
 
-@triton.jit
-def window_key_kernel(
-    q, k, v, do, dk, dv, window, top_key_in, share_in, shift_in, flow_in, tokens, stream, scale,
-    W: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, RELATIVE: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of BT keys and values of one key head over its query heads.
-
-    The weights are computed key by query, never transposed.
-    """
-    GROUP: tl.constexpr = HQ // HK
-    STEPS: tl.constexpr = (BT + W - 1 + BN - 1) // BN
-    head = tl.program_id(0) % HK
-    n, block, batch, first, length = locate(tl.program_id(0) // HK, stream, stream.prefix, BT)
-    row = block * BT
-    keys = length + stream.prefix
-    if row >= keys:
-        return
-    key_row, _, valid, _ = first_rows(n, first, stream, 0)
-    j, d_k, d_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BV)
-    c = row + j
-    b_k = load_tile(at(k, batch, key_row, head), k.time, row, keys, BT, D, BD)
-    b_v = load_tile(at(v, batch, key_row, head), v.time, row, keys, BT, V, BV)
-    b_dk = tl.zeros([BT, BD], tl.float32)
-    b_dv = tl.zeros([BT, BV], tl.float32)
-    score_scale = scale * LOG2E
-    for step in tl.range(0, GROUP * STEPS, num_stages=STAGES):  # queries c - prefix <= t < c - prefix + W
-        head_q = head * GROUP + step // STEPS
-        t = row - stream.prefix + step % STEPS * BN
-        i = t + tl.arange(0, BN)
-        b_q = load_tile(at(q, batch, first, head_q), q.time, t, length, BN, D, BD)
-        b_do = load_tile(at(do, batch, first, head_q), do.time, t, length, BN, V, BV)
-        own = i + stream.prefix
-        age = own[None, :] - tl.where(c >= valid, c, -(1 << 30))[:, None]
-        seen = tl.cast(age, tl.uint32) < W
-        here = (i >= 0) & (i < length)
-        out = (batch.to(tl.int64) * HQ + head_q) * tokens + first + i
-        p, ds = weights_transposed(
-            b_q, b_do, b_k, b_v, seen, c, out, here, window, top_key_in, share_in, shift_in, flow_in, score_scale,
-            RELATIVE, PRECISION,
-        )  # fmt: skip
-        b_dv = tl.dot(p.to(DTYPE), b_do, b_dv, input_precision=PRECISION)
-        b_dk = tl.dot(ds.to(DTYPE), b_q, b_dk, input_precision=PRECISION)
-    inside = (c < keys)[:, None]
-    p_dk = at(dk, batch, key_row + row, head) + (j * dk.time)[:, None] + d_k[None, :]
-    tl.store(p_dk, (b_dk * scale).to(dk.ptr.dtype.element_ty), mask=inside & (d_k < D)[None, :])
-    p_dv = at(dv, batch, key_row + row, head) + (j * dv.time)[:, None] + d_v[None, :]
-    tl.store(p_dv, b_dv.to(dv.ptr.dtype.element_ty), mask=inside & (d_v < V)[None, :])
-
-
-@triton.jit
-def weights_transposed(
-    b_q, b_do, b_k, b_v, seen, index, out, here, window, top_key_in, share_in, shift_in, flow_in, score_scale,
-    RELATIVE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(share_i p_ij, gradient of the score) of a tile [keys, queries]; index: what top_key calls the keys."""
-    log_window = tl.load(window + out, mask=here, other=float("inf"))
-    share = tl.load(share_in + out, mask=here, other=0.0)
-    shift = tl.load(shift_in + out, mask=here, other=0.0)
-    score = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-    p = tl.exp2(tl.where(seen, score * score_scale - log_window[None, :], float("-inf")))
-    ds = p * (share[None, :] * dp + shift[None, :])
-    if RELATIVE:
-        top_key = tl.load(top_key_in + out, mask=here, other=-(1 << 30))
-        flow = tl.load(flow_in + out, mask=here, other=0.0)
-        ds += tl.where(index[:, None] == top_key[None, :], flow[None, :], 0.0)
-    return p * share[None, :], ds
-
-
-@triton.jit
-def anchor_kernel(
-    q, anchor_k, anchor_v, do, d_anchor_k, d_anchor_v, window, top_key_in, share_in, shift_in, flow_in, tokens,
-    stream, scale,
-    W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, BA: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr,
-    RELATIVE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the anchors from SPAN queries of one key head's group, one entry a block."""
-    GROUP: tl.constexpr = HQ // HK
-    head = tl.program_id(0) % HK
-    entry = tl.program_id(0) // HK
-    n, block, batch, first, length = locate(entry, stream, 0, SPAN)
-    a = tl.arange(0, BA)
-    key_row, _, _, _ = first_rows(n, first, stream, ANCHORS)
-    kept = tl.minimum(ANCHORS, length) if OWN else n * 0 + ANCHORS
-    b_k = load_tile(at_anchors(anchor_k, n, batch, key_row, head, OWN), anchor_k.time, n * 0, kept, BA, D, BD)
-    b_v = load_tile(at_anchors(anchor_v, n, batch, key_row, head, OWN), anchor_v.time, n * 0, kept, BA, V, BV)
-    b_dk = tl.zeros([BA, BD], tl.float32)
-    b_dv = tl.zeros([BA, BV], tl.float32)
-    for step in tl.range(0, GROUP * (SPAN // BN), num_stages=STAGES):
-        head_q = head * GROUP + step // (SPAN // BN)
-        t = block * SPAN + step % (SPAN // BN) * BN
-        i = t + tl.arange(0, BN)
-        b_q = load_tile(at(q, batch, first, head_q), q.time, t, length, BN, D, BD)
-        b_do = load_tile(at(do, batch, first, head_q), do.time, t, length, BN, V, BV)
-        here = i < length
-        out = (batch.to(tl.int64) * HQ + head_q) * tokens + first + i
-        age = i - W
-        if stream.position is not None:
-            age = age + tl.load(stream.position + n)
-        seen = (a[:, None] <= age[None, :]) & (a < ANCHORS)[:, None]
-        p, ds = weights_transposed(
-            b_q, b_do, b_k, b_v, seen, -1 - a, out, here, window, top_key_in, share_in, shift_in, flow_in,
-            scale * LOG2E, RELATIVE, PRECISION,
-        )  # fmt: skip
-        b_dv = tl.dot(p.to(DTYPE), b_do, b_dv, input_precision=PRECISION)
-        b_dk = tl.dot(ds.to(DTYPE), b_q, b_dk, input_precision=PRECISION)
-    base = (entry.to(tl.int64) * HK + head) * ANCHORS + a
-    mask = a < ANCHORS
-    d_k, d_v = tl.arange(0, BD), tl.arange(0, BV)
-    tl.store(d_anchor_k + base[:, None] * D + d_k[None, :], b_dk * scale, mask=mask[:, None] & (d_k < D)[None, :])
-    tl.store(d_anchor_v + base[:, None] * V + d_v[None, :], b_dv, mask=mask[:, None] & (d_v < V)[None, :])
-
-
-@triton.jit
-def anchor_sum_kernel(
-    parts, out, stream, ANCHORS: tl.constexpr, OWN: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
-    SPAN: tl.constexpr,
-):  # fmt: skip
-    """Sum of the anchors' gradients over the blocks of each sequence, in order, onto those of OWN rows."""
-    pid = tl.program_id(0)
-    n, a, head = pid // (HK * ANCHORS), pid // HK % ANCHORS, pid % HK
-    batch, first, length = sequence(n, stream)
-    entry = n * tl.cdiv(stream.length, SPAN)
-    if stream.cu_seqlens is not None:
-        entry = first // SPAN + n
-    d = tl.arange(0, BD)
-    mask = d < DIM
-    if OWN:
-        key_row, _, _, _ = first_rows(n, first, stream, ANCHORS)
-        p_out = at(out, batch, key_row + a, head) + d
-        mask = mask & (a + d * 0 < length)
-        acc = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)
-    else:
-        p_out = at(out, n, a, head) + d
-        acc = tl.zeros([BD], tl.float32)
-    for i in tl.range(0, tl.cdiv(length, SPAN)):
-        base = (((entry + i).to(tl.int64) * HK + head) * ANCHORS + a) * DIM
-        acc += tl.load(parts + base + d, mask=mask, other=0.0)
-    tl.store(p_out, acc.to(out.ptr.dtype.element_ty), mask=mask)
-
-
 def window_queries(
     q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, weight: Tensor | None,
     masses: Masses, terms: RowTerms, scale: float, stream: Stream, shape: Shape,
@@ -299,41 +152,18 @@ def window_queries(
 
 
 def window_keys(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, masses: Masses, terms: RowTerms, scale: float, stream: Stream,
-    shape: Shape,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dk, dv)."""
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    c = shape.config("window_key")
-    blocks = block_count(stream, stream.prefix, c.rows)
-    if blocks:
-        window_key_kernel[(blocks * shape.key_heads,)](
-            rows(q), rows(k), rows(v), rows(do), rows(dk), rows(dv), masses.window, masses.top_key, terms.share,
-            terms.shift, terms.flow, q.shape[1], stream, scale, shape.window, shape.query_heads, shape.key_heads,
-            shape.dim, shape.dim_block, shape.value, shape.value_block, c.rows, c.columns,
-            shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages, **c.launch,
-        )  # fmt: skip
-    return dk, dv
-
-
-def window_anchors(
-    q: Tensor, keys: tuple[Tensor, Tensor], grads: tuple[Tensor, Tensor], own: bool, do: Tensor, masses: Masses,
-    terms: RowTerms, scale: float, stream: Stream, shape: Shape,
-) -> None:  # fmt: skip
-    """Gradients of the anchors; keys: (k, v), which hold them in their first rows (own), or (anchor_k, anchor_v)."""
-    c, span, kept = shape.config("anchor"), ANCHOR_SPAN, shape.anchors
-    entries = block_count(stream, 0, span)
-    make = {"dtype": torch.float32, "device": q.device}
-    parts = [torch.empty(entries, shape.key_heads, kept, x.shape[3], **make) for x in keys]
-    if entries:
-        anchor_kernel[(entries * shape.key_heads,)](
-            rows(q), rows(keys[0]), rows(keys[1]), rows(do), *parts, masses.window, masses.top_key, terms.share,
-            terms.shift, terms.flow, q.shape[1], stream, scale, shape.window, kept, own, power_of_two(kept),
-            shape.query_heads, shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, span,
-            c.rows, shape.merge and shape.relative, shape.compute_dtype, shape.precision, c.stages, **c.launch,
-        )  # fmt: skip
-    for part, out in zip(parts, grads, strict=True):
-        dim = out.shape[3]
-        anchor_sum_kernel[((stream.ends - 1) * kept * shape.key_heads,)](
-            part, rows(out), stream, kept, own, shape.key_heads, dim, power_of_two(dim), span, num_warps=1
-        )
+    q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, masses: Masses, terms: RowTerms,
+    scale: float, stream: Stream, shape: Shape,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dk, dv, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v."""
+    tokens = q.shape[1]
+    relative = shape.merge and shape.relative
+    stats = RowStats(
+        masses.window, -terms.shift, terms.share, masses.top_key if relative else None,
+        terms.flow if relative else None, (shape.query_heads * tokens, 1, tokens), 1.0,
+    )  # fmt: skip
+    q, k, v, do = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, do))
+    return key_gradients(
+        q, k, v, anchors, stream.position, stream.cu_seqlens, stream.lengths, do, stats, shape.window, shape.anchors,
+        stream.prefix, scale, beyond=True,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lizard_ops.hybrid_attn.chunk_triton_bwd_gate import gate_gradients
 from lizard_ops.hybrid_attn.chunk_triton_bwd_linear import empty_terms, linear_keys, linear_queries, query_states
-from lizard_ops.hybrid_attn.chunk_triton_bwd_window import window_anchors, window_keys, window_queries
+from lizard_ops.hybrid_attn.chunk_triton_bwd_window import window_keys, window_queries
 from lizard_ops.hybrid_attn.chunk_triton_config import Shape
 from lizard_ops.hybrid_attn.chunk_triton_fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.chunk_triton_state import chunk_states, running_gates
@@ -124,7 +124,6 @@ def hybrid_backward(
         q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
     )
     masses, d_end = Masses(linear, log_window, top, top_key), pair(d_s, d_z)
-    own = anchor_k is None
     with on_device(q):
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
@@ -135,7 +134,7 @@ def hybrid_backward(
         if shape.merge and shape.exact:
             dq, _ = window_queries(*of_queries)
         d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
-        dk, dv = window_keys(q, k, v, d_o, masses, terms, scale, stream, shape)
+        dk, dv, da_k, da_v = window_keys(q, k, v, pair(anchor_k, anchor_v), d_o, masses, terms, scale, stream, shape)
         dfk, key_terms = linear_keys(
             v, fq, fk, states.phi, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient
         )
@@ -146,10 +145,6 @@ def hybrid_backward(
         del states, d_states  # before dq, the largest, is there
         if not shape.exact:
             dq, _ = window_queries(*of_queries)
-        da_k, da_v = (empty(q, 0) if x is None else torch.empty_like(x) for x in (anchor_k, anchor_v))
-        if anchors:
-            anchor_rows, grads = ((k, v), (dk, dv)) if own else ((anchor_k, anchor_v), (da_k, da_v))
-            window_anchors(q, anchor_rows, grads, own, d_o, masses, terms, scale, stream, shape)
         d_sink = empty(q, 0)
         if sink is not None:  # p_sink times the shift that every score shares
             there = log_window.isfinite()

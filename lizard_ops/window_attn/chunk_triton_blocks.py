@@ -113,3 +113,27 @@ def stream_bounds(first, i_n, A: tl.constexpr, P: tl.constexpr, CARRIED: tl.cons
     if CARRIED:
         shift = tl.maximum(P - tl.load(first + i_n), -A - 1).to(tl.int32)
     return shift, tl.maximum(shift + A, 0)
+
+
+def sequences_of(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [step for x in tensors for step in x.stride()[:3]]
+
+
+def anchors_or(k: Tensor, v: Tensor, anchor_k: Tensor | None, anchor_v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The anchors, or the stream whose first rows they are."""
+    return (k, v) if anchor_k is None or anchor_v is None else (anchor_k, anchor_v)
+
+
+def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, prefix: int, config: Config) -> dict:
+    """The compile-time arguments that every window kernel takes."""
+    return {
+        "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": q.shape[3], "V": v.shape[3], "W": window, "A": anchors,
+        "P": prefix, "BM": config.rows, "BN": config.columns,
+        "BD": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
+    }  # fmt: skip

@@ -8,17 +8,18 @@ import torch
 import triton
 from torch import Tensor
 
-from lizard_ops.window_attn.chunk_triton_blocks import Config, block_count, config_for, device_of
-from lizard_ops.window_attn.chunk_triton_bwd import (
-    window_backward_anchors_kernel,
-    window_backward_keys_kernel,
-    window_backward_queries_kernel,
+from lizard_ops.window_attn.chunk_triton_blocks import (
+    anchors_or,
+    block_count,
+    config_for,
+    device_of,
+    sequences_of,
+    shape_arguments,
+    strides,
 )
+from lizard_ops.window_attn.chunk_triton_bwd import window_backward_queries_kernel
 from lizard_ops.window_attn.chunk_triton_fwd import window_forward_kernel
-
-
-def sequences_of(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
 
 
 def rows_last(*tensors: Any) -> list[Any]:
@@ -26,28 +27,8 @@ def rows_last(*tensors: Any) -> list[Any]:
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    return [step for x in tensors for step in x.stride()[:3]]
-
-
-def anchors_or(k: Tensor, v: Tensor, anchor_k: Tensor | None, anchor_v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The anchors, or the stream whose first rows they are."""
-    return (k, v) if anchor_k is None or anchor_v is None else (anchor_k, anchor_v)
-
-
 def anchor_tile(anchors: int) -> int:
     return 16 if anchors <= 16 else 32
-
-
-def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, prefix: int, config: Config) -> dict:
-    """The compile-time arguments that every window kernel takes."""
-    return {
-        "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": q.shape[3], "V": v.shape[3], "W": window, "A": anchors,
-        "P": prefix, "BM": config.rows, "BN": config.columns,
-        "BD": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
-    }  # fmt: skip
 
 
 @torch.library.custom_op("lizard_ops::window_attn_forward", mutates_args=())
@@ -127,27 +108,18 @@ def window_backward(
     d_o = d_o.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     d_max = None if d_max is None else d_max.contiguous()
-    (_, length, heads, dim), (key_heads, v_dim) = q.shape, v.shape[2:]
+    (_, length, heads, _), key_heads = q.shape, k.shape[2]
     group = heads // key_heads
     n, packed, carried = sequences_of(q, cu_seqlens), cu_seqlens is not None, first is not None
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dka, dva = (
-        q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (anchor_k, anchor_v)
-    )
     if dq.numel() == 0:
         d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
-        return dq, dk.zero_(), dv.zero_(), dka.zero_(), dva.zero_(), d_sinks
-    rows, columns = config_for("queries", q, v, group), config_for("keys", q, v, group)
-    kept = min(anchors, columns.rows // 2)  # anchors in a key block
-    size = columns.rows - kept
+        zeros = (q.new_empty(0) if x is None else torch.zeros_like(x) for x in (k, v, anchor_k, anchor_v))
+        return dq, *zeros, d_sinks
+    rows = config_for("queries", q, v, group)
     programs = block_count(length, n, rows.heads, 0, rows.rows, packed) * key_heads * triton.cdiv(group, rows.heads)
-    blocks = block_count(length, n, 1, prefix, size, packed) * key_heads
     term = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
-    part_k, part_v = (lse.new_empty(blocks, anchors, x) for x in (dim, v_dim))
     steps, all_strides = (n - 1).bit_length(), strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v))
     with device_of(q):
         window_backward_queries_kernel[(programs,)](
@@ -157,21 +129,17 @@ def window_backward(
             HAS_LSE=d_lse is not None, HAS_MAX=d_max is not None,
             **shape_arguments(q, k, v, window, anchors, prefix, rows),
         )  # fmt: skip
-        window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](
-            q, k, v, anchor_k, anchor_v, first, cu_seqlens, lse, arg_max, term, d_o, d_max, dk, dv, part_k, part_v,
-            *all_strides, length, n, steps, scale,
-            HB=columns.heads, AB=kept, PACKED=packed, CARRIED=carried, HAS_MAX=d_max is not None,
-            **shape_arguments(q, k, v, window, anchors, prefix, columns),
+        has_max = d_max is not None
+        stats = RowStats(
+            lse, term, None, arg_max if has_max else None, d_max, (length * heads, heads, 1), 1.4426950408889634
+        )
+        found = key_gradients(
+            q, k, v, None if anchor_k is None or anchor_v is None else (anchor_k, anchor_v), first, cu_seqlens, None,
+            d_o, stats, window, anchors, prefix, scale, beyond=False,
         )  # fmt: skip
-        for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
-            if anchors:
-                window_backward_anchors_kernel[(n * key_heads * anchors,)](
-                    part, cu_seqlens, out, length, n, HK=key_heads, DIM=part.shape[2], A=anchors, P=prefix, KB=size,
-                    BR=64, BX=triton.next_power_of_2(part.shape[2]), PACKED=packed, CARRIED=carried,
-                )  # fmt: skip
     if sinks is not None:
         d_sinks = d_sinks.sum((0, 1)).to(sinks.dtype)
-    return dq, dk, dv, dka, dva, d_sinks
+    return dq, *found, d_sinks
 
 
 @window_backward.register_fake
