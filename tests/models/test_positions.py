@@ -205,6 +205,24 @@ def test_pairs_that_promise_nothing_are_refused():
 
 
 @torch.no_grad()
+def test_one_compiled_step_does_before_and_past_the_limit():
+    model, ids = student(position_step=5), tokens(1, 40)
+    whole = model(ids, use_cache=False).logits
+    cache, graphs = model.new_cache(static=True, max_cache_len=40), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(model.forward, fullgraph=True, backend=counted)
+    model(ids[:, :15], past_key_values=cache)
+    for t in range(15, 40):
+        logits = step(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen3", "smollm3", "gemma2", "gemma3_text"])
 def test_every_family_goes_past_the_limit(family):
     config = LizardConfig.preset("recommended", attention={"window": 8, "positions": "clamped", "position_step": 9})
