@@ -157,7 +157,12 @@ def run(
 
 
 EvalSets = Annotated[Path, typer.Option(help="Folder with piqa/, hellaswag/, arc_easy/, lambada_openai/ and mmlu/.")]
-Sets = Annotated[str, typer.Option(help="Of piqa, hellaswag, arc_easy, lambada_openai, mmlu and mmlu_letters.")]
+Sets = Annotated[
+    str,
+    typer.Option(
+        help="Of piqa, hellaswag, arc_easy, lambada_openai, mmlu, mmlu_letters; mmlu_letters:10 takes 10 a subject."
+    ),
+]
 
 
 @quality.command("requests")

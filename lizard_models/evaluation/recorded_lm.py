@@ -176,10 +176,10 @@ def _existing(path: Path) -> Path:
 def record_requests(
     data: Path, tokenizer: PreTrainedTokenizerBase, sets: Sequence[str] = SETS, limit: int | None = None
 ) -> Requests:
-    """What lm-eval asks a model about local sets. data, sets: see ``write_tasks``. limit: documents a task."""
-    lm = RecordedLM(tokenizer)
+    """What lm-eval asks a model about local sets. data: see ``write_tasks``; sets and limit: ``split_limits``."""
+    lm, limits = RecordedLM(tokenizer), split_limits(sets, limit)
     with tempfile.TemporaryDirectory() as folder:
-        evaluate(lm, Path(folder), write_tasks(data, Path(folder), sets), limit)
+        evaluate(lm, Path(folder), write_tasks(data, Path(folder), list(limits)), limits)
     return Requests.from_pairs(lm.pairs)
 
 
@@ -192,18 +192,35 @@ def metrics_of(
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """lm-eval's metrics of each model's scores, see ``evaluate``; the other arguments as the requests were recorded."""
-    lm = RecordedLM(tokenizer)
+    lm, limits = RecordedLM(tokenizer), split_limits(sets, limit)
     with tempfile.TemporaryDirectory() as folder:
-        names = write_tasks(data, Path(folder), sets)
+        names = write_tasks(data, Path(folder), list(limits))
         for one in scores:
             lm.answer_from(requests, one)
-            yield evaluate(lm, Path(folder), names, limit)
+            yield evaluate(lm, Path(folder), names, limits)
 
 
-def evaluate(lm: TemplateLM, folder: Path, names: dict[str, list[str]], limit: int | None = None) -> dict[str, Any]:
+def split_limits(sets: Sequence[str], limit: int | None = None) -> dict[str, int | None]:
+    """ "piqa" or "mmlu_letters:10" as the name of a set and the documents of each of its tasks; else ``limit``.
+
+    Raises ValueError for a limit that is not a positive number.
+    """
+    found: dict[str, int | None] = {}
+    for text in sets:
+        name, colon, number = text.partition(":")
+        if colon and not (number.isdigit() and int(number)):
+            raise ValueError(f"sets: {text!r}, wanted a name, or a name and a number of documents such as {name}:10")
+        found[name] = int(number) if colon else limit
+    return found
+
+
+def evaluate(
+    lm: TemplateLM, folder: Path, names: dict[str, list[str]], limits: dict[str, int | None] | None = None
+) -> dict[str, Any]:
     """Metrics of every set through lm-eval, with standard errors, ties, and letters where letters are scored.
 
-    folder, names: of ``write_tasks``. A set of several tasks (MMLU's subjects) is the mean over all of its documents.
+    folder, names: of ``write_tasks``. limits: documents a task of a set, all by default. A set of several tasks (MMLU's
+    subjects) is the mean over all of its documents.
     """
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     results: dict[str, Any] = {}
@@ -212,7 +229,7 @@ def evaluate(lm: TemplateLM, folder: Path, names: dict[str, list[str]], limit: i
             model=lm,
             tasks=tasks,
             num_fewshot=FEWSHOT.get(name, 0),
-            limit=limit,
+            limit=(limits or {}).get(name),
             task_manager=manager,
             bootstrap_iters=0,
             log_samples=True,

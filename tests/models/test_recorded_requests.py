@@ -87,7 +87,14 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
             recorded_lm()
         return
 
-    from lizard_models.evaluation.recorded_lm import RecordedLM, evaluate, record_requests, rotated, write_tasks
+    from lizard_models.evaluation.recorded_lm import (
+        RecordedLM,
+        evaluate,
+        record_requests,
+        rotated,
+        split_limits,
+        write_tasks,
+    )
     from lizard_models.quality.task_metrics import add_task_metrics
 
     (tmp_path / "data").mkdir()
@@ -118,13 +125,16 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
         lm.answer_from(requests, Scores(np.zeros(1), np.zeros(1, bool), "other"))
     with pytest.raises(ValueError, match="sets: no 'nonsense'"):
         write_tasks(tmp_path / "data", tmp_path / "other", ["nonsense"])
+    assert split_limits(["piqa", "mmlu_letters:3"], 7) == {"piqa": 7, "mmlu_letters": 3}
+    with pytest.raises(ValueError, match="sets: 'piqa:x', wanted a name"):
+        split_limits(["piqa:x"])
     record = {"choices": ["a", "b", "c", "d"], "answer": 3}
     assert rotated(record, 1) == {"choices": ["d", "a", "b", "c"], "answer": 0}
 
     rows = tmp_path / "rows"
     (rows / "scores").mkdir(parents=True)
     (rows / "row.s0.json").write_text('{"measures": {}}')
-    recorded = record_requests(tmp_path / "data", tokenizer, ["lambada_openai"])
+    recorded = record_requests(tmp_path / "data", tokenizer, ["lambada_openai:6"])
     score(model, recorded).save(rows / "scores" / "row.s0.npz")
     said: list[str] = []
     for _ in range(2):  # the second time there is nothing left to do
