@@ -94,6 +94,7 @@ class LizardCacheLayer(CacheLayerMixin):
         self.seen = seen or SeenPositions()
         self.is_compileable = static
         self._rollback: Rollback | None = None
+        self._blank = True  # no state but an empty one was set
 
     def read(
         self,
@@ -143,11 +144,13 @@ class LizardCacheLayer(CacheLayerMixin):
 
     def _to_read(self) -> AttentionState | None:
         """The state, or None where it is known to be empty."""
-        known_empty = not is_graphed(self.seen.on_device) and self.seen.on_host == 0
-        return None if known_empty else self.state
+        if not is_graphed(self.seen.on_device) and self._blank and self.seen.on_host == 0:
+            return None
+        return self.state
 
     def set_state(self, state: AttentionState) -> None:
         """Keep this state: in the memory of the one before where it fits, in memory of its own elsewhere."""
+        self._blank = False
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in state)
         if recorded:
             self.state = state
@@ -184,6 +187,7 @@ class LizardCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every sequence. The tensors stay where they are."""
+        self._blank = True
         if self.state is not None and is_writable(self.state):
             for name, t in self.state._asdict().items():
                 if t is not None:
@@ -195,7 +199,7 @@ class LizardCacheLayer(CacheLayerMixin):
 
     def forget(self) -> None:
         """Let the tensors go as well."""
-        self.state, self.is_initialized = None, False
+        self.state, self.is_initialized, self._blank = None, False, True
 
     @property
     def record_past(self) -> bool:
@@ -263,6 +267,7 @@ class LizardCacheLayer(CacheLayerMixin):
         new.is_initialized = self.is_initialized
         if self.state is not None:
             new.set_state(self.state)
+        new._blank = self._blank
         if self._rollback is not None:
             new._rollback = self._rollback.copy()
         return new
@@ -328,6 +333,7 @@ class LizardCache(Cache):
         attention = attention_config(self.lizard_config)
         for layer in self.lizard_layers():
             layer.set_state(empty_state(attention, batch_size, dtype, device))
+            layer.reset()
         self.seen.live_on(torch.device(device or "cpu"))
         return self
 
@@ -400,6 +406,12 @@ class LizardCache(Cache):
         """Forget every sequence; the tensors of converted layers stay where they are."""
         super().reset()
         self.seen.reset()
+
+    def activate_past_recording(self) -> None:
+        """Remember what is read from now on, so that ``crop`` can take it back: at most 128 tokens a layer."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back, of those read since ``activate_past_recording``.

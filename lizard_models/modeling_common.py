@@ -387,7 +387,9 @@ class LizardDecoder(LizardModelMixin):
     ) -> tuple[LizardCache | None, Packing | None]:
         packing = None
         if position_ids is not None and length > 1 and not is_graphed(position_ids):
-            real = None if attention_mask is None else attention_mask[:, -length:].bool()
+            real = None
+            if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
+                real = attention_mask[:, -length:].bool()
             packing = find_packing(position_ids, batch, real)
         cache = self._cache_for(cache, use_cache, packing is not None)
         if cache is not None and not torch.compiler.is_compiling():

@@ -51,12 +51,9 @@ def test_the_step_is_one_graph_for_every_position(options):
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize(
-    "options, padding", [({"num_hidden_layers": 2, "softmax_layers": (1,)}, 0), ({"num_hidden_layers": 1}, 4)]
-)
-def test_generate_compiles_its_step(options, padding):
-    model, ids, mask = student(**options), tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :padding] = 0
+def test_generate_compiles_its_step():
+    model, ids, mask = student(num_hidden_layers=1), tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
     settings = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
     wanted, backend = model.generate(ids, **settings), Backend()
     config = CompileConfig(fullgraph=True, mode=None, backend=backend)
