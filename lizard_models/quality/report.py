@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lizard_models.evaluation.report import past_edge, short
+from lizard_models.quality.goals import goals
 from lizard_models.quality.reasons import reasons
 from lizard_models.quality.results import Number, Record, Results, markdown
 from lizard_models.quality.tables import TABLES
@@ -79,6 +80,7 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _restoration(results),
         draw.restoration(results, figures / f"quality-{name}-layers.png", f"{link}/quality-{name}-layers.png"),
         *(_ablation(results, table, title) for table, title in PAPER_TABLES.items()),
+        _goals(results),
         _reasons(results),
     ):
         if text:
@@ -262,6 +264,11 @@ def _reasons(results: Results) -> str:
     )
 
 
+def _goals(results: Results) -> str:
+    table = goals(results)
+    return f"**Goals.**\n\n{table}" if table else ""
+
+
 def _mqar_text(folder: Path, figures: Path, link: str) -> str:
     from lizard_models.quality import figures as draw
 
@@ -288,4 +295,11 @@ def _mqar_text(folder: Path, figures: Path, link: str) -> str:
         "share of questions answered right, by the number of key-value pairs.\n\n"
         + markdown(["mixer", "bytes a layer", *(f"{n} pairs" for n in pairs), "seeds"], rows)
     )
+    if {"lizard", "gla"} <= set(kinds):
+        ours, theirs = (
+            sum(sum(record["accuracy"].values()) / len(pairs) for record in kinds[kind]) / len(kinds[kind])
+            for kind in ("lizard", "gla")
+        )
+        beside = "above" if ours > theirs else "not above"
+        text += f"\n\nMean accuracy of the hybrid {ours:.1%}, {beside} its linear branch alone ({theirs:.1%})."
     return f"{text}\n\n{draw.recall(kinds, figures / 'quality-mqar.png', f'{link}/quality-mqar.png')}"

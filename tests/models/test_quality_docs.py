@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lizard_models.quality.bench import write_json
+from lizard_models.quality.goals import goals
 from lizard_models.quality.reasons import FIELDS, better_rows, differences, reasons
 from lizard_models.quality.report import BEGIN, END, write_docs
 from lizard_models.quality.results import Number, Results
@@ -55,6 +56,8 @@ def folder(tmp_path):
     settings = {"mixer": "lizard", "width": 8, "length": 64, "steps": 3, "batch_size": 2, "learning_rate": [1]}
     recall = {"settings": settings, "accuracy": {"4": 0.5}, "memory_bytes": 4096}
     write_json(tmp_path / "mqar" / "lizard.s0.json", recall)
+    other = {**recall, "settings": {**settings, "mixer": "gla"}, "accuracy": {"4": 0.25}}
+    write_json(tmp_path / "mqar" / "gla.s0.json", other)
     return tmp_path
 
 
@@ -86,7 +89,15 @@ def test_the_page_is_written_between_its_marks_again_and_again(folder, tmp_path)
     once = page.read_text()
     assert once.startswith("# Results\n\nBefore.\n") and once.count(BEGIN) == once.count(END) == 1
     cells = ["| recommended | 4.000 ± 0.000 | 3.110 ± 0.014 |", "72 ± 4%", "a chip, torch 1", "abcdef012345", "50.0%"]
-    cells += ["61.0% (error 1.0)", "2 ties", "1 (0.0300), 0 (0.0100)", "[4K, 64K)", "Table 4, A7", "| 5.000 |"]
+    cells += [
+        "61.0% (error 1.0)",
+        "2 ties",
+        "1 (0.0300), 0 (0.0100)",
+        "[4K, 64K)",
+        "Table 4, A7",
+        "| 5.000 |",
+        "hybrid 50.0%, above its linear branch alone (25.0%)",
+    ]
     for cell in cells:
         assert cell in once, cell
     assert {path.name for path in (page.parent / "figures").iterdir()} >= {"quality-quick-loss.png", "quality-mqar.png"}
@@ -94,3 +105,21 @@ def test_the_page_is_written_between_its_marks_again_and_again(folder, tmp_path)
     write_docs(page, folder)
     assert page.read_text() == once + "\nAfter.\n"
     assert "NaN" not in json.dumps(once)
+
+
+def test_goals_are_held_against_the_rows(folder):
+    text = goals(Results(folder / "quick"))
+    assert "| share recovered past 2048 | at least 75% | 72 ± 4% | **no** |" in text
+    assert "| loss at 0 to 128 above the teacher trained alike | at most 0.010 | 0.000 ± 0.000 | yes |" in text
+    assert "piqa" not in text and "passkey" not in text  # neither the teacher's tasks nor a hybrid was measured
+    tasks = {"metrics": {"piqa": {"acc_norm": 0.62}}}
+    write_row(folder, RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False), 3.0, tasks=tasks)
+    long = loss(3.3, (0, 128, 2048, 4096, 16_384, 65_536))
+    long["means"][-1] = 3.34
+    write_row(folder, RowSpec(name="recommended", seed=1), 3.12, length=long)
+    write_row(folder, RowSpec(name="softmax-25"), 3.05, passkey={"256": 1.0, "1024": 1.0, "8192": 0.85, "16384": 0.1})
+    text = goals(Results(folder / "quick"))
+    assert "| piqa beside the teacher | at least 99% | 98.4% | **no** |" in text
+    assert "| loss from 16,384 on above that at 2048 to 4096 | at most 0.030 | 0.040 | **no** |" in text
+    assert "| one passkey up to 1024 tokens, `softmax-25` | at least 100% | 100% at the worst length | yes |" in text
+    assert "| one passkey up to 8192 tokens, `softmax-25` | at least 90% | 85% at the worst length | **no** |" in text
