@@ -160,6 +160,10 @@ def prompt_lookup(m: Any) -> str:
     return said(torch.equal(write(m, ids(9), prompt_lookup_num_tokens=2), write(m, ids(9))))
 
 
+def assistant_model(m: Any) -> str:
+    return said(torch.equal(write(m, ids(9), assistant_model=model("teacher")), write(m, ids(9))))
+
+
 def contrastive(m: Any) -> str:
     return said(write(m, ids(9), penalty_alpha=0.6, top_k=4).shape[1] == 17)
 
@@ -292,6 +296,12 @@ def past_the_context(m: Any) -> str:
     return said(write(m, ids(250), 20).shape[1] == 270)
 
 
+def batch_loss(m: Any) -> str:
+    labels = torch.cat([ids(20), ids(20, 5)])
+    alone = torch.stack([m(row[None], labels=row[None]).loss for row in labels]).mean()
+    return said(close(m(labels, labels=labels).loss, alone))
+
+
 def static_cache(m: Any) -> str:
     return said(torch.equal(write(m, ids(9), cache_implementation="static"), write(m, ids(9))))
 
@@ -351,6 +361,7 @@ ROWS = [
     Row("beam search equals beam search without a cache", beam_search),
     Row("sampling repeats under a seed, `num_return_sequences`", sampling),
     Row("assisted generation (prompt lookup)", prompt_lookup, mamba2=STATEFUL),
+    Row("assisted generation with an assistant model", assistant_model, mamba2=STATEFUL),
     Row("contrastive search", contrastive, CONTRASTIVE, CONTRASTIVE, CONTRASTIVE),
     Row('`pipeline("text-generation")`, batched', pipe),
     Row("chat templates through the pipeline", chat),
@@ -372,6 +383,7 @@ ROWS = [
     Row("`inputs_embeds`", embeddings_in),
     Row("`output_hidden_states`", hidden_states),
     Row("`output_attentions`, eager", attentions, lizard=NO_MATRIX, mamba2="AttributeError: “attentions”"),
+    Row("the loss of a batch is the mean of its rows' losses", batch_loss),
     Row("`labels` with -100: the loss of the rest", loss_ignores_masked_labels),
 ]
 
