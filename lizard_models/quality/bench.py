@@ -108,10 +108,15 @@ class Bench:
 
 
 def _completed(settings: dict[str, Any]) -> Any:
-    """Settings with the defaults of fields that did not exist when they were written; None for unreadable ones."""
+    """Settings with the defaults of fields that did not exist when they were written; None for unreadable ones.
+
+    What converted layers would compute is left out for a teacher, which has none.
+    """
     try:
         config = LizardConfig.from_dict(settings["config"]).to_dict()
         row = dataclasses.asdict(RowSpec(**settings["row"]))
+        if row["preset"] == TEACHER:
+            del config["attention"]
     except (TypeError, ValueError):
         return None
     return json.loads(json.dumps({**settings, "config": config, "row": row}))

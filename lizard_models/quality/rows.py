@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lizard_models.config import LizardConfig, Stage2Config
+from lizard_models.config import LizardConfig
 
 TEACHER = "teacher"
 MEASURES = ("loss", "kl", "branches", "restore", "length", "passkey", "passkeys5", "tasks")
@@ -74,11 +73,9 @@ class RowSpec:
 
 
 def stage2_recipe(config: LizardConfig) -> dict[str, Any]:
-    """The fields of stage 2 in which a recipe differs from the default, the budget's and the seed left out."""
-    left_out = {"max_steps", "epochs", "batch_size", "sequence_length", "seed", "examples", "dataset"}
-    values = config.to_dict()["stage2"]
-    default = LizardConfig(stage2=Stage2Config()).to_dict()["stage2"]
-    return {key: value for key, value in values.items() if key not in left_out and value != default[key]}
+    """Every field of how stage 2 trains, but for its data, its length and its seed, which a row has from elsewhere."""
+    elsewhere = {"max_steps", "epochs", "batch_size", "sequence_length", "seed", "examples", "dataset"}
+    return {key: value for key, value in config.to_dict()["stage2"].items() if key not in elsewhere}
 
 
 def recipe_name(config: LizardConfig) -> str:
@@ -117,22 +114,14 @@ def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
     recipe = stage2_recipe(config) | {"train_new_parameters": True}
     if config.stage2.cross_entropy_weight:
         teacher = RowSpec(
-            name=f"teacher-{recipe_name(config)}{suffix}", preset=TEACHER, changes={"stage2": complete(recipe)}, **base
+            name=f"teacher-{recipe_name(config)}{suffix}", preset=TEACHER, changes={"stage2": recipe}, **base
         )
     else:
         teacher = RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False)
     control = RowSpec(
         name=f"control-w{window}-{recipe_name(config)}{suffix}",
         preset="window_only",
-        changes={"attention": attention, "stage2": complete(recipe)},
+        changes={"attention": attention, "stage2": recipe},
         **base,
     )
     return {"teacher": teacher, "control": control}
-
-
-def complete(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's differences with every other field at its default, so that they replace any preset's."""
-    default = LizardConfig(stage2=Stage2Config()).to_dict()["stage2"]
-    fields = {f.name for f in dataclasses.fields(Stage2Config)}
-    kept = {"max_steps", "epochs", "batch_size", "sequence_length", "seed", "examples", "dataset"}
-    return {key: value for key, value in (default | recipe).items() if key in fields - kept}
