@@ -4,13 +4,15 @@
 
 Random weights in the shape of a model. First four layers in float32 decode the same tokens every way: the logits of
 every step and the state after the last must agree with eager decoding. Then the whole model decodes greedily in
-bfloat16 and is timed. A way that disagrees shows its error and no time, and the script ends with 1.
+bfloat16 and is timed. A way that disagrees shows its error and no time, and the script ends with 1. A cache that was
+moved to the CPU and back, or saved and loaded, must give the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from environment import environment
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lizard_models import LizardCache, LizardConfig, linearize
+from lizard_models import LizardCache, LizardConfig, linearize, load_state, save_state
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(
@@ -134,6 +136,23 @@ def check(args: argparse.Namespace, ways: list[str], dtype: torch.dtype) -> dict
 
 
 @torch.no_grad()
+def check_moves(args: argparse.Namespace) -> dict[str, float]:
+    """Errors of the next step from a cache that was on the CPU in between, and from one that was in a file."""
+    model = build(args, 4, torch.bfloat16)
+    draw = torch.Generator(args.device).manual_seed(3)
+    ids = torch.randint(0, model.vocab_size, (args.batch, 64), generator=draw, device=args.device)
+    cache = model(ids, logits_to_keep=1).past_key_values
+    wanted = eager(model, cache.copy())(ids[:, :1])
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(Path(folder) / "state", model, cache)
+        saved = load_state(Path(folder) / "state", model)
+    moved = cache.copy().to("cpu").to(args.device)
+    return {
+        name: error(eager(model, other)(ids[:, :1]), wanted) for name, other in (("moved", moved), ("saved", saved))
+    }
+
+
+@torch.no_grad()
 def measure(args: argparse.Namespace, model: Any, way: str) -> dict[str, float]:
     torch.compiler.reset()
     cache = read_prompt(model, args)
@@ -184,8 +203,11 @@ def main() -> int:
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "errors": check(args, ways, torch.float32),
         "errors_bfloat16": check(args, ways, torch.bfloat16),
+        "errors_moves": check_moves(args),
         "times": {},
     }
+    for name, found in report["errors_moves"].items():
+        print(f"{name} cache: error {found:.1e}" + ("  WRONG" if found else ""))
     wrong = [way for way, found in report["errors"].items() if not max(found.values()) <= TOLERANCE[way]]
     for way, found in report["errors"].items():
         half = report["errors_bfloat16"][way]
@@ -204,7 +226,7 @@ def main() -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if wrong else 0
+    return 1 if wrong or any(report["errors_moves"].values()) else 0
 
 
 if __name__ == "__main__":
