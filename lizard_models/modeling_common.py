@@ -518,11 +518,16 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         return attention_mask
 
     def prepare_inputs_for_generation(
-        self: Any, input_ids: Any, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        self: Any,
+        input_ids: Any,
+        *args: Any,
+        inputs_embeds: Any = None,  # generate looks for it by name
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers', without a mask where a step has none to read."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         step = inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1 and not is_first_iteration
         if step and inputs.get("past_key_values") is not None and not self.model.has_softmax_layers:

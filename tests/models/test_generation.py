@@ -59,6 +59,13 @@ def test_beam_search_equals_beam_search_without_a_cache():
     assert torch.equal(with_cache, model.generate(**left_padded(rows), **settings, use_cache=False))
 
 
+def test_embeddings_in_place_of_ids():
+    model, ids = student(), tokens(2, 12)
+    settings = dict(max_new_tokens=4, do_sample=False)
+    found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **settings)
+    assert torch.equal(found, model.generate(ids, **settings)[:, 12:])
+
+
 def test_prefill_in_chunks():
     model, row = student(), tokens(1, 29)[0]
     settings = dict(max_new_tokens=8, do_sample=False)
