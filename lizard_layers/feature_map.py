@@ -14,7 +14,8 @@ from lizard_ops import project_heads
 class HedgehogFeatureMap(Float32Module):
     """Pre-activations x W of a Hedgehog feature map (arXiv 2402.04347), W starting from the identity.
 
-    Columns beyond the head dim start as random rotations of x: equal columns would get equal gradients and stay equal.
+    Columns beyond the head dim start as rotations of x, drawn from ``seed``: equal columns would get equal gradients
+    and stay equal.
 
     ``num_maps`` is the number of matrices: 1 for a map shared by all heads, the number of heads for one each, or the
     number of key heads for query heads that share the map of their group.
@@ -23,9 +24,9 @@ class HedgehogFeatureMap(Float32Module):
     dtype; weights and sums are float32's (``lizard_ops.project_heads``).
     """
 
-    def __init__(self, num_maps: int, head_dim: int, feature_dim: int, noise: float = 0.0) -> None:
+    def __init__(self, num_maps: int, head_dim: int, feature_dim: int, noise: float = 0.0, seed: int = 0) -> None:
         super().__init__()
-        self.noise = noise
+        self.noise, self.seed = noise, seed
         self.weight = float32_parameter(num_maps, head_dim, feature_dim)
         self.reset_parameters()
 
@@ -34,9 +35,10 @@ class HedgehogFeatureMap(Float32Module):
             dim, width = self.weight.shape[1:]
             eye = torch.eye(dim, width, dtype=self.weight.dtype, device=self.weight.device)
             self.weight.copy_(eye + self.noise * torch.randn_like(self.weight))
+            draw = torch.Generator().manual_seed(self.seed)
             for start in range(dim, width, dim):
-                for block in self.weight[:, :, start : start + dim]:
-                    nn.init.orthogonal_(block)
+                turns = torch.linalg.qr(torch.randn(len(self.weight), dim, dim, generator=draw)).Q
+                self.weight[:, :, start : start + dim] = turns[:, :, : width - start].to(self.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return project_heads(x, self.weight)
@@ -87,7 +89,7 @@ class FeatureMaps(nn.Module):
         shape = (config.head_dim, config.projection_dim, config.feature_noise)
         self.key_map = HedgehogFeatureMap(key_maps, *shape)
         if not config.tie_features:
-            self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape)
+            self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape, seed=1)
 
     def forward(self, q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, fq, fk): q [B, T, Hq, D] and k [B, T, H, D], H the linear key heads, as they came, for the window.

@@ -51,6 +51,7 @@ RECOMMENDED = LizardConfig(
         positions="clamped",
         window_rope=True,
         coverage="outside",
+        feature_dim=128,
         gate="key_head",
         gate_init=0.993,
         mix="merge",
@@ -58,6 +59,7 @@ RECOMMENDED = LizardConfig(
     ),
     stage1=Stage1Config(
         error="relative",
+        target="output",
         learning_rate=1e-2,
         gate_learning_rate=1e-3,
         sequence_length=1024,

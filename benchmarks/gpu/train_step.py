@@ -145,12 +145,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--kinds", nargs="*", default=["plain", "graph"], choices=["plain", "graph"])
     parser.add_argument("--sizes", nargs="*", help='such as "4x1024"')
     options = parser.parse_args()
     sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
     rows: list[dict[str, Any]] = []
-    plain_and_graph = (False, True) if options.device != "cpu" else (False,)
-    for graph, stage, (batch, length) in itertools.product(plain_and_graph, ("stage 1", "stage 2"), sizes):
+    graphs = [kind == "graph" for kind in options.kinds] if options.device != "cpu" else [False]
+    for graph, stage, (batch, length) in itertools.product(graphs, ("stage 1", "stage 2"), sizes):
         row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "cuda_graph": graph}
         objective: Any = None
         try:

@@ -15,7 +15,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "attention.feature_projection": ("A4-shared",),
     "attention.tie_features": ("A4-tied",),
     "attention.key_map": ("A4-query-head-keys",),
-    "attention.feature_dim": ("A8-features-64", "A8-features-256"),
+    "attention.feature_dim": ("A8-features-64", "A8-features-128"),
     "attention.gate": ("gate-scalar", "gate-query_head", "gate-mamba2", "gate-channel", "gate-pooling", "gate-none"),
     "attention.gate_init": ("A6-gate-half", "A6-gate-0.95", "A6-gate-0.999"),
     "attention.mix": ("mix-sum",),
@@ -23,7 +23,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "attention.merge_bias": ("merge-bias-none", "merge-bias-head"),
     "softmax_layers": ("softmax-12.5", "softmax-25", "softmax-50"),
     "stage1.error": ("A12-mse",),
-    "stage1.target": ("A12-after-o-proj",),
+    "stage1.target": ("A12-before-o-proj",),
     "stage1.inputs": ("A12-student-inputs",),
     "stage1.max_steps": ("no-stage1",),
     "stage2.max_steps": ("no-stage2",),
@@ -34,7 +34,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields of the preset, and the rows of the tables in which that field alone differs."""
 
-COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A8-features-256", "A4-query-head-keys",
+COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A4-query-head-keys",
             "gate-query_head", "lora-all", "lora-r16", "lora-r32", "lora-r64"}  # fmt: skip
 """Rows that take more memory or more trained weights: better is not enough to choose them."""
 

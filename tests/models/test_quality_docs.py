@@ -51,7 +51,8 @@ def folder(tmp_path):
     }
     write_row(tmp_path, row, 3.1, **more)
     write_row(tmp_path, dataclasses.replace(row, seed=1), 3.12)
-    for name, value in (("gate-none", 3.3), ("gate-scalar", 3.0), ("A8-features-256", 3.0)):
+    costlier, narrow = ("A4-query-head-keys", 3.0), ("A8-features-64", 3.3)
+    for name, value in (("gate-none", 3.3), ("gate-scalar", 3.0), costlier, narrow):
         write_row(tmp_path, RowSpec(name=name), value)
     settings = {"mixer": "lizard", "width": 8, "length": 64, "steps": 3, "batch_size": 2, "learning_rate": [1]}
     recall = {"settings": settings, "accuracy": {"4": 0.5}, "memory_bytes": 4096}
@@ -74,7 +75,7 @@ def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
     results = Results(folder / "quick")
     changes = differences(results, "attention.gate")
     assert changes["gate-none"][0] == pytest.approx(0.19) and changes["gate-none"][1] == pytest.approx(0.0283, rel=1e-2)
-    assert better_rows(results) == {"attention.gate": ["gate-scalar"]}  # more features cost more, so they do not count
+    assert better_rows(results) == {"attention.gate": ["gate-scalar"]}  # a larger state does not count
     text = reasons(results)
     assert "`gate-none` +0.190" in text and "`gate-scalar` is better" in text and "`attention.feature_dim`" in text
     rows = find_rows(list(TABLES), [0], BUDGET, order=range(30), layers=30, with_controls=False)
