@@ -107,10 +107,6 @@ class AttentionChoices:
     feature_scale: float | None = None
     """Factor on the linear weights. None is 1 with ``normalize`` (where only a merge notices), F**-0.5 without."""
 
-    key_weight: Literal["none", "token"] = "none"
-    """Factor on a key's features and so on its weight for every query: 1, or exp(w.x) of the layer's input at the key,
-    one for each key head, from 1. The features of a softmax map give every key nearly the same mass without it."""
-
     gate: Literal["none", "scalar", "key_head", "query_head", "channel", "mamba2", "pooling"] = "key_head"
     """Decay: none; sigmoid(w.x) shared by all heads (the paper's default; one shared gate hurts most heads), one for
     each key head, or one for each query head (the state then has query heads); low-rank and for each feature as in
@@ -198,11 +194,6 @@ class AttentionChoices:
             raise ValueError('feature_dim needs a learned projection, but feature_projection="none"')
         if self.feature_projection == "none" and self.feature_noise:
             raise ValueError('feature_noise needs a learned projection, but feature_projection="none"')
-        if self.key_weight != "none" and self.feature_activation != "softmax":
-            raise ValueError(
-                f'key_weight="{self.key_weight}" weighs softmax features, but feature_activation='
-                f'"{self.feature_activation}"'
-            )
         if self.feature_activation == "identity" and self.normalize:
             raise ValueError(
                 'feature_activation="identity" has signed features whose sum can vanish: use normalize=False'
@@ -299,11 +290,6 @@ class AttentionConfig(AttentionChoices):
     def num_features(self) -> int:
         """Features F that leave the activation."""
         return 2 * self.projection_dim if self.two_sided else self.projection_dim
-
-    @property
-    def stored_features(self) -> int:
-        """Channels of a key as the op gets it: pre-activations, or finished features where the layer makes them."""
-        return self.num_features if self.key_weight != "none" else self.projection_dim
 
     @property
     def linear_key_heads(self) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
-from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
+from lizard_layers.parameters import Float32Module, float32_parameter
 from lizard_ops import project_heads
 
 
@@ -37,32 +36,11 @@ class HedgehogFeatureMap(Float32Module):
             self.weight.copy_(eye + self.noise * torch.randn_like(self.weight))
             draw = torch.Generator().manual_seed(self.seed)
             for start in range(dim, width, dim):
-                turns = torch.linalg.qr(torch.randn(len(self.weight), dim, dim, generator=draw)).Q
+                turns = torch.linalg.qr(torch.randn(len(self.weight), dim, dim, generator=draw, device="cpu")).Q
                 self.weight[:, :, start : start + dim] = turns[:, :, : width - start].to(self.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return project_heads(x, self.weight)
-
-
-class KeyWeight(Float32Module):
-    """exp(w.x): how much a key weighs for every query. x [B, T, d] -> [B, T, H] float32. w starts from zero."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.weight = float32_parameter(num_heads, hidden_size)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.weight.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(full_precision(x), self.weight).exp()
-
-
-def both_softmax(x: Tensor) -> Tensor:
-    """[softmax(x), softmax(-x)] along the channels."""
-    return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 
 class FeatureMaps(nn.Module):
@@ -76,10 +54,6 @@ class FeatureMaps(nn.Module):
         super().__init__()
         self.one_sided = config.feature_activation == "one_sided_softmax"
         self.op_feature_map = config.feature_activation if config.two_sided else "identity"
-        self.key_weight: KeyWeight | None = None
-        if config.key_weight == "token":
-            self.op_feature_map = "identity"
-            self.key_weight = KeyWeight(config.hidden_size, config.linear_key_heads)
         self.query_map: HedgehogFeatureMap | None = None
         self.key_map: HedgehogFeatureMap | None = None
         if config.feature_projection == "none":
@@ -91,15 +65,12 @@ class FeatureMaps(nn.Module):
         if not config.tie_features:
             self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape, seed=1)
 
-    def forward(self, q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, fq, fk): q [B, T, Hq, D] and k [B, T, H, D], H the linear key heads, as they came, for the window.
 
-        x [B, T, d]: the layer's input. fq [B, T, Hq, Fp], fk [B, T, H, Fp]; with a key weight F features instead.
+        fq [B, T, Hq, Fp], fk [B, T, H, Fp].
         """
         fq, fk = q, k
         if self.key_map is not None:
             (q, fq), (k, fk) = (self.query_map or self.key_map)(q), self.key_map(k)
-        if self.key_weight is not None:
-            weighted = both_softmax(full_precision(fk)) * self.key_weight(x).unsqueeze(-1)
-            return q, k, both_softmax(full_precision(fq)).to(q.dtype), weighted.to(k.dtype)
         return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)

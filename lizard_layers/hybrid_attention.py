@@ -144,10 +144,10 @@ class HybridAttention(nn.Module):
                 if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                     g = g.repeat_interleave(group, 2)
             if config.linear_rope and not config.window_rope:
-                _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope), x)
+                _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
                 window_q, window_k = q, k
             else:
-                q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), x)
+                q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope))
                 window_q, window_k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
             choices: dict[str, Any] = dict(
                 mix=config.mix,

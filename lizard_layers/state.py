@@ -42,7 +42,7 @@ def empty_state(
         if config.feature_activation == "exp":
             fields["log_scale"] = zeros(config.state_heads, of=work).fill_(-torch.inf)
         if config.coverage == "outside":
-            fields["ring_fk"] = zeros(config.window, key_heads, config.stored_features)
+            fields["ring_fk"] = zeros(config.window, key_heads, config.projection_dim)
             if config.gate != "none":
                 widths = {"scalar": (1,), "query_head": (config.num_heads,), "channel": (key_heads, features)}
                 fields["ring_g"] = zeros(config.window, *widths.get(config.gate, (key_heads,)), of=work)

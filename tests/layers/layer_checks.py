@@ -93,11 +93,7 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     for j in range(config.anchors, last + 1):
         decay = sum((log_decay(made, x, k, b, l, h, hk) for l in range(j + 1, i + 1)), ZERO).exp()
         query, key = features(made, lq[b, i, h], h, hk, "query"), features(made, lk[b, j, hk], h, hk, "key")
-        weight = (query * key * decay).sum()
-        if config.key_weight == "token":
-            row = h if config.key_map == "query_head" else hk
-            weight = weight * (made.feature_maps.key_weight.weight[row] @ x[b, j]).exp()
-        weights.append(weight)
+        weights.append((query * key * decay).sum())
         values.append(v[b, j, hk])
     if not weights:
         o_linear, mass_linear = torch.zeros_like(o_window), ZERO

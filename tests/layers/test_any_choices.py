@@ -23,7 +23,6 @@ CHOICES = dict(
     key_map=st.sampled_from(["key_head", "query_head"]),
     feature_dim=st.sampled_from([None, 2, 6]),
     feature_dim_counts=st.sampled_from(["projection", "features"]),
-    key_weight=st.sampled_from(["none", "token"]),
     gate=st.sampled_from(["none", "scalar", "key_head", "query_head", "channel", "mamba2", "pooling"]),
     gate_init=st.sampled_from([None, 0.9, 0.993]),
     gate_temperature=st.sampled_from([1.0, 16.0]),

@@ -82,13 +82,13 @@ def test_maps_a_layer_has(choices, query_maps, key_maps):
 def test_tied_maps_are_one():
     maps = FeatureMaps(config(tie_features=True, feature_noise=1.0))
     x = torch.randn(2, 3, 2, 8)
-    _, _, fq, fk = maps(x.repeat_interleave(2, 2), x, x.flatten(2))
+    _, _, fq, fk = maps(x.repeat_interleave(2, 2), x)
     assert torch.equal(fq, fk.repeat_interleave(2, 2))
 
 
 def test_one_sided_softmax_is_finished_here():
     maps = FeatureMaps(config(feature_activation="one_sided_softmax"))
-    _, _, fq, fk = maps(torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 5))
+    _, _, fq, fk = maps(torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8))
     assert maps.op_feature_map == "identity"
     torch.testing.assert_close(fq.sum(-1), torch.ones(2, 3, 4))
     torch.testing.assert_close(fk.sum(-1), torch.ones(2, 3, 2))
