@@ -126,7 +126,7 @@ def test_gradients_taken_at_once_are_the_gradients(target):
 
 def test_distillation_reads_the_students_stream_when_told():
     model, ids = student(), tokens(2, 30)
-    model.set_attention_mode("distill")
+    model.set_attention_mode("distill", Stage1Config(error="relative"))
     model(ids)
     forced = model.attention_errors()
     model.set_attention_mode("distill", Stage1Config(error="relative", inputs="student"))
