@@ -116,7 +116,8 @@ def work(experiment: dict[str, Any], options: argparse.Namespace) -> dict[str, A
         [options.eval_data], teacher.tokenizer, length, count=options.eval_documents, vocab_size=vocab_size
     )
     result: dict[str, Any] = {**experiment, "config": config.to_dict(), "eval_hash": documents.digest}
-    result["command"] = " ".join(["python", *sys.argv[: sys.argv.index("--one")]])
+    given = sys.argv[1 : sys.argv.index("--one")]
+    result["command"] = " ".join(["stage1_search.py", *(Path(word).name if "/" in word else word for word in given)])
     if experiment["name"] == "teacher":
         model: Any = teacher.model
     elif experiment["name"] == "window control":
@@ -177,6 +178,8 @@ def results(out: Path) -> list[dict[str, Any]]:
 def brief(result: dict[str, Any]) -> dict[str, Any]:
     """A run without its curve, its errors by head and its configuration where that follows from the changes."""
     kept = {key: value for key, value in result.items() if key not in ("config", "curve", "gates", "attention")}
+    if "failed" in kept:
+        kept["failed"] = next((x for x in kept["failed"].splitlines()[::-1] if "Error: " in x), kept["failed"])
     for length, errors in result.get("attention", {}).items():
         shown = ("readings", "by_position", "by_layer")
         kept.setdefault("attention", {})[length] = {key: errors[key] for key in shown}
