@@ -58,12 +58,12 @@ class FarRotary:
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """x: for its device and dtype. position_ids [B or 1, T] -> cos, sin [B or 1, T, D] in x's dtype."""
-        family: Any = super()
+        family: Any = super().forward
         if self.range is None:
-            return family.forward(x, position_ids, *args, **kwargs)
+            return family(x, position_ids, *args, **kwargs)
         shift = self.range.shift(position_ids)
         exact = x.new_empty(0, dtype=torch.float32)
-        cos, sin = family.forward(exact, position_ids - shift, *args, **kwargs)
+        cos, sin = family(exact, position_ids - shift, *args, **kwargs)
         kind = args[0] if args else kwargs.get("layer_type")
         far_cos, far_sin = self.turn(shift, kind)
         turned = cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
