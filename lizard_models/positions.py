@@ -58,7 +58,7 @@ class FarRotary:
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """x: for its device and dtype. position_ids [B or 1, T] -> cos, sin [B or 1, T, D] in x's dtype."""
-        family: Any = super().forward
+        family: Any = super().forward  # type: ignore[misc]
         if self.range is None:
             return family(x, position_ids, *args, **kwargs)
         shift = self.range.shift(position_ids)
