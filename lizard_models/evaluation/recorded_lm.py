@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 from transformers import PreTrainedTokenizerBase
 
 from lizard_models.evaluation.requests import Pair, Requests, Scores
 
 ROTATIONS = 4
+FEWSHOT_SEED = 1234  # as simple_evaluate has it
 FEWSHOT = {"mmlu": 5, "mmlu_letters": 5}
 SETS = ("piqa", "hellaswag", "arc_easy", "lambada_openai", "mmlu")
 
@@ -33,16 +35,11 @@ class RecordedLM(TemplateLM):
         self.tokenizer: Any = tokenizer
         self.pairs: list[Pair] = []
         self.encoded: dict[str, list[int]] = {}
-        self.answers: dict[tuple[bytes, bytes], tuple[float, bool]] = {}
+        self.answers: dict[bytes, tuple[float, bool]] = {}
 
     def answer_from(self, requests: Requests, scores: Scores) -> None:
-        """From now on it answers with these scores. Raises ValueError if they are of other requests."""
-        if scores.digest != requests.digest:
-            raise ValueError("scores: they answer other requests than the ones given")
-        self.answers = {}
-        for i in range(len(requests)):
-            key = _key(requests.context(requests.context_of[i]), requests.continuation(i))
-            self.answers[key] = float(scores.log_likelihoods[i]), bool(scores.greedy[i])
+        """From now on it answers with these scores. Raises what ``answers_of`` does."""
+        self.answers = answers_of(requests, scores)
 
     @property
     def eot_token_id(self) -> int:
@@ -80,8 +77,19 @@ class RecordedLM(TemplateLM):
         raise NotImplementedError("recorded requests are likelihoods of continuations")
 
 
-def _key(context: Any, continuation: Any) -> tuple[bytes, bytes]:
-    return np.asarray(context, np.int32).tobytes(), np.asarray(continuation, np.int32).tobytes()
+def answers_of(requests: Requests, scores: Scores) -> dict[bytes, tuple[float, bool]]:
+    """Log-likelihood and greediness by a digest of the pair. Raises ValueError for scores of other requests."""
+    if scores.digest != requests.digest:
+        raise ValueError("scores: they answer other requests than the ones given")
+    pairs = ((requests.context(requests.context_of[i]), requests.continuation(i)) for i in range(len(requests)))
+    values = zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True)
+    return {_key(*pair): value for pair, value in zip(pairs, values, strict=True)}
+
+
+def _key(context: Any, continuation: Any) -> bytes:
+    digest = hashlib.blake2b(np.asarray(context, np.int32).tobytes(), digest_size=16)
+    digest.update(b"|" + np.asarray(continuation, np.int32).tobytes())
+    return digest.digest()
 
 
 def write_tasks(data: Path, folder: Path, sets: Sequence[str] = SETS) -> dict[str, list[str]]:
@@ -192,12 +200,56 @@ def metrics_of(
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """lm-eval's metrics of each model's scores, see ``evaluate``; the other arguments as the requests were recorded."""
-    lm, limits = RecordedLM(tokenizer), split_limits(sets, limit)
+    limits = split_limits(sets, limit)
     with tempfile.TemporaryDirectory() as folder:
-        names = write_tasks(data, Path(folder), list(limits))
-        for one in scores:
-            lm.answer_from(requests, one)
-            yield evaluate(lm, Path(folder), names, limits)
+        asked = AskedTasks(tokenizer, Path(folder), write_tasks(data, Path(folder), list(limits)), limits)
+    for one in scores:
+        yield asked.metrics(answers_of(requests, one))
+
+
+class AskedTasks:
+    """Tasks whose requests are built and tokenised once, for lm-eval's metrics of many models.
+
+    folder, names: of ``write_tasks``; limits: documents a task of a set.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        names: dict[str, list[str]],
+        limits: dict[str, int | None],
+    ) -> None:
+        self.names = names
+        self.questions: dict[str, list[tuple[Any, Any, list[bytes]]]] = {}  # task -> (task, document, keys)
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        for name, tasks in names.items():
+            loaded = get_task_dict(list(tasks), manager)
+            for task_name in tasks:
+                task = loaded[task_name]
+                task.set_config(key="num_fewshot", value=FEWSHOT.get(name, 0))
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+                task.build_all_requests(limit=limits.get(name), rank=0, world_size=1)
+                lm = RecordedLM(tokenizer)
+                lm.loglikelihood(task.instances, disable_tqdm=True)
+                documents: dict[int, tuple[Any, Any, list[bytes]]] = {}
+                for instance, pair in zip(task.instances, lm.pairs, strict=True):
+                    documents.setdefault(instance.doc_id, (task, instance.doc, []))[2].append(_key(*pair))
+                self.questions[task_name] = list(documents.values())
+
+    def metrics(self, answers: dict[bytes, tuple[float, bool]]) -> dict[str, Any]:
+        """As ``evaluate`` gives them. Raises ValueError where a request has no answer."""
+        samples = {}
+        for name, questions in self.questions.items():
+            samples[name] = []
+            for task, document, keys in questions:
+                if any(key not in answers for key in keys):
+                    raise ValueError(f"scores: a request of {name} has no answer; record the requests again")
+                responses = [answers[key] for key in keys]
+                samples[name].append({**task.process_results(document, responses), "filtered_resps": responses})
+        return {
+            key: value for name, tasks in self.names.items() for key, value in _summaries(name, tasks, samples).items()
+        }
 
 
 def split_limits(sets: Sequence[str], limit: int | None = None) -> dict[str, int | None]:
@@ -235,24 +287,30 @@ def evaluate(
             log_samples=True,
             verbosity="ERROR",
         )
-        if name == "mmlu_letters":
-            groups = {turn: [task for task in tasks if f"_letters{turn}_" in task] for turn in range(ROTATIONS)}
-            results |= {f"mmlu_letters{n}": _summary(found, part, letters=True) for n, part in groups.items() if part}
-        else:
-            results[name] = _summary(found, tasks)
+        results |= _summaries(name, tasks, found["samples"])
     return results
 
 
-def _summary(found: dict[str, Any], tasks: list[str], letters: bool = False) -> dict[str, Any]:
+def _summaries(name: str, tasks: list[str], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    if name != "mmlu_letters":
+        return {name: _summary([sample for task in tasks for sample in samples[task]])}
+    summaries = {}
+    for turn in range(ROTATIONS):
+        chosen = [sample for task in tasks if f"_letters{turn}_" in task for sample in samples[task]]
+        if chosen:
+            summaries[f"mmlu_letters{turn}"] = _summary(chosen, letters=True)
+    return summaries
+
+
+def _summary(samples: list[dict[str, Any]], letters: bool = False) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    samples = [sample for task in tasks for sample in found["samples"][task]]
-    for metric in ("acc", "acc_norm", "perplexity"):
-        if metric == "perplexity" and f"{metric},none" in found["results"][tasks[0]]:
-            metrics[metric] = found["results"][tasks[0]][f"{metric},none"]
-        elif metric in samples[0]:
+    for metric in ("acc", "acc_norm"):
+        if metric in samples[0]:
             values = np.array([float(sample[metric]) for sample in samples])
             metrics[metric] = values.mean()
             metrics[f"{metric}_stderr"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if "perplexity" in samples[0]:
+        metrics["perplexity"] = math.exp(-sum(sample["perplexity"] for sample in samples) / len(samples))
     metrics["documents"] = len(samples)
     options = [[response[0] for response in sample["filtered_resps"]] for sample in samples]
     if len(options[0]) > 1:

@@ -88,8 +88,11 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
         return
 
     from lizard_models.evaluation.recorded_lm import (
+        AskedTasks,
         RecordedLM,
+        answers_of,
         evaluate,
+        metrics_of,
         record_requests,
         rotated,
         split_limits,
@@ -108,8 +111,10 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
     lm = RecordedLM(tokenizer)
     evaluate(lm, tmp_path / "tasks", names)
     requests = Requests.from_pairs(lm.pairs)
-    lm.answer_from(requests, score(model, requests))
+    scores = score(model, requests)
+    lm.answer_from(requests, scores)
     ours = evaluate(lm, tmp_path / "tasks", names)
+    assert AskedTasks(tokenizer, tmp_path / "tasks", names, {}).metrics(answers_of(requests, scores)) == ours
     theirs = evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=700), tmp_path / "tasks", names
     )
@@ -134,10 +139,15 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
     rows = tmp_path / "rows"
     (rows / "scores").mkdir(parents=True)
     (rows / "row.s0.json").write_text('{"measures": {}}')
-    recorded = record_requests(tmp_path / "data", tokenizer, ["lambada_openai:6"])
+    some = ["lambada_openai:6", "mmlu_letters:2"]
+    recorded = record_requests(tmp_path / "data", tokenizer, some)
     score(model, recorded).save(rows / "scores" / "row.s0.npz")
     said: list[str] = []
     for _ in range(2):  # the second time there is nothing left to do
-        add_task_metrics(rows, tmp_path / "data", tokenizer, recorded, ["lambada_openai"], say=said.append)
+        add_task_metrics(rows, tmp_path / "data", tokenizer, recorded, some, say=said.append)
     saved = json.loads((rows / "row.s0.json").read_text())["measures"]["tasks"]
     assert saved["metrics"]["lambada_openai"] == pytest.approx(ours["lambada_openai"]) and len(said) == 1
+    letters = saved["metrics"]["mmlu_letters3"]
+    assert letters["documents"] == 2 and sum(letters["letters"].values()) == 2 and letters["acc"] in (0, 0.5, 1)
+    with pytest.raises(ValueError, match="a request of local_piqa has no answer"):
+        next(metrics_of([score(model, recorded)], tmp_path / "data", tokenizer, recorded, ["piqa"]))
