@@ -239,7 +239,7 @@ class AskedTasks:
 
     def metrics(self, answers: dict[bytes, tuple[float, bool]]) -> dict[str, Any]:
         """As ``evaluate`` gives them. Raises ValueError where a request has no answer."""
-        samples = {}
+        samples: dict[str, list[dict[str, Any]]] = {}
         for name, questions in self.questions.items():
             samples[name] = []
             for task, document, keys in questions:

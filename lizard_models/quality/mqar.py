@@ -118,7 +118,7 @@ class LinearMixer(nn.Module):
         self.maps, self.gate = FeatureMaps(config), build_gate(config)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        _, _, *mapped = self.maps(q, k, x)
+        mapped = self.maps(q, k)[-2:]
         fq, fk = (torch.cat([f.softmax(-1), (-f).softmax(-1)], -1) for f in mapped)
         return chunk_gated_attn(fq, fk, v, None if self.gate is None else self.gate(x, k))[0]
 
@@ -135,9 +135,14 @@ class HybridMixer(nn.Module):
 
 
 def mixer_config(recall: Recall, **changes: Any) -> AttentionConfig:
-    """The layer of ``recommended`` in the shape of the small models."""
+    """The layer of ``recommended`` in the shape of the small models, with as many columns as channels.
+
+    So the linear branch alone, which gets the bytes of the window too, keeps within the 256 features of the kernels.
+    """
     base = LizardConfig.preset("recommended").attention
-    choices: AttentionChoices = dataclasses.replace(base, **{"window": recall.window, "positions": "true", **changes})
+    choices: AttentionChoices = dataclasses.replace(
+        base, **{"window": recall.window, "positions": "true", "feature_dim": None, **changes}
+    )
     head_dim = recall.width // recall.heads
     return AttentionConfig.from_choices(
         choices, hidden_size=recall.width, num_heads=recall.heads, num_key_heads=recall.heads, head_dim=head_dim

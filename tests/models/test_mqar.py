@@ -44,6 +44,7 @@ def test_models_are_causal_and_their_memories_equal(kind):
     allowed = build_mixer("lizard", SMALL)[1]
     if kind != "attention":
         assert 0.9 * allowed <= build_mixer(kind, SMALL)[1] <= allowed
+    assert build_mixer("gla", Recall())[0].maps.key_map.weight.shape[-1] <= 128  # two signs, 256 features at most
     with pytest.raises(ValueError, match="mixer 'nonsense'"):
         build_mixer("nonsense", SMALL)
 
