@@ -36,7 +36,9 @@ class HedgehogFeatureMap(Float32Module):
             self.weight.copy_(eye + self.noise * torch.randn_like(self.weight))
             draw = torch.Generator().manual_seed(self.seed)
             for start in range(dim, width, dim):
-                turns = torch.linalg.qr(torch.randn(len(self.weight), dim, dim, generator=draw, device="cpu")).Q
+                turns = torch.linalg.qr(
+                    torch.randn(len(self.weight), dim, dim, generator=draw, device="cpu", dtype=torch.float32)
+                ).Q
                 self.weight[:, :, start : start + dim] = turns[:, :, : width - start].to(self.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

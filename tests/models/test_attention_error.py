@@ -14,7 +14,7 @@ def outputs(model, ids):
     for attention in model.lizard_attentions():
         attention.lizard.register_forward_hook(lambda m, i, o: students.append(o[0]))
         attention.o_proj.register_forward_pre_hook(lambda m, i: targets.append(i[0]))
-    model.set_attention_mode("distill")
+    model.set_attention_mode("distill", Stage1Config(target="heads"))
     with torch.no_grad():
         model(input_ids=ids)
     return torch.stack(students), torch.stack(targets).view_as(torch.stack(students))

@@ -14,7 +14,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "state.md").read_text(encoding="utf
 
 def test_the_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", lambda model, **how: model)  # test_compile.py compiles it
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)  # test_compiled_decode.py compiles it
     world = dict(torch=torch, model=student(), ids=tokens(2, 12), more=tokens(2, 3), draft=tokens(2, 5))
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert len(blocks) == 4

@@ -151,7 +151,8 @@ def test_kernels_ask_and_follow(op, tmp_path, monkeypatch):
     table = run()
     found = {key: {"fields": tuning.neighbours(config)[-1]} for key, config in tuning._active.seen.items()}
     least = {"gated": 5, "window": 3, "hybrid": 6, "decode": 1}[op]
-    assert len(found) >= least and all(key.startswith(op) for key in found)
+    asked = (op, "window") if op == "hybrid" else op  # they share the kernel of the keys
+    assert len(found) >= least and all(key.startswith(asked) for key in found)
     path = tmp_path / "launches.json"
     path.write_text(json.dumps({"format": tuning.FORMAT, "chips": {tuning.chip(): found}}))
     assert lizard_ops.use_tuned(path) == len(found)
