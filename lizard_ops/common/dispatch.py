@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -33,3 +34,8 @@ def choose_impl(impl: str, q: Tensor, beyond_triton: str | None) -> str:
 def float64_of(q: Tensor) -> str | None:
     """Double precision is beyond the Triton kernels."""
     return "float64 tensors" if q.dtype == torch.float64 else None
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of x current: Triton launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -5,7 +5,6 @@ Query row q_shift + r of a sequence meets key row k_shift + r (r < pairs): a win
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -13,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lizard_ops.common.dispatch import on_device
 
 from .chunk_triton_bwd import key_kernel, row_kernel
 from .chunk_triton_channel import (
@@ -115,11 +116,6 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> S
 
 
 PRECISION = "tf32x3"
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the device of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 class Gates(NamedTuple):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from lizard_ops.common.dispatch import on_device
 from lizard_ops.head_projection.triton_kernels import (
     input_gradient_kernel,
     project_kernel,
@@ -30,11 +30,6 @@ def blocks(weight: Tensor) -> dict[str, Any]:
 
 def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the device of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def rows(x: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
+from lizard_ops.common.dispatch import on_device
 from lizard_ops.hybrid_attn.chunk_triton_bwd_gate import gate_gradients
 from lizard_ops.hybrid_attn.chunk_triton_bwd_linear import empty_terms, linear_keys, linear_queries, query_states
 from lizard_ops.hybrid_attn.chunk_triton_bwd_window import window_keys, window_queries
@@ -36,11 +35,6 @@ def describe(
 
 def pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if a is None or b is None else (a, b)
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of x current: Triton launches on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
+from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.tuning import tunable
 from lizard_ops.hybrid_attn.decode_triton_kernel import hybrid_decode_kernel
-from lizard_ops.window_attn.chunk_triton_blocks import device_of
 
 STATE_FIELDS = AttentionState._fields
 
@@ -128,7 +128,7 @@ def hybrid_decode(
     if batch == 0:
         return o
     config = config_for(q, features, v_dim)
-    with device_of(q):
+    with on_device(q):
         hybrid_decode_kernel[(batch * key_heads,)](
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -40,11 +39,6 @@ def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
     if dim > 128:
         return Config(64, 32, heads, 4, 1)
     return Config(64, 32, heads, 4, 2, 128 if kernel == "forward" else 168)
-
-
-def device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of x current: Triton launches on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit

@@ -8,11 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
+from lizard_ops.common.dispatch import on_device
 from lizard_ops.window_attn.chunk_triton_blocks import (
     anchors_or,
     block_count,
     config_for,
-    device_of,
     sequences_of,
     shape_arguments,
     strides,
@@ -62,7 +62,7 @@ def window_forward(
     n, packed, group = sequences_of(q, cu_seqlens), cu_seqlens is not None, heads // k.shape[2]
     config = config_for("forward", q, v, group)
     blocks = block_count(length, n, config.heads, 0, config.rows, packed)
-    with device_of(q):
+    with on_device(q):
         window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)), length, n, (n - 1).bit_length(),
@@ -121,7 +121,7 @@ def window_backward(
     term = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
     steps, all_strides = (n - 1).bit_length(), strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v))
-    with device_of(q):
+    with on_device(q):
         window_backward_queries_kernel[(programs,)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
             dq, term, d_sinks, *all_strides, length, n, steps, scale,
