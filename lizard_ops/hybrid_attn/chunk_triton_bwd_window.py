@@ -24,6 +24,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     locate,
     rows,
 )
+from lizard_ops.window_attn.chunk_triton_blocks import rows_last
 from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
 
 
@@ -162,7 +163,7 @@ def window_keys(
         masses.window, -terms.shift, terms.share, masses.top_key if relative else None,
         terms.flow if relative else None, (shape.query_heads * tokens, 1, tokens), 1.0,
     )  # fmt: skip
-    q, k, v, do = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, do))
+    q, k, v, do = rows_last(q, k, v, do)
     return key_gradients(
         q, k, v, anchors, stream.position, stream.cu_seqlens, stream.lengths, do, stats, shape.window, shape.anchors,
         stream.prefix, scale, beyond=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -131,3 +131,8 @@ def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, 
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
     }  # fmt: skip
+
+
+def rows_last(*tensors: Any) -> list[Any]:
+    """The same tensors (or None), those whose last axis has strides copied."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +11,7 @@ from lizard_ops.window_attn.chunk_triton_blocks import (
     anchors_or,
     block_count,
     config_for,
+    rows_last,
     sequences_of,
     shape_arguments,
     strides,
@@ -20,11 +19,6 @@ from lizard_ops.window_attn.chunk_triton_blocks import (
 from lizard_ops.window_attn.chunk_triton_bwd import window_backward_queries_kernel
 from lizard_ops.window_attn.chunk_triton_fwd import window_forward_kernel
 from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
-
-
-def rows_last(*tensors: Any) -> list[Any]:
-    """The same tensors (or None), those whose last axis has strides copied."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def anchor_tile(anchors: int) -> int:
