@@ -25,7 +25,7 @@ def blocks(weight: Tensor) -> dict[str, Any]:
     dim, features = weight.shape[1:]
     wide = max(16, triton.next_power_of_2(dim))
     columns = max(16, min(triton.next_power_of_2(features), 64 if wide > 128 else 128))
-    return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS, "num_warps": 8 if wide > 128 else 4}
+    return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS, "num_warps": 4}
 
 
 def precision(x: Tensor) -> str:
