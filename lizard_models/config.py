@@ -101,6 +101,14 @@ class Stage2Config(Recipe):
     learning_rate: float = 5e-4
     """Peak rate."""
 
+    new_learning_rate: float | None = None
+    """Peak rate of the new parameters; None is the adapters'. Matrices that start from the identity move little at
+    the rate of an adapter, whose start is small."""
+
+    gate_learning_rate: float | None = None
+    """Peak rate of the weights that read the layer's input (gate and token bias of the merge); None is that of the
+    other new parameters."""
+
     lora_rank: int = 8
     """Rank of the adapters. The paper's Table 8 finds 8 best of 4 to 64."""
 
@@ -125,6 +133,9 @@ class Stage2Config(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("new_learning_rate", "gate_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
         if min(self.cross_entropy_weight, self.kl_weight) < 0 or self.cross_entropy_weight + self.kl_weight == 0:

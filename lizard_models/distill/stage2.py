@@ -96,7 +96,15 @@ def train_stage2(
     try:
         with only_training(adapted, trained):
             quantity = " + ".join(name for name, weight in kinds.items() if weight)
-            result = run_stage(LanguageModelling(adapted, recipe), dataset, recipe, run, quantity=quantity)
+            result = run_stage(
+                LanguageModelling(adapted, recipe),
+                dataset,
+                recipe,
+                run,
+                quantity=quantity,
+                gate_learning_rate=recipe.gate_learning_rate,
+                new_learning_rate=recipe.new_learning_rate,
+            )
     except BaseException:
         adapted.unload()
         raise

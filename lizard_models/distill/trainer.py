@@ -130,16 +130,23 @@ def load_trained_state(model: nn.Module, checkpoint: Path) -> None:
             present[name].copy_(parallel.like(value, present[name]))
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, gate_learning_rate: float | None = None) -> list[dict]:
-    """Parameters that train, by peak rate: weights that read the layer's input (gate, token bias), and the rest."""
-    common: list[nn.Parameter] = []
-    reading: list[nn.Parameter] = []
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    gate_learning_rate: float | None = None,
+    new_learning_rate: float | None = None,
+) -> list[dict]:
+    """Parameters that train, by peak rate: weights that read the layer's input (gate, token bias), other new
+    parameters, and the rest. A rate of None is that of the next wider kind."""
+    new_rate = learning_rate if new_learning_rate is None else new_learning_rate
+    reading_rate = new_rate if gate_learning_rate is None else gate_learning_rate
+    groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             reads_input = INPUT_READER.search(name) is not None and parameter.ndim == 2
-            (reading if reads_input and gate_learning_rate is not None else common).append(parameter)
-    groups = [(common, learning_rate), (reading, gate_learning_rate)]
-    return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+            rate = reading_rate if reads_input else new_rate if ".lizard." in name else learning_rate
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 def run_stage(
@@ -150,6 +157,7 @@ def run_stage(
     *,
     quantity: str,
     gate_learning_rate: float | None = None,
+    new_learning_rate: float | None = None,
 ) -> StageResult:
     """Trains the parameters of ``objective`` that require gradients.
 
@@ -174,7 +182,7 @@ def run_stage(
     arguments.save_total_limit = run.keep_checkpoints
     trained = parallel.sharded(objective, run.device or "cuda") if run.fsdp else objective
     optimizer = torch.optim.AdamW(
-        parameter_groups(trained, recipe.learning_rate, gate_learning_rate),
+        parameter_groups(trained, recipe.learning_rate, gate_learning_rate, new_learning_rate),
         betas=recipe.betas,
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,

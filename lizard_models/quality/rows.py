@@ -111,7 +111,11 @@ def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
                 stage2=False,
             ),
         }
-    recipe = stage2_recipe(config) | {"train_new_parameters": True}
+    recipe = stage2_recipe(config) | {  # they have no new parameters
+        "train_new_parameters": True,
+        "new_learning_rate": None,
+        "gate_learning_rate": None,
+    }
     if config.stage2.cross_entropy_weight:
         teacher = RowSpec(
             name=f"teacher-{recipe_name(config)}{suffix}", preset=TEACHER, changes={"stage2": recipe}, **base

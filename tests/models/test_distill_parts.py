@@ -49,6 +49,17 @@ def test_only_weights_that_read_the_input_get_the_gate_rate():
     assert len(only["params"]) == len(common["params"]) + len(reading["params"])
 
 
+def test_new_parameters_may_have_a_rate_of_their_own_beside_adapters():
+    model = student()
+    adapted = model.model.layers[0].mlp.up_proj.weight
+    for parameter in (adapted, *(p for _, p in model.lizard_parameters())):
+        parameter.requires_grad_(True)
+    rates = {p: group["lr"] for group in parameter_groups(model, 5e-4, None, 5e-3) for p in group["params"]}
+    assert rates.pop(adapted) == 5e-4
+    assert set(rates.values()) == {5e-3}
+    assert len(parameter_groups(model, 5e-4, 1e-3, 5e-3)) == 3
+
+
 def test_targets_leave_out_padding_and_ends():
     ids = torch.tensor([[5, 6, 7, 8]])
     assert next_tokens(ids).tolist() == [[6, 7, 8, IGNORED]]

@@ -85,6 +85,7 @@ def test_replace_changes_what_it_names():
         ({"stage1": {"weight_decay": -1}}, "weight_decay must not be negative"),
         ({"stage1": {"error": "rms"}}, "error must be"),
         ({"stage2": {"lora_rank": 0}}, "lora_rank must be at least 1"),
+        ({"stage2": {"new_learning_rate": 0.0}}, "new_learning_rate must be positive or None, got 0.0"),
         ({"stage2": {"cross_entropy_weight": 0}}, "nor both zero"),
     ],
 )
