@@ -105,17 +105,16 @@ def chunk_hybrid_attn(
     checks.check_flag("output_final_state", output_final_state)
     checks.check_gate_form(gate_form, a.g, feature_map)
     linear_sinks = a.sinks is not None and sink_form == "linear"
-    beyond = 'sink_form="linear"' if linear_sinks else float64_of(q)
-    chosen = choose_impl(impl, q, beyond if softcap is None else f"softcap={softcap}")
+    chosen = choose_impl(impl, q, 'sink_form="linear"' if linear_sinks else float64_of(q))
     common: dict[str, Any] = dict(
         anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
-        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, feature_scale=a.feature_scale,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        padding_mask=padding_mask,
+        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, softcap=softcap,
+        feature_scale=a.feature_scale, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, padding_mask=padding_mask,
     )  # fmt: skip
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
-        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, softcap=softcap)
+        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form)
     if chosen == "triton":
         from lizard_ops.hybrid_attn.chunk_triton import chunk_hybrid_triton
 
@@ -123,9 +122,7 @@ def chunk_hybrid_attn(
     from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch
 
     with without_autocast(q):
-        return chunk_hybrid_torch(
-            q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, softcap=softcap, gate_form=gate_form
-        )
+        return chunk_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, gate_form=gate_form)
 
 
 def recurrent_hybrid_attn(
@@ -190,7 +187,6 @@ def recurrent_hybrid_attn(
                 raise ValueError(f"initial_state.{name}: got strides {x.stride()}, wanted contiguous with inplace")
     beyond = {
         'sink_form="linear"': a.sinks is not None and sink_form == "linear",
-        f"softcap={softcap}": softcap is not None,
         "float64 tensors": float64_of(q) is not None,
         "anything but one token a row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
         "a step without a carried state": initial_state is None,
@@ -199,7 +195,8 @@ def recurrent_hybrid_attn(
     chosen = choose_impl(impl, q, next((what for what, holds in beyond.items() if holds), None))
     common: dict[str, Any] = dict(
         anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
-        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, feature_scale=a.feature_scale,
+        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, softcap=softcap,
+        feature_scale=a.feature_scale,
     )  # fmt: skip
     if chosen == "triton" and initial_state is not None:
         from lizard_ops.hybrid_attn.decode_triton import decode_hybrid_triton
@@ -207,7 +204,7 @@ def recurrent_hybrid_attn(
         o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state, inplace=inplace)
         return o, state if output_final_state else None
     common |= dict(
-        sink_form=sink_form, softcap=softcap, initial_state=initial_state, output_final_state=output_final_state,
+        sink_form=sink_form, initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, padding_mask=padding_mask,
     )  # fmt: skip
     if chosen == "naive":

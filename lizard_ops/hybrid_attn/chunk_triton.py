@@ -31,6 +31,7 @@ def chunk_hybrid_triton(
     feature_map: str,
     normalize: bool,
     scale: float,
+    softcap: float | None,
     feature_scale: float,
     initial_state: AttentionState | None,
     output_final_state: bool,
@@ -51,8 +52,9 @@ def chunk_hybrid_triton(
         return composed_hybrid(
             q, k, v, fq, fk, g, window, anchors=anchors, sinks=sinks, mix=mix, weight=weight, merge_mass=merge_mass,
             outside=coverage == "outside", feature_map=feature_map, normalize=normalize, scale=scale,
-            feature_scale=feature_scale, initial_state=initial_state, output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens, padding_mask=padding_mask, gate_form=gate_form,
+            softcap=softcap, feature_scale=feature_scale, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+            gate_form=gate_form,
         )  # fmt: skip
     if weight is not None:
         weight = weight.float().expand(q.shape[:3])
@@ -94,6 +96,7 @@ def chunk_hybrid_triton(
         scale,
         feature_scale,
         output_final_state,
+        softcap,
     )
     final = None
     if output_final_state:

@@ -26,12 +26,13 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
 )
 from lizard_ops.window_attn.chunk_triton_blocks import rows_last
 from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
+from lizard_ops.window_attn.chunk_triton_softcap import cap_of, cap_slope, capped, units
 
 
 @triton.jit
 def window_query_kernel(
     q, k, v, anchor_k, anchor_v, do, dq, weight, window, top_key_in, share_io, shift_io, flow_in, average_out, tokens,
-    stream, scale,
+    stream, scale, cap,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
     MERGE: tl.constexpr, RELATIVE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -59,7 +60,7 @@ def window_query_kernel(
     kept = tl.minimum(ANCHORS, keys) if OWN else n * 0 + ANCHORS
     p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
     p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
-    score_scale = scale * LOG2E
+    score_scale = units(scale, cap) * LOG2E
     if MERGE:
         share = tl.load(share_io + out, mask=inside, other=0.0)
         shift = tl.load(shift_io + out, mask=inside, other=0.0)
@@ -78,14 +79,15 @@ def window_query_kernel(
             c = row + tl.arange(0, BN)
             b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
             b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
-            p, dp = weights(b_q, b_do, b_k, b_v, in_window(own, c, valid, W), log_window, score_scale, PRECISION)
+            seen = in_window(own, c, valid, W)
+            p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
         for j in tl.range(0, ANCHORS, 16):
             c = j + tl.arange(0, 16)
             b_k = load_tile(p_ak, anchor_k.time, n * 0 + j, kept, 16, D, BD)
             b_v = load_tile(p_av, anchor_v.time, n * 0 + j, kept, 16, V, BV)
             seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
-            p, dp = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION)
+            p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
         shift = -share * average - flow
         tl.store(shift_io + out, shift, mask=inside)
@@ -97,16 +99,17 @@ def window_query_kernel(
         c = row + tl.arange(0, BN)
         b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
         b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
-        p, dp = weights(b_q, b_do, b_k, b_v, in_window(own, c, valid, W), log_window, score_scale, PRECISION)
-        ds = p * (share[:, None] * dp + shift[:, None])
+        seen = in_window(own, c, valid, W)
+        p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
+        ds = p * (share[:, None] * dp + shift[:, None]) * slope
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
     for j in tl.range(0, ANCHORS, 16):
         c = j + tl.arange(0, 16)
         b_k = load_tile(p_ak, anchor_k.time, n * 0 + j, kept, 16, D, BD)
         b_v = load_tile(p_av, anchor_v.time, n * 0 + j, kept, 16, V, BV)
         seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
-        p, dp = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION)
-        ds = p * (share[:, None] * dp + shift[:, None])
+        p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
+        ds = p * (share[:, None] * dp + shift[:, None]) * slope
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
     if RELATIVE:
         top_key = tl.load(top_key_in + out, mask=inside, other=0)
@@ -114,23 +117,27 @@ def window_query_kernel(
         if ANCHORS > 0:
             of_k = tl.where(top_key >= 0, of_k, p_ak + (-1 - top_key).to(tl.int64) * anchor_k.time)
         mask = inside[:, None] & (d < D)[None, :]
-        b_dq += flow[:, None] * tl.load(of_k[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_top = tl.load(of_k[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if cap is not None:
+            flow *= cap_slope(capped(tl.sum(b_q.to(tl.float32) * b_top, 1), cap), cap)
+        b_dq += flow[:, None] * b_top
     p_dq = at(dq, batch, first + t, head) + (i * dq.time + member * dq.head)[:, None] + d[None, :]
     tl.store(p_dq, (b_dq * scale).to(dq.ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, PRECISION: tl.constexpr):
-    """(p_ij, do_i . v_j) of one tile of window keys."""
-    score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+def weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION: tl.constexpr):
+    """(p_ij, do_i . v_j, ``cap_slope``) of one tile of window keys."""
+    score = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
+    slope = cap_slope(score, cap)
     dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     score = score * score_scale - log_window[:, None]
-    return tl.exp2(tl.where(seen, score, float("-inf"))), dp
+    return tl.exp2(tl.where(seen, score, float("-inf"))), dp, slope
 
 
 def window_queries(
     q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, weight: Tensor | None,
-    masses: Masses, terms: RowTerms, scale: float, stream: Stream, shape: Shape,
+    masses: Masses, terms: RowTerms, scale: float, softcap: float | None, stream: Stream, shape: Shape,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(dq, in a sum do . o_window [B, Hq, T]); a sum's share and shift go to ``terms``."""
     batch, tokens, heads = q.shape[:3]
@@ -144,17 +151,17 @@ def window_queries(
         window_query_kernel[(blocks * (heads // stacked),)](
             rows(q), rows(k), rows(v), rows(anchor_k), rows(anchor_v), rows(do), rows(dq),
             None if weight is None else head_rows(weight), masses.window, masses.top_key, terms.share, terms.shift,
-            terms.flow, average, tokens, stream, scale, shape.window, shape.anchors, anchors is None, heads,
-            shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, count, stacked, c.columns,
-            shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype, shape.precision, c.stages,
-            **c.launch,
+            terms.flow, average, tokens, stream, scale, cap_of(scale, softcap), shape.window, shape.anchors,
+            anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, count,
+            stacked, c.columns, shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype,
+            shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dq, average
 
 
 def window_keys(
     q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, masses: Masses, terms: RowTerms,
-    scale: float, stream: Stream, shape: Shape,
+    scale: float, softcap: float | None, stream: Stream, shape: Shape,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, dv, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v."""
     tokens = q.shape[1]
@@ -166,5 +173,5 @@ def window_keys(
     q, k, v, do = rows_last(q, k, v, do)
     return key_gradients(
         q, k, v, anchors, stream.position, stream.cu_seqlens, stream.lengths, do, stats, shape.window, shape.anchors,
-        stream.prefix, scale, beyond=True,
+        stream.prefix, scale, beyond=True, softcap=softcap,
     )  # fmt: skip

@@ -34,6 +34,7 @@ def composed_hybrid(
     feature_map: str,
     normalize: bool,
     scale: float,
+    softcap: float | None,
     feature_scale: float,
     initial_state: AttentionState | None,
     output_final_state: bool,
@@ -44,7 +45,7 @@ def composed_hybrid(
     """Both branches in launches of their own, the mix in PyTorch; with feature_map="exp" the linear branch too."""
     rows = {"cu_seqlens": cu_seqlens, "padding_mask": padding_mask}
     o_win, local, lse, row_max = window_triton(
-        q, k, v, window, anchors=anchors, sinks=sinks, scale=scale, initial_state=initial_state,
+        q, k, v, window, anchors=anchors, sinks=sinks, scale=scale, softcap=softcap, initial_state=initial_state,
         output_final_state=output_final_state, with_max=mix == "merge" and merge_mass == "relative", **rows,
     )  # fmt: skip
     offset = window if outside else 0

@@ -32,6 +32,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     locate,
     rows,
 )
+from lizard_ops.window_attn.chunk_triton_softcap import cap_of, capped, units_of
 
 
 class Masses(NamedTuple):
@@ -66,7 +67,7 @@ def softmax_step(
 
 @triton.jit
 def anchor_step(
-    b_q, p_k, p_v, k_time, v_time, A0: tl.constexpr, t, kept, n, stream, top, top_key, total, acc, scale,
+    b_q, p_k, p_v, k_time, v_time, A0: tl.constexpr, t, kept, n, stream, top, top_key, total, acc, scale, cap,
     W: tl.constexpr, ANCHORS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +75,7 @@ def anchor_step(
     c = A0 + tl.arange(0, 16)
     b_k = load_tile(p_k, k_time, n * 0 + A0, kept, 16, D, BD)
     b_v = load_tile(p_v, v_time, n * 0 + A0, kept, 16, V, BV)
-    score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    score = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
     score = tl.where(anchor_seen(c, t, n, stream, W, ANCHORS), score, float("-inf"))
     return softmax_step(
         score, b_v, -1 - c, top, top_key, total, acc, scale, DTYPE, PRECISION, RELATIVE, A0 == 0
@@ -84,7 +85,7 @@ def anchor_step(
 @triton.jit
 def output_kernel(
     q, k, v, fq, phi, anchor_k, anchor_v, o, s, z, gates, weight, sink, linear, window, top_out, top_key_out,
-    slots, tokens, stream, score_scale, feature_scale,
+    slots, tokens, stream, score_scale, cap, feature_scale,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     HS: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
@@ -178,14 +179,14 @@ def output_kernel(
         for a in tl.static_range(0, ANCHORS, 16):
             top, top_key, total, acc = anchor_step(
                 b_q, p_ak, p_av, anchor_k.time, anchor_v.time, a, t + i, kept, n, stream, top, top_key, total, acc,
-                score_scale, W, ANCHORS, D, BD, V, BV, DTYPE, PRECISION, RELATIVE,
+                score_scale, cap, W, ANCHORS, D, BD, V, BV, DTYPE, PRECISION, RELATIVE,
             )  # fmt: skip
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)
         b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
         b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
-        score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        score = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
         score = tl.where(in_window(own, c, valid, W), score, float("-inf"))
         top, top_key, total, acc = softmax_step(
             score, b_v, c, top, top_key, total, acc, score_scale, DTYPE, PRECISION, RELATIVE, False
@@ -248,8 +249,8 @@ def shares(log_linear, ahead, feature_scale, log_window, top, bias, RELATIVE: tl
 
 def hybrid_output(
     q: Tensor, k: Tensor, v: Tensor, fq: Tensor, anchors: tuple[Tensor, Tensor] | None, states: States,
-    gates: Tensor, weight: Tensor | None, sink: Tensor | None, scale: float, feature_scale: float, stream: Stream,
-    shape: Shape,
+    gates: Tensor, weight: Tensor | None, sink: Tensor | None, scale: float, softcap: float | None,
+    feature_scale: float, stream: Stream, shape: Shape,
 ) -> tuple[Tensor, Masses]:  # fmt: skip
     """Output [B, T, Hq, V] and masses. weight: alpha or merge bias [B, T, Hq]; sink: log of the sink mass [Hq]."""
     batch, tokens, heads = q.shape[:3]
@@ -263,7 +264,8 @@ def hybrid_output(
         output_kernel[(blocks * (heads // stacked),)](
             rows(q), rows(k), rows(v), rows(fq), rows(states.phi), rows(anchor_k), rows(anchor_v), rows(o),
             states.s, states.z, gates, None if weight is None else head_rows(weight), sink, *masses, gates.shape[1],
-            tokens, stream, scale * LOG2E.value, feature_scale, shape.window, shape.anchors, anchors is None, heads,
+            tokens, stream, units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap), feature_scale,
+            shape.window, shape.anchors, anchors is None, heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns, shape.softmax,
             shape.split, shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype,

@@ -67,6 +67,7 @@ def hybrid_forward(
     scale: float,
     feature_scale: float,
     final: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, final s, final z, running gates, masses...); the final sums are empty without ``final``."""
     shape, stream = describe(
@@ -76,8 +77,9 @@ def hybrid_forward(
         gates = running_gates(g, stream, shape)
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, final)
         o, masses = hybrid_output(
-            q, k, v, fq, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, feature_scale, stream, shape
-        )
+            q, k, v, fq, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, softcap, feature_scale, stream,
+            shape,
+        )  # fmt: skip
     if states.end_s is None or states.end_z is None:
         return o, empty(q, 0), empty(q, 0), gates, *masses
     return o, states.end_s, states.end_z, gates, *masses
@@ -86,7 +88,7 @@ def hybrid_forward(
 @hybrid_forward.register_fake
 def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
-    mix, normalize, softmax, scale, feature_scale, final,
+    mix, normalize, softmax, scale, feature_scale, final, softcap=None,
 ):  # fmt: skip
     shape, stream = describe(
         q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
@@ -109,7 +111,7 @@ def hybrid_backward(
     sink: Tensor | None, anchor_k: Tensor | None, anchor_v: Tensor | None, s: Tensor | None, z: Tensor | None,
     position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
     window: int, anchors: int, outside: bool, mix: str, normalize: bool, softmax: bool, scale: float,
-    feature_scale: float,
+    feature_scale: float, softcap: float | None,
     o: Tensor, gates: Tensor, linear: Tensor, log_window: Tensor, top: Tensor, top_key: Tensor,
     d_o: Tensor, d_s: Tensor | None, d_z: Tensor | None, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -121,14 +123,16 @@ def hybrid_backward(
     with on_device(q):
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
-        of_queries = (q, k, v, pair(anchor_k, anchor_v), d_o, weight, masses, terms, scale, stream, shape)
+        of_queries = (q, k, v, pair(anchor_k, anchor_v), d_o, weight, masses, terms, scale, softcap, stream, shape)
         if not shape.merge:
             dq, average = window_queries(*of_queries)
         dfq = linear_queries(v, fq, states, gates, weight, o, d_o, masses, average, terms, feature_scale, stream, shape)
         if shape.merge and shape.exact:
             dq, _ = window_queries(*of_queries)
         d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
-        dk, dv, da_k, da_v = window_keys(q, k, v, pair(anchor_k, anchor_v), d_o, masses, terms, scale, stream, shape)
+        dk, dv, da_k, da_v = window_keys(
+            q, k, v, pair(anchor_k, anchor_v), d_o, masses, terms, scale, softcap, stream, shape
+        )
         dfk, key_terms = linear_keys(
             v, fq, fk, states.phi, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient
         )
@@ -153,7 +157,7 @@ def hybrid_backward(
 @hybrid_backward.register_fake
 def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
-    mix, normalize, softmax, scale, feature_scale, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z,
+    mix, normalize, softmax, scale, feature_scale, softcap, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z,
     gate_gradient,
 ):  # fmt: skip
     def like(x):
@@ -164,11 +168,11 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, window, anchors, outside, mix, normalize, softmax, scale, feature_scale, _ = inputs
+    *tensors, window, anchors, outside, mix, normalize, softmax, scale, feature_scale, _, softcap = inputs
     o, _, _, *masses = output
     ctx.save_for_backward(*tensors, o, *masses)
     ctx.end_shape = output[1].shape
-    ctx.options = (window, anchors, outside, mix, normalize, softmax, scale, feature_scale)
+    ctx.options = (window, anchors, outside, mix, normalize, softmax, scale, feature_scale, softcap)
     ctx.set_materialize_grads(False)
 
 
@@ -184,7 +188,7 @@ def _backward(ctx, d_o, d_s, d_z, *_):
         *inputs, *ctx.options, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
     )
     wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
-    return *wanted, *[None] * 12
+    return *wanted, *[None] * 13
 
 
 hybrid_forward.register_autograd(_backward, setup_context=_save)

@@ -14,6 +14,7 @@ from lizard_ops.common.features import feature_dim
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.tuning import tunable
 from lizard_ops.hybrid_attn.decode_triton_kernel import hybrid_decode_kernel
+from lizard_ops.window_attn.chunk_triton_softcap import cap_of, units_of
 
 STATE_FIELDS = AttentionState._fields
 
@@ -58,6 +59,7 @@ def decode_hybrid_triton(
     feature_map: str,
     normalize: bool,
     scale: float,
+    softcap: float | None,
     feature_scale: float,
     state: AttentionState,
     inplace: bool = False,
@@ -80,7 +82,7 @@ def decode_hybrid_triton(
     weight = alpha if mix == "sum" else merge_bias
     o = hybrid_decode(
         q, k, v, fq, fk, g, sinks, weight, *state, window, anchors, mix == "merge", merge_mass == "relative",
-        coverage == "outside", feature_map, normalize, scale, feature_scale,
+        coverage == "outside", feature_map, normalize, scale, feature_scale, softcap,
     )  # fmt: skip
     return o, state
 
@@ -114,6 +116,7 @@ def hybrid_decode(
     normalize: bool,
     scale: float,
     feature_scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """One step, in place on the fields of the state; returns o [B, 1, Hq, V]."""
     k, v = k.to(ring_k.dtype), v.to(ring_v.dtype)
@@ -133,7 +136,8 @@ def hybrid_decode(
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
             *(step for x in (q, k, v, fq, fk) for step in (x.stride(0), x.stride(2))),
-            heads if weight is not None and weight.ndim == 3 else 0, scale / math.log(2), math.log(feature_scale),
+            heads if weight is not None and weight.ndim == 3 else 0, units_of(scale, softcap) / math.log(2),
+            cap_of(scale, softcap), math.log(feature_scale),
             HK=key_heads, G=group, D=dim, V=v_dim, FP=pre, F=features, W=window, A=anchors,
             M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
             STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from lizard_ops.window_attn.chunk_triton_blocks import load_rows
 from lizard_ops.window_attn.chunk_triton_fwd import absorb
+from lizard_ops.window_attn.chunk_triton_softcap import capped
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TICKET = tl.constexpr(1 << 40)  # above any position, so that position + k tickets holds both
@@ -59,7 +60,8 @@ def features_at(
 def hybrid_decode_kernel(
     q, k, v, fq, fk, g, sinks, weight, o,
     position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
-    q_sn, q_sh, k_sn, k_sh, v_sn, v_sh, fq_sn, fq_sh, fk_sn, fk_sh, weight_sn, scale_log2, log_feature_scale,
+    q_sn, q_sh, k_sn, k_sh, v_sn, v_sh, fq_sn, fq_sh, fk_sn, fk_sh, weight_sn, scale_log2, cap,
+    log_feature_scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FP: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, A: tl.constexpr, M: tl.constexpr, GATES: tl.constexpr, STATES: tl.constexpr,
     CHANNEL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, BX: tl.constexpr,
@@ -112,7 +114,7 @@ def hybrid_decode_kernel(
         p_v = tl.where(o_a < A, anchor_v + o_a * (HK * V), p_v)
     b_ka = load_rows(p_k, m_a, D, BD)  # [BA, BD]
     b_va = load_rows(p_v, m_a, V, BV)  # [BA, BV]
-    b_sa = tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION)
+    b_sa = capped(tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION), cap)
     b_sa = tl.where(m_a[None, :], b_sa, float("-inf"))
     b_m, b_l, b_win, b_arg = absorb(b_sa, b_va, b_m, b_l, b_win, b_arg, 0, 1, scale_log2, False, PRECISION)
     o_c = tl.arange(0, BN)
@@ -121,7 +123,7 @@ def hybrid_decode_kernel(
         b_v = load_rows(ring_v + (c + o_c) * (HK * V), c + o_c < W, V, BV)  # [BN, BV]
         age = slot - c - o_c
         age = tl.where(age < 0, age + W, age)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
         m_c = (c + o_c < W) & (age > 0) & (age + A <= newest)
         b_s = tl.where(m_c[None, :], b_s, float("-inf"))
         b_m, b_l, b_win, b_arg = absorb(b_s, b_v, b_m, b_l, b_win, b_arg, 0, 1, scale_log2, False, PRECISION)

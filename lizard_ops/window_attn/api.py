@@ -53,7 +53,7 @@ def window_attn(
         sinks: [M] or [Hq, M] sink logits t, differentiable.
         sink_form: "exp" or "linear" (PyTorch alone: "auto" takes PyTorch for it on every device).
         scale: factor of the scores; K ** -0.5 by default.
-        softcap: bound of the scores, as in Gemma 2, or None (PyTorch alone, as for sink_form="linear").
+        softcap: bound of the scores, as in Gemma 2, or None.
         initial_state: what an earlier call left (``output_final_state``) with the same options; differentiable.
         output_final_state: return the state after the last token, else None in its place.
         cu_seqlens: [N + 1] int32 or int64, the ends of N sequences packed into one row (B = 1), from 0 to T.
@@ -83,14 +83,13 @@ def window_attn(
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("output_final_state", output_final_state)
     beyond = 'sink_form="linear"' if sinks is not None and sink_form == "linear" else float64_of(q)
-    beyond = beyond if softcap is None else f"softcap={softcap}"
     chosen = choose_impl(impl, q, beyond)
     common: dict[str, Any] = dict(
-        anchors=anchors, sinks=sinks, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+        anchors=anchors, sinks=sinks, scale=scale, softcap=softcap, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
     )  # fmt: skip
     if chosen == "naive":
-        return naive_window_attn(q, k, v, window, **common, sink_form=sink_form, softcap=softcap, return_lse=return_lse)
+        return naive_window_attn(q, k, v, window, **common, sink_form=sink_form, return_lse=return_lse)
     if chosen == "triton":
         from lizard_ops.window_attn.chunk_triton import window_triton
 
@@ -99,5 +98,5 @@ def window_attn(
         from lizard_ops.window_attn.chunk_torch import window_torch
 
         with without_autocast(q):
-            o, state, lse, _ = window_torch(q, k, v, window, **common, sink_form=sink_form, softcap=softcap)
+            o, state, lse, _ = window_torch(q, k, v, window, **common, sink_form=sink_form)
     return (o, state, lse) if return_lse else (o, state)

@@ -27,6 +27,7 @@ def window_triton(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     padding_mask: Tensor | None,
+    softcap: float | None = None,
     with_max: bool = False,
 ) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
     """(o, state, lse, row maximum) of ``window_attn``, whose arguments come here checked.
@@ -49,13 +50,13 @@ def window_triton(
             anchor_k, anchor_v = anchor_rows(k, kept_k, anchors, layout), anchor_rows(v, kept_v, anchors, layout)
     if initial_state is None:
         o, lse, row_max, _ = window_forward(
-            q, k, v, None, None, sink_mass, None, cu_seqlens, window, anchors, 0, scale, with_max
+            q, k, v, None, None, sink_mass, None, cu_seqlens, window, anchors, 0, scale, with_max, softcap
         )
     else:
         stream_k, stream_v = key_stream(k, initial_state.ring_k, layout), key_stream(v, initial_state.ring_v, layout)
         o, lse, row_max, _ = window_forward(
             q, stream_k, stream_v, anchor_k, anchor_v, sink_mass, initial_state.position, cu_seqlens, window, anchors,
-            window, scale, with_max,
+            window, scale, with_max, softcap,
         )  # fmt: skip
     final = None
     if output_final_state:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from lizard_ops.window_attn.chunk_triton_blocks import FAR, load_rows, locate_block, store_rows, stream_bounds
+from lizard_ops.window_attn.chunk_triton_softcap import cap_slope, capped, units
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -28,7 +29,7 @@ def window_backward_queries_kernel(
     q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
     dq, row_term, d_sink,
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh,
-    T, N, STEPS, scale,
+    T, N, STEPS, scale, cap,
     HK: tl.constexpr, G: tl.constexpr, HB: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -84,7 +85,7 @@ def window_backward_queries_kernel(
         b_sink = tl.load(sinks + o_h, mask=m_f, other=0.0).to(tl.float32)
         tl.store(d_sink + o_out, -tl.exp2((b_sink - b_lse) * LOG2E) * b_term, mask=m_f)
     b_lse *= LOG2E
-    scale_log2 = scale * LOG2E
+    scale_log2 = units(scale, cap) * LOG2E
     o_r = tl.where(m_f, o_t + P, -FAR)
     b_arg = tl.zeros([BM, 1], tl.int32)
     b_dmax = tl.zeros([BM], tl.float32)
@@ -98,12 +99,13 @@ def window_backward_queries_kernel(
         m_a = o_a < (A if CARRIED else tl.minimum(length, A))
         b_ka = load_rows(anchor_k + o_a.to(tl.int64) * ak_st, m_a, D, BD)  # [BA, BD]
         b_va = load_rows(anchor_v + o_a.to(tl.int64) * av_st, m_a, V, BV)
-        b_sa = tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION)
+        b_sa = capped(tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION), cap)
+        slope_a = cap_slope(b_sa, cap)
         b_sa = tl.where((o_r[:, None] >= (o_a + shift)[None, :]) & m_a[None, :], b_sa, float("-inf"))
         b_dsa = score_gradient(
             b_sa, b_do, b_va, b_lse, b_term, b_arg + 1 + o_a[None, :], b_dmax, scale_log2, HAS_MAX, PRECISION
         )
-        b_dq = tl.dot(b_dsa.to(b_ka.dtype), b_ka, b_dq, input_precision=PRECISION)
+        b_dq = tl.dot((b_dsa * slope_a).to(b_ka.dtype), b_ka, b_dq, input_precision=PRECISION)
 
     first_row = i_block * BM // HB + P  # stream rows of the first and the last query
     last_row = (i_block * BM + BM - 1) // HB + P
@@ -115,7 +117,8 @@ def window_backward_queries_kernel(
     for r in range(start, stop, BN):
         r_long = tl.cast(r, tl.int64)
         b_k = load_rows(k + r_long * k_st + o_k, o_c < stop - r, D, BD)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)  # [BM, BN]
+        slope = cap_slope(b_s, cap)
         if (r < last_row - W + 1) | (r + BN > first_row + 1):  # not every row sees every column
             distance = o_r[:, None] - (r + o_c)[None, :]
             b_s = tl.where((distance >= 0) & (distance < W), b_s, float("-inf"))
@@ -123,5 +126,5 @@ def window_backward_queries_kernel(
         b_ds = score_gradient(
             b_s, b_do, b_v, b_lse, b_term, b_arg - (r + o_c)[None, :], b_dmax, scale_log2, HAS_MAX, PRECISION
         )
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq = tl.dot((b_ds * slope).to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     store_rows(dq + o_out * D, b_dq * scale, m_f, D, BD)

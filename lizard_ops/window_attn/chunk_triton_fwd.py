@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from lizard_ops.window_attn.chunk_triton_blocks import FAR, load_rows, locate_block, store_rows, stream_bounds
+from lizard_ops.window_attn.chunk_triton_softcap import capped
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -33,7 +34,7 @@ def absorb(
 def window_forward_kernel(
     q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh,
-    T, N, STEPS, scale_log2,
+    T, N, STEPS, scale_log2, cap,
     HK: tl.constexpr, G: tl.constexpr, HB: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -41,7 +42,7 @@ def window_forward_kernel(
 ):  # fmt: skip
     """One program: BM rows (token, query head of the group), token-major, of one key head.
 
-    The key stream of a sequence holds P rows before its T tokens: query t stands at row t + P.
+    The key stream of a sequence holds P rows before its T tokens: query t stands at row t + P. cap: see ``capped``.
     """
     SUBS: tl.constexpr = (G + HB - 1) // HB
     i_p = tl.program_id(0)
@@ -92,7 +93,7 @@ def window_forward_kernel(
         m_a = o_a < (A if CARRIED else tl.minimum(length, A))
         b_ka = load_rows(anchor_k + o_a.to(tl.int64) * ak_st, m_a, D, BD)  # [BA, BD]
         b_va = load_rows(anchor_v + o_a.to(tl.int64) * av_st, m_a, V, BV)
-        b_sa = tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION)
+        b_sa = capped(tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION), cap)
         b_sa = tl.where((o_r[:, None] >= (o_a + shift)[None, :]) & m_a[None, :], b_sa, float("-inf"))
         b_m, b_l, b_o, b_arg = absorb(b_sa, b_va, b_m, b_l, b_o, b_arg, -1 - a, -1, scale_log2, WITH_MAX, PRECISION)
 
@@ -102,7 +103,7 @@ def window_forward_kernel(
     for r in range(start, stop, BN):
         r_long = tl.cast(r, tl.int64)
         b_k = load_rows(k + r_long * k_st + o_k, o_c < stop - r, D, BD)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_s = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
         if (r < last_row - W + 1) | (r + BN > first_row + 1):  # not every row sees every column
             distance = o_r[:, None] - (r + o_c)[None, :]
             b_s = tl.where((distance >= 0) & (distance < W), b_s, float("-inf"))

@@ -22,6 +22,7 @@ from lizard_ops.window_attn.chunk_triton_blocks import (
     stream_bounds,
     strides,
 )
+from lizard_ops.window_attn.chunk_triton_softcap import cap_of, cap_slope, capped, units
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -43,7 +44,7 @@ def window_backward_keys_kernel(
     q, k, v, anchor_k, anchor_v, first, cu_seqlens, lengths, d_o, lse, row_term, share, arg_max, d_max,
     dk, dv, part_k, part_v,
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh, o_sn, o_st, o_sh,
-    row_sn, row_st, row_sh, T, N, STEPS, scale,
+    row_sn, row_st, row_sh, T, N, STEPS, scale, cap,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, AB: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr,
@@ -119,7 +120,7 @@ def window_backward_keys_kernel(
             m_k = m_k | m_a
     b_k = load_rows(p_k, m_k, D, BD)  # [BM, BD]
     b_v = load_rows(p_v, m_k, V, BV)  # [BM, BV]
-    scale_log2 = scale * LOG2E
+    scale_log2 = units(scale, cap) * LOG2E
 
     # query tiles: BN // HB tokens, HB heads of the group
     TOKENS: tl.constexpr = BN // HB
@@ -149,7 +150,8 @@ def window_backward_keys_kernel(
         b_do = load_rows(d_o + t_long * o_st + g_long * o_sh + o_do, m_n, V, BV)  # [BN, BV]
         b_lse = tl.load(lse + p_row + o_row, mask=m_n, other=0.0) * TO_LOG2
         b_term = tl.load(row_term + p_row + o_row, mask=m_n, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BM, BN]
+        b_s = capped(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), cap)  # [BM, BN]
+        slope = cap_slope(b_s, cap)
         edge = (t + P < i_block * KB + KB) | (t + TOKENS + P > i_block * KB + W)
         b_s = tl.where((m_open | edge)[:, None], b_s, float("-inf"))  # else the queries see all window rows, no anchor
         if edge:
@@ -170,7 +172,7 @@ def window_backward_keys_kernel(
             b_dmax = tl.load(d_max + p_row + o_row, mask=m_n, other=0.0)
             b_largest = (b_arg[None, :] == o_r[:, None]) & (b_p > 0.0)
             b_ds += tl.where(b_largest, b_dmax[None, :], 0.0)
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_dk = tl.dot((b_ds * slope).to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
     b_dk *= scale
     if A > 0:
@@ -233,7 +235,7 @@ def window_backward_anchors_kernel(
 def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, anchors_kept: tuple[Tensor, Tensor] | None, first: Tensor | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, d_o: Tensor, stats: RowStats, window: int, anchors: int,
-    prefix: int, scale: float, beyond: bool,
+    prefix: int, scale: float, beyond: bool, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, dv, d anchor_k, d anchor_v); the last two are empty unless anchors are kept apart (``first`` given).
 
@@ -256,8 +258,9 @@ def key_gradients(
         window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](
             q, k, v, anchor_k, anchor_v, first, cu_seqlens, lengths, d_o, *stats[:5], dk, dv, part_k, part_v,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v), d_o), *stats.strides, length, n,
-            (n - 1).bit_length(), scale, HB=config.heads, AB=kept, PACKED=packed, CARRIED=carried, BEYOND=beyond,
-            TO_LOG2=stats.to_log2, **shape_arguments(q, k, v, window, anchors, prefix, config),
+            (n - 1).bit_length(), scale, cap_of(scale, softcap), HB=config.heads, AB=kept, PACKED=packed,
+            CARRIED=carried, BEYOND=beyond, TO_LOG2=stats.to_log2,
+            **shape_arguments(q, k, v, window, anchors, prefix, config),
         )  # fmt: skip
     for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
         if anchors and blocks:

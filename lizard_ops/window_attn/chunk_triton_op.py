@@ -19,6 +19,7 @@ from lizard_ops.window_attn.chunk_triton_blocks import (
 from lizard_ops.window_attn.chunk_triton_bwd import window_backward_queries_kernel
 from lizard_ops.window_attn.chunk_triton_fwd import window_forward_kernel
 from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
+from lizard_ops.window_attn.chunk_triton_softcap import cap_of, units_of
 
 
 def anchor_tile(anchors: int) -> int:
@@ -40,6 +41,7 @@ def window_forward(
     prefix: int,
     scale: float,
     with_max: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, lse [B, T, Hq], largest score [B, T, Hq], its column); the last two are empty without ``with_max``.
 
@@ -60,7 +62,7 @@ def window_forward(
         window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)), length, n, (n - 1).bit_length(),
-            scale * 1.4426950408889634,
+            units_of(scale, softcap) * 1.4426950408889634, cap_of(scale, softcap),
             HB=config.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=first is not None,
             HAS_SINKS=sinks is not None, WITH_MAX=with_max,
             **shape_arguments(q, k, v, window, anchors, prefix, config),
@@ -69,7 +71,7 @@ def window_forward(
 
 
 @window_forward.register_fake
-def _(q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, window, anchors, prefix, scale, with_max):
+def _(q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, window, anchors, prefix, scale, with_max, softcap=None):
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     row_max = torch.empty_like(lse) if with_max else lse.new_empty(0)
@@ -96,6 +98,7 @@ def window_backward(
     anchors: int,
     prefix: int,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d anchor_k, d anchor_v, d sinks); those of absent inputs are empty."""
     q, k, v, anchor_k, anchor_v = rows_last(q, k, v, anchor_k, anchor_v)
@@ -118,7 +121,7 @@ def window_backward(
     with on_device(q):
         window_backward_queries_kernel[(programs,)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
-            dq, term, d_sinks, *all_strides, length, n, steps, scale,
+            dq, term, d_sinks, *all_strides, length, n, steps, scale, cap_of(scale, softcap),
             HB=rows.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=carried, HAS_SINKS=sinks is not None,
             HAS_LSE=d_lse is not None, HAS_MAX=d_max is not None,
             **shape_arguments(q, k, v, window, anchors, prefix, rows),
@@ -130,6 +133,7 @@ def window_backward(
         found = key_gradients(
             q, k, v, None if anchor_k is None or anchor_v is None else (anchor_k, anchor_v), first, cu_seqlens, None,
             d_o, stats, window, anchors, prefix, scale, beyond=False,
+            softcap=softcap,
         )  # fmt: skip
     if sinks is not None:
         d_sinks = d_sinks.sum((0, 1)).to(sinks.dtype)
@@ -139,7 +143,7 @@ def window_backward(
 @window_backward.register_fake
 def _(
     q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max, window, anchors,
-    prefix, scale,
+    prefix, scale, softcap,
 ):  # fmt: skip
     def like(x):
         return q.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -148,7 +152,7 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.window, ctx.anchors, ctx.prefix, ctx.scale, _ = inputs
+    *tensors, ctx.window, ctx.anchors, ctx.prefix, ctx.scale, _, ctx.softcap = inputs
     o, lse, _, arg_max = output
     ctx.save_for_backward(*tensors, o, lse, arg_max)
     ctx.set_materialize_grads(False)
@@ -159,10 +163,11 @@ def _backward(ctx, d_o, d_lse, d_max, _):
     found = window_backward(
         q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max,
         torch.zeros_like(o) if d_o is None else d_o, d_lse, d_max, ctx.window, ctx.anchors, ctx.prefix, ctx.scale,
+        ctx.softcap,
     )  # fmt: skip
     wanted = (q, k, v, anchor_k, anchor_v, sinks)
     grads = [None if x is None else grad for x, grad in zip(wanted, found, strict=True)]
-    return *grads, *[None] * 7
+    return *grads, *[None] * 8
 
 
 window_forward.register_autograd(_backward, setup_context=_save)

@@ -82,6 +82,8 @@ def test_output_and_gradients_match_the_reference(shape, window, anchors, option
         SUM | {"feature_map": "identity"},
         SUM | {"feature_map": "identity", "normalize": False, "coverage": "outside"},
         MERGE | {"feature_map": "identity"},
+        MERGE | {"softcap": 1.5},
+        SUM | {"feature_map": "identity", "softcap": 1.5},
     ],
 )
 def test_every_option_matches_the_reference(options):
@@ -91,7 +93,7 @@ def test_every_option_matches_the_reference(options):
 @pytest.mark.parametrize(
     "options, per_channel",
     [(MERGE, True), (SUM | {"coverage": "outside"}, True), (MERGE | {"feature_map": "exp"}, False),
-     (SUM | {"feature_map": "exp", "coverage": "outside"}, False)],
+     (SUM | {"feature_map": "exp", "coverage": "outside"}, False), (MERGE | {"softcap": 1.5}, True)],
 )  # fmt: skip
 def test_gates_a_channel_and_exponential_features(options, per_channel):
     """Across a carried state, whose ring holds features as given."""

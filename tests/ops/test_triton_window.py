@@ -17,8 +17,8 @@ def make(b, t, hq, hk, d, v, sinks=0):
     return made | ({"sinks": torch.randn(hq, sinks)} if sinks else {})
 
 
-def fast(x, window, anchors, state=None, final=False, **rows):
-    options = {"cu_seqlens": None, "padding_mask": None} | rows
+def fast(x, window, anchors, state=None, final=False, **options):
+    options = {"cu_seqlens": None, "padding_mask": None} | options
     o, state, lse, _ = window_triton(
         x["q"], x["k"], x["v"], window, anchors=anchors, sinks=x.get("sinks"), scale=x["q"].shape[-1] ** -0.5,
         initial_state=state, output_final_state=final, **options,
@@ -26,10 +26,10 @@ def fast(x, window, anchors, state=None, final=False, **rows):
     return {"o": o, "lse": lse} | fields_of(state)
 
 
-def naive(x, window, anchors, state=None, final=False, **rows):
+def naive(x, window, anchors, state=None, final=False, **options):
     o, state, lse = naive_window_attn(
         x["q"], x["k"], x["v"], window, anchors=anchors, sinks=x.get("sinks"), initial_state=state,
-        output_final_state=final, return_lse=True, **rows,
+        output_final_state=final, return_lse=True, **options,
     )  # fmt: skip
     return {"o": o, "lse": lse} | fields_of(state)
 
@@ -51,6 +51,16 @@ def fields_of(state):
 def test_output_and_gradients_match_the_reference(shape, window, anchors, sinks, dtype):
     x = make(*shape, sinks)
     check_against_naive(lambda x: fast(x, window, anchors), lambda x: naive(x, window, anchors), x, dtype)
+
+
+@pytest.mark.parametrize(
+    "softcap, dtype", [(0.1, torch.float32), (1.5, torch.float32), (50.0, torch.float32), (1.5, torch.float16)]
+)
+def test_capped_scores_match_the_reference(softcap, dtype):
+    """From scores far beyond the cap to scores that the cap hardly moves."""
+    x = make(1, 25, 4, 2, 16, 16, 2)
+    options = {"softcap": softcap}
+    check_against_naive(lambda x: fast(x, 9, 3, **options), lambda x: naive(x, 9, 3, **options), x, dtype)
 
 
 def test_row_maximum_and_its_gradient_match_the_reference():
