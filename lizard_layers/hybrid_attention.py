@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
 from lizard_layers.feature_map import FeatureMaps
-from lizard_layers.gate import build_gate
+from lizard_layers.gate import SigmoidGate, build_gate
+from lizard_layers.key_conv import KeyConv
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.rope import AnchorBlock, apply_rope
@@ -35,6 +36,10 @@ class HybridAttention(nn.Module):
         if config.linear_branch:
             self.feature_maps = FeatureMaps(config)
             self.gate = build_gate(config)
+            self.key_conv = KeyConv(config) if config.key_conv else None
+            self.strength = None
+            if config.memory == "delta":
+                self.strength = SigmoidGate(config.hidden_size, config.linear_key_heads, config.beta_init)
             self.mix = MergeMix(config) if config.mix == "merge" else SumMix(config)
 
     def forward(
@@ -138,12 +143,20 @@ class HybridAttention(nn.Module):
                 o, new = window_attn(*turned, v, config.window, **shared)[:2]
                 return o, overwrite(state, new) if inplace and state is not None and new is not None else new
             g = None if self.gate is None else self.gate(x, k)
+            linear_k, conv_k = k, None
+            if self.key_conv is not None:
+                past = None if state is None else state.conv_k
+                linear_k, conv_k = self.key_conv(k, past, padding_mask, cu_seqlens)
+                shared["initial_state"] = None if state is None else state._replace(conv_k=None)
             if config.linear_key_heads != k.shape[2]:
                 group = config.num_heads // config.num_key_heads
-                k, v = (h.repeat_interleave(group, 2) for h in (k, v))
+                k, linear_k, v = (h.repeat_interleave(group, 2) for h in (k, linear_k, v))
                 if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                     g = g.repeat_interleave(group, 2)
-            if config.linear_rope and not config.window_rope:
+            if conv_k is not None:
+                _, _, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, linear_k, rope))
+                window_q, window_k = self._turn(config.window_rope, q, k, rope)
+            elif config.linear_rope and not config.window_rope:
                 _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
                 window_q, window_k = q, k
             else:
@@ -156,15 +169,19 @@ class HybridAttention(nn.Module):
                 feature_map=self.feature_maps.op_feature_map,
                 normalize=config.normalize,
                 feature_scale=config.feature_scale,
+                beta=None if self.strength is None else self.strength(x, k).exp(),
                 **self.mix(x),
             )
             if q.shape[1] == 1 and state is not None:
-                return recurrent_hybrid_attn(
+                o, new = recurrent_hybrid_attn(
                     window_q, window_k, v, fq, fk, g, config.window, **choices, **shared, inplace=inplace
                 )
-            o, new = chunk_hybrid_attn(
-                window_q, window_k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, **shared
-            )
+            else:
+                o, new = chunk_hybrid_attn(
+                    window_q, window_k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, **shared
+                )
+            if new is not None and conv_k is not None:
+                new = new._replace(conv_k=conv_k)
             return o, overwrite(state, new) if inplace and state is not None and new is not None else new
 
     @staticmethod

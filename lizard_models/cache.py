@@ -24,7 +24,7 @@ from lizard_layers import (
 from lizard_models.layer_configs import attention_config, converted_layers
 from lizard_models.rollback import LIMIT, Rollback
 
-OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v")  # in the dtype of keys and values
+OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v", "conv_k")  # in the dtype of keys and values
 
 
 class SeenPositions:

@@ -96,7 +96,7 @@ class Stage1Config(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2Config(Recipe):
-    """Fine-tuning of the whole student with LoRA."""
+    """Fine-tuning of the whole student with LoRA, or of whole projections."""
 
     learning_rate: float = 5e-4
     """Peak rate."""
@@ -108,6 +108,12 @@ class Stage2Config(Recipe):
     gate_learning_rate: float | None = None
     """Peak rate of the weights that read the layer's input (gate and token bias of the merge); None is that of the
     other new parameters."""
+
+    trained: Literal["lora", "full"] = "lora"
+    """How the projections of ``lora_targets`` learn. lora: through adapters. full: every number of their weights (the
+    paper's Table 6 compares both), as a float32 change beside the teacher's weights, 16 bytes a number with gradient
+    and moments; ``lora_rank``, ``lora_alpha`` and ``lora_dropout`` then mean nothing, and a tenth of the rate is
+    usual."""
 
     lora_rank: int = 8
     """Rank of the adapters. The paper's Table 8 finds 8 best of 4 to 64."""
@@ -136,6 +142,8 @@ class Stage2Config(Recipe):
         for name in ("new_learning_rate", "gate_learning_rate"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
+        if self.trained == "full" and self.lora_dropout:
+            raise ValueError(f'lora_dropout={self.lora_dropout} belongs to adapters, but trained="full" has none')
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
         if min(self.cross_entropy_weight, self.kl_weight) < 0 or self.cross_entropy_weight + self.kl_weight == 0:

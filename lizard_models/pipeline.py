@@ -23,6 +23,7 @@ from lizard_models.evaluation import Report, Row, attention_errors, loss_by_posi
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM
+from lizard_models.planning import tuned_numbers
 from lizard_models.teachers import Teacher, load_teacher, save_tokenizer
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
@@ -288,12 +289,8 @@ def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) 
     A checkpoint holds the parameters that train and two moments of each, in float32; two are kept, one is written.
     """
     new = sum(p.numel() for _, p in model.lizard_parameters())
-    adapters = sum(
-        config.stage2.lora_rank * sum(module.weight.shape)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in config.stage2.lora_targets
-    )
-    trained = {"stage1": new, "stage2": adapters + new * config.stage2.train_new_parameters}
+    tuned = tuned_numbers(model, config.stage2)
+    trained = {"stage1": new, "stage2": tuned + new * config.stage2.train_new_parameters}
     finished = sum(p.nbytes for p in model.parameters())
     return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
 

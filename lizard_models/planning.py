@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from lizard_models.config import LizardConfig, Recipe
+from lizard_models.config import LizardConfig, Recipe, Stage2Config
 from lizard_models.convert import student_config
 from lizard_models.layer_configs import attention_config, converted_layers, head_dim
 from lizard_models.memory import cache_bytes, lizard_bytes
@@ -18,6 +18,7 @@ from lizard_models.teachers import find_teacher
 
 ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
 EPOCH_TOKENS = 10_000_000  # of the paper's 50,000 examples
+DELTA_CHUNK = 64  # keys of a chunk of a delta memory
 LOSS_CHUNK = 512  # positions whose logits exist at a time
 
 _LLAMA3: dict[str, Any] = dict(
@@ -114,11 +115,7 @@ def run_cost(
     total, added = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in new.values())
     first = model.lizard_attentions()[0]
     shapes = {name: tuple(p.shape) for name, p in first.lizard.named_parameters()}
-    adapters = sum(
-        lizard.stage2.lora_rank * sum(module.weight.shape)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in lizard.stage2.lora_targets
-    )
+    adapters = tuned_numbers(model, lizard.stage2)
     shape = _Shape(config)
     base = total - added
     stages = {}
@@ -141,6 +138,12 @@ def run_cost(
         size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (name == "stage2") + activations
         stages[name] = StageCost(steps, tokens, flop * tokens, size)
     return RunCost(total, added, adapters, shapes, stages["stage1"], stages["stage2"])
+
+
+def tuned_numbers(model: Any, recipe: Stage2Config) -> int:
+    """How many numbers of the projections stage 2 trains: of their adapters, or of their whole weights."""
+    shapes = [m.weight.shape for name, m in model.named_modules() if name.rpartition(".")[2] in recipe.lora_targets]
+    return sum(shape.numel() if recipe.trained == "full" else recipe.lora_rank * sum(shape) for shape in shapes)
 
 
 def _steps(recipe: Recipe) -> int:
@@ -167,7 +170,13 @@ class _Shape:
         window = 2 * 2 * (attention.window + attention.anchors) * self.width
         maps = 2 * (queries + attention.linear_key_heads) * dim * attention.projection_dim
         sums = 2 * 2 * queries * features * dim
-        self.student_flop = float(window + (maps + sums) * attention.linear_branch)
+        linear = maps + sums
+        if (
+            attention.memory == "delta"
+        ):  # per key: key tile, inverse on values and keys, erase and write; per query: tile
+            linear += 2 * attention.linear_key_heads * (DELTA_CHUNK * (3 * features + 2 * dim) + 2 * features * dim)
+            linear += 2 * queries * DELTA_CHUNK * (features + dim)
+        self.student_flop = float(window + linear * attention.linear_branch)
         self.student_forward = self.dense + self.converted * self.student_flop
         self.layer_bytes = 2 * (6 * d + 3 * inner + 3 * self.width + 2 * keys * dim) + 2 * features * (queries + keys)
 

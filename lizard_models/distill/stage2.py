@@ -1,4 +1,4 @@
-"""Stage 2, fine-tuning: the whole student with LoRA, on next tokens, the teacher's distribution, or both."""
+"""Stage 2, fine-tuning: LoRA or whole projections, on next tokens, the teacher's distribution, or both."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from lizard_models.config import Stage2Config
 from lizard_models.distill.arguments import RunArguments
+from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
 from lizard_models.modeling_common import LizardCausalLM, lizard_config
@@ -19,7 +20,8 @@ from lizard_models.modeling_common import LizardCausalLM, lizard_config
 class LanguageModelling(nn.Module):
     """The loss of stage 2, see ``losses.distillation_loss``.
 
-    The teacher is the same weights with the adapters off and softmax attention on: no second model is held.
+    The teacher is the same weights with the adapters (or the changes of ``FullWeights``) off and softmax attention on:
+    no second model is held.
     """
 
     def __init__(self, adapted: Any, recipe: Stage2Config) -> None:
@@ -62,7 +64,7 @@ class LanguageModelling(nn.Module):
 def train_stage2(
     model: LizardCausalLM, dataset: Dataset, run: RunArguments, recipe: Stage2Config | None = None
 ) -> tuple[LizardCausalLM, StageResult]:
-    """Fine-tunes with LoRA on the recipe's projections, new parameters along with it, and merges the adapters.
+    """Fine-tunes with LoRA on the recipe's projections, or these as a whole, and new parameters; merges the result.
 
     model: after stage 1, its other weights still the teacher's. dataset: items {"input_ids": [T]}. recipe: default
     the model's own. Returns the same model without adapters, an ordinary Lizard, in eval mode and frozen.
@@ -75,20 +77,14 @@ def train_stage2(
         raise ValueError(f"lora_targets: the model has no {', '.join(missing)}")
     if "lm_head" in recipe.lora_targets or "embed_tokens" in recipe.lora_targets:
         raise ValueError("lora_targets: lm_head and embed_tokens are shared with the teacher and cannot be adapted")
+    if run.fsdp and recipe.trained == "full":
+        raise ValueError('fsdp: trained="full" is not sharded; train adapters (trained="lora"), or without fsdp')
     if run.cuda_graph and (recipe.lora_dropout or run.gradient_checkpointing):
         raise ValueError("cuda_graph: a graph holds neither lora_dropout nor gradient_checkpointing; leave one out")
     new = {name for name, _ in model.lizard_parameters()} if recipe.train_new_parameters else set()
     torch.manual_seed(recipe.seed)  # LoRA's random half
-    adapted: Any = get_peft_model(
-        model,
-        LoraConfig(
-            r=recipe.lora_rank,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=list(recipe.lora_targets),
-        ),
-    )
-    prefix = "base_model.model."
+    model.requires_grad_(False)
+    adapted, prefix = _adapted(model, recipe)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad} | {prefix + name for name in new}
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -112,3 +108,16 @@ def train_stage2(
         if run.gradient_checkpointing:
             model.gradient_checkpointing_disable()
     return adapted.merge_and_unload(), result
+
+
+def _adapted(model: LizardCausalLM, recipe: Stage2Config) -> tuple[Any, str]:
+    """The model with what trains beside its projections, and what its parameters' names begin with then."""
+    if recipe.trained == "full":
+        return FullWeights(model, recipe.lora_targets), "model."
+    adapters = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=list(recipe.lora_targets),
+    )
+    return get_peft_model(model, adapters), "base_model.model."

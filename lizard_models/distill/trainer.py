@@ -30,7 +30,7 @@ from lizard_models.distill.progress import InterruptCallback, ProgressCallback, 
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.state_files import StateFiles, refuse_pickles
 
-INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
+INPUT_READER = re.compile(r"\.lizard\.(gate|mix|strength)\.")
 TRAINED = "trained.safetensors"
 RUN = "run.json"
 

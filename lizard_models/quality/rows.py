@@ -79,14 +79,15 @@ def stage2_recipe(config: LizardConfig) -> dict[str, Any]:
 
 
 def recipe_name(config: LizardConfig) -> str:
-    """A short name for how stage 2 trains: objective, projections, rank, rate."""
+    """A short name for how stage 2 trains: objective, projections, rank or "full", rate."""
     recipe = config.stage2
     objective = "ce" * bool(recipe.cross_entropy_weight) + "kl" * bool(recipe.kl_weight)
     targets = "".join(
         name[0] if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj")) else name.split("_")[0]
         for name in recipe.lora_targets
     )
-    return f"{objective}-{targets}-r{recipe.lora_rank}-{recipe.learning_rate:.0e}"
+    kind = "full" if recipe.trained == "full" else f"r{recipe.lora_rank}"
+    return f"{objective}-{targets}-{kind}-{recipe.learning_rate:.0e}"
 
 
 def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:

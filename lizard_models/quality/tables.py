@@ -9,6 +9,7 @@ from typing import Any
 from lizard_models.quality.rows import TEACHER, Budget, RowSpec, controls
 
 PASSKEYS = 10_000
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STAGES = ("stage1", "stage2")
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 
@@ -46,7 +47,7 @@ def gates(order: Order, layers: int) -> list[RowSpec]:
 
 
 def parts(order: Order, layers: int) -> list[RowSpec]:
-    """The paper's Table 6: each part left out."""
+    """The paper's Table 6: each part left out, and whole projections fine-tuned in place of adapters."""
     return [
         RECOMMENDED,
         _attention("no-window", window=1, anchors=0),
@@ -55,6 +56,9 @@ def parts(order: Order, layers: int) -> list[RowSpec]:
         _attention("merge-bias-none", merge_bias="none"),
         _row("no-stage1", without=["stage1"]),
         _row("no-stage2", without=["stage2"]),
+        _row(
+            "full-finetuning", stage2={"trained": "full", "lora_targets": list(ALL_PROJECTIONS), "learning_rate": 5e-5}
+        ),
     ]
 
 
@@ -75,7 +79,7 @@ def lora(order: Order, layers: int) -> list[RowSpec]:
         "qk": ("q_proj", "k_proj"),
         "vo": ("v_proj", "o_proj"),
         "qkv": ("q_proj", "k_proj", "v_proj"),
-        "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "all": ALL_PROJECTIONS,
     }
     return [
         RECOMMENDED,
@@ -140,7 +144,8 @@ def choices(order: Order, layers: int) -> list[RowSpec]:
 
 
 def retrieval(order: Order, layers: int) -> list[RowSpec]:
-    """What may raise recall: passkeys in training (the paper's Figure 2), more state, finer gates, softmax layers."""
+    """What may raise recall: passkeys in training (the paper's Figure 2), more state, finer gates, a delta memory,
+    a convolution on the keys, softmax layers."""
     rows = [
         RECOMMENDED,
         replace(RECOMMENDED, name="recommended-passkeys", passkeys=PASSKEYS),
@@ -148,6 +153,9 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
         _attention("A4-query-head-keys", key_map="query_head"),
         _attention("gate-channel", gate="channel"),
         _attention("w256-a4", window=256),
+        _attention("memory-delta", memory="delta"),
+        _attention("key-conv4", key_conv=4),
+        _attention("memory-delta-conv4", memory="delta", key_conv=4),
     ]
     kept = [row for row in softmax(order, layers) if row.name == "softmax-25"] if order is not None else []
     return rows + kept + [replace(row, name=f"{row.name}-passkeys", passkeys=PASSKEYS) for row in kept]

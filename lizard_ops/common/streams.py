@@ -138,19 +138,27 @@ def window_fields(
 
 
 def offset_fields(
-    fk: Tensor, v: Tensor, g: Tensor | None, state: AttentionState | None, offset: int, layout: Layout
+    fk: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: AttentionState | None,
+    offset: int,
+    layout: Layout,
+    beta: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
     """The fields of the final state that hold keys still on their way into the linear sums; none without an offset.
 
-    fk as given (pre-activations), g as ``check_gate`` returns it.
+    fk as given (pre-activations), g as ``check_gate`` returns it, beta [B, T, Hk] of a delta memory.
     """
     if not offset:
         return {}
-    return {
-        "ring_v": final_ring(v, None if state is None else state.ring_v, offset, layout),
-        "ring_fk": final_ring(fk, None if state is None else state.ring_fk, offset, layout),
-        "ring_g": None if g is None else final_ring(g, None if state is None else state.ring_g, offset, layout),
+    held = AttentionState(layout.position) if state is None else state
+    fields: dict[str, Tensor | None] = {
+        "ring_v": final_ring(v, held.ring_v, offset, layout),
+        "ring_fk": final_ring(fk, held.ring_fk, offset, layout),
+        "ring_g": None if g is None else final_ring(g, held.ring_g, offset, layout),
     }
+    return fields if beta is None else fields | {"ring_beta": final_ring(beta, held.ring_beta, offset, layout)}
 
 
 def sliding_sum(x: Tensor, window: int) -> Tensor:

@@ -98,7 +98,7 @@ def linear_rows(
         heads = x.shape[2] // key_heads if x.shape[2] > 1 else 1
         return tiles(x).unflatten(1, (-1, heads)).movedim(2, 3)
 
-    is_key, inside = _which_rows(layout, lengths, rows, prefix, offset, anchors)
+    is_key, inside = which_rows(layout, lengths, rows, prefix, offset, anchors)
     row_values = F.pad(key_stream(v, held.ring_v, layout)[:, :rows].to(work), (0, 1), value=1.0)
     row_gates = None if gates is None else gates[:, :rows]
     if is_key is not None:
@@ -142,7 +142,7 @@ def linear_rows(
     return in_order(o, 0.0), in_order(log_mass, -math.inf), fields
 
 
-def _which_rows(
+def which_rows(
     layout: Layout, lengths: Tensor | None, rows: int, prefix: int, offset: int, anchors: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """[B, rows] which key rows count, and which reach the final sums at all (their gates count); None for all."""

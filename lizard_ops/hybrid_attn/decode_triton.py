@@ -16,7 +16,7 @@ from lizard_ops.common.tuning import tunable
 from lizard_ops.hybrid_attn.decode_triton_kernel import hybrid_decode_kernel
 from lizard_ops.window_attn.chunk_triton_softcap import cap_of, units_of
 
-STATE_FIELDS = AttentionState._fields
+STATE_FIELDS = AttentionState._fields[: AttentionState._fields.index("ring_beta")]  # what sums and windows keep
 
 
 class Config(NamedTuple):
@@ -72,7 +72,7 @@ def decode_hybrid_triton(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
     if inplace:
-        for name, x in zip(STATE_FIELDS, state, strict=True):
+        for name, x in zip(AttentionState._fields, state, strict=True):
             if x is not None and not x.is_contiguous():
                 raise ValueError(f"state.{name}: got strides {x.stride()}, wanted a contiguous tensor with inplace")
     else:
@@ -81,8 +81,8 @@ def decode_hybrid_triton(
         )
     weight = alpha if mix == "sum" else merge_bias
     o = hybrid_decode(
-        q, k, v, fq, fk, g, sinks, weight, *state, window, anchors, mix == "merge", merge_mass == "relative",
-        coverage == "outside", feature_map, normalize, scale, feature_scale, softcap,
+        q, k, v, fq, fk, g, sinks, weight, *state[: len(STATE_FIELDS)], window, anchors, mix == "merge",
+        merge_mass == "relative", coverage == "outside", feature_map, normalize, scale, feature_scale, softcap,
     )  # fmt: skip
     return o, state
 

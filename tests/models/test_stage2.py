@@ -12,6 +12,7 @@ from training import Sequences, arguments, fresh, moved, recipes, snapshot
 
 from lizard_models import LizardLlamaForCausalLM
 from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage2
+from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.stage2 import LanguageModelling
 from lizard_models.presets import PRESETS
 
@@ -112,3 +113,58 @@ def test_every_preset_trains_and_generates(preset, family, tmp_path):
     assert result.final_loss == result.final_loss
     written = tuned.generate(tokens(2, 30), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert written.shape == (2, 34)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
+def test_whole_projections_learn_and_stay_ordinary_weights(tmp_path, weights):
+    model = fresh()
+    before = snapshot(model)
+    recipe = dataclasses.replace(
+        recipes(model, steps=20)[1], trained="full", learning_rate=1e-3, lora_targets=("q_proj", "down_proj"),
+        cross_entropy_weight=weights[0], kl_weight=weights[1],
+    )  # fmt: skip
+    tuned, result = train_stage2(model, Sequences(), arguments(tmp_path), recipe)
+    assert tuned is model and type(tuned) is LizardLlamaForCausalLM and set(snapshot(tuned)) == set(before)
+    projections = {name for name in before if name.endswith(("q_proj.weight", "down_proj.weight"))}
+    assert moved(before, tuned) == projections | {name for name, _ in tuned.lizard_parameters()}
+    assert result.parameters == sum(before[name].numel() for name in moved(before, tuned))
+    assert result.losses[-1][1] < result.losses[0][1]
+    assert type(tuned.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+def test_whole_projections_leave_the_teacher_as_it_was_and_keep_small_updates():
+    model, inputs = student().bfloat16(), {"input_ids": tokens(1, 40), "use_cache": False}
+    model.set_attention_mode("teacher")
+    reference = model.model(**inputs).last_hidden_state
+    model.set_attention_mode("student")
+    changed = FullWeights(model, ("q_proj", "v_proj"))
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    with torch.no_grad():
+        for change in changed.changes():
+            for _ in range(1000):
+                change.delta += 1e-4  # each too small for a bfloat16 weight
+    moved_by = (model.model.layers[0].self_attn.q_proj.weight - before).float()
+    assert (moved_by - 0.1).abs().max() < 0.01
+    hidden = LanguageModelling(changed, recipes(model)[1])._teacher_hidden(model, inputs)
+    assert torch.equal(hidden, reference)
+    assert changed.unload() is model and torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_a_run_on_whole_projections_goes_on_as_if_it_had_not_stopped(tmp_path):
+    recipe = dataclasses.replace(recipes(fresh(), steps=5)[1], trained="full")
+    whole, _ = train_stage2(fresh(), Sequences(), arguments(tmp_path / "a"), recipe)
+    stopped, before = fresh(), snapshot(fresh())
+    with pytest.raises(TrainingInterrupted):
+        train_stage2(stopped, Sequences(stop_at=5), arguments(tmp_path / "b"), recipe)
+    assert set(snapshot(stopped)) == set(before)
+    again, _ = train_stage2(fresh(), Sequences(), arguments(tmp_path / "b", resume=True), recipe)
+    assert not moved(snapshot(whole), again)
+
+
+def test_whole_projections_refuse_what_belongs_to_adapters(tmp_path):
+    recipe = recipes(fresh())[1]
+    with pytest.raises(ValueError, match="lora_dropout=0.1 belongs to adapters"):
+        dataclasses.replace(recipe, trained="full", lora_dropout=0.1)
+    with pytest.raises(ValueError, match="fsdp"):
+        full = dataclasses.replace(recipe, trained="full")
+        train_stage2(fresh(), Sequences(), arguments(tmp_path, fsdp=True), full)

@@ -1,0 +1,1 @@
+"""Delta-rule attention: reference, chunked and recurrent forms."""
