@@ -10,6 +10,12 @@ from lizard_models.quality.rows import TEACHER, Budget, RowSpec, controls
 
 PASSKEYS = 10_000
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FULL = {
+    "trained": "full",
+    "lora_targets": list(ALL_PROJECTIONS),
+    "learning_rate": 5e-5,  # a tenth of the adapters', and the new parameters at what they have beside adapters
+    "new_learning_rate": 5e-4,
+}
 STAGES = ("stage1", "stage2")
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 
@@ -56,9 +62,7 @@ def parts(order: Order, layers: int) -> list[RowSpec]:
         _attention("merge-bias-none", merge_bias="none"),
         _row("no-stage1", without=["stage1"]),
         _row("no-stage2", without=["stage2"]),
-        _row(
-            "full-finetuning", stage2={"trained": "full", "lora_targets": list(ALL_PROJECTIONS), "learning_rate": 5e-5}
-        ),
+        _row("full-finetuning", stage2=FULL),
     ]
 
 
