@@ -1,14 +1,13 @@
 """Language-modelling losses from hidden states, a chunk of positions at a time.
 
 Logits of student and teacher exist for one chunk only, in forward and backward: at 128K vocabulary and 8 x 2048 tokens
-both in float32 would be 17 GB.
+both in float32 would be 17 GB. Under a head that does not train nothing is computed twice (``frozen_head``).
 
 Shapes: B batch, T positions, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lizard_models.distill.frozen_head import Head, SoftCapped, frozen_head_loss, is_frozen
+
 IGNORED = -100
-Head = Callable[[Tensor], Tensor]
 
 
 def logits_of(model: Any) -> Head:
     """What turns the last hidden states of a causal language model into logits, soft-capped as Gemma 2 has it."""
     cap = getattr(model.config, "final_logit_softcapping", None)
-    return model.lm_head if cap is None else lambda hidden: cap * torch.tanh(model.lm_head(hidden) / cap)
+    return model.lm_head if cap is None else SoftCapped(model.lm_head, cap)
 
 
 def next_tokens(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -46,7 +46,7 @@ def distillation_loss(
     teacher_head: Head | None = None,
     cross_entropy_weight: float = 1.0,
     kl_weight: float = 0.0,
-    chunk: int = 512,
+    chunk: int = 1024,
     all_count: bool = False,
 ) -> Tensor:
     """Mean over the positions that count of  w_ce (-log p_s(target)) + w_kl sum_v p_t(v) (log p_t(v) - log p_s(v)).
@@ -56,8 +56,8 @@ def distillation_loss(
     and teacher_head are needed for kl_weight > 0. chunk: positions whose logits exist at a time. all_count: no target
     is ``IGNORED``, which saves reading them back from the device.
 
-    Returns a float32 scalar, differentiable in ``hidden`` and the head. Raises ValueError without a teacher for KL, or
-    if no position counts.
+    Returns a float32 scalar, differentiable in ``hidden`` and the head; once, if the head has no parameter that trains.
+    Raises ValueError without a teacher for KL, or if no position counts.
     """
     if kl_weight and (teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kl_weight={kl_weight} needs teacher_hidden and teacher_head")
@@ -71,6 +71,8 @@ def distillation_loss(
         teacher = None if teacher is None else teacher[counted]
     if not len(targets):
         raise ValueError("targets: no position counts")
+    if is_frozen(head):
+        return frozen_head_loss(hidden, head, targets, teacher, teacher_head, cross_entropy_weight, kl_weight, chunk)
 
     def chunk_loss(hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
         log_student = F.log_softmax(head(hidden).float(), -1)  # [n, V]

@@ -116,9 +116,10 @@ def test_losses_refuse_what_they_cannot_do():
         distillation_loss(hidden, head, torch.full((1, 2), IGNORED))
 
 
-def test_full_logits_never_exist():
+@pytest.mark.parametrize("trains", [True, False])
+def test_full_logits_never_exist(trains):
     """The largest tensor of a forward and backward is one chunk's logits."""
-    hidden, head = torch.randn(1, 1024, 8, requires_grad=True), nn.Linear(8, 1000)
+    hidden, head = torch.randn(1, 1024, 8, requires_grad=True), nn.Linear(8, 1000).requires_grad_(trains)
     targets = torch.randint(1000, (1, 1024))
     largest = 0
     from torch.utils._python_dispatch import TorchDispatchMode

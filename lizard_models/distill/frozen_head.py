@@ -1,0 +1,124 @@
+"""The loss under a head that does not train: gradients of the hidden states come with it, and nothing is recomputed.
+
+Shapes: N positions, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Head = Callable[[Tensor], Tensor]
+
+
+class SoftCapped(nn.Module):
+    """cap tanh(head(x) / cap), the logits of Gemma 2."""
+
+    def __init__(self, head: nn.Module, cap: float) -> None:
+        super().__init__()
+        self.head, self.cap = head, cap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.cap * torch.tanh(self.head(hidden) / self.cap)
+
+
+def is_frozen(head: Head) -> bool:
+    """Whether ``head`` is a linear layer, soft-capped or not, without a parameter that trains."""
+    return isinstance(head, nn.Linear | SoftCapped) and not any(p.requires_grad for p in head.parameters())
+
+
+def frozen_head_loss(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | None,
+    cross_entropy_weight: float,
+    kl_weight: float,
+    chunk: int,
+) -> Tensor:
+    """``losses.distillation_loss`` of hidden [N, H] and targets [N] that all count, for a head that ``is_frozen``.
+
+    Differentiable in ``hidden`` once. The gradient over a chunk's logits is formed where the logits were and goes
+    through the head at once, in the dtype of the logits.
+    """
+    return _WithGradient.apply(
+        hidden, head, targets, teacher_hidden, teacher_head, cross_entropy_weight, kl_weight, chunk
+    )
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+        cross_entropy_weight: float,
+        kl_weight: float,
+        chunk: int,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        losses, gradients = [], []
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(wanted):
+                leaf = hidden[part].detach().requires_grad_(wanted)
+                logits = head(leaf)
+            teacher = None if teacher_hidden is None or teacher_head is None else teacher_head(teacher_hidden[part])
+            values = logits.detach()
+            weights = cross_entropy_weight, kl_weight, 1 / len(targets) if wanted else None
+            losses.append(row_losses(values, teacher, targets[part], *weights))
+            if wanted:
+                gradients += torch.autograd.grad(logits, leaf, values)
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients) if len(gradients) > 1 else gradients[0])
+        return torch.cat(losses).sum() / len(targets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad, *[None] * 7)
+
+
+def row_losses(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    cross_entropy_weight: float,
+    kl_weight: float,
+    scale: float | None,
+    impl: str = "auto",
+) -> Tensor:
+    """w_ce (-log p_s(target)) + w_kl sum_v p_t(v) (log p_t(v) - log p_s(v)) of every row of logits, [N] float32.
+
+    student, teacher [N, V] logits of any floating dtype, softmax in float32; targets [N] int64 in [0, V). Unless
+    ``scale`` is None the student's logits are overwritten with scale times the gradients of these losses over them.
+    impl: "triton", "torch", or "auto" (Triton on CUDA tensors).
+    """
+    if teacher is None:
+        kl_weight = 0.0
+    if impl == "triton" or (impl == "auto" and student.is_cuda):
+        from lizard_models.distill.loss_kernel import triton_row_losses
+
+        return triton_row_losses(student, teacher, targets, cross_entropy_weight, kl_weight, scale)
+    log_student = F.log_softmax(student.float(), -1)
+    losses = cross_entropy_weight * F.nll_loss(log_student, targets, reduction="none")
+    log_teacher = None if teacher is None else F.log_softmax(teacher.float(), -1)
+    if log_teacher is not None:
+        losses = losses + kl_weight * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    if scale is not None:
+        gradient = log_student.exp_().mul_(cross_entropy_weight + kl_weight)
+        if log_teacher is not None:
+            gradient.sub_(log_teacher.exp_(), alpha=kl_weight)
+        rows = torch.arange(len(targets), device=targets.device)
+        gradient[rows, targets] -= cross_entropy_weight
+        student.copy_(gradient.mul_(scale))
+    return losses
