@@ -65,7 +65,8 @@ class _WithGradient(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(wanted):

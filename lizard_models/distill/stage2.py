@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lizard_models.config import Stage2Config
+from lizard_models.distill.adapters import fuse_adapters
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
@@ -21,11 +22,12 @@ class LanguageModelling(nn.Module):
     """The loss of stage 2, see ``losses.distillation_loss``.
 
     The teacher is the same weights with the adapters (or the changes of ``FullWeights``) off and softmax attention on:
-    no second model is held.
+    no second model is held. Products with adapters are in the model's dtype (``fuse_adapters``).
     """
 
     def __init__(self, adapted: Any, recipe: Stage2Config) -> None:
         super().__init__()
+        fuse_adapters(adapted)
         self.adapted, self.recipe = adapted, recipe
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:

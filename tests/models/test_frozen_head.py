@@ -1,4 +1,4 @@
-"""The loss under a head that does not train: the numbers of the general path, in PyTorch and in Triton's interpreter."""
+"""The loss under a head that does not train: the numbers of the general path, in PyTorch and in Triton."""
 
 import copy
 
