@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from lizard_ops import turn_heads
 
 
 class AnchorBlock(NamedTuple):
@@ -22,6 +23,4 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [B, T, H, D]; cos, sin [B or 1, T, D]; the result has x's dtype.
     """
-    first, second = x.chunk(2, -1)
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, D]
-    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+    return turn_heads(x, cos, sin)

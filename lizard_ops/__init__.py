@@ -10,6 +10,7 @@ from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.head_projection.api import project_heads
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+from lizard_ops.rotary.api import turn_heads
 from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
 
@@ -28,6 +29,7 @@ __all__ = [
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
     "tune",
+    "turn_heads",
     "use_tuned",
     "window_attn",
 ]

@@ -1,0 +1,51 @@
+"""Rotary position embedding: the function that layers call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common import checks
+from lizard_ops.common.dispatch import choose_impl
+
+
+def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor:
+    """Turn the channel pairs (d, d + D/2) of every head by the angles of its position::
+
+        y[d]       = x[d] cos[d] - x[d + D/2] sin[d]
+        y[d + D/2] = x[d + D/2] cos[d + D/2] + x[d] sin[d + D/2]          for d < D/2
+
+    Args:
+        x: [B, T, H, D] queries or keys, D even. Any floating dtype.
+        cos, sin: [B or 1, T or 1, D], any floating dtype.
+        impl: "auto" (Triton on CUDA tensors, unless one is float64, cos or sin needs a gradient, or torch.compile
+            traces, which fuses the formula; PyTorch elsewhere), "triton", "torch" or "naive" (which is "torch").
+
+    Returns:
+        y [B, T, H, D] in the dtype of x. Triton computes in float32 and rounds once.
+
+    Raises:
+        ValueError: an argument of the wrong shape or device, or an impl that cannot do what is asked.
+
+    Source: RoFormer (arXiv 2104.09864), in the half-split layout.
+    """
+    fits = isinstance(x, Tensor) and x.ndim == 4 and x.dtype in checks.FLOATS and x.shape[3] % 2 == 0
+    checks.want(fits, "x", x, "a floating tensor [B, T, H, D] with an even D")
+    batch, length, _, dim = x.shape
+    for name, turns in (("cos", cos), ("sin", sin)):
+        fits = isinstance(turns, Tensor) and turns.ndim == 3 and turns.device == x.device
+        fits = fits and turns.shape[0] in (1, batch) and turns.shape[1] in (1, length) and turns.shape[2] == dim
+        checks.want(fits, name, turns, f"a tensor [{batch} or 1, {length} or 1, {dim}] on {x.device}")
+    beyond = None
+    if torch.float64 in (x.dtype, cos.dtype, sin.dtype):
+        beyond = "float64 tensors"
+    elif torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        beyond = "gradients of cos and sin"
+    fuses = impl == "auto" and torch.compiler.is_compiling()
+    if choose_impl(impl, x, beyond) == "triton" and not fuses:
+        from lizard_ops.rotary.triton_op import turn_heads_triton
+
+        return turn_heads_triton(x, cos, sin)
+    first, second = x.chunk(2, -1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, D]
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

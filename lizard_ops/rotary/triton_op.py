@@ -1,0 +1,111 @@
+"""Rotary positions in one kernel, for both directions, and as torch.library sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lizard_ops.common.dispatch import on_device
+
+PAIRS = 2048  # of channels that a program turns, as many as registers hold
+
+
+@triton.jit
+def turn_kernel(
+    x, cos, sin, y, tokens, length, x_b, x_t, x_h, cos_b, cos_t, sin_b, sin_t,
+    H: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, H, 2 HALF] of BN tokens; BACKWARD: with the transposed matrix, from a gradient of y to that of x."""
+    row = tl.arange(0, BN * BH)
+    n = tl.cast(tl.program_id(0), tl.int64) * BN + row // BH
+    h = row % BH
+    d = tl.arange(0, BD)
+    here = ((n < tokens) & (h < H))[:, None] & (d < HALF)[None, :]
+    b, t = n // length, n % length
+    p_x = x + (b * x_b + t * x_t + h * x_h)[:, None] + d[None, :]
+    p_cos = cos + (b * cos_b + t * cos_t)[:, None] + d[None, :]
+    p_sin = sin + (b * sin_b + t * sin_t)[:, None] + d[None, :]
+    first = tl.load(p_x, mask=here, other=0.0).to(tl.float32)
+    second = tl.load(p_x + HALF, mask=here, other=0.0).to(tl.float32)
+    cos_first = tl.load(p_cos, mask=here, other=0.0).to(tl.float32)
+    cos_second = tl.load(p_cos + HALF, mask=here, other=0.0).to(tl.float32)
+    sin_first = tl.load(p_sin, mask=here, other=0.0).to(tl.float32)
+    sin_second = tl.load(p_sin + HALF, mask=here, other=0.0).to(tl.float32)
+    if BACKWARD:
+        turned_first = first * cos_first + second * sin_second
+        turned_second = second * cos_second - first * sin_first
+    else:
+        turned_first = first * cos_first - second * sin_first
+        turned_second = second * cos_second + first * sin_second
+    p_y = y + ((n * H + h) * (2 * HALF))[:, None] + d[None, :]
+    tl.store(p_y, turned_first.to(y.dtype.element_ty), mask=here)
+    tl.store(p_y + HALF, turned_second.to(y.dtype.element_ty), mask=here)
+
+
+def launch(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    """Turned heads [B, T, H, D] of x, or the gradient of x from that of its turned heads."""
+    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    batch, length, heads, dim = x.shape
+    y = x.new_empty(x.shape)
+    if not y.numel():
+        return y
+    tokens, wide, deep = batch * length, triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
+    rows = max(1, PAIRS // (wide * deep))
+    steps = [
+        0 if size == 1 else stride for t in (cos, sin) for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True)
+    ]
+    with on_device(x):
+        turn_kernel[(triton.cdiv(tokens, rows),)](
+            x, cos, sin, y, tokens, length, *x.stride()[:3], *steps,
+            H=heads, HALF=dim // 2, BH=wide, BD=deep, BN=rows,
+            BACKWARD=backward, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("lizard_ops::turn_heads", mutates_args=())
+def turn(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    """``launch``. The gradient of one direction is the other."""
+    return launch(x, cos, sin, backward)
+
+
+@turn.register_fake
+def _(x, cos, sin, backward):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, cos, sin, ctx.backward = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dy):
+    return turn(dy, *ctx.saved_tensors, not ctx.backward), None, None, None
+
+
+turn.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Turn(torch.autograd.Function):
+    """``turn`` without the dispatch of a registered op, which takes longer than the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return launch(x, cos, sin, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return launch(dy, *ctx.saved_tensors, True), None, None
+
+
+def turn_heads_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turned heads [B, T, H, D]; torch.compile sees the registered op."""
+    if torch.compiler.is_compiling():
+        return turn(x, cos, sin, False)
+    return _Turn.apply(x, cos, sin)

@@ -1,0 +1,85 @@
+"""Rotary positions in PyTorch and in Triton (its interpreter without a GPU)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE
+
+from lizard_ops import turn_heads
+
+SHAPES = [(2, 7, 3, 16), (1, 5, 1, 10), (3, 33, 4, 24), (1, 0, 2, 8)]
+
+
+def turns(batch, length, dim, dtype=torch.float32):
+    """Any numbers: the op knows of no angle."""
+    return [torch.randn(batch, length, dim, device=DEVICE).to(dtype) for _ in range(2)]
+
+
+def result(impl, x, cos, sin, weight):
+    x = x.clone().requires_grad_()
+    y = turn_heads(x, cos, sin, impl=impl)
+    return y.detach(), torch.autograd.grad((y * weight.to(y.dtype)).sum(), x)[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shared", ["nothing", "rows", "positions"])
+def test_output_and_gradient_against_float64(shape, dtype, shared):
+    batch, length, heads, dim = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, heads, length, dim, device=DEVICE, dtype=dtype).transpose(1, 2)  # another layout
+    weight = torch.randn(shape, device=DEVICE).to(dtype)
+    cos, sin = turns(1 if shared == "rows" else batch, 1 if shared == "positions" else length, dim, dtype)
+    exact = result("torch", x.double(), cos.double(), sin.double(), weight.double())
+    found = [result(impl, x, cos, sin, weight) for impl in ("torch", "triton")]
+    for reference, plain, fast in zip(exact, *found, strict=True):
+        if reference.numel():
+            errors = [(y.double() - reference).abs().max() for y in (fast, plain)]
+            assert fast.dtype == dtype and errors[0] <= 2 * errors[1] + 1e-6
+
+
+def test_turns_of_another_dtype_and_a_gradient_that_is_expanded():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, device=DEVICE, requires_grad=True)
+    cos, sin = turns(1, 5, 8, torch.float16)
+    found = [torch.autograd.grad(turn_heads(x, cos, sin, impl=impl).sum(), x)[0] for impl in ("torch", "triton")]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_registered_as_torch_wants_it_and_compiles_to_one_graph():
+    from lizard_ops.rotary.triton_op import turn
+
+    x, (cos, sin) = torch.randn(2, 5, 3, 8, device=DEVICE, requires_grad=True), turns(1, 5, 8)
+    torch.library.opcheck(turn, (x, cos, sin, False))
+
+    def double(x):
+        return 2 * turn_heads(x, cos, sin, impl="triton")
+
+    torch.compiler.reset()
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), double(x))
+    wanted, found = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (double, compiled))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_angles_that_train_get_their_gradients():
+    x, (cos, sin) = torch.randn(1, 4, 2, 8, device=DEVICE), turns(1, 4, 8)
+    cos.requires_grad_()
+    assert torch.autograd.grad(turn_heads(x, cos, sin).sum(), cos)[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="gradients of cos and sin"):
+        turn_heads(x, cos, sin, impl="triton")
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("x", [(1, 4, 2, 7), (1, 4, 7), (1, 4, 7)]),
+        ("x", [(4, 2, 8), (1, 4, 8), (1, 4, 8)]),
+        ("cos", [(2, 4, 2, 8), (3, 4, 8), (2, 4, 8)]),
+        ("sin", [(2, 4, 2, 8), (1, 4, 8), (1, 4, 4)]),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(name, shapes):
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        turn_heads(*(torch.zeros(shape) for shape in shapes))
