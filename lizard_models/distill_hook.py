@@ -8,24 +8,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TINY = torch.finfo(torch.float32).tiny  # below every sum of squares that is not zero
+
 
 def attention_error(student: Tensor, target: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
     """One float32 number for how far the student's output is from the target.
 
     "relative": sum of squared errors over sum of squared targets, a head, averaged over heads. "mse": mean of squared
     errors. student, target [B, T, H, D]; padding_mask [B, T] bool, positions where it is False count for nothing.
+    Differentiable in ``student``, without padding_mask once.
     """
-    student, target = student.float(), target.float()
-    if padding_mask is not None:
-        real = padding_mask[:, :, None, None]
-        student, target = student * real, target * real
+    if padding_mask is None:
+        return _Error.apply(student, target.detach(), kind)
+    real = padding_mask[:, :, None, None]
+    student, target = student.float() * real, target.float() * real
     squares = (student - target).square()
     if kind == "relative":
-        return (
-            squares.sum((0, 1, 3)) / target.square().sum((0, 1, 3)).clamp(min=torch.finfo(torch.float32).tiny)
-        ).mean()
-    positions = squares[..., 0, 0].numel() if padding_mask is None else padding_mask.sum()
-    return squares.sum() / (positions * squares[0, 0].numel())
+        return (squares.sum((0, 1, 3)) / target.square().sum((0, 1, 3)).clamp(min=TINY)).mean()
+    return squares.sum() / (padding_mask.sum() * squares[0, 0].numel())
+
+
+class _Error(torch.autograd.Function):
+    """The error without padding: one float32 tensor, the difference, of which the gradient is a multiple a head."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, target: Tensor, kind: str) -> Tensor:
+        if target.dtype == torch.float64:
+            target = target.float()
+        difference = student.float() - target  # float32, also where the target is half precision
+        squares = torch.linalg.vector_norm(difference, dim=(0, 1, 3)).square()  # [H]
+        if kind == "relative":
+            squares_of_target = torch.linalg.vector_norm(target, dim=(0, 1, 3), dtype=torch.float32).square()
+            weights = (squares_of_target.clamp(min=TINY) * len(squares)).reciprocal()
+        else:
+            weights = torch.full_like(squares, 1 / difference.numel())
+        ctx.save_for_backward(difference, weights)
+        ctx.dtype = student.dtype
+        return (squares * weights).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        difference, weights = ctx.saved_tensors
+        return (difference * (2 * grad * weights)[:, None]).to(ctx.dtype), None, None
 
 
 def approximation_error(

@@ -5,6 +5,7 @@ import torch
 from tiny import student, tokens
 
 from lizard_models.config import Stage1Config
+from lizard_models.distill_hook import attention_error
 from lizard_models.evaluation import attention_errors
 
 
@@ -59,3 +60,29 @@ def test_the_head_mean_is_what_stage_1_trains_and_the_mode_is_put_back():
         loss = model(input_ids=ids).loss.item()
     assert found.readings()["head mean"] == pytest.approx(loss, rel=1e-5)
     assert set(found.to_dict()) == {"readings", "edges", "by_position", "by_layer", "by_head"}
+
+
+@pytest.mark.parametrize("kind", ["relative", "mse"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_error_and_gradient_against_float64(kind, dtype, padded):
+    torch.manual_seed(0)
+    target = torch.randn(2, 7, 3, 5).to(dtype)
+    got = (target + 0.1 * torch.randn(2, 7, 3, 5)).to(dtype).requires_grad_()
+    target[:, :, 1] = 0.0 if kind == "mse" else target[:, :, 1]
+    mask = torch.ones(2, 7, dtype=torch.bool) if padded else None
+    exact = got.detach().double().requires_grad_()
+    squares = (exact - target.double()).square()
+    wanted = squares.mean()
+    if kind == "relative":
+        wanted = (squares.sum((0, 1, 3)) / target.double().square().sum((0, 1, 3))).mean()
+    error = attention_error(got, target, kind, mask)
+    (gradient,) = torch.autograd.grad(3 * error, got)
+    assert error.dtype == torch.float32 and gradient.dtype == dtype
+    torch.testing.assert_close(error.double(), wanted, rtol=1e-5, atol=0)
+    (reference,) = torch.autograd.grad(3 * wanted, exact)
+    torch.testing.assert_close(gradient.double(), reference, rtol=1e-5 if dtype != torch.bfloat16 else 5e-3, atol=1e-9)
+
+
+def test_a_target_of_zeros_gives_no_error_to_itself():
+    assert attention_error(torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2, 3), "relative").item() == 0.0
