@@ -56,7 +56,8 @@ class HalfPrecisionLora(Linear):
         if self.disable_adapters or self.merged or args or kwargs:
             return super().forward(x, *args, **kwargs)
         (name,) = self.lora_A
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        down: Any = self.lora_A[name].weight
+        up: Any = self.lora_B[name].weight
         return low_rank_update(self.base_layer(x), x, down, up, self.scaling[name])
 
 
