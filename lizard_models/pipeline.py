@@ -57,6 +57,8 @@ class Plan:
     """Share the weights among the processes that torchrun or accelerate started."""
     cuda_graph: bool = False
     """Each training step as one CUDA graph: faster for small models, same numbers."""
+    compile: bool = False
+    """MLPs and norms through torch.compile while training."""
     save_steps: int = 50
     resume: bool = False
     cache: str | None = None
@@ -231,6 +233,7 @@ class _Run:
             gradient_checkpointing=self.plan.gradient_checkpointing,
             fsdp=self.plan.fsdp,
             cuda_graph=self.plan.cuda_graph,
+            compile=self.plan.compile,
             title=title,
         )
 

@@ -2,20 +2,22 @@
 
     python benchmarks/gpu/train_step.py --out benchmarks/results/training/NAME.json
 
-For each stage and size (rows x tokens), as the Trainer runs it and with the step as a CUDA graph: ms a step, tokens a
-second, share of the time in which the GPU runs no kernel, kernels a step, peak memory, and the kernels that take
-longest. With the graph, loss and gradients are first compared with those of the plain step. Under a minute.
+For each stage and size (rows x tokens), as the Trainer runs it ("plain"), with the step as a CUDA graph ("graph"), with
+MLPs and norms compiled ("compile"), and with both: ms a step, tokens a second, share of the time in which the GPU runs
+no kernel, kernels a step, peak memory, and the kernels that take longest. Every way's losses and gradients are first
+compared with those of the plain step. Under three minutes for one size.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lizard_models import LizardConfig, linearize
+from lizard_models.distill.compiled import compiled
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.distill.stage2 import LanguageModelling
@@ -33,6 +36,8 @@ from lizard_models.distill.trainer import parameter_groups
 from lizard_models.evaluation.report import environment
 
 SIZES = ((4, 1024), (8, 2048))
+KINDS = ("plain", "graph", "compile", "compile+graph")
+COLUMNS = ("ms", "gpu_busy_ms", "kernels", "peak_gib", "loss", "relative_gradient")
 
 
 def teacher(device: str, layers: int) -> LlamaForCausalLM:
@@ -94,15 +99,19 @@ def gradients(objective: nn.Module, tokens: Tensor) -> tuple[float, list[Tensor]
     return loss.item(), [g.clone() for g in torch.autograd.grad(loss, parameters)]
 
 
-def difference(objective: nn.Module, batches: list[Tensor]) -> dict[str, float]:
-    """Largest difference between the graph's losses and gradients and the plain ones, over two batches."""
-    plain = [gradients(objective, tokens) for tokens in batches]
-    with graphed(objective):
-        replayed = [gradients(objective, tokens) for tokens in batches]
-    loss = max(abs(a[0] - b[0]) for a, b in zip(plain, replayed, strict=True))
+@contextlib.contextmanager
+def stepping(objective: nn.Module, kind: str) -> Iterator[None]:
+    """Within: the objective runs in one of the ways of ``KINDS``."""
+    with compiled(objective, "compile" in kind), graphed(objective, "graph" in kind):
+        yield
+
+
+def difference(plain: list[Any], others: list[Any]) -> dict[str, float]:
+    """Largest difference of losses, and of a parameter's gradient against its norm, over the batches."""
+    loss = max(abs(a[0] - b[0]) for a, b in zip(plain, others, strict=True))
     worst = max(
         ((x - y).norm() / x.norm().clamp(min=1e-20)).item()
-        for a, b in zip(plain, replayed, strict=True)
+        for a, b in zip(plain, others, strict=True)
         for x, y in zip(a[1], b[1], strict=True)
     )
     return {"loss": loss, "relative_gradient": worst}
@@ -145,26 +154,28 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--kinds", nargs="*", default=["plain", "graph"], choices=["plain", "graph"])
+    parser.add_argument("--kinds", nargs="*", default=["plain", "graph"], choices=KINDS)
     parser.add_argument("--sizes", nargs="*", help='such as "4x1024"')
     options = parser.parse_args()
     sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
     rows: list[dict[str, Any]] = []
-    graphs = [kind == "graph" for kind in options.kinds] if options.device != "cpu" else [False]
-    for graph, stage, (batch, length) in itertools.product(graphs, ("stage 1", "stage 2"), sizes):
-        row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "cuda_graph": graph}
+    kinds = [kind for kind in options.kinds if options.device != "cpu" or "graph" not in kind]
+    for kind, stage, (batch, length) in itertools.product(kinds, ("stage 1", "stage 2"), sizes):
+        row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "kind": kind}
         objective: Any = None
         try:
             torch.manual_seed(1)
+            torch.compiler.reset()
             batches = [torch.randint(49152, (batch, length), device=options.device) for _ in range(2)]
             objective, recipe = objective_of(stage, options.device, options.layers)
-            if graph:
-                row["difference"] = difference(objective, batches)
-            with graphed(objective, graph):
+            plain = [] if kind == "plain" else [gradients(objective, tokens) for tokens in batches]
+            with stepping(objective, kind):
+                if plain:
+                    row["difference"] = difference(plain, [gradients(objective, tokens) for tokens in batches])
                 row |= timed(stepper(objective, recipe), batches, options.steps)
         except Exception:
             row["failed"] = traceback.format_exc()
-        objective = None
+        objective = plain = None
         gc.collect()
         rows.append(row)
         text = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "top"}
@@ -173,6 +184,17 @@ def main() -> None:
             print(f"    {milliseconds:8.3f} ms {count:5d} x {name}")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    print_table(rows)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a row, differences from the plain step last."""
+    print(f"\n{'':36}" + "".join(f"{name:>18}" for name in COLUMNS))
+    for row in rows:
+        values = row | row.get("difference", {})
+        cells = "".join(f"{values[name]:18.4g}" if name in values else f"{'-':>18}" for name in COLUMNS)
+        failed = "  failed" if "failed" in row else ""
+        print(f"{row['stage']}  {row['batch']} x {row['length']:<6} {row['kind']:<18}{cells}{failed}")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,9 @@ def run(
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, for small models.")
     ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="MLPs and norms through torch.compile while training.")
+    ] = False,
     device: Device = None,
     cache: Cache = None,
 ) -> None:
@@ -129,6 +132,7 @@ def run(
             requests=requests,
             device=read_device(device),
             cuda_graph=cuda_graph,
+            compile=compile,
             cache=cache,
         )
         there = torch.cuda.device_count() if bench.device == "cuda" else 0

@@ -59,6 +59,9 @@ def command(
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, faster for small models.")
     ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="MLPs and norms through torch.compile while training.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and starts.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
     eval_data: Annotated[
@@ -152,6 +155,7 @@ def command(
                 gradient_checkpointing=gradient_checkpointing,
                 fsdp=fsdp,
                 cuda_graph=cuda_graph,
+                compile=compile,
                 save_steps=save_steps,
                 resume=resume,
                 cache=cache,

@@ -51,6 +51,9 @@ class RunArguments:
     """Run forward and backward of a step as one CUDA graph: the same numbers with one launch, for models so small that
     launching their kernels takes longer than running them. Not with dropout or gradient checkpointing."""
 
+    compile: bool = False
+    """Run MLPs and norms that do not train through torch.compile: fewer kernels, about a minute more at the start."""
+
     title: str = ""
     """What the progress bar calls the run."""
 
@@ -68,10 +71,13 @@ def total_steps(recipe: Recipe, dataset: Dataset) -> int:
 def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
     """Transformers' arguments for a recipe.
 
-    Raises ValueError if batch_size does not divide into micro batches, or for FSDP in a single process or in a graph.
+    Raises ValueError if batch_size does not divide into micro batches, or for FSDP in a single process, in a graph or
+    compiled.
     """
     if run.fsdp and run.cuda_graph:
         raise ValueError("cuda_graph: a graph holds no exchange between processes; leave out one of it and fsdp")
+    if run.fsdp and run.compile:
+        raise ValueError("compile: sharded layers are not compiled; leave out one of it and fsdp")
     if run.fsdp and process_count() == 1:
         raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
     devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}

@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lizard_models.config import Recipe
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
+from lizard_models.distill.compiled import compiled
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.schedule import cosine_schedule
@@ -205,7 +206,8 @@ def run_stage(
         load_trained_state(objective, last)
         history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     else:
-        with interrupt, contextlib.closing(progress), graphed(objective, run.cuda_graph):
+        ways = compiled(objective, run.compile), graphed(objective, run.cuda_graph)
+        with interrupt, contextlib.closing(progress), ways[0], ways[1]:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = trainer.state.log_history
         if interrupt.asked and trainer.state.global_step < steps:

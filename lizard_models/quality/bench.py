@@ -40,6 +40,8 @@ class Bench:
     device: str = "cpu"
     cuda_graph: bool = False
     """Train with every step as one CUDA graph, see ``RunArguments``."""
+    compile: bool = False
+    """Train with MLPs and norms compiled, see ``RunArguments``."""
     cache: str | None = None
 
     def __post_init__(self) -> None:

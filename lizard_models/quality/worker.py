@@ -130,6 +130,7 @@ class _Row:
             device=self.bench.device,
             save_steps=200,
             cuda_graph=self.bench.cuda_graph,
+            compile=self.bench.compile,
             title=f"{self.spec.stem} {stage}",
         )
 
