@@ -89,7 +89,7 @@ def main() -> None:
     for rows, length in SIZES:
         x = [t.requires_grad_() for t in inputs(rows, length, torch.bfloat16)]
         graph, _ = captured(x)
-        times = [milliseconds(lambda delta=delta: both(x, delta)) for delta in (False, True)]
+        times = [milliseconds(lambda x=x, delta=delta: both(x, delta)) for delta in (False, True)]
         peak = torch.cuda.max_memory_allocated() / 2**30
         print(
             f"{rows} x {length}: sum {times[0]:.2f} ms, delta {times[1]:.2f} ms, delta in a graph "
