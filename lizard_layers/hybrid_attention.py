@@ -14,6 +14,7 @@ from lizard_layers.gate import SigmoidGate, build_gate
 from lizard_layers.key_conv import KeyConv
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.parameters import full_precision
 from lizard_layers.rope import AnchorBlock, apply_rope
 from lizard_layers.state import overwrite
 from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
@@ -41,6 +42,8 @@ class HybridAttention(nn.Module):
             if config.memory == "delta":
                 self.strength = SigmoidGate(config.hidden_size, config.linear_key_heads, config.beta_init)
             self.mix = MergeMix(config) if config.mix == "merge" else SumMix(config)
+            readers = [m for m in (self.gate, self.strength, self.mix) if m is not None]
+            self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
 
     def forward(
         self,
@@ -142,6 +145,8 @@ class HybridAttention(nn.Module):
                 turned = self._turn(config.window_rope, q, k, rope)
                 o, new = window_attn(*turned, v, config.window, **shared)[:2]
                 return o, overwrite(state, new) if inplace and state is not None and new is not None else new
+            if self.reads_input:
+                x = full_precision(x)  # once for all that read it
             g = None if self.gate is None else self.gate(x, k)
             linear_k, conv_k = k, None
             if self.key_conv is not None:
