@@ -86,7 +86,11 @@ class LizardAttention(nn.Module):
         """
         if without_mask:
             attention_mask = None
+        x, rope = hidden_states, position_embeddings if self.use_rope else None
         if self.mode == "teacher":
+            if without_mask:  # in training: the same heads with fewer kernels
+                o = self.teacher_attention(*self.heads(x), rope, **kwargs)
+                return self.o_proj(o.flatten(2)), None
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -94,7 +98,6 @@ class LizardAttention(nn.Module):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        x, rope = hidden_states, position_embeddings if self.use_rope else None
         q, k, v = self.heads(x)
         blocks = None
         if anchor_blocks is not None and self.use_rope:

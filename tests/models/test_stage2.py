@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny import student, teacher, tokens
+from tiny import FAMILIES, student, teacher, tokens
 from training import Sequences, arguments, fresh, moved, recipes, snapshot
 
 from lizard_models import LizardLlamaForCausalLM
@@ -50,8 +50,9 @@ def test_the_loss_is_that_of_teacher_and_student_apart(weights):
     torch.testing.assert_close(loss, weights[0] * entropy + weights[1] * divergence)
 
 
-def test_the_teacher_stays_the_teacher_while_adapters_move():
-    reference, model = teacher(), student()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_stays_the_teacher_while_adapters_move(family):
+    reference, model = teacher(family), student(family=family)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
