@@ -30,15 +30,16 @@ class Config(NamedTuple):
 def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
     """The configuration of a kernel ("forward", "queries" or "keys") by head dims and dtype, picked on an H200."""
     dim, full = max(q.shape[3], v.shape[3]), q.dtype == torch.float32
+    if full:  # no tensor cores: a tile that is too large for the registers is spilled whole
+        rows, columns, warps, stages = (16, 16, 8, 1) if dim > 128 else (16, 16, 4, 1) if dim > 64 else (32, 32, 4, 1)
+    elif dim > 128:  # never 8 warps on 64 rows: docs/kernels.md
+        rows, columns, warps, stages = (32, 32, 4, 1) if kernel == "keys" else (64, 32, 4, 1)
+    else:
+        rows, columns, warps, stages = (64, 32, 4, 3 if kernel == "keys" else 2)
     if kernel == "keys":  # its tiles hold a power of two of heads
-        rows, columns, warps, stages = (32, 32, 4, 1) if full else (64, 32, 8, 1) if dim > 128 else (64, 32, 4, 3)
         return Config(rows, columns, min(triton.next_power_of_2(group), columns), warps, stages)
-    if full:
-        return Config(32, 32, min(group, 32), 4, 1)
-    heads = min(group, 64)
-    if dim > 128:
-        return Config(64, 32, heads, 4, 1)
-    return Config(64, 32, heads, 4, 2, 128 if kernel == "forward" else 168)
+    registers = None if full or dim > 128 else 128 if kernel == "forward" else 168
+    return Config(rows, columns, min(group, rows), warps, stages, registers)
 
 
 @triton.jit
@@ -128,7 +129,7 @@ def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, 
         "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": q.shape[3], "V": v.shape[3], "W": window, "A": anchors,
         "P": prefix, "BM": config.rows, "BN": config.columns,
         "BD": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
     }  # fmt: skip
 
