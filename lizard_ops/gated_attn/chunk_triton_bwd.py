@@ -95,8 +95,9 @@ def row_kernel(
     if NVB == 1:
         vp, vm = tile(v, rj, j_ok, hk, HK, V, 0, BV)
         v_t = tl.load(vp, mask=vm, other=0.0)  # [C, BV]
-        sp, sm = state_tile(states, state, K, V, kb * BK, 0, BK, BV)
-        s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
+        if NKB == 1:
+            sp, sm = state_tile(states, state, K, V, kb * BK, 0, BK, BV)
+            s_t = tl.load(sp, mask=sm, other=0.0)  # [BK, BV]
 
     for step in range(0, (GS + GH - 1) // GH):
         head = step * GH + o_m // C
@@ -106,16 +107,20 @@ def row_kernel(
             if NVB > 1:
                 vp, vm = tile(v, rj, j_ok, hk, HK, V, vb * BV, BV)
                 v_t = tl.load(vp, mask=vm, other=0.0)
-                sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
-                s_t = tl.load(sp, mask=sm, other=0.0)
+                if NKB == 1:
+                    sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
+                    s_t = tl.load(sp, mask=sm, other=0.0)
             dop, om = tile(d_o, ri, ok, head, HQ, V, vb * BV, BV)
             do_t = tl.load(dop, mask=om, other=0.0)  # [BM, BV]
             if vb == 0:
                 d_score = tl.dot(do_t, tl.trans(v_t), input_precision=PRECISION)
-                acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), input_precision=PRECISION)
             else:
                 d_score = tl.dot(do_t, tl.trans(v_t), d_score, input_precision=PRECISION)
-                acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), acc, input_precision=PRECISION)
+            if NKB == 1:  # else later, when the tiles of delta have left the registers
+                if vb == 0:
+                    acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), input_precision=PRECISION)
+                else:
+                    acc = tl.dot(do_t.to(OPERAND), tl.trans(s_t), acc, input_precision=PRECISION)
         qp, qm = tile(q, ri, ok, head, HQ, K, kb * BK, BK)
         q_t = tl.load(qp, mask=qm, other=0.0)  # [BM, BK]
         delta = tl.zeros([BM], tl.float32)
@@ -143,6 +148,13 @@ def row_kernel(
             if GATED:
                 far *= from_start
             delta = tl.sum(score * weight * d_score, 1) + far
+        if NKB > 1:
+            acc = tl.zeros([BM, BK], tl.float32)
+            for vb in tl.static_range(NVB):
+                dop, om = tile(d_o, ri, ok, head, HQ, V, vb * BV, BV)
+                sp, sm = state_tile(states, state, K, V, kb * BK, vb * BV, BK, BV)
+                do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
+                acc = tl.dot(do_t, tl.trans(tl.load(sp, mask=sm, other=0.0)), acc, input_precision=PRECISION)
         m_p = ri * HQ + head
         w, e = row_terms(d_log_mass, mass, m_p, ok, delta, scale, NORMALIZE)
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))

@@ -398,7 +398,7 @@ def channel_key_kernel(
     scale, q_rows, k_rows, q_shift, k_shift, pairs,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dg of one chunk and one key head (one block of columns).
 
@@ -462,7 +462,7 @@ def channel_key_kernel(
             step = tl.cast(step, tl.int32)
             f_q, f_k = factor_pair(factors, step, near_rows, LEVELS, C, K, kb * BK, BK, OPERAND)
             chosen = tl.where(meets(r[None, :], r[:, None], step, near_rows), d_score, 0.0).to(OPERAND)
-            acc += tl.dot(chosen, q_t * f_q, input_precision=PRECISION) * f_k.to(tl.float32)
+            acc += tl.dot(chosen, q_t * f_q, input_precision=GATE_PRECISION) * f_k.to(tl.float32)
 
     rp, rm = tile(row_dot, r, ok, hk, HK, K, kb * BK, BK)
     kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)

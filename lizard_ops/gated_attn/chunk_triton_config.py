@@ -47,16 +47,18 @@ WIDE = {
     "channel_value": (128, 128, 1, 4, 2),
     "channel_key": (128, 128, 1, 4, 2),
 }
-# the same where a head dim over 128 or a chunk over 64 rows leaves less shared memory
+# the same where a head dim over 128 leaves less shared memory; a tile of 64 rows takes no 8 warps: docs/kernels.md
 LARGE = WIDE | {
-    "output": (128, 128, 1, 8, 1),
-    "row": (128, 128, 1, 8, 1),
-    "key": (128, 128, 32, 8, 1),
-    "channel_output": (128, 128, 1, 8, 1),
-    "channel_row": (128, 128, 1, 8, 1),
-    "channel_value": (128, 128, 1, 8, 1),
-    "channel_key": (128, 128, 1, 8, 1),
+    "output": (128, 128, 1, 4, 1),
+    "row": (128, 128, 1, 4, 1),
+    "key": (128, 128, 32, 4, 1),
+    "channel_output": (128, 128, 1, 4, 1),
+    "channel_row": (128, 128, 1, 4, 1),
+    "channel_value": (128, 128, 1, 4, 1),
+    "channel_key": (128, 128, 1, 4, 1),
 }
+# the same for a chunk of over 64 rows
+TALL = WIDE | {name: (*LARGE[name][:3], 8, 1) for name in LARGE if LARGE[name] != WIDE[name]}
 NARROW = {
     "state": (64, 64, 1, 4, 1),
     "state_reverse": (64, 64, 1, 4, 1),
@@ -78,8 +80,8 @@ NARROW = {
 @tunable("gated")
 def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_bytes: int) -> Launch:
     """The configuration of a kernel, by its name in the tables, for these head dims, heads a group and rows a chunk."""
-    large = max(k_dim, v_dim) > 128 or chunk > 64
-    block_k, block_v, queries, warps, stages = (NARROW if operand_bytes > 2 else LARGE if large else WIDE)[kernel]
+    wide = TALL if chunk > 64 else LARGE if max(k_dim, v_dim) > 128 else WIDE
+    block_k, block_v, queries, warps, stages = (NARROW if operand_bytes > 2 else wide)[kernel]
     return Launch(
         max(16, min(block_k, triton.next_power_of_2(k_dim))),
         max(16, min(block_v, triton.next_power_of_2(v_dim))),

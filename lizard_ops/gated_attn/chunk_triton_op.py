@@ -76,6 +76,7 @@ class Shape(NamedTuple):
     gate: int
     operand: torch.dtype
     precision: str
+    gate_precision: str  # of the products that d g of a channel is a difference of
 
     @property
     def operand_tl(self):
@@ -111,11 +112,9 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> S
     hg = 1 if g is None else g.shape[2]
     hs = hq if gate == GATE_HEAD and hg == hq else hk
     operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    precision = "tf32" if operand == torch.bfloat16 else PRECISION
-    return Shape(hq, hk, hs, hg, k.shape[3], v.shape[3], chunk, gate, operand, precision)
-
-
-PRECISION = "tf32x3"
+    precision = "tf32" if operand == torch.bfloat16 else "tf32x3"
+    gate_precision = "ieee" if q.dtype == torch.float32 else precision
+    return Shape(hq, hk, hs, hg, k.shape[3], v.shape[3], chunk, gate, operand, precision, gate_precision)
 
 
 class Gates(NamedTuple):
@@ -326,11 +325,12 @@ def _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place
     q, k, v, d_o, mass, extra = x
     key_sums, row_dot = mass.new_empty(k.shape), mass.new_empty(k.shape)
     dims, varlen = shape.channel_constants, rows.table is not None
+    exact = {"PRECISION": shape.gate_precision}
     cfg = shape.launch("key_sum")
     key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
         k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
-        rows.pairs, BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")},
-        **cfg.options,
+        rows.pairs, BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")}
+        | exact, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_row")
     channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
@@ -351,7 +351,8 @@ def _channel_keys(x, d_states, own_term, row_dot, cross, dk, dv, all_k, gates, s
     cfg = shape.launch("channel_key")
     channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
         q, k, v, gates.first, gates.second, *d_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, *place,
-        BK=cfg.block_k, BV=cfg.block_v, **shape.channel_constants, **flags, **cfg.options,
+        BK=cfg.block_k, BV=cfg.block_v, GATE_PRECISION=shape.gate_precision, **shape.channel_constants, **flags,
+        **cfg.options,
     )  # fmt: skip
     return dg
 
