@@ -406,6 +406,10 @@ def test_extreme_inputs(op, target, kind):
         case = case.map(extreme)
         found = with_gradients(lambda c: chunk(c, target), there(case, target))
         assert finite(found)
+        if kind == "large features" and maps == "softmax" and target.dtype == torch.float16:
+            # d phi is as large as 1 / mass; where it is beyond float16 the reference, which rounds it, has no number
+            reference = with_gradients(lambda c: call(c, "naive"), case)
+            found = {name: x for name, x in found.items() if not reference[name].isnan().any()}
         top = 1.0
         if kind == "large scores" and op != "gated" and case.length:
             top = (case.tokens["q"].abs().max() * case.tokens["k"].abs().max()).item()
