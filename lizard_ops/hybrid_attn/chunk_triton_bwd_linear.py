@@ -25,6 +25,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     half_features,
     head_lead,
     head_rows,
+    head_step,
     load_ahead,
     load_gates,
     load_stack,
@@ -33,6 +34,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     locate,
     locate_chunk,
     rows,
+    time_step,
 )
 
 
@@ -96,7 +98,7 @@ def linear_query_kernel(
     r = t - stream.shift
     slope, offset, flow = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     rest = tl.full([BM], 1.0, tl.float32)
-    p_dfq = at(dfq, batch, first + t, head) + (i * dfq.time + member * dfq.head)[:, None] + f[None, :]
+    p_dfq = at(dfq, batch, first + t, head) + (i * time_step(dfq) + member * head_step(dfq))[:, None] + f[None, :]
     mask_fq = inside[:, None] & (f < FP)[None, :]
     if r >= 0:
         slot = first_slot(n, first, stream, C) + r // C
@@ -145,8 +147,8 @@ def linear_query_kernel(
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
             row = start + j
             c = row + tl.arange(0, BN)
-            b_phi = load_tile(p_phi, phi.time, row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
-            b_v = load_tile(p_v, v.time, row, length - stream.shift, BN, V, BV)
+            b_phi = load_tile(p_phi, time_step(phi), row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
+            b_v = load_tile(p_v, time_step(v), row, length - stream.shift, BN, V, BV)
             key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
             decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
@@ -155,7 +157,7 @@ def linear_query_kernel(
             da = ((da * slope[:, None] + offset[:, None]) * decay).to(LINEAR_DTYPE)
             d_plus = tl.dot(da, b_phi, d_plus, input_precision=PRECISION)
             if SOFTMAX:
-                b_phi = load_tile(p_phi + FP, phi.time, row, length - stream.shift, BN, FP, BF)
+                b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
                 d_minus = tl.dot(da, b_phi, d_minus, input_precision=PRECISION)
         b_fq = load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF)
         plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
@@ -203,8 +205,8 @@ def query_state_kernel(
         head_q = head * GROUP + step // (C // BJ)
         j = step % (C // BJ) * BJ
         i = j + tl.arange(0, BJ)
-        b_fq = load_tile_transposed(at(fq, batch, first, head_q), fq.time, t + j, length, BJ, FP, BF)  # [BF, BJ]
-        b_do = load_tile(at(do, batch, first, head_q), do.time, t + j, length, BJ, V, BV).to(LINEAR_DTYPE)
+        b_fq = load_tile_transposed(at(fq, batch, first, head_q), time_step(fq), t + j, length, BJ, FP, BF)  # [BF, BJ]
+        b_do = load_tile(at(do, batch, first, head_q), time_step(do), t + j, length, BJ, V, BV).to(LINEAR_DTYPE)
         row = (batch.to(tl.int64) * HQ + head_q) * tokens + first + t + i
         b_slope = tl.load(slope + row, mask=t + i < length, other=0.0)
         b_offset = tl.load(offset + row, mask=t + i < length, other=0.0)
@@ -236,7 +238,7 @@ def linear_key_kernel(
     r = block * BT  # first linear row
     seen_rows, known_rows = length - stream.shift, length + stream.prefix - stream.start
     j, f, d = tl.arange(0, BT), tl.arange(0, BF), tl.arange(0, BV)
-    p_dfk = at(dfk, batch, linear_row + r, head) + (j * dfk.time)[:, None] + f[None, :]
+    p_dfk = at(dfk, batch, linear_row + r, head) + (j * time_step(dfk))[:, None] + f[None, :]
     mask_fk = (r + j < known_rows)[:, None] & (f < FP)[None, :]
     if r >= seen_rows:
         tl.store(p_dfk, tl.zeros([BT, BF], dfk.ptr.dtype.element_ty), mask=mask_fk)
@@ -244,11 +246,11 @@ def linear_key_kernel(
     slot = first_slot(n, first, stream, C) + r // C
     start = r // C * C
     p_phi = at(phi, batch, linear_row, head)
-    key_plus = load_tile(p_phi, phi.time, r, seen_rows, BT, FP, BF).to(LINEAR_DTYPE)
+    key_plus = load_tile(p_phi, time_step(phi), r, seen_rows, BT, FP, BF).to(LINEAR_DTYPE)
     key_minus = key_plus
     if SOFTMAX:
-        key_minus = load_tile(p_phi + FP, phi.time, r, seen_rows, BT, FP, BF)
-    b_v = load_tile(at(v, batch, key_row + stream.start, head), v.time, r, seen_rows, BT, V, BV)
+        key_minus = load_tile(p_phi + FP, time_step(phi), r, seen_rows, BT, FP, BF)
+    b_v = load_tile(at(v, batch, key_row + stream.start, head), time_step(v), r, seen_rows, BT, V, BV)
     known = (r + j < seen_rows) & (r + j + stream.start >= behind)
     d_plus, d_minus = tl.zeros([BT, BF], tl.float32), tl.zeros([BT, BF], tl.float32)
     b_dv = tl.zeros([BT, BV], tl.float32)
@@ -289,8 +291,8 @@ def linear_key_kernel(
             t = start + base + stream.shift
             here = start + i < seen_rows
             out = (batch.to(tl.int64) * HQ + head_q) * tokens + first + start + stream.shift + i
-            b_fq = load_tile(at(fq, batch, first, head_q), fq.time, t, length, BN, FP, BF)
-            b_do = load_tile(at(do, batch, first, head_q), do.time, t, length, BN, V, BV)
+            b_fq = load_tile(at(fq, batch, first, head_q), time_step(fq), t, length, BN, FP, BF)
+            b_do = load_tile(at(do, batch, first, head_q), time_step(do), t, length, BN, V, BV)
             slope = tl.load(slope_in + out, mask=here, other=0.0)
             offset = tl.load(offset_in + out, mask=here, other=0.0)
             q_whole, q_part = load_gates(gates, slot, slots, head_g, i, HG, C, SPLIT)
@@ -317,11 +319,11 @@ def linear_key_kernel(
             row = (slot.to(tl.int64) * HS + head_s) * C + r - start + j
             tl.store(near_out + row, near)
             tl.store(far_out + row, far)
-    p_dv = at(dv, batch, key_row + stream.start + r, head) + (j * dv.time)[:, None] + d[None, :]
+    p_dv = at(dv, batch, key_row + stream.start + r, head) + (j * time_step(dv))[:, None] + d[None, :]
     mask_v = (r + j < seen_rows)[:, None] & (d < V)[None, :]
     b_dv += tl.load(p_dv, mask=mask_v, other=0.0).to(tl.float32)
     tl.store(p_dv, b_dv.to(dv.ptr.dtype.element_ty), mask=mask_v)
-    b_fk = load_tile(at(fk, batch, linear_row, head), fk.time, r, seen_rows, BT, FP, BF)
+    b_fk = load_tile(at(fk, batch, linear_row, head), time_step(fk), r, seen_rows, BT, FP, BF)
     plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
     b_dfk = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
     tl.store(p_dfk, b_dfk.to(dfk.ptr.dtype.element_ty), mask=mask_fk)

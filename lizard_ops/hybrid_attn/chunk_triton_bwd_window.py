@@ -18,11 +18,13 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     block_count,
     first_rows,
     head_rows,
+    head_step,
     in_window,
     load_stack,
     load_tile,
     locate,
     rows,
+    time_step,
 )
 from lizard_ops.window_attn.chunk_triton_blocks import rows_last
 from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
@@ -77,15 +79,15 @@ def window_query_kernel(
         for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
             row = t + stream.prefix - W + 1 + j
             c = row + tl.arange(0, BN)
-            b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
-            b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
+            b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
+            b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
             seen = in_window(own, c, valid, W)
             p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
         for j in tl.range(0, ANCHORS, 16):
             c = j + tl.arange(0, 16)
-            b_k = load_tile(p_ak, anchor_k.time, n * 0 + j, kept, 16, D, BD)
-            b_v = load_tile(p_av, anchor_v.time, n * 0 + j, kept, 16, V, BV)
+            b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
+            b_v = load_tile(p_av, time_step(anchor_v), n * 0 + j, kept, 16, V, BV)
             seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
             p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
@@ -97,31 +99,31 @@ def window_query_kernel(
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)
-        b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
-        b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
+        b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
+        b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
         seen = in_window(own, c, valid, W)
         p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None]) * slope
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
     for j in tl.range(0, ANCHORS, 16):
         c = j + tl.arange(0, 16)
-        b_k = load_tile(p_ak, anchor_k.time, n * 0 + j, kept, 16, D, BD)
-        b_v = load_tile(p_av, anchor_v.time, n * 0 + j, kept, 16, V, BV)
+        b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
+        b_v = load_tile(p_av, time_step(anchor_v), n * 0 + j, kept, 16, V, BV)
         seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
         p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None]) * slope
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
     if RELATIVE:
         top_key = tl.load(top_key_in + out, mask=inside, other=0)
-        of_k = p_k + top_key.to(tl.int64) * k.time
+        of_k = p_k + top_key.to(tl.int64) * time_step(k)
         if ANCHORS > 0:
-            of_k = tl.where(top_key >= 0, of_k, p_ak + (-1 - top_key).to(tl.int64) * anchor_k.time)
+            of_k = tl.where(top_key >= 0, of_k, p_ak + (-1 - top_key).to(tl.int64) * time_step(anchor_k))
         mask = inside[:, None] & (d < D)[None, :]
         b_top = tl.load(of_k[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
         if cap is not None:
             flow *= cap_slope(capped(tl.sum(b_q.to(tl.float32) * b_top, 1), cap), cap)
         b_dq += flow[:, None] * b_top
-    p_dq = at(dq, batch, first + t, head) + (i * dq.time + member * dq.head)[:, None] + d[None, :]
+    p_dq = at(dq, batch, first + t, head) + (i * time_step(dq) + member * head_step(dq))[:, None] + d[None, :]
     tl.store(p_dq, (b_dq * scale).to(dq.ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 

@@ -24,6 +24,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     first_slot,
     head_lead,
     head_rows,
+    head_step,
     in_window,
     load_ahead,
     load_gates,
@@ -31,6 +32,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     load_tile,
     locate,
     rows,
+    time_step,
 )
 from lizard_ops.window_attn.chunk_triton_softcap import cap_of, capped, units_of
 
@@ -112,7 +114,7 @@ def output_kernel(
 
     # linear branch: the state that entered the chunk, and the chunk up to here; its average waits in o
     r = t - stream.shift  # first linear row of the block
-    p_o = at(o, batch, first + t, head) + (i * o.time + member * o.head)[:, None] + d[None, :]
+    p_o = at(o, batch, first + t, head) + (i * time_step(o) + member * head_step(o))[:, None] + d[None, :]
     mask_o = inside[:, None] & (d < V)[None, :]
     mass = tl.zeros([BM], tl.float32)
     ahead = tl.zeros([BM], tl.float32)
@@ -143,11 +145,11 @@ def output_kernel(
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
             row = start + j
             c = row + tl.arange(0, BN)
-            b_phi = load_tile(p_phi, phi.time, row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
-            b_v = load_tile(p_v, v.time, row, length - stream.shift, BN, V, BV).to(LINEAR_DTYPE)
+            b_phi = load_tile(p_phi, time_step(phi), row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
+            b_v = load_tile(p_v, time_step(v), row, length - stream.shift, BN, V, BV).to(LINEAR_DTYPE)
             a = tl.dot(plus, tl.trans(b_phi), input_precision=PRECISION)
             if SOFTMAX:
-                b_phi = load_tile(p_phi + FP, phi.time, row, length - stream.shift, BN, FP, BF)
+                b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
                 a = tl.dot(minus, tl.trans(b_phi), a, input_precision=PRECISION)
             key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
@@ -178,14 +180,14 @@ def output_kernel(
         p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
         for a in tl.static_range(0, ANCHORS, 16):
             top, top_key, total, acc = anchor_step(
-                b_q, p_ak, p_av, anchor_k.time, anchor_v.time, a, t + i, kept, n, stream, top, top_key, total, acc,
-                score_scale, cap, W, ANCHORS, D, BD, V, BV, DTYPE, PRECISION, RELATIVE,
+                b_q, p_ak, p_av, time_step(anchor_k), time_step(anchor_v), a, t + i, kept, n, stream, top, top_key,
+                total, acc, score_scale, cap, W, ANCHORS, D, BD, V, BV, DTYPE, PRECISION, RELATIVE,
             )  # fmt: skip
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)
-        b_k = load_tile(p_k, k.time, row, keys, BN, D, BD)
-        b_v = load_tile(p_v, v.time, row, keys, BN, V, BV)
+        b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
+        b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
         score = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
         score = tl.where(in_window(own, c, valid, W), score, float("-inf"))
         top, top_key, total, acc = softmax_step(

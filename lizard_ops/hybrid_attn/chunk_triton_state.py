@@ -29,6 +29,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     rows,
     sequence,
     slot_count,
+    time_step,
 )
 
 
@@ -115,8 +116,8 @@ def chunk_state_kernel(
     for j in tl.range(0, C, BJ, num_stages=STAGES):
         row = i_chunk * C + j
         r = row + tl.arange(0, BJ)
-        b_fk = load_tile_transposed(p_fk, fk.time, row, seen, BJ, FP, BF)  # [BF, BJ]
-        b_v = load_tile(p_v, v.time, row, seen, BJ, V, BV).to(LINEAR_DTYPE)  # [BJ, BV]
+        b_fk = load_tile_transposed(p_fk, time_step(fk), row, seen, BJ, FP, BF)  # [BF, BJ]
+        b_v = load_tile(p_v, time_step(v), row, seen, BJ, V, BV).to(LINEAR_DTYPE)  # [BJ, BV]
         whole, part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C, SPLIT)
         decay = tl.exp2(decay_between(end_whole, end_part, whole, part, SPLIT))
         decay = tl.where((r < seen) & (r + stream.start >= behind), decay, 0.0)
@@ -124,7 +125,7 @@ def chunk_state_kernel(
         if SOFTMAX and (HS == HK or head % (HS // HK) == 0):
             f = tl.arange(0, BF)
             p_phi = at(phi, batch, linear_row + row, head_k) + half * FP + f[:, None]
-            p_phi += (tl.arange(0, BJ) * phi.time)[None, :]
+            p_phi += (tl.arange(0, BJ) * time_step(phi))[None, :]
             tl.store(p_phi, b_phi.to(phi.ptr.dtype.element_ty), mask=(f < FP)[:, None] & (r < seen)[None, :])
         b_phi *= decay[None, :]
         b_s = tl.dot(b_phi.to(LINEAR_DTYPE), b_v, b_s, input_precision=PRECISION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import triton
@@ -13,12 +14,17 @@ GATE_FLOOR = tl.constexpr(-200.0)  # log2 of a decay that is zero in float32; a 
 
 
 class Rows(NamedTuple):
-    """A tensor [B, T, H, dim] of any strides but a unit last one."""
+    """A tensor [B, T, H, dim] of any strides but a unit last one.
+
+    Strides are in steps of ``unit`` elements. Of an argument Triton knows only whether 16 divides it: without the unit,
+    rows of 40 would be loaded number by number.
+    """
 
     ptr: Tensor
     batch: int
     time: int
     head: int
+    unit: tl.constexpr
 
 
 class Stream(NamedTuple):
@@ -42,12 +48,13 @@ class Stream(NamedTuple):
 def rows(x: Tensor) -> Rows:
     """The tensor as kernels take it; copied if its last stride is not one."""
     x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+    unit = math.gcd(8, *x.stride()[:3])
+    return Rows(x, x.stride(0) // unit, x.stride(1) // unit, x.stride(2) // unit, tl.constexpr(unit))
 
 
 def head_rows(x: Tensor) -> Rows:
     """A tensor [B, T, H] as rows of one channel."""
-    return Rows(x, *x.stride())
+    return Rows(x, *x.stride(), tl.constexpr(1))
 
 
 def block_count(stream: Stream, extra: int, block: int) -> int:
@@ -147,7 +154,20 @@ def first_rows(n, first, stream, ANCHORS: tl.constexpr):
 @triton.jit
 def at(x, batch, row, head):
     """Address of channel 0 of one row of a ``Rows``."""
-    return x.ptr + batch.to(tl.int64) * x.batch + row.to(tl.int64) * x.time + head.to(tl.int64) * x.head
+    steps = batch.to(tl.int64) * x.batch + row.to(tl.int64) * x.time + head.to(tl.int64) * x.head
+    return x.ptr + steps * x.unit
+
+
+@triton.jit
+def time_step(x):
+    """Elements from one row of a ``Rows`` to the next."""
+    return x.time * x.unit
+
+
+@triton.jit
+def head_step(x):
+    """Elements from one head of a ``Rows`` to the next."""
+    return x.head * x.unit
 
 
 @triton.jit
@@ -180,7 +200,7 @@ def load_stack(
     mask = inside[:, None]
     if DIM != BD:
         mask = mask & (d < DIM)[None, :]
-    p = at(x, batch, first + t, head) + (i * x.time + member * x.head)[:, None] + d[None, :]
+    p = at(x, batch, first + t, head) + (i * time_step(x) + member * head_step(x))[:, None] + d[None, :]
     return tl.load(p, mask=mask, other=0.0)
 
 
