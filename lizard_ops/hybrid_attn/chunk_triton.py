@@ -43,13 +43,14 @@ def chunk_hybrid_triton(
     """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked.
 
     The kernels fuse gates that are one a head or for all heads. Gates a channel and gate_form="absorbed" run the gated
-    and the window kernels one after the other; a delta memory (beta) runs in PyTorch beside the window kernel. Under
-    autocast q, k, v, fq and fk take its dtype; gates, weights and sums stay float32.
+    and the window kernels one after the other, and with exponential features that gated branch in PyTorch; a delta
+    memory (beta) runs in PyTorch beside the window kernel. Under autocast q, k, v, fq and fk take its dtype; gates,
+    weights and sums stay float32.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
     weight = alpha if mix == "sum" else merge_bias
-    if gate_form == "absorbed" or feature_map == "exp" or beta is not None or (g is not None and g.ndim == 4):
+    if gate_form == "absorbed" or beta is not None or (g is not None and g.ndim == 4):
         return composed_hybrid(
             q, k, v, fq, fk, g, window, anchors=anchors, sinks=sinks, mix=mix, weight=weight, merge_mass=merge_mass,
             outside=coverage == "outside", feature_map=feature_map, normalize=normalize, scale=scale,
@@ -72,7 +73,7 @@ def chunk_hybrid_triton(
         anchor_k, anchor_v = (
             anchor_rows(x, kept, anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
         )
-    o, s, z, *_ = hybrid_forward(
+    o, s, z, log_scale, *_ = hybrid_forward(
         q,
         key_stream(k, state.ring_k, layout),
         key_stream(v, state.ring_v, layout),
@@ -93,15 +94,17 @@ def chunk_hybrid_triton(
         outside,
         merge_mass if mix == "merge" else mix,
         normalize,
-        feature_map == "softmax",
+        feature_map,
         scale,
         feature_scale,
         output_final_state,
         softcap,
+        state.log_scale,
     )
     final = None
     if output_final_state:
         offset = offset_fields(fk, v, g, initial_state, window if outside else 0, layout)
         fields = window_fields(k, v, anchor_k, anchor_v, initial_state, window, layout)
-        final = AttentionState(layout.end, s, z, **(fields | offset))
+        log_scale = log_scale.detach() if feature_map == "exp" else None
+        final = AttentionState(layout.end, s, z, log_scale, **(fields | offset))
     return (o if padding_mask is None else restore(o, plan)), final

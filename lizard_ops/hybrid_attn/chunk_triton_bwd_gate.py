@@ -110,7 +110,7 @@ def gate_gradients(
         gate_gradient_kernel[(blocks * shape.state_heads,)](
             head_rows(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, *keys,
             terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, window, power_of_two(window),
-            shape.query_heads, shape.state_heads, heads, shape.features, shape.value, shape.value_block, shape.chunk,
-            0 if keys.sent is None else keys.sent.shape[0], shape.split, num_warps=4,
+            shape.query_heads, shape.state_heads, gates.shape[2], shape.features, shape.value, shape.value_block,
+            shape.chunk, 0 if keys.sent is None else keys.sent.shape[0], shape.split, num_warps=4,
         )  # fmt: skip
     return dg.unflatten(2, (heads, shape.state_heads // heads)).sum(-1) if heads != shape.state_heads else dg

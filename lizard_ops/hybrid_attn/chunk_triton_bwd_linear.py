@@ -18,6 +18,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     block_count,
     decay_between,
     decay_since_start,
+    exponential_log2,
     features,
     features_backward,
     first_rows,
@@ -28,6 +29,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     head_step,
     load_ahead,
     load_gates,
+    load_key_gates,
     load_stack,
     load_tile,
     load_tile_transposed,
@@ -68,11 +70,11 @@ def linear_query_kernel(
     shift_out, flow_out, entered_out, slots, tokens, stream, feature_scale,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr,
-    BN: tl.constexpr, SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr,
+    BN: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr,
     NORMALIZE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of fq and row terms of BT queries of GH heads; the blocks are those of the output kernel."""
-    F: tl.constexpr = 2 * FP if SOFTMAX else FP
+    F: tl.constexpr = 2 * FP if MAP != "identity" else FP
     BM: tl.constexpr = BT * GH
     head = tl.program_id(0) % (HQ // GH) * GH
     head_k, head_s, head_g = head // (HQ // HK), head // (HQ // HS), head // (HQ // HG)
@@ -104,6 +106,8 @@ def linear_query_kernel(
         slot = first_slot(n, first, stream, C) + r // C
         start = r // C * C
         ahead = load_ahead(gates, slot, slots, head_g, r - start + i, HG, C)
+        if MAP == "exp":
+            ahead += exponential_log2(load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF))
         log_linear = tl.load(linear + out, mask=inside, other=float("-inf"))
         some = log_linear > float("-inf")
         slope = tl.where(some, tl.exp2(-log_linear), 0.0)
@@ -130,7 +134,7 @@ def linear_query_kernel(
         by_state, by_mass = (slope * entered)[:, None], (offset * entered)[:, None]
         b_s = load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV)
         d_minus = tl.zeros([BM, BF], tl.float32)
-        if SOFTMAX:
+        if MAP != "identity":
             b_s_minus = load_tile_transposed(p_s + FP * V, V, r * 0, FP, BF, V, BV)
             d_minus = tl.dot(b_dol, b_s_minus, input_precision=PRECISION)
             d_minus = d_minus * by_state + tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :] * by_mass
@@ -138,8 +142,8 @@ def linear_query_kernel(
         d_plus = d_plus * by_state + tl.load(p_z, mask=f < FP, other=0.0)[None, :] * by_mass
         if entered_out is not None:
             b_fq = load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF)
-            plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
-            tl.store(entered_out + out, through_features(plus, minus, d_plus, d_minus, SOFTMAX), mask=inside)
+            plus, minus = features(b_fq, FP, BF, 1, MAP)
+            tl.store(entered_out + out, through_features(plus, minus, d_plus, d_minus, MAP), mask=inside)
 
         # keys of the same chunk
         p_phi = at(phi, batch, linear_row, head_k)
@@ -149,21 +153,21 @@ def linear_query_kernel(
             c = row + tl.arange(0, BN)
             b_phi = load_tile(p_phi, time_step(phi), row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
             b_v = load_tile(p_v, time_step(v), row, length - stream.shift, BN, V, BV)
-            key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
+            key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, MAP)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
             decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
             decay = tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
             da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             da = ((da * slope[:, None] + offset[:, None]) * decay).to(LINEAR_DTYPE)
             d_plus = tl.dot(da, b_phi, d_plus, input_precision=PRECISION)
-            if SOFTMAX:
+            if MAP != "identity":
                 b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
                 d_minus = tl.dot(da, b_phi, d_minus, input_precision=PRECISION)
         b_fq = load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF)
-        plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
+        plus, minus = features(b_fq, FP, BF, 1, MAP)
         if MERGE or not NORMALIZE:
-            flow = through_features(plus, minus, d_plus, d_minus, SOFTMAX)
-        b_dfq = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
+            flow = through_features(plus, minus, d_plus, d_minus, MAP)
+        b_dfq = features_backward(plus, minus, d_plus, d_minus, MAP)
         tl.store(p_dfq, b_dfq.to(dfq.ptr.dtype.element_ty), mask=mask_fq)
     else:
         tl.store(p_dfq, tl.zeros([BM, BF], dfq.ptr.dtype.element_ty), mask=mask_fq)
@@ -176,10 +180,10 @@ def linear_query_kernel(
 
 
 @triton.jit
-def through_features(plus, minus, d_plus, d_minus, SOFTMAX: tl.constexpr):
+def through_features(plus, minus, d_plus, d_minus, MAP: tl.constexpr):
     """Weights of a row times their gradients, summed: features times theirs."""
     total = tl.sum(plus * d_plus, 1)
-    if SOFTMAX:
+    if MAP != "identity":
         total += tl.sum(minus * d_minus, 1)
     return total
 
@@ -188,12 +192,12 @@ def through_features(plus, minus, d_plus, d_minus, SOFTMAX: tl.constexpr):
 def query_state_kernel(
     fq, do, gates, slope, offset, s, z, slots, tokens, stream,
     HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr, SPLIT: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr,
     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the queries of each chunk add to the gradient of one half of the state that enters it."""
     GROUP: tl.constexpr = HQ // HS
-    HALVES: tl.constexpr = 2 if SOFTMAX else 1
+    HALVES: tl.constexpr = 2 if MAP != "identity" else 1
     half, entry = tl.program_id(0) % HALVES, tl.program_id(0) // HALVES
     slot, head = entry // HS, entry % HS
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
@@ -212,7 +216,7 @@ def query_state_kernel(
         b_offset = tl.load(offset + row, mask=t + i < length, other=0.0)
         whole, part = load_gates(gates, slot, slots, head_g, i, HG, C, SPLIT)
         entered = decay_since_start(whole, part, SPLIT)
-        phi = half_features(b_fq, 1.0 - 2.0 * half, FP, BF, 0, SOFTMAX)
+        phi = half_features(b_fq, 1.0 - 2.0 * half, FP, BF, 0, MAP)
         b_s = tl.dot((phi * (b_slope * entered)[None, :]).to(LINEAR_DTYPE), b_do, b_s, input_precision=PRECISION)
         b_z += tl.sum(phi * (b_offset * entered)[None, :], 1)
     store_state(s, z, entry, half, b_s, b_z, FP, BF, V, BV, HALVES)
@@ -224,14 +228,14 @@ def linear_key_kernel(
     tokens, stream,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, SPLIT: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BT linear rows of one key head over its query heads: dfk, and what dv gets beside the window's.
 
     The weights are computed key by query, never transposed.
     """
-    F: tl.constexpr = 2 * FP if SOFTMAX else FP
+    F: tl.constexpr = 2 * FP if MAP != "identity" else FP
     head = tl.program_id(0) % HK
     n, block, batch, first, length = locate(tl.program_id(0) // HK, stream, stream.prefix - stream.start, BT)
     key_row, linear_row, _, behind = first_rows(n, first, stream, ANCHORS)
@@ -248,7 +252,7 @@ def linear_key_kernel(
     p_phi = at(phi, batch, linear_row, head)
     key_plus = load_tile(p_phi, time_step(phi), r, seen_rows, BT, FP, BF).to(LINEAR_DTYPE)
     key_minus = key_plus
-    if SOFTMAX:
+    if MAP != "identity":
         key_minus = load_tile(p_phi + FP, time_step(phi), r, seen_rows, BT, FP, BF)
     b_v = load_tile(at(v, batch, key_row + stream.start, head), time_step(v), r, seen_rows, BT, V, BV)
     known = (r + j < seen_rows) & (r + j + stream.start >= behind)
@@ -259,7 +263,7 @@ def linear_key_kernel(
         head_g = head_s // (HS // HG)
         entry = slot.to(tl.int64) * HS + head_s
         p_s, p_z = ds + entry * F * V, dz + entry * F + f
-        whole, part = load_gates(gates, slot, slots, head_g, r - start + j, HG, C, SPLIT)
+        whole, part = load_key_gates(gates, slot, slots, head_g, r - start + j, HG, C, SPLIT, MAP)
         whole = tl.where(known, whole, float("inf"))
 
         # through the state that leaves the chunk
@@ -271,7 +275,7 @@ def linear_key_kernel(
         more = (more + tl.load(p_z, mask=f < FP, other=0.0)[None, :]) * leaving
         far = tl.sum(key_plus.to(tl.float32) * more, 1)
         d_plus += more
-        if SOFTMAX:
+        if MAP != "identity":
             p_s, p_z = p_s + FP * V, p_z + FP
             b_s = load_tile(p_s, V, r * 0, FP, BF, V, BV)
             from_state = tl.dot(key_minus, b_s, from_state, input_precision=PRECISION)
@@ -298,10 +302,10 @@ def linear_key_kernel(
             q_whole, q_part = load_gates(gates, slot, slots, head_g, i, HG, C, SPLIT)
             decay = decay_between(q_whole[None, :], q_part[None, :], whole[:, None], part[:, None], SPLIT)
             decay = tl.exp2(tl.where((r - start + j)[:, None] <= i[None, :], decay, float("-inf")))
-            q_plus, q_minus = features(b_fq, FP, BF, 1, SOFTMAX)
+            q_plus, q_minus = features(b_fq, FP, BF, 1, MAP)
             q_plus, q_minus = q_plus.to(LINEAR_DTYPE), q_minus.to(LINEAR_DTYPE)
             a = tl.dot(key_plus, tl.trans(q_plus), input_precision=PRECISION)
-            if SOFTMAX:
+            if MAP != "identity":
                 a = tl.dot(key_minus, tl.trans(q_minus), a, input_precision=PRECISION)
             a *= decay
             da = slope[None, :] * tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) + offset[None, :]
@@ -313,7 +317,7 @@ def linear_key_kernel(
             b_dv = tl.dot(a, b_do.to(LINEAR_DTYPE), b_dv, input_precision=PRECISION)
             da = (da * decay).to(LINEAR_DTYPE)
             d_plus = tl.dot(da, q_plus, d_plus, input_precision=PRECISION)
-            if SOFTMAX:
+            if MAP != "identity":
                 d_minus = tl.dot(da, q_minus, d_minus, input_precision=PRECISION)
         if near_out is not None:
             row = (slot.to(tl.int64) * HS + head_s) * C + r - start + j
@@ -324,8 +328,8 @@ def linear_key_kernel(
     b_dv += tl.load(p_dv, mask=mask_v, other=0.0).to(tl.float32)
     tl.store(p_dv, b_dv.to(dv.ptr.dtype.element_ty), mask=mask_v)
     b_fk = load_tile(at(fk, batch, linear_row, head), time_step(fk), r, seen_rows, BT, FP, BF)
-    plus, minus = features(b_fk, FP, BF, 1, SOFTMAX)
-    b_dfk = features_backward(plus, minus, d_plus, d_minus, SOFTMAX)
+    plus, minus = features(b_fk, FP, BF, 1, MAP)
+    b_dfk = features_backward(plus, minus, d_plus, d_minus, MAP)
     tl.store(p_dfk, b_dfk.to(dfk.ptr.dtype.element_ty), mask=mask_fk)
 
 
@@ -351,7 +355,7 @@ def linear_queries(
             None if weight is None else head_rows(weight), masses.linear, masses.window, masses.top, average, *terms,
             gates.shape[1], tokens, stream, feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
             gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked,
-            c.columns, shape.softmax, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
+            c.columns, shape.feature_map, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
             shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dfq
@@ -368,7 +372,7 @@ def query_states(
         query_state_kernel[(slots * shape.state_heads * shape.halves,)](
             rows(fq), rows(do), gates, terms.slope, terms.offset, states.s, states.z, slots, do.shape[1], stream,
             shape.query_heads, shape.state_heads, gates.shape[2], shape.pre, shape.pre_block, shape.value,
-            shape.value_block, shape.chunk, c.rows, shape.softmax, shape.split, shape.linear_dtype, shape.precision,
+            shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype, shape.precision,
             c.stages, **c.launch,
         )  # fmt: skip
     scan_states(states, end, gates, stream, shape, reverse=True)
@@ -397,7 +401,7 @@ def linear_keys(
             rows(v), rows(fq), rows(fk), rows(phi), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates,
             terms.slope, terms.offset, *terms_of_keys, terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
             shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
-            shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.softmax, shape.split,
-            shape.linear_dtype, shape.precision, c.stages, **c.launch,
+            shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.feature_map,
+            shape.split, shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dfk, found

@@ -41,7 +41,7 @@ class Shape:
     dim: int
     value: int
     pre: int
-    softmax: bool
+    feature_map: str
     window: int
     anchors: int
     outside: bool
@@ -56,16 +56,16 @@ class Shape:
 
     @property
     def features(self) -> int:
-        return 2 * self.pre if self.softmax else self.pre
+        return self.halves * self.pre
 
     @property
     def halves(self) -> int:
-        return 2 if self.softmax else 1
+        return 1 if self.feature_map == "identity" else 2
 
     @property
     def split(self) -> bool:
         """Whether running gates keep more digits than one float32."""
-        return self.dtype == torch.float32
+        return self.dtype == torch.float32 or self.feature_map == "exp"
 
     @property
     def group(self) -> int:

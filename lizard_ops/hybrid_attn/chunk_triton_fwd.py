@@ -19,6 +19,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     block_count,
     decay_between,
     decay_since_start,
+    exponential_log2,
     features,
     first_rows,
     first_slot,
@@ -28,6 +29,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     in_window,
     load_ahead,
     load_gates,
+    load_key_gates,
     load_stack,
     load_tile,
     locate,
@@ -35,6 +37,8 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     time_step,
 )
 from lizard_ops.window_attn.chunk_triton_softcap import cap_of, capped, units_of
+
+TINY = tl.constexpr(1.1754943508222875e-38)  # a mass below is none: float32 keeps too few digits of it
 
 
 class Masses(NamedTuple):
@@ -91,14 +95,14 @@ def output_kernel(
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     HS: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
-    SOFTMAX: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
+    MAP: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
     DTYPE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and masses of BT queries of GH heads that share their keys, stacked as rows of one tile.
 
     Blocks are aligned on linear rows, so that one never spans two chunks: query t meets linear row t - shift.
     """
-    F: tl.constexpr = 2 * FP if SOFTMAX else FP
+    F: tl.constexpr = 2 * FP if MAP != "identity" else FP
     BM: tl.constexpr = BT * GH
     head = tl.program_id(0) % (HQ // GH) * GH
     head_k, head_s, head_g = head // (HQ // HK), head // (HQ // HS), head // (HQ // HG)
@@ -127,14 +131,14 @@ def output_kernel(
         p_z = z + entry * F + f
         b_s = load_tile(p_s, V, r * 0, FP, BF, V, BV)
         b_z = tl.load(p_z, mask=f < FP, other=0.0)
-        plus, minus = features(b_fq, FP, BF, 1, SOFTMAX)
+        plus, minus = features(b_fq, FP, BF, 1, MAP)
         mass += tl.sum(plus * b_z[None, :], 1)
-        if SOFTMAX:
+        if MAP != "identity":
             b_s_minus = load_tile(p_s + FP * V, V, r * 0, FP, BF, V, BV)
             mass += tl.sum(minus * tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :], 1)
         plus, minus = plus.to(LINEAR_DTYPE), minus.to(LINEAR_DTYPE)
         acc = tl.dot(plus, b_s, input_precision=PRECISION)
-        if SOFTMAX:
+        if MAP != "identity":
             acc = tl.dot(minus, b_s_minus, acc, input_precision=PRECISION)
         whole, part = load_gates(gates, slot, slots, head_g, r - start + i, HG, C, SPLIT)
         entered = decay_since_start(whole, part, SPLIT)
@@ -148,18 +152,20 @@ def output_kernel(
             b_phi = load_tile(p_phi, time_step(phi), row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
             b_v = load_tile(p_v, time_step(v), row, length - stream.shift, BN, V, BV).to(LINEAR_DTYPE)
             a = tl.dot(plus, tl.trans(b_phi), input_precision=PRECISION)
-            if SOFTMAX:
+            if MAP != "identity":
                 b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
                 a = tl.dot(minus, tl.trans(b_phi), a, input_precision=PRECISION)
-            key_whole, key_part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT)
+            key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, MAP)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
             decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
             a *= tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
             mass += tl.sum(a, 1)
             acc = tl.dot(a.to(LINEAR_DTYPE), b_v, acc, input_precision=PRECISION)
         ahead = load_ahead(gates, slot, slots, head_g, r - start + i, HG, C)
+        if MAP == "exp":
+            ahead += exponential_log2(b_fq)
         if NORMALIZE:
-            acc *= tl.where(mass != 0.0, 1.0 / mass, 0.0)[:, None]
+            acc *= tl.where(tl.abs(mass) >= TINY, 1.0 / mass, 0.0)[:, None]
         else:
             acc *= (feature_scale * tl.exp2(ahead))[:, None]
         tl.store(p_o, acc.to(o.ptr.dtype.element_ty), mask=mask_o)
@@ -203,7 +209,7 @@ def output_kernel(
     weight_window = 1.0 / total  # not exp2(top - log_window), which large scores leave few digits
 
     # mix
-    some = (mass != 0.0) & (ahead > float("-inf"))
+    some = (tl.abs(mass) >= TINY) & (ahead > float("-inf"))
     log_linear = tl.where(some, tl.log2(mass), float("-inf"))
     b_weight = tl.zeros([BM], tl.float32)
     if weight is not None:
@@ -269,7 +275,7 @@ def hybrid_output(
             tokens, stream, units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap), feature_scale,
             shape.window, shape.anchors, anchors is None, heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
-            shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns, shape.softmax,
+            shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns, shape.feature_map,
             shape.split, shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype,
             shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip

@@ -13,18 +13,19 @@ from lizard_ops.hybrid_attn.chunk_triton_config import Shape
 from lizard_ops.hybrid_attn.chunk_triton_fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.chunk_triton_state import chunk_states, running_gates
 from lizard_ops.hybrid_attn.chunk_triton_tiles import Stream, slot_count
+from lizard_ops.hybrid_attn.chunk_triton_units import unit_gates
 
 
 def describe(
     q: Tensor, k: Tensor, v: Tensor, fk: Tensor, g: Tensor | None, position: Tensor | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, window: int, anchors: int, outside: bool, mix: str,
-    normalize: bool, softmax: bool,
+    normalize: bool, feature_map: str,
 ) -> tuple[Shape, Stream]:  # fmt: skip
     """What the kernels are compiled for, and where the sequences stand."""
     query_heads, key_heads = q.shape[2], k.shape[2]
     heads = query_heads if g is not None and g.shape[2] == query_heads else key_heads
     shape = Shape(
-        q.device, q.dtype, query_heads, key_heads, heads, q.shape[3], v.shape[3], fk.shape[3], softmax, window,
+        q.device, q.dtype, query_heads, key_heads, heads, q.shape[3], v.shape[3], fk.shape[3], feature_map, window,
         anchors, outside, mix != "sum", mix == "relative", normalize,
     )  # fmt: skip
     prefix = 0 if position is None else window
@@ -63,44 +64,54 @@ def hybrid_forward(
     outside: bool,
     mix: str,  # "sum", "absolute" or "relative"
     normalize: bool,
-    softmax: bool,
+    feature_map: str,
     scale: float,
     feature_scale: float,
     final: bool,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final s, final z, running gates, masses...); the final sums are empty without ``final``."""
+    log_scale: Tensor | None = None,  # [N, Hs] of s and z, with exponential features
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final s, final z, their log scale, running gates, masses...).
+
+    The final sums are empty without ``final``, the log scale without exponential features.
+    """
     shape, stream = describe(
-        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
     )
     with on_device(q):
-        gates = running_gates(g, stream, shape)
+        end_log = empty(q, 0)
+        if feature_map == "exp":
+            gates, end_log = unit_gates(fk, g, log_scale, stream, shape)
+        else:
+            gates = running_gates(g, stream, shape)
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, final)
         o, masses = hybrid_output(
             q, k, v, fq, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, softcap, feature_scale, stream,
             shape,
         )  # fmt: skip
     if states.end_s is None or states.end_z is None:
-        return o, empty(q, 0), empty(q, 0), gates, *masses
-    return o, states.end_s, states.end_z, gates, *masses
+        return o, empty(q, 0), empty(q, 0), end_log, gates, *masses
+    return o, states.end_s, states.end_z, end_log, gates, *masses
 
 
 @hybrid_forward.register_fake
 def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
-    mix, normalize, softmax, scale, feature_scale, final, softcap=None,
+    mix, normalize, feature_map, scale, feature_scale, final, softcap=None, log_scale=None,
 ):  # fmt: skip
     shape, stream = describe(
-        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
     )
     full = (q.shape[0], q.shape[2], q.shape[1])
     some = full if mix == "relative" else (0,)
-    end = (stream.ends - 1, shape.state_heads, shape.features)
+    end, exp = (stream.ends - 1, shape.state_heads, shape.features), feature_map == "exp"
+    gate_heads = shape.state_heads if exp else 1 if g is None else g.shape[2]
     return (
         empty(q, *q.shape[:3], v.shape[3], dtype=q.dtype),
         empty(q, *end, v.shape[3]) if final else empty(q, 0),
         empty(q, *end) if final else empty(q, 0),
-        empty(q, 3, slot_count(stream, shape.chunk), 1 if g is None else g.shape[2], shape.chunk),
+        empty(q, *end[:2]) if exp else empty(q, 0),
+        empty(q, 5 if exp else 3, slot_count(stream, shape.chunk), gate_heads, shape.chunk),
         empty(q, *full), empty(q, *full), empty(q, *some), empty(q, *some, dtype=torch.int32),
     )  # fmt: skip
 
@@ -110,14 +121,14 @@ def hybrid_backward(
     q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, g: Tensor | None, weight: Tensor | None,
     sink: Tensor | None, anchor_k: Tensor | None, anchor_v: Tensor | None, s: Tensor | None, z: Tensor | None,
     position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
-    window: int, anchors: int, outside: bool, mix: str, normalize: bool, softmax: bool, scale: float,
+    window: int, anchors: int, outside: bool, mix: str, normalize: bool, feature_map: str, scale: float,
     feature_scale: float, softcap: float | None,
     o: Tensor, gates: Tensor, linear: Tensor, log_window: Tensor, top: Tensor, top_key: Tensor,
     d_o: Tensor, d_s: Tensor | None, d_z: Tensor | None, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the first twelve arguments of ``hybrid_forward``; those of absent ones are empty."""
     shape, stream = describe(
-        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, softmax
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
     )
     masses, d_end = Masses(linear, log_window, top, top_key), pair(d_s, d_z)
     with on_device(q):
@@ -157,8 +168,8 @@ def hybrid_backward(
 @hybrid_backward.register_fake
 def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
-    mix, normalize, softmax, scale, feature_scale, softcap, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z,
-    gate_gradient,
+    mix, normalize, feature_map, scale, feature_scale, softcap, o, gates, linear, log_window, top, top_key, d_o, d_s,
+    d_z, gate_gradient,
 ):  # fmt: skip
     def like(x):
         return empty(q, 0) if x is None else empty(q, *x.shape, dtype=x.dtype)
@@ -168,11 +179,11 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    *tensors, window, anchors, outside, mix, normalize, softmax, scale, feature_scale, _, softcap = inputs
-    o, _, _, *masses = output
+    *tensors, window, anchors, outside, mix, normalize, feature_map, scale, feature_scale, _, softcap, _ = inputs
+    o, _, _, _, *masses = output
     ctx.save_for_backward(*tensors, o, *masses)
     ctx.end_shape = output[1].shape
-    ctx.options = (window, anchors, outside, mix, normalize, softmax, scale, feature_scale, softcap)
+    ctx.options = (window, anchors, outside, mix, normalize, feature_map, scale, feature_scale, softcap)
     ctx.set_materialize_grads(False)
 
 
@@ -188,7 +199,7 @@ def _backward(ctx, d_o, d_s, d_z, *_):
         *inputs, *ctx.options, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
     )
     wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
-    return *wanted, *[None] * 13
+    return *wanted, *[None] * 14
 
 
 hybrid_forward.register_autograd(_backward, setup_context=_save)

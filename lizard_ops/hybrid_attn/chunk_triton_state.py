@@ -22,6 +22,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     half_features,
     head_rows,
     load_gates,
+    load_key_gates,
     load_tile,
     load_tile_transposed,
     locate_chunk,
@@ -97,11 +98,11 @@ def gate_kernel(
 def chunk_state_kernel(
     fk, v, phi, gates, s, z, slots, stream,
     ANCHORS: tl.constexpr, HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, SOFTMAX: tl.constexpr, SPLIT: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr,
     LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to one half of the state: sum_j exp(G_end - G_j) phi_k(k_j) [v_j, 1]; and phi_k itself."""
-    HALVES: tl.constexpr = 2 if SOFTMAX else 1
+    HALVES: tl.constexpr = 2 if MAP != "identity" else 1
     half, entry = tl.program_id(0) % HALVES, tl.program_id(0) // HALVES
     slot, head = entry // HS, entry % HS
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
@@ -118,11 +119,11 @@ def chunk_state_kernel(
         r = row + tl.arange(0, BJ)
         b_fk = load_tile_transposed(p_fk, time_step(fk), row, seen, BJ, FP, BF)  # [BF, BJ]
         b_v = load_tile(p_v, time_step(v), row, seen, BJ, V, BV).to(LINEAR_DTYPE)  # [BJ, BV]
-        whole, part = load_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C, SPLIT)
+        whole, part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C, SPLIT, MAP)
         decay = tl.exp2(decay_between(end_whole, end_part, whole, part, SPLIT))
         decay = tl.where((r < seen) & (r + stream.start >= behind), decay, 0.0)
-        b_phi = half_features(b_fk, 1.0 - 2.0 * half, FP, BF, 0, SOFTMAX)
-        if SOFTMAX and (HS == HK or head % (HS // HK) == 0):
+        b_phi = half_features(b_fk, 1.0 - 2.0 * half, FP, BF, 0, MAP)
+        if MAP != "identity" and (HS == HK or head % (HS // HK) == 0):
             f = tl.arange(0, BF)
             p_phi = at(phi, batch, linear_row + row, head_k) + half * FP + f[:, None]
             p_phi += (tl.arange(0, BJ) * time_step(phi))[None, :]
@@ -228,7 +229,7 @@ def chunk_states(
 ) -> States:
     """The state that enters each chunk, and with ``end`` the one after the last."""
     phi = fk
-    if shape.softmax:
+    if shape.halves == 2:
         phi = torch.empty(*fk.shape[:3], shape.features, dtype=shape.state_dtype, device=fk.device)
     states = empty_states(gates, stream, shape, end)._replace(phi=phi)
     slots, c = gates.shape[1], shape.config("state")
@@ -236,7 +237,7 @@ def chunk_states(
         chunk_state_kernel[(slots * shape.state_heads * shape.halves,)](
             rows(fk), rows(v), rows(states.phi), gates, states.s, states.z, slots, stream,
             shape.anchors, shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block,
-            shape.value, shape.value_block, shape.chunk, c.rows, shape.softmax, shape.split, shape.linear_dtype,
+            shape.value, shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype,
             shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     scan_states(states, start, gates, stream, shape, reverse=False)

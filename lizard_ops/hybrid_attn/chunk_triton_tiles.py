@@ -217,10 +217,12 @@ def load_tile_transposed(pointer, stride, row, length, BR: tl.constexpr, DIM: tl
 
 
 @triton.jit
-def half_features(x, sign, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, SOFTMAX: tl.constexpr):
-    """softmax(sign x) of a tile of pre-activations, float32; finished features as they are."""
+def half_features(x, sign, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, MAP: tl.constexpr):
+    """softmax(sign x) or exp(sign x - max |x|) of a tile of pre-activations, float32; finished features as they are."""
+    if MAP == "exp":
+        return exponential(x, sign, FP, BF, AXIS)
     x = x.to(tl.float32)
-    if SOFTMAX:
+    if MAP == "softmax":
         scale = sign * LOG2E
         if FP != BF:
             x = tl.where(tl.expand_dims(tl.arange(0, BF) < FP, 1 - AXIS), x, sign * float("-inf"))
@@ -231,15 +233,40 @@ def half_features(x, sign, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexp
 
 
 @triton.jit
-def features(x, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, SOFTMAX: tl.constexpr):
-    """Both halves of the features of a tile; for finished features both are the tile."""
-    return half_features(x, 1.0, FP, BF, AXIS, SOFTMAX), half_features(x, -1.0, FP, BF, AXIS, SOFTMAX)
+def exponential(x, sign, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr):
+    """exp(sign x - max |x|), to float32's digits but for bfloat16 inputs: small features may be all that keys have."""
+    y = x.to(tl.float32)
+    y = y * sign - tl.max(tl.abs(y), AXIS, keep_dims=True)
+    if x.dtype == tl.bfloat16:
+        y = tl.exp2(y * LOG2E)
+    else:
+        y = tl.maximum(y, -150.0)
+        whole = tl.floor(y * LOG2E + 0.5)
+        rest = (y - whole * 0.693359375) + whole * 2.1219444005469057e-4  # less whole times log 2, in two parts
+        y = tl.exp2(whole) * tl.exp2(rest * LOG2E)
+    if FP != BF:
+        y = tl.where(tl.expand_dims(tl.arange(0, BF) < FP, 1 - AXIS), y, 0.0)
+    return y
 
 
 @triton.jit
-def features_backward(plus, minus, d_plus, d_minus, SOFTMAX: tl.constexpr):
+def exponential_log2(x):
+    """Log2 of what ``exponential`` divides rows of pre-activations by."""
+    return tl.max(tl.abs(x.to(tl.float32)), 1) * LOG2E
+
+
+@triton.jit
+def features(x, FP: tl.constexpr, BF: tl.constexpr, AXIS: tl.constexpr, MAP: tl.constexpr):
+    """Both halves of the features of a tile; for finished features both are the tile."""
+    return half_features(x, 1.0, FP, BF, AXIS, MAP), half_features(x, -1.0, FP, BF, AXIS, MAP)
+
+
+@triton.jit
+def features_backward(plus, minus, d_plus, d_minus, MAP: tl.constexpr):
     """Gradient of the pre-activations from that of both halves, features along axis 1."""
-    if SOFTMAX:
+    if MAP == "exp":
+        return plus * d_plus - minus * d_minus
+    elif MAP == "softmax":
         d_plus = plus * (d_plus - tl.sum(plus * d_plus, 1, keep_dims=True))
         d_minus = minus * (d_minus - tl.sum(minus * d_minus, 1, keep_dims=True))
         return d_plus - d_minus
@@ -253,6 +280,16 @@ def load_gates(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr,
     pointer = gates + (slot.to(tl.int64) * HG + head) * C + row
     whole = tl.load(pointer)
     return whole, tl.load(pointer + tl.cast(slots, tl.int64) * HG * C) if SPLIT else whole
+
+
+@triton.jit
+def load_key_gates(
+    gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr
+):  # fmt: skip
+    """The same of keys, which differ from those of queries where features are exponential (chunk_triton_units.py)."""
+    if MAP == "exp":
+        gates += 3 * tl.cast(slots, tl.int64) * HG * C
+    return load_gates(gates, slot, slots, head, row, HG, C, SPLIT)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.utils.checkpoint
-from kernel_checks import DEVICE, check_against_naive
+from kernel_checks import DEVICE, check_against_naive, worst_excess
 
 from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn
@@ -18,6 +18,9 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import rows as aligned_rows  # no
 
 MERGE = {"mix": "merge", "coverage": "outside", "feature_map": "softmax"}
 SUM = {"mix": "sum", "coverage": "all", "feature_map": "softmax"}
+
+
+EXP = {"feature_map": "exp"}
 
 
 def make(b, t, hq, hk, dim, value, pre, gate=0, sinks=0, weight=False, positive=False):
@@ -68,6 +71,8 @@ def check(x, window, dtype=torch.float32, **options):
         (dict(b=1, t=1, hq=2, hk=2, dim=16, value=16, pre=16, gate=2), 4, 2, MERGE, torch.float32),
         (dict(b=1, t=130, hq=2, hk=1, dim=16, value=16, pre=16, gate=1, sinks=2), 33, 5, SUM, torch.float32),
         (dict(b=1, t=90, hq=2, hk=1, dim=16, value=16, pre=16, gate=1), 32, 3, MERGE, torch.float16),
+        (dict(b=1, t=100, hq=2, hk=1, dim=16, value=16, pre=12, gate=2), 8, 3, MERGE | EXP, torch.float32),
+        (dict(b=2, t=20, hq=2, hk=1, dim=16, value=20, pre=16), 8, 0, SUM | EXP, torch.float16),
     ],
 )  # fmt: skip
 def test_output_and_gradients_match_the_reference(shape, window, anchors, options, dtype):
@@ -93,8 +98,8 @@ def test_every_option_matches_the_reference(options):
 
 @pytest.mark.parametrize(
     "options, per_channel",
-    [(MERGE, True), (SUM | {"coverage": "outside"}, True), (MERGE | {"feature_map": "exp"}, False),
-     (SUM | {"feature_map": "exp", "coverage": "outside"}, False), (MERGE | {"softcap": 1.5}, True)],
+    [(MERGE, True), (SUM | {"coverage": "outside"}, True), (MERGE | EXP, False), (MERGE | EXP, True),
+     (SUM | EXP | {"coverage": "outside", "normalize": False}, False), (MERGE | {"softcap": 1.5}, True)],
 )  # fmt: skip
 def test_gates_a_channel_and_exponential_features(options, per_channel):
     """Across a carried state, whose ring holds features as given."""
@@ -116,13 +121,35 @@ def test_gates_a_channel_and_exponential_features(options, per_channel):
     check_against_naive(in_two_parts(kernels), in_two_parts(naive_hybrid_attn), x, torch.float32)
 
 
-@pytest.mark.parametrize("options", [MERGE, SUM])
+@pytest.mark.parametrize("options", [MERGE, SUM, MERGE | EXP])
 def test_extreme_gates(options):
     x = make(1, 150, 2, 1, 16, 16, 16, 1)
     kinds = torch.tensor([0.0, -1e-8, -0.1, -30.0, -1e4, -torch.inf])
     odds = torch.tensor([8.0, 8.0, 8.0, 1.0, 1.0, 0.2])
     x["g"] = kinds[odds.multinomial(150, True, generator=torch.Generator().manual_seed(0))].view(1, 150, 1)
     check(x, 20, anchors=3, **options)
+
+
+@pytest.mark.parametrize("kind", ["large", "opposite", "equal"])
+def test_exponential_features_overflow_nothing(kind):
+    """Pre-activations to 1e3, across chunks; the gradients, which cancel there, are judged in test_properties.py."""
+    x = make(1, 75, 2, 1, 16, 16, 8, 1)
+    if kind == "equal":
+        x |= {"fk": x["fk"][:, :1].expand_as(x["fk"]).clone()}
+    sign = -1 if kind == "opposite" else 1
+    x |= {"fq": x["fq"] + 500 * sign * x["fq"][..., :1].abs(), "fk": x["fk"] + 500 * x["fk"][..., :1].abs()}
+    options = MERGE | EXP | {"anchors": 2, "final": True}
+    leaves = {name: t.to(DEVICE).requires_grad_() for name, t in x.items()}
+    found = fast(leaves, 9, **options)
+    grads = torch.autograd.grad(found["o"].square().sum() + found["s"].sum(), list(leaves.values()))
+    assert all(grad.isfinite().all() for grad in grads)
+    with torch.no_grad():
+        exact, plain = (
+            run(naive_hybrid_attn, {name: t.to(DEVICE, dtype) for name, t in x.items()}, 9, **options)
+            for dtype in (torch.float64, torch.float32)
+        )
+    for name, t in exact.items():
+        assert worst_excess(found[name].detach(), plain[name], t, torch.float32) <= 1, name
 
 
 @pytest.mark.parametrize("options", [MERGE, SUM])
@@ -158,7 +185,14 @@ def test_padding_reads_no_leftovers(options, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, packed, gate", [(MERGE, False, 2), (MERGE, True, 1), (SUM, False, 1), (SUM, True, 2)]
+    "options, packed, gate",
+    [
+        (MERGE, False, 2),
+        (MERGE, True, 1),
+        (SUM, False, 1),
+        (SUM, True, 2),
+        (SUM | EXP | {"coverage": "outside"}, True, 1),
+    ],
 )
 def test_carried_state_continues_the_sequence(packed, options, gate):
     """Sequences that have seen 0, 2 and 43 tokens; gradients reach those tokens through the state."""
@@ -215,7 +249,7 @@ def test_operator_is_well_formed():
     x = make(1, 20, 2, 1, 16, 16, 16, 1, weight=True)
     x = {name: t.to(DEVICE).requires_grad_() for name, t in x.items()}
     inputs = (x["q"], x["k"], x["v"], x["fq"], x["fk"], x["g"], x["weight"], *[None] * 8)
-    torch.library.opcheck(hybrid_forward, (*inputs, 4, 2, True, "relative", True, True, 0.25, 1.0, True))
+    torch.library.opcheck(hybrid_forward, (*inputs, 4, 2, True, "relative", True, "softmax", 0.25, 1.0, True))
 
 
 def test_compiles_checkpoints_and_autocasts():
