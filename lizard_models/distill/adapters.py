@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -69,6 +72,27 @@ def fuse_adapters(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is Linear and _is_plain(layer):
             layer.__class__ = HalfPrecisionLora  # its parameters and their names stay
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """The layers of ``model`` that peft has adapted."""
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def without_adapters(layers: list[Any]) -> Iterator[None]:
+    """Within: these layers are as before adaption. For forwards without gradients.
+
+    peft's ``disable_adapter`` also turns gradients of every adapter off and on again, module by module: as much Python
+    as a whole forward of a small model.
+    """
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _is_plain(layer: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lizard_models.config import Stage2Config
-from lizard_models.distill.adapters import fuse_adapters
+from lizard_models.distill.adapters import adapter_layers, fuse_adapters, without_adapters
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
@@ -29,6 +29,7 @@ class LanguageModelling(nn.Module):
         super().__init__()
         fuse_adapters(adapted)
         self.adapted, self.recipe = adapted, recipe
+        self.adapters = adapter_layers(adapted)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """input_ids [B, T] -> {"loss": float32 scalar}."""
@@ -57,7 +58,7 @@ class LanguageModelling(nn.Module):
     def _teacher_hidden(self, student: LizardCausalLM, inputs: dict[str, Any]) -> Tensor:
         student.set_attention_mode("teacher")
         try:
-            with self.adapted.disable_adapter():
+            with without_adapters(self.adapters) if self.adapters else self.adapted.disable_adapter():
                 return student.model(**inputs).last_hidden_state
         finally:
             student.set_attention_mode("student")

@@ -7,7 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import student, tokens
 
-from lizard_models.distill.adapters import HalfPrecisionLora, fuse_adapters, low_rank_update
+from lizard_models.distill.adapters import (
+    HalfPrecisionLora,
+    adapter_layers,
+    fuse_adapters,
+    low_rank_update,
+    without_adapters,
+)
 
 
 def adapted(**changes):
@@ -36,6 +42,19 @@ def test_outputs_and_gradients_are_pefts():
     merged = [model.merge_and_unload() for model in (plain, fused)]
     assert torch.equal(merged[0](ids).logits, merged[1](ids).logits)
     assert not any(isinstance(m, HalfPrecisionLora) for m in merged[1].modules())
+
+
+def test_without_adapters_is_what_peft_means_by_it():
+    model, ids = adapted(), tokens(2, 24)
+    fuse_adapters(model)
+    with torch.no_grad():
+        with_adapters = model(input_ids=ids).logits
+        with model.disable_adapter():
+            wanted = model(input_ids=ids).logits
+        with without_adapters(adapter_layers(model)):
+            assert torch.equal(model(input_ids=ids).logits, wanted)
+        assert torch.equal(model(input_ids=ids).logits, with_adapters)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
 
 
 def test_what_the_update_does_not_cover_stays_pefts():
