@@ -73,7 +73,7 @@ def as_formulas_read(made: HybridAttention, x, q, k, v, rope) -> torch.Tensor:
     turned_q, turned_k = apply_rope(q, *rope), apply_rope(k, *rope)
     wq, wk = (turned_q, turned_k) if config.window_rope else (q, k)
     lk = k
-    if config.key_conv:
+    if config.linear_branch and config.key_conv:
         lk = torch.zeros_like(k)
         for j in range(k.shape[1]):
             for lag in range(min(config.key_conv, j + 1)):

@@ -116,13 +116,12 @@ def test_every_preset_trains_and_generates(preset, family, tmp_path):
     assert written.shape == (2, 34)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
-def test_whole_projections_learn_and_stay_ordinary_weights(tmp_path, weights):
+def test_whole_projections_learn_and_stay_ordinary_weights(tmp_path):
     model = fresh()
     before = snapshot(model)
     recipe = dataclasses.replace(
         recipes(model, steps=20)[1], trained="full", learning_rate=1e-3, lora_targets=("q_proj", "down_proj"),
-        cross_entropy_weight=weights[0], kl_weight=weights[1],
+        cross_entropy_weight=0.5, kl_weight=1.0,
     )  # fmt: skip
     tuned, result = train_stage2(model, Sequences(), arguments(tmp_path), recipe)
     assert tuned is model and type(tuned) is LizardLlamaForCausalLM and set(snapshot(tuned)) == set(before)
