@@ -101,6 +101,11 @@ class AttentionChoices:
     """What ``feature_dim`` counts: columns of W, or features after the two signs are joined. The paper's 128 does not
     say; the state is twice as large under the first reading."""
 
+    feature_norm: bool = False
+    """Bring queries and keys to unit length times a learned temperature a head before the map; it starts at the root of
+    the head dim, so that a channel is about 1. The softmax of a map then cannot sharpen or flatten with a token's
+    norm. The window's queries and keys stay as they are."""
+
     feature_noise: float = 0.0
     """Standard deviation of normal noise added to the identity that W starts from."""
 

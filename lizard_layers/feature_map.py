@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
-from lizard_layers.parameters import Float32Module, float32_parameter
+from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
 from lizard_ops import project_heads
 
 
@@ -45,6 +45,25 @@ class HedgehogFeatureMap(Float32Module):
         return project_heads(x, self.weight)
 
 
+class UnitNorm(Float32Module):
+    """t_h x / |x| with a learned temperature t a head, from sqrt(D). x [B, T, H, D] -> its shape and dtype."""
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.start = head_dim**0.5
+        self.temperature = float32_parameter(num_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.temperature.fill_(self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = full_precision(x)
+        length = wide.square().sum(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny).sqrt()
+        return (wide / length * self.temperature.unsqueeze(-1)).to(x.dtype)
+
+
 class FeatureMaps(nn.Module):
     """The maps of queries and keys of one layer, as ``AttentionConfig`` has them.
 
@@ -56,6 +75,8 @@ class FeatureMaps(nn.Module):
         super().__init__()
         self.one_sided = config.feature_activation == "one_sided_softmax"
         self.op_feature_map = config.feature_activation if config.two_sided else "identity"
+        self.query_norm = UnitNorm(config.num_heads, config.head_dim) if config.feature_norm else None
+        self.key_norm = UnitNorm(config.linear_key_heads, config.head_dim) if config.feature_norm else None
         self.query_map: HedgehogFeatureMap | None = None
         self.key_map: HedgehogFeatureMap | None = None
         if config.feature_projection == "none":
@@ -73,6 +94,10 @@ class FeatureMaps(nn.Module):
         fq [B, T, Hq, Fp], fk [B, T, H, Fp].
         """
         fq, fk = q, k
-        if self.key_map is not None:
+        if self.query_norm is not None and self.key_norm is not None:
+            fq, fk = self.query_norm(q), self.key_norm(k)
+            if self.key_map is not None:
+                fq, fk = (self.query_map or self.key_map)(fq)[1], self.key_map(fk)[1]
+        elif self.key_map is not None:
             (q, fq), (k, fk) = (self.query_map or self.key_map)(q), self.key_map(k)
         return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)

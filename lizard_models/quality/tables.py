@@ -160,6 +160,7 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
         _attention("memory-delta", memory="delta"),
         _attention("key-conv4", key_conv=4),
         _attention("memory-delta-conv4", memory="delta", key_conv=4),
+        _attention("feature-norm", feature_norm=True),
     ]
     kept = [row for row in softmax(order, layers) if row.name == "softmax-25"] if order is not None else []
     return rows + kept + [replace(row, name=f"{row.name}-passkeys", passkeys=PASSKEYS) for row in kept]

@@ -34,6 +34,7 @@ FORMS = {
         memory="delta", feature_activation="one_sided_softmax", key_map="query_head", gate="none", key_conv=3
     ),
     "key_conv": dict(key_conv=4, linear_rope=True, gate="pooling", anchors=1),
+    "feature_norm": dict(feature_norm=True, memory="delta", tie_features=True, key_conv=2),
     "window_only": dict(linear_branch=False, anchors=2, num_sinks=2),
 }  # fmt: skip
 
@@ -147,6 +148,10 @@ def _delta_read(made, x, query, lk, k, v, b, h, hk, last):
 
 def features(made, vector, h, hk, side):
     config, maps = made.config, made.feature_maps
+    if config.feature_norm:
+        temperatures = maps.key_norm.temperature if side == "key" else maps.query_norm.temperature
+        index = h if side == "query" or config.key_map == "query_head" else hk
+        vector = temperatures[index] * vector / vector.norm()
     if config.feature_projection != "none":
         used = maps.key_map if side == "key" or config.tie_features else maps.query_map
         count = used.weight.shape[0]

@@ -95,6 +95,16 @@ def test_one_sided_softmax_is_finished_here():
     torch.testing.assert_close(fk.sum(-1), torch.ones(2, 3, 2))
 
 
+def test_lengths_do_not_reach_normed_features():
+    maps = FeatureMaps(config(feature_norm=True))
+    q, k, size = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+    same_q, same_k, fq, fk = maps(q * size, k * size)
+    assert torch.equal(same_q, q * size) and torch.equal(same_k, k * size)
+    torch.testing.assert_close(fq, maps(q, k)[2])
+    torch.testing.assert_close(fk.norm(dim=-1), torch.full((2, 3, 2), 8**0.5))
+    assert maps(0 * q, k)[2].isfinite().all()
+
+
 # Convolution
 
 
