@@ -118,12 +118,13 @@ def window(x: Inputs) -> tuple[Tensor, list[Tensor]]:
     return lizard_ops.window_attn(*leaves, WINDOW, anchors=ANCHORS, sinks=x.sinks)[0], [*leaves, x.sinks]
 
 
-def hybrid(gate: str, mix: str) -> Run:
+def hybrid(gate: str, mix: str, **options) -> Run:
     def run(x: Inputs) -> tuple[Tensor, list[Tensor]]:
         leaves = [x.q, x.k, x.v, x.fq, x.fk, x.gates[gate]]
         merge = {"mix": "merge", "coverage": "outside", "merge_bias": x.merge_bias}
         extra = merge if mix == "merge" else {"mix": "sum", "coverage": "all", "sinks": x.sinks}
-        o, _ = lizard_ops.chunk_hybrid_attn(*leaves, WINDOW, anchors=ANCHORS, feature_map="softmax", **extra)
+        extra |= {"feature_map": "softmax"} | options
+        o, _ = lizard_ops.chunk_hybrid_attn(*leaves, WINDOW, anchors=ANCHORS, **extra)
         return o, [*leaves, x.merge_bias if mix == "merge" else x.sinks]
 
     return run
@@ -135,6 +136,8 @@ RUNS: dict[str, Run] = {f"gated {gate}": gated(gate) for gate in ("scalar", "key
     "hybrid": hybrid("key", "merge"),
     "hybrid query": hybrid("query", "merge"),
     "hybrid sum": hybrid("key", "sum"),
+    "hybrid exp": hybrid("key", "merge", feature_map="exp"),
+    "hybrid capped": hybrid("key", "merge", softcap=50.0),
 }
 
 
@@ -154,7 +157,8 @@ def settings() -> list[Setting]:
     for op in ("gated scalar", "gated query", "gated channel", "gated absorbed"):
         rows.append(dataclasses.replace(stable, op=op, against=stable.name))
     merged = Setting("gates", "hybrid")
-    rows += [dataclasses.replace(merged, op=op, against=merged.name) for op in ("hybrid query", "hybrid sum")]
+    for op in ("hybrid query", "hybrid sum", "hybrid exp", "hybrid capped"):
+        rows.append(dataclasses.replace(merged, op=op, against=merged.name))
     return rows
 
 

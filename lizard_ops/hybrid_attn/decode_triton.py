@@ -59,7 +59,7 @@ def decode_hybrid_triton(
     feature_map: str,
     normalize: bool,
     scale: float,
-    softcap: float | None,
+    softcap: float | None = None,
     feature_scale: float,
     state: AttentionState,
     inplace: bool = False,

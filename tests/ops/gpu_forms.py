@@ -44,6 +44,10 @@ HYBRID: dict[str, dict[str, Any]] = {
     | {"window": 9, "anchors": 3, "sinks": False},
     "merge_channel": SMALL | MERGE | {"gate": "channel", "weight": None, "window": 9, "anchors": 3},
     "merge_exp_key": SMALL | MERGE | {"feature_map": "exp", "gate": "key", "weight": "head", "window": 4, "anchors": 3},
+    "sum_outside_exp_query": ROUND
+    | SUM
+    | {"coverage": "outside", "feature_map": "exp", "gate": "query", "weight": "token"}
+    | {"window": 9, "anchors": 1, "sinks": False},
     "sum_exp_channel": SMALL
     | SUM
     | {"feature_map": "exp", "gate": "channel", "weight": None, "window": 9, "anchors": 0, "sinks": False},

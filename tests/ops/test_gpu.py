@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -28,10 +29,10 @@ PRACTICE = {
     "window": ("window", WINDOW),
     "merge": ("hybrid", MERGE | WINDOW | {"gate": "key", "decay": 0.02}),
     "sum": ("hybrid", SUM | WINDOW | {"gate": "key", "decay": 0.02, "normalize": True}),
+    "merge-exp": ("hybrid", MERGE | WINDOW | {"gate": "key", "decay": 0.02, "feature_map": "exp"}),
 }
 COMPOSED = {
     "merge-channel": ("hybrid", MERGE | WINDOW | {"gate": "channel", "decay": 0.02}),
-    "merge-exp": ("hybrid", MERGE | WINDOW | {"gate": "key", "decay": 0.02, "feature_map": "exp"}),
 }
 DIMS = [(80, 1, BF16), (80, 1, FP32), (96, 3, BF16), (96, 3, FP16), (128, 4, BF16), (256, 8, BF16), (256, 2, FP16)]
 
@@ -67,6 +68,13 @@ def test_head_dims_and_groups(name, dim, group, dtype):
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_forms_at_a_real_head_dim(name, dtype):
     check_errors(one_case(name, T=131, K=96, V=96, Fp=48), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("name", ["window", "merge", "sum"])
+def test_capped_scores_at_a_real_head_dim(name, dtype):
+    case = one_case(name, T=131, K=128, V=128)
+    check_errors(dataclasses.replace(case, options=case.options | {"softcap": 1.5}), dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)

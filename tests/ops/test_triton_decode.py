@@ -56,7 +56,7 @@ def kernel_steps(x, options, inplace=False):
     scale, features = D**-0.5, FP if options["feature_map"] == "identity" else 2 * FP
     normal = {
         "anchors": 0, "sinks": None, "mix": "sum", "alpha": None, "merge_bias": None, "merge_mass": "relative",
-        "coverage": "all", "feature_map": "identity", "normalize": True, "scale": scale, "softcap": None,
+        "coverage": "all", "feature_map": "identity", "normalize": True, "scale": scale,
     } | options  # fmt: skip
     normal["feature_scale"] = 1.0 if normal["normalize"] else features**-0.5
     outputs = []
@@ -112,7 +112,7 @@ def test_hard_reset_in_the_window():
 
 PLAIN = RECOMMENDED | {
     "anchors": 0, "sinks": None, "alpha": None, "merge_bias": None, "merge_mass": "relative", "normalize": True,
-    "scale": D**-0.5, "softcap": None, "feature_scale": 1.0,
+    "scale": D**-0.5, "feature_scale": 1.0,
 }  # fmt: skip
 
 
