@@ -192,7 +192,7 @@ class Block(nn.Module):
 
 
 class RecallModel(nn.Module):
-    """tokens [B, T] -> logits [B, T, V]."""
+    """tokens [B, T] -> logits [B, T, V], or [N, V] of the N positions in the mask ``where`` [B, T]."""
 
     def __init__(self, recall: Recall, kind: str) -> None:
         super().__init__()
@@ -202,14 +202,14 @@ class RecallModel(nn.Module):
         self.norm = nn.RMSNorm(recall.width)
         self.head_dim = recall.width // recall.heads
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
         angles = torch.arange(self.head_dim // 2, device=tokens.device) * (-2 * math.log(ROPE_BASE) / self.head_dim)
         turns = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(1) * angles.exp()
         turns = torch.cat([turns, turns], -1).unsqueeze(0)
         x, rope = self.embedding(tokens), (turns.cos(), turns.sin())
         for block in self.blocks:
             x = block(x, rope)
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(self.norm(x if where is None else x[where]), self.embedding.weight)
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def recall_accuracy(model: nn.Module, recall: Recall, pairs: int, batches: int =
     for _ in range(batches):
         tokens, targets = recall_batch(recall, pairs, recall.batch_size, draw)
         counted = targets != IGNORED
-        right += int((model(tokens).argmax(-1) == targets)[counted].sum())
+        right += int((model(tokens, counted).argmax(-1) == targets[counted]).sum())
         asked += int(counted.sum())
     return right / asked
 
@@ -244,7 +244,7 @@ def train_recall(kind: str, recall: Recall, device: str) -> dict[str, Any]:
         pairs = recall.pairs[step % len(recall.pairs)]
         tokens, targets = recall_batch(recall, pairs, recall.batch_size, draw)
         counted = targets != IGNORED
-        loss = F.cross_entropy(model(tokens)[counted], targets[counted])
+        loss = F.cross_entropy(model(tokens, counted), targets[counted])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

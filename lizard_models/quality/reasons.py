@@ -27,6 +27,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "stage1.inputs": ("A12-student-inputs",),
     "stage1.max_steps": ("no-stage1",),
     "stage2.max_steps": ("no-stage2",),
+    "stage2.learning_rate": ("stage2-lr-1e-3",),
+    "stage2.new_learning_rate": ("stage2-new-5e-3",),
     "stage2.lora_rank": ("lora-r4", "lora-r16", "lora-r32", "lora-r64"),
     "stage2.lora_targets": ("lora-qk", "lora-vo", "lora-qkv", "lora-all"),
     "stage2.train_new_parameters": ("A11-adapters-alone",),
