@@ -197,7 +197,9 @@ def test_later_masks_change_nothing(op, target):
                 if target.impl == "triton" and not (channels and case.options.get("feature_map") == "exp"):
                     assert torch.equal(b[name], x), (kind, name)
                 elif target.impl == "triton":  # this linear branch is PyTorch's: see below
-                    size = 16 * torch.finfo(x.dtype).eps * x.abs().amax().item() if x.numel() else 0.0
+                    # a gradient may be what is left of larger terms: rounding is judged by the largest tensor
+                    largest = max((y.abs().amax().item() for y in a.values() if y.numel()), default=0.0)
+                    size = 16 * torch.finfo(x.dtype).eps * largest
                     torch.testing.assert_close(b[name], x, rtol=0, atol=size)
                 else:  # where PyTorch's chunks begin depends on the longest sequence
                     torch.testing.assert_close(b[name], x)
