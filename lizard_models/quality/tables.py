@@ -171,6 +171,7 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
         _attention("gate-channel", gate="channel"),
         _attention("w256-a4", window=256),
         _attention("memory-delta", memory="delta"),
+        _attention("memory-delta-beta0.5", memory="delta", beta_init=0.5),
         _attention("key-conv4", key_conv=4),
         _attention("memory-delta-conv4", memory="delta", key_conv=4),
         _attention("feature-norm", feature_norm=True),
