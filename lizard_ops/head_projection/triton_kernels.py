@@ -1,4 +1,8 @@
-"""Kernels of a matrix a head. Tokens n = b T + t; a weight of float32 enters 16-bit products as a sum of two parts."""
+"""Kernels of a matrix a head. Tokens n = b T + t; a weight of float32 enters 16-bit products as a sum of two parts.
+
+Strides y_* are in steps of YU elements: Triton knows of an argument only whether 16 divides it, and rows of 40 features
+would be read number by number.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ def transposed_weight(weight, first, d, D: tl.constexpr, F: tl.constexpr, BF: tl
 def input_gradient_kernel(
     dy, weight, d_x, dx, tokens, length, y_b, y_t, y_h, x_b, x_t, x_h,
     H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, YU: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [tokens, H, D] = dy weight^T, plus the gradient d_x of x's other readers if it is there."""
     NFB: tl.constexpr = (F + BF - 1) // BF
@@ -81,7 +85,8 @@ def input_gradient_kernel(
             f = fb * BF + tl.arange(0, BF)
             if NFB > 1:
                 b_w = transposed_weight(weight, fb * BF, d, D, F, BF)
-            b_dy = tl.load(dy + rows[:, None] + h * y_h + f[None, :], mask=here[:, None] & (f < F)[None, :], other=0.0)
+            p_dy = dy + (rows * YU)[:, None] + h * y_h * YU + f[None, :]
+            b_dy = tl.load(p_dy, mask=here[:, None] & (f < F)[None, :], other=0.0)
             acc = dot_split(b_dy, b_w, acc, PRECISION)
         if d_x is not None:
             other, _ = token_offsets(n, tokens, length, x_b, x_t)
@@ -94,7 +99,7 @@ def input_gradient_kernel(
 def weight_gradient_kernel(
     x, dy, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, steps,
     H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, YU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What ``steps`` blocks of tokens add to the gradient of one head's matrix, parts [splits, H, D, F] float32."""
     NFB: tl.constexpr = (F + BF - 1) // BF
@@ -109,7 +114,40 @@ def weight_gradient_kernel(
         rows_x, here = token_offsets(n, tokens, length, x_b, x_t)
         rows_y, _ = token_offsets(n, tokens, length, y_b, y_t)
         b_x = tl.load(x + rows_x[None, :] + h * x_h + d[:, None], mask=here[None, :] & (d < D)[:, None], other=0.0)
-        b_dy = tl.load(dy + rows_y[:, None] + h * y_h + f[None, :], mask=here[:, None] & (f < F)[None, :], other=0.0)
+        p_dy = dy + (rows_y * YU)[:, None] + h * y_h * YU + f[None, :]
+        b_dy = tl.load(p_dy, mask=here[:, None] & (f < F)[None, :], other=0.0)
         acc = tl.dot(b_x, b_dy, acc, input_precision=PRECISION)
+    of_w = ((split * H + h) * D).to(tl.int64) * F + d[:, None] * F + f[None, :]
+    tl.store(parts + of_w, acc, mask=(d < D)[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def both_gradients_kernel(
+    x, dy, weight, d_x, dx, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, o_b, o_t, o_h, steps,
+    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, YU: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``input_gradient_kernel`` and ``weight_gradient_kernel`` from one reading of dy, which fits in BF columns."""
+    pid = tl.program_id(0)
+    h = pid % H
+    split = pid // H
+    d, f = tl.arange(0, BD), tl.arange(0, BF)
+    b_w = transposed_weight(weight + (h // (H // M)) * D * F, 0, d, D, F, BF)
+    acc = tl.zeros([BD, BF], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        n = (split * steps + tl.cast(step, tl.int32)) * BN + tl.arange(0, BN)
+        rows_x, here = token_offsets(n, tokens, length, x_b, x_t)
+        rows_y, _ = token_offsets(n, tokens, length, y_b, y_t)
+        mask = here[:, None] & (d < D)[None, :]
+        p_dy = dy + (rows_y * YU)[:, None] + h * y_h * YU + f[None, :]
+        b_dy = tl.load(p_dy, mask=here[:, None] & (f < F)[None, :], other=0.0)
+        b_x = tl.load(x + rows_x[None, :] + h * x_h + d[:, None], mask=here[None, :] & (d < D)[:, None], other=0.0)
+        acc = tl.dot(b_x, b_dy, acc, input_precision=PRECISION)
+        b_dx = dot_split(b_dy, b_w, tl.zeros([BN, BD], tl.float32), PRECISION)
+        if d_x is not None:
+            rows_o, _ = token_offsets(n, tokens, length, o_b, o_t)
+            b_dx += tl.load(d_x + rows_o[:, None] + h * o_h + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        p_dx = dx + ((n.to(tl.int64) * H + h) * D)[:, None] + d[None, :]
+        tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=mask)
     of_w = ((split * H + h) * D).to(tl.int64) * F + d[:, None] * F + f[None, :]
     tl.store(parts + of_w, acc, mask=(d < D)[:, None] & (f < F)[None, :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.head_projection.triton_kernels import (
+    both_gradients_kernel,
     input_gradient_kernel,
     project_kernel,
     weight_gradient_kernel,
@@ -69,20 +71,30 @@ def project_backward(
     batch, length, heads = x.shape[:3]
     maps, tokens, tile = weight.shape[0], batch * length, blocks(weight)
     dx, d_weight = x.new_empty(x.shape if of_x else (0,)), weight.new_zeros(weight.shape if of_weight else (0,))
-    common = {"H": heads, "M": maps, "PRECISION": precision(x)} | tile
+    unit = math.gcd(8, *dy.stride()[:3])
+    y_strides = [step // unit for step in dy.stride()[:3]]
+    common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
+    strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
+    splits = max(1, min(SPLITS, triton.cdiv(tokens, TOKENS)))
+    steps = triton.cdiv(tokens, TOKENS * splits)
+    together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
     with on_device(x):
-        if of_x and tokens:
-            strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
+        if of_weight and tokens:
+            parts = weight.new_empty(splits, heads, *weight.shape[1:])
+        if together and tokens:
+            both_gradients_kernel[(splits * heads,)](
+                x, dy, weight, d_x, dx, parts, tokens, length, *x.stride()[:3], *y_strides, *strides, steps,
+                STAGES=2, **common,
+            )  # fmt: skip
+        elif tokens and of_x:
             input_gradient_kernel[(triton.cdiv(tokens, TOKENS * STEPS) * heads,)](
-                dy, weight, d_x, dx, tokens, length, *dy.stride()[:3], *strides, STEPS=STEPS, **common
+                dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=STEPS, **common
             )
         if of_weight and tokens:
-            splits = min(SPLITS, triton.cdiv(tokens, TOKENS))
-            parts = weight.new_empty(splits, heads, *weight.shape[1:])
-            steps = triton.cdiv(tokens, TOKENS * splits)
-            weight_gradient_kernel[(splits * heads * triton.cdiv(tile["F"], tile["BF"]),)](
-                x, dy, parts, tokens, length, *x.stride()[:3], *dy.stride()[:3], steps, **common
-            )
+            if not together:
+                weight_gradient_kernel[(splits * heads * triton.cdiv(tile["F"], tile["BF"]),)](
+                    x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, **common
+                )
             d_weight = parts.unflatten(1, (maps, heads // maps)).sum((0, 2))
     return dx, d_weight
 
