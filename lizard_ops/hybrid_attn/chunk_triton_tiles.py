@@ -318,3 +318,55 @@ def in_window(own, c, valid, W: tl.constexpr):
     """[query, key]: c is one of the W rows up to the query's own, and at least ``valid``."""
     age = own[:, None] - tl.where(c >= valid, c, -(1 << 30))[None, :]
     return tl.cast(age, tl.uint32) < W
+
+
+@triton.jit
+def window_columns(
+    p_k, p_v, k, v, p_ak, p_av, anchor_k, anchor_v, j, row, keys, kept, valid, left,
+    SPAN: tl.constexpr, W: tl.constexpr, ANCHORS: tl.constexpr, RIDE: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Columns j to j + BN of a block's window, key ``row`` first: keys, values, their index, and for ``sees`` place and
+    reach. With RIDE the columns after SPAN are the anchors; anchor a is behind the window of rows from left + a on."""
+    e = tl.arange(0, BN)
+    c = row + e
+    index = c
+    reach = tl.full([BN], W, tl.uint32)
+    if RIDE:
+        d, x = tl.arange(0, BD), tl.arange(0, BV)
+        a = j + e - SPAN
+        riding = (a >= 0) & (a < ANCHORS)
+        mask = tl.where(riding, a < kept, (c >= 0) & (c < keys))
+        c64, a64 = c.to(tl.int64), a.to(tl.int64)
+        rows_k = tl.where(riding, p_ak + a64 * time_step(anchor_k), p_k + c64 * time_step(k))
+        rows_v = tl.where(riding, p_av + a64 * time_step(anchor_v), p_v + c64 * time_step(v))
+        mask_k, mask_v = mask[:, None], mask[:, None]
+        if D != BD:
+            mask_k = mask_k & (d < D)[None, :]
+        if V != BV:
+            mask_v = mask_v & (x < V)[None, :]
+        b_k = tl.load(rows_k[:, None] + d[None, :], mask=mask_k, other=0.0)
+        b_v = tl.load(rows_v[:, None] + x[None, :], mask=mask_v, other=0.0)
+        place = tl.where(riding, left + a, tl.where(c >= valid, c, 1 << 30))
+        reach = tl.where(riding, 1 << 30, W).to(tl.uint32)
+        index = tl.where(riding, -1 - a, c)
+    else:
+        b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
+        b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
+        place = tl.where(c >= valid, c, 1 << 30)
+    return b_k, b_v, index, place, reach
+
+
+@triton.jit
+def sees(own, place, reach):
+    """[query, key]: the key is one of the ``reach`` rows up to the query's own."""
+    return tl.cast(own[:, None] - place[None, :], tl.uint32) < reach[None, :]
+
+
+@triton.jit
+def anchors_left(n, stream, W: tl.constexpr):
+    """The key row whose query has left anchor 0 behind its window: W queries after position 0."""
+    left = n * 0 + stream.prefix + W
+    if stream.position is not None:
+        left = left - tl.minimum(tl.load(stream.position + n), 1 << 29).to(tl.int32)
+    return left
