@@ -178,9 +178,13 @@ def window_keys(
     """(dk, dv, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v."""
     tokens = q.shape[1]
     relative = shape.merge and shape.relative
+    log_window, term, share = masses.window, -terms.shift, terms.share
+    if shape.merge and shape.dtype != torch.float32:  # p share = exp(s - lse + log share): one number less a row
+        log_window = log_window - share.log2()
+        term, share = torch.where(share > 0.0, term / share, 0.0), None
     stats = RowStats(
-        masses.window, -terms.shift, terms.share, masses.top_key if relative else None,
-        terms.flow if relative else None, (shape.query_heads * tokens, 1, tokens), 1.0,
+        log_window, term, share, masses.top_key if relative else None, terms.flow if relative else None,
+        (shape.query_heads * tokens, 1, tokens), 1.0,
     )  # fmt: skip
     q, k, v, do = rows_last(q, k, v, do)
     return key_gradients(

@@ -48,7 +48,7 @@ def window_backward_keys_kernel(
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, AB: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr,
-    BEYOND: tl.constexpr, TO_LOG2: tl.constexpr, PRECISION: tl.constexpr,
+    BEYOND: tl.constexpr, TO_LOG2: tl.constexpr, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BM - AB stream rows of one key head, from the rows (token, query head) that see them.
 
@@ -126,10 +126,13 @@ def window_backward_keys_kernel(
     TOKENS: tl.constexpr = BN // HB
     SUBS: tl.constexpr = (G + HB - 1) // HB
     o_n = tl.arange(0, BN)
-    o_g = o_n % HB
-    o_q = (o_n // HB).to(tl.int64) * q_st + o_g.to(tl.int64) * q_sh
-    o_row = (o_n // HB).to(tl.int64) * row_st + o_g.to(tl.int64) * row_sh
-    o_do = (o_n // HB).to(tl.int64) * o_st + o_g.to(tl.int64) * o_sh
+    if TOKENS_FIRST:  # neighbours in a tile are neighbours in the row statistics
+        o_g, o_t = o_n // TOKENS, o_n % TOKENS
+    else:
+        o_g, o_t = o_n % HB, o_n // HB
+    o_q = o_t.to(tl.int64) * q_st + o_g.to(tl.int64) * q_sh
+    o_row = o_t.to(tl.int64) * row_st + o_g.to(tl.int64) * row_sh
+    o_do = o_t.to(tl.int64) * o_st + o_g.to(tl.int64) * o_sh
     q += i_h.to(tl.int64) * G * q_sh
     d_o += i_h.to(tl.int64) * G * o_sh
     o_row_first += i_h.to(tl.int64) * G * row_sh
@@ -140,7 +143,7 @@ def window_backward_keys_kernel(
     for i in range(0, tl.cdiv(t_stop - t_start, TOKENS) * SUBS):
         t = t_start + (i // SUBS) * TOKENS
         g = (i % SUBS) * HB
-        m_n = o_n // HB < t_stop - t
+        m_n = o_t < t_stop - t
         if G % HB > 0:
             m_n = m_n & (o_g < G - g)
         t_long = tl.cast(t, tl.int64)
@@ -155,7 +158,7 @@ def window_backward_keys_kernel(
         edge = (t + P < i_block * KB + KB) | (t + TOKENS + P > i_block * KB + W)
         b_s = tl.where((m_open | edge)[:, None], b_s, float("-inf"))  # else the queries see all window rows, no anchor
         if edge:
-            o_query = t + P + o_n // HB
+            o_query = t + P + o_t
             keep = (o_query[None, :] >= oldest[:, None]) & (o_query[None, :] <= newest[:, None])
             b_s = tl.where(keep, b_s, float("-inf"))
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
@@ -259,7 +262,7 @@ def key_gradients(
             q, k, v, anchor_k, anchor_v, first, cu_seqlens, lengths, d_o, *stats[:5], dk, dv, part_k, part_v,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v), d_o), *stats.strides, length, n,
             (n - 1).bit_length(), scale, cap_of(scale, softcap), HB=config.heads, AB=kept, PACKED=packed,
-            CARRIED=carried, BEYOND=beyond, TO_LOG2=stats.to_log2,
+            CARRIED=carried, BEYOND=beyond, TO_LOG2=stats.to_log2, TOKENS_FIRST=stats.strides[1] == 1,
             **shape_arguments(q, k, v, window, anchors, prefix, config),
         )  # fmt: skip
     for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
