@@ -154,6 +154,7 @@ class _Row:
         if value is not None:
             self.record["measures"][name] = value
         self._write()
+        free_memory()  # of what long texts took, for the rows beside this one
         self.say(f"{self.spec.stem}: {name} measured in {time.monotonic() - begun:.0f} s")
 
     def _write(self) -> None:
@@ -193,7 +194,7 @@ class _Row:
         tokenizer = self.teacher.tokenizer
         if tokenizer is None:
             raise ValueError("measures: passkeys need the teacher's tokenizer")
-        found = passkey_accuracy(model, tokenizer, lengths, trials=trials, keys=keys, batch_tokens=1 << 16)
+        found = passkey_accuracy(model, tokenizer, lengths, trials=trials, keys=keys, batch_tokens=1 << 15)
         return {str(length): share for length, share in found.items()}
 
     def _tasks_of(self, model: Any) -> None:
@@ -237,9 +238,14 @@ def main() -> None:
         print(json.dumps(fate), file=answers, flush=True)
         if not usable:
             sys.exit(1)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
+
+
+def free_memory() -> None:
+    """Hands memory that is not in use back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
