@@ -66,7 +66,7 @@ class KeyTerms(NamedTuple):
 
 @triton.jit
 def linear_query_kernel(
-    v, fq, phi, o, do, dfq, s, z, gates, weight, linear, window, top_in, average, slope_out, offset_out, share_out,
+    v, fq, phi, o, do, dfq, s, z, gates, weight, linear, window, spread_in, average, slope_out, offset_out, share_out,
     shift_out, flow_out, entered_out, slots, tokens, stream, feature_scale,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr,
@@ -112,11 +112,8 @@ def linear_query_kernel(
         some = log_linear > float("-inf")
         slope = tl.where(some, tl.exp2(-log_linear), 0.0)
         if MERGE:
-            log_window = tl.load(window + out, mask=inside, other=0.0)
-            top = log_window
-            if RELATIVE:
-                top = tl.load(top_in + out, mask=inside, other=0.0)
-            share, rest = shares(log_linear, ahead, feature_scale, log_window, top, b_weight, RELATIVE)
+            log_window = tl.load((spread_in if RELATIVE else window) + out, mask=inside, other=0.0)
+            share, rest = shares(log_linear, ahead, feature_scale, log_window, b_weight)
             slope *= tl.where(some, share, 0.0)
             rest = tl.where(some, rest, 1.0)
             offset = -both * slope
@@ -361,7 +358,7 @@ def linear_queries(
     if blocks and tokens:
         linear_query_kernel[(blocks * (heads // stacked),)](
             rows(v), rows(fq), rows(states.phi), rows(o), rows(do), rows(dfq), states.s, states.z, gates,
-            None if weight is None else head_rows(weight), masses.linear, masses.window, masses.top, average, *terms,
+            None if weight is None else head_rows(weight), masses.linear, masses.window, masses.spread, average, *terms,
             gates.shape[1], tokens, stream, feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
             gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked,
             c.columns, shape.feature_map, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,

@@ -46,7 +46,7 @@ def composed_hybrid(
 ) -> tuple[Tensor, AttentionState | None]:
     """Both branches in launches of their own, the mix in PyTorch; with feature_map="exp" or beta the linear one too."""
     rows = {"cu_seqlens": cu_seqlens, "padding_mask": padding_mask}
-    o_win, local, lse, row_max = window_triton(
+    o_win, local, lse, spread = window_triton(
         q, k, v, window, anchors=anchors, sinks=sinks, scale=scale, softcap=softcap, initial_state=initial_state,
         output_final_state=output_final_state, with_max=mix == "merge" and merge_mass == "relative", **rows,
     )  # fmt: skip
@@ -64,8 +64,9 @@ def composed_hybrid(
                 initial_state=initial_state, output_final_state=output_final_state, feature_map=feature_map, **rows,
             )  # fmt: skip
         fields = {} if after is None else {name: x for name, x in after._asdict().items() if x is not None}
+    log_window = spread if merge_mass == "relative" else lse
     o = mixed(
-        o_lin.float(), log_mass, o_win.float(), lse, row_max, mix=mix, weight=weight, merge_mass=merge_mass
+        o_lin.float(), log_mass, o_win.float(), log_window, spread, mix=mix, weight=weight, merge_mass="absolute"
     )  # fmt: skip
     return o.to(q.dtype), None if local is None else local._replace(**fields)
 

@@ -38,6 +38,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     time_step,
     window_columns,
 )
+from lizard_ops.window_attn.chunk_triton_fwd import scaled_above
 from lizard_ops.window_attn.chunk_triton_softcap import cap_of, capped, units_of
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # a mass below is none: float32 keeps too few digits of it
@@ -48,7 +49,7 @@ class Masses(NamedTuple):
 
     linear: Tensor  # log mass of the linear weights, the gates between the newest key and the query left out
     window: Tensor  # log-sum-exp of window, anchors and sinks
-    top: Tensor  # largest score
+    spread: Tensor  # that less the largest score, which would leave the difference few digits
     top_key: Tensor  # int32, its row among the keys, or -1 - a for anchor a
 
 
@@ -64,7 +65,7 @@ def softmax_step(
         top_key = tl.where(tile_top > top, tile_key, top_key)
     new_top = tl.maximum(top, tile_top)
     kept = tl.exp2((top - new_top) * scale)
-    p = tl.exp2(score * scale - (new_top * scale)[:, None])
+    p = tl.exp2(scaled_above(score, new_top, scale, PRECISION))
     total = total * kept + tl.sum(p, 1)
     if FIRST:
         acc = tl.dot(p.to(DTYPE), value, input_precision=PRECISION)
@@ -92,7 +93,7 @@ def anchor_step(
 
 @triton.jit
 def output_kernel(
-    q, k, v, fq, phi, anchor_k, anchor_v, o, s, z, gates, weight, sink, linear, window, top_out, top_key_out,
+    q, k, v, fq, phi, anchor_k, anchor_v, o, s, z, gates, weight, sink, linear, window, spread_out, top_key_out,
     slots, tokens, stream, score_scale, cap, feature_scale,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     HS: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -212,6 +213,7 @@ def output_kernel(
         larger = tl.maximum(log_window, b_sink)
         log_window = larger + tl.log2(tl.exp2(log_window - larger) + tl.exp2(b_sink - larger))
         total += tl.exp2(b_sink - top)
+    spread = tl.log2(total)
     weight_window = 1.0 / total  # not exp2(top - log_window), which large scores leave few digits
 
     # mix
@@ -225,7 +227,8 @@ def output_kernel(
         b_weight += 1.0
     weight_linear = tl.where(some, 1.0, 0.0) if NORMALIZE else tl.full([BM], 1.0, tl.float32)
     if MERGE:
-        share, rest = shares(log_linear, ahead, feature_scale, log_window, top, b_weight, RELATIVE)
+        log_mass = spread if RELATIVE else log_window
+        share, rest = shares(log_linear, ahead, feature_scale, log_mass, b_weight)
         weight_linear = tl.where(some, share, 0.0)
         weight_window *= tl.where(some, rest, 1.0)
     else:
@@ -239,7 +242,7 @@ def output_kernel(
     tl.store(linear + out, log_linear, mask=inside)
     tl.store(window + out, log_window, mask=inside)
     if RELATIVE:
-        tl.store(top_out + out, top, mask=inside)
+        tl.store(spread_out + out, spread, mask=inside)
         tl.store(top_key_out + out, top_key, mask=inside)
 
 
@@ -253,11 +256,9 @@ def anchor_seen(c, t, n, stream, W: tl.constexpr, ANCHORS: tl.constexpr):
 
 
 @triton.jit
-def shares(log_linear, ahead, feature_scale, log_window, top, bias, RELATIVE: tl.constexpr):
-    """(share of the linear branch, the rest), each with its own digits."""
+def shares(log_linear, ahead, feature_scale, log_window, bias):
+    """(share of the linear branch, the rest), each with its own digits. log_window: a relative mass's is the spread."""
     x = log_linear + ahead + tl.log2(feature_scale) + bias * LOG2E - log_window
-    if RELATIVE:
-        x += top
     return 1.0 / (1.0 + tl.exp2(-x)), 1.0 / (1.0 + tl.exp2(x))
 
 

@@ -123,14 +123,14 @@ def hybrid_backward(
     position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
     window: int, anchors: int, outside: bool, mix: str, normalize: bool, feature_map: str, scale: float,
     feature_scale: float, softcap: float | None,
-    o: Tensor, gates: Tensor, linear: Tensor, log_window: Tensor, top: Tensor, top_key: Tensor,
+    o: Tensor, gates: Tensor, linear: Tensor, log_window: Tensor, spread: Tensor, top_key: Tensor,
     d_o: Tensor, d_s: Tensor | None, d_z: Tensor | None, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the first twelve arguments of ``hybrid_forward``; those of absent ones are empty."""
     shape, stream = describe(
         q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
     )
-    masses, d_end = Masses(linear, log_window, top, top_key), pair(d_s, d_z)
+    masses, d_end = Masses(linear, log_window, spread, top_key), pair(d_s, d_z)
     with on_device(q):
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
@@ -168,7 +168,7 @@ def hybrid_backward(
 @hybrid_backward.register_fake
 def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
-    mix, normalize, feature_map, scale, feature_scale, softcap, o, gates, linear, log_window, top, top_key, d_o, d_s,
+    mix, normalize, feature_map, scale, feature_scale, softcap, o, gates, linear, log_window, spread, top_key, d_o, d_s,
     d_z, gate_gradient,
 ):  # fmt: skip
     def like(x):
@@ -188,7 +188,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, d_o, d_s, d_z, *_):
-    *inputs, o, gates, linear, log_window, top, top_key = ctx.saved_tensors
+    *inputs, o, gates, linear, log_window, spread, top_key = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(o)
     if d_s is not None or d_z is not None:
@@ -196,7 +196,7 @@ def _backward(ctx, d_o, d_s, d_z, *_):
         d_s = torch.zeros(s_shape, device=o.device) if d_s is None else d_s
         d_z = torch.zeros(s_shape[:-1], device=o.device) if d_z is None else d_z
     grads = hybrid_backward(
-        *inputs, *ctx.options, o, gates, linear, log_window, top, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
+        *inputs, *ctx.options, o, gates, linear, log_window, spread, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
     )
     wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
     return *wanted, *[None] * 14

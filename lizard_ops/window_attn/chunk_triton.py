@@ -30,9 +30,9 @@ def window_triton(
     softcap: float | None = None,
     with_max: bool = False,
 ) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
-    """(o, state, lse, row maximum) of ``window_attn``, whose arguments come here checked.
+    """(o, state, lse, lse less the row maximum) of ``window_attn``, whose arguments come here checked.
 
-    The row maximum is empty without ``with_max``. Under autocast q, k and v take its dtype.
+    The last is empty without ``with_max``. Under autocast q, k and v take its dtype.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -49,12 +49,12 @@ def window_triton(
         if anchors:
             anchor_k, anchor_v = anchor_rows(k, kept_k, anchors, layout), anchor_rows(v, kept_v, anchors, layout)
     if initial_state is None:
-        o, lse, row_max, _ = window_forward(
+        o, lse, spread, _ = window_forward(
             q, k, v, None, None, sink_mass, None, cu_seqlens, window, anchors, 0, scale, with_max, softcap
         )
     else:
         stream_k, stream_v = key_stream(k, initial_state.ring_k, layout), key_stream(v, initial_state.ring_v, layout)
-        o, lse, row_max, _ = window_forward(
+        o, lse, spread, _ = window_forward(
             q, stream_k, stream_v, anchor_k, anchor_v, sink_mass, initial_state.position, cu_seqlens, window, anchors,
             window, scale, with_max, softcap,
         )  # fmt: skip
@@ -63,5 +63,5 @@ def window_triton(
         final = AttentionState(layout.end, **window_fields(k, v, anchor_k, anchor_v, initial_state, window, layout))
     if padding_mask is not None:
         o, lse = restore(o, plan), restore(lse, plan, -math.inf)
-        row_max = restore(row_max, plan, -math.inf) if with_max else row_max
-    return o, final, lse, row_max
+        spread = restore(spread, plan) if with_max else spread
+    return o, final, lse, spread

@@ -12,6 +12,18 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def scaled_above(score, top, scale, PRECISION: tl.constexpr):
+    """scale * (score - top) of a tile [rows, columns]: for 16-bit inputs one fused operation, which rounds scale * top.
+
+    Float32 takes the difference first: at scores of 1e4 that rounding is larger than those of two nearly equal scores.
+    """
+    if PRECISION == "ieee":
+        return (score - top[:, None]) * scale
+    else:
+        return score * scale - (top * scale)[:, None]
+
+
+@triton.jit
 def absorb(
     b_s, b_v, b_m, b_l, b_o, b_arg, column, step, scale_log2, WITH_MAX: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -22,9 +34,9 @@ def absorb(
     else:
         top = tl.max(b_s, 1)
     b_new = tl.maximum(b_m, top)
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new) * scale_log2
-    b_p = tl.exp2(b_s * scale_log2 - b_safe[:, None])
-    b_shrink = tl.exp2(b_m * scale_log2 - b_safe)
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.exp2(scaled_above(b_s, b_safe, scale_log2, PRECISION))
+    b_shrink = tl.exp2((b_m - b_safe) * scale_log2)  # one where no larger score came, whatever is fused
     b_l = b_l * b_shrink + tl.sum(b_p, 1)
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision=PRECISION)
     return b_new, b_l, b_o, b_arg
@@ -32,7 +44,7 @@ def absorb(
 
 @triton.jit(do_not_specialize=["T", "N", "STEPS"])
 def window_forward_kernel(
-    q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
+    q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, spread, arg_max,
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh,
     T, N, STEPS, scale_log2, cap,
     HK: tl.constexpr, G: tl.constexpr, HB: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
@@ -113,11 +125,10 @@ def window_forward_kernel(
     o_out = (o_token + o_t) * (HK * G) + o_h
     b_m = b_m * scale_log2
     b_l = tl.where(m_f, b_l, 1.0)
-    if WITH_MAX:
-        tl.store(row_max + o_out, b_m * LN2, mask=m_f)
-        tl.store(arg_max + o_out, b_arg, mask=m_f)
+    b_gain = tl.zeros([BM], tl.float32)
     if HAS_SINKS:
         b_sink = tl.load(sinks + o_h, mask=m_f, other=0.0).to(tl.float32) / LN2
+        b_gain = tl.maximum(b_sink - b_m, 0.0)  # where a sink is the largest term
         b_new = tl.maximum(b_m, b_sink)
         b_shrink = tl.exp2(b_m - b_new)
         b_l = b_l * b_shrink + tl.exp2(b_sink - b_new)
@@ -125,3 +136,6 @@ def window_forward_kernel(
         b_m = b_new
     store_rows(o + o_out * V, b_o / b_l[:, None], m_f, V, BV)
     tl.store(lse + o_out, (b_m + tl.log2(b_l)) * LN2, mask=m_f)
+    if WITH_MAX:
+        tl.store(spread + o_out, (b_gain + tl.log2(b_l)) * LN2, mask=m_f)
+        tl.store(arg_max + o_out, b_arg, mask=m_f)

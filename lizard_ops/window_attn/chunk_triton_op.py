@@ -43,39 +43,40 @@ def window_forward(
     with_max: bool,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, lse [B, T, Hq], largest score [B, T, Hq], its column); the last two are empty without ``with_max``.
+    """(o, lse [B, T, Hq], lse less the largest score [B, T, Hq], its column); the last two empty without ``with_max``.
 
-    A column is numbered by its stream row, or -1 - a for anchor a.
+    That difference has digits that a large score would leave neither of the two. A column is numbered by its stream
+    row, or -1 - a for anchor a.
     """
     q, k, v, anchor_k, anchor_v = rows_last(q, k, v, anchor_k, anchor_v)
     batch, length, heads, _ = q.shape
     o = q.new_empty(batch, length, heads, v.shape[3])
     lse = q.new_empty(batch, length, heads, dtype=torch.float32)
-    row_max = torch.empty_like(lse) if with_max else lse.new_empty(0)
+    spread = torch.empty_like(lse) if with_max else lse.new_empty(0)
     arg_max = lse.new_empty(lse.shape if with_max else 0, dtype=torch.int32)
     if o.numel() == 0:
-        return o, lse, row_max, arg_max
+        return o, lse, spread, arg_max
     n, packed, group = sequences_of(q, cu_seqlens), cu_seqlens is not None, heads // k.shape[2]
     config = config_for("forward", q, v, group)
     blocks = block_count(length, n, config.heads, 0, config.rows, packed)
     with on_device(q):
         window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
-            q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, row_max, arg_max,
+            q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, spread, arg_max,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)), length, n, (n - 1).bit_length(),
             units_of(scale, softcap) * 1.4426950408889634, cap_of(scale, softcap),
             HB=config.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=first is not None,
             HAS_SINKS=sinks is not None, WITH_MAX=with_max,
             **shape_arguments(q, k, v, window, anchors, prefix, config),
         )  # fmt: skip
-    return o, lse, row_max, arg_max
+    return o, lse, spread, arg_max
 
 
 @window_forward.register_fake
 def _(q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, window, anchors, prefix, scale, with_max, softcap=None):
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    row_max = torch.empty_like(lse) if with_max else lse.new_empty(0)
-    return o, lse, row_max, torch.empty_like(row_max, dtype=torch.int32)
+    spread = torch.empty_like(lse) if with_max else lse.new_empty(0)
+    return o, lse, spread, torch.empty_like(spread, dtype=torch.int32)
 
 
 @torch.library.custom_op("lizard_ops::window_attn_backward", mutates_args=())
@@ -158,8 +159,11 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_o, d_lse, d_max, _):
+def _backward(ctx, d_o, d_lse, d_spread, _):
     q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max = ctx.saved_tensors
+    d_max = None
+    if d_spread is not None:
+        d_lse, d_max = d_spread if d_lse is None else d_lse + d_spread, -d_spread
     found = window_backward(
         q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max,
         torch.zeros_like(o) if d_o is None else d_o, d_lse, d_max, ctx.window, ctx.anchors, ctx.prefix, ctx.scale,
