@@ -35,7 +35,7 @@ from lizard_ops.window_attn.chunk_triton_softcap import cap_of, cap_slope, cappe
 
 @triton.jit
 def window_query_kernel(
-    q, k, v, anchor_k, anchor_v, do, dq, weight, window, top_key_in, share_io, shift_io, flow_in, average_out, tokens,
+    q, k, v, anchor_k, anchor_v, do, dq, weight, window, top_key_in, share_io, shift_io, flow_io, average_out, tokens,
     stream, scale, cap,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
@@ -71,7 +71,7 @@ def window_query_kernel(
     if MERGE:
         share = tl.load(share_io + out, mask=inside, other=0.0)
         shift = tl.load(shift_io + out, mask=inside, other=0.0)
-        flow = tl.load(flow_in + out, mask=inside, other=0.0)
+        flow = tl.load(flow_io + out, mask=inside, other=0.0)
     else:
         share = tl.full([BM], 1.0, tl.float32)
         shift, flow = share, tl.zeros([BM], tl.float32)
@@ -98,6 +98,9 @@ def window_query_kernel(
                 seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
                 p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
                 average += tl.sum(p * dp, 1)
+        if MERGE:  # flow is share (do.o_linear - do.o) too, which loses its digits where the linear branch has the mass
+            flow = tl.where(share < 0.5, -shift - share * average, flow)
+            tl.store(flow_io + out, flow, mask=inside)
         shift = -share * average - flow
         tl.store(shift_io + out, shift, mask=inside)
         if not MERGE:

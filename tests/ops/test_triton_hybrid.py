@@ -96,6 +96,13 @@ def test_every_option_matches_the_reference(options):
     check(make(1, 80, 2, 1, 16, 16, 16, 2, weight=True, positive=True), 20, anchors=3, **options)
 
 
+def test_gradients_where_the_linear_branch_has_nearly_all_mass():
+    """The gradient of the mix is a difference of averages times both shares: small, and with all its digits."""
+    x = make(1, 24, 1, 1, 16, 16, 8, 1, weight=True)
+    x["weight"] += 8
+    check(x, 6, anchors=1, **MERGE)
+
+
 @pytest.mark.parametrize(
     "options, per_channel",
     [(MERGE, True), (SUM | {"coverage": "outside"}, True), (MERGE | EXP, False), (MERGE | EXP, True),
