@@ -73,15 +73,15 @@ class Shape:
 
     @property
     def dim_block(self) -> int:
-        return power_of_two(self.dim)
+        return power_of_two(self.dim, self.value)
 
     @property
     def value_block(self) -> int:
-        return power_of_two(self.value)
+        return power_of_two(self.value, self.dim, self.pre)
 
     @property
     def pre_block(self) -> int:
-        return power_of_two(self.pre)
+        return power_of_two(self.pre, self.value)
 
     @property
     def state_dtype(self) -> torch.dtype:

@@ -125,10 +125,12 @@ def anchors_or(k: Tensor, v: Tensor, anchor_k: Tensor | None, anchor_v: Tensor |
 
 def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, prefix: int, config: Config) -> dict:
     """The compile-time arguments that every window kernel takes."""
+    dim, value = q.shape[3], v.shape[3]
+    least = 16 if max(dim, value) <= 64 else 32  # 16 beside 128 is read out of bounds: docs/kernels.md
     return {
-        "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": q.shape[3], "V": v.shape[3], "W": window, "A": anchors,
+        "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": dim, "V": value, "W": window, "A": anchors,
         "P": prefix, "BM": config.rows, "BN": config.columns,
-        "BD": max(16, triton.next_power_of_2(q.shape[3])), "BV": max(16, triton.next_power_of_2(v.shape[3])),
+        "BD": max(least, triton.next_power_of_2(dim)), "BV": max(least, triton.next_power_of_2(value)),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
     }  # fmt: skip
