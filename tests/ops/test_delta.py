@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_checks import DEVICE
 
 import lizard_ops
 from lizard_ops import AttentionState, chunk_delta_attn, chunk_hybrid_attn, naive_delta_attn, recurrent_delta_attn
@@ -170,7 +171,7 @@ def hybrid_tokens(length: int):
 
 
 def test_the_window_kernel_beside_the_memory():
-    x = [t.requires_grad_() for t in hybrid_tokens(21)]
+    x = [t.to(DEVICE).requires_grad_() for t in hybrid_tokens(21)]
     found = {}
     for impl in ("torch", "triton"):
         o, state = chunk_hybrid_attn(*x[:6], 6, beta=x[6], impl=impl, **HYBRID)
