@@ -98,9 +98,9 @@ def test_every_option_matches_the_reference(options):
 
 def test_gradients_where_the_linear_branch_has_nearly_all_mass():
     """The gradient of the mix is a difference of averages times both shares: small, and with all its digits."""
-    x = make(1, 24, 1, 1, 16, 16, 8, 1, weight=True)
-    x["weight"] += 8
-    check(x, 6, anchors=1, **MERGE)
+    x = make(1, 24, 1, 1, 16, 80, 40, 1, weight=True)
+    x |= {"fq": 2 * x["fq"], "fk": 2 * x["fk"], "weight": x["weight"] + 4}
+    check(x, 6, anchors=1, **MERGE | EXP)
 
 
 @pytest.mark.parametrize(
