@@ -9,18 +9,25 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-OPENING = "There is a pass key hidden somewhere in the text below. Find it and remember it.\n\n"
+# Worded so that SmolLM2-135M finds a key at 2048 tokens every time; without a word of the question to come, 4 in 10.
+OPENING = (
+    "One number matters in the long text below, and all the rest of it does not. Find the number and keep it in mind: "
+    "at the end you will be asked for it.\n"
+)
 FILLER = (
     "The river runs down to the sea. The fields lie still in the sun. A cart goes along the road, and another "
     "comes back. The wind turns the mill. "
 )
-KEY = "The pass key is {key}. Remember that {key} is the pass key. "
-QUESTION = "\n\nWhat is the pass key? The pass key is"
+KEY = "The pass key is {key}. Keep it in mind. {key} is the pass key. "
+QUESTION = "\nWhat is the pass key? The pass key is"
 DIGITS = 5
 
-MANY_OPENING = "There are several pass keys hidden in the text below. Find them and remember them.\n\n"
-MANY_KEY = "The pass key of the {owner} is {key}. Remember that {key} is the pass key of the {owner}. "
-MANY_QUESTION = "\n\nWhat is the pass key of the {owner}? The pass key of the {owner} is"
+MANY_OPENING = (
+    "Some numbers matter in the long text below, and all the rest of it does not. Find the numbers and keep them in "
+    "mind: at the end you will be asked for one of them.\n"
+)
+MANY_KEY = "The pass key of the {owner} is {key}. Keep it in mind. {key} is the pass key of the {owner}. "
+MANY_QUESTION = "\nWhat is the pass key of the {owner}? The pass key of the {owner} is"
 OWNERS = ("miller", "baker", "doctor", "sailor", "teacher", "farmer", "painter", "hunter")
 MANY_DIGITS = (5, 8)
 

@@ -257,9 +257,9 @@ def test_passkeys_among_the_text_fill_their_sequences():
     assert len(mixed) == len(text) + 3 and mixed.digest != text.digest
     assert torch.equal(mixed[0]["input_ids"], text[0]["input_ids"])
     shown = tokenizer.decode(mixed[len(text) + 1]["input_ids"])
-    assert len(mixed[len(text)]["input_ids"]) == 800 and shown.count("Remember that") == 5
+    assert len(mixed[len(text)]["input_ids"]) == 800 and shown.count("Keep it in mind") == 5
     owner, key = shown.rsplit("The pass key of the ", 1)[1].split(" is ")
-    assert f"The pass key of the {owner} is {key}. Remember" in shown and 5 <= len(key) <= 8
+    assert f"The pass key of the {owner} is {key}. Keep it in mind" in shown and 5 <= len(key) <= 8
     assert mixed.digest == WithPasskeys(text, tokenizer, 3).digest != WithPasskeys(text, tokenizer, 3, seed=1).digest
     beside = controls(RowSpec(name="x", preset="paper", passkeys=3), BUDGETS["quick"])
     assert all(row.passkeys == 3 and row.name.endswith("-passkeys3") for row in beside.values())
