@@ -23,8 +23,8 @@ QUESTION = "\nWhat is the pass key? The pass key is"
 DIGITS = 5
 
 MANY_OPENING = (
-    "Some numbers matter in the long text below, and all the rest of it does not. Find the numbers and keep them in "
-    "mind: at the end you will be asked for one of them.\n"
+    "Some numbers matter in the long text below. Find them and keep them in mind: at the end you will be asked for "
+    "one.\n"
 )
 MANY_KEY = "The pass key of the {owner} is {key}. Keep it in mind. {key} is the pass key of the {owner}. "
 MANY_QUESTION = "\nWhat is the pass key of the {owner}? The pass key of the {owner} is"

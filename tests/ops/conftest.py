@@ -36,7 +36,7 @@ class Target:
         return f"{self.impl}-{self.device}-{str(self.dtype).removeprefix('torch.')}{form}"
 
 
-CPU = (Target("torch", "cpu", torch.float64, 1.0), Target("torch", "cpu", torch.float32, 0.5))
+CPU = (Target("torch", "cpu", torch.float64, 0.6), Target("torch", "cpu", torch.float32, 0.3))
 INTERPRETED = (Target("triton", "cpu", torch.float32, 0.0),)
 INTERPRETED_HALF = (Target("triton", "cpu", torch.float16, 0.0),)
 CUDA = tuple(Target("triton", "cuda", dtype, 0.05) for dtype in (torch.float32, torch.bfloat16, torch.float16))
