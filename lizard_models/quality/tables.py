@@ -94,14 +94,13 @@ def lora(order: Order, layers: int) -> list[RowSpec]:
 
 def rates(order: Order, layers: int) -> list[RowSpec]:
     """How fast and how widely stage 2 trains: rates of adapters and of new parameters, and more of both."""
-    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     faster = {"new_learning_rate": 5e-3, "gate_learning_rate": 1e-3}
     return [
         RECOMMENDED,
         _row("stage2-lr-1e-3", stage2={"learning_rate": 1e-3}),
         _row("stage2-new-5e-3", stage2=faster),
         _row("stage2-wide", stage2={**faster, "learning_rate": 1e-3, "lora_rank": 32, "lora_alpha": 64,
-                                    "lora_targets": every}),
+                                    "lora_targets": list(ALL_PROJECTIONS)}),
     ]  # fmt: skip
 
 

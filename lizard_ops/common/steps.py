@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lizard_ops.common.checks import work_dtype
 from lizard_ops.common.state import AttentionState
+
+Step = Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]
 
 
 def put_at(kept: Tensor, index: Tensor, new: Tensor, inplace: bool = False) -> Tensor:
@@ -40,3 +46,25 @@ def blank_state(like: Tensor, shapes: dict[str, tuple[int, ...]], dtypes: dict[s
         for name, shape in shapes.items()
     }
     return AttentionState(torch.zeros(n, dtype=torch.int64, device=like.device), **fields)
+
+
+def over_steps(
+    step: Step, rows: tuple[Tensor | None, ...], lengths: Tensor | None, state: AttentionState
+) -> tuple[list[Tensor], AttentionState]:
+    """([o [B, T, Hq, V], log mass [B, T, Hq]], the state after them) of one step after the other.
+
+    rows: (q, k, v, ...) of T positions, None where there is no gate. step: called with the tensors of one position and
+    the state, returns (o, log mass, the fields that changed). A row's state stays as it is from ``lengths`` [B] on.
+    """
+    q, _, v = (x for x in rows[:3] if x is not None)
+    outputs, masses = [], []
+    for t in range(q.shape[1]):
+        o, log_mass, fields = step(*(None if x is None else x[:, t] for x in rows), state)
+        active = None if lengths is None else t < lengths
+        state = where_active(active, state._replace(position=state.position + 1, **fields), state)
+        outputs.append(o)
+        masses.append(log_mass)
+    if not outputs:
+        nothing = q.new_zeros(*q.shape[:3], dtype=work_dtype(q))
+        return [q.new_zeros(*q.shape[:3], v.shape[3]), nothing], state
+    return [torch.stack(outputs, 1), torch.stack(masses, 1)], state

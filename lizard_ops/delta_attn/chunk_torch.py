@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common.checks import work_dtype
-from lizard_ops.common.features import expand_features, feature_dim
+from lizard_ops.common.features import expand_features, feature_dim, norm_of
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import key_stream, layout_of, offset_fields, sliding_sum
@@ -102,7 +102,7 @@ def delta_rows(
     is_key, inside = which_rows(layout, lengths, rows, prefix, offset, anchors)
     there = torch.ones(1, rows, dtype=torch.bool, device=v.device) if is_key is None else is_key
     keys = expand_features(tiles(key_stream(fk, held.ring_fk, layout)[:, :rows].to(work)), feature_map)[0]
-    norm_k = _norm(keys)
+    norm_k = norm_of(keys)
     keys, norm_k = keys / norm_k, norm_k * tiles(there.to(work).unsqueeze(-1)).unsqueeze(-1)  # [B, Hk, n, C, 1]
     values = tiles(key_stream(v, held.ring_v, layout)[:, :rows].to(work))
     strength = key_stream(beta, held.ring_beta, layout)[:, :rows].to(work) * there.unsqueeze(-1)
@@ -110,7 +110,7 @@ def delta_rows(
     queries = F.pad(fq[:, skipped:].to(work), (0, 0, 0, 0, 0, chunks * size - rows))
     queries = queries.unflatten(2, (key_heads, -1)).unflatten(1, (chunks, size)).permute(0, 3, 1, 4, 2, 5)
     queries = expand_features(queries.contiguous().flatten(3, 4), feature_map)[0]  # [B, Hk, n, G C, F]
-    norm_q = _norm(queries)
+    norm_q = norm_of(queries)
     queries = queries / norm_q
 
     run = keys.new_zeros(1, 1, 1, size, dtype=torch.float64)
@@ -162,8 +162,3 @@ def delta_rows(
     log_mass = (log_mass if passed is None else log_mass + passed).masked_fill(empty, -math.inf)
     front = (0, 0, skipped, 0)
     return F.pad(o, (0, 0, *front)), F.pad(log_mass, front, value=-math.inf), {"s": s, "z": z} | fields
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Euclidean norm of the last axis, kept; above zero where x is zero."""
-    return x.square().sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()

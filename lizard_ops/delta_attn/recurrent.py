@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from lizard_ops.common.checks import work_dtype
-from lizard_ops.common.features import expand_features
+from lizard_ops.common.features import expand_features, norm_of
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
-from lizard_ops.common.steps import blank_state, put_at, take_at, where_active
+from lizard_ops.common.steps import blank_state, over_steps, put_at, take_at
 from lizard_ops.delta_attn.arguments import delta_state_shapes
 
 
@@ -32,23 +33,11 @@ def recurrent_delta_torch(
 ) -> tuple[Tensor, AttentionState | None, Tensor]:
     """(o, state, log_mass) of ``recurrent_delta_attn``, whose arguments come here checked."""
 
+    step = functools.partial(delta_step, feature_map="identity", scale=scale, offset=window_offset, anchors=anchors)
+
     def op(rows, lengths, state):
-        q, k, v, g, beta = rows
-        state = blank_delta_state(q, k, v, g, window_offset, "identity") if state is None else state
-        outputs, masses = [], []
-        for t in range(q.shape[1]):
-            o, log_mass, fields = delta_step(
-                q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], beta[:, t], state, feature_map="identity",
-                scale=scale, offset=window_offset, anchors=anchors,
-            )  # fmt: skip
-            active = None if lengths is None else t < lengths
-            state = where_active(active, state._replace(position=state.position + 1, **fields), state)
-            outputs.append(o)
-            masses.append(log_mass)
-        if not outputs:
-            nothing = q.new_zeros(*q.shape[:3], dtype=work_dtype(q))
-            return [q.new_zeros(*q.shape[:3], v.shape[3]), nothing], state
-        return [torch.stack(outputs, 1), torch.stack(masses, 1)], state
+        blank = blank_delta_state(*rows[:4], window_offset, "identity") if state is None else state
+        return over_steps(step, rows, lengths, blank)
 
     fills = (0.0, -math.inf)
     (o, log_mass), state = over_rows(op, (q, k, v, g, beta), fills, initial_state, cu_seqlens, padding_mask)
@@ -105,7 +94,7 @@ def delta_step(
     is_key = (state.position >= anchors + offset).view(-1, 1, 1)
 
     phi_q, phi_k = (expand_features(x.to(work), feature_map)[0] for x in (fq, fk))
-    norm_q, norm_k = (x.square().sum(-1, keepdim=True).clamp(min=torch.finfo(work).tiny).sqrt() for x in (phi_q, phi_k))
+    norm_q, norm_k = norm_of(phi_q), norm_of(phi_k)
     key, phi_k = (phi_k / norm_k).unsqueeze(-2), phi_k.masked_fill(~is_key, 0.0)  # [B, Hk, 1, F]
     strength = beta.to(work).unsqueeze(-1).masked_fill(~is_key, 0.0).unsqueeze(-1)  # [B, Hk, 1, 1]
     kept = torch.ones(1, 1, 1, dtype=work, device=v.device) if g is None else g.exp().unsqueeze(-1)  # [B, h, 1]

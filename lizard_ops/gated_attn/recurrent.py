@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,7 +12,7 @@ from lizard_ops.common.checks import linear_state_shapes, work_dtype
 from lizard_ops.common.features import expand_features, feature_dim
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
-from lizard_ops.common.steps import blank_state, put_at, take_at, where_active
+from lizard_ops.common.steps import blank_state, over_steps, put_at, take_at
 
 
 def recurrent_gated_torch(
@@ -31,23 +32,13 @@ def recurrent_gated_torch(
 ) -> tuple[Tensor, AttentionState | None, Tensor]:
     """(o, state, log_mass) of ``recurrent_gated_attn``, whose arguments come here checked."""
 
+    step = functools.partial(
+        linear_step, feature_map="identity", scale=scale, normalize=normalize, offset=window_offset, anchors=anchors
+    )
+
     def op(rows, lengths, state):
-        q, k, v, g = rows
-        state = blank_linear_state(q, k, v, g, window_offset, "identity") if state is None else state
-        outputs, masses = [], []
-        for t in range(q.shape[1]):
-            o, log_mass, fields = linear_step(
-                q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], state, feature_map="identity", scale=scale,
-                normalize=normalize, offset=window_offset, anchors=anchors,
-            )  # fmt: skip
-            active = None if lengths is None else t < lengths
-            state = where_active(active, state._replace(position=state.position + 1, **fields), state)
-            outputs.append(o)
-            masses.append(log_mass)
-        if not outputs:
-            nothing = q.new_zeros(*q.shape[:3], dtype=work_dtype(q))
-            return [q.new_zeros(*q.shape[:3], v.shape[3]), nothing], state
-        return [torch.stack(outputs, 1), torch.stack(masses, 1)], state
+        blank = blank_linear_state(*rows[:4], window_offset, "identity") if state is None else state
+        return over_steps(step, rows, lengths, blank)
 
     fills = (0.0, -math.inf)
     (o, log_mass), state = over_rows(op, (q, k, v, g), fills, initial_state, cu_seqlens, padding_mask)
