@@ -153,12 +153,17 @@ def delta_rows(
         return x.reshape(batch, chunks * size, q_heads, *x.shape[5:])[:, :rows]
 
     o, mass = in_order(o), in_order(mass)
-    empty = mass < torch.finfo(work).tiny
+    log_mass = log_mass_of(mass, passed, scale)
+    front = (0, 0, skipped, 0)
+    return F.pad(o, (0, 0, *front)), F.pad(log_mass, front, value=-math.inf), {"s": s, "z": z} | fields
+
+
+def log_mass_of(mass: Tensor, passed: Tensor | None, scale: float) -> Tensor:
+    """log(scale mass) + passed of mass [..., Hq] and the log-decay since [..., 1 or Hk]; -inf where there is none."""
+    empty = mass < torch.finfo(mass.dtype).tiny
     if passed is not None:
-        passed = passed.repeat_interleave(q_heads // passed.shape[2], 2)
+        passed = passed.repeat_interleave(mass.shape[-1] // passed.shape[-1], -1)
         empty = empty | (passed == -math.inf)
         passed = passed.masked_fill(empty, 0.0)
     log_mass = mass.masked_fill(empty, 1.0).log() + math.log(scale)
-    log_mass = (log_mass if passed is None else log_mass + passed).masked_fill(empty, -math.inf)
-    front = (0, 0, skipped, 0)
-    return F.pad(o, (0, 0, *front)), F.pad(log_mass, front, value=-math.inf), {"s": s, "z": z} | fields
+    return (log_mass if passed is None else log_mass + passed).masked_fill(empty, -math.inf)

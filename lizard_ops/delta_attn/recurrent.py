@@ -14,6 +14,7 @@ from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.steps import blank_state, over_steps, put_at, take_at
 from lizard_ops.delta_attn.arguments import delta_state_shapes
+from lizard_ops.delta_attn.chunk_torch import log_mass_of
 
 
 def recurrent_delta_torch(
@@ -111,11 +112,4 @@ def delta_step(
 
     o = ((phi_q / norm_q).unflatten(1, (key_heads, -1)) @ s).flatten(1, 2)
     mass = (phi_q.unflatten(1, (key_heads, -1)) @ z.unsqueeze(-1)).flatten(1)  # [B, Hq]
-    empty = mass < torch.finfo(work).tiny
-    if passed is not None:
-        passed = passed.repeat_interleave(fq.shape[1] // passed.shape[1], 1)
-        empty = empty | (passed == -math.inf)
-        passed = passed.masked_fill(empty, 0.0)
-    log_mass = mass.masked_fill(empty, 1.0).log() + math.log(scale)
-    log_mass = (log_mass if passed is None else log_mass + passed).masked_fill(empty, -math.inf)
-    return o, log_mass, fields
+    return o, log_mass_of(mass, passed, scale), fields
