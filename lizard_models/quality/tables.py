@@ -17,6 +17,9 @@ FULL = {
     "new_learning_rate": 5e-4,
 }
 STAGES = ("stage1", "stage2")
+FASTER = {"new_learning_rate": 5e-3, "gate_learning_rate": 1e-3}
+WIDE = {**FASTER, "learning_rate": 1e-3, "lora_rank": 32, "lora_alpha": 64, "lora_targets": list(ALL_PROJECTIONS)}
+SPREAD: dict[str, Any] = {"gate": "channel", "gate_init": 0.996, "gate_spread": 256.0}
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 
 
@@ -94,14 +97,47 @@ def lora(order: Order, layers: int) -> list[RowSpec]:
 
 def rates(order: Order, layers: int) -> list[RowSpec]:
     """How fast and how widely stage 2 trains: rates of adapters and of new parameters, and more of both."""
-    faster = {"new_learning_rate": 5e-3, "gate_learning_rate": 1e-3}
     return [
         RECOMMENDED,
         _row("stage2-lr-1e-3", stage2={"learning_rate": 1e-3}),
-        _row("stage2-new-5e-3", stage2=faster),
-        _row("stage2-wide", stage2={**faster, "learning_rate": 1e-3, "lora_rank": 32, "lora_alpha": 64,
-                                    "lora_targets": list(ALL_PROJECTIONS)}),
-    ]  # fmt: skip
+        _row("stage2-new-5e-3", stage2=FASTER),
+        _row("stage2-wide", stage2=WIDE),
+    ]
+
+
+def timescales(order: Order, layers: int) -> list[RowSpec]:
+    """How far back the gates reach at the start, how widely spread over features or heads, and what goes with that."""
+    spread = "channel-spread256-0.996"
+    longer = {"sequence_length": 4096, "batch_size": 1}
+    return [
+        RECOMMENDED,
+        _attention("A6-gate-0.985", gate_init=0.985),
+        _attention("gate-channel", gate="channel"),
+        _attention("channel-spread16", gate="channel", gate_spread=16.0),
+        _attention("channel-spread64", gate="channel", gate_spread=64.0),
+        _attention("channel-spread64-0.998", **{**SPREAD, "gate_init": 0.998, "gate_spread": 64.0}),
+        _attention(spread, **SPREAD),
+        _attention("channel-spread1024-0.996", **{**SPREAD, "gate_spread": 1024.0}),
+        _attention("head-spread16", gate_spread=16.0),
+        _attention("head-spread64", gate_spread=64.0),
+        _attention("query-head-spread64", key_map="query_head", gate="query_head", gate_spread=64.0),
+        _attention("features-512", feature_dim=256),
+        _attention(f"{spread}-features-512", **SPREAD, feature_dim=256),
+        _attention(f"{spread}-features-128", **SPREAD, feature_dim=64),
+        _attention(f"{spread}-query-head-keys", **SPREAD, key_map="query_head"),
+        _attention(f"{spread}-conv4", **SPREAD, key_conv=4),
+        _attention(f"{spread}-norm", **SPREAD, feature_norm=True),
+        _attention(f"{spread}-rope", **SPREAD, linear_rope=True),
+        _attention(f"{spread}-rank64", **SPREAD, gate_rank=64),
+        _attention(f"{spread}-w256", **SPREAD, window=256),
+        _row(f"{spread}-gate-1e-2", attention=SPREAD, stage1={"gate_learning_rate": 1e-2}),
+        _row(f"{spread}-2e-2", attention=SPREAD, stage1={"learning_rate": 2e-2}),
+        _row(f"{spread}-faster", attention=SPREAD, stage2=FASTER),
+        _row(f"{spread}-wide", attention=SPREAD, stage2=WIDE),
+        _row(f"{spread}-4096", attention=SPREAD, stage1=longer, stage2=longer),
+        _row("long-4096", stage1=longer, stage2=longer),
+        _attention("delta-spread64", memory="delta", beta_init=0.5, gate_spread=64.0),
+    ]
 
 
 def softmax(order: Order, layers: int) -> list[RowSpec]:
@@ -180,7 +216,7 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
 
 
 TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
-    table.__name__: table for table in (presets, gates, parts, windows, lora, rates, softmax, choices, retrieval)
+    table.__name__: table for table in (presets, gates, parts, windows, lora, rates, timescales, softmax, choices, retrieval)
 }
 
 
