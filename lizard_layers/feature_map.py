@@ -20,7 +20,7 @@ class HedgehogFeatureMap(Float32Module):
     number of key heads for query heads that share the map of their group.
 
     x [B, T, H, D], H a multiple of num_maps -> x itself, for what else reads it, and [B, T, H, feature_dim] in its
-    dtype; weights and sums are float32's (``lizard_ops.project_heads``).
+    dtype; weights and sums are float32's. reuse_gradient: see ``lizard_ops.project_heads``.
     """
 
     def __init__(self, num_maps: int, head_dim: int, feature_dim: int, noise: float = 0.0, seed: int = 0) -> None:
@@ -41,8 +41,8 @@ class HedgehogFeatureMap(Float32Module):
                 ).Q
                 self.weight[:, :, start : start + dim] = turns[:, :, : width - start].to(self.weight)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return project_heads(x, self.weight)
+    def forward(self, x: Tensor, reuse_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        return project_heads(x, self.weight, reuse_gradient=reuse_gradient)
 
 
 class UnitNorm(Float32Module):
@@ -88,10 +88,10 @@ class FeatureMaps(nn.Module):
         if not config.tie_features:
             self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape, seed=1)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, reuse_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, fq, fk): q [B, T, Hq, D] and k [B, T, H, D], H the linear key heads, as they came, for the window.
 
-        fq [B, T, Hq, Fp], fk [B, T, H, Fp].
+        fq [B, T, Hq, Fp], fk [B, T, H, Fp]. reuse_gradient: see ``lizard_ops.project_heads``.
         """
         fq, fk = q, k
         if self.query_norm is not None and self.key_norm is not None:
@@ -99,5 +99,6 @@ class FeatureMaps(nn.Module):
             if self.key_map is not None:
                 fq, fk = (self.query_map or self.key_map)(fq)[1], self.key_map(fk)[1]
         elif self.key_map is not None:
-            (q, fq), (k, fk) = (self.query_map or self.key_map)(q), self.key_map(k)
+            q, fq = (self.query_map or self.key_map)(q, reuse_gradient)
+            k, fk = self.key_map(k, reuse_gradient)
         return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)

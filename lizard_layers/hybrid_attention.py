@@ -165,7 +165,7 @@ class HybridAttention(nn.Module):
                 _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
                 window_q, window_k = q, k
             else:
-                q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope))
+                q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
                 window_q, window_k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
             choices: dict[str, Any] = dict(
                 mix=config.mix,

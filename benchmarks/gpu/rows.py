@@ -38,7 +38,10 @@ def window(x: LayerInputs) -> Tensor:
 
 
 def layer(x: LayerInputs, **choices) -> Tensor:
-    (q, fq), (k, fk) = lizard_ops.project_heads(x.q, x.q_map), lizard_ops.project_heads(x.k, x.k_map)
+    (q, fq), (k, fk) = (
+        lizard_ops.project_heads(heads, weight, reuse_gradient=True)
+        for heads, weight in ((x.q, x.q_map), (x.k, x.k_map))
+    )
     o, _ = lizard_ops.chunk_hybrid_attn(
         q, k, x.v, fq, fk, x.g, WINDOW, anchors=ANCHORS, feature_map="softmax", **choices
     )

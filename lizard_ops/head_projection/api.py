@@ -12,7 +12,9 @@ from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 
 
-def project_heads(x: Tensor, weight: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def project_heads(
+    x: Tensor, weight: Tensor, *, reuse_gradient: bool = False, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """The pre-activations of a feature map, and x once more, for whatever else reads it::
 
         y[b, t, h, f] = sum_d x[b, t, h, d] weight[h // (H // M), d, f]
@@ -23,6 +25,10 @@ def project_heads(x: Tensor, weight: Tensor, *, impl: str = "auto") -> tuple[Ten
     Args:
         x: [B, T, H, D] queries or keys. bfloat16, float16, float32 or float64.
         weight: [M, D, F] float32 or float64, M a divisor of H: one matrix for all heads, or one for each of M groups.
+        reuse_gradient: the gradient of the returned x may be overwritten with that of x, which saves a tensor of its
+            size in the backward pass. Only where nobody else has that gradient: the returned x is read by
+            ``chunk_hybrid_attn``, ``window_attn`` or ``turn_heads``, and neither hooks nor ``torch.autograd.grad`` ask
+            for it. A sum hands its gradient to both of its terms, so it is no such reader.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive" (which
             is the "torch" einsum).
 
@@ -50,7 +56,7 @@ def project_heads(x: Tensor, weight: Tensor, *, impl: str = "auto") -> tuple[Ten
     if choose_impl(impl, x, float64_of(x)) == "triton":
         from lizard_ops.head_projection.triton_op import project_heads_triton
 
-        return project_heads_triton(x, weight)
+        return project_heads_triton(x, weight, reuse_gradient)
     grouped: Any = x.to(weight.dtype).unflatten(2, (maps, -1))  # [B, T, M, G, D]
     with without_autocast(x):
         return x, torch.einsum("btmgd,mdf->btmgf", grouped, weight).flatten(2, 3).to(x.dtype)

@@ -66,17 +66,39 @@ def project_backward(
     x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, of_x: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), empty where not asked for. d_x [B, T, H, D]: a gradient of x to add."""
+    dx = x.new_empty(x.shape if of_x else (0,))
+    return dx, gradients(x, weight, dy, None if d_x is None else rows(d_x), dx if of_x else None, of_weight)
+
+
+@project_backward.register_fake
+def _(x, weight, dy, d_x, of_x, of_weight):
+    return x.new_empty(x.shape if of_x else (0,)), weight.new_empty(weight.shape if of_weight else (0,))
+
+
+@torch.library.custom_op("lizard_ops::project_heads_backward_into", mutates_args=("d_x",))
+def project_backward_into(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor, of_weight: bool) -> Tensor:
+    """dweight, empty if not asked for; dy weight^T is added to d_x [B, T, H, D], contiguous, where it lies."""
+    return gradients(x, weight, dy, d_x, d_x, of_weight)
+
+
+@project_backward_into.register_fake
+def _(x, weight, dy, d_x, of_weight):
+    return weight.new_empty(weight.shape if of_weight else (0,))
+
+
+def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Tensor | None, of_weight: bool) -> Tensor:
+    """dweight; fills dx, contiguous, if it is there. It may be d_x: a tile is read before it is written."""
     x, dy, weight = rows(x), rows(dy), weight.contiguous()
-    d_x = None if d_x is None else rows(d_x)
     batch, length, heads = x.shape[:3]
     maps, tokens, tile = weight.shape[0], batch * length, blocks(weight)
-    dx, d_weight = x.new_empty(x.shape if of_x else (0,)), weight.new_zeros(weight.shape if of_weight else (0,))
+    d_weight = weight.new_zeros(weight.shape if of_weight else (0,))
     unit = math.gcd(8, *dy.stride()[:3])
     y_strides = [step // unit for step in dy.stride()[:3]]
     common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
     strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
     splits = max(1, min(SPLITS, triton.cdiv(tokens, TOKENS)))
     steps = triton.cdiv(tokens, TOKENS * splits)
+    of_x = dx is not None
     together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
     with on_device(x):
         if of_weight and tokens:
@@ -96,12 +118,7 @@ def project_backward(
                     x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, **common
                 )
             d_weight = parts.unflatten(1, (maps, heads // maps)).sum((0, 2))
-    return dx, d_weight
-
-
-@project_backward.register_fake
-def _(x, weight, dy, d_x, of_x, of_weight):
-    return x.new_empty(x.shape if of_x else (0,)), weight.new_empty(weight.shape if of_weight else (0,))
+    return d_weight
 
 
 def _setup_context(ctx, inputs, output):
@@ -122,24 +139,28 @@ class _ProjectBoth(torch.autograd.Function):
     """(x, y), so that both gradients of x meet in one kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, reuse_gradient: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
+        ctx.reuse_gradient = reuse_gradient
         return x.view_as(x), project(x, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         if dy is None:
-            return d_x, None
+            return d_x, None, None
         x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        dx, d_weight = project_backward(x, weight, dy, d_x, *needed)
-        return dx if needed[0] else None, d_weight if needed[1] else None
+        of_x, of_weight, _ = ctx.needs_input_grad
+        if ctx.reuse_gradient and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
+            dx, d_weight = d_x, project_backward_into(x, weight, dy, d_x, of_weight)
+        else:
+            dx, d_weight = project_backward(x, weight, dy, d_x, of_x, of_weight)
+        return dx if of_x else None, d_weight if of_weight else None, None
 
 
-def project_heads_triton(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def project_heads_triton(x: Tensor, weight: Tensor, reuse_gradient: bool) -> tuple[Tensor, Tensor]:
     """(x, y). While torch.compile traces, the sum of x's gradients is left to the compiler."""
     if torch.compiler.is_compiling():
         return x, project(x, weight)
-    return _ProjectBoth.apply(x, weight)
+    return _ProjectBoth.apply(x, weight, reuse_gradient)

@@ -48,8 +48,8 @@ class RowTerms(NamedTuple):
     shift = -share do.o; in a sum either branch is its own.
     """
 
-    slope: Tensor
-    offset: Tensor
+    slope: Tensor | None
+    offset: Tensor | None
     share: Tensor
     shift: Tensor
     flow: Tensor  # gradient of the linear log mass: what passes through the gates between newest key and query
@@ -230,7 +230,7 @@ def query_state_kernel(
 
 @triton.jit
 def linear_key_kernel(
-    v, fq, fk, phi, do, dv, dfk, ds, dz, gates, slope_in, offset_in, near_out, far_out, sent_out, rows_total, slots,
+    v, fq, fk, do, dv, dfk, ds, dz, gates, slope_in, offset_in, near_out, far_out, sent_out, rows_total, slots,
     tokens, stream,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
@@ -255,11 +255,9 @@ def linear_key_kernel(
         return
     slot = first_slot(n, first, stream, C) + r // C
     start = r // C * C
-    p_phi = at(phi, batch, linear_row, head)
-    key_plus = load_tile(p_phi, time_step(phi), r, seen_rows, BT, FP, BF).to(LINEAR_DTYPE)
-    key_minus = key_plus
-    if MAP != "identity":
-        key_minus = load_tile(p_phi + FP, time_step(phi), r, seen_rows, BT, FP, BF)
+    p_fk = at(fk, batch, linear_row, head)
+    key_plus, key_minus = features(load_tile(p_fk, time_step(fk), r, seen_rows, BT, FP, BF), FP, BF, 1, MAP)
+    key_plus, key_minus = key_plus.to(LINEAR_DTYPE), key_minus.to(LINEAR_DTYPE)
     b_v = load_tile(at(v, batch, key_row + stream.start, head), time_step(v), r, seen_rows, BT, V, BV)
     known = (r + j < seen_rows) & (r + j + stream.start >= behind)
     d_plus, d_minus = tl.zeros([BT, BF], tl.float32), tl.zeros([BT, BF], tl.float32)
@@ -333,8 +331,7 @@ def linear_key_kernel(
     mask_v = (r + j < seen_rows)[:, None] & (d < V)[None, :]
     b_dv += tl.load(p_dv, mask=mask_v, other=0.0).to(tl.float32)
     tl.store(p_dv, b_dv.to(dv.ptr.dtype.element_ty), mask=mask_v)
-    b_fk = load_tile(at(fk, batch, linear_row, head), time_step(fk), r, seen_rows, BT, FP, BF)
-    plus, minus = features(b_fk, FP, BF, 1, MAP)
+    plus, minus = features(load_tile(p_fk, time_step(fk), r, seen_rows, BT, FP, BF), FP, BF, 1, MAP)
     b_dfk = features_backward(plus, minus, d_plus, d_minus, MAP)
     tl.store(p_dfk, b_dfk.to(dfk.ptr.dtype.element_ty), mask=mask_fk)
 
@@ -387,8 +384,7 @@ def query_states(
 
 
 def linear_keys(
-    v: Tensor, fq: Tensor, fk: Tensor, phi: Tensor, do: Tensor, dv: Tensor, gates: Tensor, terms: RowTerms,
-    d_states: States,
+    v: Tensor, fq: Tensor, fk: Tensor, do: Tensor, dv: Tensor, gates: Tensor, terms: RowTerms, d_states: States,
     stream: Stream, shape: Shape, gate_gradient: bool,
 ) -> tuple[Tensor, KeyTerms | None]:  # fmt: skip
     """(dfk, what the gates see of the keys); adds to dv."""
@@ -405,7 +401,7 @@ def linear_keys(
     if blocks:
         terms_of_keys = found or (None, None, None)
         linear_key_kernel[(blocks * shape.key_heads,)](
-            rows(v), rows(fq), rows(fk), rows(phi), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates,
+            rows(v), rows(fq), rows(fk), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates,
             terms.slope, terms.offset, *terms_of_keys, terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
             shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.feature_map,

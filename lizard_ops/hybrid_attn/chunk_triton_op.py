@@ -134,34 +134,39 @@ def hybrid_backward(
     with on_device(q):
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
-        of_queries = (q, k, v, pair(anchor_k, anchor_v), d_o, weight, masses, terms, scale, softcap, stream, shape)
+
+        def of_queries(terms):
+            return window_queries(
+                q, k, v, pair(anchor_k, anchor_v), d_o, weight, masses, terms, scale, softcap, stream, shape
+            )  # fmt: skip
+
         if not shape.merge:
-            dq, average = window_queries(*of_queries)
+            dq, average = of_queries(terms)
         dfq = linear_queries(v, fq, states, gates, weight, o, d_o, masses, average, terms, feature_scale, stream, shape)
+        states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
         if shape.merge and shape.exact:
-            dq, _ = window_queries(*of_queries)
+            dq, _ = of_queries(terms)
         d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
         dk, dv, da_k, da_v = window_keys(
             q, k, v, pair(anchor_k, anchor_v), d_o, masses, terms, scale, softcap, stream, shape
         )
-        dfk, key_terms = linear_keys(
-            v, fq, fk, states.phi, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient
-        )
+        dfk, key_terms = linear_keys(v, fq, fk, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient)
         dg = empty(q, 0)
         if key_terms is not None:
             dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
         d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
-        del states, d_states  # before dq, the largest, is there
+        del states, d_states, key_terms  # before dq, the largest, is there
+        terms = terms._replace(slope=None, offset=None, entered=None)
         if not shape.exact:
-            dq, _ = window_queries(*of_queries)
+            dq, _ = of_queries(terms)
         d_sink = empty(q, 0)
         if sink is not None:  # p_sink times the shift that every score shares
             there = log_window.isfinite()
             part = torch.exp2(sink[:, None] * 1.4426950408889634 - log_window) * terms.shift
             d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
-    d_weight = empty(q, 0)
-    if weight is not None:
-        d_weight = (terms.flow if average is None else average).transpose(1, 2).contiguous()
+    d_weight = terms.flow if average is None else average
+    del terms, average
+    d_weight = empty(q, 0) if weight is None else d_weight.transpose(1, 2).contiguous()
     return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
 
 

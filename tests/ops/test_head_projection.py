@@ -37,6 +37,33 @@ def test_output_and_gradients_are_those_of_the_einsum(shape, dtype, through_x):
         assert errors[0] <= 2 * errors[1] + 1e-6 * reference.abs().amax() if reference.numel() else True, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_a_reused_gradient_holds_the_same_numbers(dtype, of_weight):
+    x = torch.randn(2, 33, 2, 16, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 16, 16, device=DEVICE, requires_grad=of_weight)
+    wanted = [x, weight][: 1 + of_weight]
+    outer, inner = torch.randn_like(x), torch.randn(2, 33, 2, 16, device=DEVICE, dtype=dtype)
+    found = []
+    for reuse in (False, True):
+        there = outer.clone()
+        same, y = project_heads(x, weight, reuse_gradient=reuse, impl="triton")
+        found.append(torch.autograd.grad((same, y), wanted, (there, inner)))
+        assert (found[-1][0].data_ptr() == there.data_ptr()) is reuse
+        assert torch.equal(there, outer) is not reuse
+    for plain, reused in zip(*found, strict=True):
+        torch.testing.assert_close(plain, reused, rtol=0, atol=0)
+
+
+def test_a_gradient_of_another_layout_is_left_alone():
+    x = torch.randn(1, 6, 2, 8, device=DEVICE, requires_grad=True)
+    same, y = project_heads(x, torch.randn(1, 8, 8, device=DEVICE), reuse_gradient=True, impl="triton")
+    there = torch.randn(1, 2, 6, 8, device=DEVICE).transpose(1, 2)
+    before = there.clone()
+    torch.autograd.grad((same, y), x, (there, torch.ones_like(y)))
+    assert torch.equal(there, before)
+
+
 def test_strided_and_expanded_inputs():
     x = torch.randn(2, 3, 40, 8, device=DEVICE).transpose(1, 2)  # [B, T, H, D] of another layout
     weight = torch.randn(1, 8, 12, device=DEVICE).expand(3, 8, 12)
@@ -44,11 +71,12 @@ def test_strided_and_expanded_inputs():
 
 
 def test_registered_as_torch_wants_it_and_compiles_to_one_graph():
-    from lizard_ops.head_projection.triton_op import project
+    from lizard_ops.head_projection.triton_op import project, project_backward_into
 
     x, weight = torch.randn(1, 9, 2, 8, device=DEVICE), torch.randn(2, 8, 8, device=DEVICE)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     torch.library.opcheck(project, (x, weight))
+    torch.library.opcheck(project_backward_into, (*(t.detach() for t in (x, weight, x, torch.ones_like(x))), True))
 
     def both(x, weight):
         same, y = project_heads(x, weight, impl="triton")
