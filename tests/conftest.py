@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
+import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which the tests of the models do before those of the ops.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+        quick_interpreter.install(importlib.import_module("triton.runtime.interpreter"))
 
 torch.set_num_threads(1)  # the workers share the cores; threads of their own only wait for each other
 
