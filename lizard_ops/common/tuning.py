@@ -13,7 +13,8 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 WARPS, STAGES, REGISTERS = ("num_warps", "warps"), ("num_stages", "stages"), ("registers",)
+CAPS = (128, 168, None)  # registers a thread: four, three or two blocks of four warps a multiprocessor
 FORMAT = 1  # of the file
 Config = TypeVar("Config", bound=Callable[..., Any])
 Fields = dict[str, Any]
@@ -117,18 +119,41 @@ def use_tuned(path: str | os.PathLike | None = None, *, enabled: bool = True) ->
     return len(overrides)
 
 
+@contextlib.contextmanager
+def overriding(overrides: Mapping[str, Fields]) -> Iterator[_Active]:
+    """Kernels take these fields inside, by key; what is yielded has seen the table's configurations asked for."""
+    global _active
+    outside = _active
+    _active = _Active(dict(overrides), seen={})
+    try:
+        yield _active
+    finally:
+        _active = outside
+
+
+def candidates(call: Callable[[], Any]) -> list[tuple[str, Fields]]:
+    """What ``tune`` times after the table's configurations: (key of a kernel, the fields that change)."""
+    with overriding({}) as watch:
+        call()
+    configs = watch.seen or {}
+    return [(key, fields) for key, table in configs.items() for fields in neighbours(table, watch.fixed[key])]
+
+
 def tune(
     call: Callable[[], Any],
     path: str | os.PathLike | None = None,
     *,
     measure: Callable[[Callable[[], Any]], float] | None = None,
     least_gain: float = 0.03,
+    seconds: float | None = None,
+    leave_out: Callable[[str, Fields], bool] | None = None,
 ) -> dict[str, Choice]:
     """Time a few launch configurations of every kernel that ``call`` launches and store the best ones.
 
     One kernel after another, each configuration one step from the table's (half or twice the warps, a pipeline stage
-    more or less, the compiler's own register count), on the time of the whole call. The configurations in use stay as
-    they were: ``use_tuned`` takes the stored ones. Compiling makes it take minutes.
+    more or less, another number of registers), on the time of the whole call. The configurations in use stay as
+    they were: ``use_tuned`` takes the stored ones. Compiling makes it take minutes, unless Triton's cache has the
+    kernels already (benchmarks/gpu/tune.py fills it from several processes).
 
     Args:
         call: runs an op, and its backward pass if that is to be tuned too, and returns its results (tensors in any
@@ -137,39 +162,46 @@ def tune(
             ~/.cache/lizard-attn/launches.json.
         measure: the time of a function in milliseconds; None for ``triton.testing.do_bench``'s median.
         least_gain: part of the call's time that a choice must save to be stored.
+        seconds: begin no configuration after that time; what was found by then is stored, and kernels not reached
+            keep what the file has for them. None: no limit.
+        leave_out: whether not to try (key of a kernel, fields that change), such as what is known to spill.
 
     Returns:
         The stored choices by kernel and shape.
 
     Raises:
         ValueError: call launches no kernel of this library, or path holds something else.
+        RuntimeError: a configuration has crashed the GPU's context, as an illegal memory access does; the file holds
+            what was found before.
     """
-    global _active
+    start = time.monotonic()
     target = Path(path or tuned_path())
     stored = _read(target) if target.exists() else {}
+    entries = stored.setdefault(chip(), {})
     measure = measure or _median
     found: dict[str, Choice] = {}
-    outside = _active
-    try:
-        _active = watch = _Active({}, seen={})
+    with overriding({}) as watch:
         wanted = _copies(call())
-        if not watch.seen:
-            raise ValueError("call: it launched no Triton kernel of lizard_ops, wanted an op on CUDA tensors")
-        configs, fixed = dict(watch.seen), dict(watch.fixed)
-        for key, table in configs.items():
-            _active = _Active({name: choice.fields for name, choice in found.items()})
-            before = best = measure(call)
-            for fields in neighbours(table, fixed[key]):
-                _active = _Active({name: choice.fields for name, choice in found.items()} | {key: fields})
-                time = _time(call, wanted, measure)
-                if time < best and time <= (1 - least_gain) * before:
-                    best, found[key] = time, Choice(fields, before, time)
-    finally:
-        _active = outside
-    entries = stored.setdefault(chip(), {})
-    for key in configs:
-        entries.pop(key, None)
-    entries |= {key: choice._asdict() for key, choice in found.items()}
+    if not watch.seen:
+        raise ValueError("call: it launched no Triton kernel of lizard_ops, wanted an op on CUDA tensors")
+    for key, table in watch.seen.items():
+        chosen, best = {name: choice.fields for name, choice in found.items()}, None
+        for fields in neighbours(table, watch.fixed[key]):
+            if seconds is not None and time.monotonic() - start > seconds:
+                break
+            if leave_out is not None and leave_out(key, fields):
+                continue
+            if best is None:
+                with overriding(chosen):
+                    before = best = measure(call)
+                entries.pop(key, None)
+            with overriding(chosen | {key: fields}):
+                taken = _time(call, wanted, measure)
+            if taken < best and taken <= (1 - least_gain) * before:
+                best, found[key] = taken, Choice(fields, before, taken)
+        if best is not None:
+            entries |= {name: choice._asdict() for name, choice in found.items()}
+            _write(target, stored)  # after every kernel, lest a crash of the GPU loses the ones before
     _write(target, stored)
     return found
 
@@ -185,8 +217,9 @@ def neighbours(config: Any, fixed: tuple[str, ...] = ()) -> list[Fields]:
             steps += [{name: n} for n in (value // 2, value * 2) if 1 <= n <= 16]
         elif name in STAGES:
             steps += [{name: n} for n in (value - 1, value + 1) if 1 <= n]
-        elif name in REGISTERS and value is not None:
-            steps.append({name: None})
+        elif name in REGISTERS and value in CAPS:
+            i = CAPS.index(value)
+            steps += [{name: n} for n in (*CAPS[i + 1 : i + 2], *CAPS[max(0, i - 1) : i])]
     return steps
 
 
@@ -199,6 +232,8 @@ def _time(call: Callable[[], Any], wanted: list[Tensor], measure: Callable) -> f
     except Exception as error:  # a tile too large for the chip: many types, by Triton's version
         if isinstance(error, ValueError):
             raise
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where the error has taken the GPU's context with it
         return float("inf")
 
 

@@ -99,7 +99,7 @@ def input_gradient_kernel(
 def weight_gradient_kernel(
     x, dy, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, steps,
     H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
-    BN: tl.constexpr, YU: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, YU: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What ``steps`` blocks of tokens add to the gradient of one head's matrix, parts [splits, H, D, F] float32."""
     NFB: tl.constexpr = (F + BF - 1) // BF
@@ -109,7 +109,7 @@ def weight_gradient_kernel(
     f = (pid % NFB) * BF + tl.arange(0, BF)
     d = tl.arange(0, BD)
     acc = tl.zeros([BD, BF], tl.float32)
-    for step in tl.range(0, steps, num_stages=2):
+    for step in tl.range(0, steps, num_stages=STAGES):
         n = (split * steps + tl.cast(step, tl.int32)) * BN + tl.arange(0, BN)
         rows_x, here = token_offsets(n, tokens, length, x_b, x_t)
         rows_y, _ = token_offsets(n, tokens, length, y_b, y_t)

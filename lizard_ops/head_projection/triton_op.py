@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.tuning import tunable
 from lizard_ops.head_projection.triton_kernels import (
     both_gradients_kernel,
     input_gradient_kernel,
@@ -22,12 +23,31 @@ STEPS = 16  # tiles that one program takes with the same matrix
 SPLITS = 32  # programs that share the tokens of a weight gradient
 
 
+class Config(NamedTuple):
+    """Warps, pipeline stages, and the registers a thread may have at most."""
+
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+
+
+@tunable("project")
+def config_for(kernel: str, x: Tensor, weight: Tensor) -> Config:
+    """Launch configuration of a kernel, "output", "input", "weight" or "both" (gradients)."""
+    return Config(4, 3 if kernel in ("output", "input") else 2)
+
+
 def blocks(weight: Tensor) -> dict[str, Any]:
     """Tile shapes: the whole head dim, and as many features as registers hold."""
     dim, features = weight.shape[1:]
     wide = max(16, triton.next_power_of_2(dim))
     columns = max(16, min(triton.next_power_of_2(features), 64 if wide > 128 else 128))
-    return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS, "num_warps": 4}
+    return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS}
 
 
 def precision(x: Tensor) -> str:
@@ -49,9 +69,10 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     if tokens:
         count = triton.cdiv(tokens, TOKENS * STEPS) * heads * triton.cdiv(tile["F"], tile["BF"])
         with on_device(x):
+            c = config_for("output", x, weight)
             project_kernel[(count,)](
                 x, weight, y, tokens, length, *x.stride()[:3], H=heads, M=weight.shape[0], STEPS=STEPS,
-                PRECISION=precision(x), **tile,
+                PRECISION=precision(x), **tile, num_stages=c.stages, **c.launch,
             )  # fmt: skip
     return y
 
@@ -104,19 +125,24 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
         if of_weight and tokens:
             parts = weight.new_empty(splits, heads, *weight.shape[1:])
         if together and tokens:
+            c = config_for("both", x, weight)
             both_gradients_kernel[(splits * heads,)](
                 x, dy, weight, d_x, dx, parts, tokens, length, *x.stride()[:3], *y_strides, *strides, steps,
-                STAGES=2, **common,
+                STAGES=c.stages, **common, **c.launch,
             )  # fmt: skip
         elif tokens and of_x:
+            c = config_for("input", x, weight)
             input_gradient_kernel[(triton.cdiv(tokens, TOKENS * STEPS) * heads,)](
-                dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=STEPS, **common
-            )
+                dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=STEPS, num_stages=c.stages,
+                **common, **c.launch,
+            )  # fmt: skip
         if of_weight and tokens:
             if not together:
+                c = config_for("weight", x, weight)
                 weight_gradient_kernel[(splits * heads * triton.cdiv(tile["F"], tile["BF"]),)](
-                    x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, **common
-                )
+                    x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, STAGES=c.stages, **common,
+                    **c.launch,
+                )  # fmt: skip
             d_weight = parts.unflatten(1, (maps, heads // maps)).sum((0, 2))
     return d_weight
 

@@ -26,7 +26,7 @@ def config_of(kernel: str, dim: int) -> Config:
     return Config(64, 4, 1, 168 if kernel == "query" else None)
 
 
-@tuning.tunable("test", fixed=("num_warps",))
+@tuning.tunable("test", fixed=("num_warps", "registers"))
 def fixed_config_of(kernel: str) -> Config:
     return Config(32, 4, 2)
 
@@ -104,8 +104,37 @@ def test_wrong_results_and_failed_launches_are_never_chosen(tmp_path, monkeypatc
 
 def test_choices_are_one_step_away_and_leave_what_is_fixed():
     steps = tuning.neighbours(config_of("query", 16))
-    assert steps == [{"num_warps": 2}, {"num_warps": 8}, {"num_stages": 2}, {"registers": None}]
-    assert tuning.neighbours(fixed_config_of("x"), ("num_warps",)) == [{"num_stages": 1}, {"num_stages": 3}]
+    assert steps == [{"num_warps": 2}, {"num_warps": 8}, {"num_stages": 2}, {"registers": None}, {"registers": 128}]
+    assert tuning.neighbours(config_of("key", 16))[-1] == {"registers": 168}
+    steps = tuning.neighbours(fixed_config_of("x"), ("num_warps", "registers"))
+    assert steps == [{"num_stages": 1}, {"num_stages": 3}]
+
+
+def test_a_limit_and_what_is_left_out(tmp_path):
+    path, asked = tmp_path / "launches.json", []
+    assert lizard_ops.tune(call, path, measure=fake_time, seconds=0.0) == {}
+
+    def leave_out(key, fields):
+        asked.append((key, fields))
+        return fields == {"num_warps": 8}
+
+    assert lizard_ops.tune(call, path, measure=fake_time, leave_out=leave_out) == {}
+    assert asked == tuning.candidates(call)
+
+
+def test_what_was_found_before_a_crash_is_kept(tmp_path):
+    def crashes():
+        if call()["o"].numel() and call.query.num_warps == 8:
+            raise ValueError("as a lost context")
+        return torch.ones(3)
+
+    path = tmp_path / "launches.json"
+    with pytest.raises(ValueError):
+        lizard_ops.tune(crashes, path, measure=fake_time)
+    assert lizard_ops.use_tuned(path) == 1 and config_of("key", 16).num_warps == 8
+    lizard_ops.use_tuned(enabled=False)
+    left = lizard_ops.tune(call, path, measure=fake_time, leave_out=lambda key, fields: key == "test key 16")
+    assert left == {} and lizard_ops.use_tuned(path) == 1
 
 
 def test_a_call_without_kernels_and_a_strange_file_are_refused(tmp_path):
@@ -124,7 +153,7 @@ def test_a_call_without_kernels_and_a_strange_file_are_refused(tmp_path):
             lizard_ops.tune(call, path, measure=fake_time)
 
 
-@pytest.mark.parametrize("op", ["gated", "window", "hybrid", "decode"])
+@pytest.mark.parametrize("op", ["gated", "window", "hybrid", "decode", "project"])
 def test_kernels_ask_and_follow(op, tmp_path, monkeypatch):
     """A tuned configuration reaches the kernels of every op, forward and backward, and the results stay."""
     b, t = 1, 1 if op == "decode" else 3
@@ -136,7 +165,11 @@ def test_kernels_ask_and_follow(op, tmp_path, monkeypatch):
         qkv = [x[name] for name in "qkv"]
         if op == "decode":
             return lizard_ops.recurrent_hybrid_attn(*x.values(), g, 4, initial_state=state, impl="triton")[0]
-        if op == "gated":
+        if op == "project":
+            o = lizard_ops.project_heads(
+                x["q"], torch.ones(1, 16, 8, device=DEVICE, requires_grad=True), impl="triton"
+            )[1]
+        elif op == "gated":
             o = lizard_ops.chunk_gated_attn(*qkv, g, impl="triton")[0]
         elif op == "window":
             o = lizard_ops.window_attn(*qkv, 4, impl="triton")[0]
@@ -150,7 +183,7 @@ def test_kernels_ask_and_follow(op, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "_active", tuning._Active({}, seen={}))
     table = run()
     found = {key: {"fields": tuning.neighbours(config)[-1]} for key, config in tuning._active.seen.items()}
-    least = {"gated": 5, "window": 3, "hybrid": 6, "decode": 1}[op]
+    least = {"gated": 5, "window": 3, "hybrid": 6, "decode": 1, "project": 2}[op]
     asked = (op, "window") if op == "hybrid" else op  # they share the kernel of the keys
     assert len(found) >= least and all(key.startswith(asked) for key in found)
     path = tmp_path / "launches.json"
