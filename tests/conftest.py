@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 
@@ -9,6 +10,8 @@ import pytest
 import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
+
+gc.disable()  # until the modules are imported: see nothing_old_to_collect
 
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which the tests of the models do before those of the ops.
@@ -31,3 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no CUDA device is visible")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_to_collect() -> None:
+    """What the modules hold is no garbage: every Trainer collects, half a second if it looks through all of that."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
