@@ -11,7 +11,6 @@ from torch import Tensor
 from lizard_layers.config import AttentionConfig
 from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
 
-
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -113,9 +112,7 @@ class Mamba2Gate(Float32Module):
     ``spread_decays`` makes of it.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, gate_init: float | None = None, spread: float = 1.0
-    ) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, gate_init: float | None = None, spread: float = 1.0) -> None:
         super().__init__()
         decays = spread_decays(gate_init, spread, num_heads)
         self.starts = [0.0 if decay is None else math.log(math.expm1(-math.log(decay))) for decay in decays]

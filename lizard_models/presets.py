@@ -69,7 +69,12 @@ RECOMMENDED = LizardConfig(
         examples=None,
     ),
     stage2=Stage2Config(
-        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        learning_rate=1e-3,
+        new_learning_rate=5e-3,
+        gate_learning_rate=1e-3,
+        lora_rank=32,
+        lora_alpha=64,
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         cross_entropy_weight=0.0,
         kl_weight=1.0,
         sequence_length=1024,
@@ -80,7 +85,8 @@ RECOMMENDED = LizardConfig(
     ),
 )
 """What our own ablations show best: equal to the teacher up to the window before any training, the first four tokens
-kept, the linear branch on the rest with maps of 128 columns, stage 1 compared after the output projection."""
+kept, the linear branch on the rest with maps of 128 columns, stage 1 compared after the output projection, adapters on
+every projection in stage 2 and maps that go on learning there."""
 
 WINDOW_ONLY = RECOMMENDED.replace(name="window_only", attention={"linear_branch": False})
 """The control beside every result: window and anchors of ``recommended`` without a linear branch."""

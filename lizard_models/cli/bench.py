@@ -245,6 +245,7 @@ def mqar(
     width: Annotated[int, typer.Option(help="Width of the models.", min=4)] = 128,
     window: Annotated[int, typer.Option(help="Window of the hybrid.", min=1)] = 32,
     learning_rates: Annotated[str, typer.Option(help="Peak rates; each row keeps the best.")] = "1e-3,3e-3",
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; default bf16 on a GPU.")] = None,
     jobs: Annotated[int, typer.Option(help="Trainings side by side.", min=1)] = 1,
     minutes: Annotated[float | None, typer.Option(help="Start no training after this time.")] = None,
     out: Out = RESULTS,
@@ -266,8 +267,10 @@ def mqar(
         kinds = read_names(mixers)
         if unknown := sorted(set(kinds) - set(MIXERS)):
             raise ValueError(f"--mixers: no {', '.join(unknown)}; known are {', '.join(MIXERS)}")
+        place = read_device(device)
         tasks = [
             Recall(
+                precision=precision or ("fp32" if place == "cpu" else "bf16"),
                 length=length,
                 pairs=tuple(read_numbers(pairs, "--pairs")),
                 vocabulary=vocabulary,
@@ -284,7 +287,7 @@ def mqar(
             out / "mqar",
             [(kind, task) for task in tasks for kind in kinds],
             [float(rate) for rate in read_names(learning_rates)],
-            device=read_device(device),
+            device=place,
             jobs=jobs,
             minutes=minutes,
             say=lambda message: console.print(message, highlight=False),

@@ -112,13 +112,18 @@ class Bench:
 def _completed(settings: dict[str, Any]) -> Any:
     """Settings with the defaults of fields that did not exist when they were written; None for unreadable ones.
 
-    What converted layers would compute is left out for a teacher, which has none.
+    Of the row what its configuration does not say: which preset with which changes that is does not matter. A stage
+    that the row leaves out is left out, and what converted layers would compute for a teacher, which has none.
     """
     try:
         config = LizardConfig.from_dict(settings["config"]).to_dict()
         row = dataclasses.asdict(RowSpec(**settings["row"]))
         if row["preset"] == TEACHER:
             del config["attention"]
+        for stage in ("stage1", "stage2"):
+            if not row[stage]:
+                del config[stage]
+        row = {key: value for key, value in row.items() if key not in ("name", "preset", "changes", "longer")}
     except (TypeError, ValueError):
         return None
     return json.loads(json.dumps({**settings, "config": config, "row": row}))

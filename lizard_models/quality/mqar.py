@@ -62,12 +62,16 @@ class Recall:
     batch_size: int = 64
     learning_rate: float = 3e-3
     seed: int = 0
+    precision: str = "fp32"
+    """fp32, or bf16: products under autocast, weights and the output layer in float32."""
 
     def __post_init__(self) -> None:
         if 3 * max(self.pairs) > self.length:
             raise ValueError(f"pairs: {max(self.pairs)} pairs and their questions do not fit into {self.length} tokens")
         if 2 * max(self.pairs) >= self.vocabulary:
             raise ValueError(f"vocabulary: {self.vocabulary} has too few keys for {max(self.pairs)} pairs")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width={self.width} must divide into heads={self.heads} of an even head dim")
 
@@ -201,14 +205,16 @@ class RecallModel(nn.Module):
         self.blocks = nn.ModuleList(Block(recall, build_mixer(kind, recall)[0]) for _ in range(recall.layers))
         self.norm = nn.RMSNorm(recall.width)
         self.head_dim = recall.width // recall.heads
+        self.bf16 = recall.precision == "bf16"
 
     def forward(self, tokens: Tensor, where: Tensor | None = None) -> Tensor:
         angles = torch.arange(self.head_dim // 2, device=tokens.device) * (-2 * math.log(ROPE_BASE) / self.head_dim)
         turns = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(1) * angles.exp()
         turns = torch.cat([turns, turns], -1).unsqueeze(0)
         x, rope = self.embedding(tokens), (turns.cos(), turns.sin())
-        for block in self.blocks:
-            x = block(x, rope)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for block in self.blocks:
+                x = block(x, rope)
         return F.linear(self.norm(x if where is None else x[where]), self.embedding.weight)
 
 
@@ -228,11 +234,12 @@ def recall_accuracy(model: nn.Module, recall: Recall, pairs: int, batches: int =
 def train_recall(kind: str, recall: Recall, device: str) -> dict[str, Any]:
     """Trains one model and measures it: accuracy by number of pairs, bytes of memory a layer, parameters, losses.
 
-    AdamW (0.9, 0.95), decay 0.1, a tenth of the steps of warm-up, cosine to zero, clip 1.0, float32.
+    AdamW (0.9, 0.95), decay 0.1, a tenth of the steps of warm-up, cosine to zero, clip 1.0, float32 weights.
     """
     torch.manual_seed(recall.seed)
     model = RecallModel(recall, kind).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recall.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recall.learning_rate, betas=(0.9, 0.95), weight_decay=0.1,
+                                  fused=device != "cpu")  # fmt: skip
     warmup = max(1, recall.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from lizard_models.config import LizardConfig
 from lizard_models.quality.results import Results, markdown
+from lizard_models.quality.rows import BUDGETS
+from lizard_models.quality.tables import BASE, RECOMMENDED, TABLES
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "attention.window": ("w32-a4", "w64-a4", "w256-a4"),
@@ -15,9 +21,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "attention.feature_projection": ("A4-shared",),
     "attention.tie_features": ("A4-tied",),
     "attention.key_map": ("A4-query-head-keys",),
-    "attention.feature_dim": ("A8-features-64", "A8-features-128"),
+    "attention.feature_dim": ("A8-features-64", "A8-features-128", "features-512"),
     "attention.gate": ("gate-scalar", "gate-query_head", "gate-mamba2", "gate-channel", "gate-pooling", "gate-none"),
-    "attention.gate_init": ("A6-gate-half", "A6-gate-0.95", "A6-gate-0.999"),
+    "attention.gate_init": ("A6-gate-half", "A6-gate-0.95", "A6-gate-0.985", "A6-gate-0.999"),
+    "attention.gate_spread": ("head-spread16", "head-spread64"),
+    "attention.memory": ("memory-delta", "memory-delta-beta0.5"),
+    "attention.key_conv": ("key-conv4",),
+    "attention.feature_norm": ("feature-norm",),
     "attention.mix": ("mix-sum",),
     "attention.merge_mass": ("mass-absolute",),
     "attention.merge_bias": ("merge-bias-none", "merge-bias-head"),
@@ -37,17 +47,18 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Fields of the preset, and the rows of the tables in which that field alone differs."""
 
 COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A4-query-head-keys",
-            "gate-query_head", "lora-all", "lora-r16", "lora-r32", "lora-r64"}  # fmt: skip
+            "gate-query_head", "features-512", "lora-all", "lora-r16", "lora-r32", "lora-r64"}  # fmt: skip
 """Rows that take more memory or more trained weights: better is not enough to choose them."""
 
 
 def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
-    """Loss past 2048 of the rows that change a field, minus that of ``recommended``, and the noise of the difference.
+    """Loss past 2048 of the rows that change a field, minus that of the row they stand beside, and the noise of the
+    difference.
 
-    The noise is twice the standard deviation over seeds, of the row and of ``recommended`` together; 0 for one seed.
-    Only rows measured in both are there.
+    The noise is twice the standard deviation over seeds, of both rows together; 0 for one seed each. Only rows measured
+    in both are there.
     """
-    base = results.past("recommended")
+    base = results.past(RECOMMENDED.name if field == "softmax_layers" else BASE.name)
     found = {}
     for name in FIELDS[field]:
         number = results.past(name)
@@ -58,13 +69,15 @@ def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
 
 
 def better_rows(results: Results) -> dict[str, list[str]]:
-    """Fields whose value the tables would not choose: rows that lose less, beyond the noise, at no higher cost."""
+    """Fields whose value the tables would not choose: rows with another value that lose less, beyond the noise, at no
+    higher cost."""
+    own, values = _value(LizardConfig.preset("recommended")), _row_values()
     found = {}
     for field in FIELDS:
         gains = [
             name
             for name, (change, noise) in differences(results, field).items()
-            if change < -noise and name not in COSTLIER
+            if change < -noise and name not in COSTLIER and values[name](field) != own(field)
         ]
         if gains:
             found[field] = gains
@@ -73,22 +86,40 @@ def better_rows(results: Results) -> dict[str, list[str]]:
 
 def reasons(results: Results) -> str:
     """A Markdown table: field, value, and the evidence beside it, as far as it was measured."""
-    config, better = LizardConfig.preset("recommended"), better_rows(results)
+    own, before = _value(LizardConfig.preset("recommended")), _value(BASE.config(BUDGETS["quick"], 0))
+    better = better_rows(results)
     rows = []
     for field in FIELDS:
         changes = differences(results, field)
         if not changes:
             continue
-        value: object = config
-        for part in field.split("."):
-            value = getattr(value, part)
         evidence = [
             f"`{name}` {change:+.3f}" + (f" (noise {noise:.3f})" if noise else "")
             for name, (change, noise) in changes.items()
         ]
-        verdict = "kept" if field not in better else f"{', '.join(f'`{n}`' for n in better[field])} is better"
-        rows.append([f"`{field}`", f"`{_short(value)}`", ", ".join(evidence), verdict])
+        verdict = "kept" if own(field) == before(field) else f"changed, `{_short(before(field))}` before"
+        if field in better:
+            verdict = f"{', '.join(f'`{n}`' for n in better[field])} is better"
+        rows.append([f"`{field}`", f"`{_short(own(field))}`", ", ".join(evidence), verdict])
     return markdown(["field", "value", "loss past 2048 when it is changed", "the tables say"], rows) if rows else ""
+
+
+def _value(config: LizardConfig) -> Callable[[str], Any]:
+    def value(field: str) -> Any:
+        found: Any = config
+        for part in field.split("."):
+            found = getattr(found, part)
+        return found
+
+    return value
+
+
+@functools.cache
+def _row_values() -> dict[str, Callable[[str], Any]]:
+    """The fields of every row by its name."""
+    layers = 30  # of the rows' teacher; no field but softmax_layers depends on it
+    rows = [row for table in TABLES.values() for row in table(range(layers), layers)]
+    return {row.name: _value(row.config(BUDGETS["quick"], layers)) for row in rows}
 
 
 def _short(value: object) -> str:

@@ -94,7 +94,7 @@ def _compared(results: Results) -> list[str]:
     """Teacher, controls, presets and hybrids, in the order in which they are read."""
     names = list(results.records)
     order = [n for n in names if n.startswith("teacher")] + [n for n in names if n.startswith("control")]
-    presets = ["paper_literal", "paper", "lolcats", "liger", "recommended"]
+    presets = ["paper_literal", "paper", "lolcats", "liger", "base", "recommended"]
     trained = [n for n in names if n.endswith("-passkeys")]
     hybrids = ["softmax-12.5", "softmax-12.5-uniform", "softmax-25", "softmax-25-uniform", "softmax-50",
                "softmax-50-uniform"]  # fmt: skip
@@ -226,8 +226,8 @@ def _past_of(*path: str) -> Callable[[Record], float | None]:
 
 
 def _restoration(results: Results) -> str:
-    record = results.records.get("recommended", {}).get(0)
-    measured = record.values["measures"].get("restore") if record else None
+    records = [results.records.get(name, {}).get(0) for name in ("recommended", "base")]
+    measured = next((m for r in records if r is not None and (m := r.values["measures"].get("restore"))), None)
     if not measured:
         return ""
     order = measured["order"]
@@ -241,26 +241,30 @@ def _restoration(results: Results) -> str:
 
 def _ablation(results: Results, table: str, title: str) -> str:
     order = list(range(30))
-    names = [row.name for row in TABLES[table](order, 30) if results.has(row.name)]
-    if not set(names) - {row.name for row in TABLES["presets"](order, 30)}:
+    listed = [row.name for row in TABLES[table](order, 30)]
+    names = [name for name in listed if results.has(name)]
+    if not set(names) - {"base"} - {row.name for row in TABLES["presets"](order, 30)}:
         return ""
-    base = results.past("recommended")
+    against = listed[0]
+    base = results.past(against)
     rows = []
     for name in names:
         past = results.past(name)
-        change = "" if base is None or past is None or name == "recommended" else f"{past.mean - base.mean:+.3f}"
+        change = "" if base is None or past is None or name == against else f"{past.mean - base.mean:+.3f}"
         error = results.number(name, lambda r: r.values.get("after_stage1", {}).get("relative_error"))
         share, kl = _show(results.share(name), 0, True), _show(results.kl(name))
         seeds = str(len(results.records[name]))
         rows.append([name, _show(past), change, share, kl, _show(error, 4), seeds])
-    header = ["", "loss past 2048", "beside recommended", "share", "KL", "stage 1 error", "seeds"]
+    header = ["", "loss past 2048", f"beside {against}", "share", "KL", "stage 1 error", "seeds"]
     return f"**{title}.**\n\n" + markdown(header, rows)
 
 
 def _reasons(results: Results) -> str:
     table = reasons(results)
     return (
-        f"**Why `recommended` is what it is.** Positive: changing the field costs that much.\n\n{table}"
+        "**Why `recommended` is what it is.** Loss of the rows that change a field, minus that of `base` "
+        "(`recommended` with the stage 2 it had before; for `softmax_layers` minus that of `recommended`). Positive: "
+        f"changing the field costs that much.\n\n{table}"
         if table
         else ""
     )

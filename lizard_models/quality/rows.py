@@ -52,6 +52,8 @@ class RowSpec:
     stage2: bool = True
     passkeys: int = 0
     """Synthetic examples of five passkeys among the training text of both stages."""
+    longer: int = 1
+    """Training sequences are this many times as long as the budget's, and as many times fewer a step."""
 
     @property
     def stem(self) -> str:
@@ -60,7 +62,11 @@ class RowSpec:
 
     def config(self, budget: Budget, num_layers: int) -> LizardConfig:
         """The preset with the changes, the budget and the seed in it."""
-        shared = {"epochs": None, "batch_size": budget.batch_size, "sequence_length": budget.sequence_length}
+        shared = {
+            "epochs": None,
+            "batch_size": budget.batch_size // self.longer,
+            "sequence_length": budget.sequence_length * self.longer,
+        }
         recipes = {
             "stage1": {**shared, "max_steps": budget.stage1_steps, "seed": self.seed},
             "stage2": {**shared, "max_steps": budget.stage2_steps, "seed": self.seed},
@@ -99,8 +105,8 @@ def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
     config = spec.config(budget, 0)
     window = config.attention.window
     attention = {"window": window}
-    base: dict[str, Any] = {"seed": spec.seed, "stage1": False, "passkeys": spec.passkeys}
-    suffix = f"-passkeys{spec.passkeys}" if spec.passkeys else ""
+    base: dict[str, Any] = {"seed": spec.seed, "stage1": False, "passkeys": spec.passkeys, "longer": spec.longer}
+    suffix = f"-longer-x{spec.longer}" * (spec.longer > 1) + f"-passkeys{spec.passkeys}" * (spec.passkeys > 0)
     if not spec.stage2 or not budget.stage2_steps:
         return {
             "teacher": RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False),

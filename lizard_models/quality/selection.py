@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 from lizard_models.quality.bench import Bench
-from lizard_models.quality.tables import RECOMMENDED
+from lizard_models.quality.tables import BASE, RECOMMENDED
 
 
 def layer_order(bench: Bench) -> list[int] | None:
-    """Layers from the most KL saved to the least, as the row ``recommended`` (seed 0) measured it, or None."""
-    path = bench.record_path(RECOMMENDED)
-    if not path.is_file():
-        return None
-    measured = json.loads(path.read_text())["measures"].get("restore")
-    return measured["order"] if measured else None
+    """Layers from the most KL saved to the least, as the row ``recommended`` or ``base`` (seed 0) measured it after
+    stage 1, which both train alike. None where neither has."""
+    for row in (RECOMMENDED, BASE):
+        path = bench.record_path(row)
+        if path.is_file() and (measured := json.loads(path.read_text())["measures"].get("restore")):
+            return measured["order"]
+    return None

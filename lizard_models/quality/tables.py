@@ -10,6 +10,14 @@ from lizard_models.quality.rows import TEACHER, Budget, RowSpec, controls
 
 PASSKEYS = 10_000
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NARROW: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "new_learning_rate": None,
+    "gate_learning_rate": None,
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
 FULL = {
     "trained": "full",
     "lora_targets": list(ALL_PROJECTIONS),
@@ -18,13 +26,15 @@ FULL = {
 }
 STAGES = ("stage1", "stage2")
 FASTER = {"new_learning_rate": 5e-3, "gate_learning_rate": 1e-3}
-WIDE = {**FASTER, "learning_rate": 1e-3, "lora_rank": 32, "lora_alpha": 64, "lora_targets": list(ALL_PROJECTIONS)}
 SPREAD: dict[str, Any] = {"gate": "channel", "gate_init": 0.996, "gate_spread": 256.0}
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 
 
 def _row(name: str, preset: str = "recommended", *, without: Sequence[str] = (), **changes: Any) -> RowSpec:
-    """changes: as ``LizardConfig.replace`` takes them. without: stages left out."""
+    """changes: as ``LizardConfig.replace`` takes them; of ``recommended``, on top of ``BASE``. without: stages left
+    out."""
+    if preset == "recommended":
+        changes = {**changes, "stage2": NARROW | changes.get("stage2", {})}
     stages = {stage: stage not in without for stage in STAGES}
     return RowSpec(name=name, preset=preset, changes=changes, **stages)
 
@@ -34,17 +44,21 @@ def _attention(name: str, preset: str = "recommended", **fields: Any) -> RowSpec
 
 
 TEACHER_ROW = _row(TEACHER, TEACHER, without=STAGES)
-RECOMMENDED = _row("recommended")
+RECOMMENDED = RowSpec(name="recommended")
+BASE = _row("base")
+"""``recommended`` with the narrower and slower stage 2 that it had when its other fields were chosen: what the rows
+that change one thing stand beside."""
 PAPER = _row("paper", "paper")
 
 
 def presets(order: Order, layers: int) -> list[RowSpec]:
     """Every preset beside teacher and window control."""
-    names = ("paper_literal", "paper", "lolcats", "liger", "recommended")
+    names = ("paper_literal", "paper", "lolcats", "liger")
     return [
         TEACHER_ROW,
         _row("control-w128", "window_only", without=STAGES, attention={"window": 128}),
         *(_row(name, name) for name in names),
+        RECOMMENDED,
     ]
 
 
@@ -52,13 +66,13 @@ def gates(order: Order, layers: int) -> list[RowSpec]:
     """The paper's Table 4 and A7: how wide the gate is and what it reads."""
     kinds = ("scalar", "query_head", "mamba2", "channel", "pooling", "none")
     starts: dict[str, dict[str, Any]] = {"pooling": {"gate_init": None, "gate_temperature": 16.0}}
-    return [RECOMMENDED, *(_attention(f"gate-{kind}", gate=kind, **starts.get(kind, {})) for kind in kinds)]
+    return [BASE, *(_attention(f"gate-{kind}", gate=kind, **starts.get(kind, {})) for kind in kinds)]
 
 
 def parts(order: Order, layers: int) -> list[RowSpec]:
     """The paper's Table 6: each part left out, and whole projections fine-tuned in place of adapters."""
     return [
-        RECOMMENDED,
+        BASE,
         _attention("no-window", window=1, anchors=0),
         _attention("no-anchors", anchors=0),
         _attention("gate-none", gate="none"),
@@ -73,7 +87,7 @@ def windows(order: Order, layers: int) -> list[RowSpec]:
     """The paper's Table 7: window by meta memory, and anchors in its place."""
     rows = []
     for window in (32, 64, 128, 256):
-        rows.append(_attention(f"w{window}-a4", window=window) if window != 128 else RECOMMENDED)
+        rows.append(_attention(f"w{window}-a4", window=window) if window != 128 else BASE)
         for sinks in (2, 4, 6):
             name = f"w{window}-m{sinks}"
             rows.append(_attention(name, window=window, anchors=0, num_sinks=sinks, sink_init=-2.0))
@@ -89,7 +103,7 @@ def lora(order: Order, layers: int) -> list[RowSpec]:
         "all": ALL_PROJECTIONS,
     }
     return [
-        RECOMMENDED,
+        BASE,
         *(_row(f"lora-r{r}", stage2={"lora_rank": r, "lora_alpha": 2 * r}) for r in (4, 16, 32, 64)),
         *(_row(f"lora-{name}", stage2={"lora_targets": list(targets)}) for name, targets in projections.items()),
     ]
@@ -98,19 +112,18 @@ def lora(order: Order, layers: int) -> list[RowSpec]:
 def rates(order: Order, layers: int) -> list[RowSpec]:
     """How fast and how widely stage 2 trains: rates of adapters and of new parameters, and more of both."""
     return [
-        RECOMMENDED,
+        BASE,
         _row("stage2-lr-1e-3", stage2={"learning_rate": 1e-3}),
         _row("stage2-new-5e-3", stage2=FASTER),
-        _row("stage2-wide", stage2=WIDE),
+        RECOMMENDED,
     ]
 
 
 def timescales(order: Order, layers: int) -> list[RowSpec]:
     """How far back the gates reach at the start, how widely spread over features or heads, and what goes with that."""
     spread = "channel-spread256-0.996"
-    longer = {"sequence_length": 4096, "batch_size": 1}
     return [
-        RECOMMENDED,
+        BASE,
         _attention("A6-gate-0.985", gate_init=0.985),
         _attention("gate-channel", gate="channel"),
         _attention("channel-spread16", gate="channel", gate_spread=16.0),
@@ -133,9 +146,9 @@ def timescales(order: Order, layers: int) -> list[RowSpec]:
         _row(f"{spread}-gate-1e-2", attention=SPREAD, stage1={"gate_learning_rate": 1e-2}),
         _row(f"{spread}-2e-2", attention=SPREAD, stage1={"learning_rate": 2e-2}),
         _row(f"{spread}-faster", attention=SPREAD, stage2=FASTER),
-        _row(f"{spread}-wide", attention=SPREAD, stage2=WIDE),
-        _row(f"{spread}-4096", attention=SPREAD, stage1=longer, stage2=longer),
-        _row("long-4096", stage1=longer, stage2=longer),
+        RowSpec(name=f"{spread}-wide", changes={"attention": SPREAD}),
+        replace(_attention(f"{spread}-longer-x4", **SPREAD), longer=4),
+        replace(BASE, name="longer-x4", longer=4),
         _attention("delta-spread64", memory="delta", beta_init=0.5, gate_spread=64.0),
     ]
 
@@ -154,15 +167,15 @@ def softmax(order: Order, layers: int) -> list[RowSpec]:
     for percent in (12.5, 25.0, 50.0):
         count = int(layers * percent / 100 + 0.5)
         chosen, even = sorted(order[:count]), [int((i + 0.5) * layers / count) for i in range(count)]
-        rows.append(_row(f"softmax-{percent:g}", softmax_layers=chosen))
-        rows.append(_row(f"softmax-{percent:g}-uniform", softmax_layers=even))
+        rows.append(RowSpec(name=f"softmax-{percent:g}", changes={"softmax_layers": chosen}))
+        rows.append(RowSpec(name=f"softmax-{percent:g}-uniform", changes={"softmax_layers": even}))
     return rows
 
 
 def choices(order: Order, layers: int) -> list[RowSpec]:
     """What the paper leaves open, A1 to A13: one line a reading (A7 is the table ``gates``)."""
     return [
-        RECOMMENDED,
+        BASE,
         PAPER,
         _attention("A1-sink-linear", "paper", sink_form="linear", sink_init=1.0, sink_spread=0.1),
         _attention("A2-exp", feature_activation="exp", merge_mass="absolute"),
@@ -199,7 +212,7 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
     """What may raise recall: passkeys in training (the paper's Figure 2), more state, finer gates, a delta memory,
     a convolution on the keys, softmax layers."""
     rows = [
-        RECOMMENDED,
+        BASE,
         replace(RECOMMENDED, name="recommended-passkeys", passkeys=PASSKEYS),
         replace(_row("lolcats", "lolcats"), name="lolcats-passkeys", passkeys=PASSKEYS),
         _attention("A4-query-head-keys", key_map="query_head"),
@@ -216,7 +229,8 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
 
 
 TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
-    table.__name__: table for table in (presets, gates, parts, windows, lora, rates, timescales, softmax, choices, retrieval)
+    table.__name__: table
+    for table in (presets, gates, parts, windows, lora, rates, timescales, softmax, choices, retrieval)
 }
 
 

@@ -23,7 +23,7 @@ from lizard_models.quality.retrieval_data import WithPasskeys
 from lizard_models.quality.rows import BUDGETS, Budget, RowSpec, controls
 from lizard_models.quality.runner import Runner
 from lizard_models.quality.selection import layer_order
-from lizard_models.quality.tables import TABLES, find_rows
+from lizard_models.quality.tables import BASE, TABLES, find_rows
 from lizard_models.quality.worker import run_row
 
 TINY = Budget(name="tiny", stage1_steps=2, stage2_steps=2, batch_size=2, sequence_length=48)
@@ -36,16 +36,17 @@ def test_every_row_of_every_table_is_a_sound_configuration():
         assert len({row.stem for row in rows}) == len(rows)
         for row in rows:
             config = row.config(BUDGETS["full"], LAYERS)
-            assert config.stage1.max_steps == 1221 and config.stage2.sequence_length == 2048
+            assert config.stage1.max_steps == 1221 and config.stage2.sequence_length == 2048 * row.longer
+            assert config.stage2.batch_size * row.longer == 8
             assert "/" not in row.stem
 
 
 def test_every_ablation_changes_something():
     budget = BUDGETS["quick"]
-    base = RowSpec(name="recommended").config(budget, LAYERS)
+    base = BASE.config(budget, LAYERS)
     for name, table in TABLES.items():
         for row in table(range(LAYERS), LAYERS):
-            if row.name not in ("recommended", "no-stage1", "no-stage2") and not row.passkeys:
+            if row.name not in ("base", "no-stage1", "no-stage2") and not row.passkeys:
                 assert row.config(budget, LAYERS) != base, f"{name}: {row.name}"
     stages = {row.name: (row.stage1, row.stage2) for row in TABLES["parts"](None, LAYERS)}
     assert stages["no-stage1"] == (False, True) and stages["no-stage2"] == (True, False)
@@ -65,6 +66,8 @@ def test_a_row_is_compared_with_a_control_and_a_teacher_trained_as_it_was():
     distilled = controls(RowSpec(name="recommended", seed=3), BUDGETS["quick"])
     assert distilled["teacher"] == RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False)
     assert distilled["control"].config(BUDGETS["quick"], LAYERS).stage2.kl_weight == 1
+    longer = controls(RowSpec(name="longer", longer=4), BUDGETS["quick"])["control"]
+    assert longer.name.endswith("-longer-x4") and longer.config(BUDGETS["quick"], LAYERS).stage2.sequence_length == 4096
     untrained = controls(RowSpec(name="no-stage2", stage2=False, seed=3), BUDGETS["quick"])
     assert untrained["control"].name == "control-w128" and not untrained["control"].stage2
 
@@ -133,6 +136,12 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert any("trained before" in line for line in said)
     assert record["measures"]["passkey"] == {"700": 0.0} and record["measures"]["length"]["edges"][-1] == 400
     assert record["measures"]["loss"] == saved["measures"]["loss"]
+    again = RowSpec(
+        name="recommended",
+        preset="window_only",
+        changes={"name": "recommended", "attention": {"window": 16, "linear_branch": True}},
+    )
+    assert more.missing(again, 3) == []  # the same configuration said otherwise
     changed = RowSpec(name="recommended", changes={"attention": {"window": 8}})
     assert more.record(changed, 3) is None and "loss" in more.missing(changed, 3)
     older = json.loads(more.record_path(spec).read_text())

@@ -11,7 +11,7 @@ from lizard_models.quality.reasons import FIELDS, better_rows, differences, reas
 from lizard_models.quality.report import BEGIN, END, write_docs
 from lizard_models.quality.results import Number, Results
 from lizard_models.quality.rows import BUDGETS, RowSpec, controls
-from lizard_models.quality.tables import TABLES, find_rows
+from lizard_models.quality.tables import BASE, TABLES, find_rows
 
 EDGES = (0, 128, 2048, 4096)
 BUDGET = BUDGETS["quick"]
@@ -51,9 +51,13 @@ def folder(tmp_path):
     }
     write_row(tmp_path, row, 3.1, **more)
     write_row(tmp_path, dataclasses.replace(row, seed=1), 3.12)
+    for seed, value in ((0, 3.1), (1, 3.12)):
+        write_row(tmp_path, dataclasses.replace(BASE, seed=seed), value)
+    for role in controls(BASE, BUDGET).values():
+        write_row(tmp_path, role, 3.0 if role.preset == "teacher" else 3.4)
     costlier, narrow = ("A4-query-head-keys", 3.0), ("A8-features-64", 3.3)
-    for name, value in (("gate-none", 3.3), ("gate-scalar", 3.0), costlier, narrow):
-        write_row(tmp_path, RowSpec(name=name), value)
+    for name, value in (("gate-none", 3.3), ("gate-scalar", 3.0), ("stage2-lr-1e-3", 3.0), costlier, narrow):
+        write_row(tmp_path, dataclasses.replace(BASE, name=name), value)
     settings = {"mixer": "lizard", "width": 8, "length": 64, "steps": 3, "batch_size": 2, "learning_rate": [1]}
     recall = {"settings": settings, "accuracy": {"4": 0.5}, "memory_bytes": 4096}
     write_json(tmp_path / "mqar" / "lizard.s0.json", recall)
@@ -75,7 +79,10 @@ def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
     results = Results(folder / "quick")
     changes = differences(results, "attention.gate")
     assert changes["gate-none"][0] == pytest.approx(0.19) and changes["gate-none"][1] == pytest.approx(0.0283, rel=1e-2)
-    assert better_rows(results) == {"attention.gate": ["gate-scalar"]}  # a larger state does not count
+    # a larger state does not count, and the rate of stage2-lr-1e-3 is what recommended has
+    assert better_rows(results) == {"attention.gate": ["gate-scalar"]}
+    assert "| `stage2.learning_rate` | `0.001` | `stage2-lr-1e-3` -0.110" in reasons(results)
+    assert "changed, `0.0005` before" in reasons(results)
     text = reasons(results)
     assert "`gate-none` +0.190" in text and "`gate-scalar` is better" in text and "`attention.feature_dim`" in text
     rows = find_rows(list(TABLES), [0], BUDGET, order=range(30), layers=30, with_controls=False)
