@@ -83,6 +83,20 @@ def several_passkeys_prompt(
     return opening + body + question, answer
 
 
+def shortest_length(tokenizer: PreTrainedTokenizerBase, keys: int) -> int:
+    """Tokens that a prompt with ``keys`` keys, each as long as any, takes without filler, answer included."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    if keys == 1:
+        return sum(map(count, (OPENING, KEY.format(key="0" * DIGITS), QUESTION, " " + "0" * DIGITS)))
+    key = "0" * MANY_DIGITS[1]
+    needles = sorted(count(MANY_KEY.format(owner=owner, key=key)) for owner in OWNERS)[-keys:]
+    questions = [count(MANY_QUESTION.format(owner=owner)) for owner in OWNERS]
+    return count(MANY_OPENING) + sum(needles) + max(questions) + count(f" {key}")
+
+
 def passkey_examples(
     tokenizer: PreTrainedTokenizerBase, length: int, count: int, *, keys: int = 1, seed: int = 0
 ) -> list[tuple[list[int], list[int]]]:

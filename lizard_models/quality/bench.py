@@ -34,7 +34,7 @@ class Bench:
     long_length: int = 65_536
     passkey_lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16_384])
     passkey_trials: int = 20
-    """Keys a length. Five keys of five to eight tokens and their filler do not fit into the shortest length."""
+    """Keys a length. Lengths that cannot hold five keys of five to eight digits are left out of ``passkeys5``."""
     requests: Path | None = None
     """File of task requests, for the measure ``tasks``."""
     device: str = "cpu"

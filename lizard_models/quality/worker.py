@@ -25,6 +25,7 @@ from lizard_models.evaluation import (
     passkey_accuracy,
 )
 from lizard_models.evaluation.branches import switched_off
+from lizard_models.evaluation.passkey import shortest_length
 from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.loading import load_model
 from lizard_models.pipeline import precision
@@ -194,6 +195,8 @@ class _Row:
         tokenizer = self.teacher.tokenizer
         if tokenizer is None:
             raise ValueError("measures: passkeys need the teacher's tokenizer")
+        least = shortest_length(tokenizer, keys)
+        lengths = [length for length in lengths if length >= least]
         found = passkey_accuracy(model, tokenizer, lengths, trials=trials, keys=keys, batch_tokens=1 << 15)
         return {str(length): share for length, share in found.items()}
 

@@ -20,7 +20,7 @@ from lizard_models.evaluation import (
     passkey_accuracy,
     recovered_share,
 )
-from lizard_models.evaluation.passkey import passkey_prompt
+from lizard_models.evaluation.passkey import passkey_examples, passkey_prompt, shortest_length
 from lizard_models.evaluation.report import past_edge
 from lizard_models.evaluation.tasks import run_tasks
 
@@ -55,6 +55,16 @@ def test_the_recovered_share_runs_from_control_to_teacher():
     best, control, student_loss = (PositionLoss((0, 8, 16), (1.0, mean), (0.0, 0.0)) for mean in (2.0, 3.0, 2.25))
     assert recovered_share(best, control, student_loss, 8) == pytest.approx(0.75)
     assert recovered_share(best, control, best, 8) == 1 and recovered_share(best, control, control, 8) == 0
+
+
+def test_the_shortest_length_holds_every_key_that_may_be_drawn():
+    tokenizer = byte_tokenizer()
+    one = shortest_length(tokenizer, 1)
+    assert all(len(a) + len(b) == one for a, b in passkey_examples(tokenizer, one, 5))
+    with pytest.raises(ValueError, match="the question alone takes"):
+        passkey_examples(tokenizer, one - 1, 1)
+    five = shortest_length(tokenizer, 5)
+    assert all(len(a) + len(b) == five for a, b in passkey_examples(tokenizer, five, 40, keys=5)) and five > 2 * one
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
