@@ -237,7 +237,7 @@ def linear_key_kernel(
     MAP: tl.constexpr, SPLIT: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BT linear rows of one key head over its query heads: dfk, and what dv gets beside the window's.
+    """Gradients of BT linear rows of one key head over its query heads: dfk, and dv but for what the window adds.
 
     The weights are computed key by query, never transposed.
     """
@@ -329,7 +329,6 @@ def linear_key_kernel(
             tl.store(far_out + row, far)
     p_dv = at(dv, batch, key_row + stream.start + r, head) + (j * time_step(dv))[:, None] + d[None, :]
     mask_v = (r + j < seen_rows)[:, None] & (d < V)[None, :]
-    b_dv += tl.load(p_dv, mask=mask_v, other=0.0).to(tl.float32)
     tl.store(p_dv, b_dv.to(dv.ptr.dtype.element_ty), mask=mask_v)
     plus, minus = features(load_tile(p_fk, time_step(fk), r, seen_rows, BT, FP, BF), FP, BF, 1, MAP)
     b_dfk = features_backward(plus, minus, d_plus, d_minus, MAP)
@@ -384,11 +383,11 @@ def query_states(
 
 
 def linear_keys(
-    v: Tensor, fq: Tensor, fk: Tensor, do: Tensor, dv: Tensor, gates: Tensor, terms: RowTerms, d_states: States,
-    stream: Stream, shape: Shape, gate_gradient: bool,
-) -> tuple[Tensor, KeyTerms | None]:  # fmt: skip
-    """(dfk, what the gates see of the keys); adds to dv."""
-    dfk = torch.empty(fk.shape, dtype=fk.dtype, device=fk.device)
+    v: Tensor, fq: Tensor, fk: Tensor, do: Tensor, gates: Tensor, terms: RowTerms, d_states: States, stream: Stream,
+    shape: Shape, gate_gradient: bool,
+) -> tuple[Tensor, Tensor, KeyTerms | None]:  # fmt: skip
+    """(dv in the linear rows that some query sees, dfk, what the gates see of the keys)."""
+    dv, dfk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (v, fk))
     c = shape.config("linear_key")
     found = None
     if gate_gradient:
@@ -407,4 +406,4 @@ def linear_keys(
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.feature_map,
             shape.split, shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
-    return dfk, found
+    return dv, dfk, found

@@ -175,10 +175,11 @@ def window_queries(
 
 
 def window_keys(
-    q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, masses: Masses, terms: RowTerms,
-    scale: float, softcap: float | None, stream: Stream, shape: Shape,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dk, dv, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v."""
+    q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, dv: Tensor, masses: Masses,
+    terms: RowTerms, scale: float, softcap: float | None, stream: Stream, shape: Shape,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dk, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v; adds to the dv of
+    ``linear_keys``."""
     tokens = q.shape[1]
     relative = shape.merge and shape.relative
     log_window, term, share = masses.window, -terms.shift, terms.share
@@ -190,7 +191,8 @@ def window_keys(
         (shape.query_heads * tokens, 1, tokens), 1.0,
     )  # fmt: skip
     q, k, v, do = rows_last(q, k, v, do)
-    return key_gradients(
+    dk, _, *of_anchors = key_gradients(
         q, k, v, anchors, stream.position, stream.cu_seqlens, stream.lengths, do, stats, shape.window, shape.anchors,
-        stream.prefix, scale, beyond=True, softcap=softcap,
+        stream.prefix, scale, beyond=True, softcap=softcap, there=(dv, stream.start, stream.shift),
     )  # fmt: skip
+    return dk, *of_anchors

@@ -147,16 +147,16 @@ def hybrid_backward(
         if shape.merge and shape.exact:
             dq, _ = of_queries(terms)
         d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
-        dk, dv, da_k, da_v = window_keys(
-            q, k, v, pair(anchor_k, anchor_v), d_o, masses, terms, scale, softcap, stream, shape
-        )
-        dfk, key_terms = linear_keys(v, fq, fk, d_o, dv, gates, terms, d_states, stream, shape, gate_gradient)
+        dv, dfk, key_terms = linear_keys(v, fq, fk, d_o, gates, terms, d_states, stream, shape, gate_gradient)
         dg = empty(q, 0)
         if key_terms is not None:
             dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
         d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
-        del states, d_states, key_terms  # before dq, the largest, is there
+        del states, d_states, key_terms
         terms = terms._replace(slope=None, offset=None, entered=None)
+        dk, da_k, da_v = window_keys(
+            q, k, v, pair(anchor_k, anchor_v), d_o, dv, masses, terms, scale, softcap, stream, shape
+        )
         if not shape.exact:
             dq, _ = of_queries(terms)
         d_sink = empty(q, 0)

@@ -39,16 +39,17 @@ class RowStats(NamedTuple):
     to_log2: float  # factor that makes lse a base-2 logarithm
 
 
-@triton.jit(do_not_specialize=["T", "N", "STEPS"])
+@triton.jit(do_not_specialize=["T", "N", "STEPS", "there_from", "there_less"])
 def window_backward_keys_kernel(
     q, k, v, anchor_k, anchor_v, first, cu_seqlens, lengths, d_o, lse, row_term, share, arg_max, d_max,
     dk, dv, part_k, part_v,
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh, o_sn, o_st, o_sh,
-    row_sn, row_st, row_sh, T, N, STEPS, scale, cap,
+    row_sn, row_st, row_sh, T, N, STEPS, there_from, there_less, scale, cap,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, AB: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr,
-    BEYOND: tl.constexpr, TO_LOG2: tl.constexpr, TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BEYOND: tl.constexpr, TO_LOG2: tl.constexpr, TOKENS_FIRST: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BM - AB stream rows of one key head, from the rows (token, query head) that see them.
 
@@ -58,7 +59,8 @@ def window_backward_keys_kernel(
     anchors and another kernel stores their gradients.
 
     With w a row's share (1 without) and p = exp(s - lse): dv += w p do, ds = p (w do.v - row term), plus d max at the
-    largest score. BEYOND: anchors are window rows like others until the window has left them behind.
+    largest score. BEYOND: anchors are window rows like others until the window has left them behind. ADD: dv has
+    something already in the stream rows from there_from on, as many as there are tokens less there_less.
     """
     KB: tl.constexpr = BM - AB
     PARTS: tl.constexpr = (A + AB - 1) // AB if A > 0 else 1
@@ -186,6 +188,9 @@ def window_backward_keys_kernel(
             m_r = m_r & (o_r >= A)
     o_out = (o_stream + o_r) * HK + i_h
     store_rows(dk + o_out * D, b_dk, m_r, D, BD)
+    if ADD:
+        m_there = m_r & (o_r >= there_from) & (o_r - there_from < length - there_less)
+        b_dv += load_rows(dv + o_out * V, m_there, V, BV).to(tl.float32)
     store_rows(dv + o_out * V, b_dv, m_r, V, BV)
 
 
@@ -239,15 +244,18 @@ def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, anchors_kept: tuple[Tensor, Tensor] | None, first: Tensor | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, d_o: Tensor, stats: RowStats, window: int, anchors: int,
     prefix: int, scale: float, beyond: bool, softcap: float | None,
+    there: tuple[Tensor, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, dv, d anchor_k, d anchor_v); the last two are empty unless anchors are kept apart (``first`` given).
 
     lengths [N]: queries of right-padded rows, whose gradients past the end are left unwritten. beyond: see the kernel.
+    there: a dv to add to, its first stream row that holds something, and by how many rows fewer than tokens there are.
     """
     (_, length, heads, dim), (key_heads, v_dim) = q.shape, v.shape[2:]
     n, packed, carried = sequences_of(q, cu_seqlens), cu_seqlens is not None, first is not None
     make = torch.empty
-    dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dv, there_from, there_less = there or (make(v.shape, dtype=v.dtype, device=v.device), 0, 0)
+    dk = make(k.shape, dtype=k.dtype, device=k.device)
     anchor_k, anchor_v = anchors_kept or (None, None)
     dka, dva = (
         q.new_empty(0) if x is None else make(x.shape, dtype=x.dtype, device=x.device) for x in (anchor_k, anchor_v)
@@ -261,9 +269,9 @@ def key_gradients(
         window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](
             q, k, v, anchor_k, anchor_v, first, cu_seqlens, lengths, d_o, *stats[:5], dk, dv, part_k, part_v,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v), d_o), *stats.strides, length, n,
-            (n - 1).bit_length(), scale, cap_of(scale, softcap), HB=config.heads, AB=kept, PACKED=packed,
-            CARRIED=carried, BEYOND=beyond, TO_LOG2=stats.to_log2, TOKENS_FIRST=stats.strides[1] == 1,
-            **shape_arguments(q, k, v, window, anchors, prefix, config),
+            (n - 1).bit_length(), there_from, there_less, scale, cap_of(scale, softcap), HB=config.heads, AB=kept,
+            PACKED=packed, CARRIED=carried, BEYOND=beyond, ADD=there is not None, TO_LOG2=stats.to_log2,
+            TOKENS_FIRST=stats.strides[1] == 1, **shape_arguments(q, k, v, window, anchors, prefix, config),
         )  # fmt: skip
     for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
         if anchors and blocks:
