@@ -66,6 +66,15 @@ def factor_tile(factors, tile_index, LEVELS: tl.constexpr, C: tl.constexpr, K: t
 
 
 @triton.jit
+def own_pairs(q_t, k_t):
+    """q_i.k_i [C] of tiles [C, BK], in every kernel the same bits: float32 whatever order a layout sums float64 in."""
+    if q_t.dtype == tl.float32:
+        return tl.sum(q_t.to(tl.float64) * k_t.to(tl.float64), 1).to(tl.float32)
+    else:
+        return tl.sum(q_t.to(tl.float32) * k_t.to(tl.float32), 1)
+
+
+@triton.jit
 def factor_kernel(
     g, factors, decays, near, table, owner, k_rows, k_shift, pairs,
     HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, VARLEN: tl.constexpr,
@@ -156,7 +165,7 @@ def channel_output_kernel(
             k_t = tl.load(kp, mask=km, other=0.0)
             qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)
             q_t = tl.load(qp, mask=qm, other=0.0)
-            own = tl.sum(q_t.to(tl.float32) * k_t.to(tl.float32), 1)
+            own = own_pairs(q_t, k_t)
             score += tl.where(r[:, None] == r[None, :], own[:, None], 0.0)
             near_rows, steps = pairing(near, state, kb, (K + BK - 1) // BK, LEVELS, C)
             for step in tl.range(0, steps):
@@ -270,39 +279,46 @@ def channel_row_kernel(
         x = value_sums(d_score, k, d_o, factors, near, states, state, ok, hk, head, kb, HQ, HK, K, V, C, LEVELS, BK,
                        BV, OPERAND, PRECISION)  # fmt: skip
         qp, qm = tile(q, r, ok, head, HQ, K, kb * BK, BK)
-        q_t = tl.load(qp, mask=qm, other=0.0).to(tl.float32)
+        q_t = tl.load(qp, mask=qm, other=0.0)
         kp, km = tile(k, r, ok, hk, HK, K, kb * BK, BK)
-        k_t = tl.load(kp, mask=km, other=0.0).to(tl.float32)
         if NKB == 1:
-            delta = tl.sum(x * q_t, 1) + own * tl.sum(k_t * q_t, 1)
+            own_weight = own_pairs(q_t, tl.load(kp, mask=km, other=0.0))
+            q_t = q_t.to(tl.float32)
+            rest = tl.sum(x * q_t, 1)
         else:
-            delta = tl.zeros([C], tl.float32)
+            q_t = q_t.to(tl.float32)
+            own_weight = tl.zeros([C], tl.float32)
+            rest = tl.zeros([C], tl.float32)
             for b in tl.static_range(NKB):
                 x_b = value_sums(d_score, k, d_o, factors, near, states, state, ok, hk, head, b, HQ, HK, K, V, C,
                                  LEVELS, BK, BV, OPERAND, PRECISION)  # fmt: skip
                 bp, bm = tile(q, r, ok, head, HQ, K, b * BK, BK)
-                q_b = tl.load(bp, mask=bm, other=0.0).to(tl.float32)
+                q_b = tl.load(bp, mask=bm, other=0.0)
                 bp, bm = tile(k, r, ok, hk, HK, K, b * BK, BK)
-                own_pair = tl.sum(tl.load(bp, mask=bm, other=0.0).to(tl.float32) * q_b, 1)
-                delta += tl.sum(x_b * q_b, 1) + own * own_pair
+                own_weight += own_pairs(q_b, tl.load(bp, mask=bm, other=0.0))
+                rest += tl.sum(x_b * q_b.to(tl.float32), 1)
         m_p = r * HQ + head
         den = tl.load(mass + m_p, mask=ok, other=0.0)
         dlm = tl.load(d_log_mass + m_p, mask=ok, other=0.0)
         inv = tl.where(den != 0, scale / den, 0.0)
         if NORMALIZE:
             w = inv
-            e = (dlm - delta * inv) * inv
+            e = (dlm - (rest + own * own_weight) * inv) * inv
+            # w own + e, but exact where the pair i = j has all the mass and its two terms cancel
+            others = tl.where(den != 0, (den - own_weight * scale) / den, 0.0)
+            own_grad = (dlm - rest * inv + own * others) * inv
         else:
             w = tl.where(ok, scale, 0.0)
             e = tl.where(dlm != 0, dlm * inv, 0.0)
+            own_grad = w * own + e
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
-        tl.store(own_term + m_p, w * own + e, mask=only_if(kb == 0, ok))
+        tl.store(own_term + m_p, own_grad, mask=only_if(kb == 0, ok))
         yp, ym = tile(key_sums, r, ok, hk, HK, K, kb * BK, BK)
         x = x * w[:, None] + tl.load(yp, mask=ym, other=0.0) * e[:, None]
         rp, rm = tile(row_dot, r, ok, hk, HK, K, kb * BK, BK)
         before = tl.load(rp, mask=only_if(member > 0, rm), other=0.0)  # this program's own, of the last head
         tl.store(rp, before + x * q_t, mask=rm)
-        x += (w * own + e)[:, None] * tl.load(kp, mask=km, other=0.0).to(tl.float32)  # again: registers are short
+        x += own_grad[:, None] * tl.load(kp, mask=km, other=0.0).to(tl.float32)  # again: registers are short
         dqp, qm = tile(dq, r, ok, head, HQ, K, kb * BK, BK)
         tl.store(dqp, x.to(dq.dtype.element_ty), mask=qm)
 

@@ -86,7 +86,8 @@ def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_
     if operand_bytes > 2 and chunk < 32 and kernel in ONE_WARP_A_SHORT_CHUNK:
         warps = 1  # 16 rows by 4 or 2 warps compile wrong: docs/kernels.md
     block_k, block_v = min(block_k, triton.next_power_of_2(k_dim)), min(block_v, triton.next_power_of_2(v_dim))
-    least = 16 if max(block_k, block_v) < 128 else 32  # 16 beside 128 is read out of bounds: docs/kernels.md
+    # narrower tiles beside wider ones compile wrong, for wgmma (64 rows) and for mma: docs/kernels.md
+    least = 64 if chunk >= 64 else 32 if max(block_k, block_v) >= 128 else 16
     return Launch(
         max(least, block_k),
         max(least, block_v),

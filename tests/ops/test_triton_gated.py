@@ -11,6 +11,7 @@ from kernel_checks import DEVICE, check_against_naive
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.naive import naive_gated_attn
 
+config = pytest.importorskip("lizard_ops.gated_attn.chunk_triton_config")
 chunk_triton = pytest.importorskip("lizard_ops.gated_attn.chunk_triton")
 chunk_gated_triton = chunk_triton.chunk_gated_triton
 
@@ -143,6 +144,26 @@ def test_odd_lengths_groups_and_dims(gate, shape):
 @pytest.mark.parametrize("length", [1, 16, 100])
 def test_one_chunk_and_many(gate, length):
     compare(make(t=length, hq=1, gate=gate))
+
+
+def test_a_lone_key_passes_no_gradient_of_the_output_to_its_weight():
+    """Its two terms cancel to the last bit: a normalised output does not know what the only weight is."""
+    x = {name: value.float().to(DEVICE).requires_grad_() for name, value in make(b=8, t=1, gate="channel").items()}
+    options = {"normalize": True, "window_offset": 0, "anchors": 0, "output_final_state": False}
+    options |= {"initial_state": None, "cu_seqlens": None, "padding_mask": None, "scale": 1.0, "gate_form": "stable"}
+    o, _, _ = chunk_gated_triton(*x.values(), chunk_size=16, **options)
+    dq, dk = torch.autograd.grad(o, [x["q"], x["k"]], torch.randn(o.shape, device=DEVICE))
+    assert not dq.any() and not dk.any()
+
+
+@pytest.mark.parametrize("k, v", [(16, 136), (136, 16), (16, 16), (32, 64), (512, 64)])
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_tiles_of_a_chunk_share_a_layout(k, v, chunk):
+    """Narrower tiles beside wider ones compile wrong where a product takes 64 rows: docs/kernels.md."""
+    for kernel in set(config.WIDE) - {"scan"}:
+        for size in (2, 4):
+            found = config.launch(kernel, k, v, 1, chunk, size)
+            assert min(found.block_k, found.block_v) >= 64
 
 
 @pytest.mark.parametrize("gate", ["one", "query", "channel"])
