@@ -47,10 +47,18 @@ def launch(*command: str, processes: int = 2) -> list[subprocess.CompletedProces
     return [subprocess.CompletedProcess(command, p.returncode, out, err) for p, (out, err) in done]
 
 
+START = """
+import pathlib, sys
+sys.modules["bitsandbytes"] = None  # peft imports it where it is installed, half of the time that starting takes
+from parallel_run import main
+main(pathlib.Path(sys.argv[1]))
+"""
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for done in launch(str(Path(__file__).parent / "parallel_run.py"), str(folder)):
+    for done in launch("-c", START, str(folder)):
         assert done.returncode == 0, done.stderr
     return {**torch.load(folder / "found.pt"), "folder": folder}
 
