@@ -36,6 +36,30 @@ def float64_of(q: Tensor) -> str | None:
     return "float64 tensors" if q.dtype == torch.float64 else None
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of x current: Triton launches on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+class TooLarge(ValueError):
+    """Sizes whose kernel takes more shared memory than the GPU has."""
+
+
+class on_device:  # noqa: N801  # reads as the context that it is
+    """Make the device of x current, on which Triton launches, and say which sizes do not fit on it.
+
+    sizes: what decides how large the tiles are, by the names that a caller knows.
+    """
+
+    __slots__ = ("device", "sizes", "x")
+
+    def __init__(self, x: Tensor, **sizes: int):
+        self.x, self.sizes = x, sizes
+        self.device: contextlib.AbstractContextManager[object]
+        self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+    def __enter__(self) -> None:
+        self.device.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.device.__exit__(kind, error, trace)  # type: ignore[arg-type]
+        if kind is not None and kind.__name__ == "OutOfResources":  # by name: Triton need not be there
+            got = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+            limit, what, needed = (getattr(error, name, "?") for name in ("limit", "name", "required"))
+            where = f"wanted sizes whose tiles fit the {limit} bytes of {what} on {self.x.device}, not {needed}"
+            raise TooLarge(f"{', '.join(self.sizes) or 'x'}: got {got} in {self.x.dtype}, {where}") from error

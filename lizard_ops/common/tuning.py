@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lizard_ops.common.dispatch import TooLarge
+
 WARPS, STAGES, REGISTERS = ("num_warps", "warps"), ("num_stages", "stages"), ("registers",)
 CAPS = (128, 168, None)  # registers a thread: four, three or two blocks of four warps a multiprocessor
 FORMAT = 1  # of the file
@@ -230,7 +232,7 @@ def _time(call: Callable[[], Any], wanted: list[Tensor], measure: Callable) -> f
         agree = len(found) == len(wanted) and all(map(_agree, found, wanted))
         return measure(call) if agree else float("inf")
     except Exception as error:  # a tile too large for the chip: many types, by Triton's version
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and not isinstance(error, TooLarge):
             raise
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # raises where the error has taken the GPU's context with it

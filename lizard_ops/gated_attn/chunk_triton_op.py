@@ -211,7 +211,7 @@ def gated_chunk(
     if rows.chunks == 0 or pairs <= 0:
         return o, log_mass, mass, *carried(q, s0, z0, rows, shape)
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
-    with on_device(q):
+    with on_device(q, features=shape.k, values=shape.v, chunk_size=chunk):
         gates = prepare_gates(g, shape, rows)
         states, z_states, s, z, _ = chunk_states(k, v, gates, start, shape, rows)
         ends = o, log_mass, mass, rows.table, rows.owner, scale, *rows.place
@@ -271,7 +271,7 @@ def gated_chunk_backward(
     flags = {"NORMALIZE": normalize, "VARLEN": table is not None}
     place = rows.table, rows.owner, scale, *rows.place
     extra = torch.empty_like(mass)
-    with on_device(q):
+    with on_device(q, features=shape.k, values=shape.v, chunk_size=chunk):
         gates = prepare_gates(g, shape, rows)
         states = chunk_states(k, v, gates, start, shape, rows)[:2]
         x = q, k, v, d_o, mass, extra

@@ -39,7 +39,9 @@ class Config(NamedTuple):
 @tunable("project")
 def config_for(kernel: str, x: Tensor, weight: Tensor) -> Config:
     """Launch configuration of a kernel, "output", "input", "weight" or "both" (gradients)."""
-    return Config(4, 3 if kernel in ("output", "input") else 2)
+    columns = blocks(weight)
+    one = columns["F"] <= columns["BF"]  # else the matrix is read anew a tile, and every stage holds all of it
+    return Config(4, {"output": 3, "input": 3 if one else 1}.get(kernel, 2))
 
 
 def blocks(weight: Tensor) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     tokens, tile = batch * length, blocks(weight)
     if tokens:
         count = triton.cdiv(tokens, TOKENS * STEPS) * heads * triton.cdiv(tile["F"], tile["BF"])
-        with on_device(x):
+        with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
             c = config_for("output", x, weight)
             project_kernel[(count,)](
                 x, weight, y, tokens, length, *x.stride()[:3], H=heads, M=weight.shape[0], STEPS=STEPS,
@@ -121,7 +123,7 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
     steps = triton.cdiv(tokens, TOKENS * splits)
     of_x = dx is not None
     together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
-    with on_device(x):
+    with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
         if of_weight and tokens:
             parts = weight.new_empty(splits, heads, *weight.shape[1:])
         if together and tokens:

@@ -78,7 +78,7 @@ def hybrid_forward(
     shape, stream = describe(
         q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
     )
-    with on_device(q):
+    with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
         end_log = empty(q, 0)
         if feature_map == "exp":
             gates, end_log = unit_gates(fk, g, log_scale, stream, shape)
@@ -131,7 +131,7 @@ def hybrid_backward(
         q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
     )
     masses, d_end = Masses(linear, log_window, spread, top_key), pair(d_s, d_z)
-    with on_device(q):
+    with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
         states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
 

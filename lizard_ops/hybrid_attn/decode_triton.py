@@ -131,7 +131,7 @@ def hybrid_decode(
     if batch == 0:
         return o
     config = config_for(q, features, v_dim)
-    with on_device(q):
+    with on_device(q, dim=dim, values=v_dim, features=features):
         hybrid_decode_kernel[(batch * key_heads,)](
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,

@@ -59,7 +59,7 @@ def window_forward(
     n, packed, group = sequences_of(q, cu_seqlens), cu_seqlens is not None, heads // k.shape[2]
     config = config_for("forward", q, v, group)
     blocks = block_count(length, n, config.heads, 0, config.rows, packed)
-    with on_device(q):
+    with on_device(q, dim=q.shape[3], values=v.shape[3]):
         window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, spread, arg_max,
             *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)), length, n, (n - 1).bit_length(),
@@ -119,7 +119,7 @@ def window_backward(
     term = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
     steps, all_strides = (n - 1).bit_length(), strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v))
-    with on_device(q):
+    with on_device(q, dim=q.shape[3], values=v.shape[3]):
         window_backward_queries_kernel[(programs,)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
             dq, term, d_sinks, *all_strides, length, n, steps, scale, cap_of(scale, softcap),

@@ -7,8 +7,9 @@ import torch
 from kernel_checks import DEVICE
 
 from lizard_ops import project_heads
+from lizard_ops.common.dispatch import on_device
 
-SHAPES = [(2, 70, 4, 2, 16, 16), (1, 5, 3, 1, 10, 7), (1, 130, 2, 2, 64, 40), (1, 0, 2, 1, 8, 8)]
+SHAPES = [(2, 70, 4, 2, 16, 16), (1, 5, 3, 1, 10, 7), (1, 130, 2, 2, 64, 40), (1, 0, 2, 1, 8, 8), (1, 5, 3, 1, 10, 136)]
 
 
 def gradients(impl, x, weight, through_x):
@@ -35,6 +36,23 @@ def test_output_and_gradients_are_those_of_the_einsum(shape, dtype, through_x):
     for name, reference in exact.items():
         errors = [(found[name].double() - reference).abs().max() if reference.numel() else 0 for found in (fast, plain)]
         assert errors[0] <= 2 * errors[1] + 1e-6 * reference.abs().amax() if reference.numel() else True, name
+
+
+def test_a_matrix_of_several_tiles_stands_in_shared_memory_once():
+    """Three stages of 256 features took 256 KiB, more than any chip has."""
+    config = pytest.importorskip("lizard_ops.head_projection.triton_op").config_for
+    x = torch.zeros(1, 1, 1, 64)
+    assert [config("input", x, torch.zeros(1, 64, n)).stages for n in (128, 256)] == [3, 1]
+
+
+def test_sizes_beyond_the_chip_are_named():
+    errors = pytest.importorskip("triton.runtime.errors")
+    x = torch.zeros(1, dtype=torch.bfloat16, device=DEVICE)
+    wanted = r"dim, features: got dim 64, features 512 in torch.bfloat16, .* 232448 bytes of shared memory .*262144"
+    with pytest.raises(ValueError, match=wanted), on_device(x, dim=64, features=512):
+        raise errors.OutOfResources(262144, 232448, "shared memory")
+    with pytest.raises(KeyError), on_device(x, dim=64):
+        raise KeyError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
