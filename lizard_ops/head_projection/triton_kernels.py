@@ -1,5 +1,6 @@
 """Kernels of a matrix a head. Tokens n = b T + t; a weight of float32 enters 16-bit products as a sum of two parts.
 
+Numbers of heads and matrices are no constants, so that queries and keys share a kernel: a first call compiles less.
 Strides y_* are in steps of YU elements: Triton knows of an argument only whether 16 divides it, and rows of 40 features
 would be read number by number.
 """
@@ -30,10 +31,10 @@ def dot_split(a, weight, acc, PRECISION: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "M"])
 def project_kernel(
-    x, weight, y, tokens, length, x_b, x_t, x_h,
-    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    x, weight, y, tokens, length, x_b, x_t, x_h, H, M,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, H, F] of STEPS blocks of tokens, one head, BF columns."""
@@ -61,10 +62,10 @@ def transposed_weight(weight, first, d, D: tl.constexpr, F: tl.constexpr, BF: tl
     return tl.load(weight + d[None, :] * F + f[:, None], mask=(d < D)[None, :] & (f < F)[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "M"])
 def input_gradient_kernel(
-    dy, weight, d_x, dx, tokens, length, y_b, y_t, y_h, x_b, x_t, x_h,
-    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    dy, weight, d_x, dx, tokens, length, y_b, y_t, y_h, x_b, x_t, x_h, H, M,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BN: tl.constexpr, YU: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [tokens, H, D] = dy weight^T, plus the gradient d_x of x's other readers if it is there."""
@@ -95,10 +96,10 @@ def input_gradient_kernel(
         tl.store(p_dx, acc.to(dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "M"])
 def weight_gradient_kernel(
-    x, dy, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, steps,
-    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    x, dy, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, steps, H, M,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BN: tl.constexpr, YU: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What ``steps`` blocks of tokens add to the gradient of one head's matrix, parts [splits, H, D, F] float32."""
@@ -121,10 +122,10 @@ def weight_gradient_kernel(
     tl.store(parts + of_w, acc, mask=(d < D)[:, None] & (f < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "M"])
 def both_gradients_kernel(
-    x, dy, weight, d_x, dx, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, o_b, o_t, o_h, steps,
-    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    x, dy, weight, d_x, dx, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, o_b, o_t, o_h, steps, H, M,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BN: tl.constexpr, YU: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``input_gradient_kernel`` and ``weight_gradient_kernel`` from one reading of dy, which fits in BF columns."""
