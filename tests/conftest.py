@@ -29,11 +29,14 @@ settings.load_profile("steady")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the properties of the ops run")
+    parser.addoption("--effort", type=float, default=1.0, help="times the usual number of cases of each property")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no CUDA device is visible")
+    if not 1 <= config.getoption("--effort") < float("inf"):
+        raise pytest.UsageError(f"--effort {config.getoption('--effort')}: wanted a number from 1 on")
 
 
 @pytest.fixture(autouse=True, scope="module")

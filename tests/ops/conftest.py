@@ -15,7 +15,7 @@ from gpu_forms import FORMS
 class Target:
     """One implementation under test; ``effort`` scales the number of examples.
 
-    form: on a GPU, the options of the op that are fixed (gpu_forms.FORMS).
+    form: on a GPU, the options of the op that are fixed (gpu_forms.FORMS). times: --effort.
     """
 
     impl: str
@@ -23,9 +23,10 @@ class Target:
     dtype: torch.dtype
     effort: float
     form: str | None = None
+    times: float = 1.0
 
     def count(self, examples: int) -> int:
-        return max(2 if self.interpreted else 3, round(self.effort * examples))
+        return round(self.times * max(2 if self.interpreted else 3, round(self.effort * examples)))
 
     @property
     def interpreted(self) -> bool:
@@ -57,6 +58,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "every_target": CUDA if on_gpu else CPU + INTERPRETED + INTERPRETED_HALF,
         "torch_target": () if on_gpu else CPU,
     }
+    times = metafunc.config.getoption("--effort")
+    kinds = {name: tuple(dataclasses.replace(x, times=times) for x in targets) for name, targets in kinds.items()}
     for name in kinds.keys() & set(metafunc.fixturenames):
         if "op" not in metafunc.fixturenames:
             metafunc.parametrize(name, kinds[name], ids=str)
