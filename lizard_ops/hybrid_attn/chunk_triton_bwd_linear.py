@@ -190,20 +190,18 @@ def query_state_kernel(
     fq, do, gates, slope, offset, s, z, slots, tokens, stream,
     HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr,
-    LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, BOTH: tl.constexpr, STAGES: tl.constexpr,
+    LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of each chunk add to the gradient of one half, or BOTH, of the state that enters it."""
+    """What the queries of each chunk add to the gradient of one half of the state that enters it."""
     GROUP: tl.constexpr = HQ // HS
     HALVES: tl.constexpr = 2 if MAP != "identity" else 1
-    PARTS: tl.constexpr = 1 if BOTH else HALVES
-    half, entry = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    half, entry = tl.program_id(0) % HALVES, tl.program_id(0) // HALVES
     slot, head = entry // HS, entry % HS
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
     head_g = head // (HS // HG)
     t = i_chunk * C + stream.shift
-    b_s, b_z = tl.zeros([BF, BV], tl.float32), tl.zeros([BF], tl.float32)
-    if BOTH:
-        b_s_minus, b_z_minus = tl.zeros([BF, BV], tl.float32), tl.zeros([BF], tl.float32)
+    b_s = tl.zeros([BF, BV], tl.float32)
+    b_z = tl.zeros([BF], tl.float32)
     for step in tl.range(0, GROUP * (C // BJ), num_stages=STAGES):
         head_q = head * GROUP + step // (C // BJ)
         j = step % (C // BJ) * BJ
@@ -215,17 +213,10 @@ def query_state_kernel(
         b_offset = tl.load(offset + row, mask=t + i < length, other=0.0)
         whole, part = load_gates(gates, slot, slots, head_g, i, HG, C, SPLIT)
         entered = decay_since_start(whole, part, SPLIT)
-        by_state, by_mass = (b_slope * entered)[None, :], (b_offset * entered)[None, :]
         phi = half_features(b_fq, 1.0 - 2.0 * half, FP, BF, 0, MAP)
-        b_s = tl.dot((phi * by_state).to(LINEAR_DTYPE), b_do, b_s, input_precision=PRECISION)
-        b_z += tl.sum(phi * by_mass, 1)
-        if BOTH:
-            phi = half_features(b_fq, -1.0, FP, BF, 0, MAP)
-            b_s_minus = tl.dot((phi * by_state).to(LINEAR_DTYPE), b_do, b_s_minus, input_precision=PRECISION)
-            b_z_minus += tl.sum(phi * by_mass, 1)
+        b_s = tl.dot((phi * (b_slope * entered)[None, :]).to(LINEAR_DTYPE), b_do, b_s, input_precision=PRECISION)
+        b_z += tl.sum(phi * (b_offset * entered)[None, :], 1)
     store_state(s, z, entry, half, b_s, b_z, FP, BF, V, BV, HALVES)
-    if BOTH:
-        store_state(s, z, entry, 1, b_s_minus, b_z_minus, FP, BF, V, BV, HALVES)
 
 
 @triton.jit
@@ -371,12 +362,11 @@ def query_states(
     states = empty_states(gates, stream, shape, start)
     slots, c = gates.shape[1], shape.config("query_state")
     if slots:
-        both = shape.halves == 2 and shape.pre_block * shape.value_block <= 64 * 128  # two sums in registers
-        query_state_kernel[(slots * shape.state_heads * (1 if both else shape.halves),)](
+        query_state_kernel[(slots * shape.state_heads * shape.halves,)](
             rows(fq), rows(do), gates, terms.slope, terms.offset, states.s, states.z, slots, do.shape[1], stream,
             shape.query_heads, shape.state_heads, gates.shape[2], shape.pre, shape.pre_block, shape.value,
             shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype, shape.precision,
-            both, c.stages, **c.launch,
+            c.stages, **c.launch,
         )  # fmt: skip
     scan_states(states, end, gates, stream, shape, reverse=True)
     return states

@@ -133,7 +133,7 @@ class Shape:
             "state": Config(64, 64, 4, 1, 168),
             "output": Config(64, 32, 4, 2, 168),
             "linear_query": Config(64, 32, 4, 1, 168),
-            "query_state": Config(32, 32, 4, 3),
+            "query_state": Config(64, 64, 4, 2, 168),
             "linear_key": Config(64, 32, 4, 1),
             "window_query": Config(64, 32, 4, 2, 168),
         }[kernel]
