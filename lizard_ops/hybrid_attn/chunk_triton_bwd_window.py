@@ -13,20 +13,18 @@ from lizard_ops.hybrid_attn.chunk_triton_fwd import Masses, anchor_seen
 from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     LOG2E,
     Stream,
-    anchors_left,
     at,
     at_anchors,
     block_count,
     first_rows,
     head_rows,
     head_step,
+    in_window,
     load_stack,
     load_tile,
     locate,
     rows,
-    sees,
     time_step,
-    window_columns,
 )
 from lizard_ops.window_attn.chunk_triton_blocks import rows_last
 from lizard_ops.window_attn.chunk_triton_keys import RowStats, key_gradients
@@ -65,9 +63,6 @@ def window_query_kernel(
     p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
     p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
     score_scale = units(scale, cap) * LOG2E
-    SPAN: tl.constexpr = BT + W - 1
-    RIDE: tl.constexpr = ANCHORS > 0 and SPAN + ANCHORS <= (SPAN + BN - 1) // BN * BN  # the last tile has room
-    left = anchors_left(n, stream, W)
     if MERGE:
         share = tl.load(share_io + out, mask=inside, other=0.0)
         shift = tl.load(shift_io + out, mask=inside, other=0.0)
@@ -81,23 +76,21 @@ def window_query_kernel(
         tl.store(share_io + out, share, mask=inside)
     if EXACT:
         average = tl.zeros([BM], tl.float32)
-        for j in tl.range(0, SPAN, BN, num_stages=STAGES):
+        for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
             row = t + stream.prefix - W + 1 + j
-            b_k, b_v, index, place, reach = window_columns(
-                p_k, p_v, k, v, p_ak, p_av, anchor_k, anchor_v, j, row, keys, kept, valid, left, SPAN, W, ANCHORS, RIDE,
-                BN, D, BD, V, BV,
-            )  # fmt: skip
-            seen = sees(own, place, reach)
+            c = row + tl.arange(0, BN)
+            b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
+            b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
+            seen = in_window(own, c, valid, W)
             p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
-        if not RIDE:
-            for j in tl.range(0, ANCHORS, 16):
-                c = j + tl.arange(0, 16)
-                b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
-                b_v = load_tile(p_av, time_step(anchor_v), n * 0 + j, kept, 16, V, BV)
-                seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
-                p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
-                average += tl.sum(p * dp, 1)
+        for j in tl.range(0, ANCHORS, 16):
+            c = j + tl.arange(0, 16)
+            b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
+            b_v = load_tile(p_av, time_step(anchor_v), n * 0 + j, kept, 16, V, BV)
+            seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
+            p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
+            average += tl.sum(p * dp, 1)
         if MERGE:  # flow is share (do.o_linear - do.o) too, which loses its digits where the linear branch has the mass
             flow = tl.where(share < 0.5, -shift - share * average, flow)
             tl.store(flow_io + out, flow, mask=inside)
@@ -106,26 +99,23 @@ def window_query_kernel(
         if not MERGE:
             tl.store(average_out + out, average, mask=inside)
     b_dq = tl.zeros([BM, BD], tl.float32)
-    for j in tl.range(0, SPAN, BN, num_stages=STAGES):
+    for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
-        b_k, b_v, index, place, reach = window_columns(
-            p_k, p_v, k, v, p_ak, p_av, anchor_k, anchor_v, j, row, keys, kept, valid, left, SPAN, W, ANCHORS, RIDE,
-            BN, D, BD, V, BV,
-        )  # fmt: skip
-        p, dp, slope = weights(
-            b_q, b_do, b_k, b_v, sees(own, place, reach), log_window, score_scale, cap, PRECISION
-        )  # fmt: skip
+        c = row + tl.arange(0, BN)
+        b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
+        b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
+        seen = in_window(own, c, valid, W)
+        p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None]) * slope
         b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
-    if not RIDE:
-        for j in tl.range(0, ANCHORS, 16):
-            c = j + tl.arange(0, 16)
-            b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
-            b_v = load_tile(p_av, time_step(anchor_v), n * 0 + j, kept, 16, V, BV)
-            seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
-            p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
-            ds = p * (share[:, None] * dp + shift[:, None]) * slope
-            b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
+    for j in tl.range(0, ANCHORS, 16):
+        c = j + tl.arange(0, 16)
+        b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
+        b_v = load_tile(p_av, time_step(anchor_v), n * 0 + j, kept, 16, V, BV)
+        seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
+        p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
+        ds = p * (share[:, None] * dp + shift[:, None]) * slope
+        b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
     if RELATIVE:
         top_key = tl.load(top_key_in + out, mask=inside, other=0)
         of_k = p_k + top_key.to(tl.int64) * time_step(k)

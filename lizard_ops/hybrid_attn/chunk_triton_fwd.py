@@ -14,7 +14,6 @@ from lizard_ops.hybrid_attn.chunk_triton_state import States
 from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     LOG2E,
     Stream,
-    anchors_left,
     at,
     at_anchors,
     block_count,
@@ -27,6 +26,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     head_lead,
     head_rows,
     head_step,
+    in_window,
     load_ahead,
     load_gates,
     load_key_gates,
@@ -34,9 +34,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
     load_tile,
     locate,
     rows,
-    sees,
     time_step,
-    window_columns,
 )
 from lizard_ops.window_attn.chunk_triton_fwd import scaled_above
 from lizard_ops.window_attn.chunk_triton_softcap import cap_of, capped, units_of
@@ -183,28 +181,24 @@ def output_kernel(
     top_key = tl.zeros([BM], tl.int32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
-    SPAN: tl.constexpr = BT + W - 1
-    RIDE: tl.constexpr = ANCHORS > 0 and SPAN + ANCHORS <= (SPAN + BN - 1) // BN * BN  # the last tile has room
-    kept = tl.minimum(ANCHORS, keys) if OWN else n * 0 + ANCHORS
-    p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
-    p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
-    left = anchors_left(n, stream, W)
-    if ANCHORS > 0 and not RIDE:
+    if ANCHORS > 0:
+        kept = tl.minimum(ANCHORS, keys) if OWN else n * 0 + ANCHORS
+        p_ak = at_anchors(anchor_k, n, batch, key_row, head_k, OWN)
+        p_av = at_anchors(anchor_v, n, batch, key_row, head_k, OWN)
         for a in tl.static_range(0, ANCHORS, 16):
             top, top_key, total, acc = anchor_step(
                 b_q, p_ak, p_av, time_step(anchor_k), time_step(anchor_v), a, t + i, kept, n, stream, top, top_key,
                 total, acc, score_scale, cap, W, ANCHORS, D, BD, V, BV, DTYPE, PRECISION, RELATIVE,
             )  # fmt: skip
-    for j in tl.range(0, SPAN, BN, num_stages=STAGES):
+    for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
-        b_k, b_v, index, place, reach = window_columns(
-            p_k, p_v, k, v, p_ak, p_av, anchor_k, anchor_v, j, row, keys, kept, valid, left, SPAN, W, ANCHORS, RIDE,
-            BN, D, BD, V, BV,
-        )  # fmt: skip
+        c = row + tl.arange(0, BN)
+        b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
+        b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
         score = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
-        score = tl.where(sees(own, place, reach), score, float("-inf"))
+        score = tl.where(in_window(own, c, valid, W), score, float("-inf"))
         top, top_key, total, acc = softmax_step(
-            score, b_v, index, top, top_key, total, acc, score_scale, DTYPE, PRECISION, RELATIVE, False
+            score, b_v, c, top, top_key, total, acc, score_scale, DTYPE, PRECISION, RELATIVE, False
         )
     top *= score_scale
     log_window = top + tl.log2(total)
