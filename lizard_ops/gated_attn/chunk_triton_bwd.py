@@ -2,9 +2,11 @@
 
 With the row weight w_i and the row term e_i of the normaliser,
 
-    dA_ij = w_i do_i.v_j + e_i
+    dA_ij = w_i do_i.v_j + e_i = w_i (do_i.v_j - m_i) + l_i
     normalised: w = 1 / den, e = (d log_mass - do.o) / den; otherwise w = scale, e = d log_mass / den
 
+where the second form, with m = do.o if normalised, otherwise 0, and l = d log_mass / den, keeps the digits of a row
+whose mass is nearly all one key's,
 the row kernel gives dq, the key kernel dk, dv and dg. The gradient of gate t is the sum of a_ij dA_ij over j < t <= i.
 It is taken apart by chunk, so that no long running sum has to cancel: both inside the chunk; j before; i after; both
 outside.
@@ -30,26 +32,32 @@ def row_weights(mass, ptrs, valid, scale, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def row_terms(d_log_mass, mass, ptrs, valid, delta, scale, NORMALIZE: tl.constexpr):
-    """w and e of the rows at ``ptrs``; delta = do.o * den."""
+def row_levels(d_log_mass, mass, ptrs, valid, scale):
+    """l of the rows at ``ptrs``; 0 where nothing was attended or no log mass was used."""
     den = tl.load(mass + ptrs, mask=valid, other=0.0)
     dlm = tl.load(d_log_mass + ptrs, mask=valid, other=0.0)
-    inv = tl.where(den != 0, scale / den, 0.0)
+    return tl.where((dlm != 0) & (den != 0), dlm * (scale / den), 0.0)
+
+
+@triton.jit
+def row_mean(mass, ptrs, valid, delta, scale, NORMALIZE: tl.constexpr):
+    """m of the rows at ``ptrs``; delta = do.o * den."""
     if NORMALIZE:
-        return inv, (dlm - delta * inv) * inv
+        den = tl.load(mass + ptrs, mask=valid, other=0.0)
+        return tl.where(den != 0, tl.div_rn(delta, tl.where(den != 0, den, 1.0)) * scale, 0.0)
     else:
-        return tl.where(valid, scale, 0.0), tl.where(dlm != 0, dlm * inv, 0.0)
+        return delta * 0.0
 
 
 @triton.jit
 def row_kernel(
-    q, k, v, g_hi, g_lo, states, z_states, d_o, mass, d_log_mass, dq, extra, row_dot, table, owner, scale, q_rows,
-    k_rows, q_shift, k_shift, pairs, row_total,
+    q, k, v, g_hi, g_lo, states, z_states, d_o, mass, d_log_mass, dq, extra, means, row_dot, table, owner, scale,
+    q_rows, k_rows, q_shift, k_shift, pairs, row_total,
     HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, GH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
     NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one chunk and one state head's queries, the row terms e, and q_i.dq_i through the state (for dg)."""
+    """dq of one chunk and one state head's queries, the row terms e and m, and q_i.dq_i through the state (for dg)."""
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV
     GS: tl.constexpr = HQ // HS
@@ -65,6 +73,7 @@ def row_kernel(
     mass += q0 * HQ
     d_log_mass += q0 * HQ
     extra += q0 * HQ
+    means += q0 * HQ
     k += k0 * (HK * K)
     v += k0 * (HK * V)
     if GATED:
@@ -156,14 +165,18 @@ def row_kernel(
                 do_t = tl.load(dop, mask=om, other=0.0).to(OPERAND)
                 acc = tl.dot(do_t, tl.trans(tl.load(sp, mask=sm, other=0.0)), acc, input_precision=PRECISION)
         m_p = ri * HQ + head
-        w, e = row_terms(d_log_mass, mass, m_p, ok, delta, scale, NORMALIZE)
+        w = row_weights(mass, m_p, ok, scale, NORMALIZE)
+        level = row_levels(d_log_mass, mass, m_p, ok, scale)
+        mean = row_mean(mass, m_p, ok, delta, scale, NORMALIZE)
+        e = level - mean * w
         tl.store(extra + m_p, e, mask=only_if(kb == 0, ok))
+        tl.store(means + m_p, mean, mask=only_if(kb == 0, ok))
         if GATED:
             acc = acc * (w * from_start)[:, None] + (e * from_start)[:, None] * z_t[None, :]
             tl.store(row_dot + kb * row_total + m_p, tl.sum(acc * q_t.to(tl.float32), 1), mask=ok)
         else:
             acc = acc * w[:, None] + e[:, None] * z_t[None, :]
-        da = (d_score * w[:, None] + e[:, None]) * weight
+        da = ((d_score - mean[:, None]) * w[:, None] + level[:, None]) * weight
         acc = tl.dot(da.to(OPERAND), k_t.to(OPERAND), acc, input_precision=PRECISION)
         dqp, qm = tile(dq, ri, ok, head, HQ, K, kb * BK, BK)
         tl.store(dqp, acc.to(dq.dtype.element_ty), mask=qm)
@@ -232,8 +245,8 @@ def far_keys(
 
 @triton.jit
 def key_kernel(
-    q, k, v, g_hi, g_lo, d_states, dz_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, table, owner, scale, q_rows,
-    k_rows, q_shift, k_shift, pairs, row_total, gate_total,
+    q, k, v, g_hi, g_lo, d_states, dz_states, d_o, mass, d_log_mass, means, row_dot, cross, dk, dv, dg, table,
+    owner, scale, q_rows, k_rows, q_shift, k_shift, pairs, row_total, gate_total,
     HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
     NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -258,7 +271,8 @@ def key_kernel(
     q += q0 * (HQ * K)
     d_o += q0 * (HQ * V)
     mass += q0 * HQ
-    extra += q0 * HQ
+    d_log_mass += q0 * HQ
+    means += q0 * HQ
     k += k0 * (HK * K)
     dk += k0 * (HK * K)
     v += k0 * (HK * V)
@@ -334,7 +348,8 @@ def key_kernel(
             do_t = tl.load(dop, mask=om, other=0.0)
         m_p = ri * HQ + head
         w = row_weights(mass, m_p, ok, scale, NORMALIZE)
-        e = tl.load(extra + m_p, mask=ok, other=0.0)
+        level = row_levels(d_log_mass, mass, m_p, ok, scale)
+        mean = tl.load(means + m_p, mask=ok, other=0.0)
         if GATED:
             hg = hs * HG // HS
             gi, gi_lo = decay_row(g_hi, g_lo, ri, ok, hg, HG)
@@ -345,7 +360,7 @@ def key_kernel(
             weight = causal.to(tl.float32)
         p = score * weight
         acc_v = tl.dot((p * w[None, :]).to(OPERAND), do_t.to(OPERAND), acc_v, input_precision=PRECISION)
-        ds = ds * w[None, :] + e[None, :]
+        ds = (ds - mean[None, :]) * w[None, :] + level[None, :]
         if GATED:
             a_da = tl.where(ri[None, :] != rj[:, None], p * ds, 0.0)
             by_row = tl.sum(a_da, 0)  # [BQ]

@@ -279,7 +279,8 @@ def gated_chunk_backward(
             own_term = torch.empty_like(mass)
             row_dot = _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags)
         else:
-            row_dot = _rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags)
+            means = torch.empty_like(mass)
+            row_dot = _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags)
         *d_states, ds0, dz0, cross = chunk_states(
             q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra, forward=states
         )
@@ -287,31 +288,31 @@ def gated_chunk_backward(
         if channel:
             dg = _channel_keys(x, d_states, own_term, *ends, gates, shape, rows, place, flags)
         else:
-            dg = _keys(x, d_states, *ends, gates, shape, rows, place, flags)
+            dg = _keys((*x[:-1], d_log_mass, means), d_states, *ends, gates, shape, rows, place, flags)
     return dq, dk, dv, dg, ds0, dz0
 
 
-def _rows(x, d_log_mass, dq, gates, states, shape, rows, place, flags) -> Tensor | None:
+def _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags) -> Tensor | None:
     q, k, v, d_o, mass, extra = x
     cfg = shape.launch("row", shape.hq // shape.hs)
     blocks = triton.cdiv(shape.k, cfg.block_k)
     row_dot = mass.new_empty(blocks, *mass.shape) if shape.gate != GATE_NONE else None
     row_kernel[(rows.chunks * shape.hs * blocks,)](
-        q, k, v, *gates[:2], *states, d_o, mass, d_log_mass, dq, extra, row_dot, *place, mass.numel(),
-        **shape.constants, **flags, **cfg.blocks,
+        q, k, v, *gates[:2], *states, d_o, mass, d_log_mass, dq, extra, means, row_dot, *place,
+        mass.numel(), **shape.constants, **flags, **cfg.blocks,
     )  # fmt: skip
     return row_dot
 
 
 def _keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
-    q, k, v, d_o, mass, extra = x
+    q, k, v, d_o, mass, d_log_mass, means = x
     cfg = shape.launch("key")
     blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
     dg = None
     if shape.gate != GATE_NONE:
         dg = blank(mass, (blocks, *k.shape[:2], shape.hs), all_k)
     key_kernel[(rows.chunks * shape.hk * blocks,)](
-        q, k, v, *gates[:2], *d_states, d_o, mass, extra, row_dot, cross, dk, dv, dg, *place, mass.numel(),
+        q, k, v, *gates[:2], *d_states, d_o, mass, d_log_mass, means, row_dot, cross, dk, dv, dg, *place, mass.numel(),
         0 if dg is None else dg[0].numel(), BQ=cfg.queries, BK=cfg.block_k, BV=cfg.block_v, **shape.constants,
         **flags, **cfg.options,
     )  # fmt: skip

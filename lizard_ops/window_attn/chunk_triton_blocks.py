@@ -35,10 +35,11 @@ def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
     elif dim > 128:  # never 8 warps on 64 rows: docs/kernels.md
         rows, columns, warps, stages = (32, 32, 4, 1) if kernel == "keys" else (64, 32, 4, 1)
     else:
-        rows, columns, warps, stages = (64, 32, 4, 3 if kernel == "keys" else 2)
+        rows, columns, warps, stages = (64, 32, 4, 2 if kernel != "keys" else 1 if dim > 64 else 3)
     if kernel == "keys":  # its tiles hold a power of two of heads
         return Config(rows, columns, min(triton.next_power_of_2(group), columns), warps, stages)
-    registers = None if full or dim > 128 else 128 if kernel == "forward" else 168
+    few = kernel == "forward" and triton.next_power_of_2(group) == group  # other groups would spill: docs/kernels.md
+    registers = None if full or dim > 128 else 128 if few else 168
     return Config(rows, columns, min(group, rows), warps, stages, registers)
 
 

@@ -20,10 +20,12 @@ from lizard_models.presets import PRESETS
 def test_projections_and_new_parameters_learn_and_the_adapters_go(tmp_path):
     model = fresh()
     before = snapshot(model)
-    tuned, result = train_stage2(model, Sequences(), arguments(tmp_path / "run"), recipes(model, steps=20)[1])
+    recipe = recipes(model, steps=20)[1]
+    tuned, result = train_stage2(model, Sequences(), arguments(tmp_path / "run"), recipe)
     assert tuned is model and type(tuned) is LizardLlamaForCausalLM and set(snapshot(tuned)) == set(before)
     changed = moved(before, tuned)
-    projections = {name for name in before if name.endswith(tuple(f"{p}_proj.weight" for p in "qkvo"))}
+    projections = {name for name in before if name.endswith(tuple(f"{p}.weight" for p in recipe.lora_targets))}
+    assert len(projections) == len(recipe.lora_targets) * len(model.model.layers)
     assert changed == projections | {name for name, _ in tuned.lizard_parameters()}
     assert result.losses[-1][1] < result.losses[0][1]
     assert not tuned.training and not any(p.requires_grad for p in tuned.parameters())
