@@ -45,3 +45,8 @@ def nothing_old_to_collect() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Frozen objects would stay at exit, and the libraries that own them say so."""
+    gc.unfreeze()
