@@ -113,19 +113,24 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: Any, requests: Requests, *, batch_tokens: int = 1 << 16, say: Say = silent) -> Scores:
+def score(
+    model: Any, requests: Requests, *, batch_tokens: int = 1 << 16, batch_rows: int = 1024, say: Say = silent
+) -> Scores:
     """Log-likelihood of every continuation under a causal language model, as lm-eval's HFLM computes it.
 
     A context with several continuations is read once: contexts of about equal length go through together, padded on the
     left, and their cache is repeated for the continuations. Logits are float32 whatever the model's dtype. Pairs longer
     than the model's positions lose tokens at their start, as in lm-eval. batch_tokens: tokens of a forward pass.
+    batch_rows: continuations whose contexts are read together at most; each holds a cache, which of a Lizard model is
+    as large for ten tokens as for a million.
     """
-    return _Scorer(model, requests, batch_tokens, say).scores()
+    return _Scorer(model, requests, batch_tokens, batch_rows, say).scores()
 
 
 class _Scorer:
-    def __init__(self, model: Any, requests: Requests, batch_tokens: int, say: Say) -> None:
-        self.model, self.requests, self.batch_tokens, self.say = model, requests, batch_tokens, say
+    def __init__(self, model: Any, requests: Requests, batch_tokens: int, batch_rows: int, say: Say) -> None:
+        self.model, self.requests, self.say = model, requests, say
+        self.batch_tokens, self.batch_rows = batch_tokens, batch_rows
         self.device = next(model.parameters()).device
         self.head = float32_head(model)
         self.longest = int(model.config.max_position_embeddings)
@@ -148,7 +153,8 @@ class _Scorer:
         self._score_alone(alone)
         self.say(f"requests: {len(alone)} of {len(self.requests)} scored")
         shared.sort(key=lambda context: len(self.requests.context(context)))
-        for batch in self._batches(shared, [len(self.requests.context(context)) for context in shared]):
+        lengths = [len(self.requests.context(context)) for context in shared]
+        for batch in self._batches(shared, lengths, [len(members[context]) for context in shared]):
             self._score_shared(batch, [members[context] for context in batch])
         return Scores(self.sums, self.greedy, self.requests.digest)
 
@@ -168,12 +174,16 @@ class _Scorer:
             ]
             self._answer([pair for pair, _ in batch], kept, wanted)
 
-    def _batches(self, items: list[Any], lengths: list[int]) -> Iterator[list[Any]]:
-        """Runs of items, in order of their lengths, that take ``batch_tokens`` at most when they are padded."""
+    def _batches(self, items: list[Any], lengths: list[int], caches: list[int] | None = None) -> Iterator[list[Any]]:
+        """Runs of items, in order of their lengths, that take ``batch_tokens`` at most when they are padded and have
+        ``batch_rows`` caches at most."""
         start = 0
         while start < len(items):
-            end = start + 1
+            end, rows = start + 1, caches[start] if caches else 0
             while end < len(items) and (end + 1 - start) * lengths[end] <= self.batch_tokens:
+                rows += caches[end] if caches else 0
+                if rows > self.batch_rows:
+                    break
                 end += 1
             yield items[start:end]
             start = end

@@ -123,8 +123,10 @@ class LinearMixer(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         mapped = self.maps(q, k)[-2:]
-        fq, fk = (torch.cat([f.softmax(-1), (-f).softmax(-1)], -1) for f in mapped)
-        return chunk_gated_attn(fq, fk, v, None if self.gate is None else self.gate(x, k))[0]
+        fq, fk = (torch.cat([f.softmax(-1), (-f).softmax(-1)], -1).to(q.dtype) for f in mapped)
+        with torch.autocast(x.device.type, enabled=False):  # the gate stays float32
+            g = None if self.gate is None else self.gate(x, k)
+        return chunk_gated_attn(fq, fk, v, g)[0]
 
 
 class HybridMixer(nn.Module):

@@ -237,7 +237,7 @@ TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
 def find_rows(
     names: Iterable[str], seeds: Sequence[int], budget: Budget, *, order: Order, layers: int, with_controls: bool = True
 ) -> list[RowSpec]:
-    """The rows of tables or single rows by name, each with its controls before it, every seed, none twice.
+    """The rows of tables or single rows and controls by name, each with its controls before it, every seed, none twice.
 
     Untrained rows have no seed but 0. Raises ValueError for a name that is neither table nor row.
     """
@@ -245,16 +245,20 @@ def find_rows(
     for name, table in TABLES.items():
         if name != "softmax" or order is not None:
             known |= {row.name: row for row in table(order, layers)}
+    rows = list(known.values())
+    for row in rows:
+        known |= {one.name: one for one in controls(row, budget).values() if one.name not in known}
     found: dict[str, RowSpec] = {}
     for name in names:
         if name not in TABLES and name not in known:
             if name.startswith("softmax-"):
                 softmax(order, layers)  # says what is missing
-            raise ValueError(f"no table or row {name!r}; tables: {', '.join(TABLES)}; rows: {', '.join(known)}")
+            raise ValueError(f"no table or row {name!r}; tables: {', '.join(TABLES)}; rows: {', '.join(row.name for row in rows)}")
         for row in TABLES[name](order, layers) if name in TABLES else [known[name]]:
             for seed in seeds if row.stage1 or row.stage2 else [0]:
                 seeded = replace(row, seed=seed)
-                beside = controls(seeded, budget).values() if with_controls else []
+                control = row.preset in (TEACHER, "window_only")
+                beside = controls(seeded, budget).values() if with_controls and not control else []
                 for one in (*beside, seeded):
                     found.setdefault(one.stem, one)
     return list(found.values())

@@ -77,6 +77,8 @@ def test_rows_are_found_by_table_and_name_once_a_seed():
     names = [row.stem for row in rows]
     assert len(names) == len(set(names)) and names[0] == "teacher.s0" and "teacher.s1" not in names
     assert {"recommended.s0", "recommended.s1", "gate-none.s1", "control-w128-kl-qkvo-r8-5e-04.s1"} <= set(names)
+    alone = find_rows(["control-w128-kl-qkvo-r8-5e-04"], [2], BUDGETS["quick"], order=None, layers=LAYERS)
+    assert [row.stem for row in alone] == ["control-w128-kl-qkvo-r8-5e-04.s2"] and alone[0].preset == "window_only"
     with pytest.raises(ValueError, match="which layers save most KL is not measured yet"):
         find_rows(["softmax-25"], [0], BUDGETS["quick"], order=None, layers=LAYERS)
     with pytest.raises(ValueError, match="no table or row 'nonsense'"):

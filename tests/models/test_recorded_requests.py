@@ -68,6 +68,8 @@ def test_requests_keep_distinct_pairs_and_score_like_a_plain_forward(tmp_path):
         Requests.load(tmp_path / "bad")
     for model in (teacher(), student(window=2)):
         found = score(model, read, batch_tokens=8)
+        few = score(model, read, batch_rows=3)
+        np.testing.assert_allclose(few.log_likelihoods, found.log_likelihoods, rtol=1e-4)
         found.save(tmp_path / "s.npz")
         found = Scores.load(tmp_path / "s.npz")
         for i in range(len(read)):
