@@ -53,7 +53,7 @@ RECOMMENDED = LizardConfig(
         coverage="outside",
         feature_dim=128,
         gate="key_head",
-        gate_init=0.993,
+        gate_init=0.985,
         mix="merge",
         merge_bias="head_and_token",
     ),

@@ -109,17 +109,24 @@ class Bench:
         return cls(**values)
 
 
+WINDOW_FIELDS = ("linear_branch", "window", "window_rope", "anchors", "positions", "position_limit", "position_step",
+                 "num_sinks", "sinks_per_head", "sink_form", "sink_init", "sink_spread")  # fmt: skip
+
+
 def _completed(settings: dict[str, Any]) -> Any:
     """Settings with the defaults of fields that did not exist when they were written; None for unreadable ones.
 
     Of the row what its configuration does not say: which preset with which changes that is does not matter. A stage
-    that the row leaves out is left out, and what converted layers would compute for a teacher, which has none.
+    that the row leaves out is left out, what converted layers would compute for a teacher, which has none, and what the
+    linear branch of a window alone would be.
     """
     try:
         config = LizardConfig.from_dict(settings["config"]).to_dict()
         row = dataclasses.asdict(RowSpec(**settings["row"]))
         if row["preset"] == TEACHER:
             del config["attention"]
+        elif not config["attention"]["linear_branch"]:
+            config["attention"] = {key: config["attention"][key] for key in WINDOW_FIELDS}
         for stage in ("stage1", "stage2"):
             if not row[stage]:
                 del config[stage]

@@ -24,7 +24,7 @@ def _goals(results: Results) -> Iterator[Goal]:
     yield from _short_text(results)
     yield from _tasks(results)
     yield from _length(results)
-    for name, longest, wanted in (("softmax-25", 1024, 1.0), ("softmax-25", 8192, 0.9)):
+    for name, longest, wanted in (("recommended-softmax-25", 1024, 1.0), ("recommended-softmax-25", 8192, 0.9)):
         found = _passkeys(results, name, longest)
         if found is not None:
             goal = f"one passkey up to {longest} tokens, `{name}`"

@@ -9,7 +9,7 @@ from typing import Any
 from lizard_models.config import LizardConfig
 from lizard_models.quality.results import Results, markdown
 from lizard_models.quality.rows import BUDGETS
-from lizard_models.quality.tables import BASE, RECOMMENDED, TABLES
+from lizard_models.quality.tables import BASE, TABLES
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "attention.window": ("w32-a4", "w64-a4", "w256-a4"),
@@ -58,7 +58,7 @@ def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
     The noise is twice the standard deviation over seeds, of both rows together; 0 for one seed each. Only rows measured
     in both are there.
     """
-    base = results.past(RECOMMENDED.name if field == "softmax_layers" else BASE.name)
+    base = results.past(BASE.name)
     found = {}
     for name in FIELDS[field]:
         number = results.past(name)

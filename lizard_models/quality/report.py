@@ -96,8 +96,8 @@ def _compared(results: Results) -> list[str]:
     order = [n for n in names if n.startswith("teacher")] + [n for n in names if n.startswith("control")]
     presets = ["paper_literal", "paper", "lolcats", "liger", "base", "recommended"]
     trained = [n for n in names if n.endswith("-passkeys")]
-    hybrids = ["softmax-12.5", "softmax-12.5-uniform", "softmax-25", "softmax-25-uniform", "softmax-50",
-               "softmax-50-uniform"]  # fmt: skip
+    hybrids = [f"{start}softmax-{percent}{end}" for start, end in (("", ""), ("", "-uniform"), ("recommended-", ""))
+               for percent in ("12.5", "25", "50")]  # fmt: skip
     return [*order, *(n for n in presets + hybrids + trained if n in results.records)]
 
 
@@ -263,8 +263,8 @@ def _reasons(results: Results) -> str:
     table = reasons(results)
     return (
         "**Why `recommended` is what it is.** Loss of the rows that change a field, minus that of `base` "
-        "(`recommended` with the stage 2 it had before; for `softmax_layers` minus that of `recommended`). Positive: "
-        f"changing the field costs that much.\n\n{table}"
+        "(`recommended` with the stage 2 and the gate's start it had before). Positive: changing the field costs that "
+        f"much.\n\n{table}"
         if table
         else ""
     )

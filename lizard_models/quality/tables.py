@@ -26,6 +26,7 @@ FULL = {
 }
 STAGES = ("stage1", "stage2")
 FASTER = {"new_learning_rate": 5e-3, "gate_learning_rate": 1e-3}
+WIDE = {**FASTER, "learning_rate": 1e-3, "lora_rank": 32, "lora_alpha": 64, "lora_targets": list(ALL_PROJECTIONS)}
 SPREAD: dict[str, Any] = {"gate": "channel", "gate_init": 0.996, "gate_spread": 256.0}
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 
@@ -34,7 +35,8 @@ def _row(name: str, preset: str = "recommended", *, without: Sequence[str] = (),
     """changes: as ``LizardConfig.replace`` takes them; of ``recommended``, on top of ``BASE``. without: stages left
     out."""
     if preset == "recommended":
-        changes = {**changes, "stage2": NARROW | changes.get("stage2", {})}
+        attention = {"gate_init": 0.993} | changes.get("attention", {})
+        changes = {**changes, "attention": attention, "stage2": NARROW | changes.get("stage2", {})}
     stages = {stage: stage not in without for stage in STAGES}
     return RowSpec(name=name, preset=preset, changes=changes, **stages)
 
@@ -46,8 +48,8 @@ def _attention(name: str, preset: str = "recommended", **fields: Any) -> RowSpec
 TEACHER_ROW = _row(TEACHER, TEACHER, without=STAGES)
 RECOMMENDED = RowSpec(name="recommended")
 BASE = _row("base")
-"""``recommended`` with the narrower and slower stage 2 that it had when its other fields were chosen: what the rows
-that change one thing stand beside."""
+"""``recommended`` with the narrower and slower stage 2 and the start of the gate that it had when its other fields were
+chosen: what the rows that change one thing stand beside."""
 PAPER = _row("paper", "paper")
 
 
@@ -115,6 +117,7 @@ def rates(order: Order, layers: int) -> list[RowSpec]:
         BASE,
         _row("stage2-lr-1e-3", stage2={"learning_rate": 1e-3}),
         _row("stage2-new-5e-3", stage2=FASTER),
+        _row("stage2-wide", stage2=WIDE),
         RECOMMENDED,
     ]
 
@@ -163,13 +166,14 @@ def softmax(order: Order, layers: int) -> list[RowSpec]:
             "softmax: which layers save most KL is not measured yet; run `lizard-attn bench quality run recommended "
             "--measures loss,kl,restore` first"
         )
-    rows = [RECOMMENDED]
+    rows, last = [BASE], [RECOMMENDED]
     for percent in (12.5, 25.0, 50.0):
         count = int(layers * percent / 100 + 0.5)
         chosen, even = sorted(order[:count]), [int((i + 0.5) * layers / count) for i in range(count)]
-        rows.append(RowSpec(name=f"softmax-{percent:g}", changes={"softmax_layers": chosen}))
-        rows.append(RowSpec(name=f"softmax-{percent:g}-uniform", changes={"softmax_layers": even}))
-    return rows
+        rows.append(_row(f"softmax-{percent:g}", softmax_layers=chosen))
+        rows.append(_row(f"softmax-{percent:g}-uniform", softmax_layers=even))
+        last.append(RowSpec(name=f"recommended-softmax-{percent:g}", changes={"softmax_layers": chosen}))
+    return rows + last
 
 
 def choices(order: Order, layers: int) -> list[RowSpec]:
@@ -224,7 +228,7 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
         _attention("memory-delta-conv4", memory="delta", key_conv=4),
         _attention("feature-norm", feature_norm=True),
     ]
-    kept = [row for row in softmax(order, layers) if row.name == "softmax-25"] if order is not None else []
+    kept = [row for row in softmax(order, layers) if row.name == "recommended-softmax-25"] if order is not None else []
     return rows + kept + [replace(row, name=f"{row.name}-passkeys", passkeys=PASSKEYS) for row in kept]
 
 
@@ -253,7 +257,8 @@ def find_rows(
         if name not in TABLES and name not in known:
             if name.startswith("softmax-"):
                 softmax(order, layers)  # says what is missing
-            raise ValueError(f"no table or row {name!r}; tables: {', '.join(TABLES)}; rows: {', '.join(row.name for row in rows)}")
+            listed = ", ".join(row.name for row in rows)
+            raise ValueError(f"no table or row {name!r}; tables: {', '.join(TABLES)}; rows: {listed}")
         for row in TABLES[name](order, layers) if name in TABLES else [known[name]]:
             for seed in seeds if row.stage1 or row.stage2 else [0]:
                 seeded = replace(row, seed=seed)
