@@ -64,7 +64,7 @@ class RowSpec:
         """The preset with the changes, the budget and the seed in it."""
         shared = {
             "epochs": None,
-            "batch_size": budget.batch_size // self.longer,
+            "batch_size": max(1, budget.batch_size // self.longer),
             "sequence_length": budget.sequence_length * self.longer,
         }
         recipes = {
