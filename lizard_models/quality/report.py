@@ -94,7 +94,7 @@ def _compared(results: Results) -> list[str]:
     """Teacher, controls, presets and hybrids, in the order in which they are read."""
     names = list(results.records)
     order = [n for n in names if n.startswith("teacher")] + [n for n in names if n.startswith("control")]
-    presets = ["paper_literal", "paper", "lolcats", "liger", "base", "recommended"]
+    presets = ["paper_literal", "paper", "lolcats", "liger", "base", "stage2-wide", "recommended"]
     trained = [n for n in names if n.endswith("-passkeys")]
     hybrids = [f"{start}softmax-{percent}{end}" for start, end in (("", ""), ("", "-uniform"), ("recommended-", ""))
                for percent in ("12.5", "25", "50")]  # fmt: skip
