@@ -35,7 +35,7 @@ CHOICES = dict(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=90, deadline=None, derandomize=True)
 @given(choices=st.fixed_dictionaries(CHOICES), length=st.integers(1, 14), data=st.data())
 def test_any_sound_choices(choices, length, data):
     if choices["mix"] == "merge":
