@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import worst_excess
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lizard_ops import (
@@ -80,7 +81,13 @@ def test_odd_dims_read_nothing_beyond_them(any_target):
         inputs.append(view)
     o, _ = chunk_hybrid_attn(*inputs, 4, anchors=1, **MERGE, impl=target.impl)
     plain, _ = chunk_hybrid_attn(*(x.contiguous() for x in inputs), 4, anchors=1, **MERGE, impl=target.impl)
-    assert torch.equal(o, plain)
+    if target.device == "cpu":
+        assert torch.equal(o, plain)
+        return
+    # views and contiguous inputs differ in alignment, so these are two compiled kernels, which may round differently
+    assert o.isfinite().all()
+    own, float32 = (torch.finfo(dtype).eps for dtype in (target.dtype, torch.float32))
+    torch.testing.assert_close(o, plain, rtol=own, atol=8 * float32 * plain.abs().max().item())
 
 
 def test_arguments_are_left_as_they_were(target):
@@ -166,7 +173,11 @@ def test_features_and_window_meet_the_short_prompt(target):
     q, k, v = (t.transpose(1, 2).double() for t in x[:3])
     k, v = k.expand_as(q), v.expand_as(q)
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    torch.testing.assert_close(o, full.to(o.dtype))
+    if target.dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(o, full.to(o.dtype))
+    else:  # small outputs keep few digits of weights in half precision, in the reference too
+        plain, _ = naive_hybrid_attn(*x, g, 8, **MERGE)
+        assert worst_excess(o, plain, full, target.dtype) <= 1
 
 
 class NoReadBack(TorchDispatchMode):
