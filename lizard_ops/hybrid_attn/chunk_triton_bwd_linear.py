@@ -118,7 +118,16 @@ def linear_query_kernel(
             rest = tl.where(some, rest, 1.0)
             offset = -both * slope
         elif NORMALIZE:
-            offset = (b_weight * tl.load(average + out, mask=inside, other=0.0) - both) * slope
+            if b_do.dtype == tl.float32:
+                own, mass = linear_sums(
+                    b_do, load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF), v, phi, s, z, gates,
+                    batch, key_row, linear_row, head_k, slot, slots, head_g, slot.to(tl.int64) * HS + head_s, r, i,
+                    behind, length, stream, HG, V, BV, FP, BF, C, BT, BN, MAP, SPLIT, PRECISION, STAGES,
+                )  # fmt: skip
+                slope = tl.where(some, 1.0 / tl.where(some, mass, 1.0), 0.0)
+                offset = -(own * slope) * slope
+            else:
+                offset = (b_weight * tl.load(average + out, mask=inside, other=0.0) - both) * slope
         else:
             slope = tl.where(inside, feature_scale * tl.exp2(ahead), 0.0)
 
@@ -174,6 +183,54 @@ def linear_query_kernel(
     if MERGE:
         tl.store(share_out + out, rest, mask=inside)
         tl.store(shift_out + out, -both * rest, mask=inside)
+
+
+@triton.jit
+def linear_sums(
+    b_do, b_fq, v, phi, s, z, gates, batch, key_row, linear_row, head_k, slot, slots, head_g, entry, r, i, behind,
+    length, stream,
+    HG: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums over the keys of each query of float32 weights times d_ij, and of the weights alone.
+
+    Their quotient is do . o_linear. In a sum do . o less the window's part is too, but without the digits that cancel.
+    """
+    F: tl.constexpr = 2 * FP if MAP != "identity" else FP
+    f = tl.arange(0, BF)
+    plus, minus = features(b_fq, FP, BF, 1, MAP)
+    start = r // C * C
+    whole, part = load_gates(gates, slot, slots, head_g, r - start + i, HG, C, SPLIT)
+    p_s, p_z = s + entry * F * V, z + entry * F + f
+    d = tl.dot(b_do, load_tile_transposed(p_s, V, r * 0, FP, BF, V, BV), input_precision=PRECISION)
+    own = tl.sum(plus * d, 1)
+    mass = tl.sum(plus * tl.load(p_z, mask=f < FP, other=0.0)[None, :], 1)
+    if MAP != "identity":
+        b_s = load_tile_transposed(p_s + FP * V, V, r * 0, FP, BF, V, BV)
+        own += tl.sum(minus * tl.dot(b_do, b_s, input_precision=PRECISION), 1)
+        mass += tl.sum(minus * tl.load(p_z + FP, mask=f < FP, other=0.0)[None, :], 1)
+    entered = decay_since_start(whole, part, SPLIT)
+    own *= entered
+    mass *= entered
+    p_phi = at(phi, batch, linear_row, head_k)
+    p_v = at(v, batch, key_row + stream.start, head_k)
+    for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
+        row = start + j
+        c = row + tl.arange(0, BN)
+        b_phi = load_tile(p_phi, time_step(phi), row, length - stream.shift, BN, FP, BF)
+        a = tl.dot(plus, tl.trans(b_phi), input_precision=PRECISION)
+        if MAP != "identity":
+            b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
+            a = tl.dot(minus, tl.trans(b_phi), a, input_precision=PRECISION)
+        key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, MAP)
+        key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
+        decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
+        a *= tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
+        b_v = load_tile(p_v, time_step(v), row, length - stream.shift, BN, V, BV)
+        own += tl.sum(a * tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION), 1)
+        mass += tl.sum(a, 1)
+    return own, mass
 
 
 @triton.jit

@@ -103,6 +103,14 @@ def test_gradients_where_the_linear_branch_has_nearly_all_mass():
     check(x, 6, anchors=1, **MERGE | EXP)
 
 
+@pytest.mark.parametrize("feature_map", ["identity", "softmax", "exp"])
+def test_gradients_of_a_sum_that_is_nearly_all_window(feature_map):
+    """do.o less the window's part has lost the digits of do.o_linear, of which d fq and d fk are made."""
+    x = make(1, 40, 2, 1, 16, 16, 16, 2, weight=True, positive=True)
+    x["weight"] = x["weight"] + 30
+    check(x, 20, anchors=3, **SUM | {"feature_map": feature_map})
+
+
 @pytest.mark.parametrize(
     "options, per_channel",
     [(MERGE, True), (SUM | {"coverage": "outside"}, True), (MERGE | EXP, False), (MERGE | EXP, True),
