@@ -75,7 +75,6 @@ NARROW = {
     "channel_value": (64, 64, 1, 4, 1),
     "channel_key": (64, 64, 1, 4, 1),
 }
-ONE_WARP_A_SHORT_CHUNK = ("channel_output", "channel_value")
 
 
 @tunable("gated")
@@ -83,8 +82,6 @@ def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_
     """The configuration of a kernel, by its name in the tables, for these head dims, heads a group and rows a chunk."""
     wide = TALL if chunk > 64 else LARGE if max(k_dim, v_dim) > 128 else WIDE
     block_k, block_v, queries, warps, stages = (NARROW if operand_bytes > 2 else wide)[kernel]
-    if operand_bytes > 2 and chunk < 32 and kernel in ONE_WARP_A_SHORT_CHUNK:
-        warps = 1  # 16 rows by 4 or 2 warps compile wrong: docs/kernels.md
     block_k, block_v = min(block_k, triton.next_power_of_2(k_dim)), min(block_v, triton.next_power_of_2(v_dim))
     # narrower tiles beside wider ones compile wrong, for wgmma (64 rows) and for mma: docs/kernels.md
     least = 64 if chunk >= 64 else 32 if max(block_k, block_v) >= 128 else 16

@@ -104,6 +104,12 @@ class Shape(NamedTuple):
         """What the kernels for one number a channel take."""
         return self.dims | {"HK": self.hk, "LEVELS": self.chunk.bit_length() - 1}
 
+    @property
+    def score_constants(self) -> dict:
+        """The same for the kernels that pair rows of scores: 16 of them by tensor cores compile wrong."""
+        short = self.operand.itemsize > 2 and self.chunk < 32  # docs/kernels.md
+        return self.channel_constants | ({"PRECISION": "ieee"} if short else {})
+
 
 def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> Shape:
     """Computed factors of a product are bfloat16 for bfloat16 inputs only: float16 would overflow."""
@@ -219,7 +225,7 @@ def gated_chunk(
             cfg = shape.launch("channel_output")
             channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
                 q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
-                **shape.channel_constants, BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
+                **shape.score_constants, BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
@@ -347,7 +353,7 @@ def _channel_keys(x, d_states, own_term, row_dot, cross, dk, dv, all_k, gates, s
     cfg = shape.launch("channel_value")
     channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.block_v),)](
         q, k, gates.first, gates.second, d_states[0], d_o, mass, dv, *place, BK=cfg.block_k, BV=cfg.block_v,
-        **shape.channel_constants, **flags, **cfg.options,
+        **shape.score_constants, **flags, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_key")
     channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](

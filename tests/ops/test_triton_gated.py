@@ -177,6 +177,21 @@ def test_tiles_of_a_chunk_share_a_layout(k, v, chunk):
             assert min(found.block_k, found.block_v) >= 64
 
 
+@pytest.mark.parametrize("k, v", [(1, 1), (3, 5), (16, 16), (72, 80)])
+def test_short_chunks_of_float32_pair_rows_without_tensor_cores(k, v):
+    """Index computations of their 16-row tiles compile wrong: docs/kernels.md."""
+    ops = pytest.importorskip("lizard_ops.gated_attn.chunk_triton_op")
+    q, values, g = torch.empty(1, 16, 2, k), torch.empty(1, 16, 1, v), torch.empty(1, 16, 1, k)
+    for dtype, chunk, wanted in (
+        (torch.float32, 16, "ieee"),
+        (torch.float16, 16, "ieee"),
+        (torch.bfloat16, 16, "tf32"),
+        (torch.float32, 32, "tf32x3"),
+    ):
+        x = q.to(dtype), q[:, :, :1].to(dtype), values.to(dtype), g
+        assert ops.shape_of(*x, chunk).score_constants["PRECISION"] == wanted
+
+
 @pytest.mark.parametrize("gate", ["one", "query", "channel"])
 def test_extreme_gates(gate):
     x = make(t=40, hq=2, hk=1, gate=gate)
