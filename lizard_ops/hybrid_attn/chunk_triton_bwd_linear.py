@@ -118,14 +118,15 @@ def linear_query_kernel(
             rest = tl.where(some, rest, 1.0)
             offset = -both * slope
         elif NORMALIZE:
-            if b_do.dtype == tl.float32:
+            if b_do.dtype == tl.float32 and MAP != "exp":
                 own, mass = linear_sums(
                     b_do, load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF), v, phi, s, z, gates,
                     batch, key_row, linear_row, head_k, slot, slots, head_g, slot.to(tl.int64) * HS + head_s, r, i,
                     behind, length, stream, HG, V, BV, FP, BF, C, BT, BN, MAP, SPLIT, PRECISION, STAGES,
                 )  # fmt: skip
-                slope = tl.where(some, 1.0 / tl.where(some, mass, 1.0), 0.0)
-                offset = -(own * slope) * slope
+                mass = tl.where(some, mass, 1.0)
+                slope = tl.where(some, tl.div_rn(1.0, mass), 0.0)
+                offset = -tl.div_rn(own, mass) * slope
             else:
                 offset = (b_weight * tl.load(average + out, mask=inside, other=0.0) - both) * slope
         else:
