@@ -245,13 +245,15 @@ def find_rows(
 
     Untrained rows have no seed but 0. Raises ValueError for a name that is neither table nor row.
     """
+    names = list(names)
     known: dict[str, RowSpec] = {}
     for name, table in TABLES.items():
         if name != "softmax" or order is not None:
             known |= {row.name: row for row in table(order, layers)}
     rows = list(known.values())
-    for row in rows:
-        known |= {one.name: one for one in controls(row, budget).values() if one.name not in known}
+    if set(names) - set(TABLES) - set(known):  # controls, which take a while to name
+        for row in rows:
+            known |= {one.name: one for one in controls(row, budget).values() if one.name not in known}
     found: dict[str, RowSpec] = {}
     for name in names:
         if name not in TABLES and name not in known:
