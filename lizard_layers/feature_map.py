@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lizard_layers.config import AttentionConfig
 from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
 from lizard_ops import project_heads
+from lizard_ops.common.features import norm_of
 
 
 class HedgehogFeatureMap(Float32Module):
@@ -60,8 +61,7 @@ class UnitNorm(Float32Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = full_precision(x)
-        length = wide.square().sum(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny).sqrt()
-        return (wide / length * self.temperature.unsqueeze(-1)).to(x.dtype)
+        return (wide / norm_of(wide) * self.temperature.unsqueeze(-1)).to(x.dtype)
 
 
 class FeatureMaps(nn.Module):

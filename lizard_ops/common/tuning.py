@@ -52,6 +52,11 @@ class _Active:
 _active: _Active | None = None
 
 
+def launch_options(warps: int, registers: int | None) -> dict[str, int]:
+    """Keyword arguments of a launch: warps, and the most registers a thread may have (None: the compiler's choice)."""
+    return {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
+
+
 def tunable(op: str, fixed: tuple[str, ...] = ()) -> Callable[[Config], Config]:
     """Let the decorated function's configuration (a NamedTuple) be replaced by a tuned one.
 

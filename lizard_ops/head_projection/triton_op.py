@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
-from lizard_ops.common.tuning import tunable
+from lizard_ops.common.tuning import launch_options, tunable
 from lizard_ops.head_projection.triton_kernels import (
     both_gradients_kernel,
     input_gradient_kernel,
@@ -33,7 +33,7 @@ class Config(NamedTuple):
     @property
     def launch(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+        return launch_options(self.warps, self.registers)
 
 
 @tunable("project")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from lizard_ops.common.tuning import tunable
+from lizard_ops.common.tuning import launch_options, tunable
 from lizard_ops.hybrid_attn.chunk_triton_tiles import power_of_two
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -26,7 +26,7 @@ class Config(NamedTuple):
     @property
     def launch(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+        return launch_options(self.warps, self.registers)
 
 
 @dataclasses.dataclass(frozen=True)
