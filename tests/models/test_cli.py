@@ -227,7 +227,7 @@ def test_a_disk_too_small_is_seen_before_the_run(world, tmp_path, monkeypatch):
     teacher = AutoModelForCausalLM.from_pretrained(world / "teacher")
     config = LizardConfig.preset("recommended")
     needed = pipeline.disk_needed(linearize(teacher, config), config, ["stage1", "stage2"])
-    assert sum(p.nbytes for p in teacher.parameters()) < needed < 8_000_000  # most of it adapters and their moments
+    assert sum(p.nbytes for p in teacher.parameters()) < needed < 7_000_000  # most of it adapters and their moments
     free = [needed // 2]
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[0]))
     out = tmp_path / "a" / "out"
