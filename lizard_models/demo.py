@@ -32,10 +32,12 @@ TALES = {
 HELD_OUT = 6  # tales, every second of the longest
 EVAL_LENGTH = 2048
 SEQUENCE = 1024
+SIZES = ((1, HELD_OUT), (1, 2), (2, 2))  # parts that a sequence is cut into and tales measured, for ever less time
 PASSKEY_LENGTHS = (128, 512)
 LEAST_STEPS = (20, 8)  # of the two stages: fewer show nothing
 PROMPT_TOKENS, NEW_TOKENS = 400, 60
-STAGE2_STEP, MEASURING = 3, 75  # one step of stage 2, and all that is not training, in steps of stage 1
+STAGE2_STEP = 3  # a step of stage 2, in steps of stage 1
+LOADING, TALE = 15, 9  # all that is not training, and what each tale adds to it, in steps of SEQUENCE tokens of stage 1
 
 
 def fetch_tales(cache: Path, say: Say) -> tuple[Path, Path]:
@@ -95,21 +97,21 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
     path = work / "demo.json"
     resume = path.is_file()
     if resume:
-        steps = json.loads(path.read_text())
+        planned = json.loads(path.read_text())
         say(
-            f"going on with the run in {work}, planned when it began: {steps['stage1']} steps of stage 1 and "
-            f"{steps['stage2']} of stage 2, whatever --minutes says now; delete that folder to plan anew"
+            f"going on with the run in {work}, planned when it began: {planned['stage1']} steps of stage 1 and "
+            f"{planned['stage2']} of stage 2, whatever --minutes says now; delete that folder to plan anew"
         )
     else:
-        steps = _plan_steps(deadline, cache, say)
-    recipe: dict[str, Any] = {"sequence_length": SEQUENCE, "batch_size": 1}
+        planned = _plan_steps(deadline, cache, say)
+    recipe: dict[str, Any] = {"sequence_length": planned["sequence"], "batch_size": 1}
     config = LizardConfig.preset(
         "recommended",
-        stage1={**recipe, "max_steps": steps["stage1"]},
-        stage2={**recipe, "max_steps": steps["stage2"]},
+        stage1={**recipe, "max_steps": planned["stage1"]},
+        stage2={**recipe, "max_steps": planned["stage2"]},
     )
     work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(steps))
+    path.write_text(json.dumps(planned))
     return Plan(
         teacher=TEACHER,
         config=config,
@@ -117,10 +119,11 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
         data=[str(train)],
         eval_data=[str(held_out)],
         eval_length=EVAL_LENGTH,
-        eval_documents=HELD_OUT,
+        eval_documents=planned["documents"],
         passkey_lengths=list(PASSKEY_LENGTHS),
         passkey_trials=5,
         device="cpu" if not torch.cuda.is_available() else "cuda",
+        gradient_checkpointing=True,  # half the memory, and no slower where memory is
         save_steps=25,
         resume=True,
         cache=cache,
@@ -128,7 +131,8 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
 
 
 def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
-    """Steps that fit before ``deadline`` (monotonic seconds): two thirds of the time that is left for stage 1."""
+    """Steps that fit before ``deadline`` (monotonic seconds): two thirds of the time that is left for stage 1, if
+    stage 2 gets its least. Where too few would fit, fewer tales are measured, then sequences are shorter."""
     teacher = load_teacher(TEACHER, cache=cache, say=say)
     student = linearize(teacher.model, LizardConfig.preset("recommended")).requires_grad_(False)
     for _, parameter in student.lizard_parameters():
@@ -143,17 +147,23 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
         objective(tokens)["loss"].backward()
         times.append(time.monotonic() - begun)
     seconds = min(times)
-    left = deadline - time.monotonic() - MEASURING * seconds
-    first = max(LEAST_STEPS[0], round(left * 2 / 3 / seconds))
-    second = max(LEAST_STEPS[1], round(left / 3 / (STAGE2_STEP * seconds)))
-    needed = seconds * (MEASURING + first + STAGE2_STEP * second)
+    left = deadline - time.monotonic()
+    for parts, documents in SIZES:
+        step, measuring = seconds / parts, seconds * (LOADING + TALE * documents)
+        least = step * (LEAST_STEPS[0] + STAGE2_STEP * LEAST_STEPS[1])
+        if measuring + least <= left:
+            break
+    fitting = (left - measuring) / step  # steps of stage 1
+    second = max(LEAST_STEPS[1], int(fitting / 3 / STAGE2_STEP))
+    first = max(LEAST_STEPS[0], int(fitting - STAGE2_STEP * second))
+    needed = measuring + step * (first + STAGE2_STEP * second)
     say(
-        f"plan: a step takes about {seconds:.1f} s here, so {first} steps of stage 1 and {second} of stage 2, "
-        f"ready in about {needed / 60:.1f} min"
+        f"plan: a step takes about {step:.1f} s here, so {first} steps of stage 1 and {second} of stage 2 with "
+        f"{SEQUENCE // parts} tokens each and {documents} held-out tales, ready in about {needed / 60:.1f} min"
     )
-    if (first, second) == LEAST_STEPS:
+    if measuring + least > left:
         say("that is the least that shows something, and more than --minutes allows")
-    return {"stage1": first, "stage2": second}
+    return {"stage1": first, "stage2": second, "sequence": SEQUENCE // parts, "documents": documents}
 
 
 @torch.no_grad()

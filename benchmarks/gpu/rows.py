@@ -123,6 +123,6 @@ ROWS = (
     Row("window", "fla parallel_attn, sink, no anchors", fla_window),
     Row("whole layer", "lizard merge, outside", layer_merge, 1.2, 4.8),
     Row("whole layer", "lizard sum, all, sinks", layer_sum, 1.2, 4.8),
-    Row("whole layer", "put together from fla", fla_layer),
     Row("whole layer", "full causal attention (SDPA)", full_attention),
+    Row("whole layer", "put together from fla", fla_layer),
 )

@@ -118,6 +118,9 @@ def rates(order: Order, layers: int) -> list[RowSpec]:
         _row("stage2-lr-1e-3", stage2={"learning_rate": 1e-3}),
         _row("stage2-new-5e-3", stage2=FASTER),
         _row("stage2-wide", stage2=WIDE),
+        _row("stage2-wide-lr-2e-3", stage2={**WIDE, "learning_rate": 2e-3}),
+        _row("stage2-wide-r128", stage2={**WIDE, "lora_rank": 128, "lora_alpha": 256}),
+        _row("stage2-full-2e-4", stage2={**FULL, **FASTER, "learning_rate": 2e-4}),
         RECOMMENDED,
     ]
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 
 import pytest
 from readable import SENTENCE, save_teacher
@@ -81,18 +80,23 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
     assert set(json.loads((out / "continuations.json").read_text())) == {"prompt", "teacher", "student"}
 
 
-@pytest.mark.parametrize(("minutes", "enough"), [(0.01, False), (60, True)])
-def test_the_plan_fits_the_minutes_or_says_so(tmp_path, monkeypatch, minutes, enough):
+@pytest.mark.parametrize(("minutes", "size"), [(60, (64, 6)), (11, (64, 2)), (8, (32, 2)), (0.01, (32, 2))], ids=str)
+def test_the_plan_fits_the_minutes_or_says_so(tmp_path, monkeypatch, minutes, size):
     monkeypatch.setattr(module, "TEACHER", str(save_teacher(tmp_path / "teacher")))
     monkeypatch.setattr(module, "SEQUENCE", 64)
+    clock = iter(range(0, 1000, 8))  # a step takes 8 seconds
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     said = []
-    steps = module._plan_steps(time.monotonic() + 60 * minutes, None, said.append)
-    assert (
-        f"{steps['stage1']} steps of stage 1 and {steps['stage2']} of stage 2, ready in about"
-        in said[-1 - (not enough)]
-    )
-    assert enough == ("more than --minutes allows" not in said[-1])
-    assert enough == (tuple(steps.values()) > module.LEAST_STEPS)
+    planned = module._plan_steps(60.0 * minutes + 48, None, said.append)
+    assert (planned["sequence"], planned["documents"]) == size
+    step = 8 * size[0] // 64
+    text = f"{planned['stage1']} steps of stage 1 and {planned['stage2']} of stage 2 with {size[0]} tokens"
+    plan = next(line for line in said if line.startswith("plan:"))
+    assert f"about {step:.1f} s" in plan and text in plan
+    needed = float(plan.split("about ")[-1].split()[0])
+    enough = minutes > 1
+    assert enough == (needed <= minutes) == ("more than --minutes allows" not in said[-1])
+    assert enough or (planned["stage1"], planned["stage2"]) == module.LEAST_STEPS
 
 
 def interrupted(*args, **kwargs):
