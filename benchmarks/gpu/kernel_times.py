@@ -3,7 +3,8 @@
     python benchmarks/gpu/kernel_times.py --out benchmarks/results/kernels/NAME.json [--peers fla] [--rows whole]
 
 A row of ours is timed only after its output and every gradient passed a check against float64 on a short input;
-a red row shows its error and no time. Medians of CUDA-event times; memory is the peak above the inputs.
+a red row shows its error and no time. Medians of CUDA-event times; memory is the peak above the inputs. With --graph
+each call is replayed from a CUDA graph, so that a host too slow to keep the GPU busy does not count, for peers alike.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from environment import environment
 from rows import ROWS, Row
 from shapes import LENGTHS, LayerInputs, make_layer
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 
 def gradients(row: Row, x: LayerInputs) -> dict[str, torch.Tensor]:
@@ -40,7 +42,7 @@ def worst_error(row: Row) -> tuple[str, float]:
     return worst, errors[worst]
 
 
-def measure(row: Row, length: int, milliseconds: int) -> dict[str, float]:
+def measure(row: Row, length: int, milliseconds: int, graph: bool) -> dict[str, float]:
     x = make_layer(length)
     inputs = [t for t in vars(x).values() if t.requires_grad]
 
@@ -60,10 +62,15 @@ def measure(row: Row, length: int, milliseconds: int) -> dict[str, float]:
     train()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    median = [
-        do_bench(call, warmup=milliseconds // 4, rep=milliseconds, return_mode="median") for call in (forward, train)
-    ]
-    return {"forward_ms": median[0], "training_ms": median[1], "first_call_s": first, "peak_GiB": peak / 2**30}
+    forward_ms, training_ms = (time_of(call, milliseconds, graph) for call in (forward, train))
+    return {"forward_ms": forward_ms, "training_ms": training_ms, "first_call_s": first, "peak_GiB": peak / 2**30}
+
+
+def time_of(call: Callable[[], object], milliseconds: int, graph: bool) -> float:
+    """Median milliseconds."""
+    if graph:
+        return do_bench_cudagraph(call, rep=milliseconds, return_mode="median")
+    return do_bench(call, warmup=milliseconds // 4, rep=milliseconds, return_mode="median")
 
 
 def main() -> None:
@@ -72,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only groups or names that contain this")
     parser.add_argument("--peers", default="fla,full", help="peers to time, by the start of their name; '' for none")
     parser.add_argument("--milliseconds", type=int, default=200, help="time spent on each median")
+    parser.add_argument("--graph", action="store_true", help="time replays of a CUDA graph of each call")
     parser.add_argument("--tolerance", type=float, default=2e-2, help="relative RMS error that makes a row red")
     options = parser.parse_args()
     peers = tuple(name for name in options.peers.split(",") if name)
@@ -89,7 +97,7 @@ def main() -> None:
                 if not entry["worst_error"] < options.tolerance:
                     raise RuntimeError(f"{entry['worst']} is wrong by {entry['worst_error']:.3g}")
             for length in lengths:
-                entry[str(length)] = measure(row, length, options.milliseconds)
+                entry[str(length)] = measure(row, length, options.milliseconds, options.graph)
         except Exception as error:  # a peer or a row that fails must not hide the others
             entry["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"
         results["rows"].append(entry)
