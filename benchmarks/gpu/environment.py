@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -14,7 +15,7 @@ import triton
 def environment() -> dict[str, str]:
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
+    ).stdout.split("\n")[0]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     try:
         import fla
@@ -22,7 +23,7 @@ def environment() -> dict[str, str]:
         versions["fla-core"] = fla.__version__
     except ImportError:
         pass
-    command = "python " + " ".join(sys.argv)
+    command = shlex.join(["python", *sys.argv])
     return {
         "gpu": torch.cuda.get_device_name(),
         "driver": driver,

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from environment import environment
 from rows import ROWS, Row
 from shapes import LENGTHS, LayerInputs, make_layer
-from triton.testing import do_bench, do_bench_cudagraph
+from timing import median_ms
 
 
 def gradients(row: Row, x: LayerInputs) -> dict[str, torch.Tensor]:
@@ -62,15 +61,8 @@ def measure(row: Row, length: int, milliseconds: int, graph: bool) -> dict[str, 
     train()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    forward_ms, training_ms = (time_of(call, milliseconds, graph) for call in (forward, train))
+    forward_ms, training_ms = (median_ms(call, milliseconds, graph) for call in (forward, train))
     return {"forward_ms": forward_ms, "training_ms": training_ms, "first_call_s": first, "peak_GiB": peak / 2**30}
-
-
-def time_of(call: Callable[[], object], milliseconds: int, graph: bool) -> float:
-    """Median milliseconds."""
-    if graph:
-        return do_bench_cudagraph(call, rep=milliseconds, return_mode="median")
-    return do_bench(call, warmup=milliseconds // 4, rep=milliseconds, return_mode="median")
 
 
 def main() -> None:
