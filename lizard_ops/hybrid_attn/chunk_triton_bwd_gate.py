@@ -24,7 +24,7 @@ from lizard_ops.hybrid_attn.chunk_triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def gate_gradient_kernel(
     dg, s, z, ds, dz, gates, flow, entered, near, far, sent, rows_total, slots, tokens, stream,
     WINDOW: tl.constexpr, BW: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr,

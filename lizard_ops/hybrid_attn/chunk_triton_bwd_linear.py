@@ -64,7 +64,7 @@ class KeyTerms(NamedTuple):
     sent: Tensor | None  # [C // rows, B, Hq, T] what queries send to each block of keys of the chunk
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def linear_query_kernel(
     v, fq, phi, o, do, dfq, s, z, gates, weight, linear, window, spread_in, average, slope_out, offset_out, share_out,
     shift_out, flow_out, entered_out, slots, tokens, stream, feature_scale,
@@ -243,7 +243,7 @@ def through_features(plus, minus, d_plus, d_minus, MAP: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def query_state_kernel(
     fq, do, gates, slope, offset, s, z, slots, tokens, stream,
     HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, V: tl.constexpr,
@@ -277,7 +277,7 @@ def query_state_kernel(
     store_state(s, z, entry, half, b_s, b_z, FP, BF, V, BV, HALVES)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def linear_key_kernel(
     v, fq, fk, do, dv, dfk, ds, dz, gates, slope_in, offset_in, near_out, far_out, sent_out, rows_total, slots,
     tokens, stream,

@@ -89,7 +89,7 @@ def anchor_step(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def output_kernel(
     q, k, v, fq, phi, anchor_k, anchor_v, o, s, z, gates, weight, sink, linear, window, spread_out, top_key_out,
     slots, tokens, stream, score_scale, cap, feature_scale,

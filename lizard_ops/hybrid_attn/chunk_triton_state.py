@@ -56,7 +56,7 @@ def is_reset(g):
     return (g == float("-inf")).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def gate_kernel(
     g, gates, slots, stream, WINDOW: tl.constexpr, BW: tl.constexpr, HG: tl.constexpr, C: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -94,7 +94,7 @@ def gate_kernel(
         tl.store(out + 2 * step, tl.zeros([C], tl.float32))
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def chunk_state_kernel(
     fk, v, phi, gates, s, z, slots, stream,
     ANCHORS: tl.constexpr, HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr,
@@ -173,7 +173,7 @@ def scan_tile(
         tl.store(end + fixed, carry, mask=mask)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def scan_kernel(
     s, z, start_s, start_z, end_s, end_z, gates, slots, stream,
     HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,

@@ -70,8 +70,7 @@ def head_lead(offset: int, block: int) -> int:
 
 
 def slot_count(stream: Stream, chunk: int) -> int:
-    """Chunks over all sequences. Kernels are not specialised on it: whether 16 divides it changes with the length, and
-    each change would compile a kernel anew."""
+    """Chunks over all sequences."""
     return block_count(stream, -stream.shift if stream.cu_seqlens is None else 0, chunk)
 
 

@@ -108,7 +108,7 @@ def unit_scan_kernel(
     tl.store(end + n * HS + head, (scale / LOG2E).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit
 def unit_gate_kernel(
     decay, weight, before, ahead, gates, slots, HS: tl.constexpr, HG: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
