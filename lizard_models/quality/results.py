@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lizard_models.config import LizardConfig
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
 from lizard_models.evaluation.report import past_edge
 from lizard_models.quality.rows import Budget, RowSpec, controls
@@ -37,8 +38,15 @@ class Record:
 
     @property
     def spec(self) -> RowSpec:
-        """What the row is."""
-        return RowSpec(**self.values["settings"]["row"])
+        """What the row is, by the configuration it trained with: its preset may have changed since."""
+        settings = self.values["settings"]
+        row = RowSpec(**settings["row"])
+        if "config" not in settings:
+            return row
+        trained = LizardConfig.from_dict(settings["config"]).to_dict()
+        return replace(
+            row, changes={**row.changes, **{part: trained[part] for part in ("attention", "stage1", "stage2")}}
+        )
 
     @property
     def budget(self) -> Budget:

@@ -75,6 +75,16 @@ def test_shares_are_taken_against_controls_of_the_same_seed(folder):
     assert results.share("gate-none").text(0, percent=True) == "25%"
 
 
+def test_a_row_from_before_its_preset_changed_keeps_its_control(folder):
+    write_row(folder, controls(BASE, BUDGET)["control"], 3.3)
+    write_row(folder, RowSpec(name="old"), 3.1)  # of the preset "recommended" as BASE is
+    path = folder / "quick" / "old.s0.json"
+    record = json.loads(path.read_text())
+    record["settings"]["config"] = BASE.config(BUDGET, 2).to_dict()
+    write_json(path, record)
+    assert Results(folder / "quick").share("old").mean == pytest.approx(0.2 / 0.3)
+
+
 def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
     results = Results(folder / "quick")
     changes = differences(results, "attention.gate")
