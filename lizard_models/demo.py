@@ -123,7 +123,7 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
         passkey_lengths=list(PASSKEY_LENGTHS),
         passkey_trials=5,
         device="cpu" if not torch.cuda.is_available() else "cuda",
-        gradient_checkpointing=True,  # half the memory, and no slower where memory is
+        gradient_checkpointing=True,  # half the memory, which a small machine may lack
         save_steps=25,
         resume=True,
         cache=cache,
