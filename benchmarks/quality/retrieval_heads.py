@@ -25,6 +25,9 @@ from torch import Tensor
 from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 from lizard_models import LizardConfig
 from lizard_models.data import load_documents, load_sequences
+from lizard_models.distill.schedule import cosine_schedule
+from lizard_models.distill.trainer import parameter_groups
+from lizard_models.distill_hook import attention_error
 from lizard_models.evaluation import environment
 from lizard_models.teachers import load_teacher
 from lizard_ops import window_attn
@@ -107,27 +110,17 @@ def build(layer: Layer, **changes: Any) -> HybridAttention:
 def train(layer: Layer, student: HybridAttention, pairs: list[tuple[Tensor, Tensor]], steps: int) -> None:
     """Relative error after the output projection, a row a step, with the rates and the schedule of stage 1."""
     recipe = LizardConfig.preset("recommended").stage1
-    groups: dict[bool, list[Tensor]] = {False: [], True: []}
-    for parameter in student.parameters():
-        groups[parameter.ndim == 2].append(parameter)
-    rates = {False: recipe.learning_rate, True: recipe.gate_learning_rate}
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[reads], "lr": rates[reads]} for reads in groups], betas=recipe.betas, weight_decay=0.0
-    )
-    least = recipe.min_learning_rate_ratio
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / (0.1 * steps), least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        ),
-    )
+    named = torch.nn.ModuleDict({"attention": torch.nn.ModuleDict({"lizard": student})})  # as rates are told apart
+    groups = parameter_groups(named, recipe.learning_rate, recipe.gate_learning_rate)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
+    schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
     for step in range(steps):
         x, o = pairs[step % len(pairs)]
-        wanted, got = (layer.attention.o_proj(h.flatten(2)) for h in (o, layer.run(student, x)))
-        optimizer.zero_grad()
-        ((got - wanted).square().sum() / wanted.square().sum()).backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        wanted, got = (layer.attention.o_proj(h.flatten(2)).unsqueeze(2) for h in (o, layer.run(student, x)))
+        attention_error(got, wanted, "relative").backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
 
 
