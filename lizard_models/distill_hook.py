@@ -60,12 +60,13 @@ def approximation_error(
     padding_mask: Tensor | None,
     parameters: Sequence[Tensor],
     project: Callable[[Tensor], Tensor] | None = None,
+    added: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``attention_error`` of ``student_heads()`` [B, T, Hq, D] against ``target``, and those heads, detached.
 
     The error is differentiable in ``parameters``. The layer's graph is walked and freed at once, and only the gradients
     of its parameters are kept for the backward to come: a forward through every layer needs the memory of one.
-    ``project`` is applied to both sides first (the output projection).
+    ``project`` is applied to both sides first (the output projection). added: a number more, with gradients of its own.
     """
 
     def error() -> tuple[Tensor, Tensor]:
@@ -73,7 +74,8 @@ def approximation_error(
         student, wanted = heads, target
         if project is not None:
             student, wanted = (project(t.flatten(2)).unsqueeze(2) for t in (heads, target))
-        return attention_error(student, wanted, kind, padding_mask), heads.detach()
+        value = attention_error(student, wanted, kind, padding_mask)
+        return value if added is None else value + added(), heads.detach()
 
     return _GradientsAtOnce.apply(error, *parameters) if parameters else error()
 

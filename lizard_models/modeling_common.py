@@ -16,7 +16,14 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lizard_layers import AnchorBlock, Float32Module, HybridAttention, apply_rope
+from lizard_layers import (
+    AnchorBlock,
+    Float32Module,
+    HybridAttention,
+    apply_rope,
+    attention_divergence,
+    check_readable,
+)
 from lizard_models.cache import LizardCache, is_graphed
 from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import approximation_error
@@ -149,6 +156,24 @@ class LizardAttention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         target = self.teacher_attention(q, k, v, rope, attention_mask, **kwargs)
+        weight, added = self.stage1.attention_weight, None
+        if weight:
+            if packing is not None:
+                raise ValueError("attention_weight: got packed sequences, wanted rows of one text each, or weight 0")
+
+            def added() -> Tensor:
+                divergence = attention_divergence(
+                    self.lizard,
+                    x,
+                    q,
+                    k,
+                    rope,
+                    rows=self.stage1.attention_rows,
+                    sliding_window=self.teacher_window,
+                    padding_mask=padding_mask,
+                )
+                return weight * divergence.mean()
+
         parameters = [p for p in self.lizard.parameters() if p.requires_grad] if with_gradients else []
         with torch.set_grad_enabled(with_gradients):
             self.last_error, student = approximation_error(
@@ -158,6 +183,7 @@ class LizardAttention(nn.Module):
                 padding_mask,
                 parameters,
                 self.o_proj if self.stage1.target == "output" else None,
+                added,
             )
         return target if self.stage1.inputs == "teacher" else student
 
@@ -213,14 +239,25 @@ class LizardModelMixin(SafeLoading):
         """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors).
 
         stage1 says which error "distill" computes and on which inputs; None takes the model's own. Errors of earlier
-        forwards are dropped. Raises ValueError for another mode.
+        forwards are dropped. Raises ValueError for another mode, and for errors that the layers' form does not have.
         """
         if mode not in get_args(AttentionMode):
             raise ValueError(f"mode must be one of {', '.join(get_args(AttentionMode))}, got {mode!r}")
         recipe = stage1 or lizard_config(self.config).stage1
+        if mode == "distill":
+            self.check_stage1(recipe)
         self.mode = self._decoder().mode = mode
         for attention in self.lizard_attentions():  # not modules(), which takes milliseconds in every step of stage 2
             attention.mode, attention.last_error, attention.stage1 = mode, None, recipe
+
+    def check_stage1(self, recipe: Stage1Config) -> None:
+        """Raises ValueError where the converted layers' form does not have the errors that a recipe asks for."""
+        if recipe.attention_weight:
+            for attention in self.lizard_attentions()[:1]:  # all have one form
+                try:
+                    check_readable(attention.lizard.config)
+                except ValueError as error:
+                    raise ValueError(f"attention_weight={recipe.attention_weight}: {error}; set it to 0") from None
 
     def attention_errors(self) -> Tensor:
         """Errors [L] float32 of the last forward in mode "distill", in the order of the converted layers.

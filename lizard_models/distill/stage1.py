@@ -30,8 +30,9 @@ def train_stage1(
     """Trains maps, gates, sinks and mixes to imitate the teacher's attention; every other weight is left alone.
 
     model: fresh from ``linearize``, so that its other weights are the teacher's. dataset: items {"input_ids": [T]}.
-    recipe: default the model's own. The error it names (relative or mse, before or after the output projection) is
-    computed in the layers. The model is left in mode "student", eval and frozen.
+    recipe: default the model's own. The error it names (relative or mse, before or after the output projection, with
+    or without the divergence of the attention weights) is computed in the layers. The model is left in mode "student",
+    eval and frozen.
 
     Raises what ``run_stage`` does.
     """
@@ -45,11 +46,17 @@ def train_stage1(
                 dataset,
                 recipe,
                 run,
-                quantity="relative error" if recipe.error == "relative" else "squared error",
+                quantity=quantity(recipe),
                 gate_learning_rate=recipe.gate_learning_rate,
             )
     finally:
         model.set_attention_mode("student")
+
+
+def quantity(recipe: Stage1Config) -> str:
+    """What the loss of a recipe is called."""
+    name = "relative error" if recipe.error == "relative" else "squared error"
+    return f"{name} and divergence" if recipe.attention_weight else name
 
 
 @torch.no_grad()

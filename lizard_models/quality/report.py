@@ -20,6 +20,7 @@ PAPER_TABLES = {
     "windows": "Window by meta memory, and anchors in its place (the paper's Table 7)",
     "lora": "Adapters: rank and projections (the paper's Table 8)",
     "rates": "How fast and how widely stage 2 trains",
+    "weights": "Attention weights compared in stage 1 as well",
     "timescales": "How far back the gates reach, and how widely spread",
     "softmax": "Layers kept softmax (the paper's Table 10)",
     "choices": "What the paper leaves open (A1 to A13)",

@@ -36,7 +36,8 @@ def _row(name: str, preset: str = "recommended", *, without: Sequence[str] = (),
     out."""
     if preset == "recommended":
         attention = {"gate_init": 0.993} | changes.get("attention", {})
-        changes = {**changes, "attention": attention, "stage2": NARROW | changes.get("stage2", {})}
+        stage1 = {"attention_weight": 0.0} | changes.get("stage1", {})
+        changes = {**changes, "attention": attention, "stage1": stage1, "stage2": NARROW | changes.get("stage2", {})}
     stages = {stage: stage not in without for stage in STAGES}
     return RowSpec(name=name, preset=preset, changes=changes, **stages)
 
@@ -48,8 +49,8 @@ def _attention(name: str, preset: str = "recommended", **fields: Any) -> RowSpec
 TEACHER_ROW = _row(TEACHER, TEACHER, without=STAGES)
 RECOMMENDED = RowSpec(name="recommended")
 BASE = _row("base")
-"""``recommended`` with the narrower and slower stage 2 and the start of the gate that it had when its other fields were
-chosen: what the rows that change one thing stand beside."""
+"""``recommended`` with the narrower and slower stage 2, the start of the gate and the error of stage 1 that it had when
+its other fields were chosen: what the rows that change one thing stand beside."""
 PAPER = _row("paper", "paper")
 
 
@@ -122,6 +123,30 @@ def rates(order: Order, layers: int) -> list[RowSpec]:
         _row("stage2-wide-r128", stage2={**WIDE, "lora_rank": 128, "lora_alpha": 256}),
         _row("stage2-full-2e-4", stage2={**FULL, **FASTER, "learning_rate": 2e-4}),
         RECOMMENDED,
+    ]
+
+
+def weights(order: Order, layers: int) -> list[RowSpec]:
+    """The divergence of attention weights in stage 1's error, and what the maps gain from more with it."""
+
+    def row(change: str = "", *, weight: float = 3.0, attention: dict | None = None, **stage1: Any) -> RowSpec:
+        changes = {"attention": attention or {}, "stage1": {"attention_weight": weight, **stage1}}
+        return _row(f"weights-{weight:g}{change}", **changes)
+
+    wide = {"attention_weight": 3.0}
+    return [
+        BASE,
+        *(row(weight=weight) for weight in (0.3, 1.0, 3.0, 10.0)),
+        row("-features-512", attention={"feature_dim": 256}),
+        row("-one-sided", attention={"feature_activation": "one_sided_softmax", "feature_dim": 256}),
+        row("-query-head-keys", attention={"key_map": "query_head"}),
+        row("-conv4", attention={"key_conv": 4}),
+        row("-gate-query_head", attention={"gate": "query_head"}),
+        row("-gate-0.998", attention={"gate_init": 0.998}),
+        row("-head-spread16", attention={"gate_spread": 16.0}),
+        row("-rate-2e-2", learning_rate=2e-2),
+        row("-rows-512", attention_rows=512),
+        RowSpec(name="recommended-weights-3", changes={"stage1": wide}),
     ]
 
 
@@ -237,7 +262,7 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
 
 TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
     table.__name__: table
-    for table in (presets, gates, parts, windows, lora, rates, timescales, softmax, choices, retrieval)
+    for table in (presets, gates, parts, windows, lora, rates, weights, timescales, softmax, choices, retrieval)
 }
 
 

@@ -68,10 +68,7 @@ def test_the_recipe_chooses_the_error(tmp_path):
 
 
 def start_loss(model, kind: str) -> float:
-    model.set_attention_mode("distill", dataclasses.replace(recipes(model)[0], error=kind))
-    loss = AttentionTransfer(model)(Sequences().rows[:2])["loss"].item()
-    model.set_attention_mode("student")
-    return loss
+    return loss_with(model, dataclasses.replace(recipes(model)[0], error=kind)).item()
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
@@ -181,3 +178,36 @@ def test_a_model_without_new_parameters_cannot_train(tmp_path):
     model = fresh("liger")
     with pytest.raises(ValueError, match="no parameters to train"):
         train_stage1(model, Sequences(), arguments(tmp_path), recipes(model)[0])
+
+
+def test_the_divergence_of_attention_weights_is_added_and_falls(tmp_path):
+    model = fresh()
+    recipe = dataclasses.replace(recipes(model, steps=12)[0], attention_weight=0.5)
+    plain, both, half = (
+        loss_with(model, dataclasses.replace(recipe, attention_weight=weight)) for weight in (0.0, 0.5, 0.25)
+    )
+    assert both > plain
+    torch.testing.assert_close(both - half, half - plain, rtol=1e-3, atol=1e-5)
+    alone = dataclasses.replace(recipe, attention_rows=1)
+    assert loss_with(model, alone) != both
+    train_stage1(model, Sequences(), arguments(tmp_path), recipe)
+    trained = [loss_with(model, dataclasses.replace(recipe, attention_weight=weight)) for weight in (0.0, 0.5)]
+    assert trained[1] - trained[0] < 0.95 * (both - plain)
+
+
+def loss_with(model, recipe) -> torch.Tensor:
+    model.set_attention_mode("distill", recipe)
+    loss = AttentionTransfer(model)(Sequences().rows[:2])["loss"]
+    model.set_attention_mode("student")
+    return loss
+
+
+def test_the_divergence_needs_a_form_with_weights(tmp_path):
+    model = fresh(attention={"coverage": "all"})
+    recipe = dataclasses.replace(recipes(model)[0], attention_weight=1.0)
+    with pytest.raises(ValueError, match="attention_weight=1.0: attention weights.*need coverage outside.*set it to 0"):
+        train_stage1(model, Sequences(), arguments(tmp_path), recipe)
+    assert model.mode == "student"
+    for field, value in (("attention_weight", -1.0), ("attention_rows", 0)):
+        with pytest.raises(ValueError, match=field):
+            dataclasses.replace(recipe, **{field: value})
