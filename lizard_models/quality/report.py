@@ -96,7 +96,7 @@ def _compared(results: Results) -> list[str]:
     names = list(results.records)
     order = [n for n in names if n.startswith("teacher")] + [n for n in names if n.startswith("control")]
     presets = ["paper_literal", "paper", "lolcats", "liger", "base", "stage2-wide", "recommended"]
-    trained = [n for n in names if n.endswith("-passkeys")]
+    trained = [n for n in names if "-passkeys" in n and not n.startswith(("teacher", "control"))]
     hybrids = [f"{start}softmax-{percent}{end}" for start, end in (("", ""), ("", "-uniform"), ("recommended-", ""))
                for percent in ("12.5", "25", "50")]  # fmt: skip
     return [*order, *(n for n in presets + hybrids + trained if n in results.records)]

@@ -127,26 +127,23 @@ def rates(order: Order, layers: int) -> list[RowSpec]:
 
 
 def weights(order: Order, layers: int) -> list[RowSpec]:
-    """The divergence of attention weights in stage 1's error, and what the maps gain from more with it."""
+    """The divergence of attention weights in stage 1's error, and what the maps gain from more size with it."""
 
-    def row(change: str = "", *, weight: float = 3.0, attention: dict | None = None, **stage1: Any) -> RowSpec:
-        changes = {"attention": attention or {}, "stage1": {"attention_weight": weight, **stage1}}
-        return _row(f"weights-{weight:g}{change}", **changes)
+    def row(change: str = "", weight: float = 3.0, **changes: Any) -> RowSpec:
+        stage1 = {"attention_weight": weight} | changes.pop("stage1", {})
+        return _row(f"weights-{weight:g}{change}", attention=changes, stage1=stage1)
 
-    wide = {"attention_weight": 3.0}
     return [
         BASE,
-        *(row(weight=weight) for weight in (0.3, 1.0, 3.0, 10.0)),
-        row("-features-512", attention={"feature_dim": 256}),
-        row("-one-sided", attention={"feature_activation": "one_sided_softmax", "feature_dim": 256}),
-        row("-query-head-keys", attention={"key_map": "query_head"}),
-        row("-conv4", attention={"key_conv": 4}),
-        row("-gate-query_head", attention={"gate": "query_head"}),
-        row("-gate-0.998", attention={"gate_init": 0.998}),
-        row("-head-spread16", attention={"gate_spread": 16.0}),
-        row("-rate-2e-2", learning_rate=2e-2),
-        row("-rows-512", attention_rows=512),
-        RowSpec(name="recommended-weights-3", changes={"stage1": wide}),
+        *(row(weight=weight) for weight in (0.1, 0.3, 1.0, 3.0, 10.0)),
+        row("-one-sided", feature_activation="one_sided_softmax", feature_dim=256),
+        row("-query-head-keys", key_map="query_head"),
+        row("-gate-0.998", gate_init=0.998),
+        RECOMMENDED,
+        *(
+            RowSpec(name=f"recommended-weights-{weight:g}", changes={"stage1": {"attention_weight": weight}})
+            for weight in (0.3, 1.0, 3.0)
+        ),
     ]
 
 
@@ -256,8 +253,16 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
         _attention("memory-delta-conv4", memory="delta", key_conv=4),
         _attention("feature-norm", feature_norm=True),
     ]
-    kept = [row for row in softmax(order, layers) if row.name == "recommended-softmax-25"] if order is not None else []
-    return rows + kept + [replace(row, name=f"{row.name}-passkeys", passkeys=PASSKEYS) for row in kept]
+    if order is None:
+        return rows
+    kept = next(row for row in softmax(order, layers) if row.name == "recommended-softmax-25")
+    both = {**kept.changes, "stage2": {"cross_entropy_weight": 0.5}}  # the teacher's answers are not all right
+    trained = [
+        replace(kept, name=f"{kept.name}-passkeys{name}", passkeys=PASSKEYS, changes=changes)
+        for name, changes in (("", kept.changes), ("-ce", both))
+    ]
+    longer = [replace(row, name=f"{row.name}-longer-x4", passkeys=PASSKEYS // 4, longer=4) for row in trained]
+    return [*rows, kept, *trained, *longer]
 
 
 TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
