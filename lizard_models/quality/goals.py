@@ -8,6 +8,7 @@ from lizard_models.quality.results import Record, Results, markdown
 from lizard_models.quality.rows import controls
 
 TASKS = {"piqa": "acc_norm", "hellaswag": "acc_norm", "arc_easy": "acc", "lambada_openai": "acc"}
+HYBRID = "recommended-softmax-25"  # and what its name goes on with: how it was trained for passkeys
 Goal = tuple[str, str, str, bool]  # goal, wanted, measured, whether it is met
 
 
@@ -24,11 +25,12 @@ def _goals(results: Results) -> Iterator[Goal]:
     yield from _short_text(results)
     yield from _tasks(results)
     yield from _length(results)
-    for name, longest, wanted in (("recommended-softmax-25", 1024, 1.0), ("recommended-softmax-25", 8192, 0.9)):
-        found = _passkeys(results, name, longest)
-        if found is not None:
-            goal = f"one passkey up to {longest} tokens, `{name}`"
-            yield goal, f"at least {wanted:.0%}", f"{found:.0%} at the worst length", found >= wanted
+    for name in (name for name in results.records if name.startswith(HYBRID)):
+        for longest, wanted in ((1024, 1.0), (8192, 0.9)):
+            found = _passkeys(results, name, longest)
+            if found is not None:
+                goal = f"one passkey up to {longest} tokens, `{name}`"
+                yield goal, f"at least {wanted:.0%}", f"{found:.0%} at the worst length", found >= wanted
 
 
 def _short_text(results: Results) -> Iterator[Goal]:

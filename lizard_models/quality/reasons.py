@@ -24,7 +24,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "attention.feature_dim": ("A8-features-64", "A8-features-128", "features-512"),
     "attention.gate": ("gate-scalar", "gate-query_head", "gate-mamba2", "gate-channel", "gate-pooling", "gate-none"),
     "attention.gate_init": ("A6-gate-half", "A6-gate-0.95", "A6-gate-0.985", "A6-gate-0.999"),
-    "attention.gate_spread": ("head-spread16", "head-spread64"),
+    "attention.gate_spread": ("head-spread64",),
     "attention.memory": ("memory-delta", "memory-delta-beta0.5"),
     "attention.key_conv": ("key-conv4",),
     "attention.feature_norm": ("feature-norm",),
@@ -35,6 +35,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "stage1.error": ("A12-mse",),
     "stage1.target": ("A12-before-o-proj",),
     "stage1.inputs": ("A12-student-inputs",),
+    "stage1.attention_weight": ("weights-0.3", "weights-3", "weights-10"),
     "stage1.max_steps": ("no-stage1",),
     "stage2.max_steps": ("no-stage2",),
     "stage2.learning_rate": ("stage2-lr-1e-3",),
@@ -47,8 +48,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Fields of the preset, and the rows of the tables in which that field alone differs."""
 
 COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A4-query-head-keys",
-            "gate-query_head", "features-512", "lora-all", "lora-r16", "lora-r32", "lora-r64"}  # fmt: skip
-"""Rows that take more memory or more trained weights: better is not enough to choose them."""
+            "gate-query_head", "features-512", "lora-all", "lora-r16", "lora-r32", "lora-r64",
+            "weights-0.3", "weights-3", "weights-10"}  # fmt: skip
+"""Rows that take more memory, more trained weights or, with attention weights compared, twice the time of stage 1:
+better is not enough to choose them."""
 
 
 def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:

@@ -135,14 +135,14 @@ def weights(order: Order, layers: int) -> list[RowSpec]:
 
     return [
         BASE,
-        *(row(weight=weight) for weight in (0.1, 0.3, 1.0, 3.0, 10.0)),
+        *(row(weight=weight) for weight in (0.3, 3.0, 10.0)),
         row("-one-sided", feature_activation="one_sided_softmax", feature_dim=256),
         row("-query-head-keys", key_map="query_head"),
         row("-gate-0.998", gate_init=0.998),
         RECOMMENDED,
         *(
             RowSpec(name=f"recommended-weights-{weight:g}", changes={"stage1": {"attention_weight": weight}})
-            for weight in (0.3, 1.0, 3.0)
+            for weight in (0.3, 3.0)
         ),
     ]
 
@@ -154,30 +154,14 @@ def timescales(order: Order, layers: int) -> list[RowSpec]:
         BASE,
         _attention("A6-gate-0.985", gate_init=0.985),
         _attention("gate-channel", gate="channel"),
-        _attention("channel-spread16", gate="channel", gate_spread=16.0),
         _attention("channel-spread64", gate="channel", gate_spread=64.0),
-        _attention("channel-spread64-0.998", **{**SPREAD, "gate_init": 0.998, "gate_spread": 64.0}),
         _attention(spread, **SPREAD),
         _attention("channel-spread1024-0.996", **{**SPREAD, "gate_spread": 1024.0}),
-        _attention("head-spread16", gate_spread=16.0),
         _attention("head-spread64", gate_spread=64.0),
-        _attention("query-head-spread64", key_map="query_head", gate="query_head", gate_spread=64.0),
-        _attention("features-512", feature_dim=256),
-        _attention(f"{spread}-features-512", **SPREAD, feature_dim=256),
-        _attention(f"{spread}-features-128", **SPREAD, feature_dim=64),
-        _attention(f"{spread}-query-head-keys", **SPREAD, key_map="query_head"),
-        _attention(f"{spread}-conv4", **SPREAD, key_conv=4),
-        _attention(f"{spread}-norm", **SPREAD, feature_norm=True),
-        _attention(f"{spread}-rope", **SPREAD, linear_rope=True),
-        _attention(f"{spread}-rank64", **SPREAD, gate_rank=64),
-        _attention(f"{spread}-w256", **SPREAD, window=256),
         _row(f"{spread}-gate-1e-2", attention=SPREAD, stage1={"gate_learning_rate": 1e-2}),
-        _row(f"{spread}-2e-2", attention=SPREAD, stage1={"learning_rate": 2e-2}),
-        _row(f"{spread}-faster", attention=SPREAD, stage2=FASTER),
         RowSpec(name=f"{spread}-wide", changes={"attention": SPREAD}),
         replace(_attention(f"{spread}-longer-x4", **SPREAD), longer=4),
         replace(BASE, name="longer-x4", longer=4),
-        _attention("delta-spread64", memory="delta", beta_init=0.5, gate_spread=64.0),
     ]
 
 
@@ -219,6 +203,7 @@ def choices(order: Order, layers: int) -> list[RowSpec]:
         _attention("A6-gate-0.999", gate_init=0.999),
         _attention("A8-features-64", feature_dim=64, feature_dim_counts="features"),
         _attention("A8-features-128", feature_dim=128, feature_dim_counts="features"),
+        _attention("features-512", feature_dim=256),
         _attention("A9-sinks-per-head", "paper", sinks_per_head=True),
         _attention("A10-no-rope", window_rope=False),
         _attention("A10-linear-rope", linear_rope=True),
