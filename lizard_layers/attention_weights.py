@@ -114,16 +114,16 @@ def attention_divergence(
         near, far = (p.masked_fill(~part, 0.0) for part in (inside, outside))
         mass_near, mass_far = near.sum(-1), far.sum(-1)
         wanted = (far * scores).sum(-1) - mass_far * norm  # sum of p log p outside
-    own, gap = scores, 0.0  # the layer's own scores in its window, and what they lack on average
+    own = scores  # the layer's scores in its window
     if rope is not None and not config.window_rope:
         own = _window_scores(config, q, k, at)
-        gap = (near * (scores - own)).sum(-1)
+        wanted = wanted + (near * (scores - own)).sum(-1)
     mass, top = _window_mass(layer, own.masked_fill(~inside, -math.inf))
     linear = _linear_scores(layer, x, q, k, rope, at, padding_mask).masked_fill(~outside, NOTHING)
     total = linear.logsumexp(-1)
     logit = _share_logit(layer, x, at, total, mass, top)
     divergence = wanted - (far * linear).sum(-1) + mass_far * (total - F.logsigmoid(logit))
-    divergence = divergence + gap + mass_near * (mass - norm - F.logsigmoid(-logit))
+    divergence = divergence + mass_near * (mass - norm - F.logsigmoid(-logit))
     real = outside.any(-1).expand(x.shape[0], 1, count)
     return (divergence * real).sum((0, 2)) / real.sum().clamp(min=1)
 

@@ -55,8 +55,8 @@ better is not enough to choose them."""
 
 
 def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
-    """Loss past 2048 of the rows that change a field, minus that of the row they stand beside, and the noise of the
-    difference.
+    """Loss past 2048 of the rows that change a field, minus that of the row they stand beside (each above the teacher
+    trained alike), and the noise of the difference.
 
     The noise is twice the standard deviation over seeds, of both rows together; 0 for one seed each. Only rows measured
     in both are there.
@@ -64,10 +64,10 @@ def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
     base = results.past(BASE.name)
     found = {}
     for name in FIELDS[field]:
-        number = results.past(name)
-        if base is not None and number is not None:
+        number, change = results.past(name), results.beside(name, BASE.name)
+        if base is not None and number is not None and change is not None:
             noise = 2 * ((base.spread or 0.0) ** 2 + (number.spread or 0.0) ** 2) ** 0.5
-            found[name] = number.mean - base.mean, noise
+            found[name] = change, noise
     return found
 
 

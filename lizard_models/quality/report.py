@@ -246,12 +246,10 @@ def _ablation(results: Results, table: str, title: str) -> str:
     names = [name for name in listed if results.has(name)]
     if not set(names) - {"base"} - {row.name for row in TABLES["presets"](order, 30)}:
         return ""
-    against = listed[0]
-    base = results.past(against)
-    rows = []
+    against, rows = listed[0], []
     for name in names:
-        past = results.past(name)
-        change = "" if base is None or past is None or name == against else f"{past.mean - base.mean:+.3f}"
+        past, beside = results.past(name), results.beside(name, against)
+        change = "" if beside is None or name == against else f"{beside:+.3f}"
         error = results.number(name, lambda r: r.values.get("after_stage1", {}).get("relative_error"))
         share, kl = _show(results.share(name), 0, True), _show(results.kl(name))
         seeds = str(len(results.records[name]))

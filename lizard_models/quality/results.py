@@ -91,6 +91,21 @@ class Results:
         """Recovered share past 2048 against control and teacher of the same seed, trained alike."""
         return self.number(name, self._share)
 
+    def beside(self, name: str, other: str) -> float | None:
+        """Loss past 2048 of a row minus that of another, each above the teacher trained alike where these are two.
+
+        Fine-tuning on text moves every model toward it. None where a row, or one of two teachers, was not measured.
+        """
+        rows = [self.past(name), self.past(other)]
+        records = [next(iter(self.records.get(row, {}).values()), None) for row in (name, other)]
+        alike = [None if r is None else controls(r.spec, r.budget)["teacher"].name for r in records]
+        if alike[0] != alike[1]:
+            rows += [self.past(teacher) if teacher is not None else None for teacher in alike]
+        if any(row is None for row in rows):
+            return None
+        first, second, *teachers = (row.mean for row in rows if row is not None)
+        return first - second - (teachers[0] - teachers[1] if teachers else 0.0)
+
     def _share(self, record: Record) -> float | None:
         loss = record.losses("loss")
         if loss is None or record.spec.name.startswith(("teacher", "control")):

@@ -88,9 +88,10 @@ def parts(order: Order, layers: int) -> list[RowSpec]:
 
 def windows(order: Order, layers: int) -> list[RowSpec]:
     """The paper's Table 7: window by meta memory, and anchors in its place."""
-    rows = []
+    rows = [BASE]
     for window in (32, 64, 128, 256):
-        rows.append(_attention(f"w{window}-a4", window=window) if window != 128 else BASE)
+        if window != 128:  # which is BASE
+            rows.append(_attention(f"w{window}-a4", window=window))
         for sinks in (2, 4, 6):
             name = f"w{window}-m{sinks}"
             rows.append(_attention(name, window=window, anchors=0, num_sinks=sinks, sink_init=-2.0))

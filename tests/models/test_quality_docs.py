@@ -85,6 +85,27 @@ def test_a_row_from_before_its_preset_changed_keeps_its_control(folder):
     assert Results(folder / "quick").share("old").mean == pytest.approx(0.2 / 0.3)
 
 
+def test_rows_with_teachers_of_their_own_are_compared_above_them(folder):
+    """Cross-entropy moves teacher and student toward the text alike."""
+    row = next(row for row in TABLES["choices"](None, 30) if row.name == "stage2-ce")
+    write_row(folder, row, 2.6)
+    assert Results(folder / "quick").beside("stage2-ce", "base") is None
+    write_row(folder, controls(row, BUDGET)["teacher"], 2.4)
+    results = Results(folder / "quick")
+    assert results.beside("stage2-ce", "base") == pytest.approx(0.2 - 0.11)
+    assert results.beside("gate-none", "base") == pytest.approx(3.3 - 3.11)
+    assert results.beside("nothing", "base") is None
+    assert differences(results, "stage2.kl_weight")["stage2-ce"][0] == pytest.approx(0.09)
+
+
+def test_hybrids_have_a_goal_however_they_were_trained(folder):
+    for name, found in (("recommended-softmax-25", 0.5), ("recommended-softmax-25-passkeys", 1.0)):
+        write_row(folder, RowSpec(name=name), 3.0, passkey={"1024": found, "8192": found})
+    lines = [line for line in goals(Results(folder / "quick")).splitlines() if "passkey" in line]
+    assert len(lines) == 4 and sum("**no**" in line for line in lines) == 2
+    assert all("passkeys`" in line for line in lines if "**no**" not in line)
+
+
 def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
     results = Results(folder / "quick")
     changes = differences(results, "attention.gate")
