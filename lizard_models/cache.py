@@ -330,10 +330,10 @@ class LizardCache(Cache):
         self, batch_size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> LizardCache:
         """Give every converted layer its tensors before the first token, e.g. to capture a graph; returns itself."""
-        attention = attention_config(self.lizard_config)
-        for layer in self.lizard_layers():
-            layer.set_state(empty_state(attention, batch_size, dtype, device))
-            layer.reset()
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, LizardCacheLayer):
+                layer.set_state(empty_state(attention_config(self.lizard_config, i), batch_size, dtype, device))
+                layer.reset()
         self.seen.live_on(torch.device(device or "cpu"))
         return self
 

@@ -182,6 +182,14 @@ class LizardConfig:
     softmax_layers: tuple[int, ...] = ()
     """Indices of layers that keep the teacher's softmax attention and its growing cache."""
 
+    wide_layers: tuple[int, ...] = ()
+    """Indices of converted layers whose window has ``wide_window`` keys in place of ``attention.window``. Much of what
+    a teacher reads far back it reads in few layers; there a wide window holds it exactly, in memory that is constant
+    still."""
+
+    wide_window: int = 1024
+    """Keys of the window branch in ``wide_layers``."""
+
     softmax_share: float = 0.0
     """Share of the layers kept softmax, placed evenly, instead of a list: the rounded number of the layers that are not
     kept as sliding ones, at least one unless the share is 0."""
@@ -199,8 +207,16 @@ class LizardConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if len(set(self.softmax_layers)) < len(self.softmax_layers) or min(self.softmax_layers, default=0) < 0:
-            raise ValueError(f"softmax_layers must be distinct indices from 0, got {list(self.softmax_layers)}")
+        for name in ("softmax_layers", "wide_layers"):
+            layers = getattr(self, name)
+            if len(set(layers)) < len(layers) or min(layers, default=0) < 0:
+                raise ValueError(f"{name} must be distinct indices from 0, got {list(layers)}")
+        if both := sorted(set(self.softmax_layers) & set(self.wide_layers)):
+            raise ValueError(f"wide_layers: layers {both} are in softmax_layers, which have no window")
+        if self.wide_layers and self.wide_window < self.attention.window:
+            raise ValueError(
+                f"wide_window={self.wide_window} must be at least attention.window={self.attention.window}"
+            )
         if not 0 <= self.softmax_share < 1:
             raise ValueError(f"softmax_share is a share of the layers, from 0 to below 1, got {self.softmax_share}")
         if self.softmax_share and self.softmax_layers:

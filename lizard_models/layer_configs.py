@@ -35,19 +35,24 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
 def kept_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers that keep the teacher's softmax attention: by list, by share, and sliding ones.
 
-    Raises ValueError for an index the model does not have.
+    Raises ValueError for an index the model does not have, and for a wide layer among the kept ones.
     """
     chosen, layers = lizard_config(config), range(config.num_hidden_layers)
     if any(i not in layers for i in chosen.softmax_layers):
         raise ValueError(
             f"softmax_layers={list(chosen.softmax_layers)}, but the model has layers 0 to {len(layers) - 1}"
         )
+    if any(i not in layers for i in chosen.wide_layers):
+        raise ValueError(f"wide_layers={list(chosen.wide_layers)}, but the model has layers 0 to {len(layers) - 1}")
     windows, keep = sliding_windows(config), chosen.keep_sliding_layers
     if keep is None:
         keep = None in windows
     sliding = [i for i in layers if keep and windows[i] is not None]
     shared = evenly_placed([i for i in layers if i not in sliding], chosen.softmax_share)
-    return sorted({*chosen.softmax_layers, *sliding, *shared})
+    kept = sorted({*chosen.softmax_layers, *sliding, *shared})
+    if both := sorted(set(kept) & set(chosen.wide_layers)):
+        raise ValueError(f"wide_layers: layers {both} are kept softmax or sliding, which have no window of this kind")
+    return kept
 
 
 def evenly_placed(layers: list[int], share: float) -> list[int]:
@@ -70,16 +75,19 @@ def attention_config(
     softcap: float | None = None,
     rope: bool = True,
 ) -> AttentionConfig:
-    """Shape and choices of a converted layer; without an index, those that all of them share.
+    """Shape and choices of a converted layer; without an index, those of layers that are not wide.
 
     scale: factor of the scores, None for the usual head_dim**-0.5. softcap: their bound, None for none. rope: False for
     a layer without positions (NoPE). Raises ValueError for a window wider than the layer's own.
     """
-    choices = lizard_config(config).attention
+    chosen = lizard_config(config)
+    choices, name = chosen.attention, "attention.window"
+    if layer_idx in chosen.wide_layers:
+        choices, name = dataclasses.replace(choices, window=chosen.wide_window), "wide_window"
     own = None if layer_idx is None else sliding_windows(config)[layer_idx]
     if own is not None and choices.window > own:
         raise ValueError(
-            f"attention.window={choices.window} is wider than the teacher's sliding window of {own} "
+            f"{name}={choices.window} is wider than the teacher's sliding window of {own} "
             f"in layer {layer_idx}: give a narrower one, or keep_sliding_layers=True"
         )
     if not rope:

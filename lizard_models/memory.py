@@ -43,8 +43,8 @@ def cache_bytes(
 def lizard_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> int:
     """Bytes that a Lizard model keeps for one sequence; the same at any length unless some layers stay softmax."""
     converted, kept = converted_layers(config), kept_layers(config)
-    state = empty_state(attention_config(config), 1, dtype, device="meta")
-    return len(converted) * state_bytes(state) + cache_bytes(config, length, dtype, kept)
+    states = (empty_state(attention_config(config, i), 1, dtype, device="meta") for i in converted)
+    return sum(map(state_bytes, states)) + cache_bytes(config, length, dtype, kept)
 
 
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:

@@ -78,10 +78,11 @@ def _made(training: dict[str, Any], made_on: dict[str, Any]) -> list[str]:
     config = training.get("config", {})
     attention = config.get("attention", {})
     kept = config.get("softmax_layers") or "none"
+    wide = f"; window {config['wide_window']} in layers {config['wide_layers']}" if config.get("wide_layers") else ""
     lines = [
         f"- preset `{config.get('name', 'unknown')}`: window {attention.get('window')}, {attention.get('anchors')} "
         f"anchors, gate `{attention.get('gate')}`, coverage `{attention.get('coverage')}`, mix "
-        f"`{attention.get('mix')}`; layers kept softmax: {kept}",
+        f"`{attention.get('mix')}`; layers kept softmax: {kept}{wide}",
         f"- data: {', '.join(training.get('data', [])) or 'none, the new parameters are untrained'}",
     ]
     for name, stage in training.get("stages", {}).items():

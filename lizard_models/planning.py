@@ -162,12 +162,14 @@ class _Shape:
         queries, keys = config.num_attention_heads, config.num_key_value_heads
         attention = attention_config(config)
         features = attention.num_features
-        self.layers, self.converted = config.num_hidden_layers, len(converted_layers(config))
+        converted = converted_layers(config)
+        self.layers, self.converted = config.num_hidden_layers, len(converted)
+        windows = [attention_config(config, i).window for i in converted]
         self.width = queries * dim
         weights = d * dim * (2 * queries + 2 * keys) + 3 * d * inner
         self.dense = 2.0 * self.layers * weights + 2.0 * d * config.vocab_size
         self.dense_without_head = 2.0 * self.layers * weights
-        window = 2 * 2 * (attention.window + attention.anchors) * self.width
+        window = 2 * 2 * (sum(windows) / max(1, len(windows)) + attention.anchors) * self.width
         maps = 2 * (queries + attention.linear_key_heads) * dim * attention.projection_dim
         sums = 2 * 2 * queries * features * dim
         linear = maps + sums

@@ -34,8 +34,9 @@ def position_range(config: PreTrainedConfig) -> PositionRange:
     A teacher whose context is shorter than window and anchors together has seen no position that the window could
     do without: they are the limit then.
     """
-    choices = lizard_config(config).attention
-    limit = choices.position_limit or max(config.max_position_embeddings, choices.window + choices.anchors)
+    chosen = lizard_config(config)
+    choices, window = chosen.attention, chosen.wide_window if chosen.wide_layers else chosen.attention.window
+    limit = choices.position_limit or max(config.max_position_embeddings, window + choices.anchors)
     return PositionRange(limit, choices.position_step or max(1, limit // 2))
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lizard_layers import AttentionState, empty_state
 from lizard_models.cache import LizardCache, LizardCacheLayer
-from lizard_models.layer_configs import attention_config, kept_layers
+from lizard_models.layer_configs import attention_config, kept_layers, lizard_config
 
 FORMAT, VERSION = "lizard-attn state", 1
 # What may differ between the model that wrote a state and the one that reads it.
@@ -145,6 +145,8 @@ def _comparable(config: PreTrainedConfig) -> dict[str, Any]:
     choices = dict(getattr(config, "lizard", None) or {}).get("attention", {})
     values |= {f"attention.{k}": v for k, v in choices.items() if k not in ANY_ATTENTION}
     values["kept_layers"] = kept_layers(config)
+    if getattr(config, "lizard", None) and (chosen := lizard_config(config)).wide_layers:
+        values |= {"wide_layers": sorted(chosen.wide_layers), "wide_window": chosen.wide_window}
     return json.loads(json.dumps(values, default=str))
 
 
@@ -177,13 +179,13 @@ def _check_metadata(file: Path, metadata: dict[str, str], model: Any) -> None:
 def _fill(cache: LizardCache, tensors: dict[str, Tensor], seen: int) -> None:
     fields: list[dict[str, Tensor]] = [{} for _ in cache.layers]
     for name, t in tensors.items():
-        _, i, field = name.split(".")
-        fields[int(i)][field] = t
+        _, at, field = name.split(".")
+        fields[int(at)][field] = t
     rows = next(iter(tensors.values())).shape[0]
-    for layer, held in zip(cache.layers, fields, strict=True):
+    for i, (layer, held) in enumerate(zip(cache.layers, fields, strict=True)):
         if isinstance(layer, LizardCacheLayer):
             state = AttentionState(**held)
-            blank = empty_state(attention_config(cache.lizard_config), rows, device="meta")
+            blank = empty_state(attention_config(cache.lizard_config, i), rows, device="meta")
             for name, wanted, found in zip(state._fields, blank, state, strict=True):
                 shapes = tuple(None if t is None else tuple(t.shape) for t in (wanted, found))
                 if shapes[0] != shapes[1]:

@@ -23,6 +23,7 @@ PAPER_TABLES = {
     "weights": "Attention weights compared in stage 1 as well",
     "timescales": "How far back the gates reach, and how widely spread",
     "softmax": "Layers kept softmax (the paper's Table 10)",
+    "wide": "A wider window in a few layers",
     "choices": "What the paper leaves open (A1 to A13)",
     "retrieval": "What may raise recall",
 }

@@ -99,21 +99,25 @@ def recipe_name(config: LizardConfig) -> str:
 def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
     """The rows that a row is compared with: ``teacher`` and ``control``, each trained as it was.
 
-    The control is the same window and four anchors without a linear branch, after the same stage 2. The teacher gets
+    The control is the same windows and four anchors without a linear branch, after the same stage 2. The teacher gets
     that stage too where it trains on text (cross-entropy); a teacher distilled to itself would stay as it is.
     """
     config = spec.config(budget, 0)
     window = config.attention.window
-    attention = {"window": window}
+    windows: dict[str, Any] = {"attention": {"window": window}}
+    name = f"control-w{window}"
+    if config.wide_layers:
+        windows |= {"wide_layers": list(config.wide_layers), "wide_window": config.wide_window}
+        name += f"-wide{len(config.wide_layers)}x{config.wide_window}"
     base: dict[str, Any] = {"seed": spec.seed, "stage1": False, "passkeys": spec.passkeys, "longer": spec.longer}
     suffix = f"-longer-x{spec.longer}" * (spec.longer > 1) + f"-passkeys{spec.passkeys}" * (spec.passkeys > 0)
     if not spec.stage2 or not budget.stage2_steps:
         return {
             "teacher": RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False),
             "control": RowSpec(
-                name=f"control-w{window}",
+                name=name,
                 preset="window_only",
-                changes={"attention": attention},
+                changes=windows,
                 stage1=False,
                 stage2=False,
             ),
@@ -130,9 +134,9 @@ def controls(spec: RowSpec, budget: Budget) -> dict[str, RowSpec]:
     else:
         teacher = RowSpec(name=TEACHER, preset=TEACHER, stage1=False, stage2=False)
     control = RowSpec(
-        name=f"control-w{window}-{recipe_name(config)}{suffix}",
+        name=f"{name}-{recipe_name(config)}{suffix}",
         preset="window_only",
-        changes={"attention": attention, "stage2": recipe},
+        changes={**windows, "stage2": recipe},
         **base,
     )
     return {"teacher": teacher, "control": control}

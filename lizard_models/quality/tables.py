@@ -166,16 +166,21 @@ def timescales(order: Order, layers: int) -> list[RowSpec]:
     ]
 
 
+def _measured(table: str, order: Order) -> Sequence[int]:
+    if order is None:
+        raise ValueError(
+            f"{table}: which layers save most KL is not measured yet; run `lizard-attn bench quality run recommended "
+            "--measures loss,kl,restore` first"
+        )
+    return order
+
+
 def softmax(order: Order, layers: int) -> list[RowSpec]:
     """The paper's Table 10: a share of the layers kept softmax, chosen by the KL they save, and evenly spaced.
 
     Raises ValueError where the order of the layers has not been measured.
     """
-    if order is None:
-        raise ValueError(
-            "softmax: which layers save most KL is not measured yet; run `lizard-attn bench quality run recommended "
-            "--measures loss,kl,restore` first"
-        )
+    order = _measured("softmax", order)
     rows, last = [BASE], [RECOMMENDED]
     for percent in (12.5, 25.0, 50.0):
         count = int(layers * percent / 100 + 0.5)
@@ -184,6 +189,24 @@ def softmax(order: Order, layers: int) -> list[RowSpec]:
         rows.append(_row(f"softmax-{percent:g}-uniform", softmax_layers=even))
         last.append(RowSpec(name=f"recommended-softmax-{percent:g}", changes={"softmax_layers": chosen}))
     return rows + last
+
+
+def wide(order: Order, layers: int) -> list[RowSpec]:
+    """A wider window in the layers that would save most KL as softmax ones: exact recall nearby, in constant memory.
+
+    Raises ValueError where the order of the layers has not been measured.
+    """
+    order = _measured("wide", order)
+    return [
+        RECOMMENDED,
+        *(
+            RowSpec(
+                name=f"recommended-wide-{count}x{window}",
+                changes={"wide_layers": sorted(order[:count]), "wide_window": window},
+            )
+            for count, window in ((4, 512), (4, 1024), (8, 512), (8, 1024))
+        ),
+    ]
 
 
 def choices(order: Order, layers: int) -> list[RowSpec]:
@@ -253,8 +276,11 @@ def retrieval(order: Order, layers: int) -> list[RowSpec]:
 
 TABLES: dict[str, Callable[[Order, int], list[RowSpec]]] = {
     table.__name__: table
-    for table in (presets, gates, parts, windows, lora, rates, weights, timescales, softmax, choices, retrieval)
+    for table in (presets, gates, parts, windows, lora, rates, weights, timescales, softmax, wide, choices, retrieval)
 }
+
+
+BY_ORDER = ("softmax", "wide")  # tables that need the order of the layers
 
 
 def find_rows(
@@ -267,7 +293,7 @@ def find_rows(
     names = list(names)
     known: dict[str, RowSpec] = {}
     for name, table in TABLES.items():
-        if name != "softmax" or order is not None:
+        if order is not None or name not in BY_ORDER:
             known |= {row.name: row for row in table(order, layers)}
     rows = list(known.values())
     if set(names) - set(TABLES) - set(known):  # controls, which take a while to name
@@ -276,8 +302,8 @@ def find_rows(
     found: dict[str, RowSpec] = {}
     for name in names:
         if name not in TABLES and name not in known:
-            if name.startswith("softmax-"):
-                softmax(order, layers)  # says what is missing
+            if name.startswith(("softmax-", "recommended-softmax-", "recommended-wide-")):
+                _measured(name, order)  # says what is missing
             listed = ", ".join(row.name for row in rows)
             raise ValueError(f"no table or row {name!r}; tables: {', '.join(TABLES)}; rows: {listed}")
         for row in TABLES[name](order, layers) if name in TABLES else [known[name]]:
