@@ -39,10 +39,13 @@ FORMS = {
 }  # fmt: skip
 
 
-def layer(form: str, dtype: torch.dtype = torch.float64, window: int = 5, disturbed: bool = True) -> HybridAttention:
-    """A layer of a form; ``disturbed`` moves every parameter off its start, so that none is without effect."""
+def layer(
+    form: str, dtype: torch.dtype = torch.float64, window: int = 5, disturbed: bool = True, **changes
+) -> HybridAttention:
+    """A layer of a form, or of none with the defaults, with ``changes``; ``disturbed`` moves every parameter off its
+    start, so that none is without effect."""
     torch.manual_seed(0)
-    made = HybridAttention(AttentionConfig(**SHAPE, window=window, **FORMS[form])).to(dtype)
+    made = HybridAttention(AttentionConfig(**SHAPE, window=window, **FORMS.get(form, {}) | changes)).to(dtype)
     if disturbed:
         with torch.no_grad():
             for parameter in made.parameters():
