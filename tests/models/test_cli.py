@@ -12,12 +12,14 @@ from huggingface_hub import ModelCard
 from readable import save_teacher, save_texts
 from safetensors import SafetensorError
 from training import Sequences
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config
 from typer.testing import CliRunner
 
 from lizard_models import LizardConfig, LizardLlamaForCausalLM, linearize, memory, pipeline
 from lizard_models.cli.main import app
 from lizard_models.cli.options import read_settings
+from lizard_models.data import load_documents
+from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.layer_configs import kept_layers
 from lizard_models.modeling_common import lizard_config
 
@@ -99,6 +101,27 @@ def test_eval_compares_with_the_recorded_teacher(model, world, tmp_path):
     assert "nothing to measure" in error("eval", model[0])
     assert "--lengths is 'x'" in error("eval", model[0], "--lengths", "x")
     assert "leave --teacher out" in error("eval", world / "teacher", "--lengths", "400", "--teacher", "x")
+
+
+def test_layers_are_ranked_by_what_restoring_them_saves(world):
+    lengths = ["--eval-length", "120", "--eval-documents", "2"]
+    options = ["--eval-data", world / "texts", *lengths, "--set", "attention.window=16", "--device", "cpu"]
+    output = call("layers", world / "teacher", *options).output
+    teacher = AutoModelForCausalLM.from_pretrained(world / "teacher").eval()
+    student = linearize(teacher, LizardConfig.preset("recommended", attention={"window": 16})).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
+    tokens = load_documents([str(world / "texts")], tokenizer, 121, count=2).tokens
+    found = restoration_savings(student, teacher, tokens)
+    assert f"KL to the teacher {found['kl']:.4f}" in output
+    rows = [line.split("│") for line in output.splitlines() if "%" in line and "│" in line]
+    assert [int(row[2]) for row in rows] == found["order"]
+    best = found["order"][0]
+    assert f"--softmax-layers {best}" in output and f"--set wide_layers=[{best}]" in output
+    assert read_settings([f"wide_layers=[{best}]"]) == {"wide_layers": [best]}
+    short = ["--eval-length", "20", "--set", "attention.window=16"]
+    assert "--eval-length is 20, wanted more than the 20 positions" in error(
+        "layers", world / "teacher", "--eval-data", world / "texts", *short
+    )
 
 
 def test_info_counts_what_the_models_hold(model, world):
