@@ -103,14 +103,24 @@ def test_eval_compares_with_the_recorded_teacher(model, world, tmp_path):
     assert "leave --teacher out" in error("eval", world / "teacher", "--lengths", "400", "--teacher", "x")
 
 
-def test_layers_are_ranked_by_what_restoring_them_saves(world):
-    lengths = ["--eval-length", "120", "--eval-documents", "2"]
-    options = ["--eval-data", world / "texts", *lengths, "--set", "attention.window=16", "--device", "cpu"]
-    output = call("layers", world / "teacher", *options).output
-    teacher = AutoModelForCausalLM.from_pretrained(world / "teacher").eval()
-    student = linearize(teacher, LizardConfig.preset("recommended", attention={"window": 16})).requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
-    tokens = load_documents([str(world / "texts")], tokenizer, 121, count=2).tokens
+def test_layers_are_ranked_by_what_restoring_them_saves(world, model, tmp_path):
+    recipe = ["--stage1-steps", "1", "--stage2-steps", "0", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+    first = tmp_path / "first"
+    call(
+        "linearize",
+        world / "teacher",
+        "--data",
+        world / "texts",
+        *recipe,
+        "--set",
+        "attention.window=16",
+        "--out",
+        first,
+    )
+    data, lengths = ["--eval-data", world / "texts"], ["--eval-length", "120", "--eval-documents", "2"]
+    output = call("layers", first, *data, *lengths, "--device", "cpu").output
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (first, world / "teacher"))
+    tokens = load_documents([str(world / "texts")], AutoTokenizer.from_pretrained(first), 121, count=2).tokens
     found = restoration_savings(student, teacher, tokens)
     assert f"KL to the teacher {found['kl']:.4f}" in output
     rows = [line.split("│") for line in output.splitlines() if "%" in line and "│" in line]
@@ -118,10 +128,9 @@ def test_layers_are_ranked_by_what_restoring_them_saves(world):
     best = found["order"][0]
     assert f"--softmax-layers {best}" in output and f"--set wide_layers=[{best}]" in output
     assert read_settings([f"wide_layers=[{best}]"]) == {"wide_layers": [best]}
-    short = ["--eval-length", "20", "--set", "attention.window=16"]
-    assert "--eval-length is 20, wanted more than the 20 positions" in error(
-        "layers", world / "teacher", "--eval-data", world / "texts", *short
-    )
+    assert "wanted more than the 20 positions" in error("layers", first, *data, "--eval-length", "20")
+    assert "is fine-tuned" in error("layers", model[0], *data)
+    assert "is not linearized" in error("layers", world / "teacher", *data)
 
 
 def test_info_counts_what_the_models_hold(model, world):
