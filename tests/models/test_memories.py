@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_compiled_decode import Backend
 from test_ecosystem import DecodeStep, state_tensors
-from tiny import student, teacher, tokens
+from tiny import read_in_pieces, student, teacher, tokens
 
 from lizard_models import LizardConfig, LizardLlamaForCausalLM, load_state, save_state
 from lizard_models.evaluation.branches import switched_off
@@ -37,11 +37,8 @@ def test_prompts_up_to_the_window_equal_the_teacher(kind):
 def test_pieces_steps_and_padding_equal_the_whole(kind):
     model, ids = student(attention=kind), tokens(3, 40)
     whole = model(ids, use_cache=False).logits
-    cache = model.new_cache()
-    read = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 2), (2, 20), (20, 33))]
-    size = cache.state_bytes()
-    read += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(33, 40)]
-    torch.testing.assert_close(torch.cat(read, 1), whole, **CLOSE)
+    read, cache, size = read_in_pieces(model, ids, 2, 20, 33)
+    torch.testing.assert_close(read, whole, **CLOSE)
     assert cache.state_bytes() == size == 3 * lizard_bytes(model.config, 40, torch.float32)
     mask = torch.ones(3, 40, dtype=torch.long)
     mask[0, :7] = 0

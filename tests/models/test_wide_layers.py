@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import student, teacher, tokens
+from tiny import read_in_pieces, student, teacher, tokens
 from training import Sequences, arguments, recipes
 
 from lizard_models import LizardConfig, load_state, save_state
@@ -35,11 +35,8 @@ def test_the_layers_named_have_the_wide_window():
 def test_pieces_steps_and_padding_equal_the_whole():
     model, ids = student(**WIDE), tokens(3, 60)
     whole = model(ids, use_cache=False).logits
-    cache = model.new_cache()
-    read = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 2), (2, 19), (19, 45))]
-    size = cache.state_bytes()
-    read += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(45, 60)]
-    torch.testing.assert_close(torch.cat(read, 1), whole, **CLOSE)
+    read, cache, size = read_in_pieces(model, ids, 2, 19, 45)
+    torch.testing.assert_close(read, whole, **CLOSE)
     assert cache.state_bytes() == size == 3 * lizard_bytes(model.config, 60, torch.float32)
     assert lizard_bytes(model.config, 9, torch.float32) == lizard_bytes(model.config, 9**6, torch.float32)
     assert lizard_bytes(model.config, 9, torch.float32) > lizard_bytes(student().config, 9, torch.float32)

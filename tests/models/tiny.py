@@ -84,6 +84,15 @@ def disturb(model, seed: int = 1) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
 
 
+def read_in_pieces(model, ids: torch.Tensor, *ends: int):
+    """Logits of ``ids`` read up to each of ``ends`` and then token by token, the cache, its bytes before the steps."""
+    cache = model.new_cache()
+    read = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip((0, *ends), ends, strict=False)]
+    size = cache.state_bytes()
+    read += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ends[-1], ids.shape[1])]
+    return torch.cat(read, 1), cache, size
+
+
 def tokens(rows: int, length: int, seed: int = 2) -> torch.Tensor:
     """Random tokens [rows, length], none of them padding."""
     return torch.randint(2, SIZE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
