@@ -50,8 +50,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
 COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A4-query-head-keys",
             "gate-query_head", "features-512", "lora-all", "lora-r16", "lora-r32", "lora-r64",
             "weights-0.3", "weights-3", "weights-10"}  # fmt: skip
-"""Rows that take more memory, more trained weights or, with attention weights compared, twice the time of stage 1:
-better is not enough to choose them."""
+"""Rows that take more memory, more trained weights or, with attention weights compared, a longer stage 1: better is not
+enough to choose them."""
 
 
 def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
