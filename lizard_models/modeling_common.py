@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lizard_layers import (
     AnchorBlock,
+    AttentionConfig,
     Float32Module,
     HybridAttention,
     apply_rope,
@@ -66,13 +67,17 @@ class LizardAttention(nn.Module):
         super().__init__(config, layer_idx)
         if not self.is_causal:
             raise ValueError(f"layer {layer_idx} attends in both directions: only causal attention can be converted")
-        self.lizard = HybridAttention(
-            attention_config(config, layer_idx, scale=self.scaling, softcap=self.softcap, rope=bool(self.use_rope))
-        )
+        self.lizard = HybridAttention(self.hybrid_config())
         self.teacher_window = sliding_windows(config)[layer_idx]
         self.stage1 = lizard_config(config).stage1
         self.mode: AttentionMode = "student"
         self.last_error: Tensor | None = None
+
+    def hybrid_config(self) -> AttentionConfig:
+        """Shape and choices of the layer's hybrid attention, as the model's config has them."""
+        return attention_config(
+            self.config, self.layer_idx, scale=self.scaling, softcap=self.softcap, rope=bool(self.use_rope)
+        )
 
     def forward(
         self,

@@ -52,6 +52,8 @@ class RowSpec:
     stage2: bool = True
     passkeys: int = 0
     """Synthetic examples of five passkeys among the training text of both stages."""
+    widened: bool = False
+    """Wide layers get their window after stage 1, which trains every layer with the others' (see ``widen``)."""
     longer: int = 1
     """Training sequences are this many times as long as the budget's, and as many times fewer a step."""
 

@@ -33,6 +33,7 @@ from lizard_models.quality.bench import Bench, write_json
 from lizard_models.quality.retrieval_data import WithPasskeys
 from lizard_models.quality.rows import TEACHER, RowSpec
 from lizard_models.teachers import load_teacher
+from lizard_models.widening import widen
 
 RESTORE_TOKENS = 2048  # of each document, for the KL that restoring a layer saves
 
@@ -86,7 +87,8 @@ class _Row:
             return load_model(str(finished), device=self.bench.device).model
         if spec.preset == TEACHER and not spec.stage2:
             return self.reference
-        model: Any = linearize(self.teacher.model, self.config).requires_grad_(False)
+        config = self.config.replace(wide_layers=[]) if spec.widened else self.config
+        model: Any = linearize(self.teacher.model, config).requires_grad_(False)
         trains = any(True for _ in model.lizard_parameters())
         if spec.stage1 and trains and self.bench.budget.stage1_steps:
             result = train_stage1(model, self._sequences("stage1"), self._run_arguments("stage1"))
@@ -98,6 +100,8 @@ class _Row:
             self.record["after_stage1"] = after
             if "restore" in missing:
                 self._measure("restore", model)
+        if spec.widened:
+            widen(model, self.config.wide_layers, self.config.wide_window)
         if spec.stage2 and self.bench.budget.stage2_steps:
             model, result = train_stage2(model, self._sequences("stage2"), self._run_arguments("stage2"))
             self._trained("stage2", result)

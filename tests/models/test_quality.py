@@ -17,7 +17,9 @@ from lizard_models.data import PackedTokens
 from lizard_models.evaluation import divergence_by_position, loss_by_position
 from lizard_models.evaluation.branches import switched_off
 from lizard_models.evaluation.restoration import restoration_savings, restored
+from lizard_models.loading import load_model
 from lizard_models.quality import runner as runner_module
+from lizard_models.quality import worker
 from lizard_models.quality.bench import Bench
 from lizard_models.quality.retrieval_data import WithPasskeys
 from lizard_models.quality.rows import BUDGETS, Budget, RowSpec, controls
@@ -25,6 +27,7 @@ from lizard_models.quality.runner import Runner
 from lizard_models.quality.selection import layer_order
 from lizard_models.quality.tables import BASE, TABLES, find_rows
 from lizard_models.quality.worker import run_row
+from lizard_models.quality.worker import train_stage1 as train
 
 TINY = Budget(name="tiny", stage1_steps=2, stage2_steps=2, batch_size=2, sequence_length=48)
 LAYERS = 30
@@ -97,6 +100,10 @@ def places(tmp_path_factory) -> Path:
     return folder
 
 
+def read_windows(model) -> list[int]:
+    return [attention.lizard.config.window for attention in model.lizard_attentions()]
+
+
 def bench(places: Path, **changes) -> Bench:
     return Bench(
         **{
@@ -155,6 +162,21 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert more.record(spec, 3) is None
     with pytest.raises(ValueError, match="measures: no nonsense"):
         bench(places, measures=["nonsense"])
+
+
+def test_widened_layers_get_their_window_after_stage_1(places, monkeypatch):
+    seen = []
+    monkeypatch.setattr(worker, "train_stage1", lambda model, *rest: seen.append(read_windows(model)) or train(model, *rest))
+    changes = {"attention": {"window": 16}, "wide_layers": [1], "wide_window": 40}
+    rows = [RowSpec(name=f"wide-{late}", changes=changes, widened=late) for late in (False, True)]
+    records = [run_row(row, bench(places, measures=["loss"]), lambda message: None) for row in rows]
+    assert seen == [[16, 40, 16], [16, 16, 16]]
+    assert records[0]["settings"]["config"] == records[1]["settings"]["config"]
+    finished = [load_model(str(places / "work" / "tiny" / row.stem / "model")).model for row in rows]
+    assert [read_windows(model) for model in finished] == [[16, 40, 16]] * 2
+    assert bench(places).record(rows[0], 3) and not bench(places).record(rows[0], 3) == records[1]
+    controlled = [controls(row, TINY)["control"] for row in rows]
+    assert controlled[0] == controlled[1] and not controlled[0].widened
 
 
 def test_the_teacher_is_fine_tuned_alike_and_the_untrained_one_is_the_reference(places):

@@ -1,0 +1,68 @@
+"""A wider window for single layers of a model that is converted already, and which layers need it most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lizard_models.evaluation.restoration import restoration_savings
+from lizard_models.layer_configs import converted_layers, kept_layers, lizard_config
+from lizard_models.modeling_common import LizardCausalLM
+from lizard_models.positions import position_range
+
+
+def widen(model: LizardCausalLM, layers: Sequence[int], window: int | None = None) -> None:
+    """Gives converted layers a window of ``window`` keys, as if they had been ``wide_layers`` from the start.
+
+    No parameter depends on the window, so a model can be widened after stage 1, when it is known which layers need it.
+    window: default the model's own ``wide_window``. Layers that are wide already stay so, and get this window too.
+    Caches made before no longer fit.
+
+    Raises ValueError for layers that are not converted, and for a window that is narrower than the other layers' or
+    wider than a layer's own sliding window. The model is then as it was.
+    """
+    chosen = lizard_config(model.config)
+    wide = sorted({*chosen.wide_layers, *layers})
+    before = model.config.lizard
+    model.config.lizard = chosen.replace(
+        wide_layers=wide, wide_window=chosen.wide_window if window is None else window
+    ).to_dict()
+    try:
+        kept_layers(model.config)
+        attentions = dict(zip(converted_layers(model.config), model.lizard_attentions(), strict=True))
+        configs = {i: attentions[i].hybrid_config() for i in wide}
+        decoder: Any = model.model
+        decoder.position_range = position_range(model.config)
+    except ValueError:
+        model.config.lizard = before
+        raise
+    for i, config in configs.items():
+        attentions[i].lizard.config = config
+
+
+def neediest_layers(
+    model: LizardCausalLM,
+    teacher: Any,
+    tokens: Tensor,
+    count: int,
+    advance: Callable[[int], None] = lambda layer: None,
+) -> list[int]:
+    """Indices, in order, of the ``count`` converted layers whose own attention, put back, saves most KL to the teacher.
+
+    model: after stage 1, its other weights the teacher's. tokens [N, T + 1]; advance: called with each layer that is
+    done. See ``restoration_savings``. Raises ValueError for more layers than there are, and for texts that every
+    layer's window holds whole, on which nothing is lost.
+    """
+    converted = converted_layers(model.config)
+    if not 1 <= count <= len(converted):
+        raise ValueError(f"count: got {count}, wanted 1 to {len(converted)}, the layers that are converted")
+    choices = lizard_config(model.config).attention
+    exact = choices.window + choices.anchors
+    if tokens.shape[1] - 1 <= exact:
+        raise ValueError(
+            f"tokens: got texts of {tokens.shape[1] - 1} tokens, wanted more than the {exact} of window and anchors, in "
+            "which nothing is lost"
+        )
+    return sorted(restoration_savings(model, teacher, tokens, advance=advance)["order"][:count])
