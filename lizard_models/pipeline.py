@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from lizard_models.downloads import appear_whole, check_space, write_sums
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.model_card import write_model_card
-from lizard_models.modeling_common import LizardCausalLM
+from lizard_models.modeling_common import LizardCausalLM, converted_layers
 from lizard_models.planning import tuned_numbers
 from lizard_models.teachers import Teacher, load_teacher, save_tokenizer
+from lizard_models.widening import check_count, neediest_layers, widen
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
+WIDE_CONTROL, WIDENED = "control, widened", "widened"
 TRAINING = "training.json"
+CHOSEN_ON = 4  # sequences of the training text on which layers are chosen
 
 
 @dataclass(kw_only=True)
@@ -46,6 +49,9 @@ class Plan:
     passkey_trials: int = 10
     stage1: bool = True
     stage2: bool = True
+    widen: int = 0
+    """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
+    text, see ``widening.neediest_layers``."""
     text_field: str | None = None
     dtype: torch.dtype | None = None
     """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""
@@ -98,6 +104,7 @@ def run(plan: Plan, console: Console) -> Outcome:
 class _Run:
     def __init__(self, plan: Plan, console: Console, work: Path) -> None:
         self.plan, self.console, self.work = plan, console, work
+        self.config = plan.config
         self.console.quiet = self.console.quiet or not is_main_process()
         self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if plan.fsdp and process_count() == 1:
@@ -116,6 +123,8 @@ class _Run:
         self.sequences = {
             stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages(added).items()
         }
+        if plan.widen:
+            self._check_widen()
         self.results: dict[str, StageResult] = {}
         check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
         self._check_same_plan()
@@ -133,11 +142,13 @@ class _Run:
             run = self._run_arguments("stage1", "stage 1, attention approximation")
             self.results["stage1"] = train_stage1(model, self.sequences["stage1"], run)
             self._measure(STAGE1, model, errors=True)
+        if plan.widen:
+            self._widen(model)
         if "stage2" in self.sequences:
             run = self._run_arguments("stage2", "stage 2, fine-tuning")
             model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run)
             self._measure(STAGE2, model)
-        report = Report(f"{plan.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
+        report = Report(f"{self.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
         self._save(model, report)
         return Outcome(model, self.teacher, plan.out, report, self.results)
 
@@ -152,6 +163,46 @@ class _Run:
         if self.plan.stage2:
             stages["stage2"] = config.stage2
         return stages
+
+    def _check_widen(self) -> None:
+        if "stage1" not in self.sequences:
+            raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
+        if self.config.wide_layers:
+            raise ValueError(f"widen: got wide_layers={list(self.config.wide_layers)} as well, wanted one of the two")
+        check_count(self.model, self.plan.widen, self.config.stage1.sequence_length - 1)
+        trial = self.config.replace(wide_layers=converted_layers(self.model.config)[: self.plan.widen])
+        window_control(self.teacher, trial)  # a window that does not fit shows here
+
+    def _widen(self, model: LizardCausalLM) -> None:
+        """Gives the layers that need it their wide window; a run that goes on takes those it chose before."""
+        path = self.work / "wide_layers.json"
+        if not path.is_file():
+            sequences = self.sequences["stage1"]
+            rows = (sequences[i] for i in range(len(sequences))) if hasattr(sequences, "__len__") else sequences
+            tokens = torch.stack([row["input_ids"] for row in islice(rows, CHOSEN_ON)])
+            both: list[torch.nn.Module] = [model, self.teacher.model]
+            for one in both:
+                one.to(self.device)
+            with self.console.status("choosing layers") as status:
+                layers = neediest_layers(
+                    model,
+                    self.teacher.model,
+                    tokens,
+                    self.plan.widen,
+                    advance=lambda layer: status.update(f"choosing layers: {layer} done"),
+                )
+            for one in both:
+                one.to(self.home)
+            if is_main_process():
+                path.write_text(json.dumps(layers))
+        wait_for_all()
+        layers = json.loads(path.read_text())
+        widen(model, layers)
+        self.config = self.config.replace(wide_layers=layers)
+        self.say(f"window of {self.config.wide_window} in layers {', '.join(map(str, layers))}, which need it most")
+        if self.documents is not None or self.plan.passkey_lengths:
+            self._measure(WIDE_CONTROL, window_control(self.teacher, self.config))
+            self._measure(WIDENED, model)
 
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
         sequences = load_sequences(
@@ -242,7 +293,8 @@ class _Run:
         plan = self.plan
         return {
             "teacher": plan.teacher,
-            "config": plan.config.to_dict(),
+            "config": self.config.to_dict(),
+            "widen": plan.widen,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": torch.device(self.device).type,
             "processes": process_count(),
@@ -260,7 +312,7 @@ class _Run:
         text = json.dumps(settings, sort_keys=True, indent=2)
         path = self.work / "plan.json"
         if path.is_file():
-            before = json.loads(path.read_text())
+            before = {"widen": 0, **json.loads(path.read_text())}  # runs from before there was this choice lack it
             changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
             if changed:
                 raise ValueError(

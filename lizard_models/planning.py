@@ -195,11 +195,13 @@ def describe_run(
     devices: int = 1,
     micro_batch: int | None = None,
     checkpointing: bool = True,
+    widen: int = 0,
     cache: str | None = None,
 ) -> list[str | Table]:
     """What ``--dry-run`` prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
 
-    Raises ValueError for an unknown teacher.
+    widen: layers that are to get the wide window, counted as if they had it from the start. Raises ValueError for an
+    unknown teacher, and for more layers than are converted.
     """
     try:
         config = AutoConfig.from_pretrained(find_teacher(name, cache=cache)[0])
@@ -207,6 +209,11 @@ def describe_run(
         if name not in known_shapes():
             raise
         config = known_shapes()[name]
+    if widen:
+        converted = converted_layers(student_config(config, lizard))
+        if widen > len(converted):
+            raise ValueError(f"widen: got {widen} layers, wanted at most {len(converted)}, those that are converted")
+        lizard = lizard.replace(wide_layers=converted[:widen])
     cost = run_cost(config, lizard, micro_batch=micro_batch, checkpointing=checkpointing)
     student = student_config(config, lizard)
     lines: list[str | Table] = [

@@ -42,6 +42,20 @@ def widen(model: LizardCausalLM, layers: Sequence[int], window: int | None = Non
         attentions[i].lizard.config = config
 
 
+def check_count(model: LizardCausalLM, count: int, length: int) -> None:
+    """Raises ValueError where ``neediest_layers`` could not choose ``count`` layers on texts of ``length`` tokens."""
+    converted = len(converted_layers(model.config))
+    if not 1 <= count <= converted:
+        raise ValueError(f"widen: got {count} layers, wanted 1 to {converted}, those that are converted")
+    choices = lizard_config(model.config).attention
+    exact = choices.window + choices.anchors
+    if length <= exact:
+        raise ValueError(
+            f"widen: got texts of {length} tokens to choose layers on, wanted more than the {exact} of window and "
+            "anchors, in which nothing is lost"
+        )
+
+
 def neediest_layers(
     model: LizardCausalLM,
     teacher: Any,
@@ -52,17 +66,7 @@ def neediest_layers(
     """Indices, in order, of the ``count`` converted layers whose own attention, put back, saves most KL to the teacher.
 
     model: after stage 1, its other weights the teacher's. tokens [N, T + 1]; advance: called with each layer that is
-    done. See ``restoration_savings``. Raises ValueError for more layers than there are, and for texts that every
-    layer's window holds whole, on which nothing is lost.
+    done. See ``restoration_savings``. Raises what ``check_count`` does.
     """
-    converted = converted_layers(model.config)
-    if not 1 <= count <= len(converted):
-        raise ValueError(f"count: got {count}, wanted 1 to {len(converted)}, the layers that are converted")
-    choices = lizard_config(model.config).attention
-    exact = choices.window + choices.anchors
-    if tokens.shape[1] - 1 <= exact:
-        raise ValueError(
-            f"tokens: got texts of {tokens.shape[1] - 1} tokens, wanted more than the {exact} of window and anchors, in "
-            "which nothing is lost"
-        )
+    check_count(model, count, tokens.shape[1] - 1)
     return sorted(restoration_savings(model, teacher, tokens, advance=advance)["order"][:count])

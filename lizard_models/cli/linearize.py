@@ -43,6 +43,10 @@ def command(
     softmax_layers: SoftmaxLayers = None,
     softmax_share: SoftmaxShare = None,
     keep_sliding: KeepSliding = None,
+    widen: Annotated[
+        int,
+        typer.Option(help="Layers that get a window of wide_window after stage 1: those that need it most.", min=0),
+    ] = 0,
     stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, in both stages.", min=1)] = None,
@@ -95,6 +99,9 @@ def command(
 
     Untrained, for a teacher larger than memory: [cyan]lizard-attn convert[/cyan], or no steps in both stages.
 
+    Nearer to the teacher in constant memory: a window of 1024 in the eight layers that need it most:
+    [cyan]--widen 8[/cyan]
+
     A quarter of the layers kept as they are: [cyan]--softmax-share 0.25[/cyan], or by number:
     [cyan]--softmax-layers 3,11,19,27[/cyan]
 
@@ -126,12 +133,12 @@ def command(
             from lizard_models.planning import describe_run
 
             devices = parallel.process_count()
-            parts = describe_run(teacher, chosen, devices=devices, micro_batch=micro_batch_size,
+            parts = describe_run(teacher, chosen, devices=devices, micro_batch=micro_batch_size, widen=widen,
                                  checkpointing=gradient_checkpointing, cache=cache)  # fmt: skip
             for part in parts:
                 console.print(part, highlight=False)
             return
-        if stage1_steps == 0 and stage2_steps == 0 and not eval_data and not passkey:
+        if stage1_steps == 0 and stage2_steps == 0 and not eval_data and not passkey and not widen:
             # Nothing is trained or measured, so the teacher need not fit into memory.
             folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
             console.print(f"saved, untrained: {folder}")
@@ -148,6 +155,7 @@ def command(
                 passkey_lengths=read_numbers(passkey, "--passkey"),
                 stage1=stage1_steps != 0,
                 stage2=stage2_steps != 0,
+                widen=widen,
                 text_field=text_field,
                 dtype=read_dtype(dtype),
                 device=read_device(device),

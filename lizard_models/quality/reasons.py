@@ -31,6 +31,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "attention.mix": ("mix-sum",),
     "attention.merge_mass": ("mass-absolute",),
     "attention.merge_bias": ("merge-bias-none", "merge-bias-head"),
+    "wide_layers": (
+        "recommended-wide-4x1024-longer-x4",
+        "recommended-wide-8x512-longer-x4",
+        "recommended-wide-8x1024-longer-x4",
+    ),
     "softmax_layers": ("softmax-12.5", "softmax-25", "softmax-50"),
     "stage1.error": ("A12-mse",),
     "stage1.target": ("A12-before-o-proj",),
@@ -47,9 +52,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields of the preset, and the rows of the tables in which that field alone differs."""
 
+BESIDE = {"wide_layers": "recommended-longer-x4"}
+"""The row that a field's rows stand beside, where it is not ``BASE``."""
+
 COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A4-query-head-keys",
             "gate-query_head", "features-512", "lora-all", "lora-r16", "lora-r32", "lora-r64",
-            "weights-0.3", "weights-3", "weights-10"}  # fmt: skip
+            "weights-0.3", "weights-3", "weights-10", *FIELDS["wide_layers"]}  # fmt: skip
 """Rows that take more memory, more trained weights or, with attention weights compared, a longer stage 1: better is not
 enough to choose them."""
 
@@ -61,10 +69,11 @@ def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
     The noise is twice the standard deviation over seeds, of both rows together; 0 for one seed each. Only rows measured
     in both are there.
     """
-    base = results.past(BASE.name)
+    beside = BESIDE.get(field, BASE.name)
+    base = results.past(beside)
     found = {}
     for name in FIELDS[field]:
-        number, change = results.past(name), results.beside(name, BASE.name)
+        number, change = results.past(name), results.beside(name, beside)
         if base is not None and number is not None and change is not None:
             noise = 2 * ((base.spread or 0.0) ** 2 + (number.spread or 0.0) ** 2) ** 0.5
             found[name] = change, noise

@@ -23,7 +23,6 @@ PAPER_TABLES = {
     "weights": "Attention weights compared in stage 1 as well",
     "timescales": "How far back the gates reach, and how widely spread",
     "softmax": "Layers kept softmax (the paper's Table 10)",
-    "wide": "A wider window in a few layers",
     "choices": "What the paper leaves open (A1 to A13)",
     "retrieval": "What may raise recall",
 }
@@ -84,6 +83,7 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _restoration(results),
         draw.restoration(results, figures / f"quality-{name}-layers.png", f"{link}/quality-{name}-layers.png"),
         *(_ablation(results, table, title) for table, title in PAPER_TABLES.items()),
+        _wide(results),
         _goals(results),
         _reasons(results),
     ):
@@ -100,7 +100,8 @@ def _compared(results: Results) -> list[str]:
     trained = [n for n in names if "-passkeys" in n and not n.startswith(("teacher", "control"))]
     hybrids = [f"{start}softmax-{percent}{end}" for start, end in (("", ""), ("", "-uniform"), ("recommended-", ""))
                for percent in ("12.5", "25", "50")]  # fmt: skip
-    return [*order, *(n for n in presets + hybrids + trained if n in results.records)]
+    wider = [n for n in names if n.startswith(("recommended-longer", "recommended-wide"))]
+    return [*order, *(n for n in presets + wider + hybrids + trained if n in results.records)]
 
 
 def _show(number: Number | None, digits: int = 3, percent: bool = False) -> str:
@@ -257,6 +258,19 @@ def _ablation(results: Results, table: str, title: str) -> str:
         rows.append([name, _show(past), change, share, kl, _show(error, 4), seeds])
     header = ["", "loss past 2048", f"beside {against}", "share", "KL", "stage 1 error", "seeds"]
     return f"**{title}.**\n\n" + markdown(header, rows)
+
+
+def _wide(results: Results) -> str:
+    rows = TABLES["wide"](list(range(30)), 30)
+    names = [row.name for row in rows if results.has(row.name)]
+    if not any("wide" in name for name in names):
+        return ""
+    cells = []
+    for name in [*names, *(name for name in results.records if name.startswith("control-") and "-wide" in name)]:
+        shares = [_show(number(name), 0, True) for number in (results.narrow_share, results.share)]
+        cells.append([name, _show(results.past(name)), *shares, _show(results.kl(name))])
+    header = ["", "loss past 2048", "share of the gap of a window of 128", "share beside its own control", "KL"]
+    return f"**A wider window in a few layers, in constant memory.**\n\n{markdown(header, cells)}"
 
 
 def _reasons(results: Results) -> str:

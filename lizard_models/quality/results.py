@@ -89,7 +89,11 @@ class Results:
 
     def share(self, name: str) -> Number | None:
         """Recovered share past 2048 against control and teacher of the same seed, trained alike."""
-        return self.number(name, self._share)
+        return self.number(name, lambda record: self._share(record, record.spec))
+
+    def narrow_share(self, name: str) -> Number | None:
+        """The share against a control without wide layers, of a row or of its own control."""
+        return self.number(name, self._narrow_share)
 
     def beside(self, name: str, other: str) -> float | None:
         """Loss past 2048 of a row minus that of another, each above the teacher trained alike where these are two.
@@ -106,12 +110,17 @@ class Results:
         first, second, *teachers = (row.mean for row in rows if row is not None)
         return first - second - (teachers[0] - teachers[1] if teachers else 0.0)
 
-    def _share(self, record: Record) -> float | None:
+    def _narrow_share(self, record: Record) -> float | None:
+        spec = record.spec
+        return self._share(record, replace(spec, name="", changes={**spec.changes, "wide_layers": []}))
+
+    def _share(self, record: Record, against: RowSpec) -> float | None:
+        """against: the row whose controls are meant."""
         loss = record.losses("loss")
-        if loss is None or record.spec.name.startswith(("teacher", "control")):
+        if loss is None or against.name.startswith(("teacher", "control")):
             return None
         beside = {}
-        for role, spec in controls(record.spec, record.budget).items():
+        for role, spec in controls(against, record.budget).items():
             found = self.records.get(spec.name, {})
             one = found.get(record.spec.seed) or found.get(0)
             beside[role] = None if one is None else one.losses("loss")

@@ -196,7 +196,7 @@ def wide(order: Order, layers: int) -> list[RowSpec]:
 
     ``wide`` rows have it from the start, ``widened`` ones after stage 1. In text no longer than the window nothing
     leaves it, so that rows which are wide from the start would not train what the linear branch there holds: at the
-    budget ``quick`` only ``longer`` sequences do. Raises ValueError where the order of the layers has not been measured.
+    budget ``quick`` only ``longer`` sequences do. Raises ValueError where the order of the layers is not measured.
     """
     order = _measured("wide", order)
     rows = [RECOMMENDED]

@@ -215,6 +215,41 @@ def test_settings_nest_and_keep_their_types():
     }
 
 
+def test_layers_are_widened_after_stage_1_and_a_resumed_run_keeps_its_choice(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    measured = ["--eval-data", world / "texts", "--eval-length", "200", "--eval-documents", "2"]
+    start = ["linearize", world / "teacher", "--data", world / "texts", *measured, *SMALL, "--out", out]
+    command = [*start, "--set", "wide_window=32", "--widen", "1"]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pipeline, "train_stage2", stop)
+        assert "window of 32 in layers" in call(*command, code=130).stdout
+    layers = json.loads((pipeline.work_folder(out) / "wide_layers.json").read_text())
+    assert "other widen" in error(*command[:-2], "--resume")
+    monkeypatch.setattr(pipeline, "neediest_layers", lambda *args, **kwargs: pytest.fail("chosen again"))
+    output = call(*command, "--resume").output
+    for row in ("after stage 1", "control, widened", "widened", "after stage 2"):
+        assert row in output
+    chosen = lizard_config(AutoConfig.from_pretrained(out))
+    assert chosen.wide_layers == tuple(layers) and chosen.wide_window == 32
+    training = json.loads((out / "training.json").read_text())
+    assert training["widen"] == 1 and training["config"]["wide_layers"] == layers
+    assert f"window 32 in layers {layers}" in ModelCard.load(out / "README.md").text
+
+    other = [*start[:-1], tmp_path / "other", "--set", "wide_window=32", "--widen"]
+    assert "widen: got 9 layers, wanted 1 to 3" in error(*other, "9")
+    assert "widen: layers are chosen after stage 1" in error(*other, "1", "--stage1-steps", "0")
+    assert "widen: got wide_layers=[0] as well" in error(*other, "1", "--set", "wide_layers=[0]")
+    assert "widen: got texts of 17 tokens" in error(*other, "1", "--seq-len", "18")
+    assert "wide_window=8 must be at least" in error(*other, "1", "--set", "wide_window=8")
+    assert "widen: got 9 layers, wanted at most 3" in error(*other, "9", "--dry-run")
+    plans = [call(*other, count, "--dry-run", "--set", "wide_window=64").stdout for count in ("0", "2")]
+    assert plans[0] != plans[1]
+
+
 def test_an_interrupted_run_is_resumed_as_the_message_says(world, tmp_path, monkeypatch):
     out = tmp_path / "out"
     command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out]

@@ -166,7 +166,9 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
 
 def test_widened_layers_get_their_window_after_stage_1(places, monkeypatch):
     seen = []
-    monkeypatch.setattr(worker, "train_stage1", lambda model, *rest: seen.append(read_windows(model)) or train(model, *rest))
+    monkeypatch.setattr(
+        worker, "train_stage1", lambda model, *rest: seen.append(read_windows(model)) or train(model, *rest)
+    )
     changes = {"attention": {"window": 16}, "wide_layers": [1], "wide_window": 40}
     rows = [RowSpec(name=f"wide-{late}", changes=changes, widened=late) for late in (False, True)]
     records = [run_row(row, bench(places, measures=["loss"]), lambda message: None) for row in rows]

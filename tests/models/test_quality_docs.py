@@ -8,7 +8,7 @@ import pytest
 from lizard_models.quality.bench import write_json
 from lizard_models.quality.goals import goals
 from lizard_models.quality.reasons import FIELDS, better_rows, differences, reasons
-from lizard_models.quality.report import BEGIN, END, write_docs
+from lizard_models.quality.report import BEGIN, END, quality_text, write_docs
 from lizard_models.quality.results import Number, Results
 from lizard_models.quality.rows import BUDGETS, RowSpec, controls
 from lizard_models.quality.tables import BASE, TABLES, find_rows
@@ -83,6 +83,19 @@ def test_a_row_from_before_its_preset_changed_keeps_its_control(folder):
     record["settings"]["config"] = BASE.config(BUDGET, 2).to_dict()
     write_json(path, record)
     assert Results(folder / "quick").share("old").mean == pytest.approx(0.2 / 0.3)
+
+
+def test_wide_rows_stand_beside_both_controls(folder):
+    row = next(row for row in TABLES["wide"](range(30), 30) if row.name == "recommended-wide-4x1024")
+    write_row(folder, row, 3.06)
+    write_row(folder, controls(row, BUDGET)["control"], 3.2)
+    results = Results(folder / "quick")
+    own, control = results.share(row.name), controls(row, BUDGET)["control"].name
+    assert own.mean == pytest.approx(0.14 / 0.2) and results.narrow_share(row.name).mean == pytest.approx(0.34 / 0.4)
+    assert results.share(control) is None and results.narrow_share(control).mean == pytest.approx(0.2 / 0.4)
+    assert results.narrow_share("recommended") == results.share("recommended")
+    page = quality_text(folder, folder, "figures")
+    assert "| recommended-wide-4x1024 | 3.060 | 85% | 70% |" in page and f"| {control} | 3.200 | 50% |  |" in page
 
 
 def test_rows_with_teachers_of_their_own_are_compared_above_them(folder):

@@ -57,7 +57,7 @@ def test_the_layers_chosen_are_those_that_save_most():
     assert neediest_layers(model, own, ids, 2, advance=done.append) == sorted(order[:2]) and done == [0, 1, 2]
     assert neediest_layers(student(softmax_layers=(0,)), own, ids, 2) == [1, 2]
     for count in (0, 4):
-        with pytest.raises(ValueError, match=rf"count: got {count}, wanted 1 to 3, the layers that are converted"):
+        with pytest.raises(ValueError, match=rf"widen: got {count} layers, wanted 1 to 3, those that are converted"):
             neediest_layers(model, own, ids, count)
-    with pytest.raises(ValueError, match="tokens: got texts of 12 tokens, wanted more than the 12 of window and"):
+    with pytest.raises(ValueError, match="widen: got texts of 12 tokens to choose layers on, wanted more than the 12"):
         neediest_layers(model, own, tokens(2, 13), 1)
