@@ -172,6 +172,12 @@ class _Run:
         check_count(self.model, self.plan.widen, self.config.stage1.sequence_length - 1)
         trial = self.config.replace(wide_layers=converted_layers(self.model.config)[: self.plan.widen])
         window_control(self.teacher, trial)  # a window that does not fit shows here
+        wide, length = self.config.wide_window, self.config.stage2.sequence_length
+        if "stage2" in self.sequences and length <= wide:
+            self.say(
+                f"note: sequences of {length} tokens never leave a window of {wide}, so stage 2 does not see the "
+                "linear branch of the wide layers at work; longer ones (--seq-len) are better"
+            )
 
     def _widen(self, model: LizardCausalLM) -> None:
         """Gives the layers that need it their wide window; a run that goes on takes those it chose before."""

@@ -229,8 +229,9 @@ def test_layers_are_widened_after_stage_1_and_a_resumed_run_keeps_its_choice(wor
         assert "window of 32 in layers" in call(*command, code=130).stdout
     layers = json.loads((pipeline.work_folder(out) / "wide_layers.json").read_text())
     assert "other widen" in error(*command[:-2], "--resume")
-    monkeypatch.setattr(pipeline, "neediest_layers", lambda *args, **kwargs: pytest.fail("chosen again"))
-    output = call(*command, "--resume").output
+    with monkeypatch.context() as resumed:
+        resumed.setattr(pipeline, "neediest_layers", lambda *args, **kwargs: pytest.fail("chosen again"))
+        output = call(*command, "--resume").output
     for row in ("after stage 1", "control, widened", "widened", "after stage 2"):
         assert row in output
     chosen = lizard_config(AutoConfig.from_pretrained(out))
@@ -248,6 +249,7 @@ def test_layers_are_widened_after_stage_1_and_a_resumed_run_keeps_its_choice(wor
     assert "widen: got 9 layers, wanted at most 3" in error(*other, "9", "--dry-run")
     plans = [call(*other, count, "--dry-run", "--set", "wide_window=64").stdout for count in ("0", "2")]
     assert plans[0] != plans[1]
+    assert "sequences of 64 tokens never leave a window of 64" in call(*other, "1", "--set", "wide_window=64").stdout
 
 
 def test_an_interrupted_run_is_resumed_as_the_message_says(world, tmp_path, monkeypatch):
