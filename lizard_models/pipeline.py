@@ -205,7 +205,7 @@ class _Run:
         layers = json.loads(path.read_text())
         widen(model, layers)
         self.config = self.config.replace(wide_layers=layers)
-        self.say(f"window of {self.config.wide_window} in layers {', '.join(map(str, layers))}, which need it most")
+        self.say(f"window of {self.config.wide_window} where it is needed most: layers {layers}")
         if self.documents is not None or self.plan.passkey_lengths:
             self._measure(WIDE_CONTROL, window_control(self.teacher, self.config))
             self._measure(WIDENED, model)

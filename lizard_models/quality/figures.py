@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lizard_models.evaluation.position_loss import PositionLoss
 from lizard_models.evaluation.report import short
 from lizard_models.quality.results import Results
-from lizard_models.quality.rows import controls
+from lizard_models.quality.rows import TEACHER, controls
 
 COLOURS = (
     "tab:blue",
@@ -25,13 +27,17 @@ COLOURS = (
 )
 
 
+PRESETS = ("paper_literal", "paper", "lolcats", "liger", "recommended")
+GROUPS = ("recommended-wide", "recommended-softmax")  # of each the row that loses least is drawn
+
+
 def losses(results: Results, names: list[str], path: Path, link: str) -> str:
-    """Loss by position of the rows."""
-    return _curves(results, names, "loss", path, link, "Loss by position")
+    """Loss by position of presets, their control and the best hybrids, above the teacher."""
+    return _curves(results, names, "loss", path, link, "Loss by position above the teacher", above=True)
 
 
 def length(results: Results, names: list[str], path: Path, link: str) -> str:
-    """Loss by position far beyond training."""
+    """Loss by position far beyond training, of the same rows."""
     return _curves(results, names, "length", path, link, "Loss far beyond the training length")
 
 
@@ -68,37 +74,65 @@ def recall(kinds: dict[str, list[dict[str, Any]]], path: Path, link: str) -> str
     return _save(figure, path, link, "Accuracy of associative recall by the number of pairs")
 
 
-def _curves(results: Results, names: list[str], measure: str, path: Path, link: str, title: str) -> str:
+def _drawn(results: Results, names: list[str], measure: str) -> list[str]:
     own = {
         spec.name
         for r in results.records.get("recommended", {}).values()
         for spec in controls(r.spec, r.budget).values()
     }
-    shown = [name for name in names if name in own or not name.startswith(("teacher", "control"))]
-    names = [name for name in shown if results.has(name, measure)]
-    if not names:
+    measured = [name for name in names if results.has(name, measure)]
+    best = {
+        min(group, key=lambda name: past.mean if (past := results.past(name)) else math.inf)
+        for start in GROUPS
+        if (group := [name for name in measured if name.startswith(start) and "passkeys" not in name])
+    }
+    return [name for name in measured if name in own or name in best or name in PRESETS]
+
+
+def _curves(
+    results: Results, names: list[str], measure: str, path: Path, link: str, title: str, above: bool = False
+) -> str:
+    """above: as differences from the teacher, to a third above the control; what is higher leaves the plot."""
+    curves = {name: _mean_curve(results, name, measure) for name in _drawn(results, names, measure)}
+    if not curves:
         return ""
+    edges = next(iter(curves.values())).edges
+    teacher = curves.get(TEACHER)
     figure, axes = _panel()
-    colours = iter(COLOURS * len(names))
-    lowest, highest = [], []
-    for name in names:
-        curves = [loss for record in results.records[name].values() if (loss := record.losses(measure)) is not None]
-        means = [sum(values) / len(curves) for values in zip(*(curve.means for curve in curves), strict=True)]
-        style = {"color": "black"} if name == "teacher" else {"color": next(colours)}
+    colours = iter(COLOURS)
+    lowest, highest, bounds = [], [], []
+    for name, curve in curves.items():
+        means = list(curve.means)
+        if above and teacher is not None:
+            means = [mean - base for mean, base in zip(means, teacher.means, strict=True)]
+        style = {"color": "black"} if name == TEACHER else {"color": next(colours)}
         line = "--" if name.startswith("control") else "-"
         axes.plot(range(len(means)), means, line, marker="o", markersize=3, label=name, **style)
-        edges = curves[0].edges
         lowest.append(min(means))
         highest.append(sorted(means)[len(means) // 2])
+        if name.startswith("control"):
+            bounds.append(max(means))
     labels = [f"{short(a)}–{short(b)}" for a, b in zip(edges, edges[1:], strict=False)]
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     floor = min(lowest)
-    axes.set_ylim(floor - 0.1, min(max(highest) + 0.3, floor + 2.0))
+    if above and teacher is not None and bounds:
+        axes.set_ylim(max(floor, -max(bounds)) - 0.01, 4 / 3 * max(bounds))
+    else:
+        axes.set_ylim(floor - 0.1, min(max(highest) + 0.3, floor + 2.0))
+    for line in axes.get_lines():
+        if min(line.get_ydata()) > axes.get_ylim()[1]:
+            line.set_label(f"{line.get_label()} (above)")
     axes.set_xlabel("position in the text (tokens)")
-    axes.set_ylabel("loss (nats)")
+    axes.set_ylabel("loss minus the teacher's (nats)" if above and teacher is not None else "loss (nats)")
     axes.set_title(title)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _save(figure, path, link, title)
+
+
+def _mean_curve(results: Results, name: str, measure: str) -> PositionLoss:
+    found = [loss for record in results.records[name].values() if (loss := record.losses(measure)) is not None]
+    means = tuple(sum(values) / len(found) for values in zip(*(loss.means for loss in found), strict=True))
+    return PositionLoss(found[0].edges, means, found[0].errors)
 
 
 def _panel() -> tuple[Figure, Any]:

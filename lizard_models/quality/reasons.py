@@ -112,7 +112,7 @@ def reasons(results: Results) -> str:
         verdict = "kept" if own(field) == before(field) else f"changed, `{_short(before(field))}` before"
         costlier = [name for name, (change, noise) in changes.items() if change < -noise and name in COSTLIER]
         if costlier and own(field) == before(field):
-            verdict += f": {', '.join(f'`{n}`' for n in costlier)} cost more"
+            verdict += f"; better, but costlier: {', '.join(f'`{n}`' for n in costlier)}"
         if field in better:
             verdict = f"{', '.join(f'`{n}`' for n in better[field])} is better"
         rows.append([f"`{field}`", f"`{_short(own(field))}`", ", ".join(evidence), verdict])

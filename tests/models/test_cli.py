@@ -226,7 +226,7 @@ def test_layers_are_widened_after_stage_1_and_a_resumed_run_keeps_its_choice(wor
 
     with monkeypatch.context() as stopped:
         stopped.setattr(pipeline, "train_stage2", stop)
-        assert "window of 32 in layers" in call(*command, code=130).stdout
+        assert "window of 32 where it is needed most: layers [" in call(*command, code=130).stdout
     layers = json.loads((pipeline.work_folder(out) / "wide_layers.json").read_text())
     assert "other widen" in error(*command[:-2], "--resume")
     with monkeypatch.context() as resumed:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from lizard_models.quality import figures
 from lizard_models.quality.bench import write_json
 from lizard_models.quality.goals import goals
 from lizard_models.quality.reasons import FIELDS, better_rows, differences, reasons
@@ -96,6 +97,18 @@ def test_wide_rows_stand_beside_both_controls(folder):
     assert results.narrow_share("recommended") == results.share("recommended")
     page = quality_text(folder, folder, "figures")
     assert "| recommended-wide-4x1024 | 3.060 | 85% | 70% |" in page and f"| {control} | 3.200 | 50% |  |" in page
+
+
+def test_of_many_hybrids_the_best_is_drawn(folder):
+    for name, value in (("recommended-wide-4x1024", 3.2), ("recommended-wide-8x1024", 3.1), ("other", 2.9)):
+        write_row(folder, RowSpec(name=name), value)
+    write_row(folder, RowSpec(name="recommended-softmax-25"), 3.05)
+    write_row(folder, RowSpec(name="recommended-softmax-25-passkeys"), 2.8)
+    results = Results(folder / "quick")
+    control = controls(RowSpec(name="recommended"), BUDGET)["control"].name
+    drawn = figures._drawn(results, [*results.records], "loss")
+    wanted = {"teacher", control, "recommended", "recommended-wide-8x1024", "recommended-softmax-25"}
+    assert set(drawn) == wanted
 
 
 def test_rows_with_teachers_of_their_own_are_compared_above_them(folder):
