@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_models.evaluation.position_loss import divergence_by_position
+from lizard_models.evaluation.position_loss import divergence_by_position, last_hidden_states
 from lizard_models.modeling_common import LizardCausalLM, converted_layers
 
 
@@ -50,8 +50,10 @@ def restoration_savings(
     with each layer that is done.
     """
 
+    states = last_hidden_states(teacher, tokens, batch_size)
+
     def mean() -> float:
-        return divergence_by_position(model, teacher, tokens, batch_size).past(0)
+        return divergence_by_position(model, teacher, tokens, batch_size, states).past(0)
 
     whole = mean()
     saved = {}
