@@ -316,10 +316,16 @@ def _mqar_text(folder: Path, figures: Path, link: str) -> str:
         + markdown(["mixer", "bytes a layer", *(f"{n} pairs" for n in pairs), "seeds"], rows)
     )
     if {"lizard", "gla"} <= set(kinds):
-        ours, theirs = (
-            sum(sum(record["accuracy"].values()) / len(pairs) for record in kinds[kind]) / len(kinds[kind])
+        by_seed = [
+            {record["settings"].get("seed", 0): sum(record["accuracy"].values()) / len(pairs) for record in kinds[kind]}
             for kind in ("lizard", "gla")
-        )
+        ]
+        ours, theirs = (sum(seeds.values()) / len(seeds) for seeds in by_seed)
+        both = sorted(by_seed[0].keys() & by_seed[1].keys())
+        above = sum(by_seed[0][seed] > by_seed[1][seed] for seed in both)
         beside = "above" if ours > theirs else "not above"
-        text += f"\n\nMean accuracy of the hybrid {ours:.1%}, {beside} its linear branch alone ({theirs:.1%})."
+        text += (
+            f"\n\nMean accuracy of the hybrid {ours:.1%}, {beside} its linear branch alone ({theirs:.1%}); above it in "
+            f"{above} of {len(both)} seeds."
+        )
     return f"{text}\n\n{draw.recall(kinds, figures / 'quality-mqar.png', f'{link}/quality-mqar.png')}"
