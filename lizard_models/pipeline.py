@@ -195,7 +195,7 @@ class _Run:
                     self.teacher.model,
                     tokens,
                     self.plan.widen,
-                    advance=lambda layer: status.update(f"choosing layers: {layer} done"),
+                    advance=lambda done, total: status.update(f"choosing layers: {done} of {total} forwards done"),
                 )
             for one in both:
                 one.to(self.home)

@@ -61,12 +61,12 @@ def neediest_layers(
     teacher: Any,
     tokens: Tensor,
     count: int,
-    advance: Callable[[int], None] = lambda layer: None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[int]:
     """Indices, in order, of the ``count`` converted layers whose own attention, put back, saves most KL to the teacher.
 
-    model: after stage 1, its other weights the teacher's. tokens [N, T + 1]; advance: called with each layer that is
-    done. See ``restoration_savings``. Raises what ``check_count`` does.
+    model: after stage 1, its other weights the teacher's. tokens [N, T + 1]; advance: as in
+    ``restoration_savings``. Raises what ``check_count`` does.
     """
     check_count(model, count, tokens.shape[1] - 1)
     return sorted(restoration_savings(model, teacher, tokens, advance=advance)["order"][:count])

@@ -76,7 +76,7 @@ def command(
                 loaded.model,
                 own.model,
                 documents.tokens,
-                advance=lambda layer: status.update(f"measuring: layer {layer} done"),
+                advance=lambda done, total: status.update(f"measuring: {done} of {total} forwards done"),
             )
         table = Table(title=f"KL to the teacher {found['kl']:.4f}; saved by restoring one layer")
         for column in ("rank", "layer", "saved", "share"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,37 +65,28 @@ def loss_by_position(
     number of documents done.
     """
     rows = []
-    for batch, hidden in _batches(model, tokens, batch_size):
+    for batch, hidden in _hidden_states(model, tokens, batch_size):
         rows.append(position_losses(hidden, float32_head(model), next_tokens(batch))[:, :-1].cpu())
         advance(len(batch))
     return PositionLoss.from_positions(torch.cat(rows))
 
 
 @torch.no_grad()
-def divergence_by_position(
-    model: Any, teacher: Any, tokens: Tensor, batch_size: int = 1, states: Sequence[Tensor] | None = None
-) -> PositionLoss:
+def divergence_by_position(model: Any, teacher: Any, tokens: Tensor, batch_size: int = 1) -> PositionLoss:
     """KL divergence in nats from the teacher's next-token distribution to the model's, by position.
 
-    tokens [N, T + 1]; the same T positions as ``loss_by_position``. Logits are float32. states: what
-    ``last_hidden_states`` gives for the teacher and these tokens, where it is known already.
+    tokens [N, T + 1]; the same T positions as ``loss_by_position``. Logits are float32.
     """
     rows = []
-    targets = iter(states) if states is not None else (h for _, h in _batches(teacher, tokens, batch_size))
+    pairs = zip(_hidden_states(model, tokens, batch_size), _hidden_states(teacher, tokens, batch_size), strict=True)
     student_head, teacher_head = float32_head(model), float32_head(teacher)
-    for (batch, hidden), wanted in zip(_batches(model, tokens, batch_size), targets, strict=True):
+    for (batch, hidden), (_, wanted) in pairs:
         parts = []
         for h, w in zip(hidden.flatten(0, 1).split(512), wanted.flatten(0, 1).split(512), strict=True):
             log_student, log_teacher = (F.log_softmax(x, -1) for x in (student_head(h), teacher_head(w)))
             parts.append(F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1))
         rows.append(torch.cat(parts).view(batch.shape)[:, :-1].cpu())
     return PositionLoss.from_positions(torch.cat(rows))
-
-
-@torch.no_grad()
-def last_hidden_states(model: Any, tokens: Tensor, batch_size: int = 1) -> list[Tensor]:
-    """The states [B, T + 1, hidden] before the output layer, of each batch of ``tokens`` [N, T + 1]."""
-    return [hidden for _, hidden in _batches(model, tokens, batch_size)]
 
 
 def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
@@ -110,7 +101,7 @@ def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
     return head
 
 
-def _batches(model: Any, tokens: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _hidden_states(model: Any, tokens: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
     for part in tokens.split(batch_size):
         batch = part.to(device)

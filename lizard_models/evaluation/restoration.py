@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lizard_models.evaluation.position_loss import divergence_by_position, last_hidden_states
+from lizard_models.evaluation.position_loss import float32_head
 from lizard_models.modeling_common import LizardCausalLM, converted_layers
 
 
@@ -41,24 +42,80 @@ def restoration_savings(
     teacher: Any,
     tokens: Tensor,
     batch_size: int = 1,
-    advance: Callable[[int], None] = lambda layer: None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """KL to the teacher on ``tokens`` [N, T + 1], mean over positions, and how much of it each layer alone saves.
 
     Returns {"kl": nats, "saved": {layer: nats}, "order": layers from the most saved to the least} (after
     arXiv 2512.20569, which finds this choice better than an even spread and than one by stage 1 error). advance: called
-    with each layer that is done.
+    with the number of forwards done and that of all.
+
+    Layers before the restored one compute what they would without it, so they run once a batch.
     """
-
-    states = last_hidden_states(teacher, tokens, batch_size)
-
-    def mean() -> float:
-        return divergence_by_position(model, teacher, tokens, batch_size, states).past(0)
-
-    whole = mean()
-    saved = {}
-    for layer in converted_layers(model.config):
-        with restored(model, [layer]):
-            saved[layer] = whole - mean()
-        advance(layer)
+    converted = converted_layers(model.config)
+    device = next(model.parameters()).device
+    decoder, own = model.model, teacher.model
+    batches = tokens.split(batch_size)
+    sums = torch.zeros(1 + len(converted), dtype=torch.float64)
+    for count, batch in enumerate(part.to(device) for part in batches):
+        with _inputs_of(decoder.layers) as inputs:
+            states = [decoder(input_ids=batch, use_cache=False).last_hidden_state]
+        for layer in converted:
+            with restored(model, [layer]), _known_until(decoder.layers, layer, inputs[layer]):
+                states.append(decoder(input_ids=batch, use_cache=False).last_hidden_state)
+            advance(count * len(converted) + len(states) - 1, len(batches) * len(converted))
+        wanted = own(input_ids=batch, use_cache=False).last_hidden_state
+        sums += _divergences(model, states, teacher, wanted)
+    whole, *rest = (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist()
+    saved = {layer: whole - kl for layer, kl in zip(converted, rest, strict=True)}
     return {"kl": whole, "saved": saved, "order": sorted(saved, key=lambda layer: -saved[layer])}
+
+
+def _divergences(model: Any, states: Sequence[Tensor], teacher: Any, wanted: Tensor) -> Tensor:
+    """Sums [len(states)] float64 of the KL from the teacher over all positions that predict a token.
+
+    states, wanted: last hidden states [B, T + 1, hidden]. The teacher's logits, of some hundred positions at a time,
+    serve all states.
+    """
+    head, own = float32_head(model), float32_head(teacher)
+    parts = [hidden[:, :-1].flatten(0, 1).split(512) for hidden in (*states, wanted)]
+    sums = torch.zeros(len(states), dtype=torch.float64)
+    for *students, target in zip(*parts, strict=True):
+        log_teacher = F.log_softmax(own(target), -1)
+        for i, hidden in enumerate(students):
+            log_student = F.log_softmax(head(hidden), -1)
+            kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+            sums[i] += kl.double().sum().cpu()
+    return sums
+
+
+@contextlib.contextmanager
+def _inputs_of(layers: Any) -> Iterator[list[Tensor]]:
+    """Within: the hidden states that reach each of the layers, as they run."""
+    inputs: list[Tensor] = []
+
+    def note(module: Any, args: tuple, kwargs: dict) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _known_until(layers: Any, first: int, hidden: Tensor) -> Iterator[None]:
+    """Within: the layers before ``first`` compute nothing and hand on ``hidden``, its input."""
+    before = [layer.__dict__.get("forward") for layer in layers[:first]]
+    for layer in layers[:first]:
+        layer.forward = lambda *args, **kwargs: hidden
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers[:first], before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

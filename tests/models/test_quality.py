@@ -10,7 +10,7 @@ import pytest
 import torch
 from readable import byte_tokenizer, save_teacher, save_texts
 from rich.console import Console
-from tiny import student, teacher, tokens
+from tiny import FAMILIES, student, teacher, tokens
 
 from lizard_models import LizardConfig
 from lizard_models.data import PackedTokens
@@ -271,6 +271,20 @@ def test_restoring_every_layer_restores_the_teacher():
     assert measured["order"] == sorted(measured["saved"], key=lambda layer: -measured["saved"][layer])
     with pytest.raises(ValueError, match=r"layers \[7\] are not converted"), restored(model, [7]):
         pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_savings_are_those_of_whole_forwards(family):
+    model, reference, ids = student(family=family), teacher(family=family), tokens(3, 61)
+    kept = model.model.layers[0].forward = model.model.layers[0].forward  # as hooks of other libraries put it there
+    whole = divergence_by_position(model, reference, ids).past(0)
+    measured = restoration_savings(model, reference, ids, batch_size=2)
+    assert measured["kl"] == pytest.approx(whole)
+    for layer, saved in measured["saved"].items():
+        with restored(model, [layer]):
+            alone = divergence_by_position(model, reference, ids).past(0)
+        assert saved == pytest.approx(whole - alone, rel=1e-3, abs=1e-6)
+    assert model.model.layers[0].__dict__["forward"] is kept and "forward" not in model.model.layers[1].__dict__
 
 
 def test_divergence_is_the_kl_from_teacher_to_model():

@@ -53,8 +53,9 @@ def test_what_cannot_be_widened_stays_as_it_was(changes, layers, window, message
 def test_the_layers_chosen_are_those_that_save_most():
     model, own, ids = student(), teacher(), tokens(2, 41)
     order = restoration_savings(model, own, ids)["order"]
-    done: list[int] = []
-    assert neediest_layers(model, own, ids, 2, advance=done.append) == sorted(order[:2]) and done == [0, 1, 2]
+    done: list[tuple[int, int]] = []
+    assert neediest_layers(model, own, ids, 2, advance=lambda *n: done.append(n)) == sorted(order[:2])
+    assert done == [(n, 6) for n in range(1, 7)]  # two texts, three layers
     assert neediest_layers(student(softmax_layers=(0,)), own, ids, 2) == [1, 2]
     for count in (0, 4):
         with pytest.raises(ValueError, match=rf"widen: got {count} layers, wanted 1 to 3, those that are converted"):
