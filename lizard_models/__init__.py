@@ -22,8 +22,10 @@ _LOADED_ON_USE = {
     "save_state": "lizard_models.state_file",
     "linearize_folder": "lizard_models.convert_folder",
     "load_teacher": "lizard_models.teachers",
+    "neediest_layers": "lizard_models.widening",
     "train_stage1": "lizard_models.distill",
     "train_stage2": "lizard_models.distill",
+    "widen": "lizard_models.widening",
 }
 
 __all__ = [

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import student, teacher, tokens
 
+from lizard_models import neediest_layers, widen
 from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.modeling_common import lizard_config
 from lizard_models.positions import position_range
-from lizard_models.widening import neediest_layers, widen
 
 
 def windows(model) -> list[int]:
