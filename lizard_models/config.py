@@ -190,6 +190,11 @@ class LizardConfig:
     wide_window: int = 1024
     """Keys of the window branch in ``wide_layers``."""
 
+    wide_gate_stretch: float = 1.0
+    """What the log-decays of ``wide_layers`` are divided by. A key reaches their linear branch only when it leaves the
+    wide window, and has decayed since it was read: 0.985**1024 is 2e-7. Divided by wide_window / attention.window it
+    has decayed as much as one that leaves the other layers' window."""
+
     softmax_share: float = 0.0
     """Share of the layers kept softmax, placed evenly, instead of a list: the rounded number of the layers that are not
     kept as sliding ones, at least one unless the share is 0."""
@@ -216,6 +221,13 @@ class LizardConfig:
         if self.wide_layers and self.wide_window < self.attention.window:
             raise ValueError(
                 f"wide_window={self.wide_window} must be at least attention.window={self.attention.window}"
+            )
+        if self.wide_gate_stretch <= 0:
+            raise ValueError(f"wide_gate_stretch must be positive, got {self.wide_gate_stretch}")
+        if self.wide_gate_stretch != 1 and self.attention.gate in ("none", "mamba2"):
+            raise ValueError(
+                f"wide_gate_stretch={self.wide_gate_stretch} needs a gate with a temperature, got "
+                f"gate={self.attention.gate!r}; wanted 1 with it"
             )
         if not 0 <= self.softmax_share < 1:
             raise ValueError(f"softmax_share is a share of the layers, from 0 to below 1, got {self.softmax_share}")

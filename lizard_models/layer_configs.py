@@ -83,7 +83,16 @@ def attention_config(
     chosen = lizard_config(config)
     choices, name = chosen.attention, "attention.window"
     if layer_idx in chosen.wide_layers:
-        choices, name = dataclasses.replace(choices, window=chosen.wide_window), "wide_window"
+        stretch, start = chosen.wide_gate_stretch, choices.gate_init
+        choices, name = (
+            dataclasses.replace(
+                choices,
+                window=chosen.wide_window,
+                gate_temperature=choices.gate_temperature * stretch,
+                gate_init=None if start is None else start ** (1 / stretch),
+            ),
+            "wide_window",
+        )
     own = None if layer_idx is None else sliding_windows(config)[layer_idx]
     if own is not None and choices.window > own:
         raise ValueError(

@@ -79,6 +79,8 @@ def _made(training: dict[str, Any], made_on: dict[str, Any]) -> list[str]:
     attention = config.get("attention", {})
     kept = config.get("softmax_layers") or "none"
     wide = f"; window {config['wide_window']} in layers {config['wide_layers']}" if config.get("wide_layers") else ""
+    stretch = config.get("wide_gate_stretch", 1)
+    wide += f", decays slower by {stretch:g}" if wide and stretch != 1 else ""
     lines = [
         f"- preset `{config.get('name', 'unknown')}`: window {attention.get('window')}, {attention.get('anchors')} "
         f"anchors, gate `{attention.get('gate')}`, coverage `{attention.get('coverage')}`, mix "

@@ -17,8 +17,8 @@ def widen(model: LizardCausalLM, layers: Sequence[int], window: int | None = Non
     """Gives converted layers a window of ``window`` keys, as if they had been ``wide_layers`` from the start.
 
     No parameter depends on the window, so a model can be widened after stage 1, when it is known which layers need it.
-    window: default the model's own ``wide_window``. Layers that are wide already stay so, and get this window too.
-    Caches made before no longer fit.
+    window: default the model's own ``wide_window``. Log-decays are divided by the model's ``wide_gate_stretch``. Layers
+    that are wide already stay so, and get this window too. Caches made before no longer fit.
 
     Raises ValueError for layers that are not converted, and for a window that is narrower than the other layers' or
     wider than a layer's own sliding window. The model is then as it was.
@@ -39,7 +39,11 @@ def widen(model: LizardCausalLM, layers: Sequence[int], window: int | None = Non
         model.config.lizard = before
         raise
     for i, config in configs.items():
-        attentions[i].lizard.config = config
+        layer = attentions[i].lizard
+        layer.config = config
+        gate: Any = layer.gate if config.linear_branch else None
+        if hasattr(gate, "temperature"):
+            gate.temperature = config.gate_temperature
 
 
 def check_count(model: LizardCausalLM, count: int, length: int) -> None:

@@ -196,14 +196,19 @@ def wide(order: Order, layers: int) -> list[RowSpec]:
 
     ``wide`` rows have it from the start, ``widened`` ones after stage 1. In text no longer than the window nothing
     leaves it, so that rows which are wide from the start would not train what the linear branch there holds: at the
-    budget ``quick`` only ``longer`` sequences do. Raises ValueError where the order of the layers is not measured.
+    budget ``quick`` only ``longer`` sequences do. ``stretch``: what the wide layers' log-decays are divided by.
+
+    Raises ValueError where the order of the layers is not measured.
     """
     order = _measured("wide", order)
     rows = [RECOMMENDED]
     for count, window in ((4, 1024), (8, 512), (8, 1024)):
         changes = {"wide_layers": sorted(order[:count]), "wide_window": window}
-        rows.append(RowSpec(name=f"recommended-wide-{count}x{window}", changes=changes))
-        rows.append(RowSpec(name=f"recommended-widened-{count}x{window}", changes=changes, widened=True))
+        for stretch in (1, 8, 32) if (count, window) == (8, 1024) else (1,):
+            own = changes | ({"wide_gate_stretch": float(stretch)} if stretch > 1 else {})
+            name = f"{count}x{window}" + f"-stretch{stretch}" * (stretch > 1)
+            rows.append(RowSpec(name=f"recommended-wide-{name}", changes=own))
+            rows.append(RowSpec(name=f"recommended-widened-{name}", changes=own, widened=True))
     return [*rows, *(replace(row, name=f"{row.name}-longer-x4", longer=4) for row in rows)]
 
 

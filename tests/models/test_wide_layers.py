@@ -15,6 +15,7 @@ from lizard_models.positions import position_range
 from lizard_models.teachers import Teacher
 
 WIDE = dict(wide_layers=(1,), wide_window=21)
+MADE = {"python": "3", "versions": {}, "device": "cpu", "date": "today"}
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 
 
@@ -58,9 +59,10 @@ def test_caches_and_state_files_have_each_layer_s_size(tmp_path):
     save_state(tmp_path / "book.state", model, cache)
     rest = model(ids[:, 30:], past_key_values=load_state(tmp_path / "book.state", model)).logits
     torch.testing.assert_close(rest, model(ids).logits[:, 30:], **CLOSE)
-    for other in (student(), student(wide_layers=(1,), wide_window=22), student(wide_layers=(2,), wide_window=21)):
+    others = dict(wide_layers=(1,), wide_window=22), dict(wide_layers=(2,), wide_window=21)
+    for changes in ({}, *others, dict(wide_gate_stretch=2.0, **WIDE)):
         with pytest.raises(ValueError, match="made by another model: wide_"):
-            load_state(tmp_path / "book.state", other)
+            load_state(tmp_path / "book.state", student(**changes))
 
 
 def test_they_survive_saving_train_and_are_counted(tmp_path):
@@ -74,7 +76,9 @@ def test_they_survive_saving_train_and_are_counted(tmp_path):
     assert torch.equal(again(tokens(1, 40)).logits, model(tokens(1, 40)).logits)
     config = LizardConfig.preset("recommended", attention={"window": 8}, **WIDE)
     assert windows(window_control(Teacher(teacher(), None, "tiny"), config)) == [8, 21, 8]
-    card = _made({"config": config.to_dict()}, {"python": "3", "versions": {}, "device": "cpu", "date": "today"})
+    slower = config.replace(wide_gate_stretch=8.0).to_dict()
+    assert "decays slower by 8" in _made({"config": slower}, MADE)[0]
+    card = _made({"config": config.to_dict()}, MADE)
     assert "window 21 in layers [1]" in card[0]
     assert position_range(student(max_position_embeddings=16, **WIDE).config).limit == 25  # window and anchors
     own = teacher().config

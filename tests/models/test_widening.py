@@ -31,6 +31,36 @@ def test_a_widened_model_is_one_that_was_wide_from_the_start(tmp_path):
     assert windows(model) == [8, 21, 21] and lizard_config(model.config).wide_layers == (1, 2)
 
 
+@torch.no_grad()
+def test_decays_of_wide_layers_are_stretched():
+    changes = dict(wide_layers=(1,), wide_window=32, wide_gate_stretch=4.0)
+    plain, stretched, ids = student(seed=None), student(seed=None, **changes), tokens(2, 60)
+    gates = [[a.lizard.gate for a in model.lizard_attentions()] for model in (plain, stretched)]
+    for layer, (narrow, wide) in enumerate(zip(*gates, strict=True)):
+        x = torch.randn(1, 5, narrow.weight.shape[1])
+        narrow.weight.normal_(), wide.weight.copy_(narrow.weight)
+        torch.testing.assert_close(narrow(x, None) / (4 if layer == 1 else 1), wide(x, None))
+    model = student(wide_gate_stretch=4.0)
+    widen(model, [1], 32)
+    torch.testing.assert_close(model(ids).logits, student(**changes)(ids).logits)  # starts are rounded once more
+    assert not torch.equal(model(ids).logits, student(wide_layers=(1,), wide_window=32)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(wide_gate_stretch=0.0), "wide_gate_stretch must be positive, got 0.0"),
+        (
+            dict(wide_gate_stretch=8.0, attention={"gate": "mamba2"}),
+            "wide_gate_stretch=8.0 needs a gate with a temperature, got gate=",
+        ),
+    ],
+)
+def test_stretches_that_no_gate_has_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        student(**changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "layers", "window", "message"),
     [

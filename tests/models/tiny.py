@@ -35,7 +35,7 @@ SIZE = dict(
     eos_token_id=None,
     pad_token_id=0,
 )
-HYBRID = ("softmax_layers", "softmax_share", "keep_sliding_layers", "wide_layers", "wide_window")
+HYBRID = ("softmax_layers", "softmax_share", "keep_sliding_layers", "wide_layers", "wide_window", "wide_gate_stretch")
 HEADS = dict(head_dim=16)
 GEMMA = HEADS | dict(query_pre_attn_scalar=24)
 SLIDING = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention", "full_attention"])
