@@ -202,7 +202,7 @@ def wide(order: Order, layers: int) -> list[RowSpec]:
     """
     order = _measured("wide", order)
     rows = [RECOMMENDED]
-    for count, window in ((4, 1024), (8, 512), (8, 1024)):
+    for count, window in ((4, 1024), (4, 2048), (8, 512), (8, 1024)):
         changes = {"wide_layers": sorted(order[:count]), "wide_window": window}
         for stretch in (1, 8, 32) if (count, window) == (8, 1024) else (1,):
             own = changes | ({"wide_gate_stretch": float(stretch)} if stretch > 1 else {})
