@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-from lizard_layers import AttentionConfig
+from lizard_layers import AttentionChoices, AttentionConfig
 from lizard_models.config import LizardConfig
 
 
@@ -67,6 +68,15 @@ def converted_layers(config: PreTrainedConfig) -> list[int]:
     return [i for i in range(config.num_hidden_layers) if i not in kept]
 
 
+def stretched_gate(choices: AttentionChoices, stretch: float) -> dict[str, Any]:
+    """The changes of ``choices`` that divide a gate's log-decays by ``stretch`` and leave its parameters' starts."""
+    start = choices.gate_init
+    return {
+        "gate_temperature": choices.gate_temperature * stretch,
+        "gate_init": None if start is None else start ** (1 / stretch),
+    }
+
+
 def attention_config(
     config: PreTrainedConfig,
     layer_idx: int | None = None,
@@ -83,16 +93,8 @@ def attention_config(
     chosen = lizard_config(config)
     choices, name = chosen.attention, "attention.window"
     if layer_idx in chosen.wide_layers:
-        stretch, start = chosen.wide_gate_stretch, choices.gate_init
-        choices, name = (
-            dataclasses.replace(
-                choices,
-                window=chosen.wide_window,
-                gate_temperature=choices.gate_temperature * stretch,
-                gate_init=None if start is None else start ** (1 / stretch),
-            ),
-            "wide_window",
-        )
+        slower = stretched_gate(choices, chosen.wide_gate_stretch)
+        choices, name = dataclasses.replace(choices, window=chosen.wide_window, **slower), "wide_window"
     own = None if layer_idx is None else sliding_windows(config)[layer_idx]
     if own is not None and choices.window > own:
         raise ValueError(

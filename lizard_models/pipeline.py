@@ -183,9 +183,7 @@ class _Run:
         """Gives the layers that need it their wide window; a run that goes on takes those it chose before."""
         path = self.work / "wide_layers.json"
         if not path.is_file():
-            sequences = self.sequences["stage1"]
-            rows = (sequences[i] for i in range(len(sequences))) if hasattr(sequences, "__len__") else sequences
-            tokens = torch.stack([row["input_ids"] for row in islice(rows, CHOSEN_ON)])
+            tokens = torch.stack([row["input_ids"] for row in islice(self.sequences["stage1"], CHOSEN_ON)])
             both: list[torch.nn.Module] = [model, self.teacher.model]
             for one in both:
                 one.to(self.device)

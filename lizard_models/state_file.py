@@ -146,8 +146,8 @@ def _comparable(config: PreTrainedConfig) -> dict[str, Any]:
     values |= {f"attention.{k}": v for k, v in choices.items() if k not in ANY_ATTENTION}
     values["kept_layers"] = kept_layers(config)
     if getattr(config, "lizard", None) and (chosen := lizard_config(config)).wide_layers:
-        values |= {"wide_layers": sorted(chosen.wide_layers), "wide_window": chosen.wide_window}
-        values |= {"wide_gate_stretch": chosen.wide_gate_stretch}
+        values["wide_layers"] = sorted(chosen.wide_layers)
+        values |= {"wide_window": chosen.wide_window, "wide_gate_stretch": chosen.wide_gate_stretch}
     return json.loads(json.dumps(values, default=str))
 
 

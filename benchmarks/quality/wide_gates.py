@@ -24,6 +24,7 @@ from lizard_layers import HybridAttention
 from lizard_models import LizardConfig
 from lizard_models.data import load_documents, load_sequences
 from lizard_models.evaluation import environment
+from lizard_models.layer_configs import stretched_gate
 from lizard_models.teachers import load_teacher
 
 LENGTH = 4096
@@ -32,22 +33,16 @@ EDGES = (132, 1028, 2048, LENGTH)  # past both windows and their anchors
 
 def forms(window: int) -> dict[str, dict[str, Any]]:
     """Changes of ``recommended``; the decays of a stretched gate are those of ``wide_gate_stretch``."""
-    start = LizardConfig.preset("recommended").attention.gate_init
-    assert start is not None
+    recommended = LizardConfig.preset("recommended").attention
     stretched = {
-        f"window {window}, decays divided by {stretch}": {
-            "window": window,
-            "gate_init": start ** (1 / stretch),
-            "gate_temperature": float(stretch),
-        }
+        f"window {window}, decays divided by {stretch}": {"window": window, **stretched_gate(recommended, stretch)}
         for stretch in (1, 8, 32, 128)
     }
-    narrow = {"gate_init": start ** (1 / 8), "gate_temperature": 8.0}
     return {
         f"window {window} alone": {"window": window, "linear_branch": False},
         **stretched,
         "recommended": {},
-        "recommended, decays divided by 8": narrow,
+        "recommended, decays divided by 8": stretched_gate(recommended, 8),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_models.distill.losses import next_tokens, position_losses
+
+Head = Callable[[Tensor], Tensor]  # last hidden states [..., hidden] -> logits [..., vocabulary]
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,28 @@ def divergence_by_position(model: Any, teacher: Any, tokens: Tensor, batch_size:
     rows = []
     pairs = zip(_hidden_states(model, tokens, batch_size), _hidden_states(teacher, tokens, batch_size), strict=True)
     student_head, teacher_head = float32_head(model), float32_head(teacher)
-    for (batch, hidden), (_, wanted) in pairs:
-        parts = []
-        for h, w in zip(hidden.flatten(0, 1).split(512), wanted.flatten(0, 1).split(512), strict=True):
-            log_student, log_teacher = (F.log_softmax(x, -1) for x in (student_head(h), teacher_head(w)))
-            parts.append(F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1))
-        rows.append(torch.cat(parts).view(batch.shape)[:, :-1].cpu())
+    for (_, hidden), (_, wanted) in pairs:
+        rows.append(divergences([hidden], student_head, wanted, teacher_head)[0][:, :-1].cpu())
     return PositionLoss.from_positions(torch.cat(rows))
 
 
-def float32_head(model: Any) -> Callable[[Tensor], Tensor]:
+def divergences(students: Sequence[Tensor], head: Head, wanted: Tensor, teacher_head: Head) -> Tensor:
+    """KL [S, B, T] in nats from a teacher's next-token distribution to those of S students with one output layer.
+
+    students, wanted: last hidden states [B, T, hidden]; heads: of ``float32_head``. Logits exist for some hundred
+    positions at a time, the teacher's once for all students.
+    """
+    parts = [hidden.flatten(0, 1).split(512) for hidden in (*students, wanted)]
+    found = []
+    for *hidden, target in zip(*parts, strict=True):
+        log_teacher = F.log_softmax(teacher_head(target), -1)
+        logs = (F.log_softmax(head(h), -1) for h in hidden)
+        kl = [F.kl_div(log, log_teacher, reduction="none", log_target=True).sum(-1) for log in logs]
+        found.append(torch.stack(kl))
+    return torch.cat(found, 1).view(len(students), *wanted.shape[:2])
+
+
+def float32_head(model: Any) -> Head:
     """What turns last hidden states into logits, in float32 whatever the model's dtype, soft-capped where it is."""
     weight = model.lm_head.weight.float()
     cap = getattr(model.config, "final_logit_softcapping", None)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lizard_models.evaluation.position_loss import float32_head
+from lizard_models.evaluation.position_loss import divergences, float32_head
 from lizard_models.modeling_common import LizardCausalLM, converted_layers
 
 
@@ -54,7 +53,7 @@ def restoration_savings(
     """
     converted = converted_layers(model.config)
     device = next(model.parameters()).device
-    decoder, own = model.model, teacher.model
+    decoder, head, teacher_head = model.model, float32_head(model), float32_head(teacher)
     batches = tokens.split(batch_size)
     sums = torch.zeros(1 + len(converted), dtype=torch.float64)
     for count, batch in enumerate(part.to(device) for part in batches):
@@ -64,29 +63,12 @@ def restoration_savings(
             with restored(model, [layer]), _known_until(decoder.layers, layer, inputs[layer]):
                 states.append(decoder(input_ids=batch, use_cache=False).last_hidden_state)
             advance(count * len(converted) + len(states) - 1, len(batches) * len(converted))
-        wanted = own(input_ids=batch, use_cache=False).last_hidden_state
-        sums += _divergences(model, states, teacher, wanted)
+        wanted = teacher.model(input_ids=batch, use_cache=False).last_hidden_state
+        kl = divergences([state[:, :-1] for state in states], head, wanted[:, :-1], teacher_head)
+        sums += kl.double().sum((1, 2)).cpu()
     whole, *rest = (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist()
     saved = {layer: whole - kl for layer, kl in zip(converted, rest, strict=True)}
     return {"kl": whole, "saved": saved, "order": sorted(saved, key=lambda layer: -saved[layer])}
-
-
-def _divergences(model: Any, states: Sequence[Tensor], teacher: Any, wanted: Tensor) -> Tensor:
-    """Sums [len(states)] float64 of the KL from the teacher over all positions that predict a token.
-
-    states, wanted: last hidden states [B, T + 1, hidden]. The teacher's logits, of some hundred positions at a time,
-    serve all states.
-    """
-    head, own = float32_head(model), float32_head(teacher)
-    parts = [hidden[:, :-1].flatten(0, 1).split(512) for hidden in (*states, wanted)]
-    sums = torch.zeros(len(states), dtype=torch.float64)
-    for *students, target in zip(*parts, strict=True):
-        log_teacher = F.log_softmax(own(target), -1)
-        for i, hidden in enumerate(students):
-            log_student = F.log_softmax(head(hidden), -1)
-            kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-            sums[i] += kl.double().sum().cpu()
-    return sums
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lizard_models.evaluation.position_loss import PositionLoss
 from lizard_models.evaluation.report import short
 from lizard_models.quality.results import Results
 from lizard_models.quality.rows import TEACHER, controls
@@ -96,15 +95,14 @@ def _curves(
     curves = {name: _mean_curve(results, name, measure) for name in _drawn(results, names, measure)}
     if not curves:
         return ""
-    edges = next(iter(curves.values())).edges
-    teacher = curves.get(TEACHER)
+    edges = next(iter(curves.values()))[0]
+    teacher = curves[TEACHER][1] if above and TEACHER in curves else None
     figure, axes = _panel()
     colours = iter(COLOURS)
     lowest, highest, bounds = [], [], []
-    for name, curve in curves.items():
-        means = list(curve.means)
-        if above and teacher is not None:
-            means = [mean - base for mean, base in zip(means, teacher.means, strict=True)]
+    for name, (_, means) in curves.items():
+        if teacher is not None:
+            means = [mean - base for mean, base in zip(means, teacher, strict=True)]
         style = {"color": "black"} if name == TEACHER else {"color": next(colours)}
         line = "--" if name.startswith("control") else "-"
         axes.plot(range(len(means)), means, line, marker="o", markersize=3, label=name, **style)
@@ -115,7 +113,7 @@ def _curves(
     labels = [f"{short(a)}–{short(b)}" for a, b in zip(edges, edges[1:], strict=False)]
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     floor = min(lowest)
-    if above and teacher is not None and bounds:
+    if teacher is not None and bounds:
         axes.set_ylim(max(floor, -max(bounds)) - 0.01, 4 / 3 * max(bounds))
     else:
         axes.set_ylim(floor - 0.1, min(max(highest) + 0.3, floor + 2.0))
@@ -123,16 +121,16 @@ def _curves(
         if min(line.get_ydata()) > axes.get_ylim()[1]:
             line.set_label(f"{line.get_label()} (above)")
     axes.set_xlabel("position in the text (tokens)")
-    axes.set_ylabel("loss minus the teacher's (nats)" if above and teacher is not None else "loss (nats)")
+    axes.set_ylabel("loss minus the teacher's (nats)" if teacher is not None else "loss (nats)")
     axes.set_title(title)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _save(figure, path, link, title)
 
 
-def _mean_curve(results: Results, name: str, measure: str) -> PositionLoss:
+def _mean_curve(results: Results, name: str, measure: str) -> tuple[tuple[int, ...], list[float]]:
     found = [loss for record in results.records[name].values() if (loss := record.losses(measure)) is not None]
-    means = tuple(sum(values) / len(found) for values in zip(*(loss.means for loss in found), strict=True))
-    return PositionLoss(found[0].edges, means, found[0].errors)
+    means = [sum(values) / len(found) for values in zip(*(loss.means for loss in found), strict=True)]
+    return found[0].edges, means
 
 
 def _panel() -> tuple[Figure, Any]:

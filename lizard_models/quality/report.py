@@ -277,7 +277,8 @@ def _reasons(results: Results) -> str:
     table = reasons(results)
     return (
         "**Why `recommended` is what it is.** Loss of the rows that change a field, minus that of `base` "
-        "(`recommended` with the stage 2 and the gate's start it had before). Positive: changing the field costs that "
+        "(`recommended` with the stage 2 and the gate's start it had before; of wide layers, that of "
+        "`recommended-longer-x4`). Positive: changing the field costs that "
         f"much.\n\n{table}"
         if table
         else ""

@@ -89,6 +89,8 @@ class Results:
 
     def share(self, name: str) -> Number | None:
         """Recovered share past 2048 against control and teacher of the same seed, trained alike."""
+        if name.startswith(("teacher", "control")):
+            return None
         return self.number(name, lambda record: self._share(record, record.spec))
 
     def narrow_share(self, name: str) -> Number | None:
@@ -112,12 +114,12 @@ class Results:
 
     def _narrow_share(self, record: Record) -> float | None:
         spec = record.spec
-        return self._share(record, replace(spec, name="", changes={**spec.changes, "wide_layers": []}))
+        return self._share(record, replace(spec, changes={**spec.changes, "wide_layers": []}))
 
     def _share(self, record: Record, against: RowSpec) -> float | None:
         """against: the row whose controls are meant."""
         loss = record.losses("loss")
-        if loss is None or against.name.startswith(("teacher", "control")):
+        if loss is None:
             return None
         beside = {}
         for role, spec in controls(against, record.budget).items():

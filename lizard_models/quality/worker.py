@@ -101,7 +101,7 @@ class _Row:
             if "restore" in missing:
                 self._measure("restore", model)
         if spec.widened:
-            widen(model, self.config.wide_layers, self.config.wide_window)
+            widen(model, self.config.wide_layers)
         if spec.stage2 and self.bench.budget.stage2_steps:
             model, result = train_stage2(model, self._sequences("stage2"), self._run_arguments("stage2"))
             self._trained("stage2", result)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from readable import byte_tokenizer, save_teacher, save_texts
 from rich.console import Console
-from tiny import FAMILIES, student, teacher, tokens
+from tiny import FAMILIES, student, teacher, tokens, windows
 
 from lizard_models import LizardConfig
 from lizard_models.data import PackedTokens
@@ -27,7 +27,6 @@ from lizard_models.quality.runner import Runner
 from lizard_models.quality.selection import layer_order
 from lizard_models.quality.tables import BASE, TABLES, find_rows
 from lizard_models.quality.worker import run_row
-from lizard_models.quality.worker import train_stage1 as train
 
 TINY = Budget(name="tiny", stage1_steps=2, stage2_steps=2, batch_size=2, sequence_length=48)
 LAYERS = 30
@@ -100,10 +99,6 @@ def places(tmp_path_factory) -> Path:
     return folder
 
 
-def read_windows(model) -> list[int]:
-    return [attention.lizard.config.window for attention in model.lizard_attentions()]
-
-
 def bench(places: Path, **changes) -> Bench:
     return Bench(
         **{
@@ -165,18 +160,22 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
 
 
 def test_widened_layers_get_their_window_after_stage_1(places, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        worker, "train_stage1", lambda model, *rest: seen.append(read_windows(model)) or train(model, *rest)
-    )
+    seen, train = [], worker.train_stage1
+
+    def watched(model, *rest):
+        seen.append(windows(model))
+        return train(model, *rest)
+
+    monkeypatch.setattr(worker, "train_stage1", watched)
     changes = {"attention": {"window": 16}, "wide_layers": [1], "wide_window": 40}
     rows = [RowSpec(name=f"wide-{late}", changes=changes, widened=late) for late in (False, True)]
     records = [run_row(row, bench(places, measures=["loss"]), lambda message: None) for row in rows]
     assert seen == [[16, 40, 16], [16, 16, 16]]
     assert records[0]["settings"]["config"] == records[1]["settings"]["config"]
     finished = [load_model(str(places / "work" / "tiny" / row.stem / "model")).model for row in rows]
-    assert [read_windows(model) for model in finished] == [[16, 40, 16]] * 2
-    assert bench(places).record(rows[0], 3) and not bench(places).record(rows[0], 3) == records[1]
+    assert [windows(model) for model in finished] == [[16, 40, 16]] * 2
+    found = [bench(places).record(row, 3) for row in rows]
+    assert all(found) and found[0] != found[1] and found[0] != records[1]
     controlled = [controls(row, TINY)["control"] for row in rows]
     assert controlled[0] == controlled[1] and not controlled[0].widened
 

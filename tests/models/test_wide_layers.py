@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import read_in_pieces, student, teacher, tokens
+from tiny import read_in_pieces, student, teacher, tokens, windows
 from training import Sequences, arguments, recipes
 
 from lizard_models import LizardConfig, load_state, save_state
@@ -17,10 +17,6 @@ from lizard_models.teachers import Teacher
 WIDE = dict(wide_layers=(1,), wide_window=21)
 MADE = {"python": "3", "versions": {}, "device": "cpu", "date": "today"}
 CLOSE = dict(rtol=1e-4, atol=1e-4)
-
-
-def windows(model) -> list[int]:
-    return [attention.lizard.config.window for attention in model.lizard_attentions()]
 
 
 def test_the_layers_named_have_the_wide_window():

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from tiny import student, teacher, tokens
+from tiny import student, teacher, tokens, windows
 
 from lizard_models import neediest_layers, widen
 from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.modeling_common import lizard_config
 from lizard_models.positions import position_range
-
-
-def windows(model) -> list[int]:
-    return [attention.lizard.config.window for attention in model.lizard_attentions()]
 
 
 @torch.no_grad()

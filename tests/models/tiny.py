@@ -93,6 +93,11 @@ def read_in_pieces(model, ids: torch.Tensor, *ends: int):
     return torch.cat(read, 1), cache, size
 
 
+def windows(model) -> list[int]:
+    """Windows of the converted layers."""
+    return [attention.lizard.config.window for attention in model.lizard_attentions()]
+
+
 def tokens(rows: int, length: int, seed: int = 2) -> torch.Tensor:
     """Random tokens [rows, length], none of them padding."""
     return torch.randint(2, SIZE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
