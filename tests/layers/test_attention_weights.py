@@ -14,6 +14,12 @@ from lizard_layers import (
 )
 
 EXP = dict(feature_activation="exp", merge_mass="absolute", anchors=2, feature_scale=0.5, merge_bias="head")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+    ),
+]
 READABLE = ["recommended", "lolcats", "query_head", "narrow", "window_only"]
 OTHERS = {
     "exp": EXP,
@@ -119,6 +125,25 @@ def test_gradients_are_finite_and_tell_keys_apart(dtype):
         optimizer.zero_grad()
         values.append(loss.item())
     assert loss.dtype == torch.float32 and values[-1] < 0.6 * values[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["recommended", "lolcats", "exp", "softcap"])
+def test_float32_gradients_are_those_of_float64(form, device):
+    def gradients(dtype, device):
+        attention = made(form).to(dtype).to(device)
+        x, q, k, _, rope = inputs(150)
+        x, q, k = (t.to(dtype).to(device).requires_grad_() for t in (x, q, k))
+        rope = tuple(t.to(dtype).to(device) for t in rope)
+        leaves = {"x": x, "q": q, "k": k} | dict(attention.named_parameters())
+        loss = attention_divergence(attention, x, q, k, rope).mean()
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        return {n: g.double().cpu() for n, g in zip(leaves, found, strict=True) if g is not None}
+
+    wanted, found = gradients(torch.float64, "cpu"), gradients(torch.float32, device)
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
 def test_short_rows_and_windows_alone_do_not_diverge():

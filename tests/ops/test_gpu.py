@@ -90,6 +90,15 @@ def test_gate_gradients_over_many_chunks(name, dtype):
     check_errors(one_case(name, T=517, G=4, K=64, V=64), dtype)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("window", [512, 1024])
+@pytest.mark.parametrize("name", ["window", "merge"])
+def test_wide_windows(name, window, dtype):
+    """As wide as ``linearize --widen`` makes them, over rows of more than two windows."""
+    case = one_case(name, T=2 * window + 77, G=3)
+    check_errors(dataclasses.replace(case, options=case.options | {"window": window}), dtype)
+
+
 @pytest.mark.parametrize("form", ["carried", "packed", "padded"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", ["window", "merge", "sum"])
