@@ -25,7 +25,7 @@ from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM, converted_layers
 from lizard_models.planning import tuned_numbers
 from lizard_models.teachers import Teacher, load_teacher, save_tokenizer
-from lizard_models.widening import check_count, neediest_layers, widen
+from lizard_models.widening import check_widen, neediest_layers, widen
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
@@ -167,9 +167,7 @@ class _Run:
     def _check_widen(self) -> None:
         if "stage1" not in self.sequences:
             raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
-        if self.config.wide_layers:
-            raise ValueError(f"widen: got wide_layers={list(self.config.wide_layers)} as well, wanted one of the two")
-        check_count(self.model, self.plan.widen, self.config.stage1.sequence_length - 1)
+        check_widen(self.model.config, self.plan.widen, self.config.stage1.sequence_length - 1)
         trial = self.config.replace(wide_layers=converted_layers(self.model.config)[: self.plan.widen])
         window_control(self.teacher, trial)  # a window that does not fit shows here
         wide, length = self.config.wide_window, self.config.stage2.sequence_length

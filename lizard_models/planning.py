@@ -15,6 +15,7 @@ from lizard_models.convert import student_config
 from lizard_models.layer_configs import attention_config, converted_layers, head_dim
 from lizard_models.memory import cache_bytes, lizard_bytes
 from lizard_models.teachers import find_teacher
+from lizard_models.widening import check_widen
 
 ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
 EPOCH_TOKENS = 10_000_000  # of the paper's 50,000 examples
@@ -201,7 +202,7 @@ def describe_run(
     """What ``--dry-run`` prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
 
     widen: layers that are to get the wide window, counted as if they had it from the start. Raises ValueError for an
-    unknown teacher, and for more layers than are converted.
+    unknown teacher, and what ``check_widen`` does.
     """
     try:
         config = AutoConfig.from_pretrained(find_teacher(name, cache=cache)[0])
@@ -210,10 +211,9 @@ def describe_run(
             raise
         config = known_shapes()[name]
     if widen:
-        converted = converted_layers(student_config(config, lizard))
-        if widen > len(converted):
-            raise ValueError(f"widen: got {widen} layers, wanted at most {len(converted)}, those that are converted")
-        lizard = lizard.replace(wide_layers=converted[:widen])
+        plain = student_config(config, lizard)
+        check_widen(plain, widen, lizard.stage1.sequence_length - 1)
+        lizard = lizard.replace(wide_layers=converted_layers(plain)[:widen])
     cost = run_cost(config, lizard, micro_batch=micro_batch, checkpointing=checkpointing)
     student = student_config(config, lizard)
     lines: list[str | Table] = [

@@ -241,12 +241,12 @@ def test_layers_are_widened_after_stage_1_and_a_resumed_run_keeps_its_choice(wor
     assert f"window 32 in layers {layers}" in ModelCard.load(out / "README.md").text
 
     other = [*start[:-1], tmp_path / "other", "--set", "wide_window=32", "--widen"]
-    assert "widen: got 9 layers, wanted 1 to 3" in error(*other, "9")
     assert "widen: layers are chosen after stage 1" in error(*other, "1", "--stage1-steps", "0")
-    assert "widen: got wide_layers=[0] as well" in error(*other, "1", "--set", "wide_layers=[0]")
-    assert "widen: got texts of 17 tokens" in error(*other, "1", "--seq-len", "18")
     assert "wide_window=8 must be at least" in error(*other, "1", "--set", "wide_window=8")
-    assert "widen: got 9 layers, wanted at most 3" in error(*other, "9", "--dry-run")
+    for planned in ([], ["--dry-run"]):
+        assert "widen: got 9 layers, wanted 1 to 3" in error(*other, "9", *planned)
+        assert "widen: got wide_layers=[0] as well" in error(*other, "1", "--set", "wide_layers=[0]", *planned)
+        assert "widen: got texts of 17 tokens" in error(*other, "1", "--seq-len", "18", *planned)
     plans = [call(*other, count, "--dry-run", "--set", "wide_window=64").stdout for count in ("0", "2")]
     assert plans[0] != plans[1]
     assert "sequences of 64 tokens never leave a window of 64" in call(*other, "1", "--set", "wide_window=64").stdout
