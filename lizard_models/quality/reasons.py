@@ -35,7 +35,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "recommended-wide-4x1024-longer-x4",
         "recommended-wide-8x512-longer-x4",
         "recommended-wide-8x1024-longer-x4",
+        "recommended-wide-4x2048-longer-x4",
     ),
+    "wide_gate_stretch": ("recommended-wide-8x1024-stretch8-longer-x4", "recommended-wide-8x1024-stretch32-longer-x4"),
     "softmax_layers": ("softmax-12.5", "softmax-25", "softmax-50"),
     "stage1.error": ("A12-mse",),
     "stage1.target": ("A12-before-o-proj",),
@@ -52,14 +54,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields of the preset, and the rows of the tables in which that field alone differs."""
 
-BESIDE = {"wide_layers": "recommended-longer-x4"}
+BESIDE = {"wide_layers": "recommended-longer-x4", "wide_gate_stretch": "recommended-wide-8x1024-longer-x4"}
 """The row that a field's rows stand beside, where it is not ``BASE``."""
 
 COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A4-query-head-keys",
             "gate-query_head", "features-512", "lora-all", "lora-r16", "lora-r32", "lora-r64",
-            "weights-0.3", "weights-3", "weights-10", *FIELDS["wide_layers"]}  # fmt: skip
-"""Rows that take more memory, more trained weights or, with attention weights compared, a longer stage 1: better is not
-enough to choose them."""
+            "weights-0.3", "weights-3", "weights-10", *FIELDS["wide_layers"], *FIELDS["wide_gate_stretch"]}  # fmt: skip
+"""Rows that take more memory, more trained weights, with attention weights compared a longer stage 1 or, with decays
+stretched, lose more from 32,768 tokens on (full budget): better past 2048 is not enough to choose them."""
 
 
 def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
