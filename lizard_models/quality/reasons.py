@@ -61,7 +61,7 @@ COSTLIER = {"w256-a4", "softmax-12.5", "softmax-25", "softmax-50", "A4-query-hea
             "gate-query_head", "features-512", "lora-all", "lora-r16", "lora-r32", "lora-r64",
             "weights-0.3", "weights-3", "weights-10", *FIELDS["wide_layers"], *FIELDS["wide_gate_stretch"]}  # fmt: skip
 """Rows that take more memory, more trained weights, with attention weights compared a longer stage 1 or, with decays
-stretched, lose more from 32,768 tokens on (full budget): better past 2048 is not enough to choose them."""
+stretched, lose more from 16,384 tokens on (full budget): better past 2048 is not enough to choose them."""
 
 
 def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:

@@ -280,7 +280,7 @@ def _reasons(results: Results) -> str:
         "(`recommended` with the stage 2 and the gate's start it had before; of wide layers, that of "
         "`recommended-longer-x4`, and of their decays, that of `recommended-wide-8x1024-longer-x4`). Positive: "
         "changing the field costs that much. Costlier: more memory, more trained weights, a longer stage 1 or, with "
-        f"decays stretched, more loss from 32,768 tokens on with the full budget.\n\n{table}"
+        f"decays stretched, more loss from 16,384 tokens on with the full budget.\n\n{table}"
         if table
         else ""
     )
