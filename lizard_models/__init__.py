@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 from lizard_models.cache import LizardCache
-from lizard_models.config import LizardConfig, Stage1Config, Stage2Config
+from lizard_models.config import LizardConfig
 from lizard_models.convert import linearize
 from lizard_models.modeling_gemma2 import LizardGemma2Config, LizardGemma2ForCausalLM, LizardGemma2Model
 from lizard_models.modeling_gemma3 import LizardGemma3ForCausalLM, LizardGemma3TextConfig, LizardGemma3TextModel
@@ -16,6 +16,7 @@ from lizard_models.modeling_mistral import LizardMistralConfig, LizardMistralFor
 from lizard_models.modeling_qwen2 import LizardQwen2Config, LizardQwen2ForCausalLM, LizardQwen2Model
 from lizard_models.modeling_qwen3 import LizardQwen3Config, LizardQwen3ForCausalLM, LizardQwen3Model
 from lizard_models.modeling_smollm3 import LizardSmolLM3Config, LizardSmolLM3ForCausalLM, LizardSmolLM3Model
+from lizard_models.recipes import Stage1Config, Stage2Config
 
 _LOADED_ON_USE = {
     "load_state": "lizard_models.state_file",

@@ -26,7 +26,6 @@ from lizard_layers import (
     check_readable,
 )
 from lizard_models.cache import LizardCache, is_graphed
-from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import approximation_error
 from lizard_models.layer_configs import (
     attention_config,
@@ -38,6 +37,7 @@ from lizard_models.layer_configs import (
 )
 from lizard_models.packing import Packing, find_packing, packed_mask, positions_of_documents
 from lizard_models.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
+from lizard_models.recipes import Stage1Config
 from lizard_models.safe_loading import SafeLoading
 
 AttentionMode = Literal["student", "teacher", "distill"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lizard_models.config import LizardConfig, Recipe
+from lizard_models.config import LizardConfig
 from lizard_models.convert import linearize
 from lizard_models.data import Documents, load_documents, load_sequences
 from lizard_models.distill import RunArguments, StageResult, train_stage1, train_stage2
@@ -24,6 +24,7 @@ from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM, converted_layers
 from lizard_models.planning import tuned_numbers
+from lizard_models.recipes import Recipe
 from lizard_models.teachers import Teacher, load_teacher, save_tokenizer
 from lizard_models.widening import check_widen, neediest_layers, widen
 

@@ -10,10 +10,11 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from lizard_models.config import LizardConfig, Recipe, Stage2Config
+from lizard_models.config import LizardConfig
 from lizard_models.convert import student_config
 from lizard_models.layer_configs import attention_config, converted_layers, head_dim
 from lizard_models.memory import cache_bytes, lizard_bytes
+from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.teachers import find_teacher
 from lizard_models.widening import check_widen
 

@@ -1,34 +1,40 @@
-"""Named configurations. One framework, so that every comparison is one run."""
+"""Named configurations as plain data: what each changes in the defaults of ``LizardConfig``.
+
+One framework, so that every comparison is one run. Read with ``LizardConfig.preset(name)``.
+"""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
-from lizard_layers import AttentionChoices
-from lizard_models.config import LizardConfig, Stage1Config, Stage2Config
+Preset = dict[str, dict[str, Any]]
 
-PAPER = LizardConfig(
-    name="paper",
-    attention=AttentionChoices(
-        window=128,
-        window_rope=False,
-        num_sinks=4,
-        coverage="all",
-        feature_projection="per_head",
-        key_map="query_head",
-        feature_dim=128,
-        feature_dim_counts="features",
-        gate="scalar",
-        gate_init=0.99,
-        mix="sum",
-        alpha="learned",
-    ),
-)
+
+def _changed(base: Preset, **changes: dict[str, Any]) -> Preset:
+    return {part: {**base.get(part, {}), **changes.get(part, {})} for part in {**base, **changes}}
+
+
+PAPER: Preset = {
+    "attention": {
+        "window": 128,
+        "window_rope": False,
+        "num_sinks": 4,
+        "coverage": "all",
+        "feature_projection": "per_head",
+        "key_map": "query_head",
+        "feature_dim": 128,
+        "feature_dim_counts": "features",
+        "gate": "scalar",
+        "gate_init": 0.99,
+        "mix": "sum",
+        "alpha": "learned",
+    },
+}
 """The paper's method and recipe (Table 13) with the sound reading where the printed one is not: exponential sinks and
 a gate that remembers at the start. No RoPE in the layer, as its equations have none."""
 
-PAPER_LITERAL = PAPER.replace(
-    name="paper_literal",
+PAPER_LITERAL = _changed(
+    PAPER,
     attention={
         "sink_form": "linear",
         "sink_init": 1.0,
@@ -43,95 +49,101 @@ PAPER_LITERAL = PAPER.replace(
 """The equations as printed: sink mass sum t_j, one pair of feature maps for all heads, an unbiased gate, alpha = 1,
 adapters alone in stage 2. The denominators can vanish in training."""
 
-RECOMMENDED = LizardConfig(
-    name="recommended",
-    attention=AttentionChoices(
-        window=128,
-        anchors=4,
-        positions="clamped",
-        window_rope=True,
-        coverage="outside",
-        feature_dim=128,
-        gate="key_head",
-        gate_init=0.985,
-        mix="merge",
-        merge_bias="head_and_token",
-    ),
-    stage1=Stage1Config(
-        error="relative",
-        target="output",
-        learning_rate=1e-2,
-        gate_learning_rate=1e-3,
-        sequence_length=1024,
-        batch_size=4,
-        epochs=None,
-        max_steps=400,
-        examples=None,
-    ),
-    stage2=Stage2Config(
-        learning_rate=1e-3,
-        new_learning_rate=5e-3,
-        gate_learning_rate=1e-3,
-        lora_rank=32,
-        lora_alpha=64,
-        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        cross_entropy_weight=0.0,
-        kl_weight=1.0,
-        sequence_length=1024,
-        batch_size=4,
-        epochs=None,
-        max_steps=150,
-        examples=None,
-    ),
-)
+RECOMMENDED: Preset = {
+    "attention": {
+        "window": 128,
+        "anchors": 4,
+        "positions": "clamped",
+        "window_rope": True,
+        "coverage": "outside",
+        "feature_dim": 128,
+        "gate": "key_head",
+        "gate_init": 0.985,
+        "mix": "merge",
+        "merge_bias": "head_and_token",
+    },
+    "stage1": {
+        "error": "relative",
+        "target": "output",
+        "learning_rate": 1e-2,
+        "gate_learning_rate": 1e-3,
+        "sequence_length": 1024,
+        "batch_size": 4,
+        "epochs": None,
+        "max_steps": 400,
+        "examples": None,
+    },
+    "stage2": {
+        "learning_rate": 1e-3,
+        "new_learning_rate": 5e-3,
+        "gate_learning_rate": 1e-3,
+        "lora_rank": 32,
+        "lora_alpha": 64,
+        "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "cross_entropy_weight": 0.0,
+        "kl_weight": 1.0,
+        "sequence_length": 1024,
+        "batch_size": 4,
+        "epochs": None,
+        "max_steps": 150,
+        "examples": None,
+    },
+}
 """What our own ablations show best: equal to the teacher up to the window before any training, the first four tokens
 kept, the linear branch on the rest with maps of 128 columns, stage 1 compared after the output projection, adapters on
 every projection in stage 2 and maps that go on learning there."""
 
-WINDOW_ONLY = RECOMMENDED.replace(name="window_only", attention={"linear_branch": False})
+WINDOW_ONLY = _changed(RECOMMENDED, attention={"linear_branch": False})
 """The control beside every result: window and anchors of ``recommended`` without a linear branch."""
 
-LOLCATS = LizardConfig(
-    name="lolcats",
-    attention=AttentionChoices(
-        window=64,
-        window_rope=True,
-        linear_rope=True,
-        coverage="outside",
-        feature_projection="per_head",
-        key_map="query_head",
-        feature_dim=64,
-        gate="none",
-        mix="merge",
-        merge_bias="head",
-        merge_bias_init=math.log(10),
-    ),
-    stage1=Stage1Config(learning_rate=1e-2, sequence_length=1024),
-    stage2=Stage2Config(
-        learning_rate=1e-4, sequence_length=1024, lora_targets=("q_proj", "k_proj", "v_proj", "o_proj")
-    ),
-)
+LOLCATS: Preset = {
+    "attention": {
+        "window": 64,
+        "window_rope": True,
+        "linear_rope": True,
+        "coverage": "outside",
+        "feature_projection": "per_head",
+        "key_map": "query_head",
+        "feature_dim": 64,
+        "gate": "none",
+        "mix": "merge",
+        "merge_bias": "head",
+        "merge_bias_init": 2.302585092994046,  # log 10
+    },
+    "stage1": {"learning_rate": 1e-2, "sequence_length": 1024},
+    "stage2": {
+        "learning_rate": 1e-4,
+        "sequence_length": 1024,
+        "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    },
+}
 """LoLCATs (arXiv 2410.10254): out-of-window keys without a gate, one denominator, window factor 0.1."""
 
-LIGER = LizardConfig(
-    name="liger",
-    attention=AttentionChoices(
-        window=64,
-        window_rope=True,
-        coverage="all",
-        normalize=False,
-        feature_activation="one_sided_softmax",
-        feature_projection="none",
-        feature_scale=0.5,
-        gate="pooling",
-        gate_init=None,
-        gate_temperature=16.0,
-        mix="sum",
-        alpha_init=0.5,
-    ),
-    stage2=Stage2Config(learning_rate=1e-4),
-)
+LIGER: Preset = {
+    "attention": {
+        "window": 64,
+        "window_rope": True,
+        "coverage": "all",
+        "normalize": False,
+        "feature_activation": "one_sided_softmax",
+        "feature_projection": "none",
+        "feature_scale": 0.5,
+        "gate": "pooling",
+        "gate_init": None,
+        "gate_temperature": 16.0,
+        "mix": "sum",
+        "alpha_init": 0.5,
+    },
+    "stage2": {"learning_rate": 1e-4},
+}
 """Liger (arXiv 2503.01496): no new parameters, so stage 2 alone. Softmax features, a gate pooled from the keys, and
 half of each branch."""
 
-PRESETS = {c.name: c for c in (PAPER, PAPER_LITERAL, RECOMMENDED, LOLCATS, LIGER, WINDOW_ONLY)}
+PRESETS: dict[str, Preset] = {
+    "paper": PAPER,
+    "paper_literal": PAPER_LITERAL,
+    "recommended": RECOMMENDED,
+    "lolcats": LOLCATS,
+    "liger": LIGER,
+    "window_only": WINDOW_ONLY,
+}

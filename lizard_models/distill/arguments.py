@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from lizard_models.config import Recipe
 from lizard_models.distill.parallel import process_count
+from lizard_models.recipes import Recipe
 
 
 @dataclass(kw_only=True)

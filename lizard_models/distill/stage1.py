@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lizard_models.config import Stage1Config
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
 from lizard_models.modeling_common import LizardCausalLM, lizard_config
+from lizard_models.recipes import Stage1Config
 
 
 class AttentionTransfer(nn.Module):

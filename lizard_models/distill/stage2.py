@@ -9,13 +9,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lizard_models.config import Stage2Config
 from lizard_models.distill.adapters import adapter_layers, fuse_adapters, without_adapters
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
 from lizard_models.modeling_common import LizardCausalLM, lizard_config
+from lizard_models.recipes import Stage2Config
 
 
 class LanguageModelling(nn.Module):

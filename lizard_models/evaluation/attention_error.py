@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_models.config import Stage1Config
 from lizard_models.evaluation.position_loss import bucket_edges
 from lizard_models.modeling_common import LizardAttention, LizardCausalLM
+from lizard_models.recipes import Stage1Config
 
 
 @dataclass(frozen=True)

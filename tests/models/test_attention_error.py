@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import student, tokens
 
-from lizard_models.config import Stage1Config
 from lizard_models.distill_hook import attention_error
 from lizard_models.evaluation import attention_errors
+from lizard_models.recipes import Stage1Config
 
 
 def outputs(model, ids):

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from tiny import student
 from torch import nn
 
-from lizard_models.config import Stage1Config
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.losses import IGNORED, distillation_loss, next_tokens, position_losses
 from lizard_models.distill.schedule import cosine_schedule, rate_at
 from lizard_models.distill.trainer import parameter_groups
+from lizard_models.recipes import Stage1Config
 
 
 def test_the_rate_rises_then_falls_to_a_tenth():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import student, tokens
 
-from lizard_models.config import Stage2Config
 from lizard_models.distill import RunArguments, train_stage2
 from lizard_models.distill.graphed import GraphedForward, _HandOut, graphed
 from lizard_models.distill.stage1 import AttentionTransfer
+from lizard_models.recipes import Stage2Config
 
 
 def objective():

@@ -1,0 +1,164 @@
+"""How each training stage is run: the recipes of stage 1 and stage 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lizard_layers.config import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What both training stages have in common. The defaults are the paper's (arXiv 2507.09025, its Table 13)."""
+
+    dataset: str = "yahma/alpaca-cleaned"
+    """Training text: a data set of the hub, or a file or folder."""
+
+    examples: int | None = 50_000
+    """Examples taken from the data set; None takes all."""
+
+    epochs: float | None = 2.0
+    """Passes over the examples. Two passes over the paper's are about 20 million tokens."""
+
+    max_steps: int | None = None
+    """Optimizer steps, when given instead of ``epochs``."""
+
+    sequence_length: int = 2048
+    """Tokens of a packed training sequence."""
+
+    batch_size: int = 8
+    """Sequences of an optimizer step, over all devices and accumulation steps."""
+
+    learning_rate: float = 1e-3
+    """Peak rate."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's averages."""
+
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    weight_decay: float = 0.0
+    """AdamW's decay. The paper gives none."""
+
+    warmup_ratio: float = 0.1
+    """Share of the steps in which the rate rises linearly; then it falls as a cosine."""
+
+    min_learning_rate_ratio: float = 0.1
+    """Rate at the end, as a share of the peak."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the teacher's weights and of activations. New parameters are float32 in either."""
+
+    seed: int = 0
+    """Seed of shuffling and of random starts."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError(f"give one of epochs and max_steps, got epochs={self.epochs}, max_steps={self.max_steps}")
+        for name in ("epochs", "max_steps", "examples", "sequence_length", "batch_size", "learning_rate", "eps"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_ratio", "min_learning_rate_ratio", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Config(Recipe):
+    """Attention approximation: teacher frozen, the new parameters learn its attention outputs."""
+
+    gate_learning_rate: float | None = None
+    """Peak rate of the weights that read the layer's input (gate and token bias of the merge); None is the common
+    rate. At 1e-2 such weights saturate the gate (above 0.999) in most layers."""
+
+    error: Literal["relative", "mse"] = "mse"
+    """Error of a layer: squared error over squared target, a head, averaged over heads; or the mean squared error (the
+    paper's squared Frobenius norm divided by its number of entries), most of which a few loud layers give."""
+
+    target: Literal["heads", "output"] = "heads"
+    """Compared before the output projection (LoLCATs) or after it. The paper's equation does not say."""
+
+    inputs: Literal["teacher", "student"] = "teacher"
+    """What each layer reads: the teacher's own stream (teacher-forced, as LoLCATs), or the stream that earlier student
+    layers leave, target computed on the same."""
+
+    attention_weight: float = 0.0
+    """Weight of a second error, added to the first: the KL divergence in nats from the teacher's attention weights to
+    the student's, averaged over heads and layers (``lizard_layers.attention_divergence``; the paper compares outputs
+    alone). The gradient of an output error hardly tells a map which of a thousand keys a head sought. It needs a form
+    whose weights can be told: a merge of the keys outside the window, no delta memory, no gate a channel."""
+
+    attention_rows: int = 128
+    """Query rows of each sequence, evenly spaced, whose weights are compared: each takes a row of length T a head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention_weight < 0:
+            raise ValueError(f"attention_weight must not be negative, got {self.attention_weight}")
+        if self.attention_rows < 1:
+            raise ValueError(f"attention_rows must be at least 1, got {self.attention_rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Config(Recipe):
+    """Fine-tuning of the whole student with LoRA, or of whole projections."""
+
+    learning_rate: float = 5e-4
+    """Peak rate."""
+
+    new_learning_rate: float | None = None
+    """Peak rate of the new parameters; None is the adapters'. Matrices that start from the identity move little at
+    the rate of an adapter, whose start is small."""
+
+    gate_learning_rate: float | None = None
+    """Peak rate of the weights that read the layer's input (gate and token bias of the merge); None is that of the
+    other new parameters."""
+
+    trained: Literal["lora", "full"] = "lora"
+    """How the projections of ``lora_targets`` learn. lora: through adapters. full: every number of their weights (the
+    paper's Table 6 compares both), as a float32 change beside the teacher's weights, 16 bytes a number with gradient
+    and moments; ``lora_rank``, ``lora_alpha`` and ``lora_dropout`` then mean nothing, and a tenth of the rate is
+    usual."""
+
+    lora_rank: int = 8
+    """Rank of the adapters. The paper's Table 8 finds 8 best of 4 to 64."""
+
+    lora_alpha: int = 16
+    """Scale of the adapters: alpha / rank."""
+
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters."""
+
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Projections with adapters. The paper leaves the output projection out; LoLCATs' Table 12 finds v and o matter
+    more than q and k."""
+
+    train_new_parameters: bool = True
+    """Train maps, gates, sinks and mixes along, or the adapters alone. The paper does not say."""
+
+    cross_entropy_weight: float = 1.0
+    """Weight of the next-token cross-entropy."""
+
+    kl_weight: float = 0.0
+    """Weight of the KL divergence from the teacher's next-token distribution to the student's. The paper has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("new_learning_rate", "gate_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
+        if self.trained == "full" and self.lora_dropout:
+            raise ValueError(f'lora_dropout={self.lora_dropout} belongs to adapters, but trained="full" has none')
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
+        if min(self.cross_entropy_weight, self.kl_weight) < 0 or self.cross_entropy_weight + self.kl_weight == 0:
+            raise ValueError(
+                "cross_entropy_weight and kl_weight must not be negative nor both zero, "
+                f"got {self.cross_entropy_weight} and {self.kl_weight}"
+            )
