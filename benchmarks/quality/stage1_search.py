@@ -98,8 +98,8 @@ def work(experiment: dict[str, Any], options: argparse.Namespace) -> dict[str, A
 
     from lizard_models import LizardConfig, linearize
     from lizard_models.data import load_documents
+    from lizard_models.evaluation.control import window_control
     from lizard_models.evaluation.report import environment
-    from lizard_models.pipeline import window_control
     from lizard_models.teachers import load_teacher
 
     torch.set_num_threads(options.threads)

@@ -74,6 +74,7 @@ def command(
             return
 
         from lizard_models.evaluation.compare import Comparison, compare
+        from lizard_models.evaluation.plot import save_report
 
         if not (data or lengths or tasks):
             raise ValueError("nothing to measure: give --data, --lengths, --tasks or --stream")
@@ -103,4 +104,4 @@ def command(
             console.print(table)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            console.print("saved: " + ", ".join(str(path) for path in report.save(out, say=console.print)))
+            console.print("saved: " + ", ".join(str(path) for path in save_report(report, out, say=console.print)))

@@ -29,6 +29,7 @@ def run_stream(
 
     settings: chunk, max_tokens and text_field. Raises ValueError for a model or text that is not there.
     """
+    from lizard_models.evaluation.plot import save_stream
     from lizard_models.evaluation.stream import measure_stream
     from lizard_models.loading import load_model
     from lizard_models.token_stream import count_tokens, stream_tokens
@@ -63,7 +64,7 @@ def run_stream(
         )
     console.print(report.table())
     if out is not None:
-        console.print("saved: " + ", ".join(str(path) for path in report.save(out)))
+        console.print("saved: " + ", ".join(str(path) for path in save_stream(report, out, say=console.print)))
 
 
 class _Lines:

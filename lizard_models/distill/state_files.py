@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import Trainer
 
 from lizard_models.distill import parallel
+from lizard_models.weights import PICKLES
 
 OPTIMIZER, SCHEDULER = "optimizer.safetensors", "scheduler.json"
-PICKLES = ("*.pt", "*.pth", "*.bin", "*.pkl")
 
 
 class StateFiles(Trainer):

@@ -1,28 +1,57 @@
-"""The plot of a report."""
+"""Reports on disk with their plots: JSON and, where matplotlib is installed, a PNG."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from lizard_models.evaluation.report import short
-
-if TYPE_CHECKING:
-    from lizard_models.evaluation.report import Report
-    from lizard_models.evaluation.stream import StreamReport
+from lizard_models.downloads import Say, silent
+from lizard_models.evaluation.report import Report, short
+from lizard_models.evaluation.stream import StreamReport
 
 STYLES = {"teacher": ("black", "-"), "window control": ("tab:gray", "--")}
 COLOURS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
+def save_report(report: Report, folder: Path, stem: str = "evaluation", say: Say = silent) -> list[Path]:
+    """Writes STEM.json and, if there is a curve to draw, STEM.png. Returns the files.
+
+    Without matplotlib there is no plot, and ``say`` hears of it.
+    """
+    written = [report.save(folder, stem)]
+    if any(row.loss or row.passkey for row in report.rows):
+        written += _drawn(lambda: draw(report, folder / f"{stem}.png"), say)
+    return written
+
+
+def save_stream(report: StreamReport, folder: Path, stem: str = "stream", say: Say = silent) -> list[Path]:
+    """Writes STEM.json and, as ``save_report`` does, STEM.png. Returns the files."""
+    return [report.save(folder, stem), *_drawn(lambda: draw_stream(report, folder / f"{stem}.png"), say)]
+
+
+def _drawn(draw: Callable[[], Path], say: Say) -> list[Path]:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        say("no plot is drawn, matplotlib is missing: pip install 'lizard-attn[demo]'")
+        return []
+    return [draw()]
+
+
+def _figure(width: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def draw(report: Report, path: Path) -> Path:
     """Loss by position, and passkey accuracy by length if there is any, side by side in one PNG."""
     panels = [any(row.loss for row in report.rows), any(row.passkey for row in report.rows)]
-    figure = Figure(figsize=(7.2 * sum(panels), 4.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7.2 * sum(panels))
     axes = iter(figure.subplots(1, sum(panels), squeeze=False)[0])
     colours = iter(COLOURS * len(report.rows))
     styles = {row.name: STYLES.get(row.name) or (next(colours), "-") for row in report.rows}
@@ -72,8 +101,7 @@ def _passkey(report: Report, axes, styles: dict[str, tuple[str, str]]) -> None:
 
 def draw_stream(report: StreamReport, path: Path) -> Path:
     """Loss by bucket of positions and memory along the stream, side by side in one PNG."""
-    figure = Figure(figsize=(14.4, 4.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(14.4)
     loss, memory = figure.subplots(1, 2)
     edges, means = report.loss.edges, report.loss.means
     loss.stairs(means, [max(edge, 64) for edge in edges], baseline=None, color="tab:blue", linewidth=2)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lizard_models.downloads import Say, silent
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
 
 TEACHER, CONTROL = "teacher", "window control"
@@ -73,22 +72,11 @@ class Report:
             "rows": [row.to_dict() for row in self.rows],
         }
 
-    def save(self, folder: Path, stem: str = "evaluation", say: Say = silent) -> list[Path]:
-        """Writes STEM.json and, if there is a curve to draw, STEM.png. Returns the files.
-
-        Without matplotlib there is no plot, and ``say`` hears of it.
-        """
+    def save(self, folder: Path, stem: str = "evaluation") -> Path:
+        """Writes STEM.json and returns it; ``plot.save_report`` draws beside it."""
         path = folder / f"{stem}.json"
         path.write_text(json.dumps(without_nan(self.to_dict()), indent=2) + "\n")
-        written = [path]
-        if any(row.loss or row.passkey for row in self.rows):
-            try:
-                from lizard_models.evaluation.plot import draw
-            except ImportError:
-                say("no plot is drawn, matplotlib is missing: pip install 'lizard-attn[demo]'")
-                return written
-            written.append(draw(self, folder / f"{stem}.png"))
-        return written
+        return path
 
     def tables(self) -> list[Table]:
         """Loss by position, passkey accuracy and tasks, as far as they were measured."""

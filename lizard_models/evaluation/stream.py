@@ -182,15 +182,11 @@ class StreamReport:
             "samples": [asdict(sample) for sample in self.samples],
         }
 
-    def save(self, folder: Path, stem: str = "stream") -> list[Path]:
-        """Writes STEM.json and, if matplotlib is there, STEM.png. Returns the files."""
+    def save(self, folder: Path, stem: str = "stream") -> Path:
+        """Writes STEM.json and returns it; ``plot.save_stream`` draws beside it."""
         path = folder / f"{stem}.json"
         path.write_text(json.dumps(without_nan(self.to_dict()), indent=2) + "\n")
-        try:
-            from lizard_models.evaluation.plot import draw_stream
-        except ImportError:
-            return [path]
-        return [path, draw_stream(self, folder / f"{stem}.png")]
+        return path
 
     def table(self) -> Table:
         """Loss by bucket of positions."""

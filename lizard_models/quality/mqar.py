@@ -35,13 +35,13 @@ from lizard_layers import (
     state_bytes,
 )
 from lizard_models.config import LizardConfig
+from lizard_models.distill.losses import IGNORED
 from lizard_models.downloads import Say, silent
 from lizard_models.evaluation import environment
 from lizard_models.quality.bench import write_json
 from lizard_ops import chunk_gated_attn
 
 MIXERS = ("attention", "lizard", "gla", "window")
-IGNORED = -100
 ROPE_BASE = 10_000.0
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lizard_models.config import LizardConfig
+from lizard_models.evaluation.report import TEACHER
 
-TEACHER = "teacher"
 MEASURES = ("loss", "kl", "branches", "restore", "length", "passkey", "passkeys5", "tasks")
 
 

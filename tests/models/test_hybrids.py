@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from lizard_models import LizardConfig, linearize, memory
 from lizard_models.cache import LizardCacheLayer
+from lizard_models.evaluation.control import window_control
 from lizard_models.layer_configs import converted_layers, evenly_placed, kept_layers
-from lizard_models.pipeline import window_control
 from lizard_models.teachers import Teacher
 
 MIXED = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}

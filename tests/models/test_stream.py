@@ -80,7 +80,7 @@ def test_a_report_knows_buckets_memory_and_speed(tmp_path):
     held = model(ids[None], use_cache=True).past_key_values.state_bytes()
     assert report.tokens == 1299 and report.state_bytes == held
     assert report.growth("cuda") is None and abs(report.growth()) < 0.5
-    saved = report.save(tmp_path)
+    saved = save_stream(report, tmp_path)
     assert [path.name for path in saved] == ["stream.json", "stream.png"]
     values = json.loads(saved[0].read_text())
     assert values["loss"]["means"] == list(report.loss.means) and values["samples"][-1]["tokens"] == 1299

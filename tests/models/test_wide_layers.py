@@ -7,9 +7,9 @@ from training import Sequences, arguments, recipes
 
 from lizard_models import LizardConfig, load_state, save_state
 from lizard_models.distill import layer_errors, train_stage1
+from lizard_models.evaluation.control import window_control
 from lizard_models.memory import lizard_bytes
 from lizard_models.model_card import _made
-from lizard_models.pipeline import window_control
 from lizard_models.planning import run_cost
 from lizard_models.positions import position_range
 from lizard_models.teachers import Teacher
