@@ -50,7 +50,7 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
     small = {"SEQUENCE": 64, "EVAL_LENGTH": 200, "PASSKEY_LENGTHS": (400,), "PROMPT_TOKENS": 50, "NEW_TOKENS": 5}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(module, "TEACHER", str(save_teacher(tmp_path / "teacher")))
+    monkeypatch.setattr(module, "DEMO_TEACHER", str(save_teacher(tmp_path / "teacher")))
     out = tmp_path / "demo"
 
     def attempt() -> str:
@@ -82,7 +82,7 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("minutes", "size"), [(60, (64, 6)), (11, (64, 2)), (8, (32, 2)), (0.01, (32, 2))], ids=str)
 def test_the_plan_fits_the_minutes_or_says_so(tmp_path, monkeypatch, minutes, size):
-    monkeypatch.setattr(module, "TEACHER", str(save_teacher(tmp_path / "teacher")))
+    monkeypatch.setattr(module, "DEMO_TEACHER", str(save_teacher(tmp_path / "teacher")))
     monkeypatch.setattr(module, "SEQUENCE", 64)
     clock = iter(range(0, 1000, 8))  # a step takes 8 seconds
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
