@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from lizard_models import LizardConfig, linearize
-from lizard_models.teachers import load_teacher
+from lizard_models.teachers.find import load_teacher
 
 PROMPTS = (
     "Once upon a time",

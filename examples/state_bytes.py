@@ -15,8 +15,8 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from lizard_models import LizardConfig
-from lizard_models.convert import student_config
-from lizard_models.memory import memory_table
+from lizard_models.model.linearize import student_config
+from lizard_models.runs.memory import memory_table
 
 SHAPES = {
     "SmolLM2-135M": LlamaConfig(

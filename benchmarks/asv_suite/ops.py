@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-import lizard_ops
 from asv_suite.common import ANCHORS, WINDOW, Inputs, make_inputs
 from asv_suite.memory import peak_bytes
+
+import lizard_ops
 
 LENGTHS = [512, 2048]
 HYBRID = dict(anchors=ANCHORS, mix="merge", coverage="outside", feature_map="softmax")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from timeit import repeat
 
 import torch
+from asv_suite.memory import peak_bytes
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from asv_suite.memory import peak_bytes
 from lizard_models import LizardConfig, linearize
 
 PRESETS = ["recommended", "paper"]

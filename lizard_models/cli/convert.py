@@ -49,7 +49,7 @@ def command(
         from rich.console import Console
 
         from lizard_models.config import LizardConfig
-        from lizard_models.convert_folder import linearize_folder
+        from lizard_models.runs.convert_folder import linearize_folder
 
         console = Console(soft_wrap=True, highlight=False)
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))

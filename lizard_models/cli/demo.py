@@ -34,6 +34,6 @@ def command(
     with one_line_errors(lambda: shlex.join(["lizard-attn", *sys.argv[1:]])):
         from rich.console import Console
 
-        from lizard_models.demo import demo
+        from lizard_models.runs.demo import demo
 
         demo(out, minutes=minutes, cache=cache, console=Console(soft_wrap=True))

@@ -59,8 +59,9 @@ def command(
         import torch
         from rich.console import Console
 
-        from lizard_models import prompts, state_file
-        from lizard_models.loading import load_model
+        from lizard_models.model import state_file
+        from lizard_models.teachers.loading import load_model
+        from lizard_models.text import prompts
 
         if (prompt is None) == (prompt_file is None):
             raise ValueError("give one of PROMPT and --prompt-file")
@@ -103,7 +104,7 @@ def _text(prompt: str | None, file: Path | None, echo: bool) -> Iterator[str]:
     """The prompt in pieces, printed as they are read if ``echo``."""
     import sys
 
-    from lizard_models.token_stream import read_text
+    from lizard_models.text.token_stream import read_text
 
     def pieces() -> Iterator[str]:
         if file is not None:

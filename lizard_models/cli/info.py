@@ -38,7 +38,7 @@ def command(
     with one_line_errors():
         from rich.console import Console
 
-        from lizard_models.memory import LENGTHS, describe
+        from lizard_models.runs.memory import LENGTHS, describe
 
         console = Console()
         for part in describe(

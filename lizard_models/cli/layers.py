@@ -37,11 +37,11 @@ def command(
         from rich.console import Console
         from rich.table import Table
 
-        from lizard_models.data import load_documents
         from lizard_models.evaluation.restoration import restoration_savings
-        from lizard_models.loading import load_model
-        from lizard_models.modeling_common import LizardCausalLM, lizard_config
-        from lizard_models.teachers import load_teacher
+        from lizard_models.model.causal_lm import LizardCausalLM, lizard_config
+        from lizard_models.teachers.find import load_teacher
+        from lizard_models.teachers.loading import load_model
+        from lizard_models.text.sequences import load_documents
 
         console = Console(soft_wrap=True)
         loaded = load_model(model, device=read_device(device), dtype=read_dtype(dtype), cache=cache)

@@ -118,9 +118,9 @@ def command(
         from rich.console import Console
 
         from lizard_models.config import LizardConfig
-        from lizard_models.convert_folder import linearize_folder
         from lizard_models.distill import parallel
-        from lizard_models.pipeline import Plan, run
+        from lizard_models.runs.convert_folder import linearize_folder
+        from lizard_models.runs.linearize_run import Plan, run
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
@@ -130,7 +130,7 @@ def command(
         )
         console = Console(soft_wrap=True)
         if dry_run:
-            from lizard_models.planning import describe_run
+            from lizard_models.runs.cost import describe_run
 
             devices = parallel.process_count()
             parts = describe_run(teacher, chosen, devices=devices, micro_batch=micro_batch_size, widen=widen,
@@ -188,7 +188,7 @@ def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed
 
 def _resume_command(out: Path) -> str | None:
     from lizard_models.distill.parallel import process_count
-    from lizard_models.pipeline import work_folder
+    from lizard_models.runs.linearize_run import work_folder
 
     if not work_folder(out).exists():
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lizard_models.cli import bench, convert, demo, evaluate, generate, info, layers, linearize, with_module
+from lizard_models.cli import convert, demo, evaluate, generate, info, layers, linearize, with_module
 
 app = typer.Typer(
     help="Turn a pretrained Llama, Mistral, Qwen or Gemma into a model that reads any length in constant memory.",
@@ -32,7 +32,6 @@ app.command("demo")(demo.command)
 app.command("info")(info.command)
 app.command("layers")(layers.command)
 app.command("with", context_settings=with_module.PASS_ON)(with_module.command)
-app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

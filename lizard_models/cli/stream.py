@@ -31,8 +31,8 @@ def run_stream(
     """
     from lizard_models.evaluation.plot import save_stream
     from lizard_models.evaluation.stream import measure_stream
-    from lizard_models.loading import load_model
-    from lizard_models.token_stream import count_tokens, stream_tokens
+    from lizard_models.teachers.loading import load_model
+    from lizard_models.text.token_stream import count_tokens, stream_tokens
 
     loaded = load_model(name, device=device, dtype=dtype, positions=positions)
     total = count_tokens(sources)

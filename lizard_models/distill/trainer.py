@@ -24,11 +24,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
+from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles
 from lizard_models.distill.compiled import compiled
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.schedule import cosine_schedule
-from lizard_models.distill.state_files import StateFiles, refuse_pickles
 from lizard_models.recipes import Recipe
 
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix|strength)\.")

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lizard_models.data import Documents, load_documents
 from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.passkey import passkey_accuracy
 from lizard_models.evaluation.position_loss import loss_by_position
 from lizard_models.evaluation.report import CONTROL, TEACHER, Report, Row
 from lizard_models.evaluation.tasks import require_tasks, run_tasks
-from lizard_models.loading import LoadedModel, load_model
-from lizard_models.modeling_common import LizardModelMixin, lizard_config
-from lizard_models.teachers import load_teacher
+from lizard_models.model.causal_lm import LizardModelMixin, lizard_config
+from lizard_models.teachers.find import load_teacher
+from lizard_models.teachers.loading import LoadedModel, load_model
+from lizard_models.text.sequences import Documents, load_documents
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lizard_models.config import LizardConfig
-from lizard_models.convert import linearize
-from lizard_models.modeling_common import LizardCausalLM
-from lizard_models.teachers import Teacher
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.linearize import linearize
+from lizard_models.teachers.find import Teacher
 
 
 def window_control(teacher: Teacher, config: LizardConfig) -> LizardCausalLM:

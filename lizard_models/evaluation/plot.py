@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lizard_models.downloads import Say, silent
 from lizard_models.evaluation.report import Report, short
 from lizard_models.evaluation.stream import StreamReport
+from lizard_models.files.sources import Say, silent
 
 STYLES = {"teacher": ("black", "-"), "window control": ("tab:gray", "--")}
 COLOURS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:brown")

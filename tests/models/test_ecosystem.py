@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, pipeline
 from typer.testing import CliRunner
 
 from lizard_models import LizardConfig, linearize_folder
-from lizard_models.cache import LizardCache
 from lizard_models.cli.main import app
+from lizard_models.model.cache import LizardCache
 
 NEEDS_TORCHAO = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 NEEDS_BNB = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -1,0 +1,414 @@
+"""``python -m benchmarks.quality``: the rows behind docs/results.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lizard_models.cli.errors import one_line_errors
+from lizard_models.cli.options import Cache, Device, read_device, read_numbers
+
+app = typer.Typer(
+    help="Quality: every preset and ablation, trained and measured alike. One JSON file a row, one command a table.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+RESULTS = Path("benchmarks/results/quality")
+
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+Teacher = Annotated[str, typer.Option(help="Hub name, local folder, or smollm2-135m.")]
+BudgetName = Annotated[str, typer.Option(help="quick (1.6M and 0.6M tokens) or full (20M a stage).")]
+Data = Annotated[list[str] | None, typer.Option(help="Training text or token ids. May be repeated.")]
+EvalData = Annotated[list[str] | None, typer.Option(help="Held-out documents. May be repeated.")]
+
+
+@app.command("run")
+def run(
+    names: Annotated[list[str], typer.Argument(help="Tables or rows, see `python -m benchmarks.quality list`.")],
+    data: Data = None,
+    eval_data: EvalData = None,
+    budget: BudgetName = "quick",
+    stage1_steps: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=0)] = None,
+    stage2_steps: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=1)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=2)] = None,
+    measures: Annotated[
+        str, typer.Option(help="Of loss, kl, branches, restore, length, passkey, passkeys5, tasks.")
+    ] = "loss,kl,branches",
+    seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own, e.g. 0,1,2.")] = "0",
+    controls: Annotated[bool, typer.Option(help="The teacher and window control that each row needs, too.")] = True,
+    minutes: Annotated[float | None, typer.Option(help="Start no row that would not end in this time.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to use; default all there are.", min=0)] = None,
+    jobs_per_gpu: Annotated[int, typer.Option(help="Rows side by side on each GPU (or on the CPU).", min=1)] = 1,
+    eval_length: Annotated[int, typer.Option(help="Positions of an evaluation document.", min=2)] = 4096,
+    eval_documents: Annotated[int, typer.Option(help="Evaluation documents.", min=1)] = 8,
+    long_length: Annotated[int, typer.Option(help="Positions for the measure length.", min=2)] = 65_536,
+    passkey_lengths: Annotated[str, typer.Option(help="Lengths of the passkey tests.")] = (
+        "256,512,1024,2048,4096,8192,16384"
+    ),
+    passkey_trials: Annotated[int, typer.Option(help="Passkeys a length.", min=1)] = 20,
+    requests: Annotated[
+        Path | None, typer.Option(help="File from `python -m benchmarks.quality requests`, for the measure tasks.")
+    ] = None,
+    eval_sets: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --requests, where lm-eval is: folder of the sets, for requests and metrics at once."
+        ),
+    ] = None,
+    teacher: Teacher = "smollm2-135m",
+    out: Out = RESULTS,
+    work: Annotated[Path, typer.Option(help="Folder for models and checkpoints.")] = Path("quality-work"),
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, for small models.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="MLPs and norms through torch.compile while training.")
+    ] = False,
+    device: Device = None,
+    cache: Cache = None,
+) -> None:
+    """Train and measure tables or single rows, side by side; go on where an earlier run stopped.
+
+    A finished row is not repeated, a stopped one goes on from its checkpoint, a measure that a trained row lacks is
+    added to it.
+
+    [bold]Examples[/bold]
+
+    Every preset beside teacher and window control:
+    [cyan]python -m benchmarks.quality run presets --data books/ --eval-data held-out/[/cyan]
+
+    Three seeds of two tables on two GPUs in nine minutes:
+    [cyan]python -m benchmarks.quality run gates parts --seeds 0,1,2 --gpus 2 --jobs-per-gpu 3 --minutes 9 --data books/
+    --eval-data held-out/[/cyan]
+
+    One row, more measures: [cyan]python -m benchmarks.quality run recommended --measures loss,kl,length,passkey --data
+    books/ --eval-data held-out/[/cyan]
+    """
+    with one_line_errors():
+        import dataclasses
+
+        import torch
+        from rich.console import Console
+
+        from benchmarks.quality.bench import Bench
+        from benchmarks.quality.runner import Runner
+        from benchmarks.quality.selection import layer_order
+        from benchmarks.quality.tables import find_rows
+
+        if not data or not eval_data:
+            raise ValueError("--data and --eval-data are needed: training text and held-out documents")
+        if eval_sets is not None and requests is None and "tasks" in read_names(measures):
+            requests = work / "requests.xz"
+            if not requests.is_file():
+                work.mkdir(parents=True, exist_ok=True)
+                recorded_lm().record_requests(eval_sets, read_tokenizer(teacher, cache)).save(requests)
+        bench = Bench(
+            teacher=teacher,
+            data=data,
+            eval_data=eval_data,
+            budget=dataclasses.replace(
+                read_budget(budget),
+                **given(
+                    stage1_steps=stage1_steps,
+                    stage2_steps=stage2_steps,
+                    batch_size=batch_size,
+                    sequence_length=seq_len,
+                ),
+            ),
+            out=out,
+            work=work,
+            measures=read_names(measures),
+            eval_length=eval_length,
+            eval_documents=eval_documents,
+            long_length=long_length,
+            passkey_lengths=read_numbers(passkey_lengths, "--passkey-lengths"),
+            passkey_trials=passkey_trials,
+            requests=requests,
+            device=read_device(device),
+            cuda_graph=cuda_graph,
+            compile=compile,
+            cache=cache,
+        )
+        there = torch.cuda.device_count() if bench.device == "cuda" else 0
+        if gpus is not None and gpus > there:
+            raise ValueError(f"--gpus is {gpus}, but {there} CUDA devices are here")
+        rows = find_rows(
+            names,
+            read_seeds(seeds),
+            bench.budget,
+            order=layer_order(bench),
+            layers=bench.num_layers(),
+            with_controls=controls,
+        )
+        count = there if gpus is None else gpus
+        runner = Runner(bench, Console(soft_wrap=True), gpus=range(count), jobs_per_gpu=jobs_per_gpu, minutes=minutes)
+        fates = runner.run(rows)
+        if eval_sets is not None and requests is not None and "tasks" in bench.measures:
+            from benchmarks.quality.tasks.metrics import add_task_metrics
+            from benchmarks.quality.tasks.requests import Requests
+
+            add_task_metrics(
+                bench.rows, eval_sets, read_tokenizer(teacher, cache), Requests.load(requests), say=runner.say
+            )
+        if any(fate == "failed" for fate in fates.values()):
+            raise typer.Exit(1)
+
+
+EvalSets = Annotated[Path, typer.Option(help="Folder with piqa/, hellaswag/, arc_easy/, lambada_openai/ and mmlu/.")]
+Sets = Annotated[
+    str,
+    typer.Option(
+        help="Of piqa, hellaswag, arc_easy, lambada_openai, mmlu, mmlu_letters; mmlu_letters:10 takes 10 a subject."
+    ),
+]
+
+
+@app.command("requests")
+def record_requests(
+    eval_sets: EvalSets,
+    out: Annotated[Path, typer.Option(help="File to write, .xz.")],
+    sets: Sets = "piqa,hellaswag,arc_easy,lambada_openai,mmlu",
+    limit: Annotated[int | None, typer.Option(help="Documents a task; default all.", min=1)] = None,
+    teacher: Teacher = "smollm2-135m",
+    cache: Cache = None,
+) -> None:
+    """Record what lm-eval asks a model, as token ids, so that a machine without lm-eval can answer.
+
+    Then `run --measures tasks --requests FILE` scores it there, and `tasks` makes metrics of the scores here.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality requests --eval-sets eval/ --out requests.xz[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        requests = recorded_lm().record_requests(eval_sets, read_tokenizer(teacher, cache), read_names(sets), limit)
+        requests.save(out)
+        size = out.stat().st_size / 2**20
+        Console(soft_wrap=True).print(f"{len(requests)} requests, {size:.1f} MiB, sha256 of the ids {requests.digest}")
+
+
+@app.command("tasks")
+def task_metrics(
+    eval_sets: EvalSets,
+    requests: Annotated[Path, typer.Option(help="The file that was scored.")],
+    sets: Sets = "piqa,hellaswag,arc_easy,lambada_openai,mmlu",
+    limit: Annotated[int | None, typer.Option(help="As the requests were recorded.", min=1)] = None,
+    budget: BudgetName = "quick",
+    teacher: Teacher = "smollm2-135m",
+    out: Out = RESULTS,
+    cache: Cache = None,
+) -> None:
+    """Turn scores into lm-eval's metrics, for every row that has scores and no metrics of them yet.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality tasks --eval-sets eval/ --requests requests.xz --budget full[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from benchmarks.quality.tasks.requests import Requests
+
+        recorded_lm()
+        from benchmarks.quality.tasks.metrics import add_task_metrics
+
+        console = Console(soft_wrap=True)
+        add_task_metrics(
+            out / read_budget(budget).name,
+            eval_sets,
+            read_tokenizer(teacher, cache),
+            Requests.load(requests),
+            read_names(sets),
+            limit,
+            lambda message: console.print(message, highlight=False),
+        )
+
+
+@app.command("mqar")
+def mqar(
+    mixers: Annotated[str, typer.Option(help="Of attention, lizard, gla and window.")] = "attention,lizard,gla,window",
+    seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own.")] = "0",
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 3000,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.", min=1)] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=8)] = 512,
+    pairs: Annotated[str, typer.Option(help="Numbers of key-value pairs.")] = "16,32,64,128",
+    vocabulary: Annotated[int, typer.Option(help="Half keys, half values.", min=8)] = 8192,
+    width: Annotated[int, typer.Option(help="Width of the models.", min=4)] = 128,
+    window: Annotated[int, typer.Option(help="Window of the hybrid.", min=1)] = 32,
+    learning_rates: Annotated[str, typer.Option(help="Peak rates; each row keeps the best.")] = "1e-3,3e-3",
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; default bf16 on a GPU.")] = None,
+    jobs: Annotated[int, typer.Option(help="Trainings side by side.", min=1)] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Start no training after this time.")] = None,
+    out: Out = RESULTS,
+    device: Device = None,
+) -> None:
+    """Associative recall from scratch: the hybrid beside attention, its linear branch alone and a window alone.
+
+    Memories have the same number of bytes a layer. One JSON file a mixer and seed in OUT/mqar; finished ones are kept.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality mqar --seeds 0,1,2 --jobs 8[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from benchmarks.quality.mqar import MIXERS, Recall, run_recall
+
+        kinds = read_names(mixers)
+        if unknown := sorted(set(kinds) - set(MIXERS)):
+            raise ValueError(f"--mixers: no {', '.join(unknown)}; known are {', '.join(MIXERS)}")
+        place = read_device(device)
+        tasks = [
+            Recall(
+                precision=precision or ("fp32" if place == "cpu" else "bf16"),
+                length=length,
+                pairs=tuple(read_numbers(pairs, "--pairs")),
+                vocabulary=vocabulary,
+                width=width,
+                window=window,
+                steps=steps,
+                batch_size=batch_size,
+                seed=seed,
+            )
+            for seed in read_seeds(seeds)
+        ]
+        console = Console(soft_wrap=True)
+        run_recall(
+            out / "mqar",
+            [(kind, task) for task in tasks for kind in kinds],
+            [float(rate) for rate in read_names(learning_rates)],
+            device=place,
+            jobs=jobs,
+            minutes=minutes,
+            say=lambda message: console.print(message, highlight=False),
+        )
+
+
+@app.command("docs")
+def docs(
+    document: Annotated[Path, typer.Option(help="Page to write the quality part of.")] = Path("docs/results.md"),
+    out: Out = RESULTS,
+) -> None:
+    """Write the quality part of docs/results.md, tables and plots, from the JSON files of the rows.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality docs[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        for path, what in ((document, "--document"), (out, "--out")):
+            if not path.exists():
+                raise ValueError(f"{what} {str(path)!r} is not there; run from the repository, or give another")
+        try:
+            from benchmarks.quality.report import write_docs
+
+            write_docs(document, out)
+        except ImportError as error:
+            raise ValueError("docs: plots need matplotlib; pip install 'lizard-attn[demo]'") from error
+        Console(soft_wrap=True).print(f"written: {document}")
+
+
+@app.command("dry-run")
+def dry_run(
+    teachers: Annotated[list[str] | None, typer.Argument(help="Default: Llama-3.2-1B, Llama-3-8B, Mistral-7B.")] = None,
+    preset: Annotated[str, typer.Option(help="The preset to plan for.")] = "recommended",
+    budget: BudgetName = "full",
+    tflops: Annotated[float, typer.Option(help="Arithmetic that a device achieves, TFLOP/s.", min=0.1)] = 300.0,
+    devices: Annotated[int, typer.Option(help="Devices that share the work.", min=1)] = 1,
+    micro_batch_size: Annotated[int, typer.Option(help="Sequences that go through at a time.", min=1)] = 1,
+    cache: Cache = None,
+) -> None:
+    """Shapes, new parameters, memory and time of a row for larger teachers, without their weights.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality dry-run meta-llama/Meta-Llama-3-8B --preset paper[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from benchmarks.quality.rows import RowSpec
+        from lizard_models.runs.cost import describe_run, known_shapes
+
+        chosen = RowSpec(name=preset, preset=preset).config(read_budget(budget), 0)
+        for name in teachers or known_shapes():
+            for part in describe_run(
+                name, chosen, achieved=tflops, devices=devices, micro_batch=micro_batch_size, cache=cache
+            ):
+                Console(soft_wrap=True).print(part, highlight=False)
+
+
+@app.command("list")
+def list_rows() -> None:
+    """Show the tables and the rows in them."""
+    with one_line_errors():
+        from rich.console import Console
+
+        from benchmarks.quality.tables import TABLES
+
+        console = Console(soft_wrap=True)
+        for name, table in TABLES.items():
+            about = (table.__doc__ or "").strip().splitlines()[0]
+            rows = ", ".join(row.name for row in table(range(30), 30))
+            console.print(f"[bold]{name}[/bold]: {about}\n  {rows}", highlight=False)
+
+
+def recorded_lm() -> Any:
+    """The module that needs lm-eval. Raises ValueError if it is missing."""
+    try:
+        from benchmarks.quality.tasks import recorded_lm
+    except ImportError as error:
+        raise ValueError("tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'") from error
+    return recorded_lm
+
+
+def read_tokenizer(teacher: str, cache: str | None) -> Any:
+    """A teacher's tokenizer. Raises ValueError if it has none."""
+    from lizard_models.teachers.find import find_teacher, load_tokenizer
+
+    tokenizer = load_tokenizer(find_teacher(teacher, cache=cache)[0])
+    if tokenizer is None:
+        raise ValueError(f"teacher {teacher!r} has no tokenizer, which tasks need")
+    return tokenizer
+
+
+def read_names(text: str) -> list[str]:
+    """Words with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_budget(name: str) -> Any:
+    """A budget by name. Raises ValueError for others."""
+    from benchmarks.quality.rows import BUDGETS
+
+    if name not in BUDGETS:
+        raise ValueError(f"--budget is {name!r}, wanted {' or '.join(BUDGETS)}")
+    return BUDGETS[name]
+
+
+def read_seeds(text: str) -> list[int]:
+    """Whole numbers from 0 with commas between them. Raises ValueError."""
+    try:
+        seeds = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"--seeds is {text!r}, wanted numbers such as 0,1,2")
+    return seeds
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks.quality")

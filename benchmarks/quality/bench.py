@@ -1,0 +1,153 @@
+"""Where a benchmark's rows are trained, measured and written. One object that every process of a run shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.rows import MEASURES, TEACHER, Budget, RowSpec
+from lizard_models.config import LizardConfig
+from lizard_models.evaluation.report import without_nan
+from lizard_models.teachers.find import find_teacher
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """Teacher, data, folders and what to measure."""
+
+    teacher: str
+    data: list[str]
+    eval_data: list[str]
+    budget: Budget
+    out: Path
+    """Folder of the results; rows go into a folder of the budget's name in it."""
+    work: Path
+    """Folder of models and checkpoints, which may be deleted when the rows are finished."""
+    measures: list[str] = field(default_factory=lambda: ["loss", "kl", "branches"])
+    eval_length: int = 4096
+    eval_documents: int = 8
+    long_length: int = 65_536
+    passkey_lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16_384])
+    passkey_trials: int = 20
+    """Keys a length. Lengths that cannot hold five keys of five to eight digits are left out of ``passkeys5``."""
+    requests: Path | None = None
+    """File of task requests, for the measure ``tasks``."""
+    device: str = "cpu"
+    cuda_graph: bool = False
+    """Train with every step as one CUDA graph, see ``RunArguments``."""
+    compile: bool = False
+    """Train with MLPs and norms compiled, see ``RunArguments``."""
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.measures) - set(MEASURES)):
+            raise ValueError(f"measures: no {', '.join(unknown)}; known are {', '.join(MEASURES)}")
+        if "tasks" in self.measures and self.requests is None:
+            raise ValueError("measures: tasks needs a file of requests (--requests)")
+
+    @property
+    def rows(self) -> Path:
+        """Folder of the rows' JSON files."""
+        return self.out / self.budget.name
+
+    def record_path(self, spec: RowSpec) -> Path:
+        """The row's JSON file."""
+        return self.rows / f"{spec.stem}.json"
+
+    def scores_path(self, spec: RowSpec) -> Path:
+        """The row's answers to the task requests."""
+        return self.rows / "scores" / f"{spec.stem}.npz"
+
+    def num_layers(self) -> int:
+        """Layers of the teacher."""
+        return find_teacher(self.teacher, cache=self.cache)[1].num_hidden_layers
+
+    def settings(self, spec: RowSpec, num_layers: int) -> dict[str, Any]:
+        """What a row's numbers depend on, as far as it is known before it runs."""
+        return {
+            "teacher": self.teacher,
+            "row": dataclasses.asdict(spec),
+            "budget": dataclasses.asdict(self.budget),
+            "config": spec.config(self.budget, num_layers).to_dict(),
+            "data": [Path(source).name for source in self.data],
+        }
+
+    def record(self, spec: RowSpec, num_layers: int) -> dict[str, Any] | None:
+        """The row as far as it is finished, None if there is none with these settings."""
+        path = self.record_path(spec)
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text())
+        return record if _completed(record["settings"]) == _completed(self.settings(spec, num_layers)) else None
+
+    def missing(self, spec: RowSpec, num_layers: int) -> list[str]:
+        """The measures that the row still lacks, in order."""
+        record = self.record(spec, num_layers)
+        config = spec.config(self.budget, num_layers)
+        wanted = [m for m in MEASURES if m in self.measures and applies(m, spec, config)]
+        done = set(record["measures"]) if record else set()
+        if record and self.scores_path(spec).is_file():
+            done.add("tasks")
+        return [m for m in wanted if m not in done]
+
+    def to_json(self) -> str:
+        """The inverse of ``from_json``."""
+        return json.dumps(dataclasses.asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Bench:
+        """A bench in another process."""
+        values = json.loads(text)
+        values["budget"] = Budget(**values["budget"])
+        for name in ("out", "work", "requests"):
+            values[name] = None if values[name] is None else Path(values[name])
+        return cls(**values)
+
+
+WINDOW_FIELDS = ("linear_branch", "window", "window_rope", "anchors", "positions", "position_limit", "position_step",
+                 "num_sinks", "sinks_per_head", "sink_form", "sink_init", "sink_spread")  # fmt: skip
+
+
+def _completed(settings: dict[str, Any]) -> Any:
+    """Settings with the defaults of fields that did not exist when they were written; None for unreadable ones.
+
+    Of the row what its configuration does not say: which preset with which changes that is does not matter. A stage
+    that the row leaves out is left out, what converted layers would compute for a teacher, which has none, and what the
+    linear branch of a window alone would be.
+    """
+    try:
+        config = LizardConfig.from_dict(settings["config"]).to_dict()
+        row = dataclasses.asdict(RowSpec(**settings["row"]))
+        if row["preset"] == TEACHER:
+            del config["attention"]
+        elif not config["attention"]["linear_branch"]:
+            config["attention"] = {key: config["attention"][key] for key in WINDOW_FIELDS}
+        for stage in ("stage1", "stage2"):
+            if not row[stage]:
+                del config[stage]
+        row = {key: value for key, value in row.items() if key not in ("name", "preset", "changes", "longer")}
+    except (TypeError, ValueError):
+        return None
+    return json.loads(json.dumps({**settings, "config": config, "row": row}))
+
+
+def applies(measure: str, spec: RowSpec, config: LizardConfig) -> bool:
+    """Whether a measure says anything about a row: branches and restoration need a linear branch."""
+    if measure in ("branches", "restore"):
+        return spec.preset != TEACHER and config.attention.linear_branch
+    return measure != "kl" or spec.preset != TEACHER or spec.stage2
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a file whole or not at all, without NaN."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(json.dumps(without_nan(values), indent=1) + "\n")
+    os.chmod(draft, 0o644)
+    os.replace(draft, path)

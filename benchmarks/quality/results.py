@@ -1,0 +1,174 @@
+"""The rows' JSON files, read: numbers by row and seed, shares against the right controls, means and spreads."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.rows import Budget, RowSpec, controls
+from lizard_models.config import LizardConfig
+from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
+from lizard_models.evaluation.report import past_edge
+
+
+@dataclass(frozen=True)
+class Number:
+    """Mean over seeds, standard deviation over seeds (None for one seed), and how many."""
+
+    mean: float
+    spread: float | None
+    seeds: int
+
+    def text(self, digits: int = 3, percent: bool = False) -> str:
+        """As a table has it."""
+        scale, sign = (100, "%") if percent else (1, "")
+        shown = f"{scale * self.mean:.{digits}f}"
+        return f"{shown}{sign}" if self.spread is None else f"{shown} ± {scale * self.spread:.{digits}f}{sign}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row's file."""
+
+    values: dict[str, Any]
+
+    @property
+    def spec(self) -> RowSpec:
+        """What the row is, by the configuration it trained with: its preset may have changed since."""
+        settings = self.values["settings"]
+        row = RowSpec(**settings["row"])
+        if "config" not in settings:
+            return row
+        trained = LizardConfig.from_dict(settings["config"]).to_dict()
+        return replace(
+            row, changes={**row.changes, **{part: trained[part] for part in ("attention", "stage1", "stage2")}}
+        )
+
+    @property
+    def budget(self) -> Budget:
+        """How long it trained."""
+        return Budget(**self.values["settings"]["budget"])
+
+    def losses(self, *path: str) -> PositionLoss | None:
+        """Losses by position under keys of ``measures``, e.g. ("loss",) or ("branches", "without_linear")."""
+        found: Any = self.values["measures"]
+        for key in path:
+            found = found.get(key) if found else None
+        return None if found is None else as_loss(found)
+
+
+class Results:
+    """Every row of one budget in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: dict[str, dict[int, Record]] = {}
+        for path in sorted(folder.glob("*.json")):
+            record = Record(json.loads(path.read_text()))
+            self.records.setdefault(record.spec.name, {})[record.spec.seed] = record
+
+    def has(self, name: str, measure: str = "loss") -> bool:
+        """Whether a row has a measure."""
+        return any(measure in record.values["measures"] for record in self.records.get(name, {}).values())
+
+    def number(self, name: str, value: Callable[[Record], float | None]) -> Number | None:
+        """A value of a row over its seeds, None where no seed has it."""
+        values = [v for record in self.records.get(name, {}).values() if (v := value(record)) is not None]
+        if not values:
+            return None
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return Number(statistics.mean(values), spread, len(values))
+
+    def past(self, name: str) -> Number | None:
+        """Loss past 2048 (or the last edge below it)."""
+        return self.number(name, past_loss)
+
+    def share(self, name: str) -> Number | None:
+        """Recovered share past 2048 against control and teacher of the same seed, trained alike."""
+        if name.startswith(("teacher", "control")):
+            return None
+        return self.number(name, lambda record: self._share(record, record.spec))
+
+    def narrow_share(self, name: str) -> Number | None:
+        """The share against a control without wide layers, of a row or of its own control."""
+        return self.number(name, self._narrow_share)
+
+    def beside(self, name: str, other: str) -> float | None:
+        """Loss past 2048 of a row minus that of another, each above the teacher trained alike where these are two.
+
+        Fine-tuning on text moves every model toward it. None where a row, or one of two teachers, was not measured.
+        """
+        rows = [self.past(name), self.past(other)]
+        records = [next(iter(self.records.get(row, {}).values()), None) for row in (name, other)]
+        alike = [None if r is None else controls(r.spec, r.budget)["teacher"].name for r in records]
+        if alike[0] != alike[1]:
+            rows += [self.past(teacher) if teacher is not None else None for teacher in alike]
+        if any(row is None for row in rows):
+            return None
+        first, second, *teachers = (row.mean for row in rows if row is not None)
+        return first - second - (teachers[0] - teachers[1] if teachers else 0.0)
+
+    def _narrow_share(self, record: Record) -> float | None:
+        spec = record.spec
+        return self._share(record, replace(spec, changes={**spec.changes, "wide_layers": []}))
+
+    def _share(self, record: Record, against: RowSpec) -> float | None:
+        """against: the row whose controls are meant."""
+        loss = record.losses("loss")
+        if loss is None:
+            return None
+        beside = {}
+        for role, spec in controls(against, record.budget).items():
+            found = self.records.get(spec.name, {})
+            one = found.get(record.spec.seed) or found.get(0)
+            beside[role] = None if one is None else one.losses("loss")
+        edge = past_edge(loss.edges)
+        if edge is None or beside["teacher"] is None or beside["control"] is None:
+            return None
+        return recovered_share(beside["teacher"], beside["control"], loss, edge)
+
+    def kl(self, name: str) -> Number | None:
+        """KL to the untrained teacher, mean over positions."""
+        return self.number(name, lambda r: None if (kl := r.losses("kl")) is None else kl.past(0))
+
+    def hashes(self) -> dict[str, set[str]]:
+        """The hashes of the data that the rows saw."""
+        found: dict[str, set[str]] = {}
+        for records in self.records.values():
+            for record in records.values():
+                for key, value in record.values["hashes"].items():
+                    found.setdefault(key, set()).add(value[:12])
+        return found
+
+    def machines(self) -> set[str]:
+        """Chips and versions the rows ran with."""
+        return {
+            f"{e['device']}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}, {e['dtype']}"
+            for records in self.records.values()
+            for e in (record.values["environment"] for record in records.values())
+        }
+
+
+def past_loss(record: Record) -> float | None:
+    """Loss past 2048 (or the last edge below it) of one record."""
+    loss = record.losses("loss")
+    edge = None if loss is None else past_edge(loss.edges)
+    return None if loss is None or edge is None else loss.past(edge)
+
+
+def as_loss(values: dict[str, Any]) -> PositionLoss:
+    """The inverse of a loss's JSON; an unknown error is NaN again."""
+    errors = tuple(float("nan") if error is None else error for error in values["errors"])
+    means = tuple(float("nan") if mean is None else mean for mean in values["means"])
+    return PositionLoss(tuple(values["edges"]), means, errors)
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,259 @@
+"""One row: trained, measured, and written to its JSON file after every step of the way."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+
+from benchmarks.quality.bench import Bench, write_json
+from benchmarks.quality.branches import switched_off
+from benchmarks.quality.retrieval_data import WithPasskeys
+from benchmarks.quality.rows import TEACHER, RowSpec
+from lizard_models.distill import RunArguments, layer_errors, train_stage1, train_stage2
+from lizard_models.evaluation import (
+    PositionLoss,
+    divergence_by_position,
+    environment,
+    loss_by_position,
+    passkey_accuracy,
+)
+from lizard_models.evaluation.passkey import shortest_length
+from lizard_models.evaluation.restoration import restoration_savings
+from lizard_models.files.sources import Say, appear_whole
+from lizard_models.model.linearize import linearize
+from lizard_models.model.widen import widen
+from lizard_models.runs.linearize_run import precision
+from lizard_models.teachers.find import load_teacher
+from lizard_models.teachers.loading import load_model
+from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
+
+RESTORE_TOKENS = 2048  # of each document, for the KL that restoring a layer saves
+
+
+def run_row(spec: RowSpec, bench: Bench, say: Say) -> dict[str, Any]:
+    """Trains and measures what the row still lacks and returns its record. Goes on from checkpoints."""
+    return _Row(spec, bench, say).finish()
+
+
+class _Row:
+    def __init__(self, spec: RowSpec, bench: Bench, say: Say) -> None:
+        self.spec, self.bench, self.say = spec, bench, say
+        self.started = time.monotonic()
+        self.folder = bench.work / bench.budget.name / spec.stem
+        self.num_layers = bench.num_layers()
+        self.config = spec.config(bench.budget, self.num_layers)
+        dtype = precision(self.config.stage1, bench.device)
+        self.teacher = load_teacher(bench.teacher, dtype=dtype, device=bench.device, cache=bench.cache, say=say)
+        self.reference = copy.deepcopy(self.teacher.model)  # stage 2 changes the weights that the student shares
+        self.documents = self._documents(bench.eval_length, bench.eval_documents)
+        settings = bench.settings(spec, self.num_layers)
+        found = bench.record(spec, self.num_layers)
+        self.record = found or {"settings": settings, "measures": {}, "stages": {}, "hashes": {}, "seconds": 0.0}
+        self.before = self.record["seconds"]
+        self.record["environment"] = environment() | {"dtype": str(dtype).removeprefix("torch.")}
+        self.record["hashes"]["validation"] = self.documents.digest
+
+    def finish(self) -> dict[str, Any]:
+        missing = self.bench.missing(self.spec, self.num_layers)
+        if not missing:
+            return self.record
+        model = self._model(missing)
+        for measure in missing:
+            if measure not in self.record["measures"]:
+                self._measure(measure, model)
+        return self.record
+
+    def _documents(self, length: int, count: int) -> Documents:
+        return load_documents(
+            self.bench.eval_data,
+            self.teacher.tokenizer,
+            length + 1,
+            count=count,
+            vocab_size=self.teacher.model.config.vocab_size,
+        )
+
+    def _model(self, missing: list[str]) -> Any:
+        spec, finished = self.spec, self.folder / "model"
+        if finished.is_dir():
+            self.say(f"{spec.stem}: trained before")
+            return load_model(str(finished), device=self.bench.device).model
+        if spec.preset == TEACHER and not spec.stage2:
+            return self.reference
+        config = self.config.replace(wide_layers=[]) if spec.widened else self.config
+        model: Any = linearize(self.teacher.model, config).requires_grad_(False)
+        trains = any(True for _ in model.lizard_parameters())
+        if spec.stage1 and trains and self.bench.budget.stage1_steps:
+            result = train_stage1(model, self._sequences("stage1"), self._run_arguments("stage1"))
+            self._trained("stage1", result)
+            after: dict[str, Any] = {"loss": _plain(self._loss(model))}
+            tokens = self.documents.tokens[:, : self.config.stage1.sequence_length]
+            errors = layer_errors(model, tokens, batch_size=4)
+            after |= {"relative_error": errors.mean().item(), "layer_errors": errors.tolist()}
+            self.record["after_stage1"] = after
+            if "restore" in missing:
+                self._measure("restore", model)
+        if spec.widened:
+            widen(model, self.config.wide_layers)
+        if spec.stage2 and self.bench.budget.stage2_steps:
+            model, result = train_stage2(model, self._sequences("stage2"), self._run_arguments("stage2"))
+            self._trained("stage2", result)
+        if spec.stage1 or spec.stage2:
+            with appear_whole(finished) as draft:
+                model.save_pretrained(draft)
+        return model
+
+    def _sequences(self, stage: str) -> Any:
+        recipe = getattr(self.config, stage)
+        sequences: Any = load_sequences(
+            self.bench.data,
+            self.teacher.tokenizer,
+            recipe.sequence_length,
+            seed=recipe.seed,
+            examples=None,
+            vocab_size=self.teacher.model.config.vocab_size,
+        )
+        if self.spec.passkeys:
+            if not isinstance(sequences, PackedTokens) or self.teacher.tokenizer is None:
+                raise ValueError("data: passkeys are mixed into local text, with a teacher that has a tokenizer")
+            sequences = WithPasskeys(sequences, self.teacher.tokenizer, self.spec.passkeys, recipe.seed)
+        self.record["hashes"][stage] = sequences.digest
+        return sequences
+
+    def _run_arguments(self, stage: str) -> RunArguments:
+        folder = self.folder / stage
+        return RunArguments(
+            output_dir=folder,
+            resume=folder.is_dir(),
+            device=self.bench.device,
+            save_steps=200,
+            cuda_graph=self.bench.cuda_graph,
+            compile=self.bench.compile,
+            title=f"{self.spec.stem} {stage}",
+        )
+
+    def _trained(self, stage: str, result: Any) -> None:
+        self.record["stages"][stage] = {
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "parameters": result.parameters,
+            "final_loss": result.final_loss,
+            "losses": result.losses[:: max(1, len(result.losses) // 40)],
+        }
+        self._write()
+
+    def _loss(self, model: Any) -> PositionLoss:
+        return loss_by_position(model, self.documents.tokens, batch_size=4)
+
+    @torch.no_grad()
+    def _measure(self, name: str, model: Any) -> None:
+        begun = time.monotonic()
+        value = getattr(self, f"_{name}_of")(model)
+        if value is not None:
+            self.record["measures"][name] = value
+        self._write()
+        free_memory()  # of what long texts took, for the rows beside this one
+        self.say(f"{self.spec.stem}: {name} measured in {time.monotonic() - begun:.0f} s")
+
+    def _write(self) -> None:
+        self.record["seconds"] = self.before + time.monotonic() - self.started
+        write_json(self.bench.record_path(self.spec), self.record)
+
+    def _loss_of(self, model: Any) -> dict[str, Any]:
+        return _plain(self._loss(model))
+
+    def _kl_of(self, model: Any) -> dict[str, Any]:
+        return _plain(divergence_by_position(model, self.reference, self.documents.tokens, batch_size=2))
+
+    def _branches_of(self, model: Any) -> dict[str, Any]:
+        losses = {}
+        for branch in ("linear", "window"):
+            with switched_off(model, branch):  # type: ignore[arg-type]
+                losses[f"without_{branch}"] = _plain(self._loss(model))
+        return losses
+
+    def _restore_of(self, model: Any) -> dict[str, Any]:
+        tokens = self.documents.tokens[:, : RESTORE_TOKENS + 1]
+        return restoration_savings(model, self.reference, tokens, batch_size=4)
+
+    def _length_of(self, model: Any) -> dict[str, Any]:
+        documents = self._documents(self.bench.long_length, self.bench.eval_documents)
+        self.record["hashes"]["length"] = documents.digest
+        return _plain(loss_by_position(model, documents.tokens))
+
+    def _passkey_of(self, model: Any) -> dict[str, float]:
+        return self._passkeys(model, keys=1)
+
+    def _passkeys5_of(self, model: Any) -> dict[str, float]:
+        return self._passkeys(model, keys=5)
+
+    def _passkeys(self, model: Any, keys: int) -> dict[str, float]:
+        lengths, trials = self.bench.passkey_lengths, self.bench.passkey_trials
+        tokenizer = self.teacher.tokenizer
+        if tokenizer is None:
+            raise ValueError("measures: passkeys need the teacher's tokenizer")
+        least = shortest_length(tokenizer, keys)
+        lengths = [length for length in lengths if length >= least]
+        found = passkey_accuracy(model, tokenizer, lengths, trials=trials, keys=keys, batch_tokens=1 << 15)
+        return {str(length): share for length, share in found.items()}
+
+    def _tasks_of(self, model: Any) -> None:
+        from benchmarks.quality.tasks.requests import Requests, score
+
+        assert self.bench.requests is not None
+        requests = Requests.load(self.bench.requests)
+        scores = score(model, requests, say=self.say)
+        path = self.bench.scores_path(self.spec)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores.save(path)
+        self.record["hashes"]["requests"] = requests.digest
+
+
+def _plain(loss: PositionLoss) -> dict[str, Any]:
+    return dataclasses.asdict(loss)
+
+
+def main() -> None:
+    """Runs the rows that come on standard input, one a line: {"bench": ..., "row": ...}.
+
+    Answers each with a line {"row": stem, "fate": ..., "message": ...} on standard output; all else goes to standard
+    error. Ends with its input, and after an error that may have left the device unusable.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        job = json.loads(line)
+        bench, spec = Bench.from_json(json.dumps(job["bench"])), RowSpec(**job["row"])
+        failure = ""
+        usable = True
+        try:
+            run_row(spec, bench, lambda message: print(message, flush=True))
+        except Exception as error:
+            traceback.print_exc()
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            usable = isinstance(error, ValueError | FloatingPointError)
+        fate = {"row": spec.stem, "fate": "failed" if failure else "finished", "message": failure}
+        print(json.dumps(fate), file=answers, flush=True)
+        if not usable:
+            sys.exit(1)
+        free_memory()
+
+
+def free_memory() -> None:
+    """Hands memory that is not in use back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Llama as a Lizard: what differs from transformers' own."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+
+from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardDecoder
+
+
+class LizardLlamaConfig(LlamaConfig):
+    """A Llama config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
+
+    model_type = "lizard_llama"
+    lizard: dict | None = None
+
+
+class LizardLlamaAttention(LizardAttention, LlamaAttention):  # type: ignore[misc]
+    """Llama's projections around a hybrid attention."""
+
+    eager_attention_forward = staticmethod(eager_attention_forward)
+
+
+class LizardLlamaModel(LizardDecoder, LlamaModel):
+    """Llama's decoder with hybrid attention layers."""
+
+    config: LizardLlamaConfig
+    config_class = LizardLlamaConfig
+    attention_class = LizardLlamaAttention
+
+
+class LizardLlamaForCausalLM(LizardCausalLM, LlamaForCausalLM):
+    """Llama with hybrid attention layers and a language-model head."""
+
+    config: LizardLlamaConfig
+    config_class = LizardLlamaConfig
+    decoder_class = LizardLlamaModel
+
+
+AutoConfig.register("lizard_llama", LizardLlamaConfig)
+AutoModel.register(LizardLlamaConfig, LizardLlamaModel)
+AutoModelForCausalLM.register(LizardLlamaConfig, LizardLlamaForCausalLM)

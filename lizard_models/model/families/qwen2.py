@@ -1,0 +1,49 @@
+"""Qwen2 as a Lizard: what differs from transformers' own."""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, eager_attention_forward
+
+from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardDecoder
+
+
+class LizardQwen2Config(Qwen2Config):
+    """A Qwen2 config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
+
+    model_type = "lizard_qwen2"
+    lizard: dict | None = None
+
+
+class LizardQwen2Attention(LizardAttention, Qwen2Attention):  # type: ignore[misc]
+    """Qwen2's projections, with their biases, around a hybrid attention."""
+
+    eager_attention_forward = staticmethod(eager_attention_forward)
+
+
+class LizardQwen2Model(LizardDecoder, Qwen2Model):
+    """Qwen2's decoder with hybrid attention layers."""
+
+    config: LizardQwen2Config
+    config_class = LizardQwen2Config
+    attention_class = LizardQwen2Attention
+
+
+class LizardQwen2ForCausalLM(LizardCausalLM, Qwen2ForCausalLM):
+    """Qwen2 with hybrid attention layers and a language-model head."""
+
+    config: LizardQwen2Config
+    config_class = LizardQwen2Config
+    decoder_class = LizardQwen2Model
+
+
+AutoConfig.register("lizard_qwen2", LizardQwen2Config)
+AutoModel.register(LizardQwen2Config, LizardQwen2Model)
+AutoModelForCausalLM.register(LizardQwen2Config, LizardQwen2ForCausalLM)

@@ -1,0 +1,63 @@
+"""From a teacher to a Lizard model around the teacher's own weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lizard_models.config import LizardConfig
+from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardModelMixin
+from lizard_models.model.families import family_of
+from lizard_models.model.positions import with_far_positions
+
+
+def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
+    """The Lizard model of a teacher, around the same weights.
+
+    model: the causal language model of a family in ``families.FAMILIES``. Its modules are shared, not copied: the
+    teacher stays usable, and what trains or moves one moves the other. New parameters are float32, on the device of
+    the layer they join.
+
+    Raises ValueError for another architecture, a model that is a Lizard already, an index in ``softmax_layers``
+    that the model does not have, or a window wider than the sliding window of a layer to convert.
+    """
+    if isinstance(model, LizardModelMixin):
+        raise ValueError(f"model is a {type(model).__name__} already: linearize takes its teacher")
+    try:
+        family = family_of(model.config, model)
+    except ValueError as error:
+        raise ValueError(f"model cannot be converted: {error}") from None
+    with torch.device("meta"):
+        student = family(student_config(model.config, config))
+    for name, module in model.named_modules():
+        if name and not any(True for _ in module.children()):
+            student.set_submodule(name, module)
+    teacher_rope: Any = model.model.rotary_emb  # made anew: a teacher cast to half precision has rounded frequencies
+    rope = type(teacher_rope)(student.config).to(next(teacher_rope.buffers()).device)
+    student.model.rotary_emb = with_far_positions(rope)
+    for attention in student.lizard_attentions():
+        start_new_parameters(student, attention, attention.q_proj.weight.device)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student.train(model.training)
+
+
+def start_new_parameters(student: LizardCausalLM, attention: LizardAttention, device: torch.device | str) -> None:
+    """Gives a layer's new parameters, now on the meta device, their starts on ``device``."""
+    attention.lizard.to_empty(device=device)
+    for module in attention.lizard.modules():
+        student._init_weights(module)
+
+
+def student_config(teacher: PreTrainedConfig, config: LizardConfig) -> PreTrainedConfig:
+    """The transformers config of the Lizard model that ``config`` makes of a teacher's."""
+    family = family_of(teacher)
+    values = {k: v for k, v in teacher.to_dict().items() if k not in ("model_type", "transformers_version")}
+    values |= {"architectures": [family.__name__], "lizard": config.to_dict()}
+    kind: Any = family.config_class
+    student = kind.from_dict(values)
+    student._attn_implementation = teacher._attn_implementation
+    student._name_or_path = teacher._name_or_path
+    return student

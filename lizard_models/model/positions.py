@@ -1,0 +1,125 @@
+"""Positions past the teacher's context: exact angles at any of them, and anchors that stay in the range it knows."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lizard_layers import AnchorBlock
+from lizard_models.model.layer_configs import lizard_config
+
+
+class PositionRange(NamedTuple):
+    """Positions from 0 to ``limit``; past it, i stands for i - shift(i), which runs through the last ``step`` of them.
+
+    shift(i) = 0 for i < limit, step * (floor((i - limit) / step) + 1) from there on.
+    """
+
+    limit: int
+    step: int
+
+    def shift(self, positions: Tensor) -> Tensor:
+        """shift(i) of positions of any shape, int64."""
+        beyond = torch.div(positions - self.limit, self.step, rounding_mode="floor") + 1
+        return beyond.clamp(min=0) * self.step
+
+
+def position_range(config: PreTrainedConfig) -> PositionRange:
+    """``position_limit`` and ``position_step`` of a Lizard model with their defaults filled in.
+
+    A teacher whose context is shorter than window and anchors together has seen no position that the window could
+    do without: they are the limit then.
+    """
+    chosen = lizard_config(config)
+    choices, window = chosen.attention, chosen.wide_window if chosen.wide_layers else chosen.attention.window
+    limit = choices.position_limit or max(config.max_position_embeddings, window + choices.anchors)
+    return PositionRange(limit, choices.position_step or max(1, limit // 2))
+
+
+def moves_anchors(config: PreTrainedConfig) -> bool:
+    """Whether the layers turn their anchors on past the limit."""
+    choices = lizard_config(config).attention
+    return choices.positions == "clamped" and choices.anchors > 0 and choices.window_rope
+
+
+class FarRotary:
+    """Mixed into a family's rotary embedding by ``with_far_positions``.
+
+    float32 angles lose their last bits with the position (3e-2 radians at a million, neighbours coincide from
+    16,777,216 on), and kinds that rescale with the length would turn later keys by other frequencies than the keys
+    already stored. So past the limit the family gives the angles of i - shift(i), and R(shift(i)), from float64, turns
+    them on: cos and sin of the same total angle. Up to the limit they are the family's, bit for bit.
+    """
+
+    range: PositionRange | None  # None leaves everything to the family
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """x: for its device and dtype. position_ids [B or 1, T] -> cos, sin [B or 1, T, D] in x's dtype."""
+        family: Any = super().forward  # type: ignore[misc]
+        if self.range is None:
+            return family(x, position_ids, *args, **kwargs)
+        shift = self.range.shift(position_ids)
+        exact = x.new_empty(0, dtype=torch.float32)
+        cos, sin = family(exact, position_ids - shift, *args, **kwargs)
+        kind = args[0] if args else kwargs.get("layer_type")
+        far_cos, far_sin = self.turn(shift, kind)
+        turned = cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
+        return turned[0].to(x.dtype), turned[1].to(x.dtype)
+
+    def turn(self, positions: Tensor, kind: str | None = None) -> tuple[Tensor, Tensor]:
+        """cos, sin [..., D] float32 of R(positions) without the family's scaling, from float64 angles.
+
+        kind: the layer type, in families that have frequencies for each.
+        """
+        frequencies = getattr(self, "inv_freq" if kind is None else f"{kind}_inv_freq")
+        angles = positions.to(frequencies.device)[..., None].double() * frequencies.double()
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().float(), angles.sin().float()
+
+    def kinds(self) -> list[str | None]:
+        """The layer types with frequencies of their own; [None] where all layers share them."""
+        module: Any = self
+        names = [name for name, _ in module.named_buffers() if name.endswith("inv_freq") and "original" not in name]
+        return [name.removesuffix("inv_freq").removesuffix("_") or None for name in names]
+
+
+@functools.cache
+def _far_class(family: Any) -> type:
+    return type(family.__name__, (FarRotary, family), {"range": None})
+
+
+def with_far_positions(rotary: Any) -> Any:
+    """The same module, exact past the limit once its ``range`` is set. Its class keeps its name."""
+    if isinstance(rotary, nn.Module) and not isinstance(rotary, FarRotary):
+        family: Any = type(rotary)
+        rotary.__class__ = _far_class(family)
+    return rotary
+
+
+def anchor_blocks(
+    rotary: Any, positions: Tensor, limits: PositionRange, whole: bool
+) -> dict[str | None, list[AnchorBlock]]:
+    """How far the anchors have moved on at each of the new positions, for every kind of layer.
+
+    positions [B or 1, T] int64, T >= 1. whole: take the T positions as one block, for T = 1 or where the anchors are
+    known not to move; else the positions are read, once, to find where they do. rotary: of ``with_far_positions``.
+    """
+    shift = limits.shift(positions)
+    cuts: list[int] = []
+    if not whole:
+        cuts = (shift.diff(dim=1) != 0).any(0).nonzero().flatten().add(1).tolist()
+    starts, ends = [0, *cuts], [*cuts, positions.shape[1]]
+    shifts = shift[:, :1] if whole else shift[:, starts]  # [B or 1, blocks]; a slice needs no index on the device
+    moved = shifts > 0
+    blocks: dict[str | None, list[AnchorBlock]] = {}
+    for kind in rotary.kinds():
+        cos, sin = rotary.turn(shifts, kind)
+        blocks[kind] = [
+            AnchorBlock(end - start, cos[:, n : n + 1], sin[:, n : n + 1], moved[:, n])
+            for n, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
+    return blocks

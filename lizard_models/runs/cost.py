@@ -1,0 +1,248 @@
+"""What a run will take before it is run: shapes, new parameters, memory and time, from a configuration alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
+
+from lizard_models.config import LizardConfig
+from lizard_models.model.layer_configs import attention_config, converted_layers, head_dim
+from lizard_models.model.linearize import student_config
+from lizard_models.model.widen import check_widen
+from lizard_models.recipes import Recipe, Stage2Config
+from lizard_models.runs.memory import cache_bytes, lizard_bytes
+from lizard_models.teachers.find import find_teacher
+
+ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
+EPOCH_TOKENS = 10_000_000  # of the paper's 50,000 examples
+DELTA_CHUNK = 64  # keys of a chunk of a delta memory
+LOSS_CHUNK = 512  # positions whose logits exist at a time
+
+_LLAMA3: dict[str, Any] = dict(
+    vocab_size=128_256, num_key_value_heads=8, rms_norm_eps=1e-5, bos_token_id=128_000, eos_token_id=128_001
+)
+_SCALED: dict[str, Any] = dict(
+    rope_type="llama3",
+    rope_theta=500_000.0,
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+_7B: dict[str, Any] = dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32)
+
+
+def known_shapes() -> dict[str, PreTrainedConfig]:
+    """Configurations of teachers that this machine may not reach, as their publishers give them."""
+    return {
+        "meta-llama/Llama-3.2-1B": LlamaConfig(
+            **_LLAMA3,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            head_dim=64,
+            max_position_embeddings=131_072,
+            rope_parameters=_SCALED,
+            tie_word_embeddings=True,
+        ),
+        "meta-llama/Meta-Llama-3-8B": LlamaConfig(
+            **_LLAMA3,
+            **_7B,
+            max_position_embeddings=8192,
+            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+            tie_word_embeddings=False,
+        ),
+        "mistralai/Mistral-7B-v0.1": MistralConfig(
+            **_7B,
+            vocab_size=32_000,
+            num_key_value_heads=8,
+            max_position_embeddings=32_768,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            sliding_window=4096,
+            tie_word_embeddings=False,
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """An estimate for one stage: optimizer steps, tokens, arithmetic in FLOP, and bytes at the fullest moment."""
+
+    steps: int
+    tokens: int
+    flop: float
+    bytes: int
+
+    def seconds(self, achieved: float, devices: int = 1) -> float:
+        """At ``achieved`` TFLOP/s on each of ``devices``."""
+        return self.flop / (achieved * 1e12 * devices)
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What linearizing a teacher takes."""
+
+    parameters: int
+    new_parameters: int
+    adapters: int
+    shapes: dict[str, tuple[int, ...]]  # of the new parameters of one layer
+    stage1: StageCost
+    stage2: StageCost
+
+
+def run_cost(
+    teacher: PreTrainedConfig, lizard: LizardConfig, *, micro_batch: int | None = None, checkpointing: bool = True
+) -> RunCost:
+    """Shapes exactly, from a model without memory; arithmetic and bytes by counting, in bf16 with float32 moments.
+
+    Arithmetic counts matrix products. Stage 1 is a forward of the teacher and, in every converted layer, the student's
+    attention forward and twice that backward. Stage 2 is a forward, a backward to the inputs, a second forward with
+    checkpointing, and the teacher's forward for KL. Bytes: weights, new parameters and adapters with gradient and two
+    moments, activations of ``micro_batch`` sequences (default the recipe's batch): of one layer in stage 1, of all, or
+    of one and every layer's input with checkpointing, in stage 2; logits of a chunk.
+
+    Raises ValueError as the student's configuration does.
+    """
+    config = student_config(teacher, lizard)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    new = dict(model.lizard_parameters())
+    total, added = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in new.values())
+    first = model.lizard_attentions()[0]
+    shapes = {name: tuple(p.shape) for name, p in first.lizard.named_parameters()}
+    adapters = tuned_numbers(model, lizard.stage2)
+    shape = _Shape(config)
+    base = total - added
+    stages = {}
+    for name, recipe in (("stage1", lizard.stage1), ("stage2", lizard.stage2)):
+        steps = _steps(recipe)
+        tokens = steps * recipe.batch_size * recipe.sequence_length
+        rows = (micro_batch or recipe.batch_size) * recipe.sequence_length
+        kept = shape.layer_bytes * rows
+        if name == "stage1":
+            flop = shape.teacher_flop(recipe.sequence_length) + 3 * shape.converted * shape.student_flop
+            trained, activations = added, kept
+        else:
+            forward = shape.student_forward
+            flop = forward * (3 if checkpointing else 2)
+            flop += shape.teacher_flop(recipe.sequence_length) * bool(lizard.stage2.kl_weight)
+            trained = adapters + added * lizard.stage2.train_new_parameters
+            activations = kept * (1 if checkpointing else shape.layers)
+            activations += 2 * config.hidden_size * rows * shape.layers
+            activations += 3 * 4 * LOSS_CHUNK * config.vocab_size
+        size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (name == "stage2") + activations
+        stages[name] = StageCost(steps, tokens, flop * tokens, size)
+    return RunCost(total, added, adapters, shapes, stages["stage1"], stages["stage2"])
+
+
+def tuned_numbers(model: Any, recipe: Stage2Config) -> int:
+    """How many numbers of the projections stage 2 trains: of their adapters, or of their whole weights."""
+    shapes = [m.weight.shape for name, m in model.named_modules() if name.rpartition(".")[2] in recipe.lora_targets]
+    return sum(shape.numel() if recipe.trained == "full" else recipe.lora_rank * sum(shape) for shape in shapes)
+
+
+def _steps(recipe: Recipe) -> int:
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    assert recipe.epochs is not None  # one of the two is set
+    tokens = EPOCH_TOKENS if recipe.examples is None else EPOCH_TOKENS * recipe.examples / 50_000
+    return math.ceil(recipe.epochs * tokens / (recipe.batch_size * recipe.sequence_length))
+
+
+class _Shape:
+    """FLOP a token and bytes a token of a layer."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        d, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        attention = attention_config(config)
+        features = attention.num_features
+        converted = converted_layers(config)
+        self.layers, self.converted = config.num_hidden_layers, len(converted)
+        windows = [attention_config(config, i).window for i in converted]
+        self.width = queries * dim
+        weights = d * dim * (2 * queries + 2 * keys) + 3 * d * inner
+        self.dense = 2.0 * self.layers * weights + 2.0 * d * config.vocab_size
+        self.dense_without_head = 2.0 * self.layers * weights
+        window = 2 * 2 * (sum(windows) / max(1, len(windows)) + attention.anchors) * self.width
+        maps = 2 * (queries + attention.linear_key_heads) * dim * attention.projection_dim
+        sums = 2 * 2 * queries * features * dim
+        linear = maps + sums
+        if (
+            attention.memory == "delta"
+        ):  # per key: key tile, inverse on values and keys, erase and write; per query: tile
+            linear += 2 * attention.linear_key_heads * (DELTA_CHUNK * (3 * features + 2 * dim) + 2 * features * dim)
+            linear += 2 * queries * DELTA_CHUNK * (features + dim)
+        self.student_flop = float(window + linear * attention.linear_branch)
+        self.student_forward = self.dense + self.converted * self.student_flop
+        self.layer_bytes = 2 * (6 * d + 3 * inner + 3 * self.width + 2 * keys * dim) + 2 * features * (queries + keys)
+
+    def teacher_flop(self, length: int) -> float:
+        """A forward without the head, softmax attention over ``length`` causal positions."""
+        return self.dense_without_head + self.layers * 2 * self.width * length
+
+
+def describe_run(
+    name: str,
+    lizard: LizardConfig,
+    *,
+    achieved: float = ACHIEVED,
+    devices: int = 1,
+    micro_batch: int | None = None,
+    checkpointing: bool = True,
+    widen: int = 0,
+    cache: str | None = None,
+) -> list[str | Table]:
+    """What ``--dry-run`` prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
+
+    widen: layers that are to get the wide window, counted as if they had it from the start. Raises ValueError for an
+    unknown teacher, and what ``check_widen`` does.
+    """
+    try:
+        config = AutoConfig.from_pretrained(find_teacher(name, cache=cache)[0])
+    except ValueError:
+        if name not in known_shapes():
+            raise
+        config = known_shapes()[name]
+    if widen:
+        plain = student_config(config, lizard)
+        check_widen(plain, widen, lizard.stage1.sequence_length - 1)
+        lizard = lizard.replace(wide_layers=converted_layers(plain)[:widen])
+    cost = run_cost(config, lizard, micro_batch=micro_batch, checkpointing=checkpointing)
+    student = student_config(config, lizard)
+    lines: list[str | Table] = [
+        f"{name}: hidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} query "
+        f"and {config.num_key_value_heads} key heads of {head_dim(config)}, vocabulary {config.vocab_size:,}",
+        f"preset {lizard.name}: {len(converted_layers(student))} layers linearized; {cost.parameters:,} parameters, of "
+        f"which {cost.new_parameters:,} are new ({cost.new_parameters / cost.parameters:.2%}); {cost.adapters:,} in "
+        "adapters while stage 2 trains",
+    ]
+    new = Table(title="new parameters of one layer, float32", title_justify="left")
+    new.add_column("name", no_wrap=True)
+    new.add_column("shape", justify="right")
+    for parameter, shape in cost.shapes.items():
+        new.add_row(parameter, " x ".join(map(str, shape)) or "1")
+    lines.append(new)
+    stages = Table(title=f"estimate at {achieved:g} TFLOP/s on each of {devices} devices", title_justify="left")
+    for column in ("stage", "steps", "tokens", "arithmetic", "time", "memory in all"):
+        stages.add_column(column, justify="right")
+    for stage, part in (("1", cost.stage1), ("2", cost.stage2)):
+        minutes = part.seconds(achieved, devices) / 60
+        sizes = f"{part.flop / 1e15:,.1f} PFLOP", f"{minutes:,.1f} min", f"{part.bytes / 2**30:,.1f} GiB"
+        stages.add_row(stage, f"{part.steps:,}", f"{part.tokens / 1e6:.1f}M", *sizes)
+    lines.append(stages)
+    memory = Table(title="one sequence in bf16 after training", title_justify="left")
+    for column in ("tokens", "teacher's cache", "Lizard's state"):
+        memory.add_column(column, justify="right")
+    for length in (8192, 32_768, 131_072):
+        held = cache_bytes(config, length, torch.bfloat16), lizard_bytes(student, length, torch.bfloat16)
+        memory.add_row(f"{length:,}", *(f"{size / 2**20:,.1f} MiB" for size in held))
+    lines.append(memory)
+    return lines

@@ -1,0 +1,373 @@
+"""The whole way from a teacher to a saved Lizard model: measure, stage 1, measure, stage 2, measure, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lizard_models.config import LizardConfig
+from lizard_models.distill import RunArguments, StageResult, train_stage1, train_stage2
+from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
+from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
+from lizard_models.evaluation.control import window_control
+from lizard_models.evaluation.plot import save_report
+from lizard_models.evaluation.report import CONTROL, TEACHER
+from lizard_models.files.sources import appear_whole, check_space, write_sums
+from lizard_models.model.causal_lm import LizardCausalLM, converted_layers
+from lizard_models.model.linearize import linearize
+from lizard_models.model.widen import check_widen, neediest_layers, widen
+from lizard_models.recipes import Recipe
+from lizard_models.runs.cost import tuned_numbers
+from lizard_models.runs.model_card import write_model_card
+from lizard_models.teachers.find import Teacher, load_teacher, save_tokenizer
+from lizard_models.teachers.loading import TRAINING
+from lizard_models.text.sequences import Documents, load_documents, load_sequences
+
+UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
+WIDE_CONTROL, WIDENED = "control, widened", "widened"
+CHOSEN_ON = 4  # sequences of the training text on which layers are chosen
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What to make of which teacher with which text."""
+
+    teacher: str
+    config: LizardConfig
+    out: Path
+    data: list[str]
+    eval_data: list[str] = field(default_factory=list)
+    eval_length: int = 2048
+    """Positions of an evaluation document."""
+    eval_documents: int = 8
+    passkey_lengths: list[int] = field(default_factory=list)
+    passkey_trials: int = 10
+    stage1: bool = True
+    stage2: bool = True
+    widen: int = 0
+    """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
+    text, see ``widening.neediest_layers``."""
+    text_field: str | None = None
+    dtype: torch.dtype | None = None
+    """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""
+    device: str | None = None
+    """"cpu" or "cuda"; None takes CUDA if there is one."""
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
+    fsdp: bool = False
+    """Share the weights among the processes that torchrun or accelerate started."""
+    cuda_graph: bool = False
+    """Each training step as one CUDA graph: faster for small models, same numbers."""
+    compile: bool = False
+    """MLPs and norms through torch.compile while training."""
+    save_steps: int = 50
+    resume: bool = False
+    cache: str | None = None
+
+
+@dataclass
+class Outcome:
+    """The finished model, where it was saved and what was measured."""
+
+    model: LizardCausalLM
+    teacher: Teacher
+    folder: Path
+    report: Report
+    stages: dict[str, StageResult]
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run keeps checkpoints and measurements until the model is finished."""
+    return out.with_name(out.name + ".training")
+
+
+def run(plan: Plan, console: Console) -> Outcome:
+    """Carries a plan out.
+
+    ``plan.out`` appears when the model is finished, whole; until then everything is in ``work_folder(plan.out)``, from
+    where a stopped run goes on with ``plan.resume``. The teacher is changed by stage 2.
+
+    Several processes train together, each on its part of the batch; all measure, the main one writes and speaks.
+
+    Raises ValueError for a bad plan, before any training; what ``train_stage1`` and ``train_stage2`` raise.
+    """
+    work = work_folder(plan.out)
+    _check_folders(plan, work)
+    return _Run(plan, console, work).outcome()
+
+
+class _Run:
+    def __init__(self, plan: Plan, console: Console, work: Path) -> None:
+        self.plan, self.console, self.work = plan, console, work
+        self.config = plan.config
+        self.console.quiet = self.console.quiet or not is_main_process()
+        self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if plan.fsdp and process_count() == 1:
+            raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+        self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
+        self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
+        self.say(f"teacher: {plan.teacher}")
+        self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
+        self.documents = self._evaluation_documents()
+        torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
+        self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
+        added = sum(p.numel() for _, p in self.model.lizard_parameters())
+        total = sum(p.numel() for p in self.model.parameters())
+        self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
+        # Read now, so that bad data stop the run before it starts.
+        self.sequences = {
+            stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages(added).items()
+        }
+        if plan.widen:
+            self._check_widen()
+        self.results: dict[str, StageResult] = {}
+        check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
+        self._check_same_plan()
+        self.rows = self._measured_rows()
+        wait_for_all()
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, markup=False)
+
+    def outcome(self) -> Outcome:
+        """Measures, trains, saves."""
+        plan, model = self.plan, self.model
+        self._measure_starts(model)
+        if "stage1" in self.sequences:
+            run = self._run_arguments("stage1", "stage 1, attention approximation")
+            self.results["stage1"] = train_stage1(model, self.sequences["stage1"], run)
+            self._measure(STAGE1, model, errors=True)
+        if plan.widen:
+            self._widen(model)
+        if "stage2" in self.sequences:
+            run = self._run_arguments("stage2", "stage 2, fine-tuning")
+            model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run)
+            self._measure(STAGE2, model)
+        report = Report(f"{self.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
+        self._save(model, report)
+        return Outcome(model, self.teacher, plan.out, report, self.results)
+
+    def _stages(self, new_parameters: int) -> dict[str, Recipe]:
+        config = self.plan.config
+        stages: dict[str, Recipe] = {}
+        if self.plan.stage1 and new_parameters:
+            self.model.check_stage1(config.stage1)
+            stages["stage1"] = config.stage1
+        elif self.plan.stage1:
+            self.say(f"stage 1 is left out: preset {config.name} has no new parameters to train")
+        if self.plan.stage2:
+            stages["stage2"] = config.stage2
+        return stages
+
+    def _check_widen(self) -> None:
+        if "stage1" not in self.sequences:
+            raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
+        check_widen(self.model.config, self.plan.widen, self.config.stage1.sequence_length - 1)
+        trial = self.config.replace(wide_layers=converted_layers(self.model.config)[: self.plan.widen])
+        window_control(self.teacher, trial)  # a window that does not fit shows here
+        wide, length = self.config.wide_window, self.config.stage2.sequence_length
+        if "stage2" in self.sequences and length <= wide:
+            self.say(
+                f"note: sequences of {length} tokens never leave a window of {wide}, so stage 2 does not see the "
+                "linear branch of the wide layers at work; longer ones (--seq-len) are better"
+            )
+
+    def _widen(self, model: LizardCausalLM) -> None:
+        """Gives the layers that need it their wide window; a run that goes on takes those it chose before."""
+        path = self.work / "wide_layers.json"
+        if not path.is_file():
+            tokens = torch.stack([row["input_ids"] for row in islice(self.sequences["stage1"], CHOSEN_ON)])
+            both: list[torch.nn.Module] = [model, self.teacher.model]
+            for one in both:
+                one.to(self.device)
+            with self.console.status("choosing layers") as status:
+                layers = neediest_layers(
+                    model,
+                    self.teacher.model,
+                    tokens,
+                    self.plan.widen,
+                    advance=lambda done, total: status.update(f"choosing layers: {done} of {total} forwards done"),
+                )
+            for one in both:
+                one.to(self.home)
+            if is_main_process():
+                path.write_text(json.dumps(layers))
+        wait_for_all()
+        layers = json.loads(path.read_text())
+        widen(model, layers)
+        self.config = self.config.replace(wide_layers=layers)
+        self.say(f"window of {self.config.wide_window} where it is needed most: layers {layers}")
+        if self.documents is not None or self.plan.passkey_lengths:
+            self._measure(WIDE_CONTROL, window_control(self.teacher, self.config))
+            self._measure(WIDENED, model)
+
+    def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
+        sequences = load_sequences(
+            self.plan.data,
+            self.teacher.tokenizer,
+            recipe.sequence_length,
+            seed=recipe.seed,
+            text_field=self.plan.text_field,
+            examples=recipe.examples,
+            vocab_size=self.teacher.model.config.vocab_size,
+        )
+        size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
+        self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")
+        return sequences
+
+    def _evaluation_documents(self) -> Documents | None:
+        if self.plan.passkey_lengths and self.teacher.tokenizer is None:
+            raise ValueError("passkey lengths: the teacher has no tokenizer to write the test with")
+        if not self.plan.eval_data:
+            return None
+        return load_documents(
+            self.plan.eval_data,
+            self.teacher.tokenizer,
+            self.plan.eval_length + 1,
+            count=self.plan.eval_documents,
+            text_field=self.plan.text_field,
+            vocab_size=self.teacher.model.config.vocab_size,
+        )
+
+    def _measure_starts(self, model: LizardCausalLM) -> None:
+        if self.documents is None and not self.plan.passkey_lengths:
+            return
+        self._measure(TEACHER, self.teacher.model)
+        control = window_control(self.teacher, self.plan.config)
+        self._measure(CONTROL, control)
+        self._measure(UNTRAINED, model, errors=True)
+
+    def _measure(self, name: str, model: torch.nn.Module, errors: bool = False) -> None:
+        if any(row.name == name for row in self.rows):
+            return
+        row = Row(name)
+        model.to(self.device)
+        with self.console.status(f"measuring {name}") as status:
+            done = count(1)
+
+            def advance(_: int) -> None:
+                status.update(f"measuring {name}: {next(done)} documents and prompts done")
+
+            if self.documents is not None:
+                row.loss = loss_by_position(model, self.documents.tokens, advance=advance)
+                if errors and isinstance(model, LizardCausalLM):
+                    tokens = self.documents.tokens[:, : self.plan.config.stage1.sequence_length]
+                    row.attention_errors = attention_errors(model, tokens).readings()
+                    row.relative_error = row.attention_errors["head mean"]
+            if self.plan.passkey_lengths and self.teacher.tokenizer is not None:
+                lengths, trials = self.plan.passkey_lengths, self.plan.passkey_trials
+                row.passkey = passkey_accuracy(model, self.teacher.tokenizer, lengths, trials=trials, advance=advance)
+        model.to(self.home)
+        if row.loss is None and not row.passkey:
+            return
+        self.rows.append(row)
+        if is_main_process():
+            (self.work / "rows.json").write_text(json.dumps([row.to_dict() for row in self.rows]))
+        parts = [] if row.loss is None else [f"loss by position {' '.join(f'{m:.3f}' for m in row.loss.means)}"]
+        parts += [] if row.relative_error is None else [f"relative error {row.relative_error:.4f}"]
+        parts += [f"passkey {length}: {share:.0%}" for length, share in row.passkey.items()]
+        self.say(f"{name}: {', '.join(parts)}")
+
+    def _measured_rows(self) -> list[Row]:
+        path = self.work / "rows.json"
+        return [Row.from_dict(values) for values in json.loads(path.read_text())] if path.is_file() else []
+
+    def _run_arguments(self, stage: str, title: str) -> RunArguments:
+        return RunArguments(
+            output_dir=self.work / stage,
+            resume=self.plan.resume,
+            device=torch.device(self.device).type,
+            micro_batch_size=self.plan.micro_batch_size,
+            save_steps=self.plan.save_steps,
+            gradient_checkpointing=self.plan.gradient_checkpointing,
+            fsdp=self.plan.fsdp,
+            cuda_graph=self.plan.cuda_graph,
+            compile=self.plan.compile,
+            title=title,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "teacher": plan.teacher,
+            "config": self.config.to_dict(),
+            "widen": plan.widen,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": torch.device(self.device).type,
+            "processes": process_count(),
+            "data": plan.data,
+            "eval_data": plan.eval_data,
+            "eval_length": plan.eval_length,
+            "eval_hash": self.documents.digest if self.documents else None,
+            "passkey_trials": plan.passkey_trials,
+            "stages": {name: dataclasses.asdict(result) for name, result in self.results.items()},
+        }
+
+    def _check_same_plan(self) -> None:
+        settings = {key: value for key, value in self._settings().items() if key not in ("stages", "processes")}
+        settings["passkey_lengths"] = self.plan.passkey_lengths
+        text = json.dumps(settings, sort_keys=True, indent=2)
+        path = self.work / "plan.json"
+        if path.is_file():
+            before = {"widen": 0, **json.loads(path.read_text())}  # runs from before there was this choice lack it
+            changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
+            if changed:
+                raise ValueError(
+                    f"resume: {self.work} is of a run with other {', '.join(changed)}; repeat its command with "
+                    "--resume, or delete that folder"
+                )
+        wait_for_all()
+        if is_main_process():
+            self.work.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def _save(self, model: LizardCausalLM, report: Report) -> None:
+        if not is_main_process():
+            return wait_for_all()
+        with appear_whole(self.plan.out) as draft:
+            model.save_pretrained(draft)
+            if self.teacher.tokenizer is not None:
+                save_tokenizer(self.teacher.tokenizer, draft, model.config)
+            save_report(report, draft, say=self.say)
+            (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+            write_model_card(draft, self.teacher.source)
+            write_sums(draft)
+        shutil.rmtree(self.work)
+        wait_for_all()
+
+
+def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) -> int:
+    """Bytes on disk at the fullest moment of a run: the finished model beside every stage's checkpoints.
+
+    A checkpoint holds the parameters that train and two moments of each, in float32; two are kept, one is written.
+    """
+    new = sum(p.numel() for _, p in model.lizard_parameters())
+    tuned = tuned_numbers(model, config.stage2)
+    trained = {"stage1": new, "stage2": tuned + new * config.stage2.train_new_parameters}
+    finished = sum(p.nbytes for p in model.parameters())
+    return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
+
+
+def precision(recipe: Recipe, device: str) -> torch.dtype:
+    """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32
+
+
+def _check_folders(plan: Plan, work: Path) -> None:
+    if plan.out.exists():
+        raise ValueError(f"out: {str(plan.out)!r} exists already; give another folder, or delete it")
+    if work.exists() and not plan.resume:
+        raise ValueError(f"out: {str(work)!r} holds an unfinished run; go on with --resume, or delete it")
+    if plan.resume and not work.exists():
+        raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave --resume out")
+    parent = next(p for p in plan.out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise ValueError(f"out: {str(parent)!r} is not a folder")

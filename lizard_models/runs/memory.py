@@ -1,0 +1,114 @@
+"""What a Lizard model adds to its teacher, and what a sequence costs in memory, from configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from lizard_layers import empty_state, state_bytes
+from lizard_models.config import LizardConfig
+from lizard_models.model.causal_lm import LizardModelMixin
+from lizard_models.model.layer_configs import (
+    attention_config,
+    converted_layers,
+    head_dim,
+    kept_layers,
+    lizard_config,
+    sliding_windows,
+)
+from lizard_models.model.linearize import student_config
+from lizard_models.teachers.find import find_teacher
+
+LENGTHS = (8192, 32_768, 131_072)
+
+
+def cache_bytes(
+    config: PreTrainedConfig, length: int, dtype: torch.dtype, layers: Collection[int] | None = None
+) -> int:
+    """Bytes of keys and values that softmax layers keep for one sequence of ``length`` tokens.
+
+    layers: their indices, all by default. A sliding layer keeps the window - 1 keys that the next token can see.
+    """
+    windows = sliding_windows(config)
+    chosen = [windows[i] for i in (range(len(windows)) if layers is None else layers)]
+    kept = sum(length if window is None else min(length, window - 1) for window in chosen)
+    return 2 * kept * config.num_key_value_heads * head_dim(config) * dtype.itemsize
+
+
+def lizard_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> int:
+    """Bytes that a Lizard model keeps for one sequence; the same at any length unless some layers stay softmax."""
+    converted, kept = converted_layers(config), kept_layers(config)
+    states = (empty_state(attention_config(config, i), 1, dtype, device="meta") for i in converted)
+    return sum(map(state_bytes, states)) + cache_bytes(config, length, dtype, kept)
+
+
+def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
+    """(all, new) parameters of a Lizard model, tied ones once. No memory is taken."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, LizardModelMixin)
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for _, p in model.lizard_parameters())
+
+
+def memory_table(
+    config: PreTrainedConfig, lengths: Sequence[int] = LENGTHS, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> Table:
+    """Bytes of one sequence by its length, the teacher's cache and the Lizard's state, for each dtype of the keys.
+
+    config: of a Lizard model. The sums of the linear branch are float32 in any dtype.
+    """
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    table = Table(title=f"memory of one sequence, {' and '.join(names)}", title_justify="left")
+    table.add_column("tokens", justify="right")
+    for name in names:
+        of = f", {name}" if len(names) > 1 else ""
+        for column in (f"teacher's cache{of}", f"Lizard's state{of}", "ratio"):
+            table.add_column(column, justify="right")
+    for length in lengths:
+        cells = []
+        for dtype in dtypes:
+            teacher, student = cache_bytes(config, length, dtype), lizard_bytes(config, length, dtype)
+            cells += [*(f"{size / 2**20:,.1f} MiB" for size in (teacher, student)), f"{teacher / student:,.1f}x"]
+        table.add_row(f"{length:,}", *cells)
+    return table
+
+
+def describe(
+    name: str,
+    *,
+    preset: str | None = None,
+    changes: dict[str, Any] | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    cache: str | None = None,
+) -> list[str | Table]:
+    """What ``lizard-attn info`` prints about a linearized model, or about a teacher under a preset.
+
+    lengths: of the sequences whose memory is shown. Raises ValueError for an unknown model or preset, or a preset given
+    for a model that is linearized already.
+    """
+    config = _config_of(name, preset, changes or {}, cache)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    everything, new = count_parameters(config)
+    converted, chosen = len(converted_layers(config)), lizard_config(config)
+    lines = [
+        f"{name}: preset {chosen.name}, {converted} of {config.num_hidden_layers} layers linearized",
+        f"parameters: {everything:,}, of which {new:,} are new ({new / everything:.2%})",
+    ]
+    return [*lines, memory_table(config, lengths, [dtype])]
+
+
+def _config_of(name: str, preset: str | None, changes: dict[str, Any], cache: str | None) -> PreTrainedConfig:
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type.startswith("lizard"):
+            if preset is not None or changes:
+                raise ValueError(f"model {name!r} is linearized already: --preset and --set are for teachers")
+            return config
+    _, teacher = find_teacher(name, cache=cache)
+    return student_config(teacher, LizardConfig.preset(preset or "recommended").replace(**changes))

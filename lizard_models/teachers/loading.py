@@ -1,0 +1,99 @@
+"""Saved models, linearized or not, with their tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
+
+import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
+from lizard_models.files.sources import SUMS, damaged, hub_answers
+from lizard_models.model.layer_configs import lizard_config
+from lizard_models.model.safe_loading import load_causal_lm
+from lizard_models.teachers.find import find_teacher, load_tokenizer, local_snapshot
+
+TRAINING = "training.json"
+
+
+class LoadedModel(NamedTuple):
+    """A model in eval mode, frozen; its tokenizer if it has one; the record of its training, empty if unknown."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    training: dict[str, Any]
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    what: str = "model",
+    positions: str | None = None,
+    cache: str | None = None,
+) -> LoadedModel:
+    """Loads a folder that ``lizard-attn linearize`` wrote, or any causal language model by folder or hub name.
+
+    ``smollm2-135m`` is taken from where ``find_teacher`` finds it, with ``cache``. dtype: None is the saved one. what:
+    what error messages call it. positions: "true" or "clamped" in place of what the model was saved with. Only
+    safetensors are read, and no code that comes with the model is run.
+
+    Raises ValueError for a folder without config.json, a name that cannot be read, weights that are not in safetensors,
+    a file that is missing, damaged or cut short, a config of a newer version, positions for a model that is not
+    linearized, and what ``from_pretrained`` raises.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{what} {name_or_path!r} has no config.json; wanted the folder of a saved model")
+    source = str(folder) if folder.exists() else _named(name_or_path, what, cache)
+    folder = Path(source)
+    if folder.exists():
+        if bad := damaged(folder):
+            raise ValueError(
+                f"{what} {name_or_path!r}: {', '.join(bad)} is damaged or cut short, or changed since it was saved "
+                f"(another sha256 than in {SUMS}): copy the model again, or delete {SUMS} if the change is yours"
+            )
+        _check_version(folder)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what} {name_or_path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if positions is not None:
+        if getattr(config, "lizard", None) is None:
+            raise ValueError(f"--positions {positions}: {what} {name_or_path!r} is not a linearized model")
+        limits = {} if positions == "clamped" else {"position_limit": None, "position_step": None}
+        config.lizard = lizard_config(config).replace(attention={"positions": positions, **limits}).to_dict()
+    model: Any = load_causal_lm(source, dtype or "auto", what, config=config)
+    model = model.to(device).eval().requires_grad_(False)
+    return LoadedModel(model, load_tokenizer(source), _record(folder / TRAINING))
+
+
+def _named(name: str, what: str, cache: str | None) -> str:
+    """Where the model of that name can be loaded from: the hub, its local copy, or the packaged teacher's folder."""
+    if name == "smollm2-135m":
+        return find_teacher(name, cache=cache)[0]
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"{what} {name!r} is not a folder; make one with `lizard-attn linearize`")
+    if hub_answers():
+        return name
+    if local := local_snapshot(name):
+        return local
+    raise ValueError(f"{what} {name!r} is not a folder, and the hub does not answer; give the folder of a saved model")
+
+
+def _check_version(folder: Path) -> None:
+    kind = _record(folder / "config.json").get("model_type", "")
+    if kind.startswith("lizard_") and kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder / 'config.json'} is of a {kind!r} model, which this version does not know: update lizard-attn"
+        )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error

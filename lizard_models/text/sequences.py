@@ -1,0 +1,223 @@
+"""Training sequences and evaluation documents: tokenised, packed, shuffled with a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from lizard_models.text.documents import Document, find_sources, format_chat, read_file, read_hub
+from lizard_models.text.token_stream import check_ids
+
+STREAM_FROM_BYTES = 1 << 28  # local files beyond this are not held in memory
+TOKENISED_AT_ONCE = 1 << 22  # characters
+
+
+class PackedTokens(Dataset):
+    """Sequences of ``seq_len`` tokens cut from documents laid end to end, in an order that ``seed`` fixes.
+
+    tokens: ids [T], any integer dtype; the remainder of T / seq_len is dropped. An item is {"input_ids": int64
+    [seq_len]}. ``digest`` is the sha256 of the ids. Raises ValueError if there is not one whole sequence.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int = 0) -> None:
+        count = len(tokens) // seq_len
+        if count == 0:
+            raise ValueError(
+                f"data: {len(tokens)} tokens are fewer than one sequence of seq_len={seq_len}; "
+                "give more text or a smaller --seq-len"
+            )
+        self.sequences = tokens[: count * seq_len].reshape(count, seq_len)
+        self.order = np.random.default_rng(seed).permutation(count)
+        self.digest = hashlib.sha256(np.ascontiguousarray(self.sequences, dtype="<i4").tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.from_numpy(self.sequences[self.order[index]].astype(np.int64))}
+
+
+class StreamedTokens(IterableDataset):
+    """The same sequences, tokenised while they are read and shuffled in a buffer: for text too large to hold.
+
+    documents: epoch -> token ids of each document. ``digest`` names the sources, not their content.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[int], Iterable[np.ndarray]],
+        seq_len: int,
+        seed: int = 0,
+        buffer: int = 1024,
+        digest: str = "",
+    ) -> None:
+        self.documents, self.seq_len, self.seed, self.buffer, self.digest = documents, seq_len, seed, buffer, digest
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order of the files and of the buffer for every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        draw = np.random.default_rng((self.seed, self.epoch))
+        held: list[np.ndarray] = []
+        for sequence in self._sequences():
+            held.append(sequence)
+            if len(held) == self.buffer:
+                chosen = int(draw.integers(self.buffer))
+                held[chosen], held[-1] = held[-1], held[chosen]
+                yield _item(held.pop())
+        draw.shuffle(held)
+        yield from map(_item, held)
+
+    def _sequences(self) -> Iterator[np.ndarray]:
+        rest = np.empty(0, dtype=np.int64)
+        for ids in self.documents(self.epoch):
+            rest = np.concatenate([rest, ids])
+            whole = len(rest) // self.seq_len * self.seq_len
+            yield from rest[:whole].reshape(-1, self.seq_len)
+            rest = rest[whole:]
+
+
+class Documents(NamedTuple):
+    """Long documents to evaluate on, each row from one document. ``digest`` is the sha256 of the ids."""
+
+    tokens: Tensor  # [N, T] int64
+    digest: str
+
+
+def load_sequences(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_len: int,
+    *,
+    seed: int = 0,
+    text_field: str | None = None,
+    examples: int | None = None,
+    vocab_size: int | None = None,
+) -> PackedTokens | StreamedTokens:
+    """Training data from files, folders or hub data sets.
+
+    sources: see ``documents.find_sources``; records: see ``documents.document_of``. tokenizer: may be None if every
+    source holds token ids. An end-of-text token is put between documents of text. examples: documents taken at most.
+    vocab_size: ids are checked against it (default: the tokenizer's). Without ``examples``, hub data sets and local
+    files beyond 256 MB are streamed.
+
+    Raises ValueError naming the source: missing, unreadable, without text, shorter than one sequence, ids out of range.
+    """
+    found = [(source, find_sources(source)) for source in sources]
+    if not found:
+        raise ValueError("data: no source given; wanted files, folders or a hub data set")
+    encode = _Encoder(tokenizer, vocab_size)
+    local = [path for _, files in found for path in files or []]
+    hub = [source for source, files in found if files is None]
+
+    def documents(epoch: int) -> Iterator[Document]:
+        order = np.random.default_rng((seed, epoch)).permutation(len(local))
+        files = (document for i in order for document in read_file(local[i], text_field))
+        streams = (document for name in hub for document in read_hub(name, text_field))
+        return islice(chain(files, streams), examples)
+
+    for name in hub:  # a name or a field that is wrong shows here, not in the middle of a run
+        next(read_hub(name, text_field), None)
+    if examples is None and (hub or sum(path.stat().st_size for path in local) > STREAM_FROM_BYTES):
+        digest = hashlib.sha256("\n".join(sources).encode()).hexdigest()
+        return StreamedTokens(lambda epoch: encode(documents(epoch)), seq_len, seed, digest=f"names:{digest}")
+    tokens = list(encode(documents(0)))
+    return PackedTokens(np.concatenate(tokens) if tokens else np.empty(0, np.int32), seq_len, seed)
+
+
+def load_documents(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
+    *,
+    count: int = 8,
+    text_field: str | None = None,
+    vocab_size: int | None = None,
+) -> Documents:
+    """The first ``length`` tokens of the first ``count`` documents that have as many; then their next ones, if needed.
+
+    Arguments and errors as in ``load_sequences``; ValueError too if no document is as long as ``length`` tokens.
+    """
+    encode = _Encoder(tokenizer, vocab_size, separate=False)
+    long_enough: list[np.ndarray] = []
+    longest = 0
+    for source in sources:
+        files = find_sources(source)
+        texts = read_hub(source, text_field) if files is None else (d for f in files for d in read_file(f, text_field))
+        for ids in encode(texts, at_once=1):
+            longest = max(longest, len(ids))
+            if len(ids) >= length:
+                long_enough.append(ids)
+            if len(long_enough) == count:
+                break
+    if not long_enough:
+        raise ValueError(
+            f"eval data: the longest document has {longest} tokens, fewer than {length}; "
+            "give longer documents or a smaller --eval-length"
+        )
+    windows = [
+        ids[start : start + length]
+        for start in range(0, max(map(len, long_enough)), length)
+        for ids in long_enough
+        if start + length <= len(ids)
+    ]
+    tokens = np.stack(windows[:count]).astype(np.int64)
+    return Documents(torch.from_numpy(tokens), hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest())
+
+
+class _Encoder:
+    """Documents to token ids, checked against the vocabulary."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None, separate: bool = True
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size or (len(tokenizer) if tokenizer is not None else None)
+        self.dtype = np.uint16 if self.vocab_size and self.vocab_size <= 1 << 16 else np.int32
+        end = tokenizer.eos_token_id if tokenizer is not None and separate else None
+        self.end = [] if end is None else [end]
+
+    def __call__(self, documents: Iterable[Document], at_once: int = TOKENISED_AT_ONCE) -> Iterator[np.ndarray]:
+        """at_once: characters that are tokenised together, on as many cores as there are."""
+        waiting: list[str] = []
+        characters = 0
+        for document in documents:
+            if isinstance(document, list):
+                document = format_chat(document, self.tokenizer)
+            if isinstance(document, str):
+                waiting.append(document)
+                characters += len(document)
+                if characters < at_once:
+                    continue
+            yield from self._tokenise(waiting)
+            waiting, characters = [], 0
+            if not isinstance(document, str):
+                yield self._checked(document)
+        yield from self._tokenise(waiting)
+
+    def _tokenise(self, texts: list[str]) -> Iterator[np.ndarray]:
+        if not texts:
+            return
+        if self.tokenizer is None:
+            raise ValueError(
+                "data: the model has no tokenizer, so it cannot read text; give token ids (.npy, input_ids)"
+            )
+        for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield np.array(ids + self.end, dtype=self.dtype)
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        return check_ids(ids, self.vocab_size).astype(self.dtype)
+
+
+def _item(sequence: np.ndarray) -> dict[str, Tensor]:
+    return {"input_ids": torch.from_numpy(sequence.astype(np.int64))}

@@ -1,0 +1,126 @@
+"""Two processes give what one gives, whether each holds the model or they share it (FSDP-2)."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_run import one_run
+from safetensors.torch import load_file
+
+from lizard_models.distill import parallel
+
+
+def launch(*command: str, processes: int = 2) -> list[subprocess.CompletedProcess]:
+    """The command in several processes with the environment that torchrun gives; fails if one fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    done = zip(started, outputs, strict=True)
+    return [subprocess.CompletedProcess(command, p.returncode, out, err) for p, (out, err) in done]
+
+
+START = """
+import pathlib, sys
+sys.modules["bitsandbytes"] = None  # peft imports it where it is installed, half of the time that starting takes
+from parallel_run import main
+main(pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for done in launch("-c", START, str(folder)):
+        assert done.returncode == 0, done.stderr
+    return {**torch.load(folder / "found.pt"), "folder": folder}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(found, stage, way, tmp_path):
+    losses, parameters = found[f"stage {stage}, {way}"]
+    expected_losses, expected = one_run(stage, tmp_path)
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+    torch.testing.assert_close([loss for _, loss in losses], [loss for _, loss in expected_losses], rtol=1e-4, atol=0)
+    for name, value in expected.items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_each_process_holds_its_share(found):
+    assert 0.49 * found["whole"] < found["held"] < 0.52 * found["whole"]
+
+
+def test_new_parameters_of_a_sharded_bfloat16_model_are_float32(found):
+    losses, parameters = found["bfloat16"]
+    kinds = {dtype: {".lizard." in n for n, p in parameters.items() if p.dtype == dtype} for dtype in
+             (torch.float32, torch.bfloat16)}  # fmt: skip
+    assert kinds == {torch.float32: {True}, torch.bfloat16: {False}} and losses[-1][1] < losses[0][1]
+
+
+def test_one_checkpoint_format_for_all(found):
+    folders = [found["folder"] / f"1-{fsdp}" / "checkpoint-4" for fsdp in (False, True)]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    saved = [load_file(folder / "trained.safetensors") for folder in folders]
+    assert saved[0].keys() == saved[1].keys()
+    for name, value in saved[0].items():
+        torch.testing.assert_close(saved[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_stopped_run_goes_on(found):
+    assert "test stopped at step" in found["stopped"]
+    whole, resumed = found["stage 1, fsdp"], found["resumed"]
+    assert resumed[0] == whole[0]
+    assert all(torch.equal(value, whole[1][name]) for name, value in resumed[1].items())
+
+
+def test_a_sharded_run_may_go_on_in_one_process(found, tmp_path):
+    folder = found["folder"] / "1-True"
+    (folder / "checkpoint-4").rename(tmp_path / "last")
+    losses, parameters = one_run(1, folder, resume=True)
+    for name, value in found["stage 1, ddp"][1].items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-4)
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+
+
+def test_what_the_launcher_must_not_ask(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="fsdp: one process has nobody to share with"):
+        one_run(1, tmp_path, fsdp=True)
+    with pytest.raises(ValueError, match="leave out one of it and fsdp"):
+        one_run(1, tmp_path, fsdp=True, cuda_graph=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="give --fsdp here"):
+        parallel.join("cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="launch with --mixed_precision no"):
+        parallel.join("cpu")

@@ -1,0 +1,323 @@
+"""The cache: constant size from the first token, the same logits however the prompt arrives, what it refuses."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from tiny import student, tokens
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lizard_layers import empty_state, state_bytes
+from lizard_models import LizardCache
+from lizard_models.model.layer_configs import attention_config
+
+PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_prefill_in_pieces_and_steps_equals_one_shot(preset):
+    model, ids = student(preset), tokens(2, 40)
+    whole = model(ids, use_cache=False).logits
+    for sizes in ([40], [1] * 40, [3, 17, 1, 19], [8, 8, 24]):
+        cache, pieces = model.new_cache(), []
+        for piece in ids.split(sizes, dim=1):
+            pieces.append(model(piece, past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+        assert cache.get_seq_length() == 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("kept", [(0,), (1, 2)])
+def test_kept_softmax_layers_share_the_cache(family, kept):
+    model, ids = student(family=family, softmax_layers=kept), tokens(2, 40)
+    whole = model(ids, use_cache=False).logits
+    for sizes in ([1] * 40, [3, 17, 1, 19]):
+        cache = model.new_cache()
+        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)], 1)
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    assert [isinstance(layer, DynamicLayer) for layer in cache.layers] == [i in kept for i in range(3)]
+
+
+@torch.no_grad()
+def test_kept_sliding_window_layers_share_the_cache():
+    model, ids = student(family="mistral", sliding_window=12, softmax_layers=(1,)), tokens(2, 40)
+    whole = model(ids, use_cache=False).logits
+    for sizes in ([1] * 40, [3, 17, 1, 19]):
+        cache = model.new_cache()
+        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)], 1)
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    assert isinstance(cache.layers[1], DynamicSlidingWindowLayer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_size_is_constant_from_the_first_token(preset):
+    model, cache = student(preset), None
+    ids = tokens(2, 30)
+    sizes = set()
+    for t in range(30):
+        cache = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+        sizes.add(cache.state_bytes())
+    assert sizes == {3 * state_bytes(empty_state(attention_config(model.config), 2))}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["left", "right"])
+def test_padded_prompts_leave_the_state_of_single_runs(layout):
+    model = student()
+    rows = [tokens(1, length, seed=length)[0] for length in (20, 11, 3)]
+    ids, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
+    for b, row in enumerate(rows):
+        at = slice(20 - len(row), 20) if layout == "left" else slice(0, len(row))
+        ids[b, at], mask[b, at] = row, 1
+    cache = model(ids, attention_mask=mask).past_key_values
+    for b, row in enumerate(rows):
+        alone = model(row[None]).past_key_values
+        for ours, theirs in zip(cache.layers, alone.layers, strict=True):
+            for a, s in zip(ours.state, theirs.state, strict=True):
+                if a is not None:
+                    torch.testing.assert_close(a[b : b + 1], s, rtol=1e-4, atol=1e-4)
+    assert cache.layers[0].state.position.tolist() == [20, 11, 3]
+    assert cache.get_seq_length() == 20
+
+
+@torch.no_grad()
+def test_a_cached_prompt_with_padding_goes_on():
+    model = student()
+    ids, mask = tokens(2, 25), torch.ones(2, 25, dtype=torch.long)
+    mask[0, :6] = 0
+    cache = model(ids[:, :15], attention_mask=mask[:, :15]).past_key_values
+    later = model(ids[:, 15:], attention_mask=mask, past_key_values=cache).logits
+    alone = model(ids[:1, 6:]).logits[:, 9:]
+    torch.testing.assert_close(later[:1], alone, rtol=1e-4, atol=1e-4)
+    assert cache.positions().tolist() == [19, 25]
+    cache = model(ids[:, :15], attention_mask=mask[:, :15]).past_key_values
+    without_mask = model(ids[:, 15:], past_key_values=cache).logits
+    torch.testing.assert_close(without_mask, later)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("take", [copy.deepcopy, LizardCache.copy])
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_a_snapshot_is_independent(take, kept):
+    model, ids = student(softmax_layers=kept), tokens(1, 30)
+    cache = model(ids[:, :20]).past_key_values
+    snapshot = take(cache)
+    for cut in (ids[:, 20:], ids[:, 20:21]):
+        again = take(snapshot)
+        first = model(cut, past_key_values=take(cache)).logits
+        assert torch.equal(first, model(cut, past_key_values=again).logits)
+        assert (snapshot.get_seq_length(), again.get_seq_length()) == (20, 20 + cut.shape[1])
+
+
+def addresses(cache) -> list[int]:
+    return [t.data_ptr() for layer in cache.lizard_layers() for t in layer.state if t is not None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_tensors_stay_where_they_are(preset):
+    model, ids = student(preset), tokens(2, 30)
+    cache = model.new_cache().allocate(2)
+    first = addresses(cache)
+    whole = model(ids, use_cache=False).logits
+    for _ in range(2):
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([11, 1, 1, 17], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert addresses(cache) == first
+        cache.reset()
+    assert addresses(cache) == first
+
+
+def test_gradients_flow_through_a_cache():
+    model, ids = student().requires_grad_(True), tokens(2, 12)
+    model.zero_grad()
+    cache = model(ids[:, :8]).past_key_values
+    for t in range(8, 12):
+        logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+    logits.sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(ids, use_cache=False).logits[:, -1:].sum().backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_a_state_of_inference_mode_goes_on_outside():
+    model, ids = student(), tokens(1, 12)
+    with torch.inference_mode():
+        cache = model(ids[:, :8]).past_key_values
+    with torch.no_grad():
+        later = torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8, 12)], 1)
+        torch.testing.assert_close(later, model(ids).logits[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_moves_to_another_dtype(kept):
+    model, ids = student(softmax_layers=kept), tokens(1, 20)
+    cache = model(ids).past_key_values.to("cpu", torch.bfloat16)
+    layer = cache.layers[0]
+    assert layer.state.ring_k.dtype == torch.bfloat16 and layer.state.s.dtype == torch.float32
+    assert layer.state.position.dtype == torch.int64 and cache.get_seq_length() == 20
+    logits = model.bfloat16()(tokens(1, 1), past_key_values=cache).logits
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_another_number_of_rows_is_refused():
+    model = student()
+    cache = model(tokens(2, 9)).past_key_values
+    with pytest.raises(ValueError, match="holds 2 rows, but the inputs have 3"):
+        model(tokens(3, 1), past_key_values=cache)
+    cache.reset()
+    assert model(tokens(3, 4), past_key_values=cache).logits.shape[0] == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["recommended", "paper", "liger"])
+def test_bfloat16_pieces_err_no_more_than_the_reference(preset):
+    ids = tokens(2, 24)
+    exact = student(preset)(ids, use_cache=False).logits
+    model = student(preset).bfloat16()
+    reference = naive(preset).bfloat16()(ids, use_cache=False).logits.float()
+    allowed = 2 * (reference - exact).norm()
+    for sizes in ([24], [11, 1, 1, 1, 1, 9]):
+        cache = model.new_cache()
+        logits = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)], 1)
+        assert (logits.float() - exact).norm() <= allowed, sizes
+
+
+def naive(preset: str):
+    model = student(preset)
+    for attention in model.lizard_attentions():
+        attention.lizard.config = dataclasses.replace(attention.lizard.config, impl="naive")
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, {"softmax_layers": (1,)}, {"family": "mistral", "sliding_window": 12, "softmax_layers": (1,)}]
+)
+def test_recorded_tokens_can_be_taken_back(options):
+    model, ids = student(**options), tokens(2, 60)
+    whole = model(ids, use_cache=False).logits
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    wrong = tokens(2, 5, seed=9)
+    at = 0
+    for size in (20, 1, 7, 1, 12):  # read right ones and wrong ones, take the wrong ones back
+        read = torch.cat([ids[:, at : at + size], wrong], 1)
+        logits = model(read, past_key_values=cache).logits[:, :size]
+        torch.testing.assert_close(logits, whole[:, at : at + size], rtol=1e-4, atol=1e-4)
+        cache.reorder_cache(torch.tensor([0, 1]))
+        cache.crop(-5)
+        at += size
+        assert cache.get_seq_length() == at
+    for t in range(3):  # as an assistant: one token at a time, then all back
+        model(wrong[:, t : t + 1], past_key_values=cache)
+    cache.crop(-3)
+    logits = model(ids[:, at:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole[:, at:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_long_prompts_are_remembered_in_part():
+    model, ids = student(), tokens(1, 200)
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    logits = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="only the last 128 tokens are remembered"):
+        cache.crop(-129)
+    assert cache.get_seq_length() == 200
+    cache.crop(-128)
+    later = model(ids[:, 72:], past_key_values=cache).logits
+    torch.testing.assert_close(later, logits[:, 72:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="wanted a negative number"):
+        cache.crop(5)
+
+
+@torch.no_grad()
+def test_taking_back_everything_leaves_an_empty_cache():
+    model, ids = student(), tokens(1, 9)
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    cache.crop(-9)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_can_be_reordered_repeated_and_dropped():
+    model, ids = student(), tokens(3, 20)
+    step = tokens(4, 1, seed=5)
+
+    def after(change) -> torch.Tensor:
+        cache = model(ids).past_key_values
+        change(cache)
+        rows = cache.layers[0].state.position.shape[0]
+        return model(step[:rows], past_key_values=cache).logits
+
+    def directly(order) -> torch.Tensor:
+        cache = model(ids[order]).past_key_values
+        return model(step[: len(order)], past_key_values=cache).logits
+
+    for change, order in [
+        (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda c: (c.batch_select_indices(torch.tensor([0, 2])), c.batch_repeat_interleave(2)), [0, 0, 2, 2]),
+    ]:
+        torch.testing.assert_close(after(change), directly(order), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_state_that_is_set_is_read():
+    model, ids = student(), tokens(1, 20)
+    whole, cache = model(ids).past_key_values, model.new_cache()
+    for ours, theirs in zip(cache.lizard_layers(), whole.lizard_layers(), strict=True):
+        ours.set_state(theirs.state)
+    step = tokens(1, 2, seed=5)
+    assert torch.equal(model(step, past_key_values=cache).logits, model(step, past_key_values=whole).logits)
+
+
+@torch.no_grad()
+def test_reset_forgets():
+    model, ids = student(), tokens(1, 20)
+    cache = model(ids).past_key_values
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+def test_what_it_cannot_do_is_refused_by_name():
+    model = student()
+    cache = model(tokens(1, 9)).past_key_values
+    assert isinstance(cache, LizardCache)
+    with pytest.raises(ValueError, match="cannot be cropped: .*activate_past_recording.* copy.deepcopy"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="keeps a state, not keys and values"):
+        cache.update(torch.zeros(1), torch.zeros(1), 0)
+    with pytest.raises(ValueError, match="offloading is not supported"):
+        cache.offload(0, only_non_sliding=False)
+
+
+@torch.no_grad()
+def test_moved_anchors_go_with_steps_in_place_and_tokens_taken_back():
+    ids = tokens(2, 260)
+    attention = {"window": 8, "positions": "clamped", "position_limit": 24, "position_step": 10}
+    model = student(attention=attention)
+    whole = model(ids, use_cache=False).logits
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    read = [model(torch.cat([ids[:, :150], tokens(2, 9)], 1), past_key_values=cache).logits[:, :150]]
+    cache.crop(-9)
+    read += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(150, 180)]
+    read.append(model(ids[:, 180:], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(read, 1), whole, rtol=1e-4, atol=1e-4)

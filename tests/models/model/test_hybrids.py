@@ -1,0 +1,151 @@
+"""Layers that keep the teacher's softmax attention: by list, by share, and sliding ones as they are."""
+
+import pytest
+import torch
+from tiny import student, teacher, tokens
+from transformers import AutoModelForCausalLM
+
+from lizard_models import LizardConfig, linearize
+from lizard_models.evaluation.control import window_control
+from lizard_models.model.cache import LizardCacheLayer
+from lizard_models.model.layer_configs import converted_layers, evenly_placed, kept_layers
+from lizard_models.runs import memory
+from lizard_models.teachers.find import Teacher
+
+MIXED = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}
+
+
+def test_a_share_of_the_layers_is_placed_evenly():
+    assert evenly_placed(list(range(32)), 0.25) == [2, 6, 10, 14, 18, 22, 26, 30]
+    assert evenly_placed(list(range(30)), 0.125) == [3, 11, 18, 26]
+    assert evenly_placed(list(range(3)), 0.5) == [0, 2]
+    assert evenly_placed(list(range(30)), 0.001) == [15]
+    assert evenly_placed(list(range(30)), 0.0) == evenly_placed([], 0.5) == []
+    assert evenly_placed([5, 11, 17, 23], 0.5) == [11, 23]
+
+
+@torch.no_grad()
+def test_a_share_is_the_list_it_stands_for(tmp_path):
+    by_share, by_list, ids = student(softmax_share=0.34), student(softmax_layers=(1,)), tokens(2, 30)
+    assert kept_layers(by_share.config) == [1]
+    assert torch.equal(by_share(ids).logits, by_list(ids).logits)
+    by_share.save_pretrained(tmp_path)
+    assert kept_layers(AutoModelForCausalLM.from_pretrained(tmp_path).config) == [1]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "keep", "converted"),
+    [
+        ("llama", {}, None, [0, 1, 2]),
+        ("llama", {}, True, [0, 1, 2]),
+        ("mistral", {"sliding_window": 12}, None, [0, 1, 2]),
+        ("mistral", {"sliding_window": 12}, True, []),
+        ("qwen2", {"sliding_window": 12}, None, [0, 1, 2]),
+        ("qwen2", MIXED, None, [0, 1]),
+        ("qwen2", MIXED, False, [0, 1, 2]),
+        ("gemma3_text", {}, None, [1, 2]),
+        ("gemma3_text", {}, False, [0, 1, 2]),
+    ],
+)
+def test_sliding_layers_are_kept_where_the_teacher_has_both_kinds(family, changes, keep, converted):
+    model = student(family=family, keep_sliding_layers=keep, **changes)
+    assert converted_layers(model.config) == converted == [a.layer_idx for a in model.lizard_attentions()]
+
+
+def test_a_share_counts_the_layers_that_would_be_converted():
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 4
+    model = student(family="gemma3_text", softmax_share=0.5, num_hidden_layers=6, layer_types=kinds)
+    assert kept_layers(model.config) == [0, 1, 3, 5] and converted_layers(model.config) == [2, 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes", "constant"),
+    [
+        ("gemma3_text", {}, True),
+        ("qwen2", MIXED, True),
+        ("qwen2", MIXED | {"softmax_layers": (0,)}, False),
+        ("llama", {"softmax_share": 0.3}, False),
+    ],
+)
+def test_one_cache_holds_every_kind_of_layer(family, changes, constant):
+    model, sizes = student(family=family, **changes), []
+    cache = model.new_cache()
+    for step in range(4):
+        model(tokens(1, 15, seed=step), past_key_values=cache)
+        sizes.append(cache.state_bytes())
+        assert sizes[-1] == memory.lizard_bytes(model.config, 15 * (step + 1), torch.float32)
+    assert (len(set(sizes)) == 1) == constant
+    kinds = [isinstance(layer, LizardCacheLayer) for layer in cache.layers]
+    assert [i for i, is_state in enumerate(kinds) if is_state] == converted_layers(model.config)
+    assert cache.get_seq_length() == 60 and {layer.get_seq_length() for layer in cache.layers} == {60}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [{}, {"softmax_layers": (1,)}])
+def test_kept_layers_of_both_kinds_search_with_beams(kept):
+    model, ids = student(family="gemma3_text", **kept), tokens(2, 20)
+    settings = dict(max_new_tokens=6, num_beams=3, do_sample=False)
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, **settings, use_cache=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [{}, {"softmax_layers": (1,)}])
+def test_right_padding_is_exact_and_gaps_are_refused_beside_sliding_layers(kept):
+    model, ids = student(family="gemma3_text", **kept), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[1, 25:] = 0
+    logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[1, :25], model(ids[1:, :25]).logits[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="padding between the real tokens of row 1, which the kept sliding-window"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3)
+    mask[1] = torch.arange(30) % 2
+    with pytest.raises(ValueError, match="padding between the real tokens of row 1"):
+        model(ids, attention_mask=mask)
+    exact = student(family="gemma3_text", keep_sliding_layers=False, **kept)
+    torch.testing.assert_close(
+        exact(ids, attention_mask=mask).logits[1, 1::2], exact(ids[1:, 1::2]).logits[0], rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_a_static_cache_and_a_snapshot_hold_sliding_layers_too():
+    model, ids = student(family="gemma3_text", softmax_layers=(1,)), tokens(2, 40)
+    whole = model(ids, use_cache=False).logits
+    cache = model.new_cache(static=True, max_cache_len=64)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([25] + [1] * 15, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    cache = model.new_cache()
+    model(ids[:, :25], past_key_values=cache)
+    kept = cache.copy()
+    cache.activate_past_recording()
+    model(ids[:, :7], past_key_values=cache)
+    cache.crop(-7)
+    for snapshot in (kept, cache):
+        logits = model(ids[:, 25:], past_key_values=snapshot).logits
+        torch.testing.assert_close(logits, whole[:, 25:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kept", [{"softmax_share": 0.5}, {"softmax_layers": [0, 1]}, {"keep_sliding_layers": False}, {}]
+)
+def test_the_window_control_keeps_the_same_layers(kept):
+    made = teacher("gemma3_text")
+    config = LizardConfig.preset("recommended", attention={"window": 8}, **kept)
+    control = window_control(Teacher(made, None, "random"), config)
+    assert kept_layers(control.config) == kept_layers(linearize(made, config).config)
+    assert not list(control.lizard_parameters())
+
+
+def test_what_cannot_be_kept_or_converted_says_why():
+    recommended = LizardConfig.preset("recommended", attention={"window": 13})
+    with pytest.raises(ValueError, match="window=13 is wider than the teacher's sliding window of 12 in layer 2"):
+        linearize(teacher("qwen2", **MIXED), recommended.replace(keep_sliding_layers=False))
+    linearize(teacher("qwen2", **MIXED), recommended)
+    with pytest.raises(ValueError, match=r"give one of softmax_layers and softmax_share, got \[1\] and 0.5"):
+        recommended.replace(softmax_layers=[1], softmax_share=0.5)
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"softmax_share is a share .* got {share}"):
+            recommended.replace(softmax_share=share)
+    with pytest.raises(ValueError, match="keep_sliding_layers must be bool"):
+        recommended.replace(keep_sliding_layers="yes")

@@ -1,0 +1,235 @@
+"""Positions past the teacher's context: what each form promises, however the text arrives."""
+
+import math
+
+import pytest
+import torch
+from tiny import disturb, teacher, tokens
+
+from lizard_layers import apply_rope
+from lizard_models import LizardConfig, linearize
+from lizard_models.model.positions import PositionRange, position_range, with_far_positions
+
+LIMIT = 24  # the teacher's context; window 8 and 4 anchors fit
+
+
+def student(preset="recommended", positions="clamped", **changes):
+    attention = {"window": 8, "positions": positions} | changes
+    model = linearize(teacher(max_position_embeddings=LIMIT), LizardConfig.preset(preset, attention=attention))
+    disturb(model)
+    return model.requires_grad_(False)
+
+
+def test_the_shift_keeps_positions_in_range():
+    limits = PositionRange(24, 5)
+    at = torch.arange(200)
+    left = at - limits.shift(at)
+    assert torch.equal(left[:24], at[:24]) and torch.equal(limits.shift(at[:24]), torch.zeros(24).long())
+    assert left.max() == 23 and left[24:].min() == 19
+    assert torch.equal(left[24:], 19 + (at[24:] - 24) % 5)
+    assert torch.equal(torch.arange(90) - PositionRange(24, 1).shift(torch.arange(90)), torch.arange(90).clamp(max=23))
+
+
+def test_limit_and_step_have_the_teachers_context_as_default():
+    assert position_range(student().config) == (24, 12)
+    assert position_range(student(position_limit=20, position_step=3).config) == (20, 3)
+    assert position_range(student(position_limit=None, window=100).config) == (104, 52)
+
+
+def reference_layer(attention, x, rope_at, limits):
+    """The window branch of a window_only layer as the definition reads: one query and one key at a time."""
+    q, k, v = (
+        p(x).unflatten(-1, (-1, attention.head_dim))[0] for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    config = attention.lizard.config
+    group, out = config.num_heads // config.num_key_heads, torch.zeros_like(q)
+    for i in range(len(q)):
+        for h in range(config.num_heads):
+            scores, values = [], []
+            for j in range(i + 1):
+                near = i - j < config.window
+                if not near and j >= config.anchors:
+                    continue
+                distance = i - j if near else i - int(limits.shift(torch.tensor(i))) - j
+                turned = apply_rope(q[i, h].view(1, 1, 1, -1), *rope_at(distance)).flatten()
+                scores.append(turned @ k[j, h // group] / math.sqrt(config.head_dim))
+                values.append(v[j, h // group])
+            out[i, h] = torch.stack(scores).softmax(0) @ torch.stack(values)
+    return out.flatten(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [1, 7, None])
+def test_clamped_is_its_definition(step):
+    model = student("window_only", position_step=step)
+    attention, rotary = model.lizard_attentions()[0], model.model.rotary_emb
+    limits = position_range(model.config)
+    seen = {}
+    attention.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(x=kwargs["hidden_states"]), with_kwargs=True
+    )
+    attention.o_proj.register_forward_pre_hook(lambda m, args: seen.update(o=args[0]))
+    model(tokens(1, 45), use_cache=False)
+
+    def rope_at(distance):
+        return rotary(seen["x"], torch.tensor([[distance]]))
+
+    torch.testing.assert_close(
+        seen["o"][0], reference_layer(attention, seen["x"], rope_at, limits), rtol=1e-4, atol=1e-4
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("preset", "step"), [("recommended", 1), ("recommended", 7), ("window_only", None)])
+def test_clamped_does_not_depend_on_how_the_text_arrives(preset, step):
+    model, ids = student(preset, position_step=step), tokens(2, 45)
+    whole = model(ids, use_cache=False).logits
+    for sizes in ([45], [1] * 45, [25, 1, 10, 9], [7] * 6 + [3]):
+        cache, pieces = model.new_cache(), []
+        for piece in ids.split(sizes, dim=1):
+            pieces.append(model(piece, past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_both_forms_are_one_up_to_the_limit_and_differ_past_it():
+    ids = tokens(1, 60)
+    true, clamped = (student(positions=form)(ids).logits for form in ("true", "clamped"))
+    assert torch.equal(true[:, :LIMIT], clamped[:, :LIMIT])
+    assert (true - clamped)[:, LIMIT:].abs().amax(-1).min() > 1e-4
+    far = student(position_limit=60)(ids).logits
+    torch.testing.assert_close(far, true, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["left", "right"])
+def test_rows_reach_the_limit_one_by_one(layout):
+    model = student(position_step=7)
+    rows = [tokens(1, length, seed=length)[0] for length in (50, 33, 20, 3)]
+    ids, mask = torch.zeros(4, 50, dtype=torch.long), torch.zeros(4, 50, dtype=torch.long)
+    for b, row in enumerate(rows):
+        at = slice(50 - len(row), 50) if layout == "left" else slice(0, len(row))
+        ids[b, at], mask[b, at] = row, 1
+    cache = model.new_cache()
+    logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+    more = tokens(4, 12, seed=9)
+    later = []
+    for t in range(12):
+        mask = torch.cat([mask, torch.ones(4, 1, dtype=torch.long)], 1)
+        later.append(model(more[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits)
+    for b, row in enumerate(rows):
+        alone = model(torch.cat([row, more[b]])[None], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[b][ids[b] > 0], alone[: len(row)], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(later, 1)[b], alone[len(row) :], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_state_keeps_the_anchors_as_they_came():
+    model, cache, ids = student(), None, tokens(1, 90)
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    before = [layer.state.anchor_k.clone() for layer in cache.layers]
+    for piece in ids[:, 10:].split(9, dim=1):
+        model(piece, past_key_values=cache)
+    for layer, anchors in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.state.anchor_k, anchors)
+
+
+def test_gradients_cross_the_limit():
+    model = student().requires_grad_(True)
+    model(tokens(1, 60), use_cache=False).logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in model.lizard_parameters())
+
+
+@torch.no_grad()
+def test_generation_past_the_context_equals_full_forward_passes():
+    model, row = student(position_step=5), tokens(1, 20)[0]
+    out = model.generate(row[None], attention_mask=torch.ones(1, 20).long(), max_new_tokens=20, do_sample=False)
+    for _ in range(20):
+        row = torch.cat([row, model(row[None], use_cache=False).logits[0, -1:].argmax(-1)])
+    assert torch.equal(out[0], row)
+
+
+def test_packed_sequences_stay_below_the_limit():
+    model = student()
+    positions = torch.cat([torch.arange(20), torch.arange(15)])[None]
+    both = model(tokens(1, 35), position_ids=positions).logits
+    torch.testing.assert_close(both[:, 20:], model(tokens(1, 35)[:, 20:]).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="position_ids reach 29: packed sequences must be no longer than"):
+        model(tokens(1, 35), position_ids=torch.cat([torch.arange(30), torch.arange(5)])[None])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10_000.0},
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0},
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 16},
+    ],
+)
+def test_far_angles_are_those_of_float64(rope):
+    family = teacher(max_position_embeddings=LIMIT, rope_parameters=rope)
+    model = linearize(family, LizardConfig.preset("window_only", attention={"window": 8}))
+    rotary, x = model.model.rotary_emb, torch.empty(1, dtype=torch.float32)
+    model(tokens(1, 4))  # sets the range
+    near = torch.arange(LIMIT)[None]
+    for ours, theirs in zip(rotary(x, near), family.model.rotary_emb(x, near), strict=True):
+        assert torch.equal(ours, theirs)
+    far = torch.tensor([[10**6, 10**6 + 1, 10**9 + 7]])
+    angles = far[..., None].double() * rotary.inv_freq.double()
+    scaling = rotary.attention_scaling
+    cos, sin = rotary(x, far)
+    half = angles.shape[-1]
+    torch.testing.assert_close(cos[..., :half].double(), angles.cos() * scaling, rtol=0, atol=2e-6 * scaling)
+    torch.testing.assert_close(sin[..., half:].double(), angles.sin() * scaling, rtol=0, atol=2e-6 * scaling)
+
+
+def test_a_teacher_keeps_its_own_angles():
+    family = teacher(max_position_embeddings=LIMIT)
+    model = linearize(family, LizardConfig.preset("recommended", attention={"window": 8}))
+    model.set_attention_mode("teacher")
+    ids = tokens(1, 60)
+    assert torch.equal(model(ids, use_cache=False).logits, family(ids, use_cache=False).logits)
+    assert type(model.model.rotary_emb).__name__ == type(family.model.rotary_emb).__name__
+    assert with_far_positions(model.model.rotary_emb) is model.model.rotary_emb
+
+
+def test_pairs_that_promise_nothing_are_refused():
+    for changes, reason in (
+        ({"position_step": 3}, 'position_step belongs to positions="clamped"'),
+        ({"positions": "clamped", "position_limit": 9}, "position_limit=9 is less than window"),
+        ({"positions": "clamped", "position_step": 0}, "position_step=0 must be at least 1"),
+        ({"positions": "moving"}, "positions must be"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            LizardConfig.preset("recommended", attention={"positions": "true"} | changes)
+
+
+@torch.no_grad()
+def test_one_compiled_step_does_before_and_past_the_limit():
+    model, ids = student(position_step=5), tokens(1, 40)
+    whole = model(ids, use_cache=False).logits
+    cache, graphs = model.new_cache(static=True, max_cache_len=40), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(model.forward, fullgraph=True, backend=counted)
+    model(ids[:, :15], past_key_values=cache)
+    for t in range(15, 40):
+        logits = step(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "gemma2", "gemma3_text"])
+def test_every_family_goes_past_the_limit(family):
+    config = LizardConfig.preset("recommended", attention={"window": 8, "positions": "clamped", "position_step": 9})
+    model = linearize(teacher(family, max_position_embeddings=LIMIT), config)
+    disturb(model)
+    ids = tokens(1, 60)
+    whole = model(ids, use_cache=False).logits
+    cache = model.new_cache()
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([30, 1, 29], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)

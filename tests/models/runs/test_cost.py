@@ -1,0 +1,59 @@
+"""Plans: exact parameter counts of public shapes, and estimates that follow what they are made of."""
+
+import dataclasses
+
+import pytest
+from tiny import student, teacher
+from typer.testing import CliRunner
+
+from benchmarks.quality.__main__ import app as quality
+from lizard_models import LizardConfig
+from lizard_models.cli.main import app
+from lizard_models.runs.cost import known_shapes, run_cost
+
+PARAMETERS = {
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+}
+
+
+def test_public_shapes_have_their_number_of_parameters():
+    assert known_shapes().keys() == PARAMETERS.keys()
+    for name, config in known_shapes().items():
+        cost = run_cost(config, LizardConfig.preset("paper"))
+        assert cost.parameters - cost.new_parameters == PARAMETERS[name]
+        assert 0.9 * 20e6 < cost.stage1.tokens < 1.1 * 20e6
+        weights = 2 * PARAMETERS[name]
+        assert weights < cost.stage1.bytes < 3 * weights
+        flop = 2 * PARAMETERS[name] * cost.stage2.tokens  # of a dense forward, embeddings counted
+        assert 0.7 * 3 * flop < cost.stage2.flop < 1.3 * 3 * flop
+
+
+def test_a_plan_counts_what_the_model_has():
+    model = student("recommended")
+    preset = LizardConfig.preset("recommended", attention={"window": 8})
+    cost = run_cost(teacher().config, preset)
+    assert cost.new_parameters == sum(p.numel() for _, p in model.lizard_parameters())
+    names = dict(model.lizard_attentions()[0].lizard.named_parameters())
+    assert cost.shapes == {name: tuple(p.shape) for name, p in names.items()}
+    twice = preset.replace(stage1={"max_steps": 2 * preset.stage1.max_steps})
+    assert run_cost(teacher().config, twice).stage1.flop == 2 * cost.stage1.flop
+    assert run_cost(teacher().config, preset, checkpointing=False).stage2.flop < cost.stage2.flop
+    assert run_cost(teacher().config, preset, micro_batch=1).stage1.bytes < cost.stage1.bytes
+    assert cost.stage1.seconds(100.0) == pytest.approx(2 * cost.stage1.seconds(100.0, devices=2))
+    assert dataclasses.asdict(cost)["stage1"]["steps"] == preset.stage1.max_steps
+
+
+def test_dry_runs_show_the_plan_and_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("lizard_models.teachers.find.hub_answers", lambda *arguments: False)
+    out = tmp_path / "never"
+    command = ["linearize", "meta-llama/Llama-3.2-1B", "--preset", "paper", "--out", str(out), "--dry-run"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert "16 layers linearized" in shown.output and "feature_maps" in shown.output and not out.exists()
+    plans = CliRunner().invoke(quality, ["dry-run", "--devices", "8"])
+    assert plans.exit_code == 0 and all(name in plans.output for name in PARAMETERS)
+    unknown = CliRunner().invoke(quality, ["dry-run", "nobody/nothing"])
+    assert unknown.exit_code == 2
