@@ -2,15 +2,15 @@
 
 from lizard_ops.common.checks import checked
 from lizard_ops.common.state import AttentionState
-from lizard_ops.common.tuning import tune, use_tuned
 from lizard_ops.delta_attn.api import chunk_delta_attn, recurrent_delta_attn
 from lizard_ops.delta_attn.naive import naive_delta_attn
+from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
-from lizard_ops.head_projection.api import project_heads
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.rotary.api import turn_heads
+from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 import lizard_ops
-from lizard_ops.hybrid_attn.decode_triton import decode_hybrid_triton
+from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton
 
 WINDOW, ANCHORS, SINKS = 128, 4, 4
 OPS = ("gated key", "window", "hybrid")

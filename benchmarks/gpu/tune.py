@@ -30,7 +30,7 @@ from shapes import HEAD_DIM, HEADS, KEY_HEADS, make_layer
 from triton.testing import do_bench
 
 import lizard_ops
-from lizard_ops.common import tuning
+from lizard_ops import tuning
 
 LAYERS = {"layer merge": layer_merge, "layer sum": layer_sum}
 SPILLS = 16  # registers more than the table's that a candidate may spill

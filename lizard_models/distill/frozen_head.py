@@ -107,7 +107,7 @@ def row_losses(
     if teacher is None:
         kl_weight = 0.0
     if impl == "triton" or (impl == "auto" and student.is_cuda):
-        from lizard_models.distill.loss_kernel import triton_row_losses
+        from lizard_ops.lm_loss.triton_op import triton_row_losses
 
         return triton_row_losses(student, teacher, targets, cross_entropy_weight, kl_weight, scale)
     log_student = F.log_softmax(student.float(), -1)

@@ -1,0 +1,1 @@
+"""A transformers decoder as a Lizard: conversion, attention, cache, state, families."""

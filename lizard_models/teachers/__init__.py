@@ -1,0 +1,1 @@
+"""Pretrained teachers: where they are found and how they are loaded."""

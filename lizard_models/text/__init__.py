@@ -1,0 +1,1 @@
+"""Training and evaluation text: documents, packed sequences, streams, prompts."""

@@ -102,7 +102,7 @@ def chunk_gated_attn(
         checks.want(chunk_size is None, "chunk_size", chunk_size, 'None with impl="naive"')
         return naive_gated_attn(q, k, v, g, **common, return_log_mass=return_log_mass)
     if chosen == "triton":
-        from lizard_ops.gated_attn.chunk_triton import chunk_gated_triton
+        from lizard_ops.gated_attn.triton.chunk import chunk_gated_triton
 
         o, state, log_mass = chunk_gated_triton(q, k, v, g, **common, gate_form=gate_form, chunk_size=chunk_size)
     else:

@@ -122,7 +122,7 @@ def chunk_hybrid_attn(
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form)
     if chosen == "triton":
-        from lizard_ops.hybrid_attn.chunk_triton import chunk_hybrid_triton
+        from lizard_ops.hybrid_attn.triton.chunk import chunk_hybrid_triton
 
         return chunk_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, gate_form=gate_form)
     from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch
@@ -207,7 +207,7 @@ def recurrent_hybrid_attn(
         feature_scale=a.feature_scale,
     )  # fmt: skip
     if chosen == "triton" and initial_state is not None:
-        from lizard_ops.hybrid_attn.decode_triton import decode_hybrid_triton
+        from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton
 
         o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state, inplace=inplace)
         return o, state if output_final_state else None

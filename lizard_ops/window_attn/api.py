@@ -91,7 +91,7 @@ def window_attn(
     if chosen == "naive":
         return naive_window_attn(q, k, v, window, **common, sink_form=sink_form, return_lse=return_lse)
     if chosen == "triton":
-        from lizard_ops.window_attn.chunk_triton import window_triton
+        from lizard_ops.window_attn.triton.chunk import window_triton
 
         o, state, lse, _ = window_triton(q, k, v, window, **common)
     else:

@@ -247,7 +247,7 @@ UNCAST = ("g", "alpha", "merge_bias")
 
 def test_a_decode_step_in_a_cuda_graph_goes_on_by_itself():
     """The state is updated where it lies, the position too: replays are steps."""
-    from lizard_ops.hybrid_attn.decode_triton import decode_hybrid_triton
+    from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton
 
     case = on_gpu(one_case("merge", T=60, B=3, Hk=2, sinks=False), BF16)
     options = {x: case.options[x] for x in ("anchors", "mix", "merge_mass", "coverage", "feature_map", "normalize")}

@@ -8,7 +8,7 @@ from kernel_checks import DEVICE, worst_excess
 
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 
-decode = pytest.importorskip("lizard_ops.hybrid_attn.decode_triton")
+decode = pytest.importorskip("lizard_ops.hybrid_attn.triton.decode")
 
 RECOMMENDED = {"mix": "merge", "coverage": "outside", "feature_map": "softmax"}
 B, HQ, HK, D, V, FP, WINDOW, SEEN = 3, 4, 2, 16, 16, 8, 5, (0, 4, 20)

@@ -11,8 +11,8 @@ from kernel_checks import DEVICE, check_against_naive
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.naive import naive_gated_attn
 
-config = pytest.importorskip("lizard_ops.gated_attn.chunk_triton_config")
-chunk_triton = pytest.importorskip("lizard_ops.gated_attn.chunk_triton")
+config = pytest.importorskip("lizard_ops.gated_attn.triton.config")
+chunk_triton = pytest.importorskip("lizard_ops.gated_attn.triton.chunk")
 chunk_gated_triton = chunk_triton.chunk_gated_triton
 
 GATES = {"none": 0, "one": 1, "key": 2, "query": 3, "channel": 4}
@@ -180,7 +180,7 @@ def test_tiles_of_a_chunk_share_a_layout(k, v, chunk):
 @pytest.mark.parametrize("k, v", [(1, 1), (3, 5), (16, 16), (72, 80)])
 def test_short_chunks_of_float32_pair_rows_without_tensor_cores(k, v):
     """Index computations of their 16-row tiles compile wrong: docs/kernels.md."""
-    ops = pytest.importorskip("lizard_ops.gated_attn.chunk_triton_op")
+    ops = pytest.importorskip("lizard_ops.gated_attn.triton.op")
     q, values, g = torch.empty(1, 16, 2, k), torch.empty(1, 16, 1, v), torch.empty(1, 16, 1, k)
     for dtype, chunk, wanted in (
         (torch.float32, 16, "ieee"),

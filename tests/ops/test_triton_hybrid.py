@@ -13,8 +13,8 @@ from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 
-pytest.importorskip("lizard_ops.hybrid_attn.chunk_triton")
-from lizard_ops.hybrid_attn.chunk_triton_tiles import rows as aligned_rows  # noqa: E402
+pytest.importorskip("lizard_ops.hybrid_attn.triton.chunk")
+from lizard_ops.tiles.hybrid import rows as aligned_rows  # noqa: E402
 
 MERGE = {"mix": "merge", "coverage": "outside", "feature_map": "softmax"}
 SUM = {"mix": "sum", "coverage": "all", "feature_map": "softmax"}
@@ -259,7 +259,7 @@ def test_empty_input():
 
 
 def test_operator_is_well_formed():
-    from lizard_ops.hybrid_attn.chunk_triton_op import hybrid_forward
+    from lizard_ops.hybrid_attn.triton.op import hybrid_forward
 
     x = make(1, 20, 2, 1, 16, 16, 16, 1, weight=True)
     x = {name: t.to(DEVICE).requires_grad_() for name, t in x.items()}

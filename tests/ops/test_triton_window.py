@@ -8,7 +8,7 @@ from kernel_checks import DEVICE, check_against_naive
 
 from lizard_ops.window_attn.naive import naive_window_attn, window_branch
 
-window_triton = pytest.importorskip("lizard_ops.window_attn.chunk_triton").window_triton
+window_triton = pytest.importorskip("lizard_ops.window_attn.triton.chunk").window_triton
 
 
 def make(b, t, hq, hk, d, v, sinks=0):
@@ -143,7 +143,7 @@ def test_empty_input(shape):
 
 
 def test_operator_is_well_formed():
-    from lizard_ops.window_attn.chunk_triton_op import window_forward
+    from lizard_ops.window_attn.triton.op import window_forward
 
     x = {name: t.to(DEVICE).requires_grad_() for name, t in make(1, 9, 2, 1, 16, 16).items()}
     sinks = torch.zeros(2, device=DEVICE, requires_grad=True)

@@ -11,7 +11,7 @@ import torch
 from kernel_checks import DEVICE
 
 import lizard_ops
-from lizard_ops.common import tuning
+from lizard_ops import tuning
 
 
 class Config(NamedTuple):

@@ -1,0 +1,1 @@
+"""Triton kernels of the projection before a feature map."""

@@ -1,0 +1,194 @@
+"""The projection as torch.library sees it, and the gradient that takes in x's other one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lizard_ops.common.dispatch import on_device
+from lizard_ops.feature_projection.triton.kernels import (
+    both_gradients_kernel,
+    input_gradient_kernel,
+    project_kernel,
+    weight_gradient_kernel,
+)
+from lizard_ops.tuning import launch_options, tunable
+
+TOKENS = 64  # rows of a tile
+STEPS = 16  # tiles that one program takes with the same matrix
+SPLITS = 32  # programs that share the tokens of a weight gradient
+
+
+class Config(NamedTuple):
+    """Warps, pipeline stages, and the registers a thread may have at most."""
+
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return launch_options(self.warps, self.registers)
+
+
+@tunable("project")
+def config_for(kernel: str, x: Tensor, weight: Tensor) -> Config:
+    """Launch configuration of a kernel, "output", "input", "weight" or "both" (gradients)."""
+    columns = blocks(weight)
+    one = columns["F"] <= columns["BF"]  # else the matrix is read anew a tile, and every stage holds all of it
+    return Config(4, {"output": 3, "input": 3 if one else 1}.get(kernel, 2))
+
+
+def blocks(weight: Tensor) -> dict[str, Any]:
+    """Tile shapes: the whole head dim, and as many features as registers hold."""
+    dim, features = weight.shape[1:]
+    wide = max(16, triton.next_power_of_2(dim))
+    columns = max(16, min(triton.next_power_of_2(features), 64 if wide > 128 else 128))
+    return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS}
+
+
+def precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with a unit last stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@torch.library.custom_op("lizard_ops::project_heads", mutates_args=())
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """y [B, T, H, F] = x [B, T, H, D] times weight [M, D, F]."""
+    x, weight = rows(x), weight.contiguous()
+    batch, length, heads = x.shape[:3]
+    y = x.new_empty(batch, length, heads, weight.shape[2])
+    tokens, tile = batch * length, blocks(weight)
+    if tokens:
+        count = triton.cdiv(tokens, TOKENS * STEPS) * heads * triton.cdiv(tile["F"], tile["BF"])
+        with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
+            c = config_for("output", x, weight)
+            project_kernel[(count,)](
+                x, weight, y, tokens, length, *x.stride()[:3], H=heads, M=weight.shape[0], STEPS=STEPS,
+                PRECISION=precision(x), **tile, num_stages=c.stages, **c.launch,
+            )  # fmt: skip
+    return y
+
+
+@project.register_fake
+def _(x, weight):
+    return x.new_empty(*x.shape[:3], weight.shape[2])
+
+
+@torch.library.custom_op("lizard_ops::project_heads_backward", mutates_args=())
+def project_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), empty where not asked for. d_x [B, T, H, D]: a gradient of x to add."""
+    dx = x.new_empty(x.shape if of_x else (0,))
+    return dx, gradients(x, weight, dy, None if d_x is None else rows(d_x), dx if of_x else None, of_weight)
+
+
+@project_backward.register_fake
+def _(x, weight, dy, d_x, of_x, of_weight):
+    return x.new_empty(x.shape if of_x else (0,)), weight.new_empty(weight.shape if of_weight else (0,))
+
+
+@torch.library.custom_op("lizard_ops::project_heads_backward_into", mutates_args=("d_x",))
+def project_backward_into(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor, of_weight: bool) -> Tensor:
+    """dweight, empty if not asked for; dy weight^T is added to d_x [B, T, H, D], contiguous, where it lies."""
+    return gradients(x, weight, dy, d_x, d_x, of_weight)
+
+
+@project_backward_into.register_fake
+def _(x, weight, dy, d_x, of_weight):
+    return weight.new_empty(weight.shape if of_weight else (0,))
+
+
+def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Tensor | None, of_weight: bool) -> Tensor:
+    """dweight; fills dx, contiguous, if it is there. It may be d_x: a tile is read before it is written."""
+    x, dy, weight = rows(x), rows(dy), weight.contiguous()
+    batch, length, heads = x.shape[:3]
+    maps, tokens, tile = weight.shape[0], batch * length, blocks(weight)
+    d_weight = weight.new_zeros(weight.shape if of_weight else (0,))
+    unit = math.gcd(8, *dy.stride()[:3])
+    y_strides = [step // unit for step in dy.stride()[:3]]
+    common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
+    strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
+    splits = max(1, min(SPLITS, triton.cdiv(tokens, TOKENS)))
+    steps = triton.cdiv(tokens, TOKENS * splits)
+    of_x = dx is not None
+    together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
+    with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
+        if of_weight and tokens:
+            parts = weight.new_empty(splits, heads, *weight.shape[1:])
+        if together and tokens:
+            c = config_for("both", x, weight)
+            both_gradients_kernel[(splits * heads,)](
+                x, dy, weight, d_x, dx, parts, tokens, length, *x.stride()[:3], *y_strides, *strides, steps,
+                STAGES=c.stages, **common, **c.launch,
+            )  # fmt: skip
+        elif tokens and of_x:
+            c = config_for("input", x, weight)
+            input_gradient_kernel[(triton.cdiv(tokens, TOKENS * STEPS) * heads,)](
+                dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=STEPS, num_stages=c.stages,
+                **common, **c.launch,
+            )  # fmt: skip
+        if of_weight and tokens:
+            if not together:
+                c = config_for("weight", x, weight)
+                weight_gradient_kernel[(splits * heads * triton.cdiv(tile["F"], tile["BF"]),)](
+                    x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, STAGES=c.stages, **common,
+                    **c.launch,
+                )  # fmt: skip
+            d_weight = parts.unflatten(1, (maps, heads // maps)).sum((0, 2))
+    return d_weight
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    dx, d_weight = project_backward(x, weight, dy, None, *needed)
+    return dx if needed[0] else None, d_weight if needed[1] else None
+
+
+project.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _ProjectBoth(torch.autograd.Function):
+    """(x, y), so that both gradients of x meet in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, reuse_gradient: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        ctx.reuse_gradient = reuse_gradient
+        return x.view_as(x), project(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if dy is None:
+            return d_x, None, None
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        if ctx.reuse_gradient and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
+            dx, d_weight = d_x, project_backward_into(x, weight, dy, d_x, of_weight)
+        else:
+            dx, d_weight = project_backward(x, weight, dy, d_x, of_x, of_weight)
+        return dx if of_x else None, d_weight if of_weight else None, None
+
+
+def project_heads_triton(x: Tensor, weight: Tensor, reuse_gradient: bool) -> tuple[Tensor, Tensor]:
+    """(x, y). While torch.compile traces, the sum of x's gradients is left to the compiler."""
+    if torch.compiler.is_compiling():
+        return x, project(x, weight)
+    return _ProjectBoth.apply(x, weight, reuse_gradient)

@@ -1,0 +1,1 @@
+"""Triton kernels of gated attention, each file one family of kernels."""

@@ -1,0 +1,396 @@
+"""The chunked op as torch.library sees it: launches, fake tensors, gradient.
+
+Query row q_shift + r of a sequence meets key row k_shift + r (r < pairs): a window offset or anchors are only a shift.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lizard_ops.common.dispatch import on_device
+from lizard_ops.gated_attn.triton.bwd import key_kernel, row_kernel
+from lizard_ops.gated_attn.triton.channel import (
+    channel_key_kernel,
+    channel_output_kernel,
+    channel_row_kernel,
+    channel_value_kernel,
+    factor_kernel,
+    key_sum_kernel,
+)
+from lizard_ops.gated_attn.triton.config import Launch, launch, scan_launch
+from lizard_ops.gated_attn.triton.fwd import output_kernel
+from lizard_ops.gated_attn.triton.state import gate_sum_kernel, scan_kernel, state_kernel
+
+GATE_NONE, GATE_HEAD, GATE_CHANNEL = 0, 1, 2
+
+
+class Rows(NamedTuple):
+    """Which rows meet, cut into chunks; the trailing arguments of every kernel."""
+
+    table: Tensor | None  # [N, 4] int64: first query row, first key row, rows, first chunk
+    owner: Tensor | None  # [chunks] int32, sequence of each chunk, -1 past the last
+    q_rows: int
+    k_rows: int
+    q_shift: int
+    k_shift: int
+    pairs: int
+    sequences: int
+    chunks: int
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        return self.q_rows, self.k_rows, self.q_shift, self.k_shift, self.pairs
+
+
+def plan_rows(q: Tensor, k: Tensor, table: Tensor | None, q_shift: int, k_shift: int, pairs: int, chunk: int) -> Rows:
+    """Chunks of N equal sequences, or of those in table [N, 3]; never asks the device for a number."""
+    batch, q_rows, k_rows = q.shape[0], q.shape[1], k.shape[1]
+    place = (q_rows, k_rows, q_shift, k_shift, pairs)
+    if table is None:
+        return Rows(None, None, *place, batch, batch * triton.cdiv(pairs, chunk))
+    n, total = table.shape[0], batch * min(q_rows, k_rows)
+    ends = ((table[:, 2] + chunk - 1) // chunk).cumsum(0)
+    owner = torch.searchsorted(ends, torch.arange(total // chunk + n, device=q.device), right=True)
+    owner = torch.where(owner < n, owner, -1).int()
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    return Rows(torch.cat([table, starts.unsqueeze(1)], 1), owner, *place, n, owner.shape[0])
+
+
+class Shape(NamedTuple):
+    """Head counts, dims and dtypes that all kernels of one call share."""
+
+    hq: int
+    hk: int
+    hs: int
+    hg: int
+    k: int
+    v: int
+    chunk: int
+    gate: int
+    operand: torch.dtype
+    precision: str
+    gate_precision: str  # of the products that d g of a channel is a difference of
+
+    @property
+    def operand_tl(self):
+        return tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32
+
+    def launch(self, kernel: str, group: int = 1) -> Launch:
+        """The kernel's configuration for this call; group: query heads that could be stacked in one tile."""
+        return launch(kernel, self.k, self.v, group, self.chunk, self.operand.itemsize)
+
+    @property
+    def dims(self) -> dict:
+        """What every kernel takes."""
+        return {
+            "HQ": self.hq, "K": self.k, "V": self.v, "C": self.chunk, "OPERAND": self.operand_tl,
+            "PRECISION": self.precision,
+        }  # fmt: skip
+
+    @property
+    def constants(self) -> dict:
+        """What the kernels for one number a head take."""
+        return self.dims | {"HK": self.hk, "HS": self.hs, "HG": self.hg, "GATED": self.gate != GATE_NONE}
+
+    @property
+    def channel_constants(self) -> dict:
+        """What the kernels for one number a channel take."""
+        return self.dims | {"HK": self.hk, "LEVELS": self.chunk.bit_length() - 1}
+
+    @property
+    def score_constants(self) -> dict:
+        """The same for the kernels that pair rows of scores: 16 of them by tensor cores compile wrong."""
+        short = self.operand.itemsize > 2 and self.chunk < 32  # docs/kernels.md
+        return self.channel_constants | ({"PRECISION": "ieee"} if short else {})
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> Shape:
+    """Computed factors of a product are bfloat16 for bfloat16 inputs only: float16 would overflow."""
+    hq, hk = q.shape[2], k.shape[2]
+    gate = GATE_NONE if g is None else (GATE_CHANNEL if g.ndim == 4 else GATE_HEAD)
+    hg = 1 if g is None else g.shape[2]
+    hs = hq if gate == GATE_HEAD and hg == hq else hk
+    operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    precision = "tf32" if operand == torch.bfloat16 else "tf32x3"
+    gate_precision = "ieee" if q.dtype == torch.float32 else precision
+    return Shape(hq, hk, hs, hg, k.shape[3], v.shape[3], chunk, gate, operand, precision, gate_precision)
+
+
+class Gates(NamedTuple):
+    """What the kernels read of a gate: local sums in two parts (a number a head), or factors (a number a channel)."""
+
+    first: Tensor | None = None  # [B, T, Hg] high part, or [chunks, Hk, levels + 2, C, K] decay factors
+    second: Tensor | None = None  # [B, T, Hg] low part, or [chunks, Hk, blocks of K] int32 rows that need no levels
+    decays: Tensor | None = None  # [chunks, Hs, 1 or K] log2 of each chunk's decay
+
+
+def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
+    """Form them; the decays of one-number-a-head gates are left for ``state_kernel`` to write."""
+    if g is None:
+        return Gates()
+    width = shape.k if shape.gate == GATE_CHANNEL else 1
+    decays = g.new_empty(rows.chunks, shape.hs, width)
+    place = rows.table, rows.owner, rows.k_rows, rows.k_shift, rows.pairs
+    if shape.gate == GATE_CHANNEL:
+        cfg, levels = shape.launch("factor"), shape.chunk.bit_length() - 1
+        factors = g.new_empty(rows.chunks, shape.hk, levels + 2, shape.chunk, shape.k, dtype=shape.operand)
+        near = g.new_empty(rows.chunks, shape.hk, triton.cdiv(shape.k, cfg.block_k), dtype=torch.int32)
+        factor_kernel[(near.numel(),)](
+            g, factors, decays, near, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.block_k,
+            VARLEN=rows.table is not None, OPERAND=shape.operand_tl, **cfg.options,
+        )  # fmt: skip
+        return Gates(factors, near, decays)
+    hi, lo = torch.empty_like(g), torch.empty_like(g)
+    block = min(8, triton.next_power_of_2(shape.hg))
+    gate_sum_kernel[(rows.chunks * triton.cdiv(shape.hg, block),)](
+        g, hi, lo, *place, HG=shape.hg, C=shape.chunk, BH=block, VARLEN=rows.table is not None, num_warps=1
+    )
+    return Gates(hi, lo, decays)
+
+
+def chunk_states(
+    a: Tensor, b: Tensor, gates: Gates, start: tuple[Tensor, Tensor] | None, shape: Shape, rows: Rows, *,
+    scale: float = 1.0, normalize: bool = False, mass: Tensor | None = None, extra: Tensor | None = None,
+    forward: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """States (S, z) before each chunk, the states at each sequence's end, and the gate cross terms.
+
+    Forward with a = k, b = v. With a = q, b = do, the mass, the row terms and the forward states: the gradients of the
+    states after each chunk and at each sequence's start.
+    """
+    reverse, n, hs = forward is not None, rows.sequences, shape.hs
+    new = functools.partial(torch.empty, device=a.device, dtype=torch.float32)
+    states = torch.empty(rows.chunks, hs, shape.k, shape.v, device=a.device, dtype=shape.operand)
+    z_states = new(rows.chunks, hs, shape.k)
+    s_out, z_out = new(n, hs, shape.k, shape.v), new(n, hs, shape.k)
+    cross = torch.empty_like(z_states) if reverse and shape.gate != GATE_NONE else None
+    varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
+    cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
+    state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
+        a, b, mass, extra, *gates[:2], states, z_states, gates.decays, rows.table, rows.owner, scale, *rows.place,
+        HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
+        BV=cfg.block_v, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
+        VARLEN=varlen, **shape.dims, **cfg.options,
+    )  # fmt: skip
+    cfg = scan_launch(shape.v, shape.operand.itemsize)
+    scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.block_k),)](
+        states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None))[:2],
+        rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.block_k, BV=cfg.block_v,
+        GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen,
+        STAGES=cfg.num_stages, num_warps=cfg.num_warps,
+    )  # fmt: skip
+    return states, z_states, s_out, z_out, cross
+
+
+def blank(
+    like: Tensor, size: tuple[int, ...], covered: bool, fill: float = 0.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An output tensor, filled only where kernels will not write all of it."""
+    dtype = dtype or like.dtype
+    return like.new_empty(size, dtype=dtype) if covered else like.new_full(size, fill, dtype=dtype)
+
+
+@torch.library.custom_op("lizard_ops::gated_chunk", mutates_args=())
+def gated_chunk(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s0: Tensor | None, z0: Tensor | None, table: Tensor | None,
+    q_shift: int, k_shift: int, pairs: int, scale: float, normalize: bool, absorbed: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(o, log mass, mass, final S, final z) of query rows that meet key rows; see the module's docstring.
+
+    q [B,Tq,Hq,K], k [B,Tk,Hk,K], v [B,Tk,Hk,V]; g float32 [B,Tk,Hg] or [B,Tk,Hk,K]; s0 [N,Hs,K,V] and z0 [N,Hs,K]
+    float32; table [N, 3] int64 (first query row, first key row, rows, through flattened rows) or None if all are equal.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    g = None if g is None else g.contiguous()
+    shape, rows = shape_of(q, k, v, g, chunk), plan_rows(q, k, table, q_shift, k_shift, pairs, chunk)
+    covered = table is None and pairs == q.shape[1] and q_shift == 0
+    o = blank(q, (*q.shape[:3], shape.v), covered)
+    log_mass = blank(q, q.shape[:3], covered, -float("inf"), torch.float32)
+    mass = blank(q, q.shape[:3], covered, 0.0, torch.float32)
+    if rows.chunks == 0 or pairs <= 0:
+        return o, log_mass, mass, *carried(q, s0, z0, rows, shape)
+    start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
+    with on_device(q, features=shape.k, values=shape.v, chunk_size=chunk):
+        gates = prepare_gates(g, shape, rows)
+        states, z_states, s, z, _ = chunk_states(k, v, gates, start, shape, rows)
+        ends = o, log_mass, mass, rows.table, rows.owner, scale, *rows.place
+        if shape.gate == GATE_CHANNEL:
+            cfg = shape.launch("channel_output")
+            channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
+                q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
+                **shape.score_constants, BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
+            )  # fmt: skip
+        else:
+            cfg = shape.launch("output", shape.hq // shape.hs)
+            output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
+                q, k, v, *gates[:2], states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
+                **shape.constants, **cfg.blocks, VARLEN=table is not None,
+            )  # fmt: skip
+    return o, log_mass, mass, s, z
+
+
+def carried(like: Tensor, s0: Tensor | None, z0: Tensor | None, rows: Rows, shape: Shape) -> tuple[Tensor, Tensor]:
+    """The state of a call without a single row."""
+    if s0 is not None and z0 is not None:
+        return s0.clone(), z0.clone()
+    s = like.new_zeros(rows.sequences, shape.hs, shape.k, shape.v, dtype=torch.float32)
+    return s, s.new_zeros(s.shape[:3])
+
+
+@gated_chunk.register_fake
+def _(q, k, v, g, s0, z0, table, q_shift, k_shift, pairs, scale, normalize, absorbed, chunk):
+    n = q.shape[0] if table is None else table.shape[0]
+    heads = q.shape[2] if g is not None and g.ndim == 3 and g.shape[2] == q.shape[2] else k.shape[2]
+    float32 = torch.float32
+    mass = q.new_empty(q.shape[:3], dtype=float32)
+    s = q.new_empty((n, heads, k.shape[3], v.shape[3]), dtype=float32)
+    z = q.new_empty((n, heads, k.shape[3]), dtype=float32)
+    return q.new_empty((*q.shape[:3], v.shape[3])), torch.empty_like(mass), mass, s, z
+
+
+@torch.library.custom_op("lizard_ops::gated_chunk_backward", mutates_args=())
+def gated_chunk_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s0: Tensor | None, z0: Tensor | None, table: Tensor | None,
+    mass: Tensor, d_o: Tensor, d_log_mass: Tensor, ds: Tensor, dz: Tensor, q_shift: int, k_shift: int,
+    pairs: int, scale: float, normalize: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dg, ds0, dz0); dg is empty without a gate. States are recomputed."""
+    q, k, v, d_o = q.contiguous(), k.contiguous(), v.contiguous(), d_o.contiguous()
+    mass, d_log_mass = mass.contiguous(), d_log_mass.contiguous()
+    g = None if g is None else g.contiguous()
+    shape, rows = shape_of(q, k, v, g, chunk), plan_rows(q, k, table, q_shift, k_shift, pairs, chunk)
+    all_q = table is None and pairs == q.shape[1] and q_shift == 0
+    all_k = table is None and pairs == k.shape[1] and k_shift == 0
+    dq, dk, dv = blank(q, q.shape, all_q), blank(k, k.shape, all_k), blank(v, v.shape, all_k)
+    end = ds.contiguous(), dz.contiguous()
+    if rows.chunks == 0 or pairs <= 0:
+        return dq, dk, dv, (q.new_zeros(0) if g is None else torch.zeros_like(g)), end[0].clone(), end[1].clone()
+    start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
+    channel = shape.gate == GATE_CHANNEL
+    flags = {"NORMALIZE": normalize, "VARLEN": table is not None}
+    place = rows.table, rows.owner, scale, *rows.place
+    extra = torch.empty_like(mass)
+    with on_device(q, features=shape.k, values=shape.v, chunk_size=chunk):
+        gates = prepare_gates(g, shape, rows)
+        states = chunk_states(k, v, gates, start, shape, rows)[:2]
+        x = q, k, v, d_o, mass, extra
+        if channel:
+            own_term = torch.empty_like(mass)
+            row_dot = _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags)
+        else:
+            means = torch.empty_like(mass)
+            row_dot = _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags)
+        *d_states, ds0, dz0, cross = chunk_states(
+            q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra, forward=states
+        )
+        ends = row_dot, cross, dk, dv, all_k
+        if channel:
+            dg = _channel_keys(x, d_states, own_term, *ends, gates, shape, rows, place, flags)
+        else:
+            dg = _keys((*x[:-1], d_log_mass, means), d_states, *ends, gates, shape, rows, place, flags)
+    return dq, dk, dv, dg, ds0, dz0
+
+
+def _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags) -> Tensor | None:
+    q, k, v, d_o, mass, extra = x
+    cfg = shape.launch("row", shape.hq // shape.hs)
+    blocks = triton.cdiv(shape.k, cfg.block_k)
+    row_dot = mass.new_empty(blocks, *mass.shape) if shape.gate != GATE_NONE else None
+    row_kernel[(rows.chunks * shape.hs * blocks,)](
+        q, k, v, *gates[:2], *states, d_o, mass, d_log_mass, dq, extra, means, row_dot, *place,
+        mass.numel(), **shape.constants, **flags, **cfg.blocks,
+    )  # fmt: skip
+    return row_dot
+
+
+def _keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
+    q, k, v, d_o, mass, d_log_mass, means = x
+    cfg = shape.launch("key")
+    blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
+    dg = None
+    if shape.gate != GATE_NONE:
+        dg = blank(mass, (blocks, *k.shape[:2], shape.hs), all_k)
+    key_kernel[(rows.chunks * shape.hk * blocks,)](
+        q, k, v, *gates[:2], *d_states, d_o, mass, d_log_mass, means, row_dot, cross, dk, dv, dg, *place, mass.numel(),
+        0 if dg is None else dg[0].numel(), BQ=cfg.queries, BK=cfg.block_k, BV=cfg.block_v, **shape.constants,
+        **flags, **cfg.options,
+    )  # fmt: skip
+    if dg is None:
+        return q.new_zeros(0)
+    dg = dg[0] if blocks == 1 else dg.sum(0)
+    return dg.sum(2, keepdim=True) if shape.hg < shape.hs else dg
+
+
+def _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags) -> Tensor:
+    q, k, v, d_o, mass, extra = x
+    key_sums, row_dot = mass.new_empty(k.shape), mass.new_empty(k.shape)
+    dims, varlen = shape.channel_constants, rows.table is not None
+    exact = {"PRECISION": shape.gate_precision}
+    cfg = shape.launch("key_sum")
+    key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+        k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
+        rows.pairs, BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")}
+        | exact, **cfg.options,
+    )  # fmt: skip
+    cfg = shape.launch("channel_row")
+    channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+        q, k, v, gates.first, gates.second, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot,
+        *place, BK=cfg.block_k, BV=cfg.block_v, **dims, **flags, **cfg.options,
+    )  # fmt: skip
+    return row_dot
+
+
+def _channel_keys(x, d_states, own_term, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
+    q, k, v, d_o, mass, extra = x
+    dg = blank(mass, k.shape, all_k)
+    cfg = shape.launch("channel_value")
+    channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.block_v),)](
+        q, k, gates.first, gates.second, d_states[0], d_o, mass, dv, *place, BK=cfg.block_k, BV=cfg.block_v,
+        **shape.score_constants, **flags, **cfg.options,
+    )  # fmt: skip
+    cfg = shape.launch("channel_key")
+    channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+        q, k, v, gates.first, gates.second, *d_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, *place,
+        BK=cfg.block_k, BV=cfg.block_v, GATE_PRECISION=shape.gate_precision, **shape.channel_constants, **flags,
+        **cfg.options,
+    )  # fmt: skip
+    return dg
+
+
+@gated_chunk_backward.register_fake
+def _(q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, q_shift, k_shift, pairs, scale, normalize, chunk):
+    dg = q.new_empty(0) if g is None else torch.empty_like(g, memory_format=torch.contiguous_format)
+    like = [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dg]
+    return *like, ds.new_empty(ds.shape), dz.new_empty(dz.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, g, s0, z0, table, *numbers = inputs
+    o, _, mass, s, z = output
+    ctx.save_for_backward(q, k, v, g, s0, z0, table, mass)
+    ctx.o_shape = o.shape
+    q_shift, k_shift, pairs, scale, normalize, _, chunk = numbers
+    ctx.numbers = (q_shift, k_shift, pairs, scale, normalize, chunk)
+    ctx.state_shapes = s.shape, z.shape
+
+
+def _backward(ctx, d_o, d_log_mass, d_mass, ds, dz):
+    q, k, v, g, s0, z0, table, mass = ctx.saved_tensors
+    d_o = q.new_zeros(ctx.o_shape) if d_o is None else d_o
+    d_log_mass = torch.zeros_like(mass) if d_log_mass is None else d_log_mass
+    ds = mass.new_zeros(ctx.state_shapes[0]) if ds is None else ds
+    dz = mass.new_zeros(ctx.state_shapes[1]) if dz is None else dz
+    dq, dk, dv, dg, ds0, dz0 = gated_chunk_backward(
+        q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, *ctx.numbers
+    )
+    no_state = s0 is None
+    return dq, dk, dv, None if g is None else dg, None if no_state else ds0, None if no_state else dz0, *[None] * 8
+
+
+gated_chunk.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,1 @@
+"""Triton kernels of hybrid attention, each file one family of kernels with its launcher."""

@@ -1,0 +1,158 @@
+"""The decode step of hybrid attention on the GPU, as an operator that updates the state where it lies."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.features import feature_dim
+from lizard_ops.common.state import AttentionState
+from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
+from lizard_ops.tiles.softcap import cap_of, units_of
+from lizard_ops.tuning import tunable
+
+STATE_FIELDS = AttentionState._fields[: AttentionState._fields.index("ring_beta")]  # what sums and windows keep
+
+
+class Config(NamedTuple):
+    """Launch configuration: features of a state tile, ring slots of a score tile, warps, stages, registers."""
+
+    features: int
+    slots: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
+@tunable("decode", fixed=("warps",))
+def config_for(q: Tensor, features: int, v_dim: int) -> Config:
+    """The configuration by dims and dtype, picked on an H200.
+
+    A state tile has at least four numbers a thread, lest two threads update one number.
+    """
+    if q.dtype == torch.float32 or max(q.shape[3], v_dim) > 128:
+        return Config(32, 32, 4, 1, None)
+    return Config(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
+
+
+def decode_hybrid_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    fk: Tensor,
+    g: Tensor | None,
+    window: int,
+    *,
+    anchors: int,
+    sinks: Tensor | None,
+    mix: str,
+    alpha: Tensor | None,
+    merge_bias: Tensor | None,
+    merge_mass: str,
+    coverage: str,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    softcap: float | None = None,
+    feature_scale: float,
+    state: AttentionState,
+    inplace: bool = False,
+) -> tuple[Tensor, AttentionState]:
+    """(o [B, 1, Hq, V], state) of one token a row for ``recurrent_hybrid_attn``, whose arguments come here checked.
+
+    One launch for both branches, the mix and the state. With ``inplace`` the tensors of ``state``, which must be
+    contiguous, are overwritten, the position too, so that a CUDA graph of the step can be replayed; else copies are.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
+    if inplace:
+        for name, x in zip(AttentionState._fields, state, strict=True):
+            if x is not None and not x.is_contiguous():
+                raise ValueError(f"state.{name}: got strides {x.stride()}, wanted a contiguous tensor with inplace")
+    else:
+        state = AttentionState._make(
+            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
+        )
+    weight = alpha if mix == "sum" else merge_bias
+    o = hybrid_decode(
+        q, k, v, fq, fk, g, sinks, weight, *state[: len(STATE_FIELDS)], window, anchors, mix == "merge",
+        merge_mass == "relative", coverage == "outside", feature_map, normalize, scale, feature_scale, softcap,
+    )  # fmt: skip
+    return o, state
+
+
+@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=STATE_FIELDS)
+def hybrid_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fq: Tensor,
+    fk: Tensor,
+    g: Tensor | None,
+    sinks: Tensor | None,
+    weight: Tensor | None,
+    position: Tensor,
+    s: Tensor,
+    z: Tensor,
+    log_scale: Tensor | None,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    ring_fk: Tensor | None,
+    ring_g: Tensor | None,
+    anchor_k: Tensor | None,
+    anchor_v: Tensor | None,
+    window: int,
+    anchors: int,
+    merge: bool,
+    relative: bool,
+    outside: bool,
+    feature_map: str,
+    normalize: bool,
+    scale: float,
+    feature_scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """One step, in place on the fields of the state; returns o [B, 1, Hq, V]."""
+    k, v = k.to(ring_k.dtype), v.to(ring_v.dtype)
+    fk = fk if ring_fk is None else fk.to(ring_fk.dtype)
+    q, k, v, fq, fk = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, fq, fk))
+    g, sinks, weight = (None if x is None else x.contiguous() for x in (g, sinks, weight))
+    batch, _, heads, dim = q.shape
+    key_heads, v_dim, pre = v.shape[2], v.shape[3], fq.shape[3]
+    features, group = feature_dim(pre, feature_map), heads // v.shape[2]
+    channel = g is not None and g.ndim == 4
+    o = q.new_empty(batch, 1, heads, v_dim)
+    if batch == 0:
+        return o
+    config = config_for(q, features, v_dim)
+    with on_device(q, dim=dim, values=v_dim, features=features):
+        hybrid_decode_kernel[(batch * key_heads,)](
+            q, k, v, fq, fk, g, sinks, weight, o,
+            position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
+            *(step for x in (q, k, v, fq, fk) for step in (x.stride(0), x.stride(2))),
+            heads if weight is not None and weight.ndim == 3 else 0, units_of(scale, softcap) / math.log(2),
+            cap_of(scale, softcap), math.log(feature_scale),
+            HK=key_heads, G=group, D=dim, V=v_dim, FP=pre, F=features, W=window, A=anchors,
+            M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
+            STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),
+            BD=max(16, triton.next_power_of_2(dim)), BV=max(16, triton.next_power_of_2(v_dim)),
+            BP=triton.next_power_of_2(pre), BX=triton.next_power_of_2(features), BF=config.features, BN=config.slots,
+            BW=triton.next_power_of_2(window),
+            BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
+            MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        )  # fmt: skip
+    return o
+
+
+@hybrid_decode.register_fake
+def _(q, k, v, *rest):
+    return q.new_empty(*q.shape[:3], v.shape[3])

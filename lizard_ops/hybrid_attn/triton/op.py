@@ -1,0 +1,210 @@
+"""The hybrid kernels as operators of torch.library: launches, shapes for tracing, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common.dispatch import on_device
+from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
+from lizard_ops.hybrid_attn.triton.bwd_linear import empty_terms, linear_keys, linear_queries, query_states
+from lizard_ops.hybrid_attn.triton.bwd_window import window_keys, window_queries
+from lizard_ops.hybrid_attn.triton.config import Shape
+from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
+from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
+from lizard_ops.hybrid_attn.triton.units import unit_gates
+from lizard_ops.tiles.hybrid import Stream, slot_count
+
+
+def describe(
+    q: Tensor, k: Tensor, v: Tensor, fk: Tensor, g: Tensor | None, position: Tensor | None,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, window: int, anchors: int, outside: bool, mix: str,
+    normalize: bool, feature_map: str,
+) -> tuple[Shape, Stream]:  # fmt: skip
+    """What the kernels are compiled for, and where the sequences stand."""
+    query_heads, key_heads = q.shape[2], k.shape[2]
+    heads = query_heads if g is not None and g.shape[2] == query_heads else key_heads
+    shape = Shape(
+        q.device, q.dtype, query_heads, key_heads, heads, q.shape[3], v.shape[3], fk.shape[3], feature_map, window,
+        anchors, outside, mix != "sum", mix == "relative", normalize,
+    )  # fmt: skip
+    prefix = 0 if position is None else window
+    ends = q.shape[0] + 1 if cu_seqlens is None else cu_seqlens.shape[0]
+    shift = window - prefix if outside else 0
+    return shape, Stream(cu_seqlens, lengths, position, ends, q.shape[1], prefix, shift, 0 if outside else prefix)
+
+
+def pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if a is None or b is None else (a, b)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+@torch.library.custom_op("lizard_ops::hybrid_attn_forward", mutates_args=())
+def hybrid_forward(
+    q: Tensor,  # [B, T, Hq, D]
+    k: Tensor,  # [B, P + T, Hk, D], or [1, N P + T, Hk, D] with cu_seqlens
+    v: Tensor,  # the same with V
+    fq: Tensor,  # [B, T, Hq, Fp]
+    fk: Tensor,  # the linear rows of k: all of them if outside, else the new ones; [B, ., Hk, Fp]
+    g: Tensor | None,  # like fk, [B, ., Hg]
+    weight: Tensor | None,  # alpha or merge bias [B, T, Hq] float32
+    sink: Tensor | None,  # [Hq] log of the sink mass
+    anchor_k: Tensor | None,  # [N, A, Hk, D]; None: the first rows of each sequence (P = 0)
+    anchor_v: Tensor | None,
+    s: Tensor | None,  # [N, Hs, F, V]
+    z: Tensor | None,  # [N, Hs, F]
+    position: Tensor | None,  # [N] of the first query; None: 0, and P = 0
+    cu_seqlens: Tensor | None,  # [N + 1]
+    lengths: Tensor | None,  # [N] tokens of right-padded rows
+    window: int,
+    anchors: int,
+    outside: bool,
+    mix: str,  # "sum", "absolute" or "relative"
+    normalize: bool,
+    feature_map: str,
+    scale: float,
+    feature_scale: float,
+    final: bool,
+    softcap: float | None = None,
+    log_scale: Tensor | None = None,  # [N, Hs] of s and z, with exponential features
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final s, final z, their log scale, running gates, masses...).
+
+    The final sums are empty without ``final``, the log scale without exponential features.
+    """
+    shape, stream = describe(
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
+    )
+    with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
+        end_log = empty(q, 0)
+        if feature_map == "exp":
+            gates, end_log = unit_gates(fk, g, log_scale, stream, shape)
+        else:
+            gates = running_gates(g, stream, shape)
+        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, final)
+        o, masses = hybrid_output(
+            q, k, v, fq, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, softcap, feature_scale, stream,
+            shape,
+        )  # fmt: skip
+    if states.end_s is None or states.end_z is None:
+        return o, empty(q, 0), empty(q, 0), end_log, gates, *masses
+    return o, states.end_s, states.end_z, end_log, gates, *masses
+
+
+@hybrid_forward.register_fake
+def _(
+    q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
+    mix, normalize, feature_map, scale, feature_scale, final, softcap=None, log_scale=None,
+):  # fmt: skip
+    shape, stream = describe(
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
+    )
+    full = (q.shape[0], q.shape[2], q.shape[1])
+    some = full if mix == "relative" else (0,)
+    end, exp = (stream.ends - 1, shape.state_heads, shape.features), feature_map == "exp"
+    gate_heads = shape.state_heads if exp else 1 if g is None else g.shape[2]
+    return (
+        empty(q, *q.shape[:3], v.shape[3], dtype=q.dtype),
+        empty(q, *end, v.shape[3]) if final else empty(q, 0),
+        empty(q, *end) if final else empty(q, 0),
+        empty(q, *end[:2]) if exp else empty(q, 0),
+        empty(q, 5 if exp else 3, slot_count(stream, shape.chunk), gate_heads, shape.chunk),
+        empty(q, *full), empty(q, *full), empty(q, *some), empty(q, *some, dtype=torch.int32),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("lizard_ops::hybrid_attn_backward", mutates_args=())
+def hybrid_backward(
+    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, g: Tensor | None, weight: Tensor | None,
+    sink: Tensor | None, anchor_k: Tensor | None, anchor_v: Tensor | None, s: Tensor | None, z: Tensor | None,
+    position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    window: int, anchors: int, outside: bool, mix: str, normalize: bool, feature_map: str, scale: float,
+    feature_scale: float, softcap: float | None,
+    o: Tensor, gates: Tensor, linear: Tensor, log_window: Tensor, spread: Tensor, top_key: Tensor,
+    d_o: Tensor, d_s: Tensor | None, d_z: Tensor | None, gate_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the first twelve arguments of ``hybrid_forward``; those of absent ones are empty."""
+    shape, stream = describe(
+        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
+    )
+    masses, d_end = Masses(linear, log_window, spread, top_key), pair(d_s, d_z)
+    with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
+        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
+        terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
+
+        def of_queries(terms):
+            return window_queries(
+                q, k, v, pair(anchor_k, anchor_v), d_o, weight, masses, terms, scale, softcap, stream, shape
+            )  # fmt: skip
+
+        if not shape.merge:
+            dq, average = of_queries(terms)
+        dfq = linear_queries(v, fq, states, gates, weight, o, d_o, masses, average, terms, feature_scale, stream, shape)
+        states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
+        if shape.merge and shape.exact:
+            dq, _ = of_queries(terms)
+        d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
+        dv, dfk, key_terms = linear_keys(v, fq, fk, d_o, gates, terms, d_states, stream, shape, gate_gradient)
+        dg = empty(q, 0)
+        if key_terms is not None:
+            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
+        d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
+        del states, d_states, key_terms
+        terms = terms._replace(slope=None, offset=None, entered=None)
+        dk, da_k, da_v = window_keys(
+            q, k, v, pair(anchor_k, anchor_v), d_o, dv, masses, terms, scale, softcap, stream, shape
+        )
+        if not shape.exact:
+            dq, _ = of_queries(terms)
+        d_sink = empty(q, 0)
+        if sink is not None:  # p_sink times the shift that every score shares
+            there = log_window.isfinite()
+            part = torch.exp2(sink[:, None] * 1.4426950408889634 - log_window) * terms.shift
+            d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
+    d_weight = terms.flow if average is None else average
+    del terms, average
+    d_weight = empty(q, 0) if weight is None else d_weight.transpose(1, 2).contiguous()
+    return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
+
+
+@hybrid_backward.register_fake
+def _(
+    q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
+    mix, normalize, feature_map, scale, feature_scale, softcap, o, gates, linear, log_window, spread, top_key, d_o, d_s,
+    d_z, gate_gradient,
+):  # fmt: skip
+    def like(x):
+        return empty(q, 0) if x is None else empty(q, *x.shape, dtype=x.dtype)
+
+    dg = like(g) if gate_gradient else empty(q, 0)
+    return *map(like, (q, k, v, fq, fk)), dg, *map(like, (weight, sink, anchor_k, anchor_v, s, z))
+
+
+def _save(ctx, inputs, output):
+    *tensors, window, anchors, outside, mix, normalize, feature_map, scale, feature_scale, _, softcap, _ = inputs
+    o, _, _, _, *masses = output
+    ctx.save_for_backward(*tensors, o, *masses)
+    ctx.end_shape = output[1].shape
+    ctx.options = (window, anchors, outside, mix, normalize, feature_map, scale, feature_scale, softcap)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, d_o, d_s, d_z, *_):
+    *inputs, o, gates, linear, log_window, spread, top_key = ctx.saved_tensors
+    if d_o is None:
+        d_o = torch.zeros_like(o)
+    if d_s is not None or d_z is not None:
+        s_shape = ctx.end_shape
+        d_s = torch.zeros(s_shape, device=o.device) if d_s is None else d_s
+        d_z = torch.zeros(s_shape[:-1], device=o.device) if d_z is None else d_z
+    grads = hybrid_backward(
+        *inputs, *ctx.options, o, gates, linear, log_window, spread, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
+    )
+    wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
+    return *wanted, *[None] * 14
+
+
+hybrid_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,1 @@
+"""Loss of rows of logits: cross-entropy and KL to a teacher."""

@@ -1,0 +1,1 @@
+"""What Triton files share: constants, addresses, masked loads, feature and decay tiles."""

@@ -1,0 +1,1 @@
+"""Triton kernels of window attention, each file one family of kernels."""

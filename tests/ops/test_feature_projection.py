@@ -1,0 +1,122 @@
+"""The projection of heads before a feature map, in PyTorch and in Triton (its interpreter without a GPU)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE
+
+from lizard_ops import project_heads
+from lizard_ops.common.dispatch import on_device
+
+SHAPES = [(2, 70, 4, 2, 16, 16), (1, 5, 3, 1, 10, 7), (1, 130, 2, 2, 64, 40), (1, 0, 2, 1, 8, 8), (1, 5, 3, 1, 10, 136)]
+
+
+def gradients(impl, x, weight, through_x):
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    same, y = project_heads(x, weight, impl=impl)
+    torch.manual_seed(1)
+    loss = (y.double() * torch.randn(y.shape, dtype=torch.float64).to(DEVICE)).sum()
+    if through_x:
+        loss = loss + (same.double() * torch.randn(x.shape, dtype=torch.float64).to(DEVICE)).sum()
+    loss.backward()
+    return {"y": y.detach(), "x": x.grad, "weight": weight.grad}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("through_x", [False, True])
+def test_output_and_gradients_are_those_of_the_einsum(shape, dtype, through_x):
+    batch, length, heads, maps, dim, features = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, length, heads, dim, device=DEVICE, dtype=dtype)
+    weight = torch.randn(maps, dim, features, device=DEVICE)
+    exact = gradients("torch", x.double(), weight.double(), through_x)
+    plain, fast = gradients("torch", x, weight, through_x), gradients("triton", x, weight, through_x)
+    for name, reference in exact.items():
+        errors = [(found[name].double() - reference).abs().max() if reference.numel() else 0 for found in (fast, plain)]
+        assert errors[0] <= 2 * errors[1] + 1e-6 * reference.abs().amax() if reference.numel() else True, name
+
+
+def test_a_matrix_of_several_tiles_stands_in_shared_memory_once():
+    """Three stages of 256 features took 256 KiB, more than any chip has."""
+    config = pytest.importorskip("lizard_ops.feature_projection.triton.op").config_for
+    x = torch.zeros(1, 1, 1, 64)
+    assert [config("input", x, torch.zeros(1, 64, n)).stages for n in (128, 256)] == [3, 1]
+
+
+def test_sizes_beyond_the_chip_are_named():
+    errors = pytest.importorskip("triton.runtime.errors")
+    x = torch.zeros(1, dtype=torch.bfloat16, device=DEVICE)
+    wanted = r"dim, features: got dim 64, features 512 in torch.bfloat16, .* 232448 bytes of shared memory .*262144"
+    with pytest.raises(ValueError, match=wanted), on_device(x, dim=64, features=512):
+        raise errors.OutOfResources(262144, 232448, "shared memory")
+    with pytest.raises(KeyError), on_device(x, dim=64):
+        raise KeyError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_a_reused_gradient_holds_the_same_numbers(dtype, of_weight):
+    x = torch.randn(2, 33, 2, 16, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 16, 16, device=DEVICE, requires_grad=of_weight)
+    wanted = [x, weight][: 1 + of_weight]
+    outer, inner = torch.randn_like(x), torch.randn(2, 33, 2, 16, device=DEVICE, dtype=dtype)
+    found = []
+    for reuse in (False, True):
+        there = outer.clone()
+        same, y = project_heads(x, weight, reuse_gradient=reuse, impl="triton")
+        found.append(torch.autograd.grad((same, y), wanted, (there, inner)))
+        assert (found[-1][0].data_ptr() == there.data_ptr()) is reuse
+        assert torch.equal(there, outer) is not reuse
+    for plain, reused in zip(*found, strict=True):
+        torch.testing.assert_close(plain, reused, rtol=0, atol=0)
+
+
+def test_a_gradient_of_another_layout_is_left_alone():
+    x = torch.randn(1, 6, 2, 8, device=DEVICE, requires_grad=True)
+    same, y = project_heads(x, torch.randn(1, 8, 8, device=DEVICE), reuse_gradient=True, impl="triton")
+    there = torch.randn(1, 2, 6, 8, device=DEVICE).transpose(1, 2)
+    before = there.clone()
+    torch.autograd.grad((same, y), x, (there, torch.ones_like(y)))
+    assert torch.equal(there, before)
+
+
+def test_strided_and_expanded_inputs():
+    x = torch.randn(2, 3, 40, 8, device=DEVICE).transpose(1, 2)  # [B, T, H, D] of another layout
+    weight = torch.randn(1, 8, 12, device=DEVICE).expand(3, 8, 12)
+    torch.testing.assert_close(project_heads(x, weight, impl="triton")[1], project_heads(x, weight, impl="torch")[1])
+
+
+def test_registered_as_torch_wants_it_and_compiles_to_one_graph():
+    from lizard_ops.feature_projection.triton.op import project, project_backward_into
+
+    x, weight = torch.randn(1, 9, 2, 8, device=DEVICE), torch.randn(2, 8, 8, device=DEVICE)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(project, (x, weight))
+    torch.library.opcheck(project_backward_into, (*(t.detach() for t in (x, weight, x, torch.ones_like(x))), True))
+
+    def both(x, weight):
+        same, y = project_heads(x, weight, impl="triton")
+        return same * 2, y
+
+    torch.compiler.reset()
+    plain, compiled = both(x, weight), torch.compile(both, fullgraph=True, backend="aot_eager")(x, weight)
+    sums = [torch.autograd.grad(sum(y.square().sum() for y in found), (x, weight)) for found in (plain, compiled)]
+    for a, b in zip(plain + sums[0], compiled + sums[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "name, x, weight",
+    [
+        ("x", torch.randn(4, 2, 8), torch.randn(1, 8, 4)),
+        ("x", torch.randn(1, 4, 3, 8), torch.randn(2, 8, 4)),
+        ("weight", torch.randn(1, 4, 2, 8), torch.randn(2, 4, 4)),
+        ("weight", torch.randn(1, 4, 2, 8), torch.randn(2, 8, 4).half()),
+        ("weight", torch.randn(1, 4, 2, 8), torch.randn(8, 4)),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(name, x, weight):
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        project_heads(x, weight)
