@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lizard_layers import HybridAttention
-from lizard_models.model.causal_lm import LizardModelMixin
+from lizard_models.model.modes import LizardModelMixin
 
 Branch = Literal["linear", "window"]
 

@@ -38,7 +38,8 @@ def command(
         from rich.table import Table
 
         from lizard_models.evaluation.restoration import restoration_savings
-        from lizard_models.model.causal_lm import LizardCausalLM, lizard_config
+        from lizard_models.model.causal_lm import LizardCausalLM
+        from lizard_models.model.layer_configs import lizard_config
         from lizard_models.teachers.find import load_teacher
         from lizard_models.teachers.loading import load_model
         from lizard_models.text.sequences import load_documents

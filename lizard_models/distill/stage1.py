@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
-from lizard_models.model.causal_lm import LizardCausalLM, lizard_config
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.layer_configs import lizard_config
 from lizard_models.recipes import Stage1Config
 
 

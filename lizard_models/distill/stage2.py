@@ -14,7 +14,8 @@ from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
-from lizard_models.model.causal_lm import LizardCausalLM, lizard_config
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.layer_configs import lizard_config
 from lizard_models.recipes import Stage2Config
 
 

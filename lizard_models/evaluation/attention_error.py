@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lizard_models.evaluation.position_loss import bucket_edges
-from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.recipes import Stage1Config
 
 

@@ -13,7 +13,8 @@ from lizard_models.evaluation.passkey import passkey_accuracy
 from lizard_models.evaluation.position_loss import loss_by_position
 from lizard_models.evaluation.report import CONTROL, TEACHER, Report, Row
 from lizard_models.evaluation.tasks import require_tasks, run_tasks
-from lizard_models.model.causal_lm import LizardModelMixin, lizard_config
+from lizard_models.model.layer_configs import lizard_config
+from lizard_models.model.modes import LizardModelMixin
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import LoadedModel, load_model
 from lizard_models.text.sequences import Documents, load_documents

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lizard_models.evaluation.position_loss import divergences, float32_head
-from lizard_models.model.causal_lm import LizardCausalLM, converted_layers
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.layer_configs import converted_layers
 
 
 @contextlib.contextmanager

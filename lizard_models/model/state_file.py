@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from lizard_layers import AttentionState, empty_state
-from lizard_models.model.cache import LizardCache, LizardCacheLayer
+from lizard_models.model.cache import LizardCache
+from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.layer_configs import attention_config, kept_layers, lizard_config
 
 FORMAT, VERSION = "lizard-attn state", 1

@@ -21,7 +21,8 @@ from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.sources import appear_whole, check_space, write_sums
-from lizard_models.model.causal_lm import LizardCausalLM, converted_layers
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import check_widen, neediest_layers, widen
 from lizard_models.recipes import Recipe

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lizard_layers import empty_state, state_bytes
 from lizard_models.config import LizardConfig
-from lizard_models.model.causal_lm import LizardModelMixin
 from lizard_models.model.layer_configs import (
     attention_config,
     converted_layers,
@@ -22,6 +21,7 @@ from lizard_models.model.layer_configs import (
     sliding_windows,
 )
 from lizard_models.model.linearize import student_config
+from lizard_models.model.modes import LizardModelMixin
 from lizard_models.teachers.find import find_teacher
 
 LENGTHS = (8192, 32_768, 131_072)

@@ -12,7 +12,9 @@ from transformers import (
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
 
-from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardDecoder
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.decoder import LizardDecoder
 
 
 class LizardGemma2Config(Gemma2Config):

@@ -13,7 +13,9 @@ from transformers import (
 )
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, eager_attention_forward
 
-from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardDecoder
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.decoder import LizardDecoder
 
 
 class LizardGemma3TextConfig(Gemma3TextConfig):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardDecoder
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.decoder import LizardDecoder
 
 
 class LizardLlamaConfig(LlamaConfig):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, eager_attention_forward
 
-from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardDecoder
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.decoder import LizardDecoder
 
 
 class LizardMistralConfig(MistralConfig):

@@ -12,7 +12,9 @@ from transformers import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, eager_attention_forward
 
-from lizard_models.model.causal_lm import LizardAttention, LizardCausalLM, LizardDecoder
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.decoder import LizardDecoder
 
 
 class LizardQwen2Config(Qwen2Config):

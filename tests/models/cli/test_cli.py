@@ -19,8 +19,7 @@ from lizard_models import LizardConfig, LizardLlamaForCausalLM, linearize
 from lizard_models.cli.main import app
 from lizard_models.cli.options import read_settings
 from lizard_models.evaluation.restoration import restoration_savings
-from lizard_models.model.causal_lm import lizard_config
-from lizard_models.model.layer_configs import kept_layers
+from lizard_models.model.layer_configs import kept_layers, lizard_config
 from lizard_models.runs import linearize_run as pipeline
 from lizard_models.runs import memory
 from lizard_models.text.sequences import load_documents

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import RunArguments
-from lizard_models.model.causal_lm import lizard_config
+from lizard_models.model.layer_configs import lizard_config
 
 LENGTH = 48
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from lizard_models import LizardConfig, linearize
 from lizard_models.evaluation.control import window_control
-from lizard_models.model.cache import LizardCacheLayer
+from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.layer_configs import converted_layers, evenly_placed, kept_layers
 from lizard_models.runs import memory
 from lizard_models.teachers.find import Teacher

@@ -6,7 +6,7 @@ from tiny import student, teacher, tokens, windows
 
 from lizard_models import neediest_layers, widen
 from lizard_models.evaluation.restoration import restoration_savings
-from lizard_models.model.causal_lm import lizard_config
+from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.positions import position_range
 
 

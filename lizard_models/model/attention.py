@@ -1,0 +1,202 @@
+"""An attention layer that can be the teacher's, the student's, or both at once.
+
+Shapes: B batch, T new positions, Hq query heads, Hk key heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention, apply_rope, attention_divergence
+from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
+from lizard_models.model.layer_loss import approximation_error
+from lizard_models.model.packing import Packing
+
+AttentionMode = Literal["student", "teacher", "distill"]
+
+
+class LizardAttention(nn.Module):
+    """Mixed into a family's attention: the same projections under the same names, and ``lizard`` between them.
+
+    mode "student": the hybrid attention. "teacher": the family's own softmax attention. "distill": both; the error of
+    the student is left in ``last_error`` and the output chosen by ``stage1.inputs`` (the teacher's) is passed on.
+    """
+
+    config: PreTrainedConfig
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    is_causal: bool
+    softcap: float | None = None  # bound of the scores
+    use_rope: bool | int = True  # a family with layers without positions sets it a layer
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    eager_attention_forward: Callable
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if not self.is_causal:
+            raise ValueError(f"layer {layer_idx} attends in both directions: only causal attention can be converted")
+        self.lizard = HybridAttention(self.hybrid_config())
+        self.teacher_window = sliding_windows(config)[layer_idx]
+        self.stage1 = lizard_config(config).stage1
+        self.mode: AttentionMode = "student"
+        self.last_error: Tensor | None = None
+
+    def hybrid_config(self) -> AttentionConfig:
+        """Shape and choices of the layer's hybrid attention, as the model's config has them."""
+        return attention_config(
+            self.config, self.layer_idx, scale=self.scaling, softcap=self.softcap, rope=bool(self.use_rope)
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        padding_mask: Tensor | None = None,
+        packing: Packing | None = None,
+        with_gradients: bool = False,
+        anchor_blocks: dict[str | None, list[AnchorBlock]] | None = None,
+        without_mask: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights.
+
+        without_mask: attention_mask is a placeholder and the teacher's attention is plainly causal.
+        """
+        if without_mask:
+            attention_mask = None
+        x, rope = hidden_states, position_embeddings if self.use_rope else None
+        if self.mode == "teacher":
+            if without_mask:  # in training: the same heads with fewer kernels
+                o = self.teacher_attention(*self.heads(x), rope, **kwargs)
+                return self.o_proj(o.flatten(2)), None
+            return super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        q, k, v = self.heads(x)
+        blocks = None
+        if anchor_blocks is not None and self.use_rope:
+            blocks = anchor_blocks[None if None in anchor_blocks else self.config.layer_types[self.layer_idx]]
+        if self.mode == "distill":
+            o = self._distill(x, q, k, v, rope, attention_mask, padding_mask, packing, blocks, with_gradients, **kwargs)
+        else:
+            o = self._student(x, q, k, v, rope, past_key_values, padding_mask, packing, blocks)
+        return self.o_proj(o.flatten(2)), None
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, hidden] -> q [B, T, Hq, D], k and v [B, T, Hk, D] as the family has them before RoPE."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def _student(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        padding_mask: Tensor | None,
+        packing: Packing | None,
+        blocks: list[AnchorBlock] | None,
+    ) -> Tensor:
+        if packing is not None:
+            turns = rope and tuple(packing.pack(t.expand(x.shape[0], -1, -1)) for t in rope)
+            packed = (packing.pack(t) for t in (x, q, k, v))
+            return packing.unpack(self.lizard(*packed, turns, cu_seqlens=packing.cu_seqlens)[0], q)
+        if cache is None:
+            return self.lizard(x, q, k, v, rope, padding_mask=padding_mask, anchor_blocks=blocks)[0]
+        layer: Any = cache.layers[self.layer_idx]
+        return layer.read(self.lizard, x, q, k, v, rope, padding_mask, blocks)
+
+    def _distill(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None,
+        padding_mask: Tensor | None,
+        packing: Packing | None,
+        blocks: list[AnchorBlock] | None,
+        with_gradients: bool,
+        **kwargs: Any,
+    ) -> Tensor:
+        target = self.teacher_attention(q, k, v, rope, attention_mask, **kwargs)
+        weight, added = self.stage1.attention_weight, None
+        if weight:
+            if packing is not None:
+                raise ValueError("attention_weight: got packed sequences, wanted rows of one text each, or weight 0")
+
+            def added() -> Tensor:
+                divergence = attention_divergence(
+                    self.lizard,
+                    x,
+                    q,
+                    k,
+                    rope,
+                    rows=self.stage1.attention_rows,
+                    sliding_window=self.teacher_window,
+                    padding_mask=padding_mask,
+                )
+                return weight * divergence.mean()
+
+        parameters = [p for p in self.lizard.parameters() if p.requires_grad] if with_gradients else []
+        with torch.set_grad_enabled(with_gradients):
+            self.last_error, student = approximation_error(
+                lambda: self._student(x, q, k, v, rope, None, padding_mask, packing, blocks),
+                target,
+                self.stage1.error,
+                padding_mask,
+                parameters,
+                self.o_proj if self.stage1.target == "output" else None,
+                added,
+            )
+        return target if self.stage1.inputs == "teacher" else student
+
+    def teacher_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The family's causal softmax attention of the same heads, without the output projection.
+
+        q [B, T, Hq, D], k and v [B, T, Hk, D] as ``heads`` gives them; rope None where the layer has none;
+        attention_mask as transformers prepares it for the
+        attention implementation in use -> o [B, T, Hq, D].
+        """
+        name = self.config._attn_implementation
+        attend: Callable = self.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        q, k = (q, k) if rope is None else (apply_rope(q, *rope), apply_rope(k, *rope))
+        heads = [t.transpose(1, 2) for t in (q, k, v)]
+        o, _ = attend(
+            self,
+            *heads,
+            attention_mask,
+            scaling=self.scaling,
+            sliding_window=self.teacher_window,
+            **({} if self.softcap is None else {"softcap": self.softcap}),
+            **kwargs,
+        )
+        return o

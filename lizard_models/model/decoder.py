@@ -1,0 +1,228 @@
+"""What turns a family's decoder into a Lizard's: converted layers, a constant-size cache, masks, packed rows.
+
+Shapes: B batch, T new positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lizard_layers import AnchorBlock
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.cache import LizardCache
+from lizard_models.model.graphs import is_graphed
+from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
+from lizard_models.model.modes import LizardModelMixin
+from lizard_models.model.packing import Packing, find_packing, packed_mask, positions_of_documents
+from lizard_models.model.padding import (
+    all_real,
+    check_padding_mask,
+    placeholder_mask,
+    refuse_gaps,
+    repeat_over_padding,
+)
+from lizard_models.model.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
+
+
+class LizardDecoder(LizardModelMixin):
+    """Mixed into a family's decoder: converted attention layers, a constant-size cache, 2-D padding masks."""
+
+    attention_class: type[LizardAttention]
+    rotary_emb: Any
+    head_keys = ("lm_head.weight",)
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.mode = "student"
+        layers: Any = self.layers
+        converted = converted_layers(config)
+        self.has_softmax_layers = len(converted) < len(layers)
+        windows = sliding_windows(config)
+        self.keeps_sliding_layers = any(windows[i] is not None for i in kept_layers(config))
+        for i in converted:
+            layers[i].self_attn = self.attention_class(config, i)
+        self.position_range, self.moves_anchors = position_range(config), moves_anchors(config)
+        self.rotary_emb = with_far_positions(self.rotary_emb)
+        self.post_init()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LizardDecoder:
+        exact = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)
+        for name, frequencies in self.rotary_emb.named_buffers():
+            if frequencies.dtype in (torch.float16, torch.bfloat16):  # angles of far positions need every bit
+                setattr(self.rotary_emb, name, exact[name].to(frequencies.device))
+        return self
+
+    @property
+    def causal_without_mask(self) -> bool:
+        """Whether full rows need no mask in the teacher's attention: SDPA is causal by itself.
+
+        Transformers finds that out too, by reading the position ids back from the device in every forward.
+        """
+        sliding = getattr(self.config, "sliding_window", None) is not None
+        return self.config._attn_implementation == "sdpa" and not sliding and not self.has_softmax_layers
+
+    def new_cache(self, *, static: bool = False, max_cache_len: int | None = None) -> Cache:
+        """An empty cache for the current mode: constant size for the student, keys and values for the teacher.
+
+        static, max_cache_len: for compiled decoding, as ``LizardCache`` takes them.
+        """
+        if self.mode == "teacher" and static:
+            if max_cache_len is None:
+                raise ValueError("max_cache_len: got None, wanted the number of positions a static cache holds")
+            return StaticCache(config=self.config, max_cache_len=max_cache_len)
+        if self.mode == "teacher":
+            return DynamicCache(config=self.config)
+        return LizardCache(self.config, static=static, max_cache_len=max_cache_len)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As the family's decoder, with these differences.
+
+        attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
+        count real tokens only. Padding after a real token repeats that token's output. Position ids of real tokens
+        that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without position ids) mark packed sequences,
+        which do not see each other and leave no cache. A cache must be a ``LizardCache``; unless asked for, none is
+        made in training.
+        """
+        reached = None if self.mode == "teacher" else self.position_range
+        if self.rotary_emb.range != reached:
+            self.rotary_emb.range = reached
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if position_ids is None and tokens is not None:
+            position_ids = positions_of_documents(kwargs, tokens.shape[1])
+        plain = position_ids is None and attention_mask is None and past_key_values is None
+        if self.mode == "teacher":
+            if isinstance(past_key_values, LizardCache):
+                raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
+            if plain and use_cache is False and self.causal_without_mask and input_ids is not None:
+                attention_mask, kwargs["without_mask"] = placeholder_mask(input_ids), True
+            return super().forward(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            )
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError(
+                "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
+            )
+        batch, length = tokens.shape[:2]
+        past_key_values, packing = self._cache_and_packing(
+            past_key_values, use_cache, position_ids, attention_mask, batch, length
+        )
+        past = 0 if past_key_values is None else past_key_values.known_length()
+        padding_mask = check_padding_mask(attention_mask, batch, past, length)
+        if padding_mask is not None:
+            if self.keeps_sliding_layers:
+                refuse_gaps(padding_mask)
+            new = padding_mask.shape[1] - length
+            if position_ids is None:
+                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new:]
+            padding_mask = padding_mask[:, new:]
+        elif position_ids is None and past_key_values is not None:
+            start = past_key_values.positions()
+            if start is not None:
+                position_ids = start[:, None] + torch.arange(length, device=start.device)
+        if all_real(padding_mask):
+            padding_mask = None
+        kwargs["anchor_blocks"] = self._anchor_blocks(tokens, position_ids, past, packing is not None)
+        if self.mode == "student" and not self.has_softmax_layers:
+            attention_mask = placeholder_mask(tokens)
+        elif packing is not None and attention_mask is not None:
+            # transformers looks for packed sequences only where there is no mask.
+            attention_mask = None
+            if padding_mask is not None:
+                attention_mask = packed_mask(packing, padding_mask, self.dtype, self.config)
+        if self.mode == "distill":
+            if plain and self.causal_without_mask:
+                attention_mask, kwargs["without_mask"] = placeholder_mask(tokens), True
+            kwargs["with_gradients"] = torch.is_grad_enabled()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=past_key_values is not None,
+                padding_mask=padding_mask,
+                packing=packing,
+                **kwargs,
+            )
+        if past_key_values is not None:
+            past_key_values.advance(length)
+        if padding_mask is not None and length > 1:
+            outputs.last_hidden_state = repeat_over_padding(outputs.last_hidden_state, padding_mask)
+        return outputs
+
+    def _cache_and_packing(
+        self,
+        cache: Cache | None,
+        use_cache: bool | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        batch: int,
+        length: int,
+    ) -> tuple[LizardCache | None, Packing | None]:
+        packing = None
+        if position_ids is not None and length > 1 and not is_graphed(position_ids):
+            real = None
+            if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
+                real = attention_mask[:, -length:].bool()
+            packing = find_packing(position_ids, batch, real)
+        cache = self._cache_for(cache, use_cache, packing is not None)
+        if cache is not None and not torch.compiler.is_compiling():
+            cache.expect(batch)
+        return cache, packing
+
+    def _anchor_blocks(
+        self, tokens: Tensor, position_ids: Tensor | None, past: int | None, packed: bool
+    ) -> dict[str | None, list[AnchorBlock]] | None:
+        """Where the anchors move on among the new positions; None if no row can reach the limit."""
+        length = tokens.shape[1]
+        step = length == 1 and torch.compiler.is_compiling()  # one graph of a step must do before and past the limit
+        if not self.moves_anchors or not length:
+            return None
+        if past is not None and past + length <= self.position_range.limit and not step:
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(past or 0, (past or 0) + length, device=tokens.device)[None]
+        if packed:
+            if int(position_ids.max()) >= self.position_range.limit:
+                raise ValueError(
+                    f"position_ids reach {int(position_ids.max())}: packed sequences must be no longer than "
+                    f'position_limit={self.position_range.limit} with positions="clamped"'
+                )
+            return None
+        return anchor_blocks(self.rotary_emb, position_ids, self.position_range, whole=length == 1)
+
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> LizardCache | None:
+        if self.mode == "distill" or packed:
+            if cache is not None or use_cache:
+                without = 'mode "distill"' if self.mode == "distill" else "a batch of packed sequences"
+                raise ValueError(f"{without} keeps no cache: leave past_key_values and use_cache out")
+            return None
+        if cache is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            return LizardCache(self.config) if use_cache else None
+        if not isinstance(cache, LizardCache):
+            raise ValueError(
+                f"past_key_values must be a LizardCache, got {type(cache).__name__}: use model.new_cache()"
+            )
+        return cache

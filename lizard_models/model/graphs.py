@@ -1,0 +1,76 @@
+"""What runs once and is replayed: traces of torch.compile and CUDA graphs, of which Python sees no replay."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+class SeenPositions:
+    """How many positions a cache has seen, padding included.
+
+    Python counts them until a step is traced by torch.compile or captured in a CUDA graph, of which Python sees no
+    replay. From then on the tensor alone is right, and reading it waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self.on_host: int | None = 0
+        self.on_device: Tensor | None = None
+
+    def add(self, positions: int) -> None:
+        """Count so many more. Must be told of the device by ``live_on`` first if a graph may replay it."""
+        if self.on_device is not None:
+            self.on_device.add_(positions)
+        if is_graphed(self.on_device):
+            self.on_host = None
+        elif self.on_host is not None:
+            self.on_host += positions
+
+    def live_on(self, device: torch.device) -> None:
+        """Count on this device too."""
+        if self.on_device is None:
+            with outside_inference_mode():
+                self.on_device = torch.tensor(self.on_host, device=device)
+            mark_static(self.on_device)
+        elif self.on_device.device != device:
+            self.on_device = self.on_device.to(device)
+
+    def value(self) -> int:
+        """The count."""
+        if self.on_host is not None:
+            return self.on_host
+        assert self.on_device is not None
+        return int(self.on_device)
+
+    def reset(self) -> None:
+        """Back to 0, still on the device alone if it was."""
+        if self.on_device is not None:
+            self.on_device.zero_()
+        if self.on_host is not None:
+            self.on_host = 0
+
+    def copy(self) -> SeenPositions:
+        """An independent one."""
+        new = SeenPositions()
+        new.on_host, new.on_device = self.on_host, None if self.on_device is None else self.on_device.clone()
+        return new
+
+
+def is_graphed(like: Tensor | None) -> bool:
+    """Whether what runs now is traced by torch.compile or captured in a CUDA graph, to be replayed without Python."""
+    if torch.compiler.is_compiling():
+        return True
+    return like is not None and like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def outside_inference_mode() -> contextlib.AbstractContextManager:
+    """A context whose new tensors may be written to anywhere."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+def mark_static(t: Tensor | None) -> None:
+    """Tell torch.compile that the address of t stays, so that its CUDA graphs write to it."""
+    if t is not None and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(t, guard=False)

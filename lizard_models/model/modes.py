@@ -1,0 +1,76 @@
+"""What a Lizard decoder and its causal language model share: modes, losses of layers, new parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lizard_layers import Float32Module, check_readable
+from lizard_models.model.attention import AttentionMode, LizardAttention
+from lizard_models.model.layer_configs import lizard_config
+from lizard_models.model.safe_loading import SafeLoading
+from lizard_models.recipes import Stage1Config
+
+
+class LizardModelMixin(SafeLoading):
+    """What the decoder and the causal language model share: modes, errors, new parameters, their starts."""
+
+    mode: AttentionMode
+
+    def lizard_attentions(self) -> list[LizardAttention]:
+        """The converted attention layers, first to last."""
+        layers: Any = self._decoder().layers
+        return [layer.self_attn for layer in layers if isinstance(layer.self_attn, LizardAttention)]
+
+    def _decoder(self) -> Any:
+        return getattr(self, "model", self)
+
+    def lizard_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and values of the parameters the teacher does not have. All are float32."""
+        return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)
+
+    def set_attention_mode(self, mode: AttentionMode, stage1: Stage1Config | None = None) -> None:
+        """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors).
+
+        stage1 says which error "distill" computes and on which inputs; None takes the model's own. Errors of earlier
+        forwards are dropped. Raises ValueError for another mode, and for errors that the layers' form does not have.
+        """
+        if mode not in get_args(AttentionMode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(AttentionMode))}, got {mode!r}")
+        recipe = stage1 or lizard_config(self.config).stage1
+        if mode == "distill":
+            self.check_stage1(recipe)
+        self.mode = self._decoder().mode = mode
+        for attention in self.lizard_attentions():  # not modules(), which takes milliseconds in every step of stage 2
+            attention.mode, attention.last_error, attention.stage1 = mode, None, recipe
+
+    def check_stage1(self, recipe: Stage1Config) -> None:
+        """Raises ValueError where the converted layers' form does not have the errors that a recipe asks for."""
+        if recipe.attention_weight:
+            for attention in self.lizard_attentions()[:1]:  # all have one form
+                try:
+                    check_readable(attention.lizard.config)
+                except ValueError as error:
+                    raise ValueError(f"attention_weight={recipe.attention_weight}: {error}; set it to 0") from None
+
+    def attention_errors(self) -> Tensor:
+        """Errors [L] float32 of the last forward in mode "distill", in the order of the converted layers.
+
+        Raises ValueError where there was none.
+        """
+        attentions = self.lizard_attentions()
+        errors = [a.last_error for a in attentions if a.last_error is not None]
+        if not errors or len(errors) < len(attentions):
+            raise ValueError('no attention errors: call set_attention_mode("distill") and run a forward first')
+        return torch.stack(errors)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Float32Module):
+            loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
+            if not any(loaded):  # transformers calls this after loading too
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)
