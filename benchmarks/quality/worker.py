@@ -17,7 +17,7 @@ from benchmarks.quality.bench import Bench, write_json
 from benchmarks.quality.branches import switched_off
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import TEACHER, RowSpec
-from lizard_models.distill import RunArguments, layer_errors, train_stage1, train_stage2
+from lizard_models.distill import RunArguments, held_out_errors, train_stage1, train_stage2
 from lizard_models.evaluation import (
     PositionLoss,
     divergence_by_position,
@@ -95,7 +95,7 @@ class _Row:
             self._trained("stage1", result)
             after: dict[str, Any] = {"loss": _plain(self._loss(model))}
             tokens = self.documents.tokens[:, : self.config.stage1.sequence_length]
-            errors = layer_errors(model, tokens, batch_size=4)
+            errors = held_out_errors(model, tokens, batch_size=4)
             after |= {"relative_error": errors.mean().item(), "layer_errors": errors.tolist()}
             self.record["after_stage1"] = after
             if "restore" in missing:

@@ -2,8 +2,8 @@
 
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.progress import TrainingInterrupted
-from lizard_models.distill.stage1 import layer_errors, train_stage1
+from lizard_models.distill.stage1 import held_out_errors, train_stage1
 from lizard_models.distill.stage2 import train_stage2
 from lizard_models.distill.trainer import StageResult
 
-__all__ = ["RunArguments", "StageResult", "TrainingInterrupted", "layer_errors", "train_stage1", "train_stage2"]
+__all__ = ["RunArguments", "StageResult", "TrainingInterrupted", "held_out_errors", "train_stage1", "train_stage2"]

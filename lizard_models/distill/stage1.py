@@ -31,8 +31,8 @@ def train_stage1(
     """Trains maps, gates, sinks and mixes to imitate the teacher's attention; every other weight is left alone.
 
     model: fresh from ``linearize``, so that its other weights are the teacher's. dataset: items {"input_ids": [T]}.
-    recipe: default the model's own. The error it names (relative or mse, before or after the output projection, with
-    or without the divergence of the attention weights) is computed in the layers. The model is left in mode "student",
+    recipe: default the model's own. The error it names (relative or mse, before or after the output projection) is
+    computed in the layers. The model is left in mode "student",
     eval and frozen.
 
     Raises what ``run_stage`` does.
@@ -56,12 +56,11 @@ def train_stage1(
 
 def quantity(recipe: Stage1Config) -> str:
     """What the loss of a recipe is called."""
-    name = "relative error" if recipe.error == "relative" else "squared error"
-    return f"{name} and divergence" if recipe.attention_weight else name
+    return "relative error" if recipe.error == "relative" else "squared error"
 
 
 @torch.no_grad()
-def layer_errors(model: LizardCausalLM, tokens: Tensor, batch_size: int = 1) -> Tensor:
+def held_out_errors(model: LizardCausalLM, tokens: Tensor, batch_size: int = 1) -> Tensor:
     """Relative errors [L] of the converted layers' heads on held-out ``tokens`` [N, T], teacher-forced.
 
     The same measure whatever the recipe trains with. Meaningful while the other weights are the teacher's.
@@ -73,7 +72,7 @@ def layer_errors(model: LizardCausalLM, tokens: Tensor, batch_size: int = 1) -> 
         errors = []
         for batch in tokens.split(batch_size):
             model(input_ids=batch.to(device))
-            errors.append(model.attention_errors() * len(batch))
+            errors.append(model.layer_losses() * len(batch))
         return torch.stack(errors).sum(0) / len(tokens)
     finally:
         model.set_attention_mode(mode)

@@ -14,19 +14,20 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention, apply_rope, attention_divergence
+from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention, apply_rope
+from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
-from lizard_models.model.layer_loss import approximation_error
-from lizard_models.model.packing import Packing
+from lizard_models.model.layer_loss import layer_loss
 
 AttentionMode = Literal["student", "teacher", "distill"]
+NO_PLAN = ForwardPlan()
 
 
 class LizardAttention(nn.Module):
     """Mixed into a family's attention: the same projections under the same names, and ``lizard`` between them.
 
-    mode "student": the hybrid attention. "teacher": the family's own softmax attention. "distill": both; the error of
-    the student is left in ``last_error`` and the output chosen by ``stage1.inputs`` (the teacher's) is passed on.
+    mode "student": the hybrid attention. "teacher": the family's own softmax attention. "distill": both; the loss of
+    the student is left in ``last_loss`` and the output chosen by ``stage1.inputs`` (the teacher's) is passed on.
     """
 
     config: PreTrainedConfig
@@ -35,7 +36,7 @@ class LizardAttention(nn.Module):
     scaling: float
     is_causal: bool
     softcap: float | None = None  # bound of the scores
-    use_rope: bool | int = True  # a family with layers without positions sets it a layer
+    use_rope: bool | int = True  # a family with layers without positions sets it per layer
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -50,7 +51,7 @@ class LizardAttention(nn.Module):
         self.teacher_window = sliding_windows(config)[layer_idx]
         self.stage1 = lizard_config(config).stage1
         self.mode: AttentionMode = "student"
-        self.last_error: Tensor | None = None
+        self.last_loss: Tensor | None = None
 
     def hybrid_config(self) -> AttentionConfig:
         """Shape and choices of the layer's hybrid attention, as the model's config has them."""
@@ -64,22 +65,15 @@ class LizardAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        padding_mask: Tensor | None = None,
-        packing: Packing | None = None,
-        with_gradients: bool = False,
-        anchor_blocks: dict[str | None, list[AnchorBlock]] | None = None,
-        without_mask: bool = False,
+        plan: ForwardPlan = NO_PLAN,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights.
-
-        without_mask: attention_mask is a placeholder and the teacher's attention is plainly causal.
-        """
-        if without_mask:
+        """hidden_states [B, T, hidden] -> the same, and None where transformers has attention weights."""
+        if plan.without_mask:
             attention_mask = None
         x, rope = hidden_states, position_embeddings if self.use_rope else None
         if self.mode == "teacher":
-            if without_mask:  # in training: the same heads with fewer kernels
+            if plan.without_mask:  # in training: the same heads with fewer kernels
                 o = self.teacher_attention(*self.heads(x), rope, **kwargs)
                 return self.o_proj(o.flatten(2)), None
             return super().forward(
@@ -90,13 +84,10 @@ class LizardAttention(nn.Module):
                 **kwargs,
             )
         q, k, v = self.heads(x)
-        blocks = None
-        if anchor_blocks is not None and self.use_rope:
-            blocks = anchor_blocks[None if None in anchor_blocks else self.config.layer_types[self.layer_idx]]
         if self.mode == "distill":
-            o = self._distill(x, q, k, v, rope, attention_mask, padding_mask, packing, blocks, with_gradients, **kwargs)
+            o = self._distill(x, q, k, v, rope, attention_mask, plan, **kwargs)
         else:
-            o = self._student(x, q, k, v, rope, past_key_values, padding_mask, packing, blocks)
+            o = self._student(x, q, k, v, rope, past_key_values, plan)
         return self.o_proj(o.flatten(2)), None
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,18 +103,24 @@ class LizardAttention(nn.Module):
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         cache: Cache | None,
-        padding_mask: Tensor | None,
-        packing: Packing | None,
-        blocks: list[AnchorBlock] | None,
+        plan: ForwardPlan,
     ) -> Tensor:
+        packing, blocks = plan.packing, self._anchor_blocks(plan)
         if packing is not None:
             turns = rope and tuple(packing.pack(t.expand(x.shape[0], -1, -1)) for t in rope)
             packed = (packing.pack(t) for t in (x, q, k, v))
             return packing.unpack(self.lizard(*packed, turns, cu_seqlens=packing.cu_seqlens)[0], q)
         if cache is None:
-            return self.lizard(x, q, k, v, rope, padding_mask=padding_mask, anchor_blocks=blocks)[0]
+            return self.lizard(x, q, k, v, rope, padding_mask=plan.padding_mask, anchor_blocks=blocks)[0]
         layer: Any = cache.layers[self.layer_idx]
-        return layer.read(self.lizard, x, q, k, v, rope, padding_mask, blocks)
+        return layer.read(self.lizard, x, q, k, v, rope, plan.padding_mask, blocks)
+
+    def _anchor_blocks(self, plan: ForwardPlan) -> list[AnchorBlock] | None:
+        """The layer's own, of those by layer type."""
+        blocks = plan.anchor_blocks if self.use_rope else None
+        if blocks is None:
+            return None
+        return blocks[None if None in blocks else self.config.layer_types[self.layer_idx]]
 
     def _distill(
         self,
@@ -133,41 +130,19 @@ class LizardAttention(nn.Module):
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
-        padding_mask: Tensor | None,
-        packing: Packing | None,
-        blocks: list[AnchorBlock] | None,
-        with_gradients: bool,
+        plan: ForwardPlan,
         **kwargs: Any,
     ) -> Tensor:
         target = self.teacher_attention(q, k, v, rope, attention_mask, **kwargs)
-        weight, added = self.stage1.attention_weight, None
-        if weight:
-            if packing is not None:
-                raise ValueError("attention_weight: got packed sequences, wanted rows of one text each, or weight 0")
-
-            def added() -> Tensor:
-                divergence = attention_divergence(
-                    self.lizard,
-                    x,
-                    q,
-                    k,
-                    rope,
-                    rows=self.stage1.attention_rows,
-                    sliding_window=self.teacher_window,
-                    padding_mask=padding_mask,
-                )
-                return weight * divergence.mean()
-
-        parameters = [p for p in self.lizard.parameters() if p.requires_grad] if with_gradients else []
-        with torch.set_grad_enabled(with_gradients):
-            self.last_error, student = approximation_error(
-                lambda: self._student(x, q, k, v, rope, None, padding_mask, packing, blocks),
+        parameters = [p for p in self.lizard.parameters() if p.requires_grad] if plan.with_gradients else []
+        with torch.set_grad_enabled(plan.with_gradients):
+            self.last_loss, student = layer_loss(
+                lambda: self._student(x, q, k, v, rope, None, plan),
                 target,
                 self.stage1.error,
-                padding_mask,
+                plan.padding_mask,
                 parameters,
                 self.o_proj if self.stage1.target == "output" else None,
-                added,
             )
         return target if self.stage1.inputs == "teacher" else student
 

@@ -48,7 +48,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As the family's model. In mode "distill" the loss is the mean of ``attention_errors()``, without logits."""
+        """As the family's model. In mode "distill" the loss is the mean of ``layer_losses()``, without logits."""
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -60,7 +60,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         if self.mode != "distill":
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         outputs = self.model(**inputs, **kwargs)
-        return CausalLMOutputWithPast(loss=self.attention_errors().mean(), hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(loss=self.layer_losses().mean(), hidden_states=outputs.hidden_states)
 
     def _prepare_cache_for_generation(
         self: Any,

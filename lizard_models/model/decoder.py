@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lizard_layers import AnchorBlock
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.graphs import is_graphed
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
@@ -111,7 +112,7 @@ class LizardDecoder(LizardModelMixin):
             if isinstance(past_key_values, LizardCache):
                 raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
             if plain and use_cache is False and self.causal_without_mask and input_ids is not None:
-                attention_mask, kwargs["without_mask"] = placeholder_mask(input_ids), True
+                attention_mask, kwargs["plan"] = placeholder_mask(input_ids), ForwardPlan(without_mask=True)
             return super().forward(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
             )
@@ -140,7 +141,8 @@ class LizardDecoder(LizardModelMixin):
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
         if all_real(padding_mask):
             padding_mask = None
-        kwargs["anchor_blocks"] = self._anchor_blocks(tokens, position_ids, past, packing is not None)
+        blocks = self._anchor_blocks(tokens, position_ids, past, packing is not None)
+        plan = ForwardPlan(padding_mask, packing, blocks)
         if self.mode == "student" and not self.has_softmax_layers:
             attention_mask = placeholder_mask(tokens)
         elif packing is not None and attention_mask is not None:
@@ -150,8 +152,8 @@ class LizardDecoder(LizardModelMixin):
                 attention_mask = packed_mask(packing, padding_mask, self.dtype, self.config)
         if self.mode == "distill":
             if plain and self.causal_without_mask:
-                attention_mask, kwargs["without_mask"] = placeholder_mask(tokens), True
-            kwargs["with_gradients"] = torch.is_grad_enabled()
+                attention_mask, plan = placeholder_mask(tokens), plan._replace(without_mask=True)
+            plan = plan._replace(with_gradients=torch.is_grad_enabled())
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):
             outputs = super().forward(
                 input_ids=input_ids,
@@ -160,8 +162,7 @@ class LizardDecoder(LizardModelMixin):
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=past_key_values is not None,
-                padding_mask=padding_mask,
-                packing=packing,
+                plan=plan,
                 **kwargs,
             )
         if past_key_values is not None:

@@ -11,10 +11,10 @@ from torch import Tensor
 TINY = torch.finfo(torch.float32).tiny  # below every sum of squares that is not zero
 
 
-def attention_error(student: Tensor, target: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
+def output_error(student: Tensor, target: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
     """One float32 number for how far the student's output is from the target.
 
-    "relative": sum of squared errors over sum of squared targets, a head, averaged over heads. "mse": mean of squared
+    "relative": sum of squared errors over sum of squared targets, per head, averaged over heads. "mse": mean of squared
     errors. student, target [B, T, H, D]; padding_mask [B, T] bool, positions where it is False count for nothing.
     Differentiable in ``student``, without padding_mask once.
     """
@@ -29,7 +29,7 @@ def attention_error(student: Tensor, target: Tensor, kind: str, padding_mask: Te
 
 
 class _Error(torch.autograd.Function):
-    """The error without padding: one float32 tensor, the difference, of which the gradient is a multiple a head."""
+    """The error without padding: one float32 tensor, the difference, of which the gradient is a multiple per head."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -53,20 +53,19 @@ class _Error(torch.autograd.Function):
         return (difference * (2 * grad * weights)[:, None]).to(ctx.dtype), None, None
 
 
-def approximation_error(
+def layer_loss(
     student_heads: Callable[[], Tensor],
     target: Tensor,
     kind: str,
     padding_mask: Tensor | None,
     parameters: Sequence[Tensor],
     project: Callable[[Tensor], Tensor] | None = None,
-    added: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``attention_error`` of ``student_heads()`` [B, T, Hq, D] against ``target``, and those heads, detached.
+    """``output_error`` of ``student_heads()`` [B, T, Hq, D] against ``target``, and those heads, detached.
 
     The error is differentiable in ``parameters``. The layer's graph is walked and freed at once, and only the gradients
     of its parameters are kept for the backward to come: a forward through every layer needs the memory of one.
-    ``project`` is applied to both sides first (the output projection). added: a number more, with gradients of its own.
+    ``project`` is applied to both sides first (the output projection).
     """
 
     def error() -> tuple[Tensor, Tensor]:
@@ -74,8 +73,8 @@ def approximation_error(
         student, wanted = heads, target
         if project is not None:
             student, wanted = (project(t.flatten(2)).unsqueeze(2) for t in (heads, target))
-        value = attention_error(student, wanted, kind, padding_mask)
-        return value if added is None else value + added(), heads.detach()
+        value = output_error(student, wanted, kind, padding_mask)
+        return value, heads.detach()
 
     return _GradientsAtOnce.apply(error, *parameters) if parameters else error()
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lizard_layers import Float32Module, check_readable
+from lizard_layers import Float32Module
 from lizard_models.model.attention import AttentionMode, LizardAttention
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.safe_loading import SafeLoading
@@ -33,38 +33,27 @@ class LizardModelMixin(SafeLoading):
         return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)
 
     def set_attention_mode(self, mode: AttentionMode, stage1: Stage1Config | None = None) -> None:
-        """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with errors).
+        """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with losses).
 
-        stage1 says which error "distill" computes and on which inputs; None takes the model's own. Errors of earlier
-        forwards are dropped. Raises ValueError for another mode, and for errors that the layers' form does not have.
+        stage1 says which loss "distill" computes and on which inputs; None takes the model's own. Losses of earlier
+        forwards are dropped. Raises ValueError for another mode.
         """
         if mode not in get_args(AttentionMode):
             raise ValueError(f"mode must be one of {', '.join(get_args(AttentionMode))}, got {mode!r}")
         recipe = stage1 or lizard_config(self.config).stage1
-        if mode == "distill":
-            self.check_stage1(recipe)
         self.mode = self._decoder().mode = mode
         for attention in self.lizard_attentions():  # not modules(), which takes milliseconds in every step of stage 2
-            attention.mode, attention.last_error, attention.stage1 = mode, None, recipe
+            attention.mode, attention.last_loss, attention.stage1 = mode, None, recipe
 
-    def check_stage1(self, recipe: Stage1Config) -> None:
-        """Raises ValueError where the converted layers' form does not have the errors that a recipe asks for."""
-        if recipe.attention_weight:
-            for attention in self.lizard_attentions()[:1]:  # all have one form
-                try:
-                    check_readable(attention.lizard.config)
-                except ValueError as error:
-                    raise ValueError(f"attention_weight={recipe.attention_weight}: {error}; set it to 0") from None
-
-    def attention_errors(self) -> Tensor:
-        """Errors [L] float32 of the last forward in mode "distill", in the order of the converted layers.
+    def layer_losses(self) -> Tensor:
+        """Losses [L] float32 of the last forward in mode "distill", in the order of the converted layers.
 
         Raises ValueError where there was none.
         """
         attentions = self.lizard_attentions()
-        errors = [a.last_error for a in attentions if a.last_error is not None]
+        errors = [a.last_loss for a in attentions if a.last_loss is not None]
         if not errors or len(errors) < len(attentions):
-            raise ValueError('no attention errors: call set_attention_mode("distill") and run a forward first')
+            raise ValueError('no losses of layers: call set_attention_mode("distill") and run a forward first')
         return torch.stack(errors)
 
     def _init_weights(self, module: nn.Module) -> None:

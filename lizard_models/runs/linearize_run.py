@@ -160,7 +160,6 @@ class _Run:
         config = self.plan.config
         stages: dict[str, Recipe] = {}
         if self.plan.stage1 and new_parameters:
-            self.model.check_stage1(config.stage1)
             stages["stage1"] = config.stage1
         elif self.plan.stage1:
             self.say(f"stage 1 is left out: preset {config.name} has no new parameters to train")

@@ -27,7 +27,7 @@ from lizard_models import LizardConfig
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.trainer import parameter_groups
 from lizard_models.evaluation import environment
-from lizard_models.model.layer_loss import attention_error
+from lizard_models.model.layer_loss import output_error
 from lizard_models.teachers.find import load_teacher
 from lizard_models.text.sequences import load_documents, load_sequences
 from lizard_ops import window_attn
@@ -124,7 +124,7 @@ def train(
     for step in range(steps):
         x, o = pairs[step % len(pairs)]
         wanted, got = (layer.attention.o_proj(h.flatten(2)).unsqueeze(2) for h in (o, layer.run(student, x)))
-        error = attention_error(got, wanted, "relative")
+        error = output_error(got, wanted, "relative")
         if weight:
             error = error + weight * divergence(layer, student, x).mean()
         error.backward()

@@ -5,7 +5,7 @@ import torch
 from tiny import student, tokens
 
 from lizard_models.evaluation import attention_errors
-from lizard_models.model.layer_loss import attention_error
+from lizard_models.model.layer_loss import output_error
 from lizard_models.recipes import Stage1Config
 
 
@@ -76,7 +76,7 @@ def test_error_and_gradient_against_float64(kind, dtype, padded):
     wanted = squares.mean()
     if kind == "relative":
         wanted = (squares.sum((0, 1, 3)) / target.double().square().sum((0, 1, 3))).mean()
-    error = attention_error(got, target, kind, mask)
+    error = output_error(got, target, kind, mask)
     (gradient,) = torch.autograd.grad(3 * error, got)
     assert error.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(error.double(), wanted, rtol=1e-5, atol=0)
@@ -85,4 +85,4 @@ def test_error_and_gradient_against_float64(kind, dtype, padded):
 
 
 def test_a_target_of_zeros_gives_no_error_to_itself():
-    assert attention_error(torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2, 3), "relative").item() == 0.0
+    assert output_error(torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2, 3), "relative").item() == 0.0

@@ -10,7 +10,7 @@ from training import Sequences, arguments, fresh, moved, recipes, snapshot
 from transformers import AutoModel, AutoModelForCausalLM
 
 from lizard_models import LizardConfig, Stage1Config, linearize
-from lizard_models.distill import layer_errors, train_stage1, train_stage2
+from lizard_models.distill import held_out_errors, train_stage1, train_stage2
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 
 ROPE_KINDS = {
@@ -172,7 +172,7 @@ def test_distillation_imitates_the_familys_own_attention(family, changes):
     model(ids)
     for i, target in enumerate(targets):
         torch.testing.assert_close(target.flatten(2), seen[i].detach())
-    assert (model.attention_errors() > 1e-3).all()
+    assert (model.layer_losses() > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
@@ -180,10 +180,10 @@ def test_both_stages_train(tmp_path, family):
     model = fresh("recommended", family=family)
     first, second = recipes(model, steps=8)
     before, held_out = snapshot(model), tokens(4, 48, seed=7)
-    error = layer_errors(model, held_out)
+    error = held_out_errors(model, held_out)
     of_heads = dataclasses.replace(first, target="heads", max_steps=24)  # what is measured
     train_stage1(model, Sequences(), arguments(tmp_path / "1"), of_heads)
-    assert (layer_errors(model, held_out) < 0.95 * error).all()
+    assert (held_out_errors(model, held_out) < 0.95 * error).all()
     assert moved(before, model) == {name for name, _ in model.lizard_parameters()}
     tuned, result = train_stage2(model, Sequences(2), arguments(tmp_path / "2"), second)
     assert result.losses[-1][1] < result.losses[0][1] and type(tuned) is type(model)

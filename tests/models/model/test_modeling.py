@@ -7,7 +7,7 @@ from tiny import disturb, student, teacher, tokens
 from transformers import DynamicCache
 
 from lizard_models import LizardConfig, Stage1Config, linearize
-from lizard_models.model.layer_loss import attention_error
+from lizard_models.model.layer_loss import output_error
 
 
 def padded(rows: list[torch.Tensor], layout: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error, at
         )  # fmt: skip
     model.set_attention_mode("distill", Stage1Config(error=error))
     output = model(ids)
-    torch.testing.assert_close(model.attention_errors(), torch.stack(expected), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(model.layer_losses(), torch.stack(expected), rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(output.loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-8)
     assert output.logits is None
 
@@ -118,7 +118,7 @@ def test_gradients_taken_at_once_are_the_gradients(target):
         for sign in (1, -1):
             parameter += sign * step
             model(ids)
-            errors.append(model.attention_errors()[index].item())
+            errors.append(model.layer_losses()[index].item())
             parameter -= sign * step
     numeric = 2.0 / 3 * (errors[0] - errors[1]) / (2 * step)
     assert abs(parameter.grad.item() - numeric) < 2e-2 * abs(numeric)
@@ -128,10 +128,10 @@ def test_distillation_reads_the_students_stream_when_told():
     model, ids = student(), tokens(2, 30)
     model.set_attention_mode("distill", Stage1Config(error="relative"))
     model(ids)
-    forced = model.attention_errors()
+    forced = model.layer_losses()
     model.set_attention_mode("distill", Stage1Config(error="relative", inputs="student"))
     model(ids)
-    free = model.attention_errors()
+    free = model.layer_losses()
     torch.testing.assert_close(free[0], forced[0])
     assert (free[1:] != forced[1:]).all()
 
@@ -140,10 +140,10 @@ def test_padding_counts_for_nothing_in_the_error():
     model = student().requires_grad_(True)
     model.set_attention_mode("distill")
     model(tokens(1, 20))
-    alone = model.attention_errors().detach()
+    alone = model.layer_losses().detach()
     ids, mask = padded([tokens(1, 20)[0]], "right")
     model(ids, attention_mask=mask).loss.backward()
-    torch.testing.assert_close(model.attention_errors().detach(), alone, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(model.layer_losses().detach(), alone, rtol=1e-4, atol=1e-7)
 
 
 def test_distillation_keeps_one_layers_graph():
@@ -185,8 +185,8 @@ def test_modes_and_errors_are_refused_by_name():
     model, ids = student(), tokens(1, 9)
     with pytest.raises(ValueError, match="mode must be one of student, teacher, distill, got 'pupil'"):
         model.set_attention_mode("pupil")
-    with pytest.raises(ValueError, match="no attention errors"):
-        model.attention_errors()
+    with pytest.raises(ValueError, match="no losses of layers"):
+        model.layer_losses()
     cache = model.new_cache()
     model.set_attention_mode("distill")
     with pytest.raises(ValueError, match="keeps no cache"):
@@ -199,11 +199,11 @@ def test_modes_and_errors_are_refused_by_name():
 def test_attention_error_by_hand():
     target = torch.tensor([[[[3.0, 4.0]], [[1.0, 0.0]]]])
     wrong = target + torch.tensor([0.5, 0.0])
-    assert attention_error(wrong, target, "relative").item() == pytest.approx(0.5 / 26)
-    assert attention_error(wrong, target, "mse").item() == pytest.approx(0.125)
+    assert output_error(wrong, target, "relative").item() == pytest.approx(0.5 / 26)
+    assert output_error(wrong, target, "mse").item() == pytest.approx(0.125)
     first = torch.tensor([[True, False]])
-    assert attention_error(wrong, target, "relative", first).item() == pytest.approx(0.25 / 25)
-    assert attention_error(wrong, target, "mse", first).item() == pytest.approx(0.125)
+    assert output_error(wrong, target, "relative", first).item() == pytest.approx(0.25 / 25)
+    assert output_error(wrong, target, "mse", first).item() == pytest.approx(0.125)
 
 
 # Training the whole student

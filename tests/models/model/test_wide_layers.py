@@ -6,7 +6,7 @@ from tiny import read_in_pieces, student, teacher, tokens, windows
 from training import Sequences, arguments, recipes
 
 from lizard_models import LizardConfig, load_state, save_state
-from lizard_models.distill import layer_errors, train_stage1
+from lizard_models.distill import held_out_errors, train_stage1
 from lizard_models.evaluation.control import window_control
 from lizard_models.model.positions import position_range
 from lizard_models.runs.cost import run_cost
@@ -25,7 +25,7 @@ def test_the_layers_named_have_the_wide_window():
     everywhere, ids = student(wide_layers=(0, 1, 2), wide_window=21), tokens(2, 40)
     assert torch.equal(everywhere(ids).logits, student(window=21)(ids).logits)
     assert not torch.allclose(model(ids).logits, student()(ids).logits, **CLOSE)
-    assert layer_errors(student(seed=None, **WIDE), tokens(1, 24))[1] < 1e-9  # all of a text within the window
+    assert held_out_errors(student(seed=None, **WIDE), tokens(1, 24))[1] < 1e-9  # all of a text within the window
 
 
 @torch.no_grad()
@@ -63,9 +63,9 @@ def test_caches_and_state_files_have_each_layer_s_size(tmp_path):
 
 def test_they_survive_saving_train_and_are_counted(tmp_path):
     model = student(seed=None, **WIDE)
-    before = layer_errors(model, tokens(1, 48, seed=9)).mean()
+    before = held_out_errors(model, tokens(1, 48, seed=9)).mean()
     train_stage1(model, Sequences(), arguments(tmp_path / "run"), recipes(model, steps=12)[0])
-    assert layer_errors(model, tokens(1, 48, seed=9)).mean() < before
+    assert held_out_errors(model, tokens(1, 48, seed=9)).mean() < before
     model.save_pretrained(tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model")
     assert windows(again) == [8, 21, 8]
