@@ -177,3 +177,10 @@ def test_a_model_without_new_parameters_cannot_train(tmp_path):
     model = fresh("liger")
     with pytest.raises(ValueError, match="no parameters to train"):
         train_stage1(model, Sequences(), arguments(tmp_path), recipes(model)[0])
+
+
+def loss_with(model, recipe) -> torch.Tensor:
+    model.set_attention_mode("distill", recipe)
+    loss = AttentionTransfer(model)(Sequences().rows[:2])["loss"]
+    model.set_attention_mode("student")
+    return loss

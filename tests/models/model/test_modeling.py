@@ -87,7 +87,7 @@ def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error, at
         x, rope = kwargs["hidden_states"], kwargs["position_embeddings"]
         heads = (p(x).unflatten(-1, (-1, 16)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k, v = heads
-        mask = None if kwargs.get("without_mask") else kwargs["attention_mask"]
+        mask = None if kwargs["plan"].without_mask else kwargs["attention_mask"]
         wanted = attention.teacher_attention(q, k, v, rope, mask)
         o, _ = attention.lizard(x, q, k, v, rope)
         expected.append(
