@@ -33,7 +33,7 @@ from lizard_models.distill.graphed import graphed
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.distill.stage2 import LanguageModelling
 from lizard_models.distill.trainer import parameter_groups
-from lizard_models.evaluation.report import environment
+from lizard_models.files.environment import environment
 
 SIZES = ((4, 1024), (8, 2048))
 KINDS = ("plain", "graph", "compile", "compile+graph")

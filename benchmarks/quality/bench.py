@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.quality.rows import MEASURES, TEACHER, Budget, RowSpec
 from lizard_models.config import LizardConfig
-from lizard_models.evaluation.report import without_nan
+from lizard_models.files.environment import without_nan
 from lizard_models.teachers.find import find_teacher
 
 

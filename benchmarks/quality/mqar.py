@@ -37,7 +37,7 @@ from lizard_layers import (
 )
 from lizard_models.config import LizardConfig
 from lizard_models.distill.losses import IGNORED
-from lizard_models.evaluation import environment
+from lizard_models.files.environment import environment
 from lizard_models.files.sources import Say, silent
 from lizard_ops import chunk_gated_attn
 

@@ -18,16 +18,12 @@ from benchmarks.quality.branches import switched_off
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import TEACHER, RowSpec
 from lizard_models.distill import RunArguments, held_out_errors, train_stage1, train_stage2
-from lizard_models.evaluation import (
-    PositionLoss,
-    divergence_by_position,
-    environment,
-    loss_by_position,
-    passkey_accuracy,
-)
+from lizard_models.evaluation import PositionLoss, divergence_by_position, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.passkey import shortest_length
 from lizard_models.evaluation.restoration import restoration_savings
-from lizard_models.files.sources import Say, appear_whole
+from lizard_models.files.environment import environment
+from lizard_models.files.folders import appear_whole
+from lizard_models.files.sources import Say
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.runs.linearize_run import precision

@@ -9,8 +9,9 @@ from lizard_models.evaluation.position_loss import (
     loss_by_position,
     recovered_share,
 )
-from lizard_models.evaluation.report import Report, Row, environment
+from lizard_models.evaluation.report import Report, Row
 from lizard_models.evaluation.stream import StreamReport, measure_stream, stream_losses
+from lizard_models.files.environment import environment
 
 __all__ = [
     "AttentionErrors",

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-import platform
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
+from lizard_models.files.environment import environment, without_nan
 
 TEACHER, CONTROL = "teacher", "window control"
 
@@ -161,32 +156,3 @@ def past_edge(edges: tuple[int, ...]) -> int | None:
     """The position from which "past the window" is counted: 2048, or the last edge before the end below it."""
     inner = [edge for edge in edges[1:-1] if edge <= 2048]
     return inner[-1] if inner else None
-
-
-def environment() -> dict[str, Any]:
-    """Machine, versions and date of a measurement."""
-    versions: dict[str, str | None] = {}
-    for package in ("lizard-attn", "torch", "triton", "transformers", "peft", "datasets"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "device": device,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

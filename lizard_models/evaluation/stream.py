@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lizard_models.distill.losses import position_losses
 from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, float32_head
-from lizard_models.evaluation.report import environment, short, without_nan
+from lizard_models.evaluation.report import short
+from lizard_models.files.environment import environment, without_nan
 
 CHUNK = 2048
 SAMPLES = 512  # kept of a run, evenly spread, whatever its length

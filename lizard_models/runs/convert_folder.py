@@ -18,7 +18,8 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lizard_models.config import LizardConfig
-from lizard_models.files.sources import Say, appear_whole, check_space, silent, write_sums
+from lizard_models.files.folders import appear_whole, check_space, write_sums
+from lizard_models.files.sources import Say, silent
 from lizard_models.files.weights import Shard, data_bytes, read_shards
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.families import family_of

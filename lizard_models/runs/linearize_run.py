@@ -20,7 +20,7 @@ from lizard_models.evaluation import Report, Row, attention_errors, loss_by_posi
 from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
-from lizard_models.files.sources import appear_whole, check_space, write_sums
+from lizard_models.files.folders import appear_whole, check_space, write_sums
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize

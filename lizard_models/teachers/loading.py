@@ -10,7 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
-from lizard_models.files.sources import SUMS, damaged, hub_answers
+from lizard_models.files.folders import SUMS, damaged
+from lizard_models.files.sources import hub_answers
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.safe_loading import load_causal_lm
 from lizard_models.teachers.find import find_teacher, load_tokenizer, local_snapshot

@@ -26,7 +26,7 @@ from lizard_layers import AttentionConfig, HybridAttention, apply_rope, attentio
 from lizard_models import LizardConfig
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.trainer import parameter_groups
-from lizard_models.evaluation import environment
+from lizard_models.files.environment import environment
 from lizard_models.model.layer_loss import output_error
 from lizard_models.teachers.find import load_teacher
 from lizard_models.text.sequences import load_documents, load_sequences

@@ -98,7 +98,7 @@ def work(experiment: dict[str, Any], options: argparse.Namespace) -> dict[str, A
 
     from lizard_models import LizardConfig, linearize
     from lizard_models.evaluation.control import window_control
-    from lizard_models.evaluation.report import environment
+    from lizard_models.files.environment import environment
     from lizard_models.teachers.find import load_teacher
     from lizard_models.text.sequences import load_documents
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.quality.diagnosis.retrieval_heads import Layer, build, train
 from lizard_layers import HybridAttention
 from lizard_models import LizardConfig
-from lizard_models.evaluation import environment
+from lizard_models.files.environment import environment
 from lizard_models.model.layer_configs import stretched_gate
 from lizard_models.teachers.find import load_teacher
 from lizard_models.text.sequences import load_documents, load_sequences

@@ -11,6 +11,7 @@ from tiny import student, tokens
 from training import Sequences, arguments, fresh, moved, recipes, snapshot
 
 from lizard_models.distill import TrainingInterrupted, held_out_errors, train_stage1, trainer
+from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.text.sequences import StreamedTokens
 
 

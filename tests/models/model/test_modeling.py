@@ -7,6 +7,7 @@ from tiny import disturb, student, teacher, tokens
 from transformers import DynamicCache
 
 from lizard_models import LizardConfig, Stage1Config, linearize
+from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.layer_loss import output_error
 
 
@@ -87,7 +88,7 @@ def test_errors_are_those_of_the_layers_on_the_teachers_stream(family, error, at
         x, rope = kwargs["hidden_states"], kwargs["position_embeddings"]
         heads = (p(x).unflatten(-1, (-1, 16)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k, v = heads
-        mask = None if kwargs["plan"].without_mask else kwargs["attention_mask"]
+        mask = None if kwargs.get("plan", ForwardPlan()).without_mask else kwargs["attention_mask"]
         wanted = attention.teacher_attention(q, k, v, rope, mask)
         o, _ = attention.lizard(x, q, k, v, rope)
         expected.append(

