@@ -1,66 +1,76 @@
-"""Teachers and students: conversion, distillation, evaluation. Importing this registers the Lizard families with
-transformers' Auto classes."""
+"""Teachers and students: conversion, distillation, evaluation.
+
+Importing this registers the Lizard families with transformers' Auto classes. What is named here loads when it is
+used, a family's classes when a configuration of it is made; they are in ``lizard_models.model.families.llama`` and its
+neighbours.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from lizard_models.config import LizardConfig
-from lizard_models.model.cache import LizardCache
-from lizard_models.model.families.gemma2 import LizardGemma2Config, LizardGemma2ForCausalLM, LizardGemma2Model
-from lizard_models.model.families.gemma3 import LizardGemma3ForCausalLM, LizardGemma3TextConfig, LizardGemma3TextModel
-from lizard_models.model.families.llama import LizardLlamaConfig, LizardLlamaForCausalLM, LizardLlamaModel
-from lizard_models.model.families.mistral import LizardMistralConfig, LizardMistralForCausalLM, LizardMistralModel
-from lizard_models.model.families.qwen2 import LizardQwen2Config, LizardQwen2ForCausalLM, LizardQwen2Model
-from lizard_models.model.families.qwen3 import LizardQwen3Config, LizardQwen3ForCausalLM, LizardQwen3Model
-from lizard_models.model.families.smollm3 import LizardSmolLM3Config, LizardSmolLM3ForCausalLM, LizardSmolLM3Model
-from lizard_models.model.linearize import linearize
-from lizard_models.recipes import Stage1Config, Stage2Config
+import lizard_models.model.families  # noqa: F401  registers
 
-_LOADED_ON_USE = {
-    "load_state": "lizard_models.model.state_file",
-    "save_state": "lizard_models.model.state_file",
-    "linearize_folder": "lizard_models.runs.convert_folder",
-    "load_teacher": "lizard_models.teachers.find",
-    "neediest_layers": "lizard_models.model.widen",
-    "train_stage1": "lizard_models.distill",
-    "train_stage2": "lizard_models.distill",
-    "widen": "lizard_models.model.widen",
+if TYPE_CHECKING:
+    from lizard_models.config import LizardConfig
+    from lizard_models.distill import RunArguments, StageResult, TrainingInterrupted, train_stage1, train_stage2
+    from lizard_models.evaluation.neediest_layers import neediest_layers
+    from lizard_models.model.cache import LizardCache
+    from lizard_models.model.linearize import linearize
+    from lizard_models.model.state_file import load_state, save_state
+    from lizard_models.model.widen import widen
+    from lizard_models.recipes import Stage1Config, Stage2Config
+    from lizard_models.runs.convert_folder import linearize_folder
+    from lizard_models.teachers.find import load_teacher
+    from lizard_models.teachers.loading import load_model
+
+_HOMES = {
+    "LizardCache": "model.cache",
+    "LizardConfig": "config",
+    "RunArguments": "distill",
+    "Stage1Config": "recipes",
+    "Stage2Config": "recipes",
+    "StageResult": "distill",
+    "TrainingInterrupted": "distill",
+    "linearize": "model.linearize",
+    "linearize_folder": "runs.convert_folder",
+    "load_model": "teachers.loading",
+    "load_state": "model.state_file",
+    "load_teacher": "teachers.find",
+    "neediest_layers": "evaluation.neediest_layers",
+    "save_state": "model.state_file",
+    "train_stage1": "distill",
+    "train_stage2": "distill",
+    "widen": "model.widen",
 }
 
 __all__ = [
     "LizardCache",
     "LizardConfig",
-    "LizardGemma2Config",
-    "LizardGemma2ForCausalLM",
-    "LizardGemma2Model",
-    "LizardGemma3ForCausalLM",
-    "LizardGemma3TextConfig",
-    "LizardGemma3TextModel",
-    "LizardLlamaConfig",
-    "LizardLlamaForCausalLM",
-    "LizardLlamaModel",
-    "LizardMistralConfig",
-    "LizardMistralForCausalLM",
-    "LizardMistralModel",
-    "LizardQwen2Config",
-    "LizardQwen2ForCausalLM",
-    "LizardQwen2Model",
-    "LizardQwen3Config",
-    "LizardQwen3ForCausalLM",
-    "LizardQwen3Model",
-    "LizardSmolLM3Config",
-    "LizardSmolLM3ForCausalLM",
-    "LizardSmolLM3Model",
+    "RunArguments",
     "Stage1Config",
     "Stage2Config",
+    "StageResult",
+    "TrainingInterrupted",
     "linearize",
-    *_LOADED_ON_USE,
+    "linearize_folder",
+    "load_model",
+    "load_state",
+    "load_teacher",
+    "neediest_layers",
+    "save_state",
+    "train_stage1",
+    "train_stage2",
+    "widen",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LOADED_ON_USE:
-        return getattr(importlib.import_module(_LOADED_ON_USE[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,38 +17,17 @@ import psutil
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from lizard_models.distill.losses import position_losses
 from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, float32_head
 from lizard_models.evaluation.report import short
 from lizard_models.files.environment import environment, without_nan
+from lizard_models.model.cache import empty_cache
+from lizard_models.text.token_stream import token_chunks
 
 CHUNK = 2048
 SAMPLES = 512  # kept of a run, evenly spread, whatever its length
-
-
-def empty_cache(model: Any) -> Cache:
-    """The cache a model streams into: its own constant-size one, or keys and values for other models."""
-    return model.new_cache() if hasattr(model, "new_cache") else DynamicCache(config=model.config)
-
-
-def token_chunks(pieces: Iterable[np.ndarray], chunk: int, overlap: int = 0) -> Iterator[np.ndarray]:
-    """Ids in pieces of any sizes -> ids [chunk + overlap], each starting ``chunk`` after the one before.
-
-    The last is shorter, and left out if nothing but the overlap remains.
-    """
-    held: list[np.ndarray] = []
-    count = 0
-    for piece in pieces:
-        held.append(piece)
-        count += len(piece)
-        while count >= chunk + overlap:
-            whole = np.concatenate(held)
-            yield whole[: chunk + overlap]
-            held, count = [whole[chunk:].copy()], count - chunk
-    if count > overlap:
-        yield np.concatenate(held)
 
 
 @torch.no_grad()

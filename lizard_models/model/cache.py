@@ -187,3 +187,8 @@ class LizardCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def empty_cache(model: Any) -> Cache:
+    """The cache a model streams into: its own constant-size one, or keys and values for other models."""
+    return model.new_cache() if hasattr(model, "new_cache") else DynamicCache(config=model.config)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lizard_models.config import LizardConfig
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
-from lizard_models.model.families import family_of
+from lizard_models.model.families.support import family_of
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.positions import with_far_positions
 

@@ -22,7 +22,7 @@ from lizard_models.files.folders import appear_whole, check_space, write_sums
 from lizard_models.files.sources import Say, silent
 from lizard_models.files.weights import Shard, data_bytes, read_shards
 from lizard_models.model.causal_lm import LizardCausalLM
-from lizard_models.model.families import family_of
+from lizard_models.model.families.support import family_of
 from lizard_models.model.linearize import start_new_parameters, student_config
 from lizard_models.runs.model_card import write_model_card
 from lizard_models.teachers.find import find_teacher, load_tokenizer, save_tokenizer

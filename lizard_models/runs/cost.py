@@ -11,9 +11,9 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from lizard_models.config import LizardConfig
+from lizard_models.evaluation.neediest_layers import check_widen
 from lizard_models.model.layer_configs import attention_config, converted_layers, head_dim
 from lizard_models.model.linearize import student_config
-from lizard_models.model.widen import check_widen
 from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.memory import cache_bytes, lizard_bytes
 from lizard_models.teachers.find import find_teacher

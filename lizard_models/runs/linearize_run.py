@@ -18,13 +18,14 @@ from lizard_models.distill import RunArguments, StageResult, train_stage1, train
 from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.control import window_control
+from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import appear_whole, check_space, write_sums
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
-from lizard_models.model.widen import check_widen, neediest_layers, widen
+from lizard_models.model.widen import widen
 from lizard_models.recipes import Recipe
 from lizard_models.runs.cost import tuned_numbers
 from lizard_models.runs.model_card import write_model_card
@@ -55,7 +56,7 @@ class Plan:
     stage2: bool = True
     widen: int = 0
     """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
-    text, see ``widening.neediest_layers``."""
+    text, see ``evaluation.neediest_layers``."""
     text_field: str | None = None
     dtype: torch.dtype | None = None
     """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""

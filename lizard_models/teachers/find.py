@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lizard_models.files.folders import appear_whole, check_space, damaged, write_sums
 from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel, hub_answers, silent
-from lizard_models.model.families import family_of
+from lizard_models.model.families.support import family_of
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.safe_loading import load_causal_lm
 from lizard_models.teachers.gguf import convert_gguf, require_gguf

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import TextStreamer
 
-from lizard_models.evaluation.stream import empty_cache, token_chunks
-from lizard_models.model.cache import LizardCache
-from lizard_models.text.token_stream import tokenise_pieces
+from lizard_models.model.cache import LizardCache, empty_cache
+from lizard_models.text.token_stream import token_chunks, tokenise_pieces
 
 PREFILL_CHUNK = 4096  # tokens of a prompt that are read at a time, so that its length takes no memory
 PLACE = "\ue000"  # of the user's text in a chat template; a private-use character that no template holds

@@ -80,6 +80,24 @@ def tokenise_pieces(pieces: Iterable[str], tokenizer: Any) -> Iterator[np.ndarra
         yield _tokenise(context, rest, tokenizer)
 
 
+def token_chunks(pieces: Iterable[np.ndarray], chunk: int, overlap: int = 0) -> Iterator[np.ndarray]:
+    """Ids in pieces of any sizes -> ids [chunk + overlap], each starting ``chunk`` after the one before.
+
+    The last is shorter, and left out if nothing but the overlap remains.
+    """
+    held: list[np.ndarray] = []
+    count = 0
+    for piece in pieces:
+        held.append(piece)
+        count += len(piece)
+        while count >= chunk + overlap:
+            whole = np.concatenate(held)
+            yield whole[: chunk + overlap]
+            held, count = [whole[chunk:].copy()], count - chunk
+    if count > overlap:
+        yield np.concatenate(held)
+
+
 def check_ids(ids: np.ndarray, vocab_size: int | None) -> np.ndarray:
     """The ids. Raises ValueError for one outside the vocabulary."""
     if vocab_size and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:

@@ -1,71 +1,16 @@
-"""The teachers that can become a Lizard, and why another cannot."""
+"""The families of teachers: one table. Importing it registers their configurations; their classes load on use."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from importlib import import_module
+from typing import Any
 
-from lizard_models.model.causal_lm import LizardCausalLM
-from lizard_models.model.families.gemma2 import LizardGemma2ForCausalLM
-from lizard_models.model.families.gemma3 import LizardGemma3ForCausalLM
-from lizard_models.model.families.llama import LizardLlamaForCausalLM
-from lizard_models.model.families.mistral import LizardMistralForCausalLM
-from lizard_models.model.families.qwen2 import LizardQwen2ForCausalLM
-from lizard_models.model.families.qwen3 import LizardQwen3ForCausalLM
-from lizard_models.model.families.smollm3 import LizardSmolLM3ForCausalLM
+from lizard_models.model.families.configs import CONFIGS
 
-FAMILIES: dict[str, type[LizardCausalLM]] = {
-    "llama": LizardLlamaForCausalLM,
-    "mistral": LizardMistralForCausalLM,
-    "qwen2": LizardQwen2ForCausalLM,
-    "qwen3": LizardQwen3ForCausalLM,
-    "smollm3": LizardSmolLM3ForCausalLM,
-    "gemma2": LizardGemma2ForCausalLM,
-    "gemma3_text": LizardGemma3ForCausalLM,
-}
-"""Teachers' ``model_type`` and the class they become."""
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FAMILIES = {config.model_type.removeprefix("lizard_"): config.family_file for config in CONFIGS}
+"""Teachers' ``model_type`` and the file here with the classes they become."""
 
 
-def family_of(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> type[LizardCausalLM]:
-    """The class that a teacher of this config becomes. Raises ValueError that names what is missing.
-
-    model: the teacher, where there is one; it must be its family's causal language model.
-    """
-    kind = getattr(config, "model_type", "")
-    family = FAMILIES.get(kind)
-    if family is None:
-        raise ValueError(f"{missing(config)}; {supported()}")
-    if model is not None and not isinstance(model, family.__bases__[-1]):
-        raise ValueError(
-            f"it is a {type(model).__name__}, without the head that predicts the next token; "
-            f"wanted a {family.__bases__[-1].__name__}"
-        )
-    return family
-
-
-def supported() -> str:
-    """What can be converted, for error messages."""
-    return f"supported are {', '.join(FAMILIES)}"
-
-
-def missing(config: PreTrainedConfig) -> str:
-    """What stands between an unsupported teacher and a Lizard, found in the model that its config describes."""
-    kind = getattr(config, "model_type", "")
-    if kind.startswith("lizard_"):
-        return f"its type {kind!r} is linearized already"
-    if hasattr(config, "text_config"):
-        return f"its type {kind!r} reads more than text: give its language model alone"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return f"its type {kind!r} is no causal language model of transformers"
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    attentions = [m for name, m in model.named_modules() if name.endswith(("attn", "attention", "mixer"))]
-    for attention in attentions:
-        if lacking := [p for p in PROJECTIONS if not isinstance(getattr(attention, p, None), nn.Linear)]:
-            return f"its {type(attention).__name__} has no separate {', '.join(lacking)}"
-    if not attentions:
-        return f"its type {kind!r} has no attention layers"
-    return f"no adapter says yet how type {kind!r} makes queries and keys of its projections"
+def load_family(model_type: str) -> Any:
+    """The causal language model that a teacher of this type becomes. Raises KeyError for one that is not supported."""
+    return import_module(f"{__name__}.{FAMILIES[model_type]}").CAUSAL_LM

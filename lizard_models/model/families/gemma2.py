@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma2Model,
-)
+from transformers import AutoModel, AutoModelForCausalLM, Gemma2ForCausalLM, Gemma2Model
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, eager_attention_forward
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.decoder import LizardDecoder
-
-
-class LizardGemma2Config(Gemma2Config):
-    """A Gemma 2 config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
-
-    model_type = "lizard_gemma2"
-    lizard: dict | None = None
+from lizard_models.model.families.configs import LizardGemma2Config
 
 
 class LizardGemma2Attention(LizardAttention, Gemma2Attention):  # type: ignore[misc]
@@ -51,6 +38,6 @@ class LizardGemma2ForCausalLM(LizardCausalLM, Gemma2ForCausalLM):
     decoder_class = LizardGemma2Model
 
 
-AutoConfig.register("lizard_gemma2", LizardGemma2Config)
 AutoModel.register(LizardGemma2Config, LizardGemma2Model)
 AutoModelForCausalLM.register(LizardGemma2Config, LizardGemma2ForCausalLM)
+CAUSAL_LM = LizardGemma2ForCausalLM

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    Gemma3TextModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, eager_attention_forward
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.decoder import LizardDecoder
-
-
-class LizardGemma3TextConfig(Gemma3TextConfig):
-    """A Gemma 3 text config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
-
-    model_type = "lizard_gemma3_text"
-    lizard: dict | None = None
+from lizard_models.model.families.configs import LizardGemma3TextConfig
 
 
 class LizardGemma3Attention(LizardAttention, Gemma3Attention):  # type: ignore[misc]
@@ -51,6 +38,6 @@ class LizardGemma3ForCausalLM(LizardCausalLM, Gemma3ForCausalLM):
     decoder_class = LizardGemma3TextModel
 
 
-AutoConfig.register("lizard_gemma3_text", LizardGemma3TextConfig)
 AutoModel.register(LizardGemma3TextConfig, LizardGemma3TextModel)
 AutoModelForCausalLM.register(LizardGemma3TextConfig, LizardGemma3ForCausalLM)
+CAUSAL_LM = LizardGemma3ForCausalLM

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.decoder import LizardDecoder
-
-
-class LizardLlamaConfig(LlamaConfig):
-    """A Llama config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
-
-    model_type = "lizard_llama"
-    lizard: dict | None = None
+from lizard_models.model.families.configs import LizardLlamaConfig
 
 
 class LizardLlamaAttention(LizardAttention, LlamaAttention):  # type: ignore[misc]
@@ -39,6 +33,6 @@ class LizardLlamaForCausalLM(LizardCausalLM, LlamaForCausalLM):
     decoder_class = LizardLlamaModel
 
 
-AutoConfig.register("lizard_llama", LizardLlamaConfig)
 AutoModel.register(LizardLlamaConfig, LizardLlamaModel)
 AutoModelForCausalLM.register(LizardLlamaConfig, LizardLlamaForCausalLM)
+CAUSAL_LM = LizardLlamaForCausalLM

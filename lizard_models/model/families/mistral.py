@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
+from transformers import AutoModel, AutoModelForCausalLM, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, eager_attention_forward
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.decoder import LizardDecoder
-
-
-class LizardMistralConfig(MistralConfig):
-    """A Mistral config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
-
-    model_type = "lizard_mistral"
-    lizard: dict | None = None
+from lizard_models.model.families.configs import LizardMistralConfig
 
 
 class LizardMistralAttention(LizardAttention, MistralAttention):  # type: ignore[misc]
@@ -39,6 +33,6 @@ class LizardMistralForCausalLM(LizardCausalLM, MistralForCausalLM):
     decoder_class = LizardMistralModel
 
 
-AutoConfig.register("lizard_mistral", LizardMistralConfig)
 AutoModel.register(LizardMistralConfig, LizardMistralModel)
 AutoModelForCausalLM.register(LizardMistralConfig, LizardMistralForCausalLM)
+CAUSAL_LM = LizardMistralForCausalLM

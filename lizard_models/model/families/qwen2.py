@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-)
+from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, eager_attention_forward
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.decoder import LizardDecoder
-
-
-class LizardQwen2Config(Qwen2Config):
-    """A Qwen2 config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
-
-    model_type = "lizard_qwen2"
-    lizard: dict | None = None
+from lizard_models.model.families.configs import LizardQwen2Config
 
 
 class LizardQwen2Attention(LizardAttention, Qwen2Attention):  # type: ignore[misc]
@@ -46,6 +33,6 @@ class LizardQwen2ForCausalLM(LizardCausalLM, Qwen2ForCausalLM):
     decoder_class = LizardQwen2Model
 
 
-AutoConfig.register("lizard_qwen2", LizardQwen2Config)
 AutoModel.register(LizardQwen2Config, LizardQwen2Model)
 AutoModelForCausalLM.register(LizardQwen2Config, LizardQwen2ForCausalLM)
+CAUSAL_LM = LizardQwen2ForCausalLM

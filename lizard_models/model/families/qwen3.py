@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.decoder import LizardDecoder
-
-
-class LizardQwen3Config(Qwen3Config):
-    """A Qwen3 config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
-
-    model_type = "lizard_qwen3"
-    lizard: dict | None = None
+from lizard_models.model.families.configs import LizardQwen3Config
 
 
 class LizardQwen3Attention(LizardAttention, Qwen3Attention):  # type: ignore[misc]
@@ -51,6 +38,6 @@ class LizardQwen3ForCausalLM(LizardCausalLM, Qwen3ForCausalLM):
     decoder_class = LizardQwen3Model
 
 
-AutoConfig.register("lizard_qwen3", LizardQwen3Config)
 AutoModel.register(LizardQwen3Config, LizardQwen3Model)
 AutoModelForCausalLM.register(LizardQwen3Config, LizardQwen3ForCausalLM)
+CAUSAL_LM = LizardQwen3ForCausalLM

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-    SmolLM3Model,
-)
+from transformers import AutoModel, AutoModelForCausalLM, SmolLM3ForCausalLM, SmolLM3Model
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, eager_attention_forward
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.decoder import LizardDecoder
-
-
-class LizardSmolLM3Config(SmolLM3Config):
-    """A SmolLM3 config with ``lizard``: the ``to_dict`` of a ``LizardConfig``."""
-
-    model_type = "lizard_smollm3"
-    lizard: dict | None = None
+from lizard_models.model.families.configs import LizardSmolLM3Config
 
 
 class LizardSmolLM3Attention(LizardAttention, SmolLM3Attention):  # type: ignore[misc]
@@ -46,6 +33,6 @@ class LizardSmolLM3ForCausalLM(LizardCausalLM, SmolLM3ForCausalLM):
     decoder_class = LizardSmolLM3Model
 
 
-AutoConfig.register("lizard_smollm3", LizardSmolLM3Config)
 AutoModel.register(LizardSmolLM3Config, LizardSmolLM3Model)
 AutoModelForCausalLM.register(LizardSmolLM3Config, LizardSmolLM3ForCausalLM)
+CAUSAL_LM = LizardSmolLM3ForCausalLM

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cli_calls import call, error
 from huggingface_hub import ModelCard
 from readable import save_teacher, save_texts
 from safetensors import SafetensorError
@@ -15,10 +16,11 @@ from training import Sequences
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config
 from typer.testing import CliRunner
 
-from lizard_models import LizardConfig, LizardLlamaForCausalLM, linearize
+from lizard_models import LizardConfig, linearize
 from lizard_models.cli.main import app
 from lizard_models.cli.options import read_settings
 from lizard_models.evaluation.restoration import restoration_savings
+from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.model.layer_configs import kept_layers, lizard_config
 from lizard_models.runs import linearize_run as pipeline
 from lizard_models.runs import memory
@@ -26,18 +28,6 @@ from lizard_models.text.sequences import load_documents
 
 RECIPE = ["--stage1-steps", "3", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
 SMALL = [*RECIPE, "--set", "attention.window=16", "--device", "cpu"]
-
-
-def call(*arguments: str, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def error(*arguments: str, code: int = 2) -> str:
-    """The one line a failing command writes."""
-    lines = call(*arguments, code=code).stderr.strip().splitlines()
-    return lines[-1]
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, student, teacher, tokens
 from training import Sequences, arguments, fresh, moved, recipes, snapshot
 
-from lizard_models import LizardLlamaForCausalLM
 from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage2
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.stage2 import LanguageModelling
+from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.presets import PRESETS
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from lizard_models import LizardConfig, linearize
 from lizard_models.evaluation import measure_stream, stream_losses
 from lizard_models.evaluation.plot import save_stream
-from lizard_models.evaluation.stream import SAMPLES, StreamMeter, first_tokens, token_chunks
-from lizard_models.text.token_stream import count_tokens, stream_tokens, tokenise_pieces
+from lizard_models.evaluation.stream import SAMPLES, StreamMeter, first_tokens
+from lizard_models.text.token_stream import count_tokens, stream_tokens, token_chunks, tokenise_pieces
 
 
 def pieces_of(ids, sizes):

@@ -15,8 +15,10 @@ from transformers import (
 )
 
 import lizard_models
-from lizard_models import LizardConfig, LizardLlamaForCausalLM, LizardMistralForCausalLM, linearize
-from lizard_models.model.families import family_of
+from lizard_models import LizardConfig, linearize
+from lizard_models.model.families.llama import LizardLlamaForCausalLM
+from lizard_models.model.families.mistral import LizardMistralForCausalLM
+from lizard_models.model.families.support import family_of
 
 
 def largest_difference(a, b) -> float:

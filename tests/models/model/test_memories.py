@@ -9,7 +9,8 @@ from test_ecosystem import DecodeStep, state_tensors
 from tiny import read_in_pieces, student, teacher, tokens
 
 from benchmarks.quality.branches import switched_off
-from lizard_models import LizardConfig, LizardLlamaForCausalLM, load_state, save_state
+from lizard_models import LizardConfig, load_state, save_state
+from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.runs.cost import run_cost
 from lizard_models.runs.memory import lizard_bytes
 

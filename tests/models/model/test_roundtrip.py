@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import student, teacher, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lizard_models import LizardConfig, LizardLlamaConfig, LizardLlamaForCausalLM
+from lizard_models import LizardConfig
+from lizard_models.model.families.llama import LizardLlamaConfig, LizardLlamaForCausalLM
 
 PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
 

@@ -11,10 +11,11 @@ from training import Sequences, arguments, fresh, recipes
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lizard_models import LizardLlamaForCausalLM, load_teacher
+from lizard_models import load_teacher
 from lizard_models.cli.main import app
 from lizard_models.distill import checkpoint_files, train_stage1
 from lizard_models.files.folders import write_sums
+from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.teachers.loading import load_model
 
 

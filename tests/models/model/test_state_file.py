@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from cli_calls import call, error
 from readable import save_teacher
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_cli import call, error
 from tiny import student, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
