@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
-import lizard_models  # noqa: F401  registers the Lizard families with the Auto classes
+import lizard_models.model.families  # noqa: F401  registers them with the Auto classes
 from lizard_models.files.folders import SUMS, damaged
 from lizard_models.files.sources import hub_answers
 from lizard_models.model.layer_configs import lizard_config
