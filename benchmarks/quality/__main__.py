@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lizard_models.cli.errors import one_line_errors
+from lizard_models.cli.errors import Command, one_line_errors
 from lizard_models.cli.options import Cache, Device, read_device, read_numbers
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ Data = Annotated[list[str] | None, typer.Option(help="Training text or token ids
 EvalData = Annotated[list[str] | None, typer.Option(help="Held-out documents. May be repeated.")]
 
 
-@app.command("run")
+@app.command("run", cls=Command)
 def run(
     names: Annotated[list[str], typer.Argument(help="Tables or rows, see `python -m benchmarks.quality list`.")],
     data: Data = None,
@@ -166,7 +166,7 @@ Sets = Annotated[
 ]
 
 
-@app.command("requests")
+@app.command("requests", cls=Command)
 def record_requests(
     eval_sets: EvalSets,
     out: Annotated[Path, typer.Option(help="File to write, .xz.")],
@@ -192,7 +192,7 @@ def record_requests(
         Console(soft_wrap=True).print(f"{len(requests)} requests, {size:.1f} MiB, sha256 of the ids {requests.digest}")
 
 
-@app.command("tasks")
+@app.command("tasks", cls=Command)
 def task_metrics(
     eval_sets: EvalSets,
     requests: Annotated[Path, typer.Option(help="The file that was scored.")],
@@ -229,7 +229,7 @@ def task_metrics(
         )
 
 
-@app.command("mqar")
+@app.command("mqar", cls=Command)
 def mqar(
     mixers: Annotated[str, typer.Option(help="Of attention, lizard, gla and window.")] = "attention,lizard,gla,window",
     seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own.")] = "0",
@@ -290,7 +290,7 @@ def mqar(
         )
 
 
-@app.command("docs")
+@app.command("docs", cls=Command)
 def docs(
     document: Annotated[Path, typer.Option(help="Page to write the quality part of.")] = Path("docs/results.md"),
     out: Out = RESULTS,
@@ -316,7 +316,7 @@ def docs(
         Console(soft_wrap=True).print(f"written: {document}")
 
 
-@app.command("dry-run")
+@app.command("dry-run", cls=Command)
 def dry_run(
     teachers: Annotated[list[str] | None, typer.Argument(help="Default: Llama-3.2-1B, Llama-3-8B, Mistral-7B.")] = None,
     preset: Annotated[str, typer.Option(help="The preset to plan for.")] = "recommended",
@@ -346,7 +346,7 @@ def dry_run(
                 Console(soft_wrap=True).print(part, highlight=False)
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_rows() -> None:
     """Show the tables and the rows in them."""
     with one_line_errors():

@@ -5,12 +5,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 FULL_DISK = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
+
+
+RUNNING: ContextVar[dict[str, str]] = ContextVar("RUNNING", default={})  # noqa: B039  options by parameter, never changed
+
+
+class Command(TyperCommand):
+    """A command whose errors know its options: ``app.command(cls=Command)``."""
+
+    def invoke(self, context: Any) -> Any:
+        options = {p.name: max(p.opts, key=len) for p in self.params if p.name and p.param_type_name == "option"}
+        token = RUNNING.set(options)
+        try:
+            return super().invoke(context)
+        finally:
+            RUNNING.reset(token)
 
 
 @contextlib.contextmanager
@@ -32,7 +51,23 @@ def one_line_errors(go_on: Callable[[], str | None] = lambda: None) -> Iterator[
         if line is None or os.environ.get("LIZARD_TRACEBACK"):
             raise
         again = f"; then go on with: {command}" if is_full_disk(error) and (command := go_on()) else ""
-        _stop(f"error: {line}{again}", 2, everywhere=not isinstance(error, ValueError))
+        _stop(f"error: {with_options(line)}{again}", 2, everywhere=not isinstance(error, ValueError))
+
+
+def with_options(text: str) -> str:
+    """An error of the library in the words of the command line: its arguments as the running command's options.
+
+    An argument is what stands before the first colon, between backquotes, ``name=True``, or a name with an underscore.
+    """
+    options = RUNNING.get()
+    start, colon, rest = text.partition(":")
+    text = f"{options.get(start.replace(' ', '_'), start)}{colon}{rest}"
+    for name, option in options.items():
+        text = text.replace(f"`{name}`", option)
+        text = re.sub(rf"(?<![\w.-]){re.escape(name)}=True\b", option, text)
+        if "_" in name:
+            text = re.sub(rf"(?<![\w./'-]){re.escape(name)}(?![\w./=])", option, text)
+    return text
 
 
 def is_full_disk(error: BaseException) -> bool:

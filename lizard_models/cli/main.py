@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from lizard_models.cli import convert, demo, evaluate, generate, info, layers, linearize, with_module
+from lizard_models.cli.errors import Command
 
 app = typer.Typer(
     help="Turn a pretrained Llama, Mistral, Qwen or Gemma into a model that reads any length in constant memory.",
@@ -24,14 +25,14 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
-app.command("linearize")(linearize.command)
-app.command("convert")(convert.command)
-app.command("generate")(generate.command)
-app.command("eval")(evaluate.command)
-app.command("demo")(demo.command)
-app.command("info")(info.command)
-app.command("layers")(layers.command)
-app.command("with", context_settings=with_module.PASS_ON)(with_module.command)
+app.command("linearize", cls=Command)(linearize.command)
+app.command("convert", cls=Command)(convert.command)
+app.command("generate", cls=Command)(generate.command)
+app.command("eval", cls=Command)(evaluate.command)
+app.command("demo", cls=Command)(demo.command)
+app.command("info", cls=Command)(info.command)
+app.command("layers", cls=Command)(layers.command)
+app.command("with", cls=Command, context_settings=with_module.PASS_ON)(with_module.command)
 
 
 def main() -> None:

@@ -37,10 +37,10 @@ def join(device: str) -> str:
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise ValueError(
             f"the launcher asks for mixed precision {os.environ['ACCELERATE_MIXED_PRECISION']}, which would round the "
-            "new parameters: launch with --mixed_precision no, and choose the teacher's --dtype"
+            "new parameters: launch with --mixed_precision no, and choose the teacher's dtype"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError("the launcher asks for FSDP with settings of its own: launch without it, and give --fsdp here")
+        raise ValueError("the launcher asks for FSDP with settings of its own: launch without it, and give fsdp=True")
     return str(PartialState(cpu=device == "cpu").device)
 
 

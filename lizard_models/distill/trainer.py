@@ -230,7 +230,7 @@ def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps
         parallel.wait_for_all()
         return None
     if not run.resume:
-        raise ValueError(f"{folder} holds checkpoints already: resume from them (--resume) or delete the folder")
+        raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")
     before = json.loads(path.read_text())
     changed = [key for key in ("steps", "data") if before[key] != record[key]]
     changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]

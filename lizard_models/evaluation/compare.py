@@ -79,13 +79,13 @@ def _beside(plan: Comparison, loaded: LoadedModel, console: Console) -> dict[str
     if isinstance(loaded.model, LizardModelMixin):
         name = plan.teacher or loaded.training.get("teacher")
         if name is None:
-            console.print("the model records no teacher: give --teacher for the rows to compare with")
+            console.print("the model records no teacher: give a teacher for the rows to compare with")
         elif name != "none":
             teacher = load_teacher(name, dtype=loaded.model.dtype, device=plan.device, cache=plan.cache)
             models[TEACHER] = teacher.model
             models[CONTROL] = window_control(teacher, lizard_config(loaded.model.config))
     elif plan.teacher not in (None, "none"):
-        raise ValueError(f"teacher: {plan.model!r} is not a linearized model, so it has none; leave --teacher out")
+        raise ValueError(f"teacher: {plan.model!r} is not a linearized model, so it has none; leave `teacher` out")
     return {**models, "this model": loaded.model}
 
 

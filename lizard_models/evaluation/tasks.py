@@ -17,7 +17,7 @@ def require_tasks(tasks: Sequence[str], include_path: str | None = None) -> Any:
         raise ValueError("tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'") from error
     manager = TaskManager(include_path=include_path)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}; see `lm-eval ls tasks`, or give --task-files")
+        raise ValueError(f"tasks: lm-eval knows no {', '.join(unknown)}; see `lm-eval ls tasks`, or give task_files")
     return manager
 
 

@@ -21,17 +21,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_space(folder: Path, needed: int, what: str, option: str = "--out") -> None:
-    """Raises ValueError naming ``what`` and ``option`` if the disk of ``folder`` has fewer than ``needed`` bytes free.
+def check_space(folder: Path, needed: int, what: str, argument: str = "out") -> None:
+    """Raises ValueError if the disk of ``folder`` has fewer than ``needed`` bytes free.
 
-    folder: need not exist yet.
+    what and argument: what the message calls the bytes, and the argument that chose the folder, which need not
+    exist yet.
     """
     disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:
         raise ValueError(
-            f"{option.lstrip('-')}: {what} takes about {_size(needed)}, but the disk of {str(disk)!r} has "
-            f"{_size(free)} free: free some space, or give {option} on another disk"
+            f"{argument}: {what} takes about {_size(needed)}, but the disk of {str(disk)!r} has "
+            f"{_size(free)} free: free some space, or give `{argument}` on another disk"
         )
 
 

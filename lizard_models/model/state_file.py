@@ -158,9 +158,7 @@ def _dtype(model: Any) -> str:
 
 def _check_metadata(file: Path, metadata: dict[str, str], model: Any) -> None:
     if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(file)!r} is no state file: save_state, or lizard-attn generate --save-state, writes one"
-        )
+        raise ValueError(f"{str(file)!r} is no state file: save_state writes one")
     if not metadata.get("version", "").isdigit() or int(metadata["version"]) > VERSION:
         raise ValueError(
             f"state file {str(file)!r} has version {metadata.get('version')}, this lizard-attn reads {VERSION}: "

@@ -200,7 +200,7 @@ def describe_run(
     widen: int = 0,
     cache: str | None = None,
 ) -> list[str | Table]:
-    """What ``--dry-run`` prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
+    """What a dry run prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
 
     widen: layers that are to get the wide window, counted as if they had it from the start. Raises ValueError for an
     unknown teacher, and what ``check_widen`` does.

@@ -101,7 +101,7 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
         planned = json.loads(path.read_text())
         say(
             f"going on with the run in {work}, planned when it began: {planned['stage1']} steps of stage 1 and "
-            f"{planned['stage2']} of stage 2, whatever --minutes says now; delete that folder to plan anew"
+            f"{planned['stage2']} of stage 2, whatever minutes says now; delete that folder to plan anew"
         )
     else:
         planned = _plan_steps(deadline, cache, say)
@@ -163,7 +163,7 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
         f"{SEQUENCE // parts} tokens each and {documents} held-out tales, ready in about {needed / 60:.1f} min"
     )
     if measuring + least > left:
-        say("that is the least that shows something, and more than --minutes allows")
+        say("that is the least that shows something, and more than minutes allows")
     return {"stage1": first, "stage2": second, "sequence": SEQUENCE // parts, "documents": documents}
 
 

@@ -178,7 +178,7 @@ class _Run:
         if "stage2" in self.sequences and length <= wide:
             self.say(
                 f"note: sequences of {length} tokens never leave a window of {wide}, so stage 2 does not see the "
-                "linear branch of the wide layers at work; longer ones (--seq-len) are better"
+                "linear branch of the wide layers at work; longer ones (seq_len) are better"
             )
 
     def _widen(self, model: LizardCausalLM) -> None:
@@ -323,7 +323,7 @@ class _Run:
             if changed:
                 raise ValueError(
                     f"resume: {self.work} is of a run with other {', '.join(changed)}; repeat its command with "
-                    "--resume, or delete that folder"
+                    "resume=True, or delete that folder"
                 )
         wait_for_all()
         if is_main_process():
@@ -366,9 +366,9 @@ def _check_folders(plan: Plan, work: Path) -> None:
     if plan.out.exists():
         raise ValueError(f"out: {str(plan.out)!r} exists already; give another folder, or delete it")
     if work.exists() and not plan.resume:
-        raise ValueError(f"out: {str(work)!r} holds an unfinished run; go on with --resume, or delete it")
+        raise ValueError(f"out: {str(work)!r} holds an unfinished run; go on with resume=True, or delete it")
     if plan.resume and not work.exists():
-        raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave --resume out")
+        raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave `resume` out")
     parent = next(p for p in plan.out.absolute().parents if p.exists())
     if not parent.is_dir():
         raise ValueError(f"out: {str(parent)!r} is not a folder")

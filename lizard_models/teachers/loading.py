@@ -64,7 +64,7 @@ def load_model(
         raise ValueError(f"{what} {name_or_path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if positions is not None:
         if getattr(config, "lizard", None) is None:
-            raise ValueError(f"--positions {positions}: {what} {name_or_path!r} is not a linearized model")
+            raise ValueError(f"positions: got {positions!r}, but {what} {name_or_path!r} is not a linearized model")
         limits = {} if positions == "clamped" else {"position_limit": None, "position_step": None}
         config.lizard = lizard_config(config).replace(attention={"positions": positions, **limits}).to_dict()
     model: Any = load_causal_lm(source, dtype or "auto", what, config=config)

@@ -97,7 +97,7 @@ def document_of(record: dict, where: str, text_field: str | None = None) -> Docu
     elif "input_ids" in record:
         return np.asarray(record["input_ids"])
     wanted = text_field or "text, messages, instruction and output, prompt and completion, or input_ids"
-    raise ValueError(f"data: a record of {where!r} has the fields {', '.join(record)}; wanted {wanted} (--text-field)")
+    raise ValueError(f"data: a record of {where!r} has the fields {', '.join(record)}; wanted {wanted} (text_field)")
 
 
 def _turn(turn: dict, where: str) -> dict[str, str]:

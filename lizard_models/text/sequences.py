@@ -32,7 +32,7 @@ class PackedTokens(Dataset):
         if count == 0:
             raise ValueError(
                 f"data: {len(tokens)} tokens are fewer than one sequence of seq_len={seq_len}; "
-                "give more text or a smaller --seq-len"
+                "give more text or a smaller seq_len"
             )
         self.sequences = tokens[: count * seq_len].reshape(count, seq_len)
         self.order = np.random.default_rng(seed).permutation(count)
@@ -163,7 +163,7 @@ def load_documents(
     if not long_enough:
         raise ValueError(
             f"eval data: the longest document has {longest} tokens, fewer than {length}; "
-            "give longer documents or a smaller --eval-length"
+            "give longer documents or a smaller eval_length"
         )
     windows = [
         ids[start : start + length]

@@ -154,7 +154,7 @@ def test_layers_are_kept_as_the_options_say(world, tmp_path):
         assert kept_layers(AutoConfig.from_pretrained(out)) == kept
     bad = ["convert", world / "teacher", "--out", tmp_path / "bad"]
     assert "--softmax-layers is 'x'" in error(*bad, "--softmax-layers", "x")
-    assert "give one of softmax_layers and softmax_share" in error(
+    assert "give one of --softmax-layers and --softmax-share" in error(
         *bad, "--softmax-layers", "1", "--softmax-share", "0.5"
     )
     assert "softmax_layers=[7], but the model has layers 0 to 2" in error(*bad, "--softmax-layers", "7")
@@ -293,7 +293,7 @@ def test_a_disk_too_small_is_seen_before_the_run(world, tmp_path, monkeypatch):
     out = tmp_path / "a" / "out"
     command = ["linearize", world / "teacher", "--data", world / "texts", *RECIPE, "--device", "cpu", "--out", out]
     line = error(*command)
-    assert f"error: out: the run takes about {needed / 1e6:.1f} MB, but the disk of" in line
+    assert f"error: --out: the run takes about {needed / 1e6:.1f} MB, but the disk of" in line
     assert "--out on another disk" in line
     assert not any(tmp_path.iterdir())
     free[0] = needed
@@ -311,7 +311,7 @@ def test_models_have_names_too(world, tmp_path, monkeypatch):
 def test_missing_extras_are_named_before_anything_is_measured(model, world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     line = error("eval", model[0], "--data", world / "texts", "--tasks", "piqa", "--device", "cpu")
-    assert line == "error: tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'"
+    assert line == "error: --tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'"
     monkeypatch.delitem(sys.modules, "lizard_models.evaluation.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = ["--lengths", "400", "--trials", "1", "--device", "cpu", "--out", tmp_path]

@@ -119,7 +119,7 @@ def test_what_the_launcher_must_not_ask(monkeypatch, tmp_path):
         one_run(1, tmp_path, fsdp=True, cuda_graph=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="give --fsdp here"):
+    with pytest.raises(ValueError, match="give fsdp=True"):
         parallel.join("cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ValueError, match="launch with --mixed_precision no"):

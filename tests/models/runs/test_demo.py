@@ -64,7 +64,7 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
     assert not out.exists()
     texts = [attempt(), attempt()]
     unwrapped = [" ".join(text.split()) for text in texts]  # the folder's name may fill the line
-    assert "whatever --minutes says now" in unwrapped[0] and "holds a finished model" in unwrapped[1]
+    assert "whatever minutes says now" in unwrapped[0] and "holds a finished model" in unwrapped[1]
     for text in (
         "window control",
         "untrained student",
@@ -95,7 +95,7 @@ def test_the_plan_fits_the_minutes_or_says_so(tmp_path, monkeypatch, minutes, si
     assert f"about {step:.1f} s" in plan and text in plan
     needed = float(plan.split("about ")[-1].split()[0])
     enough = minutes > 1
-    assert enough == (needed <= minutes) == ("more than --minutes allows" not in said[-1])
+    assert enough == (needed <= minutes) == ("more than minutes allows" not in said[-1])
     assert enough == ((planned["stage1"], planned["stage2"]) > module.LEAST_STEPS)
 
 

@@ -125,7 +125,7 @@ def test_unusable_sources_are_named(tmp_path, monkeypatch):
         "owner/missing": "the hub does not answer",
         str(tmp_path / "empty"): "holds none of .txt, .json",
         str(tmp_path / "a.csv"): "ends in '.csv'",
-        str(tmp_path / "short.txt"): "4 tokens are fewer than one sequence of seq_len=8; .* a smaller --seq-len",
+        str(tmp_path / "short.txt"): "4 tokens are fewer than one sequence of seq_len=8; .* a smaller seq_len",
         str(tmp_path / "bad.json"): "is not valid json",
         str(tmp_path / "odd.jsonl"): "has the fields a; wanted text, messages, instruction and output, prompt and ",
         str(tmp_path / "big.npy"): "token ids run from 1 to 300, but the vocabulary has 259",
