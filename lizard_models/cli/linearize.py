@@ -49,7 +49,7 @@ def command(
     ] = 0,
     stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, in both stages.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step, in both stages.", min=1)] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a training sequence, in both stages.", min=2)] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Sequences that go through at a time; less memory, same result.", min=1)

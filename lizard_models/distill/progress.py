@@ -29,7 +29,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressCallback(TrainerCallback):
-    """Step, loss, seconds a step and time left: as a bar on a terminal, else as a line every few seconds.
+    """Step, loss, seconds per step and time left: as a bar on a terminal, else as a line every few seconds.
 
     title: what is running. quantity: name of the loss. every: seconds between lines where there is no terminal.
     """

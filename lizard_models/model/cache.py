@@ -131,7 +131,7 @@ class LizardCache(Cache):
         self.seen.reset()
 
     def activate_past_recording(self) -> None:
-        """Remember what is read from now on, so that ``crop`` can take it back: at most 128 tokens a layer."""
+        """Remember what is read from now on, so that ``crop`` can take it back: at most 128 tokens per layer."""
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
