@@ -1,6 +1,5 @@
 """Modules of hybrid attention: feature maps, gates, meta memory and the layer they make. No transformers."""
 
-from lizard_layers.attention_weights import attention_divergence, attention_weights, check_readable
 from lizard_layers.config import AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap, UnitNorm
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
@@ -32,10 +31,7 @@ __all__ = [
     "SumMix",
     "UnitNorm",
     "apply_rope",
-    "attention_divergence",
-    "attention_weights",
     "build_gate",
-    "check_readable",
     "empty_state",
     "map_state",
     "overwrite",

@@ -90,7 +90,7 @@ class Stage1Config(Recipe):
 
     attention_weight: float = 0.0
     """Weight of a second error, added to the first: the KL divergence in nats from the teacher's attention weights to
-    the student's, averaged over heads and layers (``lizard_layers.attention_divergence``; the paper compares outputs
+    the student's, averaged over heads and layers (the paper compares outputs
     alone). The gradient of an output error hardly tells a map which of a thousand keys a head sought. It needs a form
     whose weights can be told: a merge of the keys outside the window, no delta memory, no gate a channel."""
 

@@ -6,7 +6,7 @@
 The layer's inputs and attention outputs are read off the teacher once; every form then trains on them alone, in
 float32, with the error and the rates of stage 1. Of the first form two oracles are measured as well: the trained
 student with the teacher's share of the mass outside window and anchors ("share"), and with the teacher's output there
-("output"). "divergence" is that of the attention weights, in nats (``lizard_layers.attention_divergence``).
+("output"). "divergence" is that of the attention weights, in nats (``attention_weights.attention_divergence``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_layers import AttentionConfig, HybridAttention, apply_rope, attention_divergence
+from benchmarks.quality.diagnosis.attention_weights import attention_divergence
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 from lizard_models import LizardConfig
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.trainer import parameter_groups

@@ -4,14 +4,8 @@ import pytest
 import torch
 from layer_checks import SHAPE, inputs, layer
 
-from lizard_layers import (
-    AttentionConfig,
-    HybridAttention,
-    apply_rope,
-    attention_divergence,
-    attention_weights,
-    check_readable,
-)
+from benchmarks.quality.diagnosis.attention_weights import attention_divergence, attention_weights, check_readable
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 
 EXP = dict(feature_activation="exp", merge_mass="absolute", anchors=2, feature_scale=0.5, merge_bias="head")
 DEVICES = [

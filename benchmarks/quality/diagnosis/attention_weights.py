@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lizard_layers.config import AttentionConfig
-from lizard_layers.hybrid_attention import HybridAttention
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 from lizard_layers.parameters import full_precision
-from lizard_layers.rope import apply_rope
 from lizard_ops.common.features import expand_features
 
 Rope = tuple[Tensor, Tensor] | None
