@@ -88,22 +88,6 @@ class Stage1Config(Recipe):
     """What each layer reads: the teacher's own stream (teacher-forced, as LoLCATs), or the stream that earlier student
     layers leave, target computed on the same."""
 
-    attention_weight: float = 0.0
-    """Weight of a second error, added to the first: the KL divergence in nats from the teacher's attention weights to
-    the student's, averaged over heads and layers (the paper compares outputs
-    alone). The gradient of an output error hardly tells a map which of a thousand keys a head sought. It needs a form
-    whose weights can be told: a merge of the keys outside the window, no delta memory, no gate a channel."""
-
-    attention_rows: int = 128
-    """Query rows of each sequence, evenly spaced, whose weights are compared: each takes a row of length T a head."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention_weight < 0:
-            raise ValueError(f"attention_weight must not be negative, got {self.attention_weight}")
-        if self.attention_rows < 1:
-            raise ValueError(f"attention_rows must be at least 1, got {self.attention_rows}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2Config(Recipe):
