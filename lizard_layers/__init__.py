@@ -4,7 +4,6 @@ from lizard_layers.config import AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap, UnitNorm
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
 from lizard_layers.hybrid_attention import HybridAttention
-from lizard_layers.key_conv import KeyConv
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
@@ -22,7 +21,6 @@ __all__ = [
     "Float32Module",
     "HedgehogFeatureMap",
     "HybridAttention",
-    "KeyConv",
     "Mamba2Gate",
     "MergeMix",
     "MetaMemory",

@@ -112,25 +112,6 @@ class AttentionChoices:
     feature_scale: float | None = None
     """Factor on the linear weights. None is 1 with ``normalize`` (where only a merge notices), F**-0.5 without."""
 
-    key_conv: int = 0
-    """Width of a causal convolution along time, channel by channel, over the keys that the linear branch maps. It
-    starts as the identity; the window's keys stay as they are. 0 has none, 4 is what linear models use. It lets
-    features say what stood before a key (H3, arXiv 2212.14052). The state carries the last ``key_conv - 1`` keys."""
-
-    memory: Literal["sum", "delta"] = "sum"
-    """What the linear branch remembers. sum: every key and value, decayed. delta: a matrix S a key head that replaces
-    what it holds under a key (the gated delta rule, arXiv 2412.06464), with features at unit length k^ and q^::
-
-        S_j = exp(g_j) (S_{j-1} - beta_j k^_j (k^_j . S_{j-1})) + beta_j k^_j v_j^T       o_lin = q^ . S
-        beta_j = sigmoid(w . x_j + b)
-
-    for keys outside window and anchors, each as it leaves the window. The merge weighs o_lin by the mass of the sums as
-    ever, so prompts up to the window still equal the teacher. Softmax features are all but parallel where their maps
-    are flat, and then a key overwrites its predecessors."""
-
-    beta_init: float = 0.1
-    """Beta of a delta memory at the start, where the input says nothing (w starts from zero)."""
-
     gate: Literal["none", "scalar", "key_head", "query_head", "channel", "mamba2", "pooling"] = "key_head"
     """Decay: none; sigmoid(w.x) shared by all heads (the paper's default; one shared gate hurts most heads), one for
     each key head, or one for each query head (the state then has query heads); low-rank and for each feature as in
@@ -206,10 +187,6 @@ class AttentionChoices:
             raise ValueError(f"gate_temperature must be positive, got {self.gate_temperature}")
         if self.feature_dim is not None and self.feature_dim < 1:
             raise ValueError(f"feature_dim must be at least 1 or None, got {self.feature_dim}")
-        if self.key_conv < 0 or self.key_conv == 1:
-            raise ValueError(f"key_conv must be 0, for none, or a width of at least 2, got {self.key_conv}")
-        if not 0 < self.beta_init < 1:
-            raise ValueError(f"beta_init is a write strength between 0 and 1, got {self.beta_init}")
         if self.num_sinks > 1 and self.sink_spread == 0:
             raise ValueError(
                 f"sink_spread=0 starts all {self.num_sinks} sinks equal: they get equal gradients and act as one"
@@ -239,8 +216,6 @@ class AttentionChoices:
             raise ValueError(
                 'feature_activation="identity" has signed features whose sum can vanish: use normalize=False'
             )
-        if self.memory == "delta":
-            self._check_delta_memory()
         if self.mix == "merge":
             if not self.normalize:
                 raise ValueError('mix="merge" weighs two means by their masses: it needs normalize=True')
@@ -262,19 +237,6 @@ class AttentionChoices:
                 )
             if self.gate == "channel":
                 raise ValueError('gate_form="absorbed" takes one gate a head, but gate="channel" has one a feature')
-
-    def _check_delta_memory(self) -> None:
-        wanted: dict[str, tuple[str, ...]] = {
-            "coverage": ("outside",),
-            "mix": ("merge",),
-            "feature_activation": ("softmax", "one_sided_softmax"),
-            "gate": ("none", "scalar", "key_head", "mamba2", "pooling"),
-            "gate_form": ("stable",),
-            "impl": ("auto", "torch", "naive"),
-        }
-        for name, values in wanted.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f'memory="delta" needs {name} {" or ".join(values)}, got {getattr(self, name)}')
 
     @property
     def two_sided(self) -> bool:

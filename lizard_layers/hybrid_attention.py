@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
 from lizard_layers.feature_map import FeatureMaps
-from lizard_layers.gate import SigmoidGate, build_gate
-from lizard_layers.key_conv import KeyConv
+from lizard_layers.gate import build_gate
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import full_precision
@@ -37,12 +36,8 @@ class HybridAttention(nn.Module):
         if config.linear_branch:
             self.feature_maps = FeatureMaps(config)
             self.gate = build_gate(config)
-            self.key_conv = KeyConv(config) if config.key_conv else None
-            self.strength = None
-            if config.memory == "delta":
-                self.strength = SigmoidGate(config.hidden_size, config.linear_key_heads, config.beta_init)
             self.mix = MergeMix(config) if config.mix == "merge" else SumMix(config)
-            readers = [m for m in (self.gate, self.strength, self.mix) if m is not None]
+            readers = [m for m in (self.gate, self.mix) if m is not None]
             self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
 
     def forward(
@@ -148,20 +143,12 @@ class HybridAttention(nn.Module):
             if self.reads_input:
                 x = full_precision(x)  # once for all that read it
             g = None if self.gate is None else self.gate(x, k)
-            linear_k, conv_k = k, None
-            if self.key_conv is not None:
-                past = None if state is None else state.conv_k
-                linear_k, conv_k = self.key_conv(k, past, padding_mask, cu_seqlens)
-                shared["initial_state"] = None if state is None else state._replace(conv_k=None)
             if config.linear_key_heads != k.shape[2]:
                 group = config.num_heads // config.num_key_heads
-                k, linear_k, v = (h.repeat_interleave(group, 2) for h in (k, linear_k, v))
+                k, v = (h.repeat_interleave(group, 2) for h in (k, v))
                 if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                     g = g.repeat_interleave(group, 2)
-            if conv_k is not None:
-                _, _, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, linear_k, rope))
-                window_q, window_k = self._turn(config.window_rope, q, k, rope)
-            elif config.linear_rope and not config.window_rope:
+            if config.linear_rope and not config.window_rope:
                 _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
                 window_q, window_k = q, k
             else:
@@ -174,7 +161,6 @@ class HybridAttention(nn.Module):
                 feature_map=self.feature_maps.op_feature_map,
                 normalize=config.normalize,
                 feature_scale=config.feature_scale,
-                beta=None if self.strength is None else self.strength(x, k).exp(),
                 **self.mix(x),
             )
             if q.shape[1] == 1 and state is not None:
@@ -185,8 +171,6 @@ class HybridAttention(nn.Module):
                 o, new = chunk_hybrid_attn(
                     window_q, window_k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, **shared
                 )
-            if new is not None and conv_k is not None:
-                new = new._replace(conv_k=conv_k)
             return o, overwrite(state, new) if inplace and state is not None and new is not None else new
 
     @staticmethod

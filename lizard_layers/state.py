@@ -46,10 +46,6 @@ def empty_state(
             if config.gate != "none":
                 widths = {"scalar": (1,), "query_head": (config.num_heads,), "channel": (key_heads, features)}
                 fields["ring_g"] = zeros(config.window, *widths.get(config.gate, (key_heads,)), of=work)
-            if config.memory == "delta":
-                fields["ring_beta"] = zeros(config.window, key_heads, of=work)
-        if config.key_conv:
-            fields["conv_k"] = zeros(config.key_conv - 1, config.num_key_heads, dim)
     return AttentionState(**fields)
 
 

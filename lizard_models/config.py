@@ -15,6 +15,9 @@ from lizard_models.recipes import Stage1Config, Stage2Config
 CONFIG_VERSION = 1
 
 RETIRED: dict[str, Any] = {
+    "attention.memory": "sum",
+    "attention.beta_init": 0.1,
+    "attention.key_conv": 0,
     "stage1.attention_weight": 0.0,
     "stage1.attention_rows": 128,
 }

@@ -10,7 +10,6 @@ from lizard_layers import (
     FeatureMaps,
     HedgehogFeatureMap,
     HybridAttention,
-    KeyConv,
     MergeMix,
     MetaMemory,
     SumMix,
@@ -105,30 +104,6 @@ def test_lengths_do_not_reach_normed_features():
     torch.testing.assert_close(fq, maps(q, k)[2])
     torch.testing.assert_close(fk.norm(dim=-1), torch.full((2, 3, 2), 8**0.5))
     assert maps(0 * q, k)[2].isfinite().all()
-
-
-# Convolution
-
-
-def test_a_convolution_starts_as_the_identity():
-    k = torch.randn(2, 5, 2, 8).bfloat16()
-    o, last = KeyConv(config(key_conv=4))(k)
-    assert torch.equal(o, k) and torch.equal(last, k[:, -3:])
-    assert not KeyConv(config(key_conv=4))(k[:, :1])[1][:, :2].any()
-
-
-def test_a_convolution_sums_the_keys_before():
-    made, k = KeyConv(config(key_conv=3)), torch.randn(2, 6, 2, 8)
-    with torch.no_grad():
-        made.weight.copy_(torch.tensor([4.0, 2.0, 1.0]))
-    torch.testing.assert_close(made(k)[0][:, 2:], k[:, 2:] + 2 * k[:, 1:-1] + 4 * k[:, :-2])
-    torch.testing.assert_close(made(k)[0][:, 1], k[:, 1] + 2 * k[:, 0])
-
-
-def test_packed_rows_with_a_past_are_refused():
-    k = torch.randn(1, 6, 2, 8)
-    with pytest.raises(ValueError, match="^cu_seqlens: got packed rows with a carried state"):
-        KeyConv(config(key_conv=3))(k, k[:, :2], None, torch.tensor([0, 6]))
 
 
 # Gates
@@ -267,12 +242,6 @@ def test_state_bytes_by_hand():
     kv, ring_features, gates = 2 * (16 + 4) * 2 * 8 * 2, 16 * 2 * 8 * 2, 16 * 2 * 4
     sums = 2 * 16 * (8 + 1) * 4
     assert state_bytes(empty_state(made, 1, torch.bfloat16, device="meta")) == 8 + kv + ring_features + gates + sums
-
-
-def test_state_bytes_of_a_delta_memory_with_a_convolution():
-    plain, more = config(window=16, anchors=4), config(window=16, anchors=4, memory="delta", key_conv=4)
-    sizes = [state_bytes(empty_state(made, 1, torch.bfloat16, device="meta")) for made in (plain, more)]
-    assert sizes[1] - sizes[0] == 16 * 2 * 4 + 3 * 2 * 8 * 2  # strengths of the ring, and three keys
 
 
 def test_select_sequences_reorders_and_repeats():

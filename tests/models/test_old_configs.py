@@ -10,6 +10,9 @@ from lizard_models import LizardConfig, LizardLlamaForCausalLM
 from lizard_models.config import RETIRED, RETIRED_VALUES
 
 OLD = {  # name: the default of before, another value of before
+    "attention.memory": ("sum", "delta"),
+    "attention.beta_init": (0.1, 0.5),
+    "attention.key_conv": (0, 4),
     "stage1.attention_weight": (0.0, 0.3),
     "stage1.attention_rows": (128, 64),
 }

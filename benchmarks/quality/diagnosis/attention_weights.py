@@ -17,7 +17,6 @@ NOTHING = -1e9  # log of a weight that is none: finite, so that a row without ke
 READABLE = {
     "mix": ("merge",),
     "coverage": ("outside",),
-    "memory": ("sum",),
     "gate": ("none", "scalar", "key_head", "query_head", "mamba2", "pooling"),
 }
 
@@ -51,8 +50,7 @@ def attention_weights(
     wanted, default all T. Returns [B, Hq, R, T], float32 (float64 of float64). Differentiable, quadratic in memory:
     for distillation and for looking at, not for inference.
 
-    Raises ValueError for forms without such weights: a sum of both branches, keys in both, a delta memory, a gate a
-    channel.
+    Raises ValueError for forms without such weights: a sum of both branches, keys in both, a gate per channel.
     """
     config = layer.config
     check_readable(config)
@@ -192,8 +190,7 @@ def _linear_scores(
 ) -> Tensor:
     """log phi(q_i).phi(k_j) + G_i - G_j for every key [B, Hq, R, T], whether the branch holds it or not."""
     config, heads = layer.config, layer.config.num_heads
-    linear_k = k if layer.key_conv is None else layer.key_conv(k, None, padding_mask)[0]
-    linear_k = linear_k.repeat_interleave(config.linear_key_heads // k.shape[2], 2)
+    linear_k = k.repeat_interleave(config.linear_key_heads // k.shape[2], 2)
     turned = (q, linear_k) if rope is None or not config.linear_rope else _turn(q, linear_k, rope)
     _, _, fq, fk = layer.feature_maps(*turned)
     (phi_q, log_q), (phi_k, log_k) = (expand_features(f, layer.feature_maps.op_feature_map) for f in (fq[:, at], fk))

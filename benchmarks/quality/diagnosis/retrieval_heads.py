@@ -37,7 +37,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "four times the features": {"feature_dim": 512},
     "a key map a query head": {"key_map": "query_head"},
-    "delta memory": {"memory": "delta", "beta_init": 0.5},
     "attention weights compared": {"attention_weight": 0.3},
     "the same, ten times the weight": {"attention_weight": 3.0},
     "the same, a key map a query head": {"attention_weight": 3.0, "key_map": "query_head"},
@@ -213,10 +212,9 @@ def main() -> None:
         started, student = time.monotonic(), build(layer, **changes)
         train(layer, student, pairs, options.steps, weight)
         results["forms"][name] = errors([(layer.run(student, x), o) for x, o in held_out])
-        if student.config.memory == "sum":
-            with torch.no_grad():
-                found = torch.stack([divergence(layer, student, x) for x, _ in held_out]).mean(0)
-            results["divergence"][name] = found.tolist()
+        with torch.no_grad():
+            found = torch.stack([divergence(layer, student, x) for x, _ in held_out]).mean(0)
+        results["divergence"][name] = found.tolist()
         if name == "recommended":
             results["oracles"] = oracles(layer, student, held_out)
         shown = " ".join(f"{error:.3f}" for error in results["forms"][name])
