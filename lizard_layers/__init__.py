@@ -1,7 +1,7 @@
 """Modules of hybrid attention: feature maps, gates, meta memory and the layer they make. No transformers."""
 
 from lizard_layers.config import AttentionChoices, AttentionConfig
-from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap, UnitNorm
+from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
 from lizard_layers.hybrid_attention import HybridAttention
 from lizard_layers.meta_memory import MetaMemory
@@ -27,7 +27,6 @@ __all__ = [
     "PoolingGate",
     "SigmoidGate",
     "SumMix",
-    "UnitNorm",
     "apply_rope",
     "build_gate",
     "empty_state",

@@ -101,14 +101,6 @@ class AttentionChoices:
     """What ``feature_dim`` counts: columns of W, or features after the two signs are joined. The paper's 128 does not
     say; the state is twice as large under the first reading."""
 
-    feature_norm: bool = False
-    """Bring queries and keys to unit length times a learned temperature a head before the map; it starts at the root of
-    the head dim, so that a channel is about 1. The softmax of a map then cannot sharpen or flatten with a token's
-    norm. The window's queries and keys stay as they are."""
-
-    feature_noise: float = 0.0
-    """Standard deviation of normal noise added to the identity that W starts from."""
-
     feature_scale: float | None = None
     """Factor on the linear weights. None is 1 with ``normalize`` (where only a merge notices), F**-0.5 without."""
 
@@ -166,7 +158,7 @@ class AttentionChoices:
         for name in ("window", "gate_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("anchors", "num_sinks", "feature_noise", "sink_spread"):
+        for name in ("anchors", "num_sinks", "sink_spread"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("position_limit", "position_step"):
@@ -210,8 +202,6 @@ class AttentionChoices:
                 raise ValueError(f"feature_dim={self.feature_dim} counts both signs and must be even")
         if self.feature_projection == "none" and self.feature_dim is not None:
             raise ValueError('feature_dim needs a learned projection, but feature_projection="none"')
-        if self.feature_projection == "none" and self.feature_noise:
-            raise ValueError('feature_noise needs a learned projection, but feature_projection="none"')
         if self.feature_activation == "identity" and self.normalize:
             raise ValueError(
                 'feature_activation="identity" has signed features whose sum can vanish: use normalize=False'

@@ -18,6 +18,8 @@ RETIRED: dict[str, Any] = {
     "attention.memory": "sum",
     "attention.beta_init": 0.1,
     "attention.key_conv": 0,
+    "attention.feature_norm": False,
+    "attention.feature_noise": 0.0,
     "stage1.attention_weight": 0.0,
     "stage1.attention_rows": 128,
 }

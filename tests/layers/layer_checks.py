@@ -27,11 +27,11 @@ FORMS = {
     "channel": dict(gate="channel", gate_rank=3, gate_temperature=16.0, tie_features=True, merge_bias="token"),
     "mamba2": dict(gate="mamba2", feature_activation="exp", mix="sum", alpha="per_head", key_map="query_head"),
     "identity": dict(feature_activation="identity", normalize=False, mix="sum", feature_projection="shared"),
-    "narrow": dict(feature_dim=6, feature_dim_counts="features", feature_noise=0.1),
+    "narrow": dict(feature_dim=6, feature_dim_counts="features"),
     "absorbed": dict(gate_form="absorbed", feature_activation="exp", gate="scalar"),
     "one_sided": dict(feature_activation="one_sided_softmax", key_map="query_head", gate="none"),
     "linear_rope": dict(linear_rope=True, gate="pooling", anchors=1),
-    "feature_norm": dict(feature_norm=True, tie_features=True),
+    "tied": dict(tie_features=True),
     "window_only": dict(linear_branch=False, anchors=2, num_sinks=2),
 }  # fmt: skip
 
@@ -129,10 +129,6 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
 
 def features(made, vector, h, hk, side):
     config, maps = made.config, made.feature_maps
-    if config.feature_norm:
-        temperatures = maps.key_norm.temperature if side == "key" else maps.query_norm.temperature
-        index = h if side == "query" or config.key_map == "query_head" else hk
-        vector = temperatures[index] * vector / vector.norm()
     if config.feature_projection != "none":
         used = maps.key_map if side == "key" or config.tie_features else maps.query_map
         count = used.weight.shape[0]

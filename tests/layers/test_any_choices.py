@@ -19,7 +19,6 @@ CHOICES = dict(
     normalize=st.booleans(),
     feature_activation=st.sampled_from(["softmax", "exp", "one_sided_softmax", "identity"]),
     feature_projection=st.sampled_from(["per_head", "shared"]),
-    feature_norm=st.booleans(),
     tie_features=st.booleans(),
     key_map=st.sampled_from(["key_head", "query_head"]),
     feature_dim=st.sampled_from([None, 2, 6]),

@@ -20,7 +20,6 @@ REFUSED = {
     "act as one": dict(num_sinks=4, sink_spread=0.0),
     "counts both signs and must be even": dict(feature_dim=7, feature_dim_counts="features"),
     "feature_dim needs a learned projection": dict(feature_projection="none", feature_dim=8),
-    "feature_noise needs a learned projection": dict(feature_projection="none", feature_noise=0.1),
     "signed features whose sum can vanish": dict(feature_activation="identity", mix="sum"),
     "needs normalize=True": dict(normalize=False),
     "lets reach zero": dict(num_sinks=4, sink_form="linear"),

@@ -13,6 +13,8 @@ OLD = {  # name: the default of before, another value of before
     "attention.memory": ("sum", "delta"),
     "attention.beta_init": (0.1, 0.5),
     "attention.key_conv": (0, 4),
+    "attention.feature_norm": (False, True),
+    "attention.feature_noise": (0.0, 0.1),
     "stage1.attention_weight": (0.0, 0.3),
     "stage1.attention_rows": (128, 64),
 }

@@ -18,7 +18,7 @@ READABLE = ["recommended", "lolcats", "query_head", "narrow", "window_only"]
 OTHERS = {
     "exp": EXP,
     "pooling": dict(gate="pooling", anchors=1),
-    "unit_length": dict(feature_norm=True, tie_features=True, gate="mamba2"),
+    "tied": dict(tie_features=True, gate="mamba2"),
     "one_sided": dict(feature_activation="one_sided_softmax", feature_dim=12, gate="scalar", window_rope=False),
     "softcap": dict(softcap=2.0, scale=0.7, anchors=2),
 }
