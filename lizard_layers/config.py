@@ -114,12 +114,6 @@ class AttentionChoices:
     """Decay at the start, where the input says nothing. The paper gives none; None is a zero bias, sigmoid(0) = 0.5,
     which forgets within ten tokens."""
 
-    gate_spread: float = 1.0
-    """The longest of a layer's starting time constants over the shortest, evenly spaced between the two in their
-    logarithm around that of ``gate_init``: over the features of each head (gate="channel") or over the heads. With 1
-    all start alike, and training moves them little: after 400 steps from 0.993 every decay of SmolLM2 lay between
-    0.9927 and 0.9965, so that no head reached a thousand tokens back."""
-
     gate_rank: int = 16
     """Rank r of the channel gate (the paper's Table 4: 16)."""
 
@@ -168,13 +162,6 @@ class AttentionChoices:
             self._check_positions()
         if self.gate_init is not None and not 0 < self.gate_init < 1:
             raise ValueError(f"gate_init is a decay between 0 and 1, got {self.gate_init}")
-        if self.gate_spread < 1:
-            raise ValueError(f"gate_spread is a ratio of at least 1, got {self.gate_spread}")
-        if self.gate_spread > 1 and (self.gate in ("none", "scalar", "pooling") or self.gate_init is None):
-            raise ValueError(
-                f"gate_spread={self.gate_spread} needs gate key_head, query_head, channel or mamba2, and a "
-                f"gate_init, got gate={self.gate!r}, gate_init={self.gate_init}"
-            )
         if self.gate_temperature <= 0:
             raise ValueError(f"gate_temperature must be positive, got {self.gate_temperature}")
         if self.feature_dim is not None and self.feature_dim < 1:

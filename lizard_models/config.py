@@ -20,6 +20,7 @@ RETIRED: dict[str, Any] = {
     "attention.key_conv": 0,
     "attention.feature_norm": False,
     "attention.feature_noise": 0.0,
+    "attention.gate_spread": 1.0,
     "stage1.attention_weight": 0.0,
     "stage1.attention_rows": 128,
 }

@@ -25,7 +25,6 @@ CHOICES = dict(
     feature_dim_counts=st.sampled_from(["projection", "features"]),
     gate=st.sampled_from(["none", "scalar", "key_head", "query_head", "channel", "mamba2", "pooling"]),
     gate_init=st.sampled_from([None, 0.9, 0.993]),
-    gate_spread=st.sampled_from([1.0, 1.0, 8.0]),
     gate_temperature=st.sampled_from([1.0, 16.0]),
     mix=st.sampled_from(["sum", "merge"]),
     merge_mass=st.sampled_from(["relative", "absolute"]),

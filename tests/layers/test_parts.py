@@ -112,24 +112,6 @@ def test_a_gate_starts_where_it_is_told(gate, temperature, gate_init):
     torch.testing.assert_close(g.exp(), torch.full_like(g, gate_init), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("gate", ["key_head", "query_head", "channel", "mamba2"])
-def test_a_spread_gate_holds_short_and_long_times(gate):
-    made = build_gate(config(gate=gate, gate_init=0.99, gate_spread=16.0, gate_temperature=2.0))
-    g = made(torch.randn(2, 5, 24), torch.zeros(2, 5, 2, 8)).detach()
-    heads = g if gate != "channel" else g.movedim(2, 0)  # each head spreads over its features
-    times = (-1 / heads).sort(-1).values
-    middle = -1 / math.log(0.99)
-    torch.testing.assert_close(times[..., 0], torch.full_like(times[..., 0], middle / 4), rtol=1e-3, atol=0)
-    torch.testing.assert_close(times[..., -1], torch.full_like(times[..., -1], middle * 4), rtol=1e-3, atol=0)
-    if gate == "channel":
-        columns = heads.shape[-1] // 2
-        torch.testing.assert_close(heads[..., :columns], heads[..., columns:])  # both signs of a column alike
-        steps = times[..., ::2].log().diff(dim=-1)
-        torch.testing.assert_close(steps, steps[..., :1].expand_as(steps), rtol=1e-3, atol=0)
-        quarter = heads[..., : columns // 4]
-        assert (quarter.amin(-1) / quarter.amax(-1)).min() > 4  # any few neighbours reach near and far
-
-
 @pytest.mark.parametrize("gate", [g for g in GATES if g != "mamba2"])
 def test_no_start_is_a_zero_bias(gate):
     g = build_gate(config(gate=gate, gate_init=None))(torch.zeros(2, 5, 24), torch.zeros(2, 5, 2, 8))

@@ -15,6 +15,7 @@ OLD = {  # name: the default of before, another value of before
     "attention.key_conv": (0, 4),
     "attention.feature_norm": (False, True),
     "attention.feature_noise": (0.0, 0.1),
+    "attention.gate_spread": (1.0, 64.0),
     "stage1.attention_weight": (0.0, 0.3),
     "stage1.attention_rows": (128, 64),
 }
