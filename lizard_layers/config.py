@@ -78,10 +78,9 @@ class AttentionChoices:
     """Divide the linear branch by its mass, as the paper's parallel form does. Its recurrent form and its section 4
     do not; then the branch grows with the number of keys it remembers."""
 
-    feature_activation: Literal["softmax", "exp", "one_sided_softmax", "identity"] = "softmax"
+    feature_activation: Literal["softmax", "exp", "one_sided_softmax"] = "softmax"
     """phi of a projected vector x: [softmax(x), softmax(-x)] (the paper's Table 13), [exp(x), exp(-x)] (its section 4;
-    the same map without a bound), softmax(x) (Liger), or x itself. Signed features have no mass, so identity asks for
-    ``normalize=False`` and the sum."""
+    the same map without a bound), or softmax(x) (Liger)."""
 
     feature_projection: Literal["per_head", "shared", "none"] = "per_head"
     """Learned x W: a W for each head (LoLCATs, which the paper's appendix B points to), one for all heads (the paper's
@@ -104,11 +103,10 @@ class AttentionChoices:
     feature_scale: float | None = None
     """Factor on the linear weights. None is 1 with ``normalize`` (where only a merge notices), F**-0.5 without."""
 
-    gate: Literal["none", "scalar", "key_head", "query_head", "channel", "mamba2", "pooling"] = "key_head"
-    """Decay: none; sigmoid(w.x) shared by all heads (the paper's default; one shared gate hurts most heads), one for
-    each key head, or one for each query head (the state then has query heads); low-rank and for each feature as in
-    GLA (d x r, r x F); exp(-exp(A) softplus(w.x)) for each key head as in Mamba-2; or sigmoid of the mean over each
-    key head's channels, without parameters, after Liger."""
+    gate: Literal["none", "scalar", "key_head", "channel", "mamba2", "pooling"] = "key_head"
+    """Decay: none; sigmoid(w.x), shared by all heads (the paper's default; one shared gate hurts most heads) or one per
+    key head; low-rank and per feature as in GLA (d x r, r x F); exp(-exp(A) softplus(w.x)) per key head as in Mamba-2;
+    or sigmoid of the mean over each key head's channels, without parameters, after Liger."""
 
     gate_init: float | None = 0.993
     """Decay at the start, where the input says nothing. The paper gives none; None is a zero bias, sigmoid(0) = 0.5,
@@ -133,13 +131,9 @@ class AttentionChoices:
     alpha_init: float = 1.0
     """Alpha, or its start. In a mean of both branches the window's share is alpha / (1 + alpha); 0 switches it off."""
 
-    merge_mass: Literal["relative", "absolute"] = "relative"
-    """The window's mass beside the linear one: divided by exp of its row maximum (LoLCATs), or as it is. The features
-    of a softmax map know no scale, so relative trains more easily."""
-
-    merge_bias: Literal["none", "head", "token", "head_and_token"] = "none"
-    """Learned addition to the log-odds of the linear branch: a number for each query head, a linear function of the
-    layer's input, or both."""
+    merge_bias: Literal["none", "head", "head_and_token"] = "none"
+    """Learned addition to the log-odds of the linear branch: a number per query head, alone or with a linear function
+    of the layer's input."""
 
     merge_bias_init: float = 0.0
     """Start of the head's bias. LoLCATs' window factor of 0.1 is log 10 = 2.303 here."""
@@ -189,10 +183,6 @@ class AttentionChoices:
                 raise ValueError(f"feature_dim={self.feature_dim} counts both signs and must be even")
         if self.feature_projection == "none" and self.feature_dim is not None:
             raise ValueError('feature_dim needs a learned projection, but feature_projection="none"')
-        if self.feature_activation == "identity" and self.normalize:
-            raise ValueError(
-                'feature_activation="identity" has signed features whose sum can vanish: use normalize=False'
-            )
         if self.mix == "merge":
             if not self.normalize:
                 raise ValueError('mix="merge" weighs two means by their masses: it needs normalize=True')
@@ -204,8 +194,8 @@ class AttentionChoices:
                 raise ValueError('alpha belongs to mix="sum"; with mix="merge" use merge_bias')
         elif self.merge_bias != "none" or self.merge_bias_init:
             raise ValueError('merge_bias belongs to mix="merge"; with mix="sum" use alpha')
-        if self.merge_bias_init and "head" not in self.merge_bias:
-            raise ValueError(f'merge_bias_init is the start of a bias a head, but merge_bias="{self.merge_bias}"')
+        if self.merge_bias_init and self.merge_bias == "none":
+            raise ValueError(f'merge_bias_init={self.merge_bias_init} starts a bias, but merge_bias="none" has none')
         if self.gate_form == "absorbed":
             if self.feature_activation == "softmax":
                 raise ValueError(
@@ -288,13 +278,8 @@ class AttentionConfig(AttentionChoices):
 
     @property
     def linear_key_heads(self) -> int:
-        """Key heads of the linear branch: Hk, or Hq when every query head has a key map of its own."""
+        """Key heads of the linear branch and its state: Hk, or Hq when every query head has a key map of its own."""
         return self.num_heads if self.linear_branch and self.key_map == "query_head" else self.num_key_heads
-
-    @property
-    def state_heads(self) -> int:
-        """Heads Hs of the linear state: Hq as soon as gate or key map tells query heads apart."""
-        return self.num_heads if self.gate == "query_head" else self.linear_key_heads
 
 
 def check_fields(instance: Any) -> None:

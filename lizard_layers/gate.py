@@ -21,7 +21,7 @@ def start_logit(gate_init: float | None, temperature: float) -> float:
 
 
 class SigmoidGate(Float32Module):
-    """Scalar gates g = log sigmoid(x w + b) / temperature: one for all heads, or one a key or query head.
+    """Scalar gates g = log sigmoid(x w + b) / temperature: one for all heads, or one per key head.
 
     x [B, T, d] -> g [B, T, width], float32. w starts from zero, so that the start is gate_init at every token.
     """
@@ -117,7 +117,7 @@ class PoolingGate(Float32Module):
 
 def build_gate(config: AttentionConfig) -> SigmoidGate | ChannelGate | Mamba2Gate | PoolingGate | None:
     """The gate that ``config`` names; forward(x [B, T, d], k [B, T, Hk, D]) -> log-decay. None for no decay."""
-    widths = {"scalar": 1, "key_head": config.num_key_heads, "query_head": config.num_heads}
+    widths = {"scalar": 1, "key_head": config.num_key_heads}
     if config.gate in widths:
         return SigmoidGate(config.hidden_size, widths[config.gate], config.gate_init, config.gate_temperature)
     if config.gate == "channel":

@@ -156,7 +156,6 @@ class HybridAttention(nn.Module):
                 window_q, window_k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
             choices: dict[str, Any] = dict(
                 mix=config.mix,
-                merge_mass=config.merge_mass,
                 coverage=config.coverage,
                 feature_map=self.feature_maps.op_feature_map,
                 normalize=config.normalize,

@@ -21,13 +21,18 @@ RETIRED: dict[str, Any] = {
     "attention.feature_norm": False,
     "attention.feature_noise": 0.0,
     "attention.gate_spread": 1.0,
+    "attention.merge_mass": "relative",
     "stage1.attention_weight": 0.0,
     "stage1.attention_rows": 128,
 }
 """Fields of earlier configs, and the default of each, at which it changed nothing: with it a config loads, with another
 value it is refused, for nothing here computes what it asks for. docs/diary.md says what each was."""
 
-RETIRED_VALUES: dict[str, tuple[Any, ...]] = {}
+RETIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention.feature_activation": ("identity",),
+    "attention.gate": ("query_head",),
+    "attention.merge_bias": ("token",),
+}
 """Values that fields no longer take, refused as well."""
 
 LAST_WITH_RETIRED = "lizard-attn 0.1.0 (commit a286720)"

@@ -23,10 +23,10 @@ FORMS = {
         coverage="all", normalize=False, feature_activation="one_sided_softmax", feature_projection="none",
         feature_scale=0.5, gate="pooling", gate_init=None, gate_temperature=16.0, mix="sum", alpha_init=0.5,
     ),
-    "query_head": dict(gate="query_head", merge_mass="absolute", num_sinks=2, sinks_per_head=True, anchors=1),
-    "channel": dict(gate="channel", gate_rank=3, gate_temperature=16.0, tie_features=True, merge_bias="token"),
+    "sinks_per_head": dict(num_sinks=2, sinks_per_head=True, anchors=1),
+    "channel": dict(gate="channel", gate_rank=3, gate_temperature=16.0, tie_features=True, merge_bias="head_and_token"),
     "mamba2": dict(gate="mamba2", feature_activation="exp", mix="sum", alpha="per_head", key_map="query_head"),
-    "identity": dict(feature_activation="identity", normalize=False, mix="sum", feature_projection="shared"),
+    "no_denominator": dict(normalize=False, mix="sum", feature_projection="shared"),
     "narrow": dict(feature_dim=6, feature_dim_counts="features"),
     "absorbed": dict(gate_form="absorbed", feature_activation="exp", gate="scalar"),
     "one_sided": dict(feature_activation="one_sided_softmax", key_map="query_head", gate="none"),
@@ -116,8 +116,7 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
         alpha = made.mix.alpha
         alpha = config.alpha_init if alpha is None else alpha if alpha.ndim == 0 else alpha[h]
         return o_linear + alpha * o_window
-    if config.merge_mass == "relative":
-        mass_window = mass_window / scores.max().exp()
+    mass_window = mass_window / scores.max().exp()
     bias = ZERO
     if made.mix.bias is not None:
         bias = bias + made.mix.bias[h]
@@ -139,7 +138,6 @@ def features(made, vector, h, hk, side):
         "softmax": lambda: torch.cat([t.softmax(-1) for t in both]),
         "exp": lambda: torch.cat([t.exp() for t in both]),
         "one_sided_softmax": lambda: vector.softmax(-1),
-        "identity": lambda: vector,
     }[config.feature_activation]()
 
 
@@ -154,7 +152,7 @@ def log_decay(made, x, k, b, j, h, hk):
     if config.gate == "channel":
         logits = (gate.up @ (gate.down @ token) + gate.bias).view(-1, config.num_features)
         return sigmoid(logits[h if config.key_map == "query_head" else hk]) / config.gate_temperature
-    row = {"scalar": 0, "key_head": hk, "query_head": h, "mamba2": hk}[config.gate]
+    row = {"scalar": 0, "key_head": hk, "mamba2": hk}[config.gate]
     logit = gate.weight[row] @ token + gate.bias[row]
     if config.gate == "mamba2":
         return -gate.log_rate[row].exp() * torch.nn.functional.softplus(logit)

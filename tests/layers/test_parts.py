@@ -20,7 +20,7 @@ from lizard_layers import (
 )
 
 SHAPE = dict(hidden_size=24, num_heads=4, num_key_heads=2, head_dim=8)
-GATES = ["scalar", "key_head", "query_head", "channel", "mamba2", "pooling"]
+GATES = ["scalar", "key_head", "channel", "mamba2", "pooling"]
 
 
 def config(**choices) -> AttentionConfig:
@@ -125,7 +125,7 @@ def test_gates_are_float32_decays_of_the_promised_width(gate):
         for parameter in made.parameters():
             parameter += torch.randn_like(parameter)
     g = made((100 * torch.randn(2, 5, 24)).bfloat16(), 100 * torch.randn(2, 5, 2, 8).bfloat16())
-    width = {"scalar": (1,), "query_head": (4,), "channel": (2, 16)}.get(gate, (2,))
+    width = {"scalar": (1,), "channel": (2, 16)}.get(gate, (2,))
     assert g.shape == (2, 5, *width) and g.dtype == torch.float32
     assert (g <= 0).all() and g.isfinite().all()
 
@@ -178,7 +178,6 @@ def test_merge_bias_of_head_and_token():
     with torch.no_grad():
         both.weight.normal_()
     torch.testing.assert_close(both(x)["merge_bias"], 2.0 + x @ both.weight.T)
-    assert MergeMix(config(merge_bias="token"))(x)["merge_bias"].shape == (2, 5, 4)
 
 
 # Parameters

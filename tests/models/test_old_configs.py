@@ -16,10 +16,15 @@ OLD = {  # name: the default of before, another value of before
     "attention.feature_norm": (False, True),
     "attention.feature_noise": (0.0, 0.1),
     "attention.gate_spread": (1.0, 64.0),
+    "attention.merge_mass": ("relative", "absolute"),
     "stage1.attention_weight": (0.0, 0.3),
     "stage1.attention_rows": (128, 64),
 }
-GONE: dict[str, tuple] = {}  # name: values that a field still there no longer takes
+GONE = {  # name: values that a field still there no longer takes
+    "attention.feature_activation": ("identity",),
+    "attention.gate": ("query_head",),
+    "attention.merge_bias": ("token",),
+}
 LAST = r"was retired, wanted .*; the last to read it is lizard-attn 0\.1\.0 \(commit a286720\)"
 
 

@@ -17,7 +17,7 @@ NOTHING = -1e9  # log of a weight that is none: finite, so that a row without ke
 READABLE = {
     "mix": ("merge",),
     "coverage": ("outside",),
-    "gate": ("none", "scalar", "key_head", "query_head", "mamba2", "pooling"),
+    "gate": ("none", "scalar", "key_head", "mamba2", "pooling"),
 }
 
 
@@ -160,7 +160,7 @@ def _window_mass(layer: HybridAttention, scores: Tensor) -> tuple[Tensor, Tensor
 
 def _share_logit(layer: HybridAttention, x: Tensor, at: Tensor, total: Tensor, mass: Tensor, top: Tensor) -> Tensor:
     """Log-odds of the linear branch in the merge [B, Hq, R]; as good as -inf where it has no key."""
-    logit = total - (mass - top if layer.config.merge_mass == "relative" else mass)
+    logit = total - (mass - top)
     if layer.config.feature_scale is not None:
         logit = logit + math.log(layer.config.feature_scale)
     bias = layer.mix(x)["merge_bias"]
