@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lizard_layers import AttentionChoices
-from lizard_layers.config import check_fields
+from lizard_layers.field_types import check_fields
 from lizard_models.presets import PRESETS
 from lizard_models.recipes import Stage1Config, Stage2Config
 

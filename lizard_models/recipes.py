@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lizard_layers.config import check_fields
+from lizard_layers.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
