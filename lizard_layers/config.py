@@ -53,10 +53,11 @@ class AttentionChoices:
     """RoPE before the feature maps. LoLCATs has it. It helps up to the training length and does not extrapolate."""
 
     num_sinks: int = 0
-    """Meta memory: learned logits that take mass in the window's denominator and bring no value. The paper has 4."""
+    """Meta memory: learned logits that take mass in the window's denominator and bring no value. The paper has 4. They
+    are not the attention sinks of StreamingLLM, which are positions: ``anchors``."""
 
     sinks_per_head: bool = False
-    """One set of sink logits a layer (False, the paper's shapes) or a query head (True)."""
+    """One set of sink logits per layer (False, the paper's shapes) or per query head (True)."""
 
     sink_form: Literal["exp", "linear"] = "exp"
     """Sink mass: sum of exp(t), or sum of t as printed in the paper. The printed form can reach zero or less (four
@@ -85,15 +86,15 @@ class AttentionChoices:
     the same map without a bound), or softmax(x) (Liger)."""
 
     feature_projection: Literal["per_head", "shared", "none"] = "per_head"
-    """Learned x W: a W for each head (LoLCATs, which the paper's appendix B points to), one for all heads (the paper's
+    """Learned x W: one W per head (LoLCATs, which the paper's appendix B points to), one for all heads (the paper's
     equations), or none (Liger)."""
 
     tie_features: bool = False
     """One map for queries and keys (True) or one each."""
 
     key_map: Literal["key_head", "query_head"] = "key_head"
-    """With grouped queries: a key map for each key head, or for each query head (LoLCATs). The second repeats keys and
-    values and carries a state Hq/Hk times as large."""
+    """With grouped queries: a key map per key head, or per query head (LoLCATs). The second repeats keys and values and
+    carries a state Hq/Hk times as large."""
 
     feature_dim: int | None = None
     """Width of the feature map; None is the head dim, counted as the projection."""
@@ -128,7 +129,7 @@ class AttentionChoices:
     """o_lin + alpha o_win (the paper), or the two weighted by their masses under one denominator (LoLCATs)."""
 
     alpha: Literal["fixed", "learned", "per_head"] = "fixed"
-    """Whether alpha of the sum is a constant, one learned number, or one for each query head."""
+    """Whether alpha of the sum is a constant, one learned number, or one per query head."""
 
     alpha_init: float = 1.0
     """Alpha, or its start. In a mean of both branches the window's share is alpha / (1 + alpha); 0 switches it off."""
@@ -205,7 +206,7 @@ class AttentionChoices:
                     'use gate_form="stable", or feature_activation="exp"'
                 )
             if self.gate == "channel":
-                raise ValueError('gate_form="absorbed" takes one gate a head, but gate="channel" has one a feature')
+                raise ValueError('gate_form="absorbed" takes one gate per head, but gate="channel" has one per feature')
 
     @property
     def two_sided(self) -> bool:

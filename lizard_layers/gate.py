@@ -43,9 +43,10 @@ class SigmoidGate(Float32Module):
 
 
 class ChannelGate(Float32Module):
-    """A gate a feature through a bottleneck, as in GLA (arXiv 2312.06635): g = log sigmoid(x W1 W2 + b) / temperature.
+    """A gate per feature through a bottleneck, as in GLA (arXiv 2312.06635).
 
-    x [B, T, d] -> g [B, T, H, F], float32. W2 starts from zero, W1 from a normal of variance 1/d.
+    g = log sigmoid(x W1 W2 + b) / temperature; x [B, T, d] -> g [B, T, H, F], float32. W2 starts from zero, W1 from a
+    normal of variance 1/d.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ChannelGate(Float32Module):
 
 
 class Mamba2Gate(Float32Module):
-    """Decay as in Mamba-2 (arXiv 2405.21060): g = -exp(A) softplus(x w + b), one a key head.
+    """Decay as in Mamba-2 (arXiv 2405.21060): g = -exp(A) softplus(x w + b), one per key head.
 
     x [B, T, d] -> g [B, T, H], float32. A and w start from zero; b so that the start is gate_init.
     """

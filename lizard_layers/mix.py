@@ -11,7 +11,7 @@ from lizard_layers.parameters import Float32Module, float32_parameter, full_prec
 
 
 class SumMix(Float32Module):
-    """alpha of o = o_lin + alpha o_win: a constant, a learned scalar [] or a number a query head [Hq]."""
+    """alpha of o = o_lin + alpha o_win: a constant, a learned scalar [] or a number per query head [Hq]."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()

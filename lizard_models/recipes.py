@@ -78,7 +78,7 @@ class Stage1Config(Recipe):
     rate. At 1e-2 such weights saturate the gate (above 0.999) in most layers."""
 
     error: Literal["relative", "mse"] = "mse"
-    """Error of a layer: squared error over squared target, a head, averaged over heads; or the mean squared error (the
+    """Error of a layer: squared error over squared target per head, averaged over heads; or the mean squared error (the
     paper's squared Frobenius norm divided by its number of entries), most of which a few loud layers give."""
 
     target: Literal["heads", "output"] = "heads"

@@ -31,7 +31,7 @@ from lizard_models.distill.progress import InterruptCallback, ProgressCallback, 
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.recipes import Recipe
 
-INPUT_READER = re.compile(r"\.lizard\.(gate|mix|strength)\.")
+INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
 TRAINED = "trained.safetensors"
 RUN = "run.json"
 

@@ -156,7 +156,7 @@ def _steps(recipe: Recipe) -> int:
 
 
 class _Shape:
-    """FLOP a token and bytes a token of a layer."""
+    """FLOP and bytes per token, of a layer and of the whole student."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         d, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)

@@ -23,7 +23,7 @@ REFUSED = {
     'merge_bias belongs to mix="merge"': dict(mix="sum", merge_bias="head"),
     'merge_bias_init=1.0 starts a bias, but merge_bias="none"': dict(merge_bias_init=1.0),
     "a softmax divides it out again": dict(gate_form="absorbed"),
-    "has one a feature": dict(gate_form="absorbed", feature_activation="exp", gate="channel"),
+    "has one per feature": dict(gate_form="absorbed", feature_activation="exp", gate="channel"),
     "mix must be Literal": dict(mix="product"),
     "window must be int, got 2.5": dict(window=2.5),
     "window must be int, got True": dict(window=True),

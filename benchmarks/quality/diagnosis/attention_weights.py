@@ -38,7 +38,7 @@ def attention_weights(
     at: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Logs of the weights w_ij with which a layer reads every key, o_i = sum_j w_ij v_j, as one matrix a head.
+    """Logs of the weights w_ij with which a layer reads every key, o_i = sum_j w_ij v_j, as one matrix per head.
 
     With the a_ij, b_ij and sink mass c of ``AttentionChoices`` and the share of the merge::
 
