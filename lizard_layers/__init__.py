@@ -1,11 +1,9 @@
 """Modules of hybrid attention: feature maps, gates, meta memory and the layer they make. No transformers."""
 
-from lizard_layers.attention_weights import attention_divergence, attention_weights, check_readable
 from lizard_layers.config import AttentionChoices, AttentionConfig
-from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap, UnitNorm
+from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
 from lizard_layers.hybrid_attention import HybridAttention
-from lizard_layers.key_conv import KeyConv
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
@@ -23,19 +21,14 @@ __all__ = [
     "Float32Module",
     "HedgehogFeatureMap",
     "HybridAttention",
-    "KeyConv",
     "Mamba2Gate",
     "MergeMix",
     "MetaMemory",
     "PoolingGate",
     "SigmoidGate",
     "SumMix",
-    "UnitNorm",
     "apply_rope",
-    "attention_divergence",
-    "attention_weights",
     "build_gate",
-    "check_readable",
     "empty_state",
     "map_state",
     "overwrite",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+from lizard_layers.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +53,11 @@ class AttentionChoices:
     """RoPE before the feature maps. LoLCATs has it. It helps up to the training length and does not extrapolate."""
 
     num_sinks: int = 0
-    """Meta memory: learned logits that take mass in the window's denominator and bring no value. The paper has 4."""
+    """Meta memory: learned logits that take mass in the window's denominator and bring no value. The paper has 4. They
+    are not the attention sinks of StreamingLLM, which are positions: ``anchors``."""
 
     sinks_per_head: bool = False
-    """One set of sink logits a layer (False, the paper's shapes) or a query head (True)."""
+    """One set of sink logits per layer (False, the paper's shapes) or per query head (True)."""
 
     sink_form: Literal["exp", "linear"] = "exp"
     """Sink mass: sum of exp(t), or sum of t as printed in the paper. The printed form can reach zero or less (four
@@ -78,21 +81,20 @@ class AttentionChoices:
     """Divide the linear branch by its mass, as the paper's parallel form does. Its recurrent form and its section 4
     do not; then the branch grows with the number of keys it remembers."""
 
-    feature_activation: Literal["softmax", "exp", "one_sided_softmax", "identity"] = "softmax"
+    feature_activation: Literal["softmax", "exp", "one_sided_softmax"] = "softmax"
     """phi of a projected vector x: [softmax(x), softmax(-x)] (the paper's Table 13), [exp(x), exp(-x)] (its section 4;
-    the same map without a bound), softmax(x) (Liger), or x itself. Signed features have no mass, so identity asks for
-    ``normalize=False`` and the sum."""
+    the same map without a bound), or softmax(x) (Liger)."""
 
     feature_projection: Literal["per_head", "shared", "none"] = "per_head"
-    """Learned x W: a W for each head (LoLCATs, which the paper's appendix B points to), one for all heads (the paper's
+    """Learned x W: one W per head (LoLCATs, which the paper's appendix B points to), one for all heads (the paper's
     equations), or none (Liger)."""
 
     tie_features: bool = False
     """One map for queries and keys (True) or one each."""
 
     key_map: Literal["key_head", "query_head"] = "key_head"
-    """With grouped queries: a key map for each key head, or for each query head (LoLCATs). The second repeats keys and
-    values and carries a state Hq/Hk times as large."""
+    """With grouped queries: a key map per key head, or per query head (LoLCATs). The second repeats keys and values and
+    carries a state Hq/Hk times as large."""
 
     feature_dim: int | None = None
     """Width of the feature map; None is the head dim, counted as the projection."""
@@ -101,51 +103,17 @@ class AttentionChoices:
     """What ``feature_dim`` counts: columns of W, or features after the two signs are joined. The paper's 128 does not
     say; the state is twice as large under the first reading."""
 
-    feature_norm: bool = False
-    """Bring queries and keys to unit length times a learned temperature a head before the map; it starts at the root of
-    the head dim, so that a channel is about 1. The softmax of a map then cannot sharpen or flatten with a token's
-    norm. The window's queries and keys stay as they are."""
-
-    feature_noise: float = 0.0
-    """Standard deviation of normal noise added to the identity that W starts from."""
-
     feature_scale: float | None = None
     """Factor on the linear weights. None is 1 with ``normalize`` (where only a merge notices), F**-0.5 without."""
 
-    key_conv: int = 0
-    """Width of a causal convolution along time, channel by channel, over the keys that the linear branch maps. It
-    starts as the identity; the window's keys stay as they are. 0 has none, 4 is what linear models use. It lets
-    features say what stood before a key (H3, arXiv 2212.14052). The state carries the last ``key_conv - 1`` keys."""
-
-    memory: Literal["sum", "delta"] = "sum"
-    """What the linear branch remembers. sum: every key and value, decayed. delta: a matrix S a key head that replaces
-    what it holds under a key (the gated delta rule, arXiv 2412.06464), with features at unit length k^ and q^::
-
-        S_j = exp(g_j) (S_{j-1} - beta_j k^_j (k^_j . S_{j-1})) + beta_j k^_j v_j^T       o_lin = q^ . S
-        beta_j = sigmoid(w . x_j + b)
-
-    for keys outside window and anchors, each as it leaves the window. The merge weighs o_lin by the mass of the sums as
-    ever, so prompts up to the window still equal the teacher. Softmax features are all but parallel where their maps
-    are flat, and then a key overwrites its predecessors."""
-
-    beta_init: float = 0.1
-    """Beta of a delta memory at the start, where the input says nothing (w starts from zero)."""
-
-    gate: Literal["none", "scalar", "key_head", "query_head", "channel", "mamba2", "pooling"] = "key_head"
-    """Decay: none; sigmoid(w.x) shared by all heads (the paper's default; one shared gate hurts most heads), one for
-    each key head, or one for each query head (the state then has query heads); low-rank and for each feature as in
-    GLA (d x r, r x F); exp(-exp(A) softplus(w.x)) for each key head as in Mamba-2; or sigmoid of the mean over each
-    key head's channels, without parameters, after Liger."""
+    gate: Literal["none", "scalar", "key_head", "channel", "mamba2", "pooling"] = "key_head"
+    """Decay: none; sigmoid(w.x), shared by all heads (the paper's default; one shared gate hurts most heads) or one per
+    key head; low-rank and per feature as in GLA (d x r, r x F); exp(-exp(A) softplus(w.x)) per key head as in Mamba-2;
+    or sigmoid of the mean over each key head's channels, without parameters, after Liger."""
 
     gate_init: float | None = 0.993
     """Decay at the start, where the input says nothing. The paper gives none; None is a zero bias, sigmoid(0) = 0.5,
     which forgets within ten tokens."""
-
-    gate_spread: float = 1.0
-    """The longest of a layer's starting time constants over the shortest, evenly spaced between the two in their
-    logarithm around that of ``gate_init``: over the features of each head (gate="channel") or over the heads. With 1
-    all start alike, and training moves them little: after 400 steps from 0.993 every decay of SmolLM2 lay between
-    0.9927 and 0.9965, so that no head reached a thousand tokens back."""
 
     gate_rank: int = 16
     """Rank r of the channel gate (the paper's Table 4: 16)."""
@@ -161,18 +129,14 @@ class AttentionChoices:
     """o_lin + alpha o_win (the paper), or the two weighted by their masses under one denominator (LoLCATs)."""
 
     alpha: Literal["fixed", "learned", "per_head"] = "fixed"
-    """Whether alpha of the sum is a constant, one learned number, or one for each query head."""
+    """Whether alpha of the sum is a constant, one learned number, or one per query head."""
 
     alpha_init: float = 1.0
     """Alpha, or its start. In a mean of both branches the window's share is alpha / (1 + alpha); 0 switches it off."""
 
-    merge_mass: Literal["relative", "absolute"] = "relative"
-    """The window's mass beside the linear one: divided by exp of its row maximum (LoLCATs), or as it is. The features
-    of a softmax map know no scale, so relative trains more easily."""
-
-    merge_bias: Literal["none", "head", "token", "head_and_token"] = "none"
-    """Learned addition to the log-odds of the linear branch: a number for each query head, a linear function of the
-    layer's input, or both."""
+    merge_bias: Literal["none", "head", "head_and_token"] = "none"
+    """Learned addition to the log-odds of the linear branch: a number per query head, alone or with a linear function
+    of the layer's input."""
 
     merge_bias_init: float = 0.0
     """Start of the head's bias. LoLCATs' window factor of 0.1 is log 10 = 2.303 here."""
@@ -185,7 +149,7 @@ class AttentionChoices:
         for name in ("window", "gate_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("anchors", "num_sinks", "feature_noise", "sink_spread"):
+        for name in ("anchors", "num_sinks", "sink_spread"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("position_limit", "position_step"):
@@ -195,21 +159,10 @@ class AttentionChoices:
             self._check_positions()
         if self.gate_init is not None and not 0 < self.gate_init < 1:
             raise ValueError(f"gate_init is a decay between 0 and 1, got {self.gate_init}")
-        if self.gate_spread < 1:
-            raise ValueError(f"gate_spread is a ratio of at least 1, got {self.gate_spread}")
-        if self.gate_spread > 1 and (self.gate in ("none", "scalar", "pooling") or self.gate_init is None):
-            raise ValueError(
-                f"gate_spread={self.gate_spread} needs gate key_head, query_head, channel or mamba2, and a "
-                f"gate_init, got gate={self.gate!r}, gate_init={self.gate_init}"
-            )
         if self.gate_temperature <= 0:
             raise ValueError(f"gate_temperature must be positive, got {self.gate_temperature}")
         if self.feature_dim is not None and self.feature_dim < 1:
             raise ValueError(f"feature_dim must be at least 1 or None, got {self.feature_dim}")
-        if self.key_conv < 0 or self.key_conv == 1:
-            raise ValueError(f"key_conv must be 0, for none, or a width of at least 2, got {self.key_conv}")
-        if not 0 < self.beta_init < 1:
-            raise ValueError(f"beta_init is a write strength between 0 and 1, got {self.beta_init}")
         if self.num_sinks > 1 and self.sink_spread == 0:
             raise ValueError(
                 f"sink_spread=0 starts all {self.num_sinks} sinks equal: they get equal gradients and act as one"
@@ -233,14 +186,6 @@ class AttentionChoices:
                 raise ValueError(f"feature_dim={self.feature_dim} counts both signs and must be even")
         if self.feature_projection == "none" and self.feature_dim is not None:
             raise ValueError('feature_dim needs a learned projection, but feature_projection="none"')
-        if self.feature_projection == "none" and self.feature_noise:
-            raise ValueError('feature_noise needs a learned projection, but feature_projection="none"')
-        if self.feature_activation == "identity" and self.normalize:
-            raise ValueError(
-                'feature_activation="identity" has signed features whose sum can vanish: use normalize=False'
-            )
-        if self.memory == "delta":
-            self._check_delta_memory()
         if self.mix == "merge":
             if not self.normalize:
                 raise ValueError('mix="merge" weighs two means by their masses: it needs normalize=True')
@@ -252,8 +197,8 @@ class AttentionChoices:
                 raise ValueError('alpha belongs to mix="sum"; with mix="merge" use merge_bias')
         elif self.merge_bias != "none" or self.merge_bias_init:
             raise ValueError('merge_bias belongs to mix="merge"; with mix="sum" use alpha')
-        if self.merge_bias_init and "head" not in self.merge_bias:
-            raise ValueError(f'merge_bias_init is the start of a bias a head, but merge_bias="{self.merge_bias}"')
+        if self.merge_bias_init and self.merge_bias == "none":
+            raise ValueError(f'merge_bias_init={self.merge_bias_init} starts a bias, but merge_bias="none" has none')
         if self.gate_form == "absorbed":
             if self.feature_activation == "softmax":
                 raise ValueError(
@@ -261,20 +206,7 @@ class AttentionChoices:
                     'use gate_form="stable", or feature_activation="exp"'
                 )
             if self.gate == "channel":
-                raise ValueError('gate_form="absorbed" takes one gate a head, but gate="channel" has one a feature')
-
-    def _check_delta_memory(self) -> None:
-        wanted: dict[str, tuple[str, ...]] = {
-            "coverage": ("outside",),
-            "mix": ("merge",),
-            "feature_activation": ("softmax", "one_sided_softmax"),
-            "gate": ("none", "scalar", "key_head", "mamba2", "pooling"),
-            "gate_form": ("stable",),
-            "impl": ("auto", "torch", "naive"),
-        }
-        for name, values in wanted.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f'memory="delta" needs {name} {" or ".join(values)}, got {getattr(self, name)}')
+                raise ValueError('gate_form="absorbed" takes one gate per head, but gate="channel" has one per feature')
 
     @property
     def two_sided(self) -> bool:
@@ -349,36 +281,5 @@ class AttentionConfig(AttentionChoices):
 
     @property
     def linear_key_heads(self) -> int:
-        """Key heads of the linear branch: Hk, or Hq when every query head has a key map of its own."""
+        """Key heads of the linear branch and its state: Hk, or Hq when every query head has a key map of its own."""
         return self.num_heads if self.linear_branch and self.key_map == "query_head" else self.num_key_heads
-
-    @property
-    def state_heads(self) -> int:
-        """Heads Hs of the linear state: Hq as soon as gate or key map tells query heads apart."""
-        return self.num_heads if self.gate == "query_head" else self.linear_key_heads
-
-
-def check_fields(instance: Any) -> None:
-    """Raise ValueError for a field of a dataclass whose value its annotation does not allow.
-
-    Understands Literal, None, bool, int, float (an int will do), str, tuples of one of these, and dataclasses.
-    """
-    for name, hint in get_type_hints(type(instance)).items():
-        value = getattr(instance, name)
-        if not _allows(hint, value):
-            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ValueError(f"{type(instance).__name__}.{name} must be {wanted}, got {value!r}")
-
-
-def _allows(hint: Any, value: Any) -> bool:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        members = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return isinstance(value, tuple) and len(value) == len(members) and all(map(_allows, members, value))
-    if args:  # a union
-        return any(_allows(arg, value) for arg in args)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
-from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
+from lizard_layers.parameters import Float32Module, float32_parameter
 from lizard_ops import project_heads
-from lizard_ops.common.features import norm_of
 
 
 class HedgehogFeatureMap(Float32Module):
@@ -24,17 +23,16 @@ class HedgehogFeatureMap(Float32Module):
     dtype; weights and sums are float32's. reuse_gradient: see ``lizard_ops.project_heads``.
     """
 
-    def __init__(self, num_maps: int, head_dim: int, feature_dim: int, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, num_maps: int, head_dim: int, feature_dim: int, seed: int = 0) -> None:
         super().__init__()
-        self.noise, self.seed = noise, seed
+        self.seed = seed
         self.weight = float32_parameter(num_maps, head_dim, feature_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
             dim, width = self.weight.shape[1:]
-            eye = torch.eye(dim, width, dtype=self.weight.dtype, device=self.weight.device)
-            self.weight.copy_(eye + self.noise * torch.randn_like(self.weight))
+            self.weight.copy_(torch.eye(dim, width, dtype=self.weight.dtype, device=self.weight.device))
             draw = torch.Generator().manual_seed(self.seed)
             for start in range(dim, width, dim):
                 turns = torch.linalg.qr(
@@ -44,24 +42,6 @@ class HedgehogFeatureMap(Float32Module):
 
     def forward(self, x: Tensor, reuse_gradient: bool = False) -> tuple[Tensor, Tensor]:
         return project_heads(x, self.weight, reuse_gradient=reuse_gradient)
-
-
-class UnitNorm(Float32Module):
-    """t_h x / |x| with a learned temperature t a head, from sqrt(D). x [B, T, H, D] -> its shape and dtype."""
-
-    def __init__(self, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.start = head_dim**0.5
-        self.temperature = float32_parameter(num_heads)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.temperature.fill_(self.start)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = full_precision(x)
-        return (wide / norm_of(wide) * self.temperature.unsqueeze(-1)).to(x.dtype)
 
 
 class FeatureMaps(nn.Module):
@@ -75,15 +55,13 @@ class FeatureMaps(nn.Module):
         super().__init__()
         self.one_sided = config.feature_activation == "one_sided_softmax"
         self.op_feature_map = config.feature_activation if config.two_sided else "identity"
-        self.query_norm = UnitNorm(config.num_heads, config.head_dim) if config.feature_norm else None
-        self.key_norm = UnitNorm(config.linear_key_heads, config.head_dim) if config.feature_norm else None
         self.query_map: HedgehogFeatureMap | None = None
         self.key_map: HedgehogFeatureMap | None = None
         if config.feature_projection == "none":
             return
         shared = config.feature_projection == "shared"
         key_maps = 1 if shared else config.linear_key_heads
-        shape = (config.head_dim, config.projection_dim, config.feature_noise)
+        shape = (config.head_dim, config.projection_dim)
         self.key_map = HedgehogFeatureMap(key_maps, *shape)
         if not config.tie_features:
             self.query_map = HedgehogFeatureMap(1 if shared else config.num_heads, *shape, seed=1)
@@ -94,11 +72,7 @@ class FeatureMaps(nn.Module):
         fq [B, T, Hq, Fp], fk [B, T, H, Fp]. reuse_gradient: see ``lizard_ops.project_heads``.
         """
         fq, fk = q, k
-        if self.query_norm is not None and self.key_norm is not None:
-            fq, fk = self.query_norm(q), self.key_norm(k)
-            if self.key_map is not None:
-                fq, fk = (self.query_map or self.key_map)(fq)[1], self.key_map(fk)[1]
-        elif self.key_map is not None:
+        if self.key_map is not None:
             q, fq = (self.query_map or self.key_map)(q, reuse_gradient)
             k, fk = self.key_map(k, reuse_gradient)
         return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)

@@ -11,8 +11,6 @@ from torch import Tensor
 from lizard_layers.config import AttentionConfig
 from lizard_layers.parameters import Float32Module, float32_parameter, full_precision
 
-GOLDEN = (5**0.5 - 1) / 2
-
 
 def start_logit(gate_init: float | None, temperature: float) -> float:
     """The bias b with sigmoid(b)**(1/temperature) = gate_init; 0 for None."""
@@ -22,38 +20,15 @@ def start_logit(gate_init: float | None, temperature: float) -> float:
     return math.log(inner) - math.log1p(-inner)
 
 
-def spread_decays(gate_init: float | None, spread: float, count: int) -> list[float | None]:
-    """Starting decays exp(-1/tau) of ``count`` gates, their time constants tau evenly spaced in their logarithm from
-    tau_0 / sqrt(spread) to tau_0 sqrt(spread), where gate_init = exp(-1/tau_0).
-
-    Neighbours are far apart (the order of the multiples of the golden ratio), so that any few gates in a row, such as
-    the channels that RoPE turns at similar rates, hold short and long times.
-    """
-    if gate_init is None or spread == 1 or count == 1:
-        return [gate_init] * count
-    rank = {i: r for r, i in enumerate(sorted(range(count), key=lambda i: i * GOLDEN % 1))}
-    rate = math.log(gate_init)
-    return [math.exp(rate * spread ** (0.5 - rank[i] / (count - 1))) for i in range(count)]
-
-
 class SigmoidGate(Float32Module):
-    """Scalar gates g = log sigmoid(x w + b) / temperature: one for all heads, or one a key or query head.
+    """Scalar gates g = log sigmoid(x w + b) / temperature: one for all heads, or one per key head.
 
-    x [B, T, d] -> g [B, T, width], float32. w starts from zero, so that the start is gate_init at every token, or what
-    ``spread_decays`` makes of it.
+    x [B, T, d] -> g [B, T, width], float32. w starts from zero, so that the start is gate_init at every token.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        width: int,
-        gate_init: float | None = None,
-        temperature: float = 1.0,
-        spread: float = 1.0,
-    ) -> None:
+    def __init__(self, hidden_size: int, width: int, gate_init: float | None = None, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.starts = [start_logit(decay, temperature) for decay in spread_decays(gate_init, spread, width)]
+        self.start, self.temperature = start_logit(gate_init, temperature), temperature
         self.weight = float32_parameter(width, hidden_size)
         self.bias = float32_parameter(width)
         self.reset_parameters()
@@ -61,17 +36,17 @@ class SigmoidGate(Float32Module):
     def reset_parameters(self) -> None:
         with torch.no_grad():
             self.weight.zero_()
-            self.bias.copy_(torch.tensor(self.starts))
+            self.bias.fill_(self.start)
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
         return F.logsigmoid(F.linear(full_precision(x), self.weight, self.bias)) / self.temperature
 
 
 class ChannelGate(Float32Module):
-    """A gate a feature through a bottleneck, as in GLA (arXiv 2312.06635): g = log sigmoid(x W1 W2 + b) / temperature.
+    """A gate per feature through a bottleneck, as in GLA (arXiv 2312.06635).
 
-    x [B, T, d] -> g [B, T, H, F], float32. W2 starts from zero, W1 from a normal of variance 1/d. Of two-sided features
-    (``columns`` of the map, half of F) both signs of a column start at the same decay.
+    g = log sigmoid(x W1 W2 + b) / temperature; x [B, T, d] -> g [B, T, H, F], float32. W2 starts from zero, W1 from a
+    normal of variance 1/d.
     """
 
     def __init__(
@@ -82,13 +57,10 @@ class ChannelGate(Float32Module):
         rank: int = 16,
         gate_init: float | None = None,
         temperature: float = 1.0,
-        spread: float = 1.0,
-        columns: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.temperature = num_heads, temperature
-        decays = spread_decays(gate_init, spread, columns or num_features)
-        self.starts = [start_logit(decay, temperature) for decay in decays] * (num_features // len(decays))
+        self.num_heads = num_heads
+        self.start, self.temperature = start_logit(gate_init, temperature), temperature
         self.down = float32_parameter(rank, hidden_size)
         self.up = float32_parameter(num_heads * num_features, rank)
         self.bias = float32_parameter(num_heads * num_features)
@@ -98,7 +70,7 @@ class ChannelGate(Float32Module):
         with torch.no_grad():
             self.down.normal_(std=self.down.shape[1] ** -0.5)
             self.up.zero_()
-            self.bias.copy_(torch.tensor(self.starts).repeat(self.num_heads))
+            self.bias.fill_(self.start)
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
         logits = F.linear(F.linear(full_precision(x), self.down), self.up, self.bias)
@@ -106,16 +78,14 @@ class ChannelGate(Float32Module):
 
 
 class Mamba2Gate(Float32Module):
-    """Decay as in Mamba-2 (arXiv 2405.21060): g = -exp(A) softplus(x w + b), one a key head.
+    """Decay as in Mamba-2 (arXiv 2405.21060): g = -exp(A) softplus(x w + b), one per key head.
 
-    x [B, T, d] -> g [B, T, H], float32. A and w start from zero; b so that the start is gate_init, or what
-    ``spread_decays`` makes of it.
+    x [B, T, d] -> g [B, T, H], float32. A and w start from zero; b so that the start is gate_init.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, gate_init: float | None = None, spread: float = 1.0) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, gate_init: float | None = None) -> None:
         super().__init__()
-        decays = spread_decays(gate_init, spread, num_heads)
-        self.starts = [0.0 if decay is None else math.log(math.expm1(-math.log(decay))) for decay in decays]
+        self.start = 0.0 if gate_init is None else math.log(math.expm1(-math.log(gate_init)))
         self.weight = float32_parameter(num_heads, hidden_size)
         self.bias = float32_parameter(num_heads)
         self.log_rate = float32_parameter(num_heads)
@@ -124,7 +94,7 @@ class Mamba2Gate(Float32Module):
     def reset_parameters(self) -> None:
         with torch.no_grad():
             self.weight.zero_()
-            self.bias.copy_(torch.tensor(self.starts))
+            self.bias.fill_(self.start)
             self.log_rate.zero_()
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
@@ -148,18 +118,16 @@ class PoolingGate(Float32Module):
 
 def build_gate(config: AttentionConfig) -> SigmoidGate | ChannelGate | Mamba2Gate | PoolingGate | None:
     """The gate that ``config`` names; forward(x [B, T, d], k [B, T, Hk, D]) -> log-decay. None for no decay."""
-    widths = {"scalar": 1, "key_head": config.num_key_heads, "query_head": config.num_heads}
+    widths = {"scalar": 1, "key_head": config.num_key_heads}
     if config.gate in widths:
-        return SigmoidGate(
-            config.hidden_size, widths[config.gate], config.gate_init, config.gate_temperature, config.gate_spread
-        )
+        return SigmoidGate(config.hidden_size, widths[config.gate], config.gate_init, config.gate_temperature)
     if config.gate == "channel":
         return ChannelGate(
             config.hidden_size, config.linear_key_heads, config.num_features,
-            config.gate_rank, config.gate_init, config.gate_temperature, config.gate_spread, config.projection_dim,
+            config.gate_rank, config.gate_init, config.gate_temperature,
         )  # fmt: skip
     if config.gate == "mamba2":
-        return Mamba2Gate(config.hidden_size, config.num_key_heads, config.gate_init, config.gate_spread)
+        return Mamba2Gate(config.hidden_size, config.num_key_heads, config.gate_init)
     if config.gate == "pooling":
         return PoolingGate(config.gate_init, config.gate_temperature)
     return None

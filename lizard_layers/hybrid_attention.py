@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
 from lizard_layers.feature_map import FeatureMaps
-from lizard_layers.gate import SigmoidGate, build_gate
-from lizard_layers.key_conv import KeyConv
+from lizard_layers.gate import build_gate
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import full_precision
 from lizard_layers.rope import AnchorBlock, apply_rope
 from lizard_layers.state import overwrite
 from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
+
+
+class _Tokens(NamedTuple):
+    """The new positions of a call, as ``HybridAttention.forward`` takes them."""
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rope: tuple[Tensor, Tensor] | None
+    padding_mask: Tensor | None
+
+    def part(self, where: slice) -> _Tokens:
+        """Those at the positions ``where`` alone."""
+        x, q, k, v = (t[:, where] for t in (self.x, self.q, self.k, self.v))
+        rope = None if self.rope is None else (self.rope[0][:, where], self.rope[1][:, where])
+        return _Tokens(x, q, k, v, rope, None if self.padding_mask is None else self.padding_mask[:, where])
 
 
 class HybridAttention(nn.Module):
@@ -37,12 +53,8 @@ class HybridAttention(nn.Module):
         if config.linear_branch:
             self.feature_maps = FeatureMaps(config)
             self.gate = build_gate(config)
-            self.key_conv = KeyConv(config) if config.key_conv else None
-            self.strength = None
-            if config.memory == "delta":
-                self.strength = SigmoidGate(config.hidden_size, config.linear_key_heads, config.beta_init)
             self.mix = MergeMix(config) if config.mix == "merge" else SumMix(config)
-            readers = [m for m in (self.gate, self.strength, self.mix) if m is not None]
+            readers = [m for m in (self.gate, self.mix) if m is not None]
             self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
 
     def forward(
@@ -71,8 +83,9 @@ class HybridAttention(nn.Module):
         else None. Raises ValueError for shapes that do not fit the config, or a choice of RoPE without ``rope``.
         """
         self._check(x, q, k, v, rope)
+        tokens = _Tokens(x, q, k, v, rope, padding_mask)
         if anchor_blocks is None:
-            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, cu_seqlens, inplace)
+            return self._attend(tokens, state, use_state, cu_seqlens, inplace)
         lengths = [block.length for block in anchor_blocks]
         if cu_seqlens is not None or sum(lengths) != x.shape[1]:
             raise ValueError(
@@ -81,34 +94,19 @@ class HybridAttention(nn.Module):
             )
         outputs, end = [], 0
         for block in anchor_blocks:
-            part = slice(end, end := end + block.length)
-            turns = None if rope is None else (rope[0][:, part], rope[1][:, part])
-            mask = None if padding_mask is None else padding_mask[:, part]
-            carry = use_state or end < x.shape[1]
-            o, state = self._attend_moved(
-                block, x[:, part], q[:, part], k[:, part], v[:, part], turns, state, carry, mask, inplace
-            )
+            part = tokens.part(slice(end, end := end + block.length))
+            o, state = self._attend_moved(block, part, state, use_state or end < x.shape[1], inplace)
             outputs.append(o)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 
     def _attend_moved(
-        self,
-        block: AnchorBlock,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        state: AttentionState | None,
-        use_state: bool,
-        padding_mask: Tensor | None,
-        inplace: bool,
+        self, block: AnchorBlock, tokens: _Tokens, state: AttentionState | None, use_state: bool, inplace: bool
     ) -> tuple[Tensor, AttentionState | None]:
         """``_attend`` with the anchors turned on; the state keeps them as they were, so that nothing adds up."""
         if state is None or state.anchor_k is None:
-            return self._attend(x, q, k, v, rope, state, use_state, padding_mask, None, inplace)
+            return self._attend(tokens, state, use_state, None, inplace)
         moved = state._replace(anchor_k=apply_rope(state.anchor_k, block.cos, block.sin))
-        o, new = self._attend(x, q, k, v, rope, moved, use_state, padding_mask, None, inplace)
+        o, new = self._attend(tokens, moved, use_state, None, inplace)
         if new is not None and new.anchor_k is not None:
             kept = torch.where(block.moved[:, None, None, None], state.anchor_k, new.anchor_k)
             new = new._replace(anchor_k=state.anchor_k.copy_(kept) if inplace else kept)
@@ -116,19 +114,14 @@ class HybridAttention(nn.Module):
 
     def _attend(
         self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
+        tokens: _Tokens,
         state: AttentionState | None,
         use_state: bool,
-        padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         inplace: bool,
     ) -> tuple[Tensor, AttentionState | None]:
         config = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(tokens.x.device.type, enabled=False):
             shared: dict[str, Any] = dict(
                 anchors=config.anchors,
                 sinks=None if self.sinks is None else self.sinks(),
@@ -137,57 +130,47 @@ class HybridAttention(nn.Module):
                 softcap=config.softcap,
                 initial_state=state,
                 output_final_state=use_state,
-                padding_mask=padding_mask,
+                padding_mask=tokens.padding_mask,
                 cu_seqlens=cu_seqlens,
                 impl=config.impl,
             )
-            if not config.linear_branch:
-                turned = self._turn(config.window_rope, q, k, rope)
-                o, new = window_attn(*turned, v, config.window, **shared)[:2]
-                return o, overwrite(state, new) if inplace and state is not None and new is not None else new
-            if self.reads_input:
-                x = full_precision(x)  # once for all that read it
-            g = None if self.gate is None else self.gate(x, k)
-            linear_k, conv_k = k, None
-            if self.key_conv is not None:
-                past = None if state is None else state.conv_k
-                linear_k, conv_k = self.key_conv(k, past, padding_mask, cu_seqlens)
-                shared["initial_state"] = None if state is None else state._replace(conv_k=None)
-            if config.linear_key_heads != k.shape[2]:
-                group = config.num_heads // config.num_key_heads
-                k, linear_k, v = (h.repeat_interleave(group, 2) for h in (k, linear_k, v))
-                if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
-                    g = g.repeat_interleave(group, 2)
-            if conv_k is not None:
-                _, _, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, linear_k, rope))
-                window_q, window_k = self._turn(config.window_rope, q, k, rope)
-            elif config.linear_rope and not config.window_rope:
-                _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
-                window_q, window_k = q, k
+            if config.linear_branch:
+                o, new = self._both_branches(tokens, shared, inplace)
             else:
-                q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
-                window_q, window_k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
-            choices: dict[str, Any] = dict(
-                mix=config.mix,
-                merge_mass=config.merge_mass,
-                coverage=config.coverage,
-                feature_map=self.feature_maps.op_feature_map,
-                normalize=config.normalize,
-                feature_scale=config.feature_scale,
-                beta=None if self.strength is None else self.strength(x, k).exp(),
-                **self.mix(x),
-            )
-            if q.shape[1] == 1 and state is not None:
-                o, new = recurrent_hybrid_attn(
-                    window_q, window_k, v, fq, fk, g, config.window, **choices, **shared, inplace=inplace
-                )
-            else:
-                o, new = chunk_hybrid_attn(
-                    window_q, window_k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, **shared
-                )
-            if new is not None and conv_k is not None:
-                new = new._replace(conv_k=conv_k)
+                q, k = self._turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
+                o, new = window_attn(q, k, tokens.v, config.window, **shared)[:2]
             return o, overwrite(state, new) if inplace and state is not None and new is not None else new
+
+    def _both_branches(
+        self, tokens: _Tokens, shared: dict[str, Any], inplace: bool
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Window and linear branch under their mix. shared: what the window's op takes as well."""
+        config, (x, q, k, v, rope, _) = self.config, tokens
+        if self.reads_input:
+            x = full_precision(x)  # once for all that read it
+        g = None if self.gate is None else self.gate(x, k)
+        if config.linear_key_heads != k.shape[2]:
+            group = config.num_heads // config.num_key_heads
+            k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+            if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
+                g = g.repeat_interleave(group, 2)
+        if config.linear_rope and not config.window_rope:
+            _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
+        else:
+            q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
+            q, k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
+        choices: dict[str, Any] = dict(
+            mix=config.mix,
+            coverage=config.coverage,
+            feature_map=self.feature_maps.op_feature_map,
+            normalize=config.normalize,
+            feature_scale=config.feature_scale,
+            **self.mix(x),
+            **shared,
+        )
+        if q.shape[1] == 1 and shared["initial_state"] is not None:
+            return recurrent_hybrid_attn(q, k, v, fq, fk, g, config.window, **choices, inplace=inplace)
+        return chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
 
     @staticmethod
     def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from lizard_layers.parameters import Float32Module, float32_parameter
 
 
 class MetaMemory(Float32Module):
-    """Sink logits t, [M] for the layer or [Hq, M] with a set a query head, for the denominator of the window branch.
+    """Sink logits t, [M] for the layer or [Hq, M] with a set per query head, for the denominator of the window branch.
 
     They start at ``init`` on average, ``spread`` apart: equal sinks would get equal gradients and stay one sink.
     """

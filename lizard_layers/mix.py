@@ -11,7 +11,7 @@ from lizard_layers.parameters import Float32Module, float32_parameter, full_prec
 
 
 class SumMix(Float32Module):
-    """alpha of o = o_lin + alpha o_win: a constant, a learned scalar [] or a number a query head [Hq]."""
+    """alpha of o = o_lin + alpha o_win: a constant, a learned scalar [] or a number per query head [Hq]."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -39,8 +39,10 @@ class MergeMix(Float32Module):
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
         self.start = config.merge_bias_init
-        self.bias = float32_parameter(config.num_heads) if "head" in config.merge_bias else None
-        self.weight = float32_parameter(config.num_heads, config.hidden_size) if "token" in config.merge_bias else None
+        self.bias = float32_parameter(config.num_heads) if config.merge_bias != "none" else None
+        self.weight = None
+        if config.merge_bias == "head_and_token":
+            self.weight = float32_parameter(config.num_heads, config.hidden_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -37,19 +37,15 @@ def empty_state(
         fields[name] = zeros(config.anchors, key_heads, dim)
     if config.linear_branch:
         features = config.num_features
-        fields["s"] = zeros(config.state_heads, features, dim, of=work)
-        fields["z"] = zeros(config.state_heads, features, of=work)
+        fields["s"] = zeros(key_heads, features, dim, of=work)
+        fields["z"] = zeros(key_heads, features, of=work)
         if config.feature_activation == "exp":
-            fields["log_scale"] = zeros(config.state_heads, of=work).fill_(-torch.inf)
+            fields["log_scale"] = zeros(key_heads, of=work).fill_(-torch.inf)
         if config.coverage == "outside":
             fields["ring_fk"] = zeros(config.window, key_heads, config.projection_dim)
             if config.gate != "none":
-                widths = {"scalar": (1,), "query_head": (config.num_heads,), "channel": (key_heads, features)}
+                widths = {"scalar": (1,), "channel": (key_heads, features)}
                 fields["ring_g"] = zeros(config.window, *widths.get(config.gate, (key_heads,)), of=work)
-            if config.memory == "delta":
-                fields["ring_beta"] = zeros(config.window, key_heads, of=work)
-        if config.key_conv:
-            fields["conv_k"] = zeros(config.key_conv - 1, config.num_key_heads, dim)
     return AttentionState(**fields)
 
 

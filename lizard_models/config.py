@@ -8,11 +8,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lizard_layers import AttentionChoices
-from lizard_layers.config import check_fields
+from lizard_layers.field_types import check_fields
 from lizard_models.presets import PRESETS
 from lizard_models.recipes import Stage1Config, Stage2Config
 
 CONFIG_VERSION = 1
+
+RETIRED: dict[str, Any] = {
+    "attention.memory": "sum",
+    "attention.beta_init": 0.1,
+    "attention.key_conv": 0,
+    "attention.feature_norm": False,
+    "attention.feature_noise": 0.0,
+    "attention.gate_spread": 1.0,
+    "attention.merge_mass": "relative",
+    "stage1.attention_weight": 0.0,
+    "stage1.attention_rows": 128,
+}
+"""Fields of earlier configs, and the default of each, at which it changed nothing: with it a config loads, with another
+value it is refused, for nothing here computes what it asks for. docs/diary.md says what each was."""
+
+RETIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention.feature_activation": ("identity",),
+    "attention.gate": ("query_head",),
+    "attention.merge_bias": ("token",),
+}
+"""Values that fields no longer take, refused as well."""
+
+LAST_WITH_RETIRED = "lizard-attn 0.1.0 (commit a286720)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +131,10 @@ class LizardConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LizardConfig:
-        """The inverse of ``to_dict``. Raises ValueError for unknown keys, bad values and newer versions."""
+        """The inverse of ``to_dict``. Fields of ``RETIRED`` at their defaults are left out.
+
+        Raises ValueError for unknown keys, bad values, retired fields at other values, and newer versions.
+        """
         values = dict(values)
         version = values.pop("version", CONFIG_VERSION)
         if version != CONFIG_VERSION:
@@ -134,8 +160,25 @@ class LizardConfig:
 
 def _from_dict(kind: Any, values: dict[str, Any], prefix: str) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
+    values = _without_retired(values, prefix)
     unknown = sorted(set(values) - known)
     if unknown:
         names = ", ".join(prefix + key for key in unknown)
         raise ValueError(f"unknown keys in Lizard config: {names}; known are {', '.join(sorted(known))}")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _without_retired(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The values without retired fields. Raises ValueError where one of them asks for what is gone."""
+    kept = {}
+    for key, value in values.items():
+        name = prefix + key
+        retired = name in RETIRED
+        if (retired and value != RETIRED[name]) or value in RETIRED_VALUES.get(name, ()):
+            wanted = f"{RETIRED[name]!r}, or no such field" if retired else "another value"
+            raise ValueError(
+                f"{name} is {value!r}, which was retired, wanted {wanted}; the last to read it is {LAST_WITH_RETIRED}"
+            )
+        if not retired:
+            kept[key] = value
+    return kept

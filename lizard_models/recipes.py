@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lizard_layers.config import check_fields
+from lizard_layers.field_types import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Stage1Config(Recipe):
     rate. At 1e-2 such weights saturate the gate (above 0.999) in most layers."""
 
     error: Literal["relative", "mse"] = "mse"
-    """Error of a layer: squared error over squared target, a head, averaged over heads; or the mean squared error (the
+    """Error of a layer: squared error over squared target per head, averaged over heads; or the mean squared error (the
     paper's squared Frobenius norm divided by its number of entries), most of which a few loud layers give."""
 
     target: Literal["heads", "output"] = "heads"
@@ -87,22 +87,6 @@ class Stage1Config(Recipe):
     inputs: Literal["teacher", "student"] = "teacher"
     """What each layer reads: the teacher's own stream (teacher-forced, as LoLCATs), or the stream that earlier student
     layers leave, target computed on the same."""
-
-    attention_weight: float = 0.0
-    """Weight of a second error, added to the first: the KL divergence in nats from the teacher's attention weights to
-    the student's, averaged over heads and layers (``lizard_layers.attention_divergence``; the paper compares outputs
-    alone). The gradient of an output error hardly tells a map which of a thousand keys a head sought. It needs a form
-    whose weights can be told: a merge of the keys outside the window, no delta memory, no gate a channel."""
-
-    attention_rows: int = 128
-    """Query rows of each sequence, evenly spaced, whose weights are compared: each takes a row of length T a head."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention_weight < 0:
-            raise ValueError(f"attention_weight must not be negative, got {self.attention_weight}")
-        if self.attention_rows < 1:
-            raise ValueError(f"attention_rows must be at least 1, got {self.attention_rows}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,7 @@ def train_stage1(
 
     model: fresh from ``linearize``, so that its other weights are the teacher's. dataset: items {"input_ids": [T]}.
     recipe: default the model's own. The error it names (relative or mse, before or after the output projection) is
-    computed in the layers. The model is left in mode "student",
-    eval and frozen.
+    computed in the layers. The model is left in mode "student", eval and frozen.
 
     Raises what ``run_stage`` does.
     """

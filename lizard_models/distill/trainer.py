@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from lizard_models.config import RETIRED
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles
@@ -31,7 +32,7 @@ from lizard_models.distill.progress import InterruptCallback, ProgressCallback, 
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.recipes import Recipe
 
-INPUT_READER = re.compile(r"\.lizard\.(gate|mix|strength)\.")
+INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
 TRAINED = "trained.safetensors"
 RUN = "run.json"
 
@@ -234,6 +235,8 @@ def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps
     before = json.loads(path.read_text())
     changed = [key for key in ("steps", "data") if before[key] != record[key]]
     changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]
+    retired = {key: value for key, value in before["recipe"].items() if key not in record["recipe"]}
+    changed += [key for key, value in retired.items() if value != RETIRED.get(f"stage1.{key}")]
     if changed:
         raise ValueError(
             f"{folder} is of a run with other {', '.join(changed)}: repeat its command, or delete the folder"

@@ -20,7 +20,6 @@ from lizard_models.teachers.find import find_teacher
 
 ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
 EPOCH_TOKENS = 10_000_000  # of the paper's 50,000 examples
-DELTA_CHUNK = 64  # keys of a chunk of a delta memory
 LOSS_CHUNK = 512  # positions whose logits exist at a time
 
 _LLAMA3: dict[str, Any] = dict(
@@ -157,7 +156,7 @@ def _steps(recipe: Recipe) -> int:
 
 
 class _Shape:
-    """FLOP and bytes per token of a layer."""
+    """FLOP and bytes per token, of a layer and of the whole student."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         d, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
@@ -174,13 +173,7 @@ class _Shape:
         window = 2 * 2 * (sum(windows) / max(1, len(windows)) + attention.anchors) * self.width
         maps = 2 * (queries + attention.linear_key_heads) * dim * attention.projection_dim
         sums = 2 * 2 * queries * features * dim
-        linear = maps + sums
-        if (
-            attention.memory == "delta"
-        ):  # per key: key tile, inverse on values and keys, erase and write; per query: tile
-            linear += 2 * attention.linear_key_heads * (DELTA_CHUNK * (3 * features + 2 * dim) + 2 * features * dim)
-            linear += 2 * queries * DELTA_CHUNK * (features + dim)
-        self.student_flop = float(window + linear * attention.linear_branch)
+        self.student_flop = float(window + (maps + sums) * attention.linear_branch)
         self.student_forward = self.dense + self.converted * self.student_flop
         self.layer_bytes = 2 * (6 * d + 3 * inner + 3 * self.width + 2 * keys * dim) + 2 * features * (queries + keys)
 

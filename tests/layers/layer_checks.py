@@ -23,18 +23,15 @@ FORMS = {
         coverage="all", normalize=False, feature_activation="one_sided_softmax", feature_projection="none",
         feature_scale=0.5, gate="pooling", gate_init=None, gate_temperature=16.0, mix="sum", alpha_init=0.5,
     ),
-    "query_head": dict(gate="query_head", merge_mass="absolute", num_sinks=2, sinks_per_head=True, anchors=1),
-    "channel": dict(gate="channel", gate_rank=3, gate_temperature=16.0, tie_features=True, merge_bias="token"),
+    "sinks_per_head": dict(num_sinks=2, sinks_per_head=True, anchors=1),
+    "channel": dict(gate="channel", gate_rank=3, gate_temperature=16.0, tie_features=True, merge_bias="head_and_token"),
     "mamba2": dict(gate="mamba2", feature_activation="exp", mix="sum", alpha="per_head", key_map="query_head"),
-    "identity": dict(feature_activation="identity", normalize=False, mix="sum", feature_projection="shared"),
-    "narrow": dict(feature_dim=6, feature_dim_counts="features", feature_noise=0.1),
+    "no_denominator": dict(normalize=False, mix="sum", feature_projection="shared"),
+    "narrow": dict(feature_dim=6, feature_dim_counts="features"),
     "absorbed": dict(gate_form="absorbed", feature_activation="exp", gate="scalar"),
-    "delta": dict(memory="delta", beta_init=0.6, anchors=2, merge_bias="head_and_token"),
-    "delta_wide": dict(
-        memory="delta", feature_activation="one_sided_softmax", key_map="query_head", gate="none", key_conv=3
-    ),
-    "key_conv": dict(key_conv=4, linear_rope=True, gate="pooling", anchors=1),
-    "feature_norm": dict(feature_norm=True, memory="delta", tie_features=True, key_conv=2),
+    "one_sided": dict(feature_activation="one_sided_softmax", key_map="query_head", gate="none"),
+    "linear_rope": dict(linear_rope=True, gate="pooling", anchors=1),
+    "tied": dict(tie_features=True),
     "window_only": dict(linear_branch=False, anchors=2, num_sinks=2),
 }  # fmt: skip
 
@@ -76,13 +73,7 @@ def as_formulas_read(made: HybridAttention, x, q, k, v, rope) -> torch.Tensor:
     config, group = made.config, made.config.num_heads // made.config.num_key_heads
     turned_q, turned_k = apply_rope(q, *rope), apply_rope(k, *rope)
     wq, wk = (turned_q, turned_k) if config.window_rope else (q, k)
-    lk = k
-    if config.linear_branch and config.key_conv:
-        lk = torch.zeros_like(k)
-        for j in range(k.shape[1]):
-            for lag in range(min(config.key_conv, j + 1)):
-                lk[:, j] += made.key_conv.weight[:, config.key_conv - 1 - lag].view(k.shape[2:]) * k[:, j - lag]
-    lq, lk = (turned_q, apply_rope(lk, *rope)) if config.linear_rope else (q, lk)
+    lq, lk = (turned_q, turned_k) if config.linear_rope else (q, k)
     o = torch.zeros_like(q)
     for b in range(q.shape[0]):
         for h in range(config.num_heads):
@@ -117,9 +108,7 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
         mass_linear = weights.sum()
         o_linear = (weights[:, None] * torch.stack(values)).sum(0)
         scale = config.feature_scale
-        if config.memory == "delta":
-            o_linear = _delta_read(made, x, features(made, lq[b, i, h], h, hk, "query"), lk, k, v, b, h, hk, last)
-        elif config.normalize:
+        if config.normalize:
             o_linear = o_linear / mass_linear
         else:
             o_linear = o_linear * (config.num_features**-0.5 if scale is None else scale)
@@ -127,8 +116,7 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
         alpha = made.mix.alpha
         alpha = config.alpha_init if alpha is None else alpha if alpha.ndim == 0 else alpha[h]
         return o_linear + alpha * o_window
-    if config.merge_mass == "relative":
-        mass_window = mass_window / scores.max().exp()
+    mass_window = mass_window / scores.max().exp()
     bias = ZERO
     if made.mix.bias is not None:
         bias = bias + made.mix.bias[h]
@@ -138,23 +126,8 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     return share * o_linear + (1 - share) * o_window
 
 
-def _delta_read(made, x, query, lk, k, v, b, h, hk, last):
-    memory = torch.zeros(len(query), v.shape[-1], dtype=v.dtype)
-    for j in range(made.config.anchors, last + 1):
-        key = features(made, lk[b, j, hk], h, hk, "key")
-        key, head = key / key.norm(), h if made.config.key_map == "query_head" else hk
-        beta = (made.strength.weight[head] @ x[b, j] + made.strength.bias[head]).sigmoid()
-        rest = memory - beta * torch.outer(key, key @ memory)
-        memory = log_decay(made, x, k, b, j, h, hk).exp() * rest + beta * torch.outer(key, v[b, j, hk])
-    return query / query.norm() @ memory
-
-
 def features(made, vector, h, hk, side):
     config, maps = made.config, made.feature_maps
-    if config.feature_norm:
-        temperatures = maps.key_norm.temperature if side == "key" else maps.query_norm.temperature
-        index = h if side == "query" or config.key_map == "query_head" else hk
-        vector = temperatures[index] * vector / vector.norm()
     if config.feature_projection != "none":
         used = maps.key_map if side == "key" or config.tie_features else maps.query_map
         count = used.weight.shape[0]
@@ -165,7 +138,6 @@ def features(made, vector, h, hk, side):
         "softmax": lambda: torch.cat([t.softmax(-1) for t in both]),
         "exp": lambda: torch.cat([t.exp() for t in both]),
         "one_sided_softmax": lambda: vector.softmax(-1),
-        "identity": lambda: vector,
     }[config.feature_activation]()
 
 
@@ -180,7 +152,7 @@ def log_decay(made, x, k, b, j, h, hk):
     if config.gate == "channel":
         logits = (gate.up @ (gate.down @ token) + gate.bias).view(-1, config.num_features)
         return sigmoid(logits[h if config.key_map == "query_head" else hk]) / config.gate_temperature
-    row = {"scalar": 0, "key_head": hk, "query_head": h, "mamba2": hk}[config.gate]
+    row = {"scalar": 0, "key_head": hk, "mamba2": hk}[config.gate]
     logit = gate.weight[row] @ token + gate.bias[row]
     if config.gate == "mamba2":
         return -gate.log_rate[row].exp() * torch.nn.functional.softplus(logit)

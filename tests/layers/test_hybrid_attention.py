@@ -58,7 +58,7 @@ def test_empty_state_has_the_shape_of_every_later_one(form):
         assert a is None or (a.shape == b.shape and a.dtype == b.dtype), name
 
 
-@pytest.mark.parametrize("form", ["recommended", "paper", "channel", "delta", "delta_wide", "key_conv", "window_only"])
+@pytest.mark.parametrize("form", ["recommended", "paper", "channel", "one_sided", "linear_rope", "window_only"])
 def test_padding_anywhere_changes_nothing(form):
     made = layer(form)
     mask = torch.ones(4, 12, dtype=torch.bool)
@@ -80,7 +80,7 @@ def test_padding_anywhere_changes_nothing(form):
         assert state.position.tolist() == [7, 7, 8, 0]
 
 
-@pytest.mark.parametrize("form", ["recommended", "paper", "delta_wide", "key_conv", "window_only"])
+@pytest.mark.parametrize("form", ["recommended", "paper", "one_sided", "linear_rope", "window_only"])
 def test_packed_sequences_do_not_meet(form):
     made, (x, q, k, v, _) = layer(form), inputs(14, batch=1)
     ends = torch.tensor([0, 6, 7, 14])

@@ -45,9 +45,9 @@ def test_the_recommended_form():
     assert attention.window_rope and not attention.linear_rope and attention.coverage == "outside"
     assert (attention.feature_activation, attention.feature_projection) == ("softmax", "per_head")
     assert (attention.feature_dim, attention.feature_dim_counts, stage1.target) == (128, "projection", "output")
-    assert (attention.key_map, attention.tie_features, attention.feature_noise) == ("key_head", False, 0.0)
+    assert (attention.key_map, attention.tie_features) == ("key_head", False)
     assert (attention.gate, attention.gate_init) == ("key_head", 0.985)
-    assert (attention.mix, attention.merge_mass, attention.merge_bias) == ("merge", "relative", "head_and_token")
+    assert (attention.mix, attention.merge_bias) == ("merge", "head_and_token")
     assert (stage1.error, stage1.learning_rate, stage1.gate_learning_rate) == ("relative", 1e-2, 1e-3)
     control = LizardConfig.preset("window_only").attention
     assert not control.linear_branch and (control.window, control.anchors) == (128, 4)

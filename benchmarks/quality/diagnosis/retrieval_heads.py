@@ -6,7 +6,7 @@
 The layer's inputs and attention outputs are read off the teacher once; every form then trains on them alone, in
 float32, with the error and the rates of stage 1. Of the first form two oracles are measured as well: the trained
 student with the teacher's share of the mass outside window and anchors ("share"), and with the teacher's output there
-("output"). "divergence" is that of the attention weights, in nats (``lizard_layers.attention_divergence``).
+("output"). "divergence" is that of the attention weights, in nats (``attention_weights.attention_divergence``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_layers import AttentionConfig, HybridAttention, apply_rope, attention_divergence
+from benchmarks.quality.diagnosis.attention_weights import attention_divergence
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 from lizard_models import LizardConfig
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.trainer import parameter_groups
@@ -36,7 +37,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "four times the features": {"feature_dim": 512},
     "a key map a query head": {"key_map": "query_head"},
-    "delta memory": {"memory": "delta", "beta_init": 0.5},
     "attention weights compared": {"attention_weight": 0.3},
     "the same, ten times the weight": {"attention_weight": 3.0},
     "the same, a key map a query head": {"attention_weight": 3.0, "key_map": "query_head"},
@@ -212,10 +212,9 @@ def main() -> None:
         started, student = time.monotonic(), build(layer, **changes)
         train(layer, student, pairs, options.steps, weight)
         results["forms"][name] = errors([(layer.run(student, x), o) for x, o in held_out])
-        if student.config.memory == "sum":
-            with torch.no_grad():
-                found = torch.stack([divergence(layer, student, x) for x, _ in held_out]).mean(0)
-            results["divergence"][name] = found.tolist()
+        with torch.no_grad():
+            found = torch.stack([divergence(layer, student, x) for x, _ in held_out]).mean(0)
+        results["divergence"][name] = found.tolist()
         if name == "recommended":
             results["oracles"] = oracles(layer, student, held_out)
         shown = " ".join(f"{error:.3f}" for error in results["forms"][name])

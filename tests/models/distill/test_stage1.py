@@ -1,7 +1,9 @@
 """Stage 1: the new parameters learn, the teacher stays, a run that stops goes on as if it had not."""
 
+import contextlib
 import dataclasses
 import errno
+import json
 
 import pytest
 import torch
@@ -150,6 +152,15 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
     other = dataclasses.replace(recipe, learning_rate=0.5, seed=3)
     with pytest.raises(ValueError, match="of a run with other learning_rate, seed"):
         train_stage1(fresh(), Sequences(), arguments(tmp_path, resume=True), other)
+    record = json.loads((tmp_path / trainer.RUN).read_text())
+    for weight, resumes in ((0.0, True), (0.3, False)):  # a run of before the field was retired
+        record["recipe"]["attention_weight"] = weight
+        (tmp_path / trainer.RUN).write_text(json.dumps(record))
+        refused = pytest.raises(ValueError, match="of a run with other attention_weight")
+        with contextlib.nullcontext() if resumes else refused:
+            train_stage1(fresh(), Sequences(), arguments(tmp_path, resume=True), recipe)
+    del record["recipe"]["attention_weight"]
+    (tmp_path / trainer.RUN).write_text(json.dumps(record))
     with pytest.raises(ValueError, match="parameters differ"):
         bigger = fresh(num_hidden_layers=4)
         train_stage1(bigger, Sequences(), arguments(tmp_path, resume=True), recipe)

@@ -88,6 +88,19 @@ def test_what_a_state_does_not_depend_on_may_differ(saved):
     assert load_state(path, clamped).get_seq_length() == 20
 
 
+def test_files_of_before_fields_were_retired(saved):
+    model, path = saved
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    rewrite(path, config=json.dumps(config | {"attention.memory": "sum", "attention.key_conv": 0}))
+    assert load_state(path, model).get_seq_length() == 20
+    model.config.lizard["attention"]["merge_mass"] = "relative"  # as a model saved before still has it
+    assert load_state(path, model).get_seq_length() == 20
+    rewrite(path, config=json.dumps(config | {"attention.memory": "delta"}))
+    with pytest.raises(ValueError, match="made by another model: attention.memory='delta', here 'sum'"):
+        load_state(path, model)
+
+
 def test_bad_files_are_refused_by_name(saved):
     model, path = saved
     whole = path.read_bytes()

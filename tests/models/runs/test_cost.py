@@ -43,6 +43,8 @@ def test_a_plan_counts_what_the_model_has():
     assert run_cost(teacher().config, preset, micro_batch=1).stage1.bytes < cost.stage1.bytes
     assert cost.stage1.seconds(100.0) == pytest.approx(2 * cost.stage1.seconds(100.0, devices=2))
     assert dataclasses.asdict(cost)["stage1"]["steps"] == preset.stage1.max_steps
+    full = run_cost(teacher().config, preset.replace(stage2={"trained": "full", "lora_targets": ["q_proj"]}))
+    assert full.adapters == 3 * 64 * 64
 
 
 def test_dry_runs_show_the_plan_and_write_nothing(tmp_path, monkeypatch):

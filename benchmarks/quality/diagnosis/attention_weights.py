@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lizard_layers.config import AttentionConfig
-from lizard_layers.hybrid_attention import HybridAttention
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 from lizard_layers.parameters import full_precision
-from lizard_layers.rope import apply_rope
 from lizard_ops.common.features import expand_features
 
 Rope = tuple[Tensor, Tensor] | None
@@ -19,8 +17,7 @@ NOTHING = -1e9  # log of a weight that is none: finite, so that a row without ke
 READABLE = {
     "mix": ("merge",),
     "coverage": ("outside",),
-    "memory": ("sum",),
-    "gate": ("none", "scalar", "key_head", "query_head", "mamba2", "pooling"),
+    "gate": ("none", "scalar", "key_head", "mamba2", "pooling"),
 }
 
 
@@ -41,7 +38,7 @@ def attention_weights(
     at: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Logs of the weights w_ij with which a layer reads every key, o_i = sum_j w_ij v_j, as one matrix a head.
+    """Logs of the weights w_ij with which a layer reads every key, o_i = sum_j w_ij v_j, as one matrix per head.
 
     With the a_ij, b_ij and sink mass c of ``AttentionChoices`` and the share of the merge::
 
@@ -53,8 +50,7 @@ def attention_weights(
     wanted, default all T. Returns [B, Hq, R, T], float32 (float64 of float64). Differentiable, quadratic in memory:
     for distillation and for looking at, not for inference.
 
-    Raises ValueError for forms without such weights: a sum of both branches, keys in both, a delta memory, a gate a
-    channel.
+    Raises ValueError for forms without such weights: a sum of both branches, keys in both, a gate per channel.
     """
     config = layer.config
     check_readable(config)
@@ -164,7 +160,7 @@ def _window_mass(layer: HybridAttention, scores: Tensor) -> tuple[Tensor, Tensor
 
 def _share_logit(layer: HybridAttention, x: Tensor, at: Tensor, total: Tensor, mass: Tensor, top: Tensor) -> Tensor:
     """Log-odds of the linear branch in the merge [B, Hq, R]; as good as -inf where it has no key."""
-    logit = total - (mass - top if layer.config.merge_mass == "relative" else mass)
+    logit = total - (mass - top)
     if layer.config.feature_scale is not None:
         logit = logit + math.log(layer.config.feature_scale)
     bias = layer.mix(x)["merge_bias"]
@@ -194,8 +190,7 @@ def _linear_scores(
 ) -> Tensor:
     """log phi(q_i).phi(k_j) + G_i - G_j for every key [B, Hq, R, T], whether the branch holds it or not."""
     config, heads = layer.config, layer.config.num_heads
-    linear_k = k if layer.key_conv is None else layer.key_conv(k, None, padding_mask)[0]
-    linear_k = linear_k.repeat_interleave(config.linear_key_heads // k.shape[2], 2)
+    linear_k = k.repeat_interleave(config.linear_key_heads // k.shape[2], 2)
     turned = (q, linear_k) if rope is None or not config.linear_rope else _turn(q, linear_k, rope)
     _, _, fq, fk = layer.feature_maps(*turned)
     (phi_q, log_q), (phi_k, log_k) = (expand_features(f, layer.feature_maps.op_feature_map) for f in (fq[:, at], fk))

@@ -4,27 +4,21 @@ import pytest
 import torch
 from layer_checks import SHAPE, inputs, layer
 
-from lizard_layers import (
-    AttentionConfig,
-    HybridAttention,
-    apply_rope,
-    attention_divergence,
-    attention_weights,
-    check_readable,
-)
+from benchmarks.quality.diagnosis.attention_weights import attention_divergence, attention_weights, check_readable
+from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 
-EXP = dict(feature_activation="exp", merge_mass="absolute", anchors=2, feature_scale=0.5, merge_bias="head")
+EXP = dict(feature_activation="exp", anchors=2, feature_scale=0.5, merge_bias="head")
 DEVICES = [
     "cpu",
     pytest.param(
         "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
     ),
 ]
-READABLE = ["recommended", "lolcats", "query_head", "narrow", "window_only"]
+READABLE = ["recommended", "lolcats", "sinks_per_head", "narrow", "window_only"]
 OTHERS = {
     "exp": EXP,
-    "convolved": dict(key_conv=3, gate="pooling", anchors=1),
-    "unit_length": dict(feature_norm=True, tie_features=True, gate="mamba2"),
+    "pooling": dict(gate="pooling", anchors=1),
+    "tied": dict(tie_features=True, gate="mamba2"),
     "one_sided": dict(feature_activation="one_sided_softmax", feature_dim=12, gate="scalar", window_rope=False),
     "softcap": dict(softcap=2.0, scale=0.7, anchors=2),
 }
@@ -48,7 +42,7 @@ def test_the_output_is_the_weighted_sum_of_the_values(form):
     assert (total < 1 + 1e-6).all() and (attention.sinks is not None or (total > 1 - 1e-6).all())
 
 
-@pytest.mark.parametrize("form", ["recommended", "query_head", "convolved"])
+@pytest.mark.parametrize("form", ["recommended", "sinks_per_head", "pooling"])
 def test_padding_gets_no_weight(form):
     attention, (x, q, k, v, rope) = made(form), inputs(19)
     mask = torch.ones(2, 19, dtype=torch.bool)
@@ -158,7 +152,6 @@ def test_short_rows_and_windows_alone_do_not_diverge():
     [
         (dict(mix="sum"), "need mix merge, got 'sum'"),
         (dict(coverage="all"), "need coverage outside, got 'all'"),
-        (dict(memory="delta"), "need memory sum, got 'delta'"),
         (dict(gate="channel"), "need gate one of none, scalar.*got 'channel'"),
     ],
 )

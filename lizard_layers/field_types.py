@@ -1,0 +1,31 @@
+"""Values of a dataclass checked against the annotations of its fields."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def check_fields(instance: Any) -> None:
+    """Raise ValueError for a field of a dataclass whose value its annotation does not allow.
+
+    Understands Literal, None, bool, int, float (an int will do), str, tuples of one of these, and dataclasses.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        if not _allows(hint, value):
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{type(instance).__name__}.{name} must be {wanted}, got {value!r}")
+
+
+def _allows(hint: Any, value: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        members = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return isinstance(value, tuple) and len(value) == len(members) and all(map(_allows, members, value))
+    if args:  # a union
+        return any(_allows(arg, value) for arg in args)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
