@@ -11,7 +11,7 @@ from lizard_models.cli.errors import one_line_errors
 from lizard_models.cli.options import Cache, Device, read_device, read_numbers
 
 app = typer.Typer(
-    help="Quality: every preset and ablation, trained and measured alike. One JSON file a row, one command a table.",
+    help="Quality: every preset and ablation, trained and measured alike. One record a row, one command a table.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -151,7 +151,12 @@ def run(
             from benchmarks.quality.tasks.requests import Requests
 
             add_task_metrics(
-                bench.rows, eval_sets, read_tokenizer(teacher, cache), Requests.load(requests), say=runner.say
+                bench.results,
+                bench.scores,
+                eval_sets,
+                read_tokenizer(teacher, cache),
+                Requests.load(requests),
+                say=runner.say,
             )
         if any(fate == "failed" for fate in fates.values()):
             raise typer.Exit(1)
@@ -219,7 +224,8 @@ def task_metrics(
 
         console = Console(soft_wrap=True)
         add_task_metrics(
-            out / read_budget(budget).name,
+            out / f"{read_budget(budget).name}.jsonl",
+            out / "scores" / read_budget(budget).name,
             eval_sets,
             read_tokenizer(teacher, cache),
             Requests.load(requests),
@@ -249,7 +255,8 @@ def mqar(
 ) -> None:
     """Associative recall from scratch: the hybrid beside attention, its linear branch alone and a window alone.
 
-    Memories have the same number of bytes a layer. One JSON file a mixer and seed in OUT/mqar; finished ones are kept.
+    Memories have the same number of bytes a layer. One record a mixer and seed in OUT/mqar.jsonl; finished ones are
+    kept.
 
     [bold]Example[/bold]
 
@@ -280,7 +287,7 @@ def mqar(
         ]
         console = Console(soft_wrap=True)
         run_recall(
-            out / "mqar",
+            out / "mqar.jsonl",
             [(kind, task) for task in tasks for kind in kinds],
             [float(rate) for rate in read_names(learning_rates)],
             device=place,

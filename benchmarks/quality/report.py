@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.quality.goals import goals
 from benchmarks.quality.reasons import reasons
+from benchmarks.quality.records import read_records
 from benchmarks.quality.results import Number, Record, Results, markdown
 from benchmarks.quality.tables import TABLES
 from lizard_models.evaluation.report import past_edge, short
@@ -36,11 +36,11 @@ def quality_text(folder: Path, figures: Path, link: str) -> str:
         "teacher, both with the row's own stage 2 (the teacher as it is where that stage is distillation), how much is "
         "closed. ± is the standard deviation over seeds."
     ]
-    for budget in sorted((b for b in folder.iterdir() if b.is_dir() and b.name != "mqar"), reverse=True):
-        results = Results(budget)
+    for path in sorted((path for path in folder.glob("*.jsonl") if path.stem != "mqar"), reverse=True):
+        results = Results(path)
         if results.records:
-            parts.append(_budget_text(results, budget.name, figures, link))
-    if text := _mqar_text(folder / "mqar", figures, link):
+            parts.append(_budget_text(results, path.stem, figures, link))
+    if text := _mqar_text(folder / "mqar.jsonl", figures, link):
         parts.append(text)
     return "\n\n".join(parts)
 
@@ -291,10 +291,10 @@ def _goals(results: Results) -> str:
     return f"**Goals.**\n\n{table}" if table else ""
 
 
-def _mqar_text(folder: Path, figures: Path, link: str) -> str:
+def _mqar_text(path: Path, figures: Path, link: str) -> str:
     from benchmarks.quality import figures as draw
 
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    records = [*read_records(path).values()]
     if not records:
         return ""
     kinds: dict[str, list[dict]] = {}

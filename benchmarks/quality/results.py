@@ -1,14 +1,14 @@
-"""The rows' JSON files, read: numbers by row and seed, shares against the right controls, means and spreads."""
+"""The rows' records, read: numbers by row and seed, shares against the right controls, means and spreads."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.records import read_records
 from benchmarks.quality.rows import Budget, RowSpec, controls
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
@@ -32,7 +32,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Record:
-    """One row's file."""
+    """One row's record."""
 
     values: dict[str, Any]
 
@@ -62,13 +62,12 @@ class Record:
 
 
 class Results:
-    """Every row of one budget in a folder."""
+    """Every row of one budget, from its file of records."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
         self.records: dict[str, dict[int, Record]] = {}
-        for path in sorted(folder.glob("*.json")):
-            record = Record(json.loads(path.read_text()))
+        for values in read_records(path).values():
+            record = Record(values)
             self.records.setdefault(record.spec.name, {})[record.spec.seed] = record
 
     def has(self, name: str, measure: str = "loss") -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.tables import BASE, RECOMMENDED
 
@@ -12,7 +10,7 @@ def layer_order(bench: Bench) -> list[int] | None:
     """Layers from the most KL saved to the least, as the row ``recommended`` or ``base`` (seed 0) measured it after
     stage 1, which both train alike. None where neither has."""
     for row in (RECOMMENDED, BASE):
-        path = bench.record_path(row)
-        if path.is_file() and (measured := json.loads(path.read_text())["measures"].get("restore")):
-            return measured["order"]
+        for record in bench.records(row):
+            if measured := record["measures"].get("restore"):
+                return measured["order"]
     return None

@@ -16,6 +16,7 @@ from benchmarks.quality import runner as runner_module
 from benchmarks.quality import worker
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.branches import switched_off
+from benchmarks.quality.records import merge_records, read_record
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import BUDGETS, Budget, RowSpec, controls
 from benchmarks.quality.runner import Runner
@@ -123,7 +124,7 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     first = bench(places, measures=["loss", "kl", "branches", "restore"])
     assert first.missing(spec, 3) == ["loss", "kl", "branches", "restore"] and layer_order(first) is None
     record = run_row(spec, first, lambda message: None)
-    saved = json.loads(first.record_path(spec).read_text())
+    saved = json.loads(first.draft_path(spec).read_text())
     assert saved["measures"].keys() == {"loss", "kl", "branches", "restore"}
     assert saved["stages"]["stage1"]["steps"] == 2 and saved["stages"]["stage2"]["final_loss"] > 0
     assert saved["settings"]["config"]["attention"]["window"] == 16 and saved["settings"]["row"]["seed"] == 0
@@ -131,7 +132,10 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert len(saved["after_stage1"]["layer_errors"]) == 3
     assert sorted(layer_order(first)) == [0, 1, 2] == sorted(map(int, saved["measures"]["restore"]["saved"]))
     assert saved["measures"]["loss"]["means"] == pytest.approx(record["measures"]["loss"]["means"])
-    assert first.missing(spec, 3) == []
+    assert first.missing(spec, 3) == [] and not first.results.exists()
+    first.publish(spec, 3)
+    assert not first.draft_path(spec).exists() and read_record(first.results, spec.stem) == saved
+    assert first.missing(spec, 3) == [] and sorted(layer_order(first)) == [0, 1, 2]
 
     more = bench(places, measures=["loss", "length", "passkey", "passkeys5"])
     assert more.missing(spec, 3) == ["length", "passkey", "passkeys5"]
@@ -148,12 +152,16 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert more.missing(again, 3) == []  # the same configuration said otherwise
     changed = RowSpec(name="recommended", changes={"attention": {"window": 8}})
     assert more.record(changed, 3) is None and "loss" in more.missing(changed, 3)
-    older = json.loads(more.record_path(spec).read_text())
+    more.publish(changed, 3)  # another row's settings: what is under way is not theirs
+    assert "length" not in read_record(more.results, spec.stem)["measures"]
+    more.publish(spec, 3)
+    older = read_record(more.results, spec.stem)
+    assert older["measures"]["length"]["means"] == [*record["measures"]["length"]["means"]]
     del older["settings"]["row"]["passkeys"], older["settings"]["config"]["attention"]["gate_rank"]
-    more.record_path(spec).write_text(json.dumps(older))  # as written before these fields existed
+    merge_records(more.results, {spec.stem: older})  # as written before these fields existed
     assert more.missing(spec, 3) == []
     older["settings"]["config"]["attention"]["nonsense"] = 1
-    more.record_path(spec).write_text(json.dumps(older))
+    merge_records(more.results, {spec.stem: older})
     assert more.record(spec, 3) is None
     with pytest.raises(ValueError, match="measures: no nonsense"):
         bench(places, measures=["nonsense"])

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from benchmarks.quality import figures
-from benchmarks.quality.bench import write_json
 from benchmarks.quality.goals import goals
 from benchmarks.quality.reasons import FIELDS, better_rows, differences, reasons
+from benchmarks.quality.records import change_record, merge_records
 from benchmarks.quality.report import BEGIN, END, quality_text, write_docs
 from benchmarks.quality.results import Number, Results
 from benchmarks.quality.rows import BUDGETS, RowSpec, controls
@@ -31,7 +31,7 @@ def write_row(folder, spec: RowSpec, value: float, **measures) -> None:
         "after_stage1": {"relative_error": 0.0321},
         "environment": {"device": "a chip", "dtype": "bfloat16", "versions": {"torch": "1", "transformers": "2"}},
     }
-    write_json(folder / BUDGET.name / f"{spec.stem}.json", record)
+    merge_records(folder / f"{BUDGET.name}.jsonl", {spec.stem: record})
 
 
 @pytest.fixture
@@ -61,14 +61,14 @@ def folder(tmp_path):
         write_row(tmp_path, dataclasses.replace(BASE, name=name), value)
     settings = {"mixer": "lizard", "width": 8, "length": 64, "steps": 3, "batch_size": 2, "learning_rate": [1]}
     recall = {"settings": settings, "accuracy": {"4": 0.5}, "memory_bytes": 4096}
-    write_json(tmp_path / "mqar" / "lizard.s0.json", recall)
+    merge_records(tmp_path / "mqar.jsonl", {"lizard.s0": recall})
     other = {**recall, "settings": {**settings, "mixer": "gla"}, "accuracy": {"4": 0.25}}
-    write_json(tmp_path / "mqar" / "gla.s0.json", other)
+    merge_records(tmp_path / "mqar.jsonl", {"gla.s0": other})
     return tmp_path
 
 
 def test_shares_are_taken_against_controls_of_the_same_seed(folder):
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     assert results.past("recommended") == Number(pytest.approx(3.11), pytest.approx(0.01414, rel=1e-3), 2)
     assert results.share("recommended").mean == pytest.approx((0.3 + 0.28) / 2 / 0.4)
     assert results.share("teacher") is None and results.past("nothing") is None
@@ -79,18 +79,16 @@ def test_shares_are_taken_against_controls_of_the_same_seed(folder):
 def test_a_row_from_before_its_preset_changed_keeps_its_control(folder):
     write_row(folder, controls(BASE, BUDGET)["control"], 3.3)
     write_row(folder, RowSpec(name="old"), 3.1)  # of the preset "recommended" as BASE is
-    path = folder / "quick" / "old.s0.json"
-    record = json.loads(path.read_text())
-    record["settings"]["config"] = BASE.config(BUDGET, 2).to_dict()
-    write_json(path, record)
-    assert Results(folder / "quick").share("old").mean == pytest.approx(0.2 / 0.3)
+    config = BASE.config(BUDGET, 2).to_dict()
+    change_record(folder / "quick.jsonl", "old.s0", lambda record: record["settings"].update(config=config))
+    assert Results(folder / "quick.jsonl").share("old").mean == pytest.approx(0.2 / 0.3)
 
 
 def test_wide_rows_stand_beside_both_controls(folder):
     row = next(row for row in TABLES["wide"](range(30), 30) if row.name == "recommended-wide-4x1024")
     write_row(folder, row, 3.06)
     write_row(folder, controls(row, BUDGET)["control"], 3.2)
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     own, control = results.share(row.name), controls(row, BUDGET)["control"].name
     assert own.mean == pytest.approx(0.14 / 0.2) and results.narrow_share(row.name).mean == pytest.approx(0.34 / 0.4)
     assert results.share(control) is None and results.narrow_share(control).mean == pytest.approx(0.2 / 0.4)
@@ -104,7 +102,7 @@ def test_of_many_hybrids_the_best_is_drawn(folder):
         write_row(folder, RowSpec(name=name), value)
     write_row(folder, RowSpec(name="recommended-softmax-25"), 3.05)
     write_row(folder, RowSpec(name="recommended-softmax-25-passkeys"), 2.8)
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     control = controls(RowSpec(name="recommended"), BUDGET)["control"].name
     drawn = figures._drawn(results, [*results.records], "loss")
     wanted = {"teacher", control, "recommended", "recommended-wide-8x1024", "recommended-softmax-25"}
@@ -115,9 +113,9 @@ def test_rows_with_teachers_of_their_own_are_compared_above_them(folder):
     """Cross-entropy moves teacher and student toward the text alike."""
     row = next(row for row in TABLES["choices"](None, 30) if row.name == "stage2-ce")
     write_row(folder, row, 2.6)
-    assert Results(folder / "quick").beside("stage2-ce", "base") is None
+    assert Results(folder / "quick.jsonl").beside("stage2-ce", "base") is None
     write_row(folder, controls(row, BUDGET)["teacher"], 2.4)
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     assert results.beside("stage2-ce", "base") == pytest.approx(0.2 - 0.11)
     assert results.beside("gate-none", "base") == pytest.approx(3.3 - 3.11)
     assert results.beside("nothing", "base") is None
@@ -127,13 +125,13 @@ def test_rows_with_teachers_of_their_own_are_compared_above_them(folder):
 def test_hybrids_have_a_goal_however_they_were_trained(folder):
     for name, found in (("recommended-softmax-25", 0.5), ("recommended-softmax-25-passkeys", 1.0)):
         write_row(folder, RowSpec(name=name), 3.0, passkey={"1024": found, "8192": found})
-    lines = [line for line in goals(Results(folder / "quick")).splitlines() if "passkey" in line]
+    lines = [line for line in goals(Results(folder / "quick.jsonl")).splitlines() if "passkey" in line]
     assert len(lines) == 4 and sum("**no**" in line for line in lines) == 2
     assert all("passkeys`" in line for line in lines if "**no**" not in line)
 
 
 def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     changes = differences(results, "attention.gate")
     assert changes["gate-none"][0] == pytest.approx(0.19) and changes["gate-none"][1] == pytest.approx(0.0283, rel=1e-2)
     # a larger state does not count, and the rate of stage2-lr-1e-3 is what recommended has
@@ -173,7 +171,7 @@ def test_the_page_is_written_between_its_marks_again_and_again(folder, tmp_path)
 
 
 def test_goals_are_held_against_the_rows(folder):
-    text = goals(Results(folder / "quick"))
+    text = goals(Results(folder / "quick.jsonl"))
     assert "| share recovered past 2048 | at least 75% | 72 ± 4% | **no** |" in text
     assert "| loss at 0 to 128 above the teacher trained alike | at most 0.010 | 0.000 ± 0.000 | yes |" in text
     assert "piqa" not in text and "passkey" not in text  # neither the teacher's tasks nor a hybrid was measured
@@ -188,7 +186,7 @@ def test_goals_are_held_against_the_rows(folder):
         3.05,
         passkey={"256": 1.0, "1024": 1.0, "8192": 0.85, "16384": 0.1},
     )
-    text = goals(Results(folder / "quick"))
+    text = goals(Results(folder / "quick.jsonl"))
     assert "| piqa beside the teacher | at least 99% | 98.4% | **no** |" in text
     assert "| loss from 16,384 on above that at 2048 to 4096 | at most 0.030 | 0.040 | **no** |" in text
     assert (

@@ -1,7 +1,7 @@
 """One layer alone: which of its heads the student misses, and whether form, size or merge is what they lack.
 
     python -m benchmarks.quality.diagnosis.retrieval_heads --layer 18 --data novels_train.npy \
-        --eval-data novels_validation/ --out benchmarks/results/quality/retrieval_heads.json
+        --eval-data novels_validation/ --out benchmarks/results/quality/diagnosis/retrieval_heads.json
 
 The layer's inputs and attention outputs are read off the teacher once; every form then trains on them alone, in
 float32, with the error and the rates of stage 1. Of the first form two oracles are measured as well: the trained
