@@ -94,9 +94,9 @@ def run(
         from rich.console import Console
 
         from benchmarks.quality.bench import Bench
+        from benchmarks.quality.rows.find import find_rows
         from benchmarks.quality.runner import Runner
         from benchmarks.quality.selection import layer_order
-        from benchmarks.quality.tables import find_rows
 
         if not data or not eval_data:
             raise ValueError("--data and --eval-data are needed: training text and held-out documents")
@@ -299,10 +299,11 @@ def mqar(
 
 @app.command("docs")
 def docs(
-    document: Annotated[Path, typer.Option(help="Page to write the quality part of.")] = Path("docs/results.md"),
+    page: Annotated[Path, typer.Option(help="Page of tables to write, whole.")] = Path("benchmarks/results/TABLES.md"),
+    figures: Annotated[Path, typer.Option(help="Folder of its plots.")] = Path("docs/figures"),
     out: Out = RESULTS,
 ) -> None:
-    """Write the quality part of docs/results.md, tables and plots, from the JSON files of the rows.
+    """Write benchmarks/results/TABLES.md and its plots from the records of the rows.
 
     [bold]Example[/bold]
 
@@ -311,16 +312,15 @@ def docs(
     with one_line_errors():
         from rich.console import Console
 
-        for path, what in ((document, "--document"), (out, "--out")):
-            if not path.exists():
-                raise ValueError(f"{what} {str(path)!r} is not there; run from the repository, or give another")
+        if not out.is_dir():
+            raise ValueError(f"--out {str(out)!r} is not there; run from the repository, or give another")
         try:
             from benchmarks.quality.report import write_docs
 
-            write_docs(document, out)
+            write_docs(page, figures, out)
         except ImportError as error:
             raise ValueError("docs: plots need matplotlib; pip install 'lizard-attn[demo]'") from error
-        Console(soft_wrap=True).print(f"written: {document}")
+        Console(soft_wrap=True).print(f"written: {page}")
 
 
 @app.command("dry-run")
@@ -359,13 +359,13 @@ def list_rows() -> None:
     with one_line_errors():
         from rich.console import Console
 
-        from benchmarks.quality.tables import TABLES
+        from benchmarks.quality.rows import TABLES, rows_of
 
         console = Console(soft_wrap=True)
-        for name, table in TABLES.items():
-            about = (table.__doc__ or "").strip().splitlines()[0]
-            rows = ", ".join(row.name for row in table(range(30), 30))
-            console.print(f"[bold]{name}[/bold]: {about}\n  {rows}", highlight=False)
+        for table in TABLES.values():
+            console.print(f"[bold]{table.name}[/bold]: {table.about}", highlight=False)
+            for row in rows_of(table.name):
+                console.print(f"  {row.name}: {row.about}", highlight=False, markup=False)
 
 
 def recorded_lm() -> Any:

@@ -74,7 +74,7 @@ def test_a_worker_says_why_a_row_failed_and_goes_on(places, monkeypatch):
         (["run", "softmax", "DATA"], "which layers save most KL is not measured yet"),
         (["run", "presets", "--measures", "tasks", "DATA"], "tasks needs a file of requests (--requests)"),
         (["mqar", "--mixers", "mamba"], "--mixers: no mamba; known are attention, lizard, gla, window"),
-        (["docs", "--document", "/nowhere.md"], "--document '/nowhere.md' is not there"),
+        (["docs", "--out", "/nowhere"], "--out '/nowhere' is not there"),
     ],
 )
 def test_mistakes_are_one_line(places, arguments, message):
@@ -85,5 +85,12 @@ def test_mistakes_are_one_line(places, arguments, message):
 
 def test_list_shows_every_table():
     shown = call("list").output
-    for name in ("presets", "gates", "softmax-12.5-uniform", "A13-all-keys", "recommended-passkeys"):
+    for name in (
+        "presets",
+        "gates",
+        "softmax-12.5-uniform",
+        "A13-all-keys",
+        "recommended-passkeys",
+        "gate-none: no decay",
+    ):
         assert name in shown

@@ -18,10 +18,10 @@ from benchmarks.quality.bench import Bench
 from benchmarks.quality.branches import switched_off
 from benchmarks.quality.records import merge_records, read_record
 from benchmarks.quality.retrieval_data import WithPasskeys
-from benchmarks.quality.rows import BUDGETS, Budget, RowSpec, controls
+from benchmarks.quality.rows import BUDGETS, ROWS, TABLES, Budget, RowSpec, controls, rows_of
+from benchmarks.quality.rows.find import find_rows
 from benchmarks.quality.runner import Runner
 from benchmarks.quality.selection import layer_order
-from benchmarks.quality.tables import BASE, TABLES, find_rows
 from benchmarks.quality.worker import run_row
 from lizard_models import LizardConfig
 from lizard_models.evaluation import divergence_by_position, loss_by_position
@@ -46,12 +46,13 @@ def test_every_row_of_every_table_is_a_sound_configuration():
 
 def test_every_ablation_changes_something():
     budget = BUDGETS["quick"]
-    base = BASE.config(budget, LAYERS)
-    for name, table in TABLES.items():
-        for row in table(range(LAYERS), LAYERS):
-            if row.name not in ("base", "no-stage1", "no-stage2") and not row.passkeys:
-                assert row.config(budget, LAYERS) != base, f"{name}: {row.name}"
-    stages = {row.name: (row.stage1, row.stage2) for row in TABLES["parts"](None, LAYERS)}
+    base = ROWS["base"].spec(None, LAYERS).config(budget, LAYERS)
+    for declared in ROWS.values():
+        row = declared.spec(range(LAYERS), LAYERS)
+        if row.name not in ("base", "no-stage1", "no-stage2") and not row.passkeys:
+            assert row.config(budget, LAYERS) != base, row.name
+    specs = [row.spec(None, LAYERS) for row in rows_of("parts")]
+    stages = {row.name: (row.stage1, row.stage2) for row in specs}
     assert stages["no-stage1"] == (False, True) and stages["no-stage2"] == (True, False)
 
 
