@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
-
-import torch
-from transformers import LlamaConfig
 
 from benchmarks.quality.rows import BUDGETS, ROWS, RowSpec
+from lizard_layers import AttentionChoices, AttentionConfig, empty_state, state_bytes
 from lizard_models.config import LizardConfig
-from lizard_models.model.linearize import student_config
-from lizard_models.runs.memory import lizard_bytes
 
-LAYERS = 30
 LENGTH = 4096
 MORE = 1.01  # times the memory: below it a row counts as taking as much
-SHAPE: dict[str, Any] = {  # of SmolLM2-135M, the teacher of the rows
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-}
+LAYERS, HEADS, KEY_HEADS, HEAD_DIM = 30, 9, 3, 64  # of SmolLM2-135M, the teacher of the rows
 
 
 def spec_of(name: str) -> RowSpec:
@@ -43,7 +31,20 @@ def memory(name: str) -> float:
 
     Only layers kept softmax take more for a longer one.
     """
-    return lizard_bytes(student_config(LlamaConfig(**SHAPE), config_of(name)), LENGTH, torch.float32) / 2**20
+    config = config_of(name)
+    kept, wide = len(config.softmax_layers), len(config.wide_layers)
+    taken = kept * 4 * 2 * LENGTH * KEY_HEADS * HEAD_DIM
+    taken += (LAYERS - kept - wide) * _layer_bytes(config.attention)
+    if wide:
+        taken += wide * _layer_bytes(dataclasses.replace(config.attention, window=config.wide_window))
+    return taken / 2**20
+
+
+def _layer_bytes(choices: AttentionChoices) -> int:
+    config = AttentionConfig.from_choices(
+        choices, hidden_size=HEADS * HEAD_DIM, num_heads=HEADS, num_key_heads=KEY_HEADS, head_dim=HEAD_DIM
+    )
+    return state_bytes(empty_state(config, 1, device="meta"))
 
 
 def costs(name: str) -> str:
