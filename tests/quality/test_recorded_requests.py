@@ -7,7 +7,7 @@ import pytest
 from readable import byte_tokenizer
 from tiny import student, teacher
 
-from benchmarks.quality.__main__ import recorded_lm
+from benchmarks.quality.options import recorded_lm
 from benchmarks.quality.records import merge_records, read_record
 from benchmarks.quality.tasks.requests import Requests, Scores, score
 
