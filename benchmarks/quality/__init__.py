@@ -1,1 +1,1 @@
-"""Evidence: every table of docs/results.md as rows that train, measure and leave one JSON file each."""
+"""Evidence: rows that train, are measured and leave one record each, and the tables that are written from these."""

@@ -1,17 +1,18 @@
-"""``python -m benchmarks.quality``: the rows behind docs/results.md."""
+"""``python -m benchmarks.quality``: the rows behind docs/results.md and docs/diary.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from benchmarks.quality.options import given, read_budget, read_names, read_seeds, read_tokenizer, recorded_lm
 from lizard_models.cli.errors import Command, one_line_errors
 from lizard_models.cli.options import Cache, Device, read_device, read_numbers
 
 app = typer.Typer(
-    help="Quality: every preset and ablation, trained and measured alike. One JSON file a row, one command a table.",
+    help="Quality: every preset and ablation, trained and measured alike. One record a row, one command a table.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -94,9 +95,9 @@ def run(
         from rich.console import Console
 
         from benchmarks.quality.bench import Bench
+        from benchmarks.quality.rows.find import find_rows
         from benchmarks.quality.runner import Runner
         from benchmarks.quality.selection import layer_order
-        from benchmarks.quality.tables import find_rows
 
         if not data or not eval_data:
             raise ValueError("--data and --eval-data are needed: training text and held-out documents")
@@ -151,7 +152,12 @@ def run(
             from benchmarks.quality.tasks.requests import Requests
 
             add_task_metrics(
-                bench.rows, eval_sets, read_tokenizer(teacher, cache), Requests.load(requests), say=runner.say
+                bench.results,
+                bench.scores,
+                eval_sets,
+                read_tokenizer(teacher, cache),
+                Requests.load(requests),
+                say=runner.say,
             )
         if any(fate == "failed" for fate in fates.values()):
             raise typer.Exit(1)
@@ -219,7 +225,8 @@ def task_metrics(
 
         console = Console(soft_wrap=True)
         add_task_metrics(
-            out / read_budget(budget).name,
+            out / f"{read_budget(budget).name}.jsonl",
+            out / "scores" / read_budget(budget).name,
             eval_sets,
             read_tokenizer(teacher, cache),
             Requests.load(requests),
@@ -249,7 +256,8 @@ def mqar(
 ) -> None:
     """Associative recall from scratch: the hybrid beside attention, its linear branch alone and a window alone.
 
-    Memories have the same number of bytes a layer. One JSON file a mixer and seed in OUT/mqar; finished ones are kept.
+    Memories have the same number of bytes a layer. One record a mixer and seed in OUT/mqar.jsonl; finished ones are
+    kept.
 
     [bold]Example[/bold]
 
@@ -280,7 +288,7 @@ def mqar(
         ]
         console = Console(soft_wrap=True)
         run_recall(
-            out / "mqar",
+            out / "mqar.jsonl",
             [(kind, task) for task in tasks for kind in kinds],
             [float(rate) for rate in read_names(learning_rates)],
             device=place,
@@ -292,10 +300,11 @@ def mqar(
 
 @app.command("docs", cls=Command)
 def docs(
-    document: Annotated[Path, typer.Option(help="Page to write the quality part of.")] = Path("docs/results.md"),
+    page: Annotated[Path, typer.Option(help="Page of tables to write, whole.")] = Path("benchmarks/results/TABLES.md"),
+    figures: Annotated[Path, typer.Option(help="Folder of its plots.")] = Path("docs/figures"),
     out: Out = RESULTS,
 ) -> None:
-    """Write the quality part of docs/results.md, tables and plots, from the JSON files of the rows.
+    """Write benchmarks/results/TABLES.md and its plots from the records of the rows.
 
     [bold]Example[/bold]
 
@@ -304,16 +313,15 @@ def docs(
     with one_line_errors():
         from rich.console import Console
 
-        for path, what in ((document, "--document"), (out, "--out")):
-            if not path.exists():
-                raise ValueError(f"{what} {str(path)!r} is not there; run from the repository, or give another")
+        if not out.is_dir():
+            raise ValueError(f"--out {str(out)!r} is not there; run from the repository, or give another")
         try:
             from benchmarks.quality.report import write_docs
 
-            write_docs(document, out)
+            write_docs(page, figures, out)
         except ImportError as error:
             raise ValueError("docs: plots need matplotlib; pip install 'lizard-attn[demo]'") from error
-        Console(soft_wrap=True).print(f"written: {document}")
+        Console(soft_wrap=True).print(f"written: {page}")
 
 
 @app.command("dry-run", cls=Command)
@@ -352,62 +360,13 @@ def list_rows() -> None:
     with one_line_errors():
         from rich.console import Console
 
-        from benchmarks.quality.tables import TABLES
+        from benchmarks.quality.rows import TABLES, rows_of
 
         console = Console(soft_wrap=True)
-        for name, table in TABLES.items():
-            about = (table.__doc__ or "").strip().splitlines()[0]
-            rows = ", ".join(row.name for row in table(range(30), 30))
-            console.print(f"[bold]{name}[/bold]: {about}\n  {rows}", highlight=False)
-
-
-def recorded_lm() -> Any:
-    """The module that needs lm-eval. Raises ValueError if it is missing."""
-    try:
-        from benchmarks.quality.tasks import recorded_lm
-    except ImportError as error:
-        raise ValueError("tasks: lm-eval is not installed; pip install 'lizard-attn[eval]'") from error
-    return recorded_lm
-
-
-def read_tokenizer(teacher: str, cache: str | None) -> Any:
-    """A teacher's tokenizer. Raises ValueError if it has none."""
-    from lizard_models.teachers.find import find_teacher, load_tokenizer
-
-    tokenizer = load_tokenizer(find_teacher(teacher, cache=cache)[0])
-    if tokenizer is None:
-        raise ValueError(f"teacher {teacher!r} has no tokenizer, which tasks need")
-    return tokenizer
-
-
-def read_names(text: str) -> list[str]:
-    """Words with commas between them."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def read_budget(name: str) -> Any:
-    """A budget by name. Raises ValueError for others."""
-    from benchmarks.quality.rows import BUDGETS
-
-    if name not in BUDGETS:
-        raise ValueError(f"--budget is {name!r}, wanted {' or '.join(BUDGETS)}")
-    return BUDGETS[name]
-
-
-def read_seeds(text: str) -> list[int]:
-    """Whole numbers from 0 with commas between them. Raises ValueError."""
-    try:
-        seeds = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"--seeds is {text!r}, wanted numbers such as 0,1,2")
-    return seeds
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
+        for table in TABLES.values():
+            console.print(f"[bold]{table.name}[/bold]: {table.about}", highlight=False)
+            for row in rows_of(table.name):
+                console.print(f"  {row.name}: {row.about}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.records import merge_records, read_record
 from benchmarks.quality.rows import MEASURES, TEACHER, Budget, RowSpec
 from lizard_models.config import LizardConfig
-from lizard_models.files.environment import without_nan
 from lizard_models.teachers.find import find_teacher
 
 
@@ -25,9 +23,9 @@ class Bench:
     eval_data: list[str]
     budget: Budget
     out: Path
-    """Folder of the results; rows go into a folder of the budget's name in it."""
+    """Folder of the results; finished rows go into a file of the budget's name in it."""
     work: Path
-    """Folder of models and checkpoints, which may be deleted when the rows are finished."""
+    """Folder of models, checkpoints and records under way, which may be deleted when the rows are finished."""
     measures: list[str] = field(default_factory=lambda: ["loss", "kl", "branches"])
     eval_length: int = 4096
     eval_documents: int = 8
@@ -51,17 +49,26 @@ class Bench:
             raise ValueError("measures: tasks needs a file of requests (--requests)")
 
     @property
-    def rows(self) -> Path:
-        """Folder of the rows' JSON files."""
-        return self.out / self.budget.name
+    def results(self) -> Path:
+        """File of the finished rows, one record a line."""
+        return self.out / f"{self.budget.name}.jsonl"
 
-    def record_path(self, spec: RowSpec) -> Path:
-        """The row's JSON file."""
-        return self.rows / f"{spec.stem}.json"
+    @property
+    def scores(self) -> Path:
+        """Folder of the rows' answers to the task requests."""
+        return self.out / "scores" / self.budget.name
+
+    def folder(self, spec: RowSpec) -> Path:
+        """Folder of a row's model and checkpoints."""
+        return self.work / self.budget.name / spec.stem
+
+    def draft_path(self, spec: RowSpec) -> Path:
+        """A row's record while it is under way: a file of its own, which a process that is killed leaves whole."""
+        return self.folder(spec) / "record.json"
 
     def scores_path(self, spec: RowSpec) -> Path:
         """The row's answers to the task requests."""
-        return self.rows / "scores" / f"{spec.stem}.npz"
+        return self.scores / f"{spec.stem}.npz"
 
     def num_layers(self) -> int:
         """Layers of the teacher."""
@@ -77,13 +84,29 @@ class Bench:
             "data": [Path(source).name for source in self.data],
         }
 
+    def records(self, spec: RowSpec) -> list[dict[str, Any]]:
+        """What is written about a row, whatever its settings: the record under way, then the finished one."""
+        path = self.draft_path(spec)
+        found = [json.loads(path.read_text())] if path.is_file() else []
+        finished = read_record(self.results, spec.stem)
+        return found if finished is None else [*found, finished]
+
     def record(self, spec: RowSpec, num_layers: int) -> dict[str, Any] | None:
         """The row as far as it is finished, None if there is none with these settings."""
-        path = self.record_path(spec)
-        if not path.is_file():
-            return None
-        record = json.loads(path.read_text())
-        return record if _completed(record["settings"]) == _completed(self.settings(spec, num_layers)) else None
+        wanted = _completed(self.settings(spec, num_layers))
+        return next((r for r in self.records(spec) if _completed(r["settings"]) == wanted), None)
+
+    def publish(self, spec: RowSpec, num_layers: int) -> None:
+        """Moves the record under way, if there is one with these settings, into the file of the finished rows.
+
+        For the one process that gives rows to the others and knows that this one has ended.
+        """
+        path = self.draft_path(spec)
+        if path.is_file():
+            draft = json.loads(path.read_text())
+            if _completed(draft["settings"]) == _completed(self.settings(spec, num_layers)):
+                merge_records(self.results, {spec.stem: draft})
+                path.unlink()
 
     def missing(self, spec: RowSpec, num_layers: int) -> list[str]:
         """The measures that the row still lacks, in order."""
@@ -141,13 +164,3 @@ def applies(measure: str, spec: RowSpec, config: LizardConfig) -> bool:
     if measure in ("branches", "restore"):
         return spec.preset != TEACHER and config.attention.linear_branch
     return measure != "kl" or spec.preset != TEACHER or spec.stage2
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a file whole or not at all, without NaN."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(without_nan(values), indent=1) + "\n")
-    os.chmod(draft, 0o644)
-    os.replace(draft, path)

@@ -1,4 +1,4 @@
-"""The plots of the quality part. Each function returns Markdown that shows its plot, "" where nothing was measured."""
+"""The plots of the tables. Each function returns Markdown that shows its plot, "" where nothing was measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.quality.results import Results
-from benchmarks.quality.rows import TEACHER, controls
+from benchmarks.quality.rows import ROWS, TABLES, TEACHER
 from lizard_models.evaluation.report import short
 
 COLOURS = (
@@ -26,10 +26,6 @@ COLOURS = (
 )
 
 
-PRESETS = ("paper_literal", "paper", "lolcats", "liger", "recommended")
-GROUPS = ("recommended-wide", "recommended-softmax")  # of each the row that loses least is drawn
-
-
 def losses(results: Results, names: list[str], path: Path, link: str) -> str:
     """Loss by position of presets, their control and the best hybrids, above the teacher."""
     return _curves(results, names, "loss", path, link, "Loss by position above the teacher", above=True)
@@ -42,8 +38,7 @@ def length(results: Results, names: list[str], path: Path, link: str) -> str:
 
 def restoration(results: Results, path: Path, link: str) -> str:
     """KL that restoring each layer saves."""
-    record = results.records.get("recommended", {}).get(0)
-    measured = record.values["measures"].get("restore") if record else None
+    measured = results.restoration()
     if not measured:
         return ""
     figure, axes = _panel()
@@ -74,18 +69,19 @@ def recall(kinds: dict[str, list[dict[str, Any]]], path: Path, link: str) -> str
 
 
 def _drawn(results: Results, names: list[str], measure: str) -> list[str]:
-    own = {
-        spec.name
-        for r in results.records.get("recommended", {}).values()
-        for spec in controls(r.spec, r.budget).values()
-    }
+    """Presets, teacher and control of ``recommended``, and of each group of hybrids the row that loses least."""
+    own = {spec.name for r in results.records.get("recommended", {}).values() for spec in r.controls.values()}
+    presets = {row.name for row in TABLES["presets"].rows if row.on == row.name}
     measured = [name for name in names if results.has(name, measure)]
+    groups: dict[str, list[str]] = {}
+    for name in measured:
+        if name in ROWS and (group := ROWS[name].group):
+            groups.setdefault(group, []).append(name)
     best = {
         min(group, key=lambda name: past.mean if (past := results.past(name)) else math.inf)
-        for start in GROUPS
-        if (group := [name for name in measured if name.startswith(start) and "passkeys" not in name])
+        for group in groups.values()
     }
-    return [name for name in measured if name in own or name in best or name in PRESETS]
+    return [name for name in measured if name in own | best | (presets - {TEACHER})]
 
 
 def _curves(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from benchmarks.quality.results import Record, Results, markdown
-from benchmarks.quality.rows import controls
+from benchmarks.quality.rows import ROWS
 
 TASKS = {"piqa": "acc_norm", "hellaswag": "acc_norm", "arc_easy": "acc", "lambada_openai": "acc"}
-HYBRID = "recommended-softmax-25"  # and what its name goes on with: how it was trained for passkeys
 Goal = tuple[str, str, str, bool]  # goal, wanted, measured, whether it is met
 
 
@@ -25,7 +24,7 @@ def _goals(results: Results) -> Iterator[Goal]:
     yield from _short_text(results)
     yield from _tasks(results)
     yield from _length(results)
-    for name in (name for name in results.records if name.startswith(HYBRID)):
+    for name in (row.name for row in ROWS.values() if row.goal == "passkeys"):
         for longest, wanted in ((1024, 1.0), (8192, 0.9)):
             found = _passkeys(results, name, longest)
             if found is not None:
@@ -35,9 +34,8 @@ def _goals(results: Results) -> Iterator[Goal]:
 
 def _short_text(results: Results) -> Iterator[Goal]:
     def gap(record: Record) -> float | None:
-        alike = controls(record.spec, record.budget)["teacher"].name
-        found = results.records.get(alike, {})
-        teacher = found.get(record.spec.seed) or found.get(0)
+        found = results.records.get(record.controls["teacher"].name, {})
+        teacher = found.get(record.seed) or found.get(0)
         own, other = record.losses("loss"), None if teacher is None else teacher.losses("loss")
         return None if own is None or other is None else own.means[0] - other.means[0]
 
@@ -54,7 +52,7 @@ def _tasks(results: Results) -> Iterator[Goal]:
         if mine is not None and wanted is not None:
             ratio = mine.mean / wanted.mean
             yield f"{task} beside the teacher", "at least 99%", f"{ratio:.1%}", ratio >= 0.99
-    for rival in ("lolcats", "liger"):
+    for rival in (row.name for row in ROWS.values() if row.goal == "rival"):
         theirs = scores.get(rival, {})
         means = [[n.mean for n in one.values() if n is not None] for one in (own, theirs)]
         if all(len(values) == len(TASKS) for values in means):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.quality.bench import write_json
+from benchmarks.quality.records import merge_records, read_record
 from lizard_layers import (
     AttentionChoices,
     AttentionConfig,
@@ -281,46 +281,47 @@ def run_recall(
     minutes: float | None = None,
     say: Say = silent,
 ) -> None:
-    """Trains every (mixer, task) at every rate, ``jobs`` at a time, and writes the best rate's result, a file a row.
+    """Trains every (mixer, task) at every rate, ``jobs`` at a time. The best rate's result is a line of ``out``.
 
     Finished rows are left out. minutes: trainings not started by then are not started any more.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    waiting: dict[Path, dict[str, Any]] = {}
+    waiting: dict[str, dict[str, Any]] = {}
     for kind, recall in rows:
-        path = out / f"{kind}.s{recall.seed}.json"
+        stem = f"{kind}.s{recall.seed}"
         settings = json.loads(json.dumps({**dataclasses.asdict(recall), "mixer": kind, "learning_rate": list(rates)}))
-        if not path.is_file() or json.loads(path.read_text())["settings"] != settings:
-            waiting[path] = {"kind": kind, "recall": recall, "settings": settings, "results": {}}
+        finished = read_record(out, stem)
+        if finished is None or finished["settings"] != settings:
+            waiting[stem] = {"kind": kind, "recall": recall, "settings": settings, "results": {}}
     calls = [
-        (path, rate, (row["kind"], dataclasses.replace(row["recall"], learning_rate=rate), device, deadline))
-        for path, row in waiting.items()
+        (stem, rate, (row["kind"], dataclasses.replace(row["recall"], learning_rate=rate), device, deadline))
+        for stem, row in waiting.items()
         for rate in rates
     ]
-    for path, rate, result in _carried_out(calls, jobs):
-        results = waiting[path]["results"]
+    for stem, rate, result in _carried_out(calls, jobs):
+        results = waiting[stem]["results"]
         if result is None:
-            say(f"{path.stem} at rate {rate:g}: not started, the time is up")
+            say(f"{stem} at rate {rate:g}: not started, the time is up")
             continue
         results[rate] = result
         if len(results) == len(rates):
             best = max(results, key=lambda rate: sum(results[rate]["accuracy"].values()))
             by_rate = {str(rate): result["accuracy"] for rate, result in results.items()}
-            record = {"settings": waiting[path]["settings"], "best_rate": best, "by_rate": by_rate, **results[best]}
-            write_json(path, record | {"environment": environment()})
+            record = {"settings": waiting[stem]["settings"], "best_rate": best, "by_rate": by_rate, **results[best]}
+            merge_records(out, {stem: record | {"environment": environment()}})
             shown = ", ".join(f"{n} pairs {share:.1%}" for n, share in results[best]["accuracy"].items())
-            say(f"{path.stem}: {shown} at rate {best:g}, {results[best]['seconds']:.0f} s")
+            say(f"{stem}: {shown} at rate {best:g}, {results[best]['seconds']:.0f} s")
 
 
 def _carried_out(
-    calls: Sequence[tuple[Path, float, tuple[Any, ...]]], jobs: int
-) -> Iterator[tuple[Path, float, dict[str, Any] | None]]:
+    calls: Sequence[tuple[str, float, tuple[Any, ...]]], jobs: int
+) -> Iterator[tuple[str, float, dict[str, Any] | None]]:
     """The calls' results as they end: in this process, or in ``jobs`` others."""
     if jobs == 1:
-        yield from ((path, rate, _timely(*arguments)) for path, rate, arguments in calls)
+        yield from ((stem, rate, _timely(*arguments)) for stem, rate, arguments in calls)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_timely, *arguments): (path, rate) for path, rate, arguments in calls}
+        futures = {pool.submit(_timely, *arguments): (stem, rate) for stem, rate, arguments in calls}
         for future in as_completed(futures):
             yield *futures[future], future.result()
 

@@ -1,62 +1,50 @@
-"""The quality part of docs/results.md out of the rows' JSON files: tables, plots, reasons."""
+"""benchmarks/results/TABLES.md out of the rows' records: tables, plots, reasons."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.quality.costs import memory
 from benchmarks.quality.goals import goals
 from benchmarks.quality.reasons import reasons
+from benchmarks.quality.records import read_records, write_whole
 from benchmarks.quality.results import Number, Record, Results, markdown
-from benchmarks.quality.tables import TABLES
+from benchmarks.quality.rows import ROWS, TABLES, Table, rows_of
 from lizard_models.evaluation.report import past_edge, short
 
-BEGIN = "<!-- quality: written by `python -m benchmarks.quality docs`, do not edit -->"
-END = "<!-- quality ends -->"
-PAPER_TABLES = {
-    "gates": "Gates (the paper's Table 4, A7)",
-    "parts": "Parts left out (the paper's Table 6)",
-    "windows": "Window by meta memory, and anchors in its place (the paper's Table 7)",
-    "lora": "Adapters: rank and projections (the paper's Table 8)",
-    "rates": "How fast and how widely stage 2 trains",
-    "weights": "Attention weights compared in stage 1 as well",
-    "timescales": "How far back the gates reach, and how widely spread",
-    "softmax": "Layers kept softmax (the paper's Table 10)",
-    "choices": "What the paper leaves open (A1 to A13)",
-    "retrieval": "What may raise recall",
-}
+WIDE = "wide"  # the table whose shares are taken against two controls
+HEADING = "# Tables of quality"
+NOTE = "Written whole by `python -m benchmarks.quality docs` from the records in [quality/](quality); not to be edited."
 
 
 def quality_text(folder: Path, figures: Path, link: str) -> str:
-    """The whole part. Plots go into ``figures``; ``link`` is what the text calls that folder."""
+    """The whole page. Plots go into ``figures``; ``link`` is what the page calls that folder."""
     parts = [
-        "Rows are named as `python -m benchmarks.quality list` names them; each is one JSON file in "
-        f"`{folder.as_posix()}`. Loss is in nats. Share: of the gap past 2048 between the window control and the "
-        "teacher, both with the row's own stage 2 (the teacher as it is where that stage is distillation), how much is "
-        "closed. ± is the standard deviation over seeds."
+        HEADING,
+        NOTE + " What they say is in [docs/results.md](../../docs/results.md) and "
+        "[docs/diary.md](../../docs/diary.md), how they are made in [docs/quality.md](../../docs/quality.md); tables "
+        "with rows of options that are retired are kept in [quality/TABLES-0.1.md](quality/TABLES-0.1.md).",
+        "Rows are named as `python -m benchmarks.quality list` names them; each is one line of the file of its budget. "
+        "Loss is in nats. Share: of the gap past 2048 between the window control and the teacher, both with the row's "
+        "own stage 2 (the teacher as it is where that stage is distillation), how much is closed. ± is the standard "
+        "deviation over seeds. MiB: one sequence of 4,096 tokens in a model of SmolLM2-135M's shape, keys in "
+        "float32; only rows with softmax layers take more for a longer one.",
     ]
-    for budget in sorted((b for b in folder.iterdir() if b.is_dir() and b.name != "mqar"), reverse=True):
-        results = Results(budget)
+    for path in sorted((path for path in folder.glob("*.jsonl") if path.stem != "mqar"), reverse=True):
+        results = Results(path)
         if results.records:
-            parts.append(_budget_text(results, budget.name, figures, link))
-    if text := _mqar_text(folder / "mqar", figures, link):
+            parts.append(_budget_text(results, path.stem, figures, link))
+    if text := _mqar_text(folder / "mqar.jsonl", figures, link):
         parts.append(text)
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
-def write_docs(document: Path, folder: Path) -> None:
-    """Puts the part between its marks in ``document``; appended where there are none."""
-    figures = document.parent / "figures"
-    figures.mkdir(exist_ok=True)
-    text = f"{BEGIN}\n\n{quality_text(folder, figures, 'figures')}\n\n{END}"
-    before = document.read_text()
-    if BEGIN in before:
-        head, _, rest = before.partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        document.write_text(head + text + tail)
-    else:
-        document.write_text(f"{before.rstrip()}\n\n## Quality, in rows\n\n{text}\n")
+def write_docs(page: Path, figures: Path, folder: Path) -> None:
+    """Writes ``page`` whole and its plots into ``figures``, from the records in ``folder``."""
+    figures.mkdir(parents=True, exist_ok=True)
+    write_whole(page, quality_text(folder, figures, Path(os.path.relpath(figures, page.parent)).as_posix()))
 
 
 def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
@@ -66,7 +54,7 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
     million = [f"{tokens / 1e6:.1f}M" for tokens in budget.tokens]
     hashes = "; ".join(f"{key} {', '.join(sorted(values))}" for key, values in sorted(results.hashes().items()))
     parts = [
-        f"### Budget {name}: {million[0]} tokens of stage 1, {million[1]} of stage 2",
+        f"## Budget {name}: {million[0]} tokens of stage 1, {million[1]} of stage 2",
         f"    python -m benchmarks.quality run TABLE --budget {name} --data DATA --eval-data HELD_OUT",
         f"{'; '.join(sorted(results.machines()))}. Data by the start of their sha256: {hashes}.",
     ]
@@ -82,7 +70,7 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _branches(results, compared),
         _restoration(results),
         draw.restoration(results, figures / f"quality-{name}-layers.png", f"{link}/quality-{name}-layers.png"),
-        *(_ablation(results, table, title) for table, title in PAPER_TABLES.items()),
+        *(_ablation(results, table) for table in TABLES.values() if table.title and table.name != WIDE),
         _wide(results),
         _goals(results),
         _reasons(results),
@@ -93,15 +81,10 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
 
 
 def _compared(results: Results) -> list[str]:
-    """Teacher, controls, presets and hybrids, in the order in which they are read."""
+    """Teacher, controls, and the rows that are compared in every measure, in the order in which they are declared."""
     names = list(results.records)
-    order = [n for n in names if n.startswith("teacher")] + [n for n in names if n.startswith("control")]
-    presets = ["paper_literal", "paper", "lolcats", "liger", "base", "stage2-wide", "recommended"]
-    trained = [n for n in names if "-passkeys" in n and not n.startswith(("teacher", "control"))]
-    hybrids = [f"{start}softmax-{percent}{end}" for start, end in (("", ""), ("", "-uniform"), ("recommended-", ""))
-               for percent in ("12.5", "25", "50")]  # fmt: skip
-    wider = [n for n in names if n.startswith(("recommended-longer", "recommended-wide"))]
-    return [*order, *(n for n in presets + wider + hybrids + trained if n in results.records)]
+    controls = [n for start in ("teacher", "control") for n in names if n.startswith(start)]
+    return [*controls, *(n for n, row in ROWS.items() if row.compared and n in names and n not in controls)]
 
 
 def _show(number: Number | None, digits: int = 3, percent: bool = False) -> str:
@@ -229,8 +212,7 @@ def _past_of(*path: str) -> Callable[[Record], float | None]:
 
 
 def _restoration(results: Results) -> str:
-    records = [results.records.get(name, {}).get(0) for name in ("recommended", "base")]
-    measured = next((m for r in records if r is not None and (m := r.values["measures"].get("restore"))), None)
+    measured = results.restoration()
     if not measured:
         return ""
     order = measured["order"]
@@ -242,45 +224,44 @@ def _restoration(results: Results) -> str:
     )
 
 
-def _ablation(results: Results, table: str, title: str) -> str:
-    order = list(range(30))
-    listed = [row.name for row in TABLES[table](order, 30)]
-    names = [name for name in listed if results.has(name)]
-    if not set(names) - {"base"} - {row.name for row in TABLES["presets"](order, 30)}:
+def _ablation(results: Results, table: Table) -> str:
+    names = [row.name for row in rows_of(table.name) if results.has(row.name)]
+    if not {row.name for row in table.rows} & set(names):
         return ""
-    against, rows = listed[0], []
+    rows = []
     for name in names:
-        past, beside = results.past(name), results.beside(name, against)
-        change = "" if beside is None or name == against else f"{beside:+.3f}"
+        row = ROWS[name]
+        change = results.beside(name, row.reference) if row.reference else None
+        beside = "" if change is None else f"{change:+.3f} ({row.reference})"
         error = results.number(name, lambda r: r.values.get("after_stage1", {}).get("relative_error"))
         share, kl = _show(results.share(name), 0, True), _show(results.kl(name))
-        seeds = str(len(results.records[name]))
-        rows.append([name, _show(past), change, share, kl, _show(error, 4), seeds])
-    header = ["", "loss past 2048", f"beside {against}", "share", "KL", "stage 1 error", "seeds"]
-    return f"**{title}.**\n\n" + markdown(header, rows)
+        cells = [_show(results.past(name)), beside, share, kl, _show(error, 4), f"{memory(name):.1f}"]
+        rows.append([name, row.about, *cells, str(len(results.records[name]))])
+    header = ["", "what it is", "loss past 2048", "beside", "share", "KL", "stage 1 error", "MiB", "seeds"]
+    return f"**{table.title}.**\n\n" + markdown(header, rows)
 
 
 def _wide(results: Results) -> str:
-    rows = TABLES["wide"](list(range(30)), 30)
-    names = [row.name for row in rows if results.has(row.name)]
-    if not any("wide" in name for name in names):
+    table = TABLES[WIDE]
+    names = [row.name for row in rows_of(table.name) if results.has(row.name)]
+    if not any(ROWS[name].wide for name in names):
         return ""
-    cells = []
+    rows = []
     for name in [*names, *(name for name in results.records if name.startswith("control-") and "-wide" in name)]:
         shares = [_show(number(name), 0, True) for number in (results.narrow_share, results.share)]
-        cells.append([name, _show(results.past(name)), *shares, _show(results.kl(name))])
-    header = ["", "loss past 2048", "share of the gap of a window of 128", "share beside its own control", "KL"]
-    return f"**A wider window in a few layers, in constant memory.**\n\n{markdown(header, cells)}"
+        taken = f"{memory(name):.1f}" if name in ROWS else ""
+        rows.append([name, _show(results.past(name)), *shares, _show(results.kl(name)), taken])
+    header = ["", "loss past 2048", "share of the gap of a window of 128", "share beside its own control", "KL", "MiB"]
+    return f"**{table.title}.**\n\n{markdown(header, rows)}"
 
 
 def _reasons(results: Results) -> str:
     table = reasons(results)
     return (
-        "**Why `recommended` is what it is.** Loss of the rows that change a field, minus that of `base` "
-        "(`recommended` with the stage 2 and the gate's start it had before; of wide layers, that of "
-        "`recommended-longer-x4`, and of their decays, that of `recommended-wide-8x1024-longer-x4`). Positive: "
-        "changing the field costs that much. Costlier: more memory, more trained weights, a longer stage 1 or, with "
-        f"decays stretched, more loss from 16,384 tokens on with the full budget.\n\n{table}"
+        "**Why `recommended` is what it is.** Loss past 2048 of the rows that change a field, minus that of the row "
+        "each stands beside: `base` (`recommended` with the stage 2 and the gate's start that it had before) where no "
+        "other is named. Positive: changing the field costs that much. Costlier: more memory, more trained weights or, "
+        f"with decays stretched, more loss far away.\n\n{table}"
         if table
         else ""
     )
@@ -291,10 +272,10 @@ def _goals(results: Results) -> str:
     return f"**Goals.**\n\n{table}" if table else ""
 
 
-def _mqar_text(folder: Path, figures: Path, link: str) -> str:
+def _mqar_text(path: Path, figures: Path, link: str) -> str:
     from benchmarks.quality import figures as draw
 
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    records = [*read_records(path).values()]
     if not records:
         return ""
     kinds: dict[str, list[dict]] = {}
@@ -311,7 +292,7 @@ def _mqar_text(folder: Path, figures: Path, link: str) -> str:
         rows.append([kind, f"{found[0]['memory_bytes']:,}", *cells, str(len(found))])
     settings = records[0]["settings"]
     text = (
-        "### Associative recall from scratch\n\n    python -m benchmarks.quality mqar --seeds 0,1,2\n\n"
+        "## Associative recall from scratch\n\n    python -m benchmarks.quality mqar --seeds 0,1,2\n\n"
         f"Two layers of width {settings['width']}, {settings['length']} tokens, {settings['steps']} steps of "
         f"{settings['batch_size']} rows, the better of the rates {', '.join(map(str, settings['learning_rate']))}; "
         "share of questions answered right, by the number of key-value pairs.\n\n"

@@ -1,15 +1,16 @@
-"""The rows' JSON files, read: numbers by row and seed, shares against the right controls, means and spreads."""
+"""The rows' records, read: numbers by row and seed, shares against the right controls, means and spreads."""
 
 from __future__ import annotations
 
-import json
+import functools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.rows import Budget, RowSpec, controls
+from benchmarks.quality.records import read_records
+from benchmarks.quality.rows import BASE, ROWS, Budget, RowSpec, controls
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
 from lizard_models.evaluation.report import past_edge
@@ -32,13 +33,26 @@ class Number:
 
 @dataclass(frozen=True)
 class Record:
-    """One row's file."""
+    """One row's record."""
 
     values: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        """The row's name."""
+        return self.values["settings"]["row"]["name"]
+
+    @property
+    def seed(self) -> int:
+        """The row's seed."""
+        return self.values["settings"]["row"]["seed"]
+
+    @functools.cached_property
     def spec(self) -> RowSpec:
-        """What the row is, by the configuration it trained with: its preset may have changed since."""
+        """What the row is, by the configuration it trained with: its preset may have changed since.
+
+        Raises ValueError for a configuration with options that the library has no more.
+        """
         settings = self.values["settings"]
         row = RowSpec(**settings["row"])
         if "config" not in settings:
@@ -47,6 +61,11 @@ class Record:
         return replace(
             row, changes={**row.changes, **{part: trained[part] for part in ("attention", "stage1", "stage2")}}
         )
+
+    @functools.cached_property
+    def controls(self) -> dict[str, RowSpec]:
+        """The teacher and the window control that were trained as it was."""
+        return controls(self.spec, self.budget)
 
     @property
     def budget(self) -> Budget:
@@ -62,14 +81,19 @@ class Record:
 
 
 class Results:
-    """Every row of one budget in a folder."""
+    """The rows of one budget that are declared, and the controls of these, from its file of records.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    The file has others too, of rows whose options are retired: they are not read further.
+    """
+
+    def __init__(self, path: Path) -> None:
+        every = [Record(values) for values in read_records(path).values()]
+        declared = [record for record in every if record.name in ROWS]
+        beside = {one.name for record in declared for one in record.controls.values()}
         self.records: dict[str, dict[int, Record]] = {}
-        for path in sorted(folder.glob("*.json")):
-            record = Record(json.loads(path.read_text()))
-            self.records.setdefault(record.spec.name, {})[record.spec.seed] = record
+        for record in every:
+            if record.name in ROWS or record.name in beside:
+                self.records.setdefault(record.name, {})[record.seed] = record
 
     def has(self, name: str, measure: str = "loss") -> bool:
         """Whether a row has a measure."""
@@ -91,7 +115,7 @@ class Results:
         """Recovered share past 2048 against control and teacher of the same seed, trained alike."""
         if name.startswith(("teacher", "control")):
             return None
-        return self.number(name, lambda record: self._share(record, record.spec))
+        return self.number(name, lambda record: self._share(record, record.controls))
 
     def narrow_share(self, name: str) -> Number | None:
         """The share against a control without wide layers, of a row or of its own control."""
@@ -104,7 +128,7 @@ class Results:
         """
         rows = [self.past(name), self.past(other)]
         records = [next(iter(self.records.get(row, {}).values()), None) for row in (name, other)]
-        alike = [None if r is None else controls(r.spec, r.budget)["teacher"].name for r in records]
+        alike = [None if r is None else r.controls["teacher"].name for r in records]
         if alike[0] != alike[1]:
             rows += [self.past(teacher) if teacher is not None else None for teacher in alike]
         if any(row is None for row in rows):
@@ -114,17 +138,18 @@ class Results:
 
     def _narrow_share(self, record: Record) -> float | None:
         spec = record.spec
-        return self._share(record, replace(spec, changes={**spec.changes, "wide_layers": []}))
+        narrow = replace(spec, changes={**spec.changes, "wide_layers": []})
+        return self._share(record, controls(narrow, record.budget))
 
-    def _share(self, record: Record, against: RowSpec) -> float | None:
-        """against: the row whose controls are meant."""
+    def _share(self, record: Record, roles: dict[str, RowSpec]) -> float | None:
+        """roles: the teacher and the control that are meant."""
         loss = record.losses("loss")
         if loss is None:
             return None
         beside = {}
-        for role, spec in controls(against, record.budget).items():
+        for role, spec in roles.items():
             found = self.records.get(spec.name, {})
-            one = found.get(record.spec.seed) or found.get(0)
+            one = found.get(record.seed) or found.get(0)
             beside[role] = None if one is None else one.losses("loss")
         edge = past_edge(loss.edges)
         if edge is None or beside["teacher"] is None or beside["control"] is None:
@@ -134,6 +159,14 @@ class Results:
     def kl(self, name: str) -> Number | None:
         """KL to the untrained teacher, mean over positions."""
         return self.number(name, lambda r: None if (kl := r.losses("kl")) is None else kl.past(0))
+
+    def restoration(self) -> dict[str, Any] | None:
+        """What restoring layers saves, by ``recommended`` or ``base``, which stage 1 trains alike."""
+        for name in ("recommended", BASE):
+            record = self.records.get(name, {}).get(0)
+            if record is not None and (measured := record.values["measures"].get("restore")):
+                return measured
+        return None
 
     def hashes(self) -> dict[str, set[str]]:
         """The hashes of the data that the rows saw."""

@@ -107,6 +107,7 @@ class Runner:
             if self.bench.missing(row, self.num_layers):
                 waiting.append(row)
             else:
+                self.bench.publish(row, self.num_layers)  # where an earlier run was killed before it could
                 fates[row.stem] = "finished"
         self.say(f"{len(fates)} rows are finished, {len(waiting)} are to run, {len(self.slots)} at a time")
         try:
@@ -130,7 +131,7 @@ class Runner:
         """Seconds the row will take, from its steps and from how long earlier rows took beside their estimates."""
         budget, missing = self.bench.budget, self.bench.missing(row, self.num_layers)
         seconds = STARTING + MEASURE * sum(MEASURES_TOO.get(m, 1.0) for m in missing)
-        if not (self.bench.work / budget.name / row.stem / "model").is_dir():
+        if not (self.bench.folder(row) / "model").is_dir():
             beside = max(1, self.slots.count(self.slots[0]))
             scale = beside * budget.batch_size * budget.sequence_length / 4096
             converts = row.preset not in (TEACHER, "window_only")
@@ -176,6 +177,7 @@ class Runner:
             took = time.monotonic() - worker.started
             fates[row.stem] = answer["fate"]
             if answer["fate"] == "finished":
+                self.bench.publish(row, self.num_layers)
                 base = statistics.median(self.ratios) if self.ratios else 1.0
                 if row.stage1 or row.stage2:  # how long it takes to train is what is hard to know
                     self.ratios.append(took / (worker.estimate / base))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.tables import BASE, RECOMMENDED
+from benchmarks.quality.rows import BASE, RowSpec
 
 
 def layer_order(bench: Bench) -> list[int] | None:
     """Layers from the most KL saved to the least, as the row ``recommended`` or ``base`` (seed 0) measured it after
     stage 1, which both train alike. None where neither has."""
-    for row in (RECOMMENDED, BASE):
-        path = bench.record_path(row)
-        if path.is_file() and (measured := json.loads(path.read_text())["measures"].get("restore")):
-            return measured["order"]
+    for name in ("recommended", BASE):
+        for record in bench.records(RowSpec(name=name)):
+            if measured := record["measures"].get("restore"):
+                return measured["order"]
     return None

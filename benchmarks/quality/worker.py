@@ -1,4 +1,4 @@
-"""One row: trained, measured, and written to its JSON file after every step of the way."""
+"""One row: trained, measured, and written to a JSON file of its own after every step of the way."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.bench import Bench, write_json
+from benchmarks.quality.bench import Bench
 from benchmarks.quality.branches import switched_off
+from benchmarks.quality.records import write_json
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import TEACHER, RowSpec
 from lizard_models.distill import RunArguments, held_out_errors, train_stage1, train_stage2
@@ -43,7 +44,7 @@ class _Row:
     def __init__(self, spec: RowSpec, bench: Bench, say: Say) -> None:
         self.spec, self.bench, self.say = spec, bench, say
         self.started = time.monotonic()
-        self.folder = bench.work / bench.budget.name / spec.stem
+        self.folder = bench.folder(spec)
         self.num_layers = bench.num_layers()
         self.config = spec.config(bench.budget, self.num_layers)
         dtype = precision(self.config.stage1, bench.device)
@@ -160,7 +161,7 @@ class _Row:
 
     def _write(self) -> None:
         self.record["seconds"] = self.before + time.monotonic() - self.started
-        write_json(self.bench.record_path(self.spec), self.record)
+        write_json(self.bench.draft_path(self.spec), self.record)
 
     def _loss_of(self, model: Any) -> dict[str, Any]:
         return _plain(self._loss(model))

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from benchmarks.quality import worker
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.bench import Bench
+from benchmarks.quality.records import read_record
 from benchmarks.quality.rows import Budget, RowSpec
 
 
@@ -37,7 +38,7 @@ def options(places):
 def test_rows_run_in_processes_of_their_own_and_only_once(places):
     shown = call("run", "recommended", "--no-controls", "--measures", "loss,kl", *options(places)).output
     assert "0 rows are finished, 1 are to run, 1 at a time" in shown and "recommended.s0: finished in" in shown
-    record = json.loads((places / "out" / "quick" / "recommended.s0.json").read_text())
+    record = read_record(places / "out" / "quick.jsonl", "recommended.s0")
     assert record["measures"].keys() == {"loss", "kl"} and record["settings"]["budget"]["stage1_steps"] == 1
     again = call("run", "recommended", "--no-controls", "--measures", "loss,kl", *options(places)).output
     assert "1 rows are finished, 0 are to run" in again
@@ -73,7 +74,7 @@ def test_a_worker_says_why_a_row_failed_and_goes_on(places, monkeypatch):
         (["run", "softmax", "DATA"], "which layers save most KL is not measured yet"),
         (["run", "presets", "--measures", "tasks", "DATA"], "tasks needs a file of requests (--requests)"),
         (["mqar", "--mixers", "mamba"], "--mixers: no mamba; known are attention, lizard, gla, window"),
-        (["docs", "--document", "/nowhere.md"], "--document '/nowhere.md' is not there"),
+        (["docs", "--out", "/nowhere"], "--out '/nowhere' is not there"),
     ],
 )
 def test_mistakes_are_one_line(places, arguments, message):
@@ -84,5 +85,12 @@ def test_mistakes_are_one_line(places, arguments, message):
 
 def test_list_shows_every_table():
     shown = call("list").output
-    for name in ("presets", "gates", "softmax-12.5-uniform", "A13-all-keys", "recommended-passkeys"):
+    for name in (
+        "presets",
+        "gates",
+        "softmax-12.5-uniform",
+        "A13-all-keys",
+        "recommended-passkeys",
+        "gate-none: no decay",
+    ):
         assert name in shown

@@ -1,7 +1,6 @@
 """Associative recall: the task is what it says, memories have equal bytes, and small models learn it."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from benchmarks.quality.mqar import (
     run_recall,
     train_recall,
 )
+from benchmarks.quality.records import read_record
 
 SMALL = Recall(length=32, pairs=(2, 4), vocabulary=32, width=16, heads=2, window=4, steps=4, batch_size=8)
 
@@ -63,12 +63,12 @@ def test_every_mixer_trains_and_attention_learns():
 
 
 def test_rows_keep_the_best_rate_and_finished_ones_are_left_out(tmp_path):
-    tiny, said = dataclasses.replace(SMALL, steps=2), []
-    run_recall(tmp_path, [("window", tiny)], [1e-3, 1e-2], device="cpu", minutes=0, say=said.append)
+    tiny, said, out = dataclasses.replace(SMALL, steps=2), [], tmp_path / "mqar.jsonl"
+    run_recall(out, [("window", tiny)], [1e-3, 1e-2], device="cpu", minutes=0, say=said.append)
     assert len(said) == 2 and "not started" in said[0] and not list(tmp_path.iterdir())
     for _ in range(2):
-        run_recall(tmp_path, [("window", tiny)], [1e-3, 1e-2], device="cpu", jobs=1, say=said.append)
+        run_recall(out, [("window", tiny)], [1e-3, 1e-2], device="cpu", jobs=1, say=said.append)
     assert len(said) == 3
-    saved = json.loads((tmp_path / "window.s0.json").read_text())
+    saved = read_record(out, "window.s0")
     assert saved["best_rate"] in (1e-3, 1e-2) and len(saved["by_rate"]) == 2 and saved["settings"]["mixer"] == "window"
     assert saved["accuracy"] == saved["by_rate"][str(saved["best_rate"])] and saved["memory_bytes"] > 0

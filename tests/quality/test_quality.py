@@ -16,11 +16,12 @@ from benchmarks.quality import runner as runner_module
 from benchmarks.quality import worker
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.branches import switched_off
+from benchmarks.quality.records import merge_records, read_record
 from benchmarks.quality.retrieval_data import WithPasskeys
-from benchmarks.quality.rows import BUDGETS, Budget, RowSpec, controls
+from benchmarks.quality.rows import BUDGETS, ROWS, TABLES, Budget, RowSpec, controls, rows_of
+from benchmarks.quality.rows.find import find_rows
 from benchmarks.quality.runner import Runner
 from benchmarks.quality.selection import layer_order
-from benchmarks.quality.tables import BASE, TABLES, find_rows
 from benchmarks.quality.worker import run_row
 from lizard_models import LizardConfig
 from lizard_models.evaluation import divergence_by_position, loss_by_position
@@ -45,12 +46,13 @@ def test_every_row_of_every_table_is_a_sound_configuration():
 
 def test_every_ablation_changes_something():
     budget = BUDGETS["quick"]
-    base = BASE.config(budget, LAYERS)
-    for name, table in TABLES.items():
-        for row in table(range(LAYERS), LAYERS):
-            if row.name not in ("base", "no-stage1", "no-stage2") and not row.passkeys:
-                assert row.config(budget, LAYERS) != base, f"{name}: {row.name}"
-    stages = {row.name: (row.stage1, row.stage2) for row in TABLES["parts"](None, LAYERS)}
+    base = ROWS["base"].spec(None, LAYERS).config(budget, LAYERS)
+    for declared in ROWS.values():
+        row = declared.spec(range(LAYERS), LAYERS)
+        if row.name not in ("base", "no-stage1", "no-stage2") and not row.passkeys:
+            assert row.config(budget, LAYERS) != base, row.name
+    specs = [row.spec(None, LAYERS) for row in rows_of("parts")]
+    stages = {row.name: (row.stage1, row.stage2) for row in specs}
     assert stages["no-stage1"] == (False, True) and stages["no-stage2"] == (True, False)
 
 
@@ -123,7 +125,7 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     first = bench(places, measures=["loss", "kl", "branches", "restore"])
     assert first.missing(spec, 3) == ["loss", "kl", "branches", "restore"] and layer_order(first) is None
     record = run_row(spec, first, lambda message: None)
-    saved = json.loads(first.record_path(spec).read_text())
+    saved = json.loads(first.draft_path(spec).read_text())
     assert saved["measures"].keys() == {"loss", "kl", "branches", "restore"}
     assert saved["stages"]["stage1"]["steps"] == 2 and saved["stages"]["stage2"]["final_loss"] > 0
     assert saved["settings"]["config"]["attention"]["window"] == 16 and saved["settings"]["row"]["seed"] == 0
@@ -131,7 +133,11 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert len(saved["after_stage1"]["layer_errors"]) == 3
     assert sorted(layer_order(first)) == [0, 1, 2] == sorted(map(int, saved["measures"]["restore"]["saved"]))
     assert saved["measures"]["loss"]["means"] == pytest.approx(record["measures"]["loss"]["means"])
-    assert first.missing(spec, 3) == []
+    assert first.missing(spec, 3) == [] and not first.results.exists()
+    runner = Runner(first, Console(file=open("/dev/null", "w")), gpus=[], jobs_per_gpu=1, minutes=None)
+    assert runner.run([spec]) == {"recommended.s0": "finished"}  # as if an earlier one had been killed before merging
+    assert not first.draft_path(spec).exists() and read_record(first.results, spec.stem) == saved
+    assert first.missing(spec, 3) == [] and sorted(layer_order(first)) == [0, 1, 2]
 
     more = bench(places, measures=["loss", "length", "passkey", "passkeys5"])
     assert more.missing(spec, 3) == ["length", "passkey", "passkeys5"]
@@ -148,12 +154,16 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert more.missing(again, 3) == []  # the same configuration said otherwise
     changed = RowSpec(name="recommended", changes={"attention": {"window": 8}})
     assert more.record(changed, 3) is None and "loss" in more.missing(changed, 3)
-    older = json.loads(more.record_path(spec).read_text())
+    more.publish(changed, 3)  # another row's settings: what is under way is not theirs
+    assert "length" not in read_record(more.results, spec.stem)["measures"]
+    more.publish(spec, 3)
+    older = read_record(more.results, spec.stem)
+    assert older["measures"]["length"]["means"] == [*record["measures"]["length"]["means"]]
     del older["settings"]["row"]["passkeys"], older["settings"]["config"]["attention"]["gate_rank"]
-    more.record_path(spec).write_text(json.dumps(older))  # as written before these fields existed
+    merge_records(more.results, {spec.stem: older})  # as written before these fields existed
     assert more.missing(spec, 3) == []
     older["settings"]["config"]["attention"]["nonsense"] = 1
-    more.record_path(spec).write_text(json.dumps(older))
+    merge_records(more.results, {spec.stem: older})
     assert more.record(spec, 3) is None
     with pytest.raises(ValueError, match="measures: no nonsense"):
         bench(places, measures=["nonsense"])

@@ -1,74 +1,23 @@
-"""The quality part of the docs: the JSON files' numbers, shares against the right controls, reasons, marks."""
+"""The page of tables: the records' numbers, shares against the right controls, reasons, goals, plots."""
 
-import dataclasses
-import json
+from pathlib import Path
 
 import pytest
+from measured import BASE, BUDGET, loss, write_row
 
 from benchmarks.quality import figures
-from benchmarks.quality.bench import write_json
 from benchmarks.quality.goals import goals
-from benchmarks.quality.reasons import FIELDS, better_rows, differences, reasons
-from benchmarks.quality.report import BEGIN, END, quality_text, write_docs
+from benchmarks.quality.reasons import better_rows, differences, reasons
+from benchmarks.quality.records import change_record
+from benchmarks.quality.report import quality_text, write_docs
 from benchmarks.quality.results import Number, Results
-from benchmarks.quality.rows import BUDGETS, RowSpec, controls
-from benchmarks.quality.tables import BASE, TABLES, find_rows
+from benchmarks.quality.rows import ROWS, RowSpec, controls
 
-EDGES = (0, 128, 2048, 4096)
-BUDGET = BUDGETS["quick"]
-
-
-def loss(value: float, edges=EDGES) -> dict:
-    return {"edges": edges, "means": [4.0] + [value] * (len(edges) - 2), "errors": [0.1] * (len(edges) - 1)}
-
-
-def write_row(folder, spec: RowSpec, value: float, **measures) -> None:
-    record = {
-        "settings": {"row": dataclasses.asdict(spec), "budget": dataclasses.asdict(BUDGET)},
-        "measures": {"loss": loss(value), "kl": loss(value - 3), **measures},
-        "stages": {},
-        "hashes": {"validation": "abcdef0123456789"},
-        "after_stage1": {"relative_error": 0.0321},
-        "environment": {"device": "a chip", "dtype": "bfloat16", "versions": {"torch": "1", "transformers": "2"}},
-    }
-    write_json(folder / BUDGET.name / f"{spec.stem}.json", record)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    row = RowSpec(name="recommended")
-    beside = controls(row, BUDGET)
-    write_row(tmp_path, beside["teacher"], 3.0)
-    for seed in (0, 1):
-        write_row(tmp_path, dataclasses.replace(beside["control"], seed=seed), 3.4)
-    more = {
-        "branches": {"without_linear": loss(3.5), "without_window": loss(5.0)},
-        "restore": {"kl": 0.1, "saved": {"0": 0.01, "1": 0.03}, "order": [1, 0]},
-        "passkey": {"256": 1.0, "1024": 0.5},
-        "length": loss(3.3, (0, 128, 4096, 65536)),
-        "tasks": {
-            "metrics": {"piqa": {"acc": 0.6, "acc_norm": 0.61, "acc_norm_stderr": 0.01, "documents": 9, "ties": 2}}
-        },
-    }
-    write_row(tmp_path, row, 3.1, **more)
-    write_row(tmp_path, dataclasses.replace(row, seed=1), 3.12)
-    for seed, value in ((0, 3.1), (1, 3.12)):
-        write_row(tmp_path, dataclasses.replace(BASE, seed=seed), value)
-    for role in controls(BASE, BUDGET).values():
-        write_row(tmp_path, role, 3.0 if role.preset == "teacher" else 3.4)
-    costlier, narrow = ("A4-query-head-keys", 3.0), ("A8-features-64", 3.3)
-    for name, value in (("gate-none", 3.3), ("gate-scalar", 3.0), ("stage2-lr-1e-3", 3.0), costlier, narrow):
-        write_row(tmp_path, dataclasses.replace(BASE, name=name), value)
-    settings = {"mixer": "lizard", "width": 8, "length": 64, "steps": 3, "batch_size": 2, "learning_rate": [1]}
-    recall = {"settings": settings, "accuracy": {"4": 0.5}, "memory_bytes": 4096}
-    write_json(tmp_path / "mqar" / "lizard.s0.json", recall)
-    other = {**recall, "settings": {**settings, "mixer": "gla"}, "accuracy": {"4": 0.25}}
-    write_json(tmp_path / "mqar" / "gla.s0.json", other)
-    return tmp_path
+ROOT = Path(__file__).parents[2]
 
 
 def test_shares_are_taken_against_controls_of_the_same_seed(folder):
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     assert results.past("recommended") == Number(pytest.approx(3.11), pytest.approx(0.01414, rel=1e-3), 2)
     assert results.share("recommended").mean == pytest.approx((0.3 + 0.28) / 2 / 0.4)
     assert results.share("teacher") is None and results.past("nothing") is None
@@ -78,33 +27,32 @@ def test_shares_are_taken_against_controls_of_the_same_seed(folder):
 
 def test_a_row_from_before_its_preset_changed_keeps_its_control(folder):
     write_row(folder, controls(BASE, BUDGET)["control"], 3.3)
-    write_row(folder, RowSpec(name="old"), 3.1)  # of the preset "recommended" as BASE is
-    path = folder / "quick" / "old.s0.json"
-    record = json.loads(path.read_text())
-    record["settings"]["config"] = BASE.config(BUDGET, 2).to_dict()
-    write_json(path, record)
-    assert Results(folder / "quick").share("old").mean == pytest.approx(0.2 / 0.3)
+    write_row(folder, RowSpec(name="longer-x4"), 3.1)  # of the preset "recommended" as BASE is
+    config = BASE.config(BUDGET, 2).to_dict()
+    change_record(folder / "quick.jsonl", "longer-x4.s0", lambda record: record["settings"].update(config=config))
+    assert Results(folder / "quick.jsonl").share("longer-x4").mean == pytest.approx(0.2 / 0.3)
 
 
 def test_wide_rows_stand_beside_both_controls(folder):
-    row = next(row for row in TABLES["wide"](range(30), 30) if row.name == "recommended-wide-4x1024")
+    row = ROWS["recommended-wide-4x1024"].spec(range(30), 30)
     write_row(folder, row, 3.06)
     write_row(folder, controls(row, BUDGET)["control"], 3.2)
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     own, control = results.share(row.name), controls(row, BUDGET)["control"].name
     assert own.mean == pytest.approx(0.14 / 0.2) and results.narrow_share(row.name).mean == pytest.approx(0.34 / 0.4)
     assert results.share(control) is None and results.narrow_share(control).mean == pytest.approx(0.2 / 0.4)
     assert results.narrow_share("recommended") == results.share("recommended")
     page = quality_text(folder, folder, "figures")
     assert "| recommended-wide-4x1024 | 3.060 | 85% | 70% |" in page and f"| {control} | 3.200 | 50% |  |" in page
+    assert "| 17.2 |" in page and "| 27.7 |" in page  # MiB of a sequence
 
 
 def test_of_many_hybrids_the_best_is_drawn(folder):
-    for name, value in (("recommended-wide-4x1024", 3.2), ("recommended-wide-8x1024", 3.1), ("other", 2.9)):
+    for name, value in (("recommended-wide-4x1024", 3.2), ("recommended-wide-8x1024", 3.1), ("stage2-wide", 2.9)):
         write_row(folder, RowSpec(name=name), value)
     write_row(folder, RowSpec(name="recommended-softmax-25"), 3.05)
     write_row(folder, RowSpec(name="recommended-softmax-25-passkeys"), 2.8)
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     control = controls(RowSpec(name="recommended"), BUDGET)["control"].name
     drawn = figures._drawn(results, [*results.records], "loss")
     wanted = {"teacher", control, "recommended", "recommended-wide-8x1024", "recommended-softmax-25"}
@@ -113,11 +61,11 @@ def test_of_many_hybrids_the_best_is_drawn(folder):
 
 def test_rows_with_teachers_of_their_own_are_compared_above_them(folder):
     """Cross-entropy moves teacher and student toward the text alike."""
-    row = next(row for row in TABLES["choices"](None, 30) if row.name == "stage2-ce")
+    row = ROWS["stage2-ce"].spec(None, 30)
     write_row(folder, row, 2.6)
-    assert Results(folder / "quick").beside("stage2-ce", "base") is None
+    assert Results(folder / "quick.jsonl").beside("stage2-ce", "base") is None
     write_row(folder, controls(row, BUDGET)["teacher"], 2.4)
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     assert results.beside("stage2-ce", "base") == pytest.approx(0.2 - 0.11)
     assert results.beside("gate-none", "base") == pytest.approx(3.3 - 3.11)
     assert results.beside("nothing", "base") is None
@@ -127,13 +75,13 @@ def test_rows_with_teachers_of_their_own_are_compared_above_them(folder):
 def test_hybrids_have_a_goal_however_they_were_trained(folder):
     for name, found in (("recommended-softmax-25", 0.5), ("recommended-softmax-25-passkeys", 1.0)):
         write_row(folder, RowSpec(name=name), 3.0, passkey={"1024": found, "8192": found})
-    lines = [line for line in goals(Results(folder / "quick")).splitlines() if "passkey" in line]
+    lines = [line for line in goals(Results(folder / "quick.jsonl")).splitlines() if "passkey" in line]
     assert len(lines) == 4 and sum("**no**" in line for line in lines) == 2
     assert all("passkeys`" in line for line in lines if "**no**" not in line)
 
 
 def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
-    results = Results(folder / "quick")
+    results = Results(folder / "quick.jsonl")
     changes = differences(results, "attention.gate")
     assert changes["gate-none"][0] == pytest.approx(0.19) and changes["gate-none"][1] == pytest.approx(0.0283, rel=1e-2)
     # a larger state does not count, and the rate of stage2-lr-1e-3 is what recommended has
@@ -142,17 +90,17 @@ def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
     assert "changed, `0.0005` before" in reasons(results)
     text = reasons(results)
     assert "`gate-none` +0.190" in text and "`gate-scalar` is better" in text and "`attention.feature_dim`" in text
-    rows = find_rows(list(TABLES), [0], BUDGET, order=range(30), layers=30, with_controls=False)
-    assert {name for names in FIELDS.values() for name in names} <= {row.name for row in rows}
 
 
-def test_the_page_is_written_between_its_marks_again_and_again(folder, tmp_path):
-    page = tmp_path / "docs" / "results.md"
-    page.parent.mkdir()
-    page.write_text("# Results\n\nBefore.\n")
-    write_docs(page, folder)
+def test_the_page_is_written_whole_and_the_same_again(folder, tmp_path):
+    page, plots = tmp_path / "results" / "TABLES.md", tmp_path / "docs" / "figures"
+    write_docs(page, plots, folder)
     once = page.read_text()
-    assert once.startswith("# Results\n\nBefore.\n") and once.count(BEGIN) == once.count(END) == 1
+    assert (
+        once.startswith("# Tables of quality\n")
+        and once.endswith("\n")
+        and "](../docs/figures/quality-mqar.png)" in once
+    )
     cells = ["| recommended | 4.000 ± 0.000 | 3.110 ± 0.014 |", "72 ± 4%", "a chip, torch 1", "abcdef012345", "50.0%"]
     cells += [
         "61.0% (error 1.0)",
@@ -161,19 +109,39 @@ def test_the_page_is_written_between_its_marks_again_and_again(folder, tmp_path)
         "[4K, 64K)",
         "Table 4, A7",
         "| 5.000 |",
+        "| gate-none | no decay | 3.300 | +0.190 (base) | 25% |",
         "hybrid 50.0%, above its linear branch alone (25.0%); above it in 1 of 1 seeds",
     ]
     for cell in cells:
         assert cell in once, cell
-    assert {path.name for path in (page.parent / "figures").iterdir()} >= {"quality-quick-loss.png", "quality-mqar.png"}
-    page.write_text(once + "\nAfter.\n")
-    write_docs(page, folder)
-    assert page.read_text() == once + "\nAfter.\n"
-    assert "NaN" not in json.dumps(once)
+    shown = {path.name for path in plots.iterdir()}
+    assert shown >= {"quality-quick-loss.png", "quality-mqar.png"} and all(name in once for name in shown)
+    page.write_text("something else")
+    write_docs(page, plots, folder)
+    assert page.read_text() == once and "NaN" not in once
+
+
+def test_the_page_in_the_repository_is_what_the_command_writes(tmp_path):
+    results = ROOT / "benchmarks" / "results"
+    write_docs(tmp_path / "benchmarks" / "results" / "TABLES.md", tmp_path / "docs" / "figures", results / "quality")
+    written = (tmp_path / "benchmarks" / "results" / "TABLES.md").read_text()
+    assert (results / "TABLES.md").read_text() == written, "run `python -m benchmarks.quality docs`"
+    plots = {path.name for path in (tmp_path / "docs" / "figures").iterdir()}
+    assert {path.name for path in (ROOT / "docs" / "figures").glob("quality-*")} == plots
+
+
+def test_rows_that_are_not_declared_are_not_read(folder):
+    """Their options may be retired, so that no configuration can be made of them."""
+    before = quality_text(folder, folder, "figures")
+    write_row(folder, RowSpec(name="memory-delta"), 2.0)
+    retired = {"attention": {"memory": "delta", "nonsense": 1}}
+    change_record(folder / "quick.jsonl", "memory-delta.s0", lambda record: record["settings"].update(config=retired))
+    assert quality_text(folder, folder, "figures") == before
+    assert "memory-delta" not in Results(folder / "quick.jsonl").records
 
 
 def test_goals_are_held_against_the_rows(folder):
-    text = goals(Results(folder / "quick"))
+    text = goals(Results(folder / "quick.jsonl"))
     assert "| share recovered past 2048 | at least 75% | 72 ± 4% | **no** |" in text
     assert "| loss at 0 to 128 above the teacher trained alike | at most 0.010 | 0.000 ± 0.000 | yes |" in text
     assert "piqa" not in text and "passkey" not in text  # neither the teacher's tasks nor a hybrid was measured
@@ -188,7 +156,7 @@ def test_goals_are_held_against_the_rows(folder):
         3.05,
         passkey={"256": 1.0, "1024": 1.0, "8192": 0.85, "16384": 0.1},
     )
-    text = goals(Results(folder / "quick"))
+    text = goals(Results(folder / "quick.jsonl"))
     assert "| piqa beside the teacher | at least 99% | 98.4% | **no** |" in text
     assert "| loss from 16,384 on above that at 2048 to 4096 | at most 0.030 | 0.040 | **no** |" in text
     assert (

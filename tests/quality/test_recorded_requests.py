@@ -7,7 +7,8 @@ import pytest
 from readable import byte_tokenizer
 from tiny import student, teacher
 
-from benchmarks.quality.__main__ import recorded_lm
+from benchmarks.quality.options import recorded_lm
+from benchmarks.quality.records import merge_records, read_record
 from benchmarks.quality.tasks.requests import Requests, Scores, score
 
 WORDS = "the mill turns and river runs down to sea in wind sun cart comes back year after".split()
@@ -138,17 +139,20 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
     record = {"choices": ["a", "b", "c", "d"], "answer": 3}
     assert rotated(record, 1) == {"choices": ["d", "a", "b", "c"], "answer": 0}
 
-    rows = tmp_path / "rows"
-    (rows / "scores").mkdir(parents=True)
-    (rows / "row.s0.json").write_text('{"measures": {}}')
+    results, scored = tmp_path / "quick.jsonl", tmp_path / "scores" / "quick"
+    scored.mkdir(parents=True)
+    merge_records(results, {name: {"measures": {}} for name in ("other.s0", "row.s0")})
     some = ["lambada_openai:6", "mmlu_letters:2"]
     recorded = record_requests(tmp_path / "data", tokenizer, some)
-    score(model, recorded).save(rows / "scores" / "row.s0.npz")
+    for name in ("row.s0", "unfinished.s0"):
+        score(model, recorded).save(scored / f"{name}.npz")
     said: list[str] = []
     for _ in range(2):  # the second time there is nothing left to do
-        add_task_metrics(rows, tmp_path / "data", tokenizer, recorded, some, say=said.append)
-    saved = json.loads((rows / "row.s0.json").read_text())["measures"]["tasks"]
-    assert saved["metrics"]["lambada_openai"] == pytest.approx(ours["lambada_openai"]) and len(said) == 1
+        add_task_metrics(results, scored, tmp_path / "data", tokenizer, recorded, some, say=said.append)
+    saved = read_record(results, "row.s0")["measures"]["tasks"]
+    unfinished = [line for line in said if line.startswith("unfinished.s0: has scores, but no finished record")]
+    assert saved["metrics"]["lambada_openai"] == pytest.approx(ours["lambada_openai"]) and len(said) == 3
+    assert len(unfinished) == 2 and read_record(results, "other.s0") == {"measures": {}}
     letters = saved["metrics"]["mmlu_letters3"]
     assert letters["documents"] == 2 and sum(letters["letters"].values()) == 2 and letters["acc"] in (0, 0.5, 1)
     with pytest.raises(ValueError, match="a request of local_piqa has no answer"):

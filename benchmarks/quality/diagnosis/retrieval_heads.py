@@ -1,12 +1,13 @@
 """One layer alone: which of its heads the student misses, and whether form, size or merge is what they lack.
 
     python -m benchmarks.quality.diagnosis.retrieval_heads --layer 18 --data novels_train.npy \
-        --eval-data novels_validation/ --out benchmarks/results/quality/retrieval_heads.json
+        --eval-data novels_validation/ --out benchmarks/results/quality/diagnosis/retrieval_heads.json
 
 The layer's inputs and attention outputs are read off the teacher once; every form then trains on them alone, in
 float32, with the error and the rates of stage 1. Of the first form two oracles are measured as well: the trained
 student with the teacher's share of the mass outside window and anchors ("share"), and with the teacher's output there
-("output"). "divergence" is that of the attention weights, in nats (``attention_weights.attention_divergence``).
+("output"). The file in results/ has forms and a divergence of attention weights as well that the library has no more
+(commit a286720; docs/diary.md).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality.diagnosis.attention_weights import attention_divergence
 from lizard_layers import AttentionConfig, HybridAttention, apply_rope
 from lizard_models import LizardConfig
 from lizard_models.distill.schedule import cosine_schedule
@@ -37,10 +37,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "four times the features": {"feature_dim": 512},
     "a key map a query head": {"key_map": "query_head"},
-    "attention weights compared": {"attention_weight": 0.3},
-    "the same, ten times the weight": {"attention_weight": 3.0},
-    "the same, a key map a query head": {"attention_weight": 3.0, "key_map": "query_head"},
-    "the same, four times the features": {"attention_weight": 3.0, "feature_dim": 512},
 }
 
 
@@ -111,11 +107,8 @@ def build(layer: Layer, **changes: Any) -> HybridAttention:
     return HybridAttention(AttentionConfig.from_choices(choices, **shape))
 
 
-def train(
-    layer: Layer, student: HybridAttention, pairs: list[tuple[Tensor, Tensor]], steps: int, weight: float = 0.0
-) -> None:
-    """Relative error after the output projection, a row a step, with the rates and the schedule of stage 1; weight: of
-    the divergence of the attention weights, 256 rows of each sequence."""
+def train(layer: Layer, student: HybridAttention, pairs: list[tuple[Tensor, Tensor]], steps: int) -> None:
+    """Relative error after the output projection, a row a step, with the rates and the schedule of stage 1."""
     recipe = LizardConfig.preset("recommended").stage1
     named = torch.nn.ModuleDict({"attention": torch.nn.ModuleDict({"lizard": student})})  # as rates are told apart
     groups = parameter_groups(named, recipe.learning_rate, recipe.gate_learning_rate)
@@ -124,20 +117,11 @@ def train(
     for step in range(steps):
         x, o = pairs[step % len(pairs)]
         wanted, got = (layer.attention.o_proj(h.flatten(2)).unsqueeze(2) for h in (o, layer.run(student, x)))
-        error = output_error(got, wanted, "relative")
-        if weight:
-            error = error + weight * divergence(layer, student, x).mean()
-        error.backward()
+        output_error(got, wanted, "relative").backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-
-
-def divergence(layer: Layer, student: HybridAttention, x: Tensor) -> Tensor:
-    cos, sin = layer.rope  # type: ignore[misc]
-    q, k, _ = layer.heads(x)
-    return attention_divergence(student, x, q, k, (cos[:, : x.shape[1]], sin[:, : x.shape[1]]), rows=256)
 
 
 @torch.no_grad()
@@ -204,23 +188,18 @@ def main() -> None:
     held_out = layer.read(model, load_documents(options.eval_data, teacher.tokenizer, 1024, count=8).tokens)
     settings = vars(options) | {name: [Path(s).name for s in getattr(options, name)] for name in ("data", "eval_data")}
     del settings["out"]
-    results: dict[str, Any] = {"environment": environment(), "settings": settings, "forms": {}, "divergence": {}}
+    results: dict[str, Any] = {"environment": environment(), "settings": settings, "forms": {}}
     results["mass"] = mass_of(layer, held_out, build(layer).config)
     for name, changes in FORMS.items():
-        changes = dict(changes)
-        weight = changes.pop("attention_weight", 0.0)
         started, student = time.monotonic(), build(layer, **changes)
-        train(layer, student, pairs, options.steps, weight)
+        train(layer, student, pairs, options.steps)
         results["forms"][name] = errors([(layer.run(student, x), o) for x, o in held_out])
-        with torch.no_grad():
-            found = torch.stack([divergence(layer, student, x) for x, _ in held_out]).mean(0)
-        results["divergence"][name] = found.tolist()
         if name == "recommended":
             results["oracles"] = oracles(layer, student, held_out)
         shown = " ".join(f"{error:.3f}" for error in results["forms"][name])
         print(f"{name}: {shown} in {time.monotonic() - started:.0f} s", flush=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
-    for group in ("mass", "oracles", "divergence"):
+    for group in ("mass", "oracles"):
         for name, values in results[group].items():
             print(f"{group}, {name}: {' '.join(f'{value:.3f}' for value in values)}")
 

@@ -1,7 +1,7 @@
 """Single layers with a wide window: what the linear branch adds past it, by how much slower its gate is.
 
     python -m benchmarks.quality.diagnosis.wide_gates --layers 8 18 23 --data novels_train.npy \
-        --eval-data novels_validation/ --out benchmarks/results/quality/wide_gates.json
+        --eval-data novels_validation/ --out benchmarks/results/quality/diagnosis/wide_gates.json
 
 As ``retrieval_heads.py``: the layers' inputs and outputs are read off the teacher once, in texts of 4096 tokens, and
 every form trains on them alone. Errors are squared errors over squared targets after the output projection, held out,
