@@ -37,5 +37,5 @@ def test_the_bytes_are_those_of_the_state():
         found = sum(t.numel() * t.element_size() for t in fields if t is not None)
         assert found == int(size.replace(",", "")), names
         told += found
-    assert told == state_bytes(state) and f"{told:,} bytes a layer" in PAGE
+    assert told == state_bytes(state) and f"{told:,} bytes per layer" in PAGE
     assert f"{30 * told / 1e6:.1f} MB for the thirty layers" in PAGE
