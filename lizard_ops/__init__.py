@@ -1,9 +1,7 @@
-"""Gated linear attention (sums or a delta rule), window attention with sinks and anchors, and both in one pass."""
+"""Gated linear attention, window attention with sinks and anchors, and both in one pass."""
 
 from lizard_ops.common.checks import checked
 from lizard_ops.common.state import AttentionState
-from lizard_ops.delta_attn.api import chunk_delta_attn, recurrent_delta_attn
-from lizard_ops.delta_attn.naive import naive_delta_attn
 from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
@@ -17,15 +15,12 @@ from lizard_ops.window_attn.naive import naive_window_attn
 __all__ = [
     "AttentionState",
     "checked",
-    "chunk_delta_attn",
     "chunk_gated_attn",
     "chunk_hybrid_attn",
-    "naive_delta_attn",
     "naive_gated_attn",
     "naive_hybrid_attn",
     "naive_window_attn",
     "project_heads",
-    "recurrent_delta_attn",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
     "tune",

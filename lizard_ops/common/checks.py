@@ -122,24 +122,6 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
     return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
 
 
-def check_beta(beta: Tensor | None, q: Tensor, heads: int, padding_mask: Tensor | None) -> Tensor | None:
-    """Write strengths of a delta memory, [B,T,Hk] in [0, 1], in the work dtype; None stays None."""
-    if beta is None:
-        return None
-    check_tensor("beta", beta, (*q.shape[:2], heads), q, GATE_FLOATS)
-    if may_read(beta):
-        real = beta.detach() if padding_mask is None else beta.detach()[padding_mask]
-        inside = bool(((real >= 0) & (real <= 1)).all())
-        want(inside, "beta", real.flatten()[:4].tolist() if not inside else None, "strengths from 0 to 1, none NaN")
-    return beta.to(work_dtype(q))
-
-
-def check_delta_gate(g: Tensor | None, v: Tensor) -> None:
-    """A delta memory has one matrix a key head, which decays as a whole; g as ``check_gate`` returns it."""
-    fits = g is None or (g.ndim == 3 and g.shape[2] in (1, v.shape[2]))
-    want(fits, "g", g, "a gate for all heads or a key head, or None, with a delta memory")
-
-
 def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> int:
     """Check how tokens form sequences and return how many there are.
 

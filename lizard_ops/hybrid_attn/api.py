@@ -41,7 +41,6 @@ def chunk_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
-    beta: Tensor | None = None,
     gate_form: str = "stable",
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
@@ -84,10 +83,6 @@ def chunk_hybrid_attn(
         softcap: bound of the window scores, as for ``window_attn``.
         feature_scale: factor of the linear weights; 1.0 by default with normalize, else F ** -0.5.
         initial_state, output_final_state, cu_seqlens, padding_mask: as for ``chunk_gated_attn``.
-        beta: [B, T, Hk] write strengths from 0 to 1, float32 or float64: the linear branch is then the delta memory of
-            ``chunk_delta_attn`` over the same keys. o_lin is what it reads, log_mass stays that of the sums. Not with
-            "exp" features, normalize=False, a gate a query head or a channel, or "absorbed". PyTorch beside the
-            window's kernel on a GPU.
         gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
@@ -104,19 +99,18 @@ def chunk_hybrid_attn(
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
     a = hybrid_arguments(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
-        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask, beta,
+        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
     )  # fmt: skip
     checks.check_softcap(softcap)
     checks.check_flag("output_final_state", output_final_state)
     checks.check_gate_form(gate_form, a.g, feature_map)
-    checks.want(beta is None or gate_form == "stable", "gate_form", gate_form, '"stable" with beta')
     linear_sinks = a.sinks is not None and sink_form == "linear"
     chosen = choose_impl(impl, q, 'sink_form="linear"' if linear_sinks else float64_of(q))
     common: dict[str, Any] = dict(
         anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
         coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, softcap=softcap,
         feature_scale=a.feature_scale, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, padding_mask=padding_mask, beta=a.beta,
+        cu_seqlens=cu_seqlens, padding_mask=padding_mask,
     )  # fmt: skip
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
@@ -157,7 +151,6 @@ def recurrent_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
-    beta: Tensor | None = None,
     inplace: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
@@ -178,12 +171,12 @@ def recurrent_hybrid_attn(
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
     a = hybrid_arguments(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
-        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask, beta,
+        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
     )  # fmt: skip
     checks.check_softcap(softcap)
     checks.check_flag("output_final_state", output_final_state)
     checks.check_flag("inplace", inplace)
-    tensors = (q, k, v, fq, fk, a.g, a.sinks, a.alpha, a.merge_bias, a.beta, *(initial_state or ()))
+    tensors = (q, k, v, fq, fk, a.g, a.sinks, a.alpha, a.merge_bias, *(initial_state or ()))
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if inplace:
         checks.want(initial_state is not None, "inplace", inplace, "False without an initial_state to overwrite")
@@ -194,7 +187,6 @@ def recurrent_hybrid_attn(
                 raise ValueError(f"initial_state.{name}: got strides {x.stride()}, wanted contiguous with inplace")
     beyond = {
         'sink_form="linear"': a.sinks is not None and sink_form == "linear",
-        "beta": beta is not None,
         "float64 tensors": float64_of(q) is not None,
         "anything but one token a row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
         "a step without a carried state": initial_state is None,
@@ -213,7 +205,7 @@ def recurrent_hybrid_attn(
         return o, state if output_final_state else None
     common |= dict(
         sink_form=sink_form, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, padding_mask=padding_mask, beta=a.beta,
+        cu_seqlens=cu_seqlens, padding_mask=padding_mask,
     )  # fmt: skip
     if chosen == "naive":
         return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common)

@@ -9,7 +9,6 @@ from torch import Tensor
 from lizard_ops.common import checks
 from lizard_ops.common.features import FEATURE_MAPS, feature_dim
 from lizard_ops.common.state import AttentionState
-from lizard_ops.delta_attn.arguments import delta_state_shapes
 
 
 class HybridArguments(NamedTuple):
@@ -19,7 +18,6 @@ class HybridArguments(NamedTuple):
     sinks: Tensor | None  # [Hq, M]
     alpha: Tensor | None  # [Hq] or [B, T, Hq]
     merge_bias: Tensor | None  # [Hq] or [B, T, Hq]
-    beta: Tensor | None  # [B, T, Hk]
     scale: float
     feature_scale: float
 
@@ -47,7 +45,6 @@ def hybrid_arguments(
     initial_state: AttentionState | None,
     cu_seqlens: Tensor | None,
     padding_mask: Tensor | None,
-    beta: Tensor | None = None,
 ) -> HybridArguments:
     """Raise ValueError for what does not fit; return what has several spellings in one."""
     checks.check_qkv(q, k, v)
@@ -71,21 +68,13 @@ def hybrid_arguments(
     g = checks.check_gate(g, q, k.shape[2], features, padding_mask)
     shapes = checks.window_state_shapes(sequences, k, v, window, anchors)
     offset = window if coverage == "outside" else 0
-    if beta is None:
-        shapes |= checks.linear_state_shapes(sequences, q, fk.shape[3], v, g, offset, features, feature_map)
-    else:
-        checks.want(feature_map != "exp", "feature_map", feature_map, '"identity" or "softmax" with beta')
-        checks.want(normalize, "normalize", normalize, "True with beta: a delta memory reads values, not sums of them")
-        checks.check_delta_gate(g, v)
-        beta = checks.check_beta(beta, q, k.shape[2], padding_mask)
-        shapes |= delta_state_shapes(sequences, q, fk.shape[3], v, g, offset, feature_map)
+    shapes |= checks.linear_state_shapes(sequences, q, fk.shape[3], v, g, offset, features, feature_map)
     checks.check_state(initial_state, q, shapes)
     return HybridArguments(
         g,
         checks.check_sinks(sinks, q, sink_form),
         checks.check_head_weight("alpha", alpha, q, scalar=True),
         checks.check_head_weight("merge_bias", merge_bias, q, scalar=False),
-        beta,
         checks.check_scale("scale", scale, q.shape[3] ** -0.5),
         checks.check_scale("feature_scale", feature_scale, 1.0 if normalize else features**-0.5),
     )

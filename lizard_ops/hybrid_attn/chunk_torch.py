@@ -7,7 +7,6 @@ from torch import Tensor
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import layout_of
-from lizard_ops.delta_attn.chunk_torch import delta_rows
 from lizard_ops.gated_attn.chunk_torch import linear_rows
 from lizard_ops.hybrid_attn.mix import mixed
 from lizard_ops.window_attn.chunk_torch import window_rows
@@ -40,25 +39,18 @@ def chunk_hybrid_torch(
     cu_seqlens: Tensor | None,
     padding_mask: Tensor | None,
     gate_form: str,
-    beta: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked."""
     weight = alpha if mix == "sum" else merge_bias
     token_weight = weight if weight is not None and weight.ndim == 3 else None  # moves with the rows
 
     def op(rows, lengths, state):
-        q, k, v, fq, fk, g, by_token, beta = rows
+        q, k, v, fq, fk, g, by_token = rows
         offset = window if coverage == "outside" else 0
-        if beta is None:
-            o_lin, log_mass, linear = linear_rows(
-                fq, fk, v, g, lengths, state, feature_map=feature_map, scale=feature_scale, normalize=normalize,
-                offset=offset, anchors=anchors, gate_form=gate_form, chunk_size=None,
-            )  # fmt: skip
-        else:
-            o_lin, log_mass, linear = delta_rows(
-                fq, fk, v, g, beta, lengths, state, feature_map=feature_map, scale=feature_scale, offset=offset,
-                anchors=anchors,
-            )  # fmt: skip
+        o_lin, log_mass, linear = linear_rows(
+            fq, fk, v, g, lengths, state, feature_map=feature_map, scale=feature_scale, normalize=normalize,
+            offset=offset, anchors=anchors, gate_form=gate_form, chunk_size=None,
+        )  # fmt: skip
         o_win, lse, row_max, local = window_rows(
             q, k, v, lengths, state, window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
             softcap=softcap,
@@ -70,6 +62,6 @@ def chunk_hybrid_torch(
         position = layout_of(q, state, None, lengths).end
         return [o], AttentionState(position, **(local | linear)) if output_final_state else None
 
-    rows = (q, k, v, fq, fk, g, token_weight, beta)
+    rows = (q, k, v, fq, fk, g, token_weight)
     (o,), state = over_rows(op, rows, (0.0,), initial_state, cu_seqlens, padding_mask)
     return o.to(q.dtype), state

@@ -10,7 +10,6 @@ from torch import Tensor
 from lizard_ops.common.checks import check_softcap, state_heads, work_dtype
 from lizard_ops.common.sequences import put_rows, sequence_slices, stack_states, state_of
 from lizard_ops.common.state import AttentionState
-from lizard_ops.delta_attn.naive import delta_branch
 from lizard_ops.gated_attn.naive import linear_branch
 from lizard_ops.hybrid_attn.arguments import hybrid_arguments
 from lizard_ops.window_attn.naive import window_branch
@@ -42,13 +41,11 @@ def naive_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
-    beta: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """The reference of ``chunk_hybrid_attn``, whose docstring says what every argument is."""
-    g, sinks, alpha, merge_bias, beta, scale, feature_scale = hybrid_arguments(
+    g, sinks, alpha, merge_bias, scale, feature_scale = hybrid_arguments(
         q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
         feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask,
-        beta,
     )  # fmt: skip
     check_softcap(softcap)
     heads, work = state_heads(q, v, g), work_dtype(q)
@@ -58,17 +55,11 @@ def naive_hybrid_attn(
     for n, (row, at) in enumerate(slices):
         past = state_of(initial_state, n)
         g_row = None if g is None else g[row, at]
-        if beta is None:
-            o_lin, log_mass, linear = linear_branch(
-                fq[row, at], fk[row, at], v[row, at], g_row, past,
-                heads=heads, feature_map=feature_map, scale=feature_scale, normalize=normalize, offset=offset,
-                anchors=anchors,
-            )  # fmt: skip
-        else:
-            o_lin, log_mass, linear = delta_branch(
-                fq[row, at], fk[row, at], v[row, at], g_row, beta[row, at], past,
-                feature_map=feature_map, scale=feature_scale, offset=offset, anchors=anchors,
-            )  # fmt: skip
+        o_lin, log_mass, linear = linear_branch(
+            fq[row, at], fk[row, at], v[row, at], g_row, past,
+            heads=heads, feature_map=feature_map, scale=feature_scale, normalize=normalize, offset=offset,
+            anchors=anchors,
+        )  # fmt: skip
         o_win, lse, row_max, local = window_branch(
             q[row, at], k[row, at], v[row, at], past,
             window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale, softcap=softcap,

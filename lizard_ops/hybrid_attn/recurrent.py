@@ -9,7 +9,6 @@ from lizard_ops.common.checks import window_state_shapes
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState, overwrite
 from lizard_ops.common.steps import blank_state, take_at, where_active
-from lizard_ops.delta_attn.recurrent import blank_delta_state, delta_step
 from lizard_ops.gated_attn.recurrent import blank_linear_state, linear_step
 from lizard_ops.hybrid_attn.mix import mixed
 from lizard_ops.window_attn.recurrent import window_step
@@ -42,7 +41,6 @@ def recurrent_hybrid_torch(
     cu_seqlens: Tensor | None,
     padding_mask: Tensor | None,
     inplace: bool = False,
-    beta: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``recurrent_hybrid_attn``, whose arguments come here checked.
 
@@ -55,11 +53,10 @@ def recurrent_hybrid_torch(
     direct = inplace and q.shape[1] == 1 and cu_seqlens is None and padding_mask is None
 
     def op(rows, lengths, state):
-        q, k, v, fq, fk, g, by_token, beta = rows
+        q, k, v, fq, fk, g, by_token = rows
         if state is None:
             local = blank_state(k, window_state_shapes(q.shape[0], k, v, window, anchors), {})
-            blank = blank_linear_state if beta is None else blank_delta_state
-            linear = blank(fq, fk, v, g, offset, feature_map)
+            linear = blank_linear_state(fq, fk, v, g, offset, feature_map)
             state = AttentionState._make(b if a is None else a for a, b in zip(local, linear, strict=True))
         outputs = []
         for t in range(q.shape[1]):
@@ -71,18 +68,11 @@ def recurrent_hybrid_torch(
                 inplace=direct,
             )  # fmt: skip
             shared = (local["ring_v"], leaving_v) if offset else None
-            if beta is None:
-                o_lin, log_mass, linear = linear_step(
-                    fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], state, feature_map=feature_map,
-                    scale=feature_scale, normalize=normalize, offset=offset, anchors=anchors, shared=shared,
-                    inplace=direct,
-                )  # fmt: skip
-            else:
-                o_lin, log_mass, linear = delta_step(
-                    fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], beta[:, t], state,
-                    feature_map=feature_map, scale=feature_scale, offset=offset, anchors=anchors, shared=shared,
-                    inplace=direct,
-                )  # fmt: skip
+            o_lin, log_mass, linear = linear_step(
+                fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], state, feature_map=feature_map,
+                scale=feature_scale, normalize=normalize, offset=offset, anchors=anchors, shared=shared,
+                inplace=direct,
+            )  # fmt: skip
             o = mixed(
                 o_lin, log_mass, o_win, lse, row_max,
                 mix=mix, weight=weight if by_token is None else by_token[:, t], merge_mass=merge_mass,
@@ -94,7 +84,7 @@ def recurrent_hybrid_torch(
             outputs.append(o)
         return [torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])], state
 
-    rows = (q, k, v, fq, fk, g, token_weight, beta)
+    rows = (q, k, v, fq, fk, g, token_weight)
     (o,), state = over_rows(op, rows, (0.0,), initial_state, cu_seqlens, padding_mask)
     if inplace and not direct:
         assert initial_state is not None and state is not None

@@ -38,25 +38,23 @@ def chunk_hybrid_triton(
     cu_seqlens: Tensor | None,
     padding_mask: Tensor | None,
     gate_form: str,
-    beta: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked.
 
     The kernels fuse gates that are one a head or for all heads. Gates a channel and gate_form="absorbed" run the gated
-    and the window kernels one after the other, and with exponential features that gated branch in PyTorch; a delta
-    memory (beta) runs in PyTorch beside the window kernel. Under autocast q, k, v, fq and fk take its dtype; gates,
-    weights and sums stay float32.
+    and the window kernels one after the other, and with exponential features that gated branch in PyTorch.
+    Under autocast q, k, v, fq and fk take its dtype; gates, weights and sums stay float32.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
     weight = alpha if mix == "sum" else merge_bias
-    if gate_form == "absorbed" or beta is not None or (g is not None and g.ndim == 4):
+    if gate_form == "absorbed" or (g is not None and g.ndim == 4):
         return composed_hybrid(
             q, k, v, fq, fk, g, window, anchors=anchors, sinks=sinks, mix=mix, weight=weight, merge_mass=merge_mass,
             outside=coverage == "outside", feature_map=feature_map, normalize=normalize, scale=scale,
             softcap=softcap, feature_scale=feature_scale, initial_state=initial_state,
             output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
-            gate_form=gate_form, beta=beta,
+            gate_form=gate_form,
         )  # fmt: skip
     if weight is not None:
         weight = weight.float().expand(q.shape[:3])

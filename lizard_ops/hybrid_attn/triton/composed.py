@@ -10,7 +10,6 @@ from lizard_ops.common.padding import compact, compaction
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import layout_of, offset_fields
-from lizard_ops.delta_attn.chunk_torch import chunk_delta_torch
 from lizard_ops.gated_attn.chunk_torch import linear_rows
 from lizard_ops.gated_attn.triton.chunk import chunk_gated_triton
 from lizard_ops.hybrid_attn.mix import mixed
@@ -42,28 +41,19 @@ def composed_hybrid(
     cu_seqlens: Tensor | None,
     padding_mask: Tensor | None,
     gate_form: str,
-    beta: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
-    """Both branches in launches of their own, the mix in PyTorch; with feature_map="exp" or beta the linear one too."""
+    """Both branches in launches of their own, the mix in PyTorch; with feature_map="exp" the linear one too."""
     rows = {"cu_seqlens": cu_seqlens, "padding_mask": padding_mask}
     o_win, local, lse, spread = window_triton(
         q, k, v, window, anchors=anchors, sinks=sinks, scale=scale, softcap=softcap, initial_state=initial_state,
         output_final_state=output_final_state, with_max=mix == "merge" and merge_mass == "relative", **rows,
     )  # fmt: skip
     offset = window if outside else 0
-    if beta is None:
-        linear = linear_in_pytorch if feature_map == "exp" else linear_in_triton
-        o_lin, log_mass, fields = linear(
-            fq, fk, v, g, feature_map=feature_map, scale=feature_scale, normalize=normalize, offset=offset,
-            anchors=anchors, state=initial_state, final=output_final_state, gate_form=gate_form, **rows,
-        )  # fmt: skip
-    else:
-        with without_autocast(v):
-            o_lin, after, log_mass = chunk_delta_torch(
-                fq, fk, v, g, beta, scale=feature_scale, window_offset=offset, anchors=anchors,
-                initial_state=initial_state, output_final_state=output_final_state, feature_map=feature_map, **rows,
-            )  # fmt: skip
-        fields = {} if after is None else {name: x for name, x in after._asdict().items() if x is not None}
+    linear = linear_in_pytorch if feature_map == "exp" else linear_in_triton
+    o_lin, log_mass, fields = linear(
+        fq, fk, v, g, feature_map=feature_map, scale=feature_scale, normalize=normalize, offset=offset,
+        anchors=anchors, state=initial_state, final=output_final_state, gate_form=gate_form, **rows,
+    )  # fmt: skip
     log_window = spread if merge_mass == "relative" else lse
     o = mixed(
         o_lin.float(), log_mass, o_win.float(), log_window, spread, mix=mix, weight=weight, merge_mass="absolute"

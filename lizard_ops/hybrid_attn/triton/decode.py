@@ -16,8 +16,6 @@ from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
 from lizard_ops.tiles.softcap import cap_of, units_of
 from lizard_ops.tuning import tunable
 
-STATE_FIELDS = AttentionState._fields[: AttentionState._fields.index("ring_beta")]  # what sums and windows keep
-
 
 class Config(NamedTuple):
     """Launch configuration: features of a state tile, ring slots of a score tile, warps, stages, registers."""
@@ -81,13 +79,13 @@ def decode_hybrid_triton(
         )
     weight = alpha if mix == "sum" else merge_bias
     o = hybrid_decode(
-        q, k, v, fq, fk, g, sinks, weight, *state[: len(STATE_FIELDS)], window, anchors, mix == "merge",
+        q, k, v, fq, fk, g, sinks, weight, *state, window, anchors, mix == "merge",
         merge_mass == "relative", coverage == "outside", feature_map, normalize, scale, feature_scale, softcap,
     )  # fmt: skip
     return o, state
 
 
-@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=STATE_FIELDS)
+@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=AttentionState._fields)
 def hybrid_decode(
     q: Tensor,
     k: Tensor,
