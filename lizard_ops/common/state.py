@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,7 +40,18 @@ class AttentionState(NamedTuple):
 
 def overwrite(state: AttentionState, new: AttentionState) -> AttentionState:
     """``state`` with the values of ``new``, which holds the same fields, in the memory and dtypes it has."""
-    for kept, value in zip(state, new, strict=True):
+    values = new._asdict()
+    for name, kept in state._asdict().items():
+        value = values[name]
         if kept is not None and value is not None and kept is not value:
             kept.copy_(value)
     return state
+
+
+def map_fields(function: Callable[..., Tensor], *states: AttentionState) -> AttentionState:
+    """``function`` of each field, with the same field of every state; None where one of them has none."""
+    fields: dict[str, Any] = {}
+    for name in AttentionState._fields:
+        values = [getattr(state, name) for state in states]
+        fields[name] = None if any(x is None for x in values) else function(*values)
+    return AttentionState(**fields)

@@ -26,6 +26,41 @@ class Config(NamedTuple):
     registers: int | None = None
 
 
+class WindowCall(NamedTuple):
+    """The tensors of a call of the window kernels, as ``window_forward`` describes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    anchor_k: Tensor | None
+    anchor_v: Tensor | None
+    sinks: Tensor | None
+    first: Tensor | None
+    cu_seqlens: Tensor | None
+    lengths: Tensor | None = None  # [N] queries of right-padded rows, which the backward of keys alone asks for
+
+    @property
+    def anchor_rows(self) -> tuple[Tensor, Tensor]:
+        """The anchors, or the stream whose first rows they are."""
+        own = self.anchor_k is not None and self.anchor_v is not None
+        return (self.anchor_k, self.anchor_v) if own else (self.k, self.v)
+
+    @property
+    def strides(self) -> list[int]:
+        """What the kernels take of q, k, v and the anchors."""
+        return strides(self.q, self.k, self.v, *self.anchor_rows)
+
+
+class WindowNumbers(NamedTuple):
+    """The numbers of such a call."""
+
+    window: int
+    anchors: int
+    prefix: int
+    scale: float
+    softcap: float | None
+
+
 @tunable("window")
 def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Config:
     """The configuration of a kernel ("forward", "queries" or "keys") by head dims and dtype, picked on an H200."""
@@ -119,18 +154,14 @@ def strides(*tensors: Tensor) -> list[int]:
     return [step for x in tensors for step in x.stride()[:3]]
 
 
-def anchors_or(k: Tensor, v: Tensor, anchor_k: Tensor | None, anchor_v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The anchors, or the stream whose first rows they are."""
-    return (k, v) if anchor_k is None or anchor_v is None else (anchor_k, anchor_v)
-
-
-def shape_arguments(q: Tensor, k: Tensor, v: Tensor, window: int, anchors: int, prefix: int, config: Config) -> dict:
+def shape_arguments(x: WindowCall, numbers: WindowNumbers, config: Config) -> dict:
     """The compile-time arguments that every window kernel takes."""
+    q, k, v = x.q, x.k, x.v
     dim, value = q.shape[3], v.shape[3]
     least = 16 if max(dim, value) <= 64 else 32  # 16 beside 128 is read out of bounds: docs/kernels.md
     return {
-        "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": dim, "V": value, "W": window, "A": anchors,
-        "P": prefix, "BM": config.rows, "BN": config.columns,
+        "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": dim, "V": value, "W": numbers.window,
+        "A": numbers.anchors, "P": numbers.prefix, "BM": config.rows, "BN": config.columns,
         "BD": max(least, triton.next_power_of_2(dim)), "BV": max(least, triton.next_power_of_2(value)),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,

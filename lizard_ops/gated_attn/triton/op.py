@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.flat import argument_names, by_name, in_order
 from lizard_ops.gated_attn.triton.bwd import key_kernel, row_kernel
 from lizard_ops.gated_attn.triton.channel import (
     channel_key_kernel,
@@ -60,6 +61,39 @@ def plan_rows(q: Tensor, k: Tensor, table: Tensor | None, q_shift: int, k_shift:
     owner = torch.where(owner < n, owner, -1).int()
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     return Rows(torch.cat([table, starts.unsqueeze(1)], 1), owner, *place, n, owner.shape[0])
+
+
+class Backward(NamedTuple):
+    """What the gradient kernels read and share, and the row terms that the first of them leave for the rest."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_o: Tensor
+    mass: Tensor
+    d_log_mass: Tensor
+    extra: Tensor  # [B, T, Hq] e of ``bwd.py``
+    own: Tensor  # [B, T, Hq] m of ``bwd.py``, or with a gate a channel the term of a query's own key
+    gates: Gates
+    shape: Shape
+    rows: Rows
+    flags: dict[str, bool]
+    scale: float
+
+    @property
+    def place(self) -> tuple:
+        """The arguments of every one of them that say where rows are."""
+        return self.rows.table, self.rows.owner, self.scale, *self.rows.place
+
+
+class KeyGradients(NamedTuple):
+    """Where the gradients of the keys go, and what they take from the rows and the scan."""
+
+    dk: Tensor
+    dv: Tensor
+    covered: bool  # whether every row of them is written
+    row_dot: Tensor | None
+    cross: Tensor | None
 
 
 class Shape(NamedTuple):
@@ -173,7 +207,7 @@ def chunk_states(
     varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
     cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
     state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
-        a, b, mass, extra, *gates[:2], states, z_states, gates.decays, rows.table, rows.owner, scale, *rows.place,
+        a, b, mass, extra, gates.first, gates.second, states, z_states, gates.decays, rows.table, rows.owner, scale, *rows.place,
         HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
         BV=cfg.block_v, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
         VARLEN=varlen, **shape.dims, **cfg.options,
@@ -229,7 +263,7 @@ def gated_chunk(
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
             output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
-                q, k, v, *gates[:2], states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
+                q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
                 **shape.constants, **cfg.blocks, VARLEN=table is not None,
             )  # fmt: skip
     return o, log_mass, mass, s, z
@@ -273,92 +307,82 @@ def gated_chunk_backward(
         return dq, dk, dv, (q.new_zeros(0) if g is None else torch.zeros_like(g)), end[0].clone(), end[1].clone()
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
     channel = shape.gate == GATE_CHANNEL
-    flags = {"NORMALIZE": normalize, "VARLEN": table is not None}
-    place = rows.table, rows.owner, scale, *rows.place
-    extra = torch.empty_like(mass)
+    extra, own = torch.empty_like(mass), torch.empty_like(mass)
     with on_device(q, features=shape.k, values=shape.v, chunk_size=chunk):
         gates = prepare_gates(g, shape, rows)
         states = chunk_states(k, v, gates, start, shape, rows)[:2]
-        x = q, k, v, d_o, mass, extra
-        if channel:
-            own_term = torch.empty_like(mass)
-            row_dot = _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags)
-        else:
-            means = torch.empty_like(mass)
-            row_dot = _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags)
+        x = Backward(
+            q=q, k=k, v=v, d_o=d_o, mass=mass, d_log_mass=d_log_mass, extra=extra, own=own, gates=gates, shape=shape,
+            rows=rows, flags={"NORMALIZE": normalize, "VARLEN": table is not None}, scale=scale,
+        )  # fmt: skip
+        row_dot = (_channel_rows if channel else _rows)(x, states, dq)
         *d_states, ds0, dz0, cross = chunk_states(
             q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra, forward=states
         )
-        ends = row_dot, cross, dk, dv, all_k
-        if channel:
-            dg = _channel_keys(x, d_states, own_term, *ends, gates, shape, rows, place, flags)
-        else:
-            dg = _keys((*x[:-1], d_log_mass, means), d_states, *ends, gates, shape, rows, place, flags)
+        ends = KeyGradients(dk=dk, dv=dv, covered=all_k, row_dot=row_dot, cross=cross)
+        dg = (_channel_keys if channel else _keys)(x, d_states, ends)
     return dq, dk, dv, dg, ds0, dz0
 
 
-def _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags) -> Tensor | None:
-    q, k, v, d_o, mass, extra = x
-    cfg = shape.launch("row", shape.hq // shape.hs)
-    blocks = triton.cdiv(shape.k, cfg.block_k)
-    row_dot = mass.new_empty(blocks, *mass.shape) if shape.gate != GATE_NONE else None
-    row_kernel[(rows.chunks * shape.hs * blocks,)](
-        q, k, v, *gates[:2], *states, d_o, mass, d_log_mass, dq, extra, means, row_dot, *place,
-        mass.numel(), **shape.constants, **flags, **cfg.blocks,
+def _rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Tensor | None:
+    cfg = x.shape.launch("row", x.shape.hq // x.shape.hs)
+    blocks = triton.cdiv(x.shape.k, cfg.block_k)
+    row_dot = x.mass.new_empty(blocks, *x.mass.shape) if x.shape.gate != GATE_NONE else None
+    row_kernel[(x.rows.chunks * x.shape.hs * blocks,)](
+        x.q, x.k, x.v, x.gates.first, x.gates.second, *states, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
+        row_dot, *x.place, x.mass.numel(), **x.shape.constants, **x.flags, **cfg.blocks,
     )  # fmt: skip
     return row_dot
 
 
-def _keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
-    q, k, v, d_o, mass, d_log_mass, means = x
-    cfg = shape.launch("key")
-    blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
+def _keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Tensor:
+    cfg = x.shape.launch("key")
+    blocks = max(triton.cdiv(x.shape.k, cfg.block_k), triton.cdiv(x.shape.v, cfg.block_v))
     dg = None
-    if shape.gate != GATE_NONE:
-        dg = blank(mass, (blocks, *k.shape[:2], shape.hs), all_k)
-    key_kernel[(rows.chunks * shape.hk * blocks,)](
-        q, k, v, *gates[:2], *d_states, d_o, mass, d_log_mass, means, row_dot, cross, dk, dv, dg, *place, mass.numel(),
-        0 if dg is None else dg[0].numel(), BQ=cfg.queries, BK=cfg.block_k, BV=cfg.block_v, **shape.constants,
-        **flags, **cfg.options,
+    if x.shape.gate != GATE_NONE:
+        dg = blank(x.mass, (blocks, *x.k.shape[:2], x.shape.hs), ends.covered)
+    key_kernel[(x.rows.chunks * x.shape.hk * blocks,)](
+        x.q, x.k, x.v, x.gates.first, x.gates.second, *d_states, x.d_o, x.mass, x.d_log_mass, x.own, ends.row_dot,
+        ends.cross, ends.dk, ends.dv, dg, *x.place, x.mass.numel(), 0 if dg is None else dg[0].numel(), BQ=cfg.queries,
+        BK=cfg.block_k, BV=cfg.block_v, **x.shape.constants, **x.flags, **cfg.options,
     )  # fmt: skip
     if dg is None:
-        return q.new_zeros(0)
+        return x.q.new_zeros(0)
     dg = dg[0] if blocks == 1 else dg.sum(0)
-    return dg.sum(2, keepdim=True) if shape.hg < shape.hs else dg
+    return dg.sum(2, keepdim=True) if x.shape.hg < x.shape.hs else dg
 
 
-def _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags) -> Tensor:
-    q, k, v, d_o, mass, extra = x
-    key_sums, row_dot = mass.new_empty(k.shape), mass.new_empty(k.shape)
-    dims, varlen = shape.channel_constants, rows.table is not None
-    exact = {"PRECISION": shape.gate_precision}
+def _channel_rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Tensor:
+    key_sums, row_dot = x.mass.new_empty(x.k.shape), x.mass.new_empty(x.k.shape)
+    shape, rows, gates = x.shape, x.rows, x.gates
+    dims, exact = shape.channel_constants, {"PRECISION": shape.gate_precision}
     cfg = shape.launch("key_sum")
     key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
-        rows.pairs, BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")}
-        | exact, **cfg.options,
+        x.k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
+        rows.pairs, BK=cfg.block_k, VARLEN=rows.table is not None,
+        **{name: dims[name] for name in dims if name not in ("HQ", "V")} | exact, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_row")
     channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, gates.second, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot,
-        *place, BK=cfg.block_k, BV=cfg.block_v, **dims, **flags, **cfg.options,
+        x.q, x.k, x.v, gates.first, gates.second, states[0], key_sums, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
+        row_dot, *x.place, BK=cfg.block_k, BV=cfg.block_v, **dims, **x.flags, **cfg.options,
     )  # fmt: skip
     return row_dot
 
 
-def _channel_keys(x, d_states, own_term, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
-    q, k, v, d_o, mass, extra = x
-    dg = blank(mass, k.shape, all_k)
+def _channel_keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Tensor:
+    shape, rows, gates = x.shape, x.rows, x.gates
+    dg = blank(x.mass, x.k.shape, ends.covered)
     cfg = shape.launch("channel_value")
     channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.block_v),)](
-        q, k, gates.first, gates.second, d_states[0], d_o, mass, dv, *place, BK=cfg.block_k, BV=cfg.block_v,
-        **shape.score_constants, **flags, **cfg.options,
+        x.q, x.k, gates.first, gates.second, d_states[0], x.d_o, x.mass, ends.dv, *x.place, BK=cfg.block_k,
+        BV=cfg.block_v, **shape.score_constants, **x.flags, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_key")
     channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, gates.second, *d_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, *place,
-        BK=cfg.block_k, BV=cfg.block_v, GATE_PRECISION=shape.gate_precision, **shape.channel_constants, **flags,
-        **cfg.options,
+        x.q, x.k, x.v, gates.first, gates.second, *d_states, x.d_o, x.mass, x.extra, x.own, ends.row_dot, ends.cross,
+        ends.dk, dg, *x.place, BK=cfg.block_k, BV=cfg.block_v, GATE_PRECISION=shape.gate_precision,
+        **shape.channel_constants, **x.flags, **cfg.options,
     )  # fmt: skip
     return dg
 
@@ -370,27 +394,31 @@ def _(q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, q_shift, k_shift
     return *like, ds.new_empty(ds.shape), dz.new_empty(dz.shape)
 
 
+FORWARD, BACKWARD = (getattr(torch.ops.lizard_ops, name).default for name in ("gated_chunk", "gated_chunk_backward"))
+TENSORS = ("q", "k", "v", "g", "s0", "z0", "table")
+# the gradients that ``gated_chunk_backward`` returns, in its order
+DIFFERENTIABLE = ("q", "k", "v", "g", "s0", "z0")
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, g, s0, z0, table, *numbers = inputs
+    given = by_name(FORWARD, inputs)
     o, _, mass, s, z = output
-    ctx.save_for_backward(q, k, v, g, s0, z0, table, mass)
+    ctx.save_for_backward(*(given[name] for name in TENSORS), mass)
     ctx.o_shape = o.shape
-    q_shift, k_shift, pairs, scale, normalize, _, chunk = numbers
-    ctx.numbers = (q_shift, k_shift, pairs, scale, normalize, chunk)
+    ctx.numbers = {name: given[name] for name in argument_names(BACKWARD) if name in given and name not in TENSORS}
     ctx.state_shapes = s.shape, z.shape
 
 
 def _backward(ctx, d_o, d_log_mass, d_mass, ds, dz):
-    q, k, v, g, s0, z0, table, mass = ctx.saved_tensors
-    d_o = q.new_zeros(ctx.o_shape) if d_o is None else d_o
+    *tensors, mass = ctx.saved_tensors
+    saved = dict(zip(TENSORS, tensors, strict=True))
+    d_o = saved["q"].new_zeros(ctx.o_shape) if d_o is None else d_o
     d_log_mass = torch.zeros_like(mass) if d_log_mass is None else d_log_mass
     ds = mass.new_zeros(ctx.state_shapes[0]) if ds is None else ds
     dz = mass.new_zeros(ctx.state_shapes[1]) if dz is None else dz
-    dq, dk, dv, dg, ds0, dz0 = gated_chunk_backward(
-        q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, *ctx.numbers
-    )
-    no_state = s0 is None
-    return dq, dk, dv, None if g is None else dg, None if no_state else ds0, None if no_state else dz0, *[None] * 8
+    grads = gated_chunk_backward(**saved, **ctx.numbers, mass=mass, d_o=d_o, d_log_mass=d_log_mass, ds=ds, dz=dz)
+    wanted = {name: grad for name, grad in zip(DIFFERENTIABLE, grads, strict=True) if saved[name] is not None}
+    return in_order(FORWARD, wanted)
 
 
 gated_chunk.register_autograd(_backward, setup_context=_setup_context)

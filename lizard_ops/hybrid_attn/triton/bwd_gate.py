@@ -108,7 +108,8 @@ def gate_gradients(
     heads, window = g.shape[2], shape.window if shape.outside else 0
     if blocks:
         gate_gradient_kernel[(blocks * shape.state_heads,)](
-            head_rows(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, *keys,
+            head_rows(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, keys.near,
+            keys.far, keys.sent,
             terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, window, power_of_two(window),
             shape.query_heads, shape.state_heads, gates.shape[2], shape.features, shape.value, shape.value_block,
             shape.chunk, 0 if keys.sent is None else keys.sent.shape[0], shape.split, num_warps=4,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions
 from lizard_ops.hybrid_attn.triton.config import Shape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, shares
 from lizard_ops.hybrid_attn.triton.state import States, empty_states, scan_states, store_state
@@ -59,8 +60,8 @@ class RowTerms(NamedTuple):
 class KeyTerms(NamedTuple):
     """What passes through the gates, per chunk row: weights times their gradients."""
 
-    near: Tensor  # [slots, Hs, C] received from the queries of the chunk
-    far: Tensor  # [slots, Hs, C] received from later chunks
+    near: Tensor | None  # [slots, Hs, C] received from the queries of the chunk
+    far: Tensor | None  # [slots, Hs, C] received from later chunks
     sent: Tensor | None  # [C // rows, B, Hq, T] what queries send to each block of keys of the chunk
 
 
@@ -391,10 +392,11 @@ def empty_terms(masses: Masses, numeric: bool) -> RowTerms:
 
 
 def linear_queries(
-    v: Tensor, fq: Tensor, states: States, gates: Tensor, weight: Tensor | None, o: Tensor, do: Tensor,
-    masses: Masses, average: Tensor | None, terms: RowTerms, feature_scale: float, stream: Stream, shape: Shape,
+    x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, o: Tensor, do: Tensor, masses: Masses,
+    average: Tensor | None, terms: RowTerms, stream: Stream, shape: Shape,
 ) -> Tensor:  # fmt: skip
     """dfq; fills ``terms``, in a sum all but share and shift. average: do . o_window of a sum."""
+    v, fq, weight = x.v, x.fq, x.weight
     dfq = torch.empty(fq.shape, dtype=fq.dtype, device=fq.device)
     tokens, heads = fq.shape[1:3]
     c = shape.config("linear_query")
@@ -403,10 +405,11 @@ def linear_queries(
     if blocks and tokens:
         linear_query_kernel[(blocks * (heads // stacked),)](
             rows(v), rows(fq), rows(states.phi), rows(o), rows(do), rows(dfq), states.s, states.z, gates,
-            None if weight is None else head_rows(weight), masses.linear, masses.window, masses.spread, average, *terms,
-            gates.shape[1], tokens, stream, feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
-            gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked,
-            c.columns, shape.feature_map, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
+            None if weight is None else head_rows(weight), masses.linear, masses.window, masses.spread, average,
+            terms.slope, terms.offset, terms.share, terms.shift, terms.flow, terms.entered, gates.shape[1], tokens,
+            stream, options.feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads, gates.shape[2],
+            shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns,
+            shape.feature_map, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
             shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dfq
@@ -446,10 +449,11 @@ def linear_keys(
             found = KeyTerms(near, far, torch.zeros(shape.chunk // c.rows, *terms.flow.shape, **make))
     blocks = block_count(stream, stream.prefix - stream.start, c.rows)
     if blocks:
-        terms_of_keys = found or (None, None, None)
+        of_keys = found or KeyTerms(None, None, None)
         linear_key_kernel[(blocks * shape.key_heads,)](
             rows(v), rows(fq), rows(fk), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates,
-            terms.slope, terms.offset, *terms_of_keys, terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
+            terms.slope, terms.offset, of_keys.near, of_keys.far, of_keys.sent, terms.flow.numel(),
+            gates.shape[1], fq.shape[1], stream,
             shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.feature_map,
             shape.split, shape.linear_dtype, shape.precision, c.stages, **c.launch,

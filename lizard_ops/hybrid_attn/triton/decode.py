@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
-from lizard_ops.common.state import AttentionState
+from lizard_ops.common.state import AttentionState, map_fields
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
 from lizard_ops.tiles.softcap import cap_of, units_of
 from lizard_ops.tuning import tunable
@@ -38,51 +39,37 @@ def config_for(q: Tensor, features: int, v_dim: int) -> Config:
     return Config(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
 
 
-def decode_hybrid_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fq: Tensor,
-    fk: Tensor,
-    g: Tensor | None,
-    window: int,
-    *,
-    anchors: int,
-    sinks: Tensor | None,
-    mix: str,
-    alpha: Tensor | None,
-    merge_bias: Tensor | None,
-    merge_mass: str,
-    coverage: str,
-    feature_map: str,
-    normalize: bool,
-    scale: float,
-    softcap: float | None = None,
-    feature_scale: float,
-    state: AttentionState,
-    inplace: bool = False,
-) -> tuple[Tensor, AttentionState]:
+def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o [B, 1, Hq, V], state) of one token a row for ``recurrent_hybrid_attn``, whose arguments come here checked.
 
-    One launch for both branches, the mix and the state. With ``inplace`` the tensors of ``state``, which must be
+    One launch for both branches, the mix and the state. With ``inplace`` the tensors of the state, which must be
     contiguous, are overwritten, the position too, so that a CUDA graph of the step can be replayed; else copies are.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
-    if inplace:
-        for name, x in zip(AttentionState._fields, state, strict=True):
-            if x is not None and not x.is_contiguous():
-                raise ValueError(f"state.{name}: got strides {x.stride()}, wanted a contiguous tensor with inplace")
-    else:
-        state = AttentionState._make(
-            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
-        )
-    weight = alpha if mix == "sum" else merge_bias
+    state = inputs.initial_state
+    if not options.inplace:
+        state = map_fields(lambda x: x.clone(memory_format=torch.contiguous_format), state)
     o = hybrid_decode(
-        q, k, v, fq, fk, g, sinks, weight, *state, window, anchors, mix == "merge",
-        merge_mass == "relative", coverage == "outside", feature_map, normalize, scale, feature_scale, softcap,
-    )  # fmt: skip
-    return o, state
+        q=inputs.q,
+        k=inputs.k,
+        v=inputs.v,
+        fq=inputs.fq,
+        fk=inputs.fk,
+        g=inputs.g,
+        sinks=inputs.sinks,
+        weight=inputs.weight,
+        **state._asdict(),
+        window=options.window,
+        anchors=options.anchors,
+        merge=options.mix == "merge",
+        relative=options.merge_mass == "relative",
+        outside=options.outside,
+        feature_map=options.feature_map,
+        normalize=options.normalize,
+        scale=options.scale,
+        feature_scale=options.feature_scale,
+        softcap=options.softcap,
+    )
+    return o, state if options.output_final_state else None
 
 
 @torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=AttentionState._fields)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions
 from lizard_ops.hybrid_attn.triton.config import Shape
 from lizard_ops.hybrid_attn.triton.state import States
 from lizard_ops.tiles.hybrid import (
@@ -257,24 +258,23 @@ def shares(log_linear, ahead, feature_scale, log_window, bias):
 
 
 def hybrid_output(
-    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, anchors: tuple[Tensor, Tensor] | None, states: States,
-    gates: Tensor, weight: Tensor | None, sink: Tensor | None, scale: float, softcap: float | None,
-    feature_scale: float, stream: Stream, shape: Shape,
-) -> tuple[Tensor, Masses]:  # fmt: skip
-    """Output [B, T, Hq, V] and masses. weight: alpha or merge bias [B, T, Hq]; sink: log of the sink mass [Hq]."""
-    batch, tokens, heads = q.shape[:3]
-    o = torch.empty(batch, tokens, heads, shape.value, dtype=q.dtype, device=q.device)
-    masses = empty_masses(q, shape)
+    x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, stream: Stream, shape: Shape
+) -> tuple[Tensor, Masses]:
+    """Output [B, T, Hq, V] and masses."""
+    batch, tokens, heads = x.q.shape[:3]
+    o = torch.empty(batch, tokens, heads, shape.value, dtype=x.q.dtype, device=x.q.device)
+    masses = empty_masses(x.q, shape)
     c = shape.config("output")
     count, stacked = shape.stack(c.rows)
     blocks = block_count(stream, head_lead(stream.shift, count), count)
     if blocks and tokens:
-        anchor_k, anchor_v = (k, v) if anchors is None else anchors
+        anchor_k, anchor_v = x.kept_anchors or (x.k, x.v)
         output_kernel[(blocks * (heads // stacked),)](
-            rows(q), rows(k), rows(v), rows(fq), rows(states.phi), rows(anchor_k), rows(anchor_v), rows(o),
-            states.s, states.z, gates, None if weight is None else head_rows(weight), sink, *masses, gates.shape[1],
-            tokens, stream, units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap), feature_scale,
-            shape.window, shape.anchors, anchors is None, heads,
+            rows(x.q), rows(x.k), rows(x.v), rows(x.fq), rows(states.phi), rows(anchor_k), rows(anchor_v), rows(o),
+            states.s, states.z, gates, None if x.weight is None else head_rows(x.weight), x.sink, masses.linear,
+            masses.window, masses.spread, masses.top_key, gates.shape[1], tokens, stream,
+            units_of(options.scale, options.softcap) * LOG2E.value, cap_of(options.scale, options.softcap),
+            options.feature_scale, shape.window, shape.anchors, x.kept_anchors is None, heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns, shape.feature_map,
             shape.split, shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype,
