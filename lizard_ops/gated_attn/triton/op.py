@@ -207,14 +207,14 @@ def chunk_states(
     varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
     cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
     state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
-        a, b, mass, extra, gates.first, gates.second, states, z_states, gates.decays, rows.table, rows.owner, scale, *rows.place,
-        HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
+        a, b, mass, extra, gates.first, gates.second, states, z_states, gates.decays, rows.table, rows.owner, scale,
+        *rows.place, HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
         BV=cfg.block_v, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
         VARLEN=varlen, **shape.dims, **cfg.options,
     )  # fmt: skip
     cfg = scan_launch(shape.v, shape.operand.itemsize)
     scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.block_k),)](
-        states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None))[:2],
+        states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None)),
         rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.block_k, BV=cfg.block_v,
         GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen,
         STAGES=cfg.num_stages, num_warps=cfg.num_warps,
@@ -263,8 +263,8 @@ def gated_chunk(
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
             output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
-                q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
-                **shape.constants, **cfg.blocks, VARLEN=table is not None,
+                q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
+                ABSORBED=absorbed and g is not None, **shape.constants, **cfg.blocks, VARLEN=table is not None,
             )  # fmt: skip
     return o, log_mass, mass, s, z
 
