@@ -173,7 +173,7 @@ def test_tiles_of_a_chunk_share_a_layout(k, v, chunk):
     for kernel in set(config.WIDE) - {"scan"}:
         for size in (2, 4):
             found = config.launch(kernel, k, v, 1, chunk, size)
-            assert min(found.block_k, found.block_v) >= 64
+            assert min(found.rows, found.columns) >= 64
 
 
 @pytest.mark.parametrize("k, v", [(1, 1), (3, 5), (16, 16), (72, 80)])

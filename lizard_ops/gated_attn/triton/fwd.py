@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizard_ops.gated_attn.triton.state import locate, only_if, state_tile, tile
+from lizard_ops.gated_attn.triton.state import locate_pairs, only_if, state_tile, tile
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def output_kernel(
     vb = pid % NVB
     hs = (pid // NVB) % HS
     chunk = pid // (NVB * HS)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     o += q0 * (HQ * V)
     mass += q0 * HQ

@@ -24,14 +24,15 @@ from lizard_ops.gated_attn.triton.channel import (
     factor_kernel,
     key_sum_kernel,
 )
-from lizard_ops.gated_attn.triton.config import Launch, launch, scan_launch
+from lizard_ops.gated_attn.triton.config import launch, scan_launch
 from lizard_ops.gated_attn.triton.fwd import output_kernel
 from lizard_ops.gated_attn.triton.state import gate_sum_kernel, scan_kernel, state_kernel
+from lizard_ops.tiles.launch import Launch
 
 GATE_NONE, GATE_HEAD, GATE_CHANNEL = 0, 1, 2
 
 
-class Rows(NamedTuple):
+class ChunkPlan(NamedTuple):
     """Which rows meet, cut into chunks; the trailing arguments of every kernel."""
 
     table: Tensor | None  # [N, 4] int64: first query row, first key row, rows, first chunk
@@ -49,18 +50,20 @@ class Rows(NamedTuple):
         return self.q_rows, self.k_rows, self.q_shift, self.k_shift, self.pairs
 
 
-def plan_rows(q: Tensor, k: Tensor, table: Tensor | None, q_shift: int, k_shift: int, pairs: int, chunk: int) -> Rows:
+def plan_chunks(
+    q: Tensor, k: Tensor, table: Tensor | None, q_shift: int, k_shift: int, pairs: int, chunk: int
+) -> ChunkPlan:
     """Chunks of N equal sequences, or of those in table [N, 3]; never asks the device for a number."""
     batch, q_rows, k_rows = q.shape[0], q.shape[1], k.shape[1]
     place = (q_rows, k_rows, q_shift, k_shift, pairs)
     if table is None:
-        return Rows(None, None, *place, batch, batch * triton.cdiv(pairs, chunk))
+        return ChunkPlan(None, None, *place, batch, batch * triton.cdiv(pairs, chunk))
     n, total = table.shape[0], batch * min(q_rows, k_rows)
     ends = ((table[:, 2] + chunk - 1) // chunk).cumsum(0)
     owner = torch.searchsorted(ends, torch.arange(total // chunk + n, device=q.device), right=True)
     owner = torch.where(owner < n, owner, -1).int()
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return Rows(torch.cat([table, starts.unsqueeze(1)], 1), owner, *place, n, owner.shape[0])
+    return ChunkPlan(torch.cat([table, starts.unsqueeze(1)], 1), owner, *place, n, owner.shape[0])
 
 
 class Backward(NamedTuple):
@@ -75,8 +78,8 @@ class Backward(NamedTuple):
     extra: Tensor  # [B, T, Hq] e of ``bwd.py``
     own: Tensor  # [B, T, Hq] m of ``bwd.py``, or with a gate a channel the term of a query's own key
     gates: Gates
-    shape: Shape
-    rows: Rows
+    shape: GatedShape
+    rows: ChunkPlan
     flags: dict[str, bool]
     scale: float
 
@@ -96,7 +99,7 @@ class KeyGradients(NamedTuple):
     cross: Tensor | None
 
 
-class Shape(NamedTuple):
+class GatedShape(NamedTuple):
     """Head counts, dims and dtypes that all kernels of one call share."""
 
     hq: int
@@ -144,7 +147,7 @@ class Shape(NamedTuple):
         return self.channel_constants | ({"PRECISION": "ieee"} if short else {})
 
 
-def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> Shape:
+def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> GatedShape:
     """Computed factors of a product are bfloat16 for bfloat16 inputs only: float16 would overflow."""
     hq, hk = q.shape[2], k.shape[2]
     gate = GATE_NONE if g is None else (GATE_CHANNEL if g.ndim == 4 else GATE_HEAD)
@@ -153,7 +156,7 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> S
     operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     precision = "tf32" if operand == torch.bfloat16 else "tf32x3"
     gate_precision = "ieee" if q.dtype == torch.float32 else precision
-    return Shape(hq, hk, hs, hg, k.shape[3], v.shape[3], chunk, gate, operand, precision, gate_precision)
+    return GatedShape(hq, hk, hs, hg, k.shape[3], v.shape[3], chunk, gate, operand, precision, gate_precision)
 
 
 class Gates(NamedTuple):
@@ -164,7 +167,7 @@ class Gates(NamedTuple):
     decays: Tensor | None = None  # [chunks, Hs, 1 or K] log2 of each chunk's decay
 
 
-def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
+def prepare_gates(g: Tensor | None, shape: GatedShape, rows: ChunkPlan) -> Gates:
     """Form them; the decays of one-number-a-head gates are left for ``state_kernel`` to write."""
     if g is None:
         return Gates()
@@ -174,9 +177,9 @@ def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
     if shape.gate == GATE_CHANNEL:
         cfg, levels = shape.launch("factor"), shape.chunk.bit_length() - 1
         factors = g.new_empty(rows.chunks, shape.hk, levels + 2, shape.chunk, shape.k, dtype=shape.operand)
-        near = g.new_empty(rows.chunks, shape.hk, triton.cdiv(shape.k, cfg.block_k), dtype=torch.int32)
+        near = g.new_empty(rows.chunks, shape.hk, triton.cdiv(shape.k, cfg.rows), dtype=torch.int32)
         factor_kernel[(near.numel(),)](
-            g, factors, decays, near, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.block_k,
+            g, factors, decays, near, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.rows,
             VARLEN=rows.table is not None, OPERAND=shape.operand_tl, **cfg.options,
         )  # fmt: skip
         return Gates(factors, near, decays)
@@ -189,7 +192,7 @@ def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
 
 
 def chunk_states(
-    a: Tensor, b: Tensor, gates: Gates, start: tuple[Tensor, Tensor] | None, shape: Shape, rows: Rows, *,
+    a: Tensor, b: Tensor, gates: Gates, start: tuple[Tensor, Tensor] | None, shape: GatedShape, rows: ChunkPlan, *,
     scale: float = 1.0, normalize: bool = False, mass: Tensor | None = None, extra: Tensor | None = None,
     forward: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
@@ -206,18 +209,18 @@ def chunk_states(
     cross = torch.empty_like(z_states) if reverse and shape.gate != GATE_NONE else None
     varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
     cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
-    state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
+    state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.rows) * triton.cdiv(shape.v, cfg.columns),)](
         a, b, mass, extra, gates.first, gates.second, states, z_states, gates.decays, rows.table, rows.owner, scale,
-        *rows.place, HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
-        BV=cfg.block_v, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
+        *rows.place, HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.rows,
+        BV=cfg.columns, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
         VARLEN=varlen, **shape.dims, **cfg.options,
     )  # fmt: skip
     cfg = scan_launch(shape.v, shape.operand.itemsize)
-    scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.block_k),)](
+    scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.rows),)](
         states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None)),
-        rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.block_k, BV=cfg.block_v,
+        rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.rows, BV=cfg.columns,
         GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen,
-        STAGES=cfg.num_stages, num_warps=cfg.num_warps,
+        STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return states, z_states, s_out, z_out, cross
 
@@ -242,7 +245,7 @@ def gated_chunk(
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     g = None if g is None else g.contiguous()
-    shape, rows = shape_of(q, k, v, g, chunk), plan_rows(q, k, table, q_shift, k_shift, pairs, chunk)
+    shape, rows = shape_of(q, k, v, g, chunk), plan_chunks(q, k, table, q_shift, k_shift, pairs, chunk)
     covered = table is None and pairs == q.shape[1] and q_shift == 0
     o = blank(q, (*q.shape[:3], shape.v), covered)
     log_mass = blank(q, q.shape[:3], covered, -float("inf"), torch.float32)
@@ -256,20 +259,23 @@ def gated_chunk(
         ends = o, log_mass, mass, rows.table, rows.owner, scale, *rows.place
         if shape.gate == GATE_CHANNEL:
             cfg = shape.launch("channel_output")
-            channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
+            channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.columns),)](
                 q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
-                **shape.score_constants, BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
+                **shape.score_constants, BK=cfg.rows, BV=cfg.columns, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
-            output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
+            output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.columns),)](
                 q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
-                ABSORBED=absorbed and g is not None, **shape.constants, **cfg.blocks, VARLEN=table is not None,
+                ABSORBED=absorbed and g is not None, **shape.constants, GH=cfg.heads, BK=cfg.rows,
+                BV=cfg.columns, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
     return o, log_mass, mass, s, z
 
 
-def carried(like: Tensor, s0: Tensor | None, z0: Tensor | None, rows: Rows, shape: Shape) -> tuple[Tensor, Tensor]:
+def carried(
+    like: Tensor, s0: Tensor | None, z0: Tensor | None, rows: ChunkPlan, shape: GatedShape
+) -> tuple[Tensor, Tensor]:
     """The state of a call without a single row."""
     if s0 is not None and z0 is not None:
         return s0.clone(), z0.clone()
@@ -298,7 +304,7 @@ def gated_chunk_backward(
     q, k, v, d_o = q.contiguous(), k.contiguous(), v.contiguous(), d_o.contiguous()
     mass, d_log_mass = mass.contiguous(), d_log_mass.contiguous()
     g = None if g is None else g.contiguous()
-    shape, rows = shape_of(q, k, v, g, chunk), plan_rows(q, k, table, q_shift, k_shift, pairs, chunk)
+    shape, rows = shape_of(q, k, v, g, chunk), plan_chunks(q, k, table, q_shift, k_shift, pairs, chunk)
     all_q = table is None and pairs == q.shape[1] and q_shift == 0
     all_k = table is None and pairs == k.shape[1] and k_shift == 0
     dq, dk, dv = blank(q, q.shape, all_q), blank(k, k.shape, all_k), blank(v, v.shape, all_k)
@@ -326,25 +332,26 @@ def gated_chunk_backward(
 
 def _rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Tensor | None:
     cfg = x.shape.launch("row", x.shape.hq // x.shape.hs)
-    blocks = triton.cdiv(x.shape.k, cfg.block_k)
+    blocks = triton.cdiv(x.shape.k, cfg.rows)
     row_dot = x.mass.new_empty(blocks, *x.mass.shape) if x.shape.gate != GATE_NONE else None
     row_kernel[(x.rows.chunks * x.shape.hs * blocks,)](
         x.q, x.k, x.v, x.gates.first, x.gates.second, *states, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
-        row_dot, *x.place, x.mass.numel(), **x.shape.constants, **x.flags, **cfg.blocks,
+        row_dot, *x.place, x.mass.numel(), GH=cfg.heads, BK=cfg.rows, BV=cfg.columns,
+        **x.shape.constants, **x.flags, **cfg.options,
     )  # fmt: skip
     return row_dot
 
 
 def _keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Tensor:
     cfg = x.shape.launch("key")
-    blocks = max(triton.cdiv(x.shape.k, cfg.block_k), triton.cdiv(x.shape.v, cfg.block_v))
+    blocks = max(triton.cdiv(x.shape.k, cfg.rows), triton.cdiv(x.shape.v, cfg.columns))
     dg = None
     if x.shape.gate != GATE_NONE:
         dg = blank(x.mass, (blocks, *x.k.shape[:2], x.shape.hs), ends.covered)
     key_kernel[(x.rows.chunks * x.shape.hk * blocks,)](
         x.q, x.k, x.v, x.gates.first, x.gates.second, *d_states, x.d_o, x.mass, x.d_log_mass, x.own, ends.row_dot,
-        ends.cross, ends.dk, ends.dv, dg, *x.place, x.mass.numel(), 0 if dg is None else dg[0].numel(), BQ=cfg.queries,
-        BK=cfg.block_k, BV=cfg.block_v, **x.shape.constants, **x.flags, **cfg.options,
+        ends.cross, ends.dk, ends.dv, dg, *x.place, x.mass.numel(), 0 if dg is None else dg[0].numel(), BQ=cfg.heads,
+        BK=cfg.rows, BV=cfg.columns, **x.shape.constants, **x.flags, **cfg.options,
     )  # fmt: skip
     if dg is None:
         return x.q.new_zeros(0)
@@ -357,15 +364,15 @@ def _channel_rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Ten
     shape, rows, gates = x.shape, x.rows, x.gates
     dims, exact = shape.channel_constants, {"PRECISION": shape.gate_precision}
     cfg = shape.launch("key_sum")
-    key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+    key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.rows),)](
         x.k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
-        rows.pairs, BK=cfg.block_k, VARLEN=rows.table is not None,
+        rows.pairs, BK=cfg.rows, VARLEN=rows.table is not None,
         **{name: dims[name] for name in dims if name not in ("HQ", "V")} | exact, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_row")
-    channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+    channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.rows),)](
         x.q, x.k, x.v, gates.first, gates.second, states[0], key_sums, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
-        row_dot, *x.place, BK=cfg.block_k, BV=cfg.block_v, **dims, **x.flags, **cfg.options,
+        row_dot, *x.place, BK=cfg.rows, BV=cfg.columns, **dims, **x.flags, **cfg.options,
     )  # fmt: skip
     return row_dot
 
@@ -374,14 +381,14 @@ def _channel_keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Te
     shape, rows, gates = x.shape, x.rows, x.gates
     dg = blank(x.mass, x.k.shape, ends.covered)
     cfg = shape.launch("channel_value")
-    channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.block_v),)](
-        x.q, x.k, gates.first, gates.second, d_states[0], x.d_o, x.mass, ends.dv, *x.place, BK=cfg.block_k,
-        BV=cfg.block_v, **shape.score_constants, **x.flags, **cfg.options,
+    channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.columns),)](
+        x.q, x.k, gates.first, gates.second, d_states[0], x.d_o, x.mass, ends.dv, *x.place, BK=cfg.rows,
+        BV=cfg.columns, **shape.score_constants, **x.flags, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_key")
-    channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
+    channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.rows),)](
         x.q, x.k, x.v, gates.first, gates.second, *d_states, x.d_o, x.mass, x.extra, x.own, ends.row_dot, ends.cross,
-        ends.dk, dg, *x.place, BK=cfg.block_k, BV=cfg.block_v, GATE_PRECISION=shape.gate_precision,
+        ends.dk, dg, *x.place, BK=cfg.rows, BV=cfg.columns, GATE_PRECISION=shape.gate_precision,
         **shape.channel_constants, **x.flags, **cfg.options,
     )  # fmt: skip
     return dg

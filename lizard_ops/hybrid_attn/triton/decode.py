@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,29 +13,20 @@ from lizard_ops.common.features import feature_dim
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
+from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.softcap import cap_of, units_of
 from lizard_ops.tuning import tunable
 
 
-class Config(NamedTuple):
-    """Launch configuration: features of a state tile, ring slots of a score tile, warps, stages, registers."""
-
-    features: int
-    slots: int
-    warps: int
-    stages: int
-    registers: int | None
-
-
 @tunable("decode", fixed=("warps",))
-def config_for(q: Tensor, features: int, v_dim: int) -> Config:
-    """The configuration by dims and dtype, picked on an H200.
+def config_for(q: Tensor, features: int, v_dim: int) -> Launch:
+    """The configuration by dims and dtype, picked on an H200: features of a state tile, ring slots of a score tile.
 
     A state tile has at least four numbers a thread, lest two threads update one number.
     """
     if q.dtype == torch.float32 or max(q.shape[3], v_dim) > 128:
-        return Config(32, 32, 4, 1, None)
-    return Config(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
+        return Launch(32, 32, 4, 1, None)
+    return Launch(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
 
 
 def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
@@ -127,13 +117,13 @@ def hybrid_decode(
             M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
             STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),
             BD=max(16, triton.next_power_of_2(dim)), BV=max(16, triton.next_power_of_2(v_dim)),
-            BP=triton.next_power_of_2(pre), BX=triton.next_power_of_2(features), BF=config.features, BN=config.slots,
+            BP=triton.next_power_of_2(pre), BX=triton.next_power_of_2(features), BF=config.rows, BN=config.columns,
             BW=triton.next_power_of_2(window),
             BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
-            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+            **config.options,
         )  # fmt: skip
     return o
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizard_ops.tiles.blocks import load_rows
+from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.softcap import capped
+from lizard_ops.tiles.strided import load_rows
 from lizard_ops.window_attn.triton.fwd import absorb
 
-LOG2E = tl.constexpr(1.4426950408889634)
 TICKET = tl.constexpr(1 << 40)  # above any position, so that position + k tickets holds both
 
 
@@ -20,7 +20,7 @@ def exp(x):
 
 @triton.jit
 def feature_terms(p_x, m_x, FP: tl.constexpr, BP: tl.constexpr, MAP: tl.constexpr):
-    """Rows of pre-activations: shift and factor of the half exp(x), of the half exp(-x), log offset, [rows] each."""
+    """Strided of pre-activations: shift and factor of the half exp(x), of the half exp(-x), log offset, [rows] each."""
     zero = tl.zeros(m_x.shape, tl.float32)
     if MAP == "identity":
         return zero, zero, zero, zero, zero

@@ -14,7 +14,8 @@ from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, descri
 from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
-from lizard_ops.tiles.hybrid import slot_count
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import slot_count
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -134,7 +135,7 @@ def hybrid_backward(
         d_sink = empty(q, 0)
         if sink is not None:  # p_sink times the shift that every score shares
             there = log_window.isfinite()
-            part = torch.exp2(sink[:, None] * 1.4426950408889634 - log_window) * terms.shift
+            part = torch.exp2(sink[:, None] * LOG2E.value - log_window) * terms.shift
             d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
     d_weight = terms.flow if average is None else average
     del terms, average

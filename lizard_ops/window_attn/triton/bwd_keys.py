@@ -9,23 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.tiles.blocks import (
-    FAR,
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import FAR, block_count, locate_in_rows, stream_bounds
+from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
+from lizard_ops.tiles.strided import load_rows, store_rows
+from lizard_ops.window_attn.triton.config import (
     WindowCall,
     WindowNumbers,
-    block_count,
     config_for,
-    load_rows,
-    locate_block,
     sequences_of,
     shape_arguments,
-    store_rows,
-    stream_bounds,
     strides,
 )
-from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class RowStats(NamedTuple):
@@ -68,7 +63,7 @@ def window_backward_keys_kernel(
     i_p = tl.program_id(0)
     i_part = i_p % PARTS
     i_h = (i_p // PARTS) % HK
-    i_n, i_block, bos, length = locate_block(i_p // (PARTS * HK), cu_seqlens, T, N, STEPS, 1, P, KB, PACKED)
+    i_n, i_block, bos, length = locate_in_rows(i_p // (PARTS * HK), cu_seqlens, T, N, STEPS, 1, P, KB, PACKED)
     if lengths is not None:
         length = tl.load(lengths + i_n).to(tl.int32)
     if i_block * KB >= length + P:
@@ -263,7 +258,7 @@ def key_gradients(
     config = config_for("keys", q, v, heads // key_heads)
     kept = min(anchors, config.rows // 2)  # anchors in a key block
     size = config.rows - kept
-    blocks = block_count(length, n, 1, prefix, size, packed) * key_heads
+    blocks = block_count(length, n, prefix, size, packed) * key_heads
     part_k, part_v = (stats.lse.new_empty(blocks, anchors, size) for size in (dim, v_dim))
     if blocks:
         window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](

@@ -8,18 +8,13 @@ from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import by_name, in_order, taken
-from lizard_ops.tiles.blocks import (
-    WindowCall,
-    WindowNumbers,
-    block_count,
-    config_for,
-    rows_last,
-    sequences_of,
-    shape_arguments,
-)
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import block_count
 from lizard_ops.tiles.softcap import cap_of, units_of
+from lizard_ops.tiles.strided import rows_last
 from lizard_ops.window_attn.triton.bwd import window_backward_queries_kernel
 from lizard_ops.window_attn.triton.bwd_keys import RowStats, key_gradients
+from lizard_ops.window_attn.triton.config import WindowCall, WindowNumbers, config_for, sequences_of, shape_arguments
 from lizard_ops.window_attn.triton.fwd import window_forward_kernel
 
 
@@ -62,12 +57,12 @@ def window_forward(
         return o, lse, spread, arg_max
     n, packed, group = sequences_of(q, cu_seqlens), cu_seqlens is not None, heads // k.shape[2]
     config = config_for("forward", q, v, group)
-    blocks = block_count(length, n, config.heads, 0, config.rows, packed)
+    blocks = block_count(length, n, 0, config.rows, packed, config.heads)
     with on_device(q, dim=q.shape[3], values=v.shape[3]):
         window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, spread, arg_max,
             *x.strides, length, n, (n - 1).bit_length(),
-            units_of(scale, softcap) * 1.4426950408889634, cap_of(scale, softcap),
+            units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap),
             HB=config.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=first is not None,
             HAS_SINKS=sinks is not None, WITH_MAX=with_max,
             **shape_arguments(x, numbers, config),
@@ -122,7 +117,7 @@ def window_backward(
         zeros = (q.new_empty(0) if t is None else torch.zeros_like(t) for t in (k, v, anchor_k, anchor_v))
         return dq, *zeros, d_sinks
     rows = config_for("queries", q, v, group)
-    programs = block_count(length, n, rows.heads, 0, rows.rows, packed) * key_heads * triton.cdiv(group, rows.heads)
+    programs = block_count(length, n, 0, rows.rows, packed, rows.heads) * key_heads * triton.cdiv(group, rows.heads)
     term = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
     steps = (n - 1).bit_length()
@@ -137,7 +132,7 @@ def window_backward(
         has_max = d_max is not None
         stats = RowStats(
             lse=lse, term=term, share=None, arg_max=arg_max if has_max else None, d_max=d_max,
-            strides=(length * heads, heads, 1), to_log2=1.4426950408889634,
+            strides=(length * heads, heads, 1), to_log2=LOG2E.value,
         )  # fmt: skip
         found = key_gradients(x, numbers, d_o, stats, beyond=False)
     if sinks is not None:
