@@ -14,13 +14,13 @@ from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.common.streams import Layout, layout_of, take_rows
 
 # An op's inputs: a NamedTuple with fields initial_state, cu_seqlens and padding_mask, whose ``by_token`` names those of
-# its tensors that have a row a token, [B, T, ...]: GatedInputs, WindowInputs, HybridInputs.
+# its tensors that have a row per token, [B, T, ...]: GatedInputs, WindowInputs, HybridInputs.
 Inputs = Any
 RowOp = Callable[[Inputs, Tensor | None], tuple[Sequence[Tensor], AttentionState | None]]
 
 
 def changed_rows(inputs: Inputs, change: Callable[[Tensor], Tensor | None], **fields: Any) -> Inputs:
-    """The inputs with every tensor that has a row a token changed, and these fields replaced."""
+    """The inputs with every tensor that has a row per token changed, and these fields replaced."""
     rows = {name: None if x is None else change(x) for name, x in inputs.by_token().items()}
     return inputs._replace(**rows, **fields)
 

@@ -12,7 +12,7 @@ class AttentionState(NamedTuple):
     """What is left of a sequence once its tokens are gone.
 
     N sequences, W window, A anchors, Hk key heads, Hs state heads (the key heads, or the query
-    heads with a gate a query head), D head dim, F features after expansion, Fp features as given
+    heads with a gate per query head), D head dim, F features after expansion, Fp features as given
     (pre-activations), V value dim. A field that an op has no use for is None.
 
     The linear sums hold the keys that have *left* the last ``window_offset`` positions (0 for an op
@@ -38,7 +38,7 @@ class AttentionState(NamedTuple):
     anchor_v: Tensor | None = None  # [N, A, Hk, V] the first A values
 
 
-def overwrite(state: AttentionState, new: AttentionState) -> AttentionState:
+def overwrite_state(state: AttentionState, new: AttentionState) -> AttentionState:
     """``state`` with the values of ``new``, which holds the same fields, in the memory and dtypes it has."""
     values = new._asdict()
     for name, kept in state._asdict().items():

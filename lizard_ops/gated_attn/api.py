@@ -50,8 +50,8 @@ def chunk_gated_attn(
         q: [B, T, Hq, K] query features; non-negative with normalize. bfloat16, float16, float32 or float64.
         k: [B, T, Hk, K] key features, Hk a divisor of Hq: query head h reads key head h // (Hq // Hk).
         v: [B, T, Hk, V] values.
-        g: log-decay <= 0 in natural log, float32 or float64: [B, T] or [B, T, 1] for all heads, [B, T, Hk] a key head,
-            [B, T, Hq] a query head, [B, T, Hk, K] a channel. None: no decay.
+        g: log-decay <= 0 in natural log, float32 or float64: [B, T] or [B, T, 1] for all heads, [B, T, Hk] per key
+            head, [B, T, Hq] per query head, [B, T, Hk, K] per channel. None: no decay.
         scale: factor of every weight; 1.0 with normalize (it cancels in o), else K ** -0.5.
         normalize: divide by the mass.
         window_offset: how many of the newest keys are left out, the query's own first.
@@ -63,9 +63,9 @@ def chunk_gated_attn(
             position; its output is 0 and its log-mass -inf.
         return_log_mass: return log_mass too.
         gate_form: "stable", or "absorbed" as in section 4 of the paper: inside a chunk the gate products move into
-            the features. Needs one gate a head or for all heads, whose log-decays in a chunk sum to above -80
+            the features. Needs one gate per head or for all heads, whose log-decays in a chunk sum to above -80
             (-700 in float64); reads them back to check, which synchronises.
-        chunk_size: positions a chunk; None lets the implementation choose.
+        chunk_size: positions per chunk; None lets the implementation choose.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
     Under autocast q, k and v take its dtype; sums, gates and states stay float32.

@@ -22,7 +22,7 @@ class GatedInputs(NamedTuple):
     padding_mask: Tensor | None = None  # [B, T]
 
     def by_token(self) -> dict[str, Tensor | None]:
-        """Those with a row a token."""
+        """Those with a row per token."""
         return {"q": self.q, "k": self.k, "v": self.v, "g": self.g}
 
 

@@ -46,7 +46,7 @@ def linear_rows(
     """Right-padded rows: (o [B, T, Hq, V], log mass [B, T, Hq], fields of the final state).
 
     Row t of the key stream meets the query ``offset`` rows later: what the gates between them take is a factor of
-    the whole row, which leaves a normalised output as it is (a gate a channel: a factor of each query feature).
+    the whole row, which leaves a normalised output as it is (a gate per channel: a factor of each query feature).
     """
     fq, fk, v, g, state = inputs.q, inputs.k, inputs.v, inputs.g, inputs.initial_state
     feature_map, offset, anchors = options.feature_map, options.window_offset, options.anchors

@@ -39,13 +39,13 @@ def blank_linear_state(inputs: GatedInputs, offset: int, feature_map: str) -> At
 
 
 def linear_step(
-    inputs: GatedInputs,  # of one token a row: q [B, Hq, Fp], k [B, Hk, Fp], v [B, Hk, V], g [B, Hg] or [B, Hk, F]
+    inputs: GatedInputs,  # of one token per row: q [B, Hq, Fp], k [B, Hk, Fp], v [B, Hk, V], g [B, Hg] or [B, Hk, F]
     state: AttentionState,
     options: GatedOptions,
     shared: tuple[Tensor | None, Tensor] | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-    """One token a row: (o [B, Hq, V], log mass [B, Hq], the fields that changed, position left to the caller).
+    """One token per row: (o [B, Hq, V], log mass [B, Hq], the fields that changed, position left to the caller).
 
     The key that joins the sums is the one that leaves the ring, or the new one without an offset.
     shared: the ring of values with the new one in it and the value that left it, from whoever shares that ring.

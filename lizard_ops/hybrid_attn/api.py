@@ -163,7 +163,7 @@ def recurrent_hybrid_attn(
     and of the dtypes that an op leaves; gradients (grad mode on, and a tensor that requires one) are refused with a
     ValueError, as they would need the state from before the step.
 
-    impl: "triton" is the one-launch decode kernel, which takes one token a row (T = 1), a
+    impl: "triton" is the one-launch decode kernel, which takes one token per row (T = 1), a
     carried state, no padding and no packing, and has no backward; "auto" takes it for CUDA tensors wherever all that
     holds, and PyTorch otherwise.
     """
@@ -186,7 +186,7 @@ def recurrent_hybrid_attn(
     beyond = {
         'sink_form="linear"': linear_sinks_of(inputs, options) is not None,
         "float64 tensors": float64_of(q) is not None,
-        "anything but one token a row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
+        "anything but one token per row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
         "a step without a carried state": initial_state is None,
         "gradients": gradients,
     }

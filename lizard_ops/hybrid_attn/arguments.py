@@ -51,7 +51,7 @@ class HybridInputs(NamedTuple):
         )  # fmt: skip
 
     def by_token(self) -> dict[str, Tensor | None]:
-        """Those with a row a token."""
+        """Those with a row per token."""
         rows = {"q": self.q, "k": self.k, "v": self.v, "fq": self.fq, "fk": self.fk, "g": self.g}
         weights = {"alpha": self.alpha, "merge_bias": self.merge_bias}
         return rows | {name: x for name, x in weights.items() if x is not None and x.ndim == 3}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lizard_ops.common.checks import window_state_shapes
 from lizard_ops.common.rows import over_rows
-from lizard_ops.common.state import AttentionState, overwrite
+from lizard_ops.common.state import AttentionState, overwrite_state
 from lizard_ops.common.steps import blank_state, take_at, token, where_active
 from lizard_ops.gated_attn.recurrent import blank_linear_state, linear_step
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
@@ -18,8 +18,8 @@ from lizard_ops.window_attn.recurrent import window_step
 def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``recurrent_hybrid_attn``, whose arguments come here checked.
 
-    With ``inplace`` one token a row updates the state where it lies; padding, packing and other lengths work on copies
-    and overwrite it at the end.
+    With ``inplace`` one token per row updates the state where it lies; padding, packing and other lengths work on
+    copies and overwrite it at the end.
     """
     one_token = inputs.q.shape[1] == 1 and inputs.cu_seqlens is None and inputs.padding_mask is None
     direct, window = options.inplace and one_token, options.window
@@ -47,7 +47,7 @@ def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tupl
     (o,), state = over_rows(op, inputs, (0.0,))
     if options.inplace and not direct:
         assert inputs.initial_state is not None and state is not None
-        state = overwrite(inputs.initial_state, state)
+        state = overwrite_state(inputs.initial_state, state)
     return o.to(inputs.q.dtype), state if options.output_final_state else None
 
 

@@ -104,7 +104,7 @@ class _Turn(torch.autograd.Function):
         return launch(dy, *ctx.saved_tensors, True), None, None
 
 
-def turn_heads_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turned heads [B, T, H, D]; torch.compile sees the registered op."""
     if torch.compiler.is_compiling():
         return turn(x, cos, sin, False)

@@ -30,7 +30,7 @@ class Stream(NamedTuple):
 
 
 def block_count(tokens: int, sequences: int, extra: int, block: int, packed: bool, per_token: int = 1) -> int:
-    """Programs over sequences of L tokens with L * per_token + extra rows each, ``block`` rows a program.
+    """Programs over sequences of L tokens with L * per_token + extra rows each, ``block`` rows per program.
 
     tokens: of each sequence, or in the packed row. Packed, the blocks of sequence n start at (rows before it) // block
     + n: every sequence gets enough, some one too many, and nothing has to be counted on the host.
@@ -103,7 +103,7 @@ def locate_chunk(slot, stream, C: tl.constexpr):
 
 @triton.jit
 def first_slot(n, first, stream, C: tl.constexpr):
-    """Slot of the first chunk of a sequence in the buffers that hold one entry a chunk."""
+    """Slot of the first chunk of a sequence in the buffers that hold one entry per chunk."""
     if stream.cu_seqlens is not None:
         return first // C + n
     else:

@@ -16,12 +16,12 @@ from lizard_ops.window_attn.chunk_torch import with_sinks
 
 
 def window_step(
-    inputs: WindowInputs,  # of one token a row: q [B, Hq, D], k [B, Hk, D], v [B, Hk, V], sinks [Hq, M]
+    inputs: WindowInputs,  # of one token per row: q [B, Hq, D], k [B, Hk, D], v [B, Hk, V], sinks [Hq, M]
     state: AttentionState,
     options: WindowOptions,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
-    """One token a row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed).
+    """One token per row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed).
 
     inplace: the fields are those of ``state``, overwritten.
     """

@@ -1,4 +1,4 @@
-"""Gradient kernels for no gate and for gates that are one number a head.
+"""Gradient kernels for no gate and for gates that are one number per head.
 
 With the row weight w_i and the row term e_i of the normaliser,
 

@@ -1,4 +1,4 @@
-"""Kernels for gates that are one number a channel, [B, T, Hk, K].
+"""Kernels for gates that are one number per channel, [B, T, Hk, K].
 
 exp(G_i - G_j) stands inside the dot product over channels, so it must split into a factor for the query and one for
 the key. Rows of a chunk are paired by the highest bit in which i and j differ: at level b the chunk falls into blocks
@@ -9,7 +9,7 @@ of 2^b rows, and query i of an odd block meets key j of the even block before it
 both factors are at most 1, whatever the gates, and every gate used stands between j and i: no overflow, and nothing of
 a later gate reaches an earlier row. log2(C) tensor-core products and the diagonal make up the scores of a chunk.
 
-The factors are the same for all query heads of a key head. ``factor_kernel`` forms them once, a tile [C, K] a level,
+The factors are the same for all query heads of a key head. ``factor_kernel`` forms them once, a tile [C, K] per level,
 and two more for what passes through the state: from the chunk's start to each row, and from each row to its end.
 
 While no channel has decayed by more than 2^-BOUND since the chunk's start, one product does the work of all levels: the

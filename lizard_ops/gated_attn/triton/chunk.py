@@ -125,7 +125,7 @@ def _decayed_queries(q: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_absorbed(gates: Tensor, chunk: int) -> None:
     """exp(-G) inside a chunk must stay finite: the sums of the log-decays of every chunk, whatever the packing."""
-    want(gates.ndim == 3, "gate_form", "absorbed", "'stable' with a gate a channel")
+    want(gates.ndim == 3, "gate_form", "absorbed", "'stable' with a gate per channel")
     if gates.shape[1] == 0:
         return
     worst = sliding_sum(gates.detach(), min(chunk, gates.shape[1])).amin().item()

@@ -60,7 +60,7 @@ NARROW = {
 
 @tunable("gated", fixed=("registers",))
 def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_bytes: int) -> Launch:
-    """The configuration of a kernel, by its name in the tables, for these head dims, heads a group and rows a chunk.
+    """The configuration of a kernel, by its name in the tables; group: query heads that share a state.
 
     Its tile is one of the state: rows of K and columns of V.
     """

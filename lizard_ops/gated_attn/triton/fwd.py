@@ -1,4 +1,4 @@
-"""Output kernel for no gate and for gates that are one number a head."""
+"""Output kernel for no gate and for gates that are one number per head."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def output_kernel(
 ):  # fmt: skip
     """o_i = (exp(G_i) q_i S + sum_{j<=i} q_i.k_j exp(G_i - G_j) v_j) / mass_i for a chunk's queries of one state head.
 
-    GH query heads are stacked as rows of one tile [GH*C, .], so k, v and S are read once a group. ABSORBED multiplies
+    GH query heads are stacked as rows of one tile [GH*C, .], so k, v and S are read once per group. ABSORBED multiplies
     the features by exp(G_i) and exp(-G_j) instead of the scores by exp(G_i - G_j): sound within a bound on G only.
     """
     NKB: tl.constexpr = (K + BK - 1) // BK

@@ -76,7 +76,7 @@ class Backward(NamedTuple):
     mass: Tensor
     d_log_mass: Tensor
     extra: Tensor  # [B, T, Hq] e of ``bwd.py``
-    own: Tensor  # [B, T, Hq] m of ``bwd.py``, or with a gate a channel the term of a query's own key
+    own: Tensor  # [B, T, Hq] m of ``bwd.py``, or with a gate per channel the term of a query's own key
     gates: Gates
     shape: GatedShape
     rows: ChunkPlan
@@ -132,12 +132,12 @@ class GatedShape(NamedTuple):
 
     @property
     def constants(self) -> dict:
-        """What the kernels for one number a head take."""
+        """What the kernels for one number per head take."""
         return self.dims | {"HK": self.hk, "HS": self.hs, "HG": self.hg, "GATED": self.gate != GATE_NONE}
 
     @property
     def channel_constants(self) -> dict:
-        """What the kernels for one number a channel take."""
+        """What the kernels for one number per channel take."""
         return self.dims | {"HK": self.hk, "LEVELS": self.chunk.bit_length() - 1}
 
     @property
@@ -160,7 +160,7 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> G
 
 
 class Gates(NamedTuple):
-    """What the kernels read of a gate: local sums in two parts (a number a head), or factors (a number a channel)."""
+    """What the kernels read of a gate: local sums in two parts (one per head), or decay factors (one per channel)."""
 
     first: Tensor | None = None  # [B, T, Hg] high part, or [chunks, Hk, levels + 2, C, K] decay factors
     second: Tensor | None = None  # [B, T, Hg] low part, or [chunks, Hk, blocks of K] int32 rows that need no levels

@@ -126,7 +126,7 @@ def state_kernel(
     Forward: sum_j exp(G_C - G_j) a_j b_j^T with a = k, b = v, and z alike with 1 for b.
     REVERSE: sum_h sum_i exp(G_i) a_i w_i b_i^T with a = q, b = do; z alike with ``extra`` (the gradient of the row's
     denominator) for w b.
-    GATE: 0 none, 1 a number a head (g, g_lo: local sums), 2 a number a channel (g: TILES tiles of decay factors).
+    GATE: 0 none, 1 a number per head (g, g_lo: local sums), 2 a number per channel (g: TILES tiles of decay factors).
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV

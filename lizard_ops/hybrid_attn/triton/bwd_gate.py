@@ -22,7 +22,7 @@ def gate_gradient_kernel(
     WINDOW: tl.constexpr, BW: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the log-decay at each linear row, one column a state head.
+    """Gradient of the log-decay at each linear row, one column per state head.
 
     Gate l scales every weight of a query from l on with a key before l. In its chunk those are what queries from l on
     send less what keys from l on receive; with earlier chunks, what queries from l on got through the state; with

@@ -16,8 +16,8 @@ from lizard_ops.hybrid_attn.triton.op import hybrid_forward
 def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked.
 
-    The kernels fuse gates that are one a head or for all heads. Gates a channel and gate_form="absorbed" run the gated
-    and the window kernels one after the other, and with exponential features that gated branch in PyTorch.
+    The kernels fuse gates that are one per head or for all heads. Gates per channel and gate_form="absorbed" run the
+    gated and the window kernels one after the other, and with exponential features that gated branch in PyTorch.
     """
     if options.gate_form == "absorbed" or (inputs.g is not None and inputs.g.ndim == 4):
         return composed_hybrid(inputs, options)

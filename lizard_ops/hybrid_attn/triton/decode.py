@@ -30,7 +30,7 @@ def config_for(q: Tensor, features: int, v_dim: int) -> Launch:
 
 
 def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
-    """(o [B, 1, Hq, V], state) of one token a row for ``recurrent_hybrid_attn``, whose arguments come here checked.
+    """(o [B, 1, Hq, V], state) of one token per row for ``recurrent_hybrid_attn``, whose arguments come here checked.
 
     One launch for both branches, the mix and the state. With ``inplace`` the tensors of the state, which must be
     contiguous, are overwritten, the position too, so that a CUDA graph of the step can be replayed; else copies are.

@@ -19,7 +19,7 @@ from lizard_ops.tiles.widths import power_of_two
 
 
 class States(NamedTuple):
-    """One entry a chunk ("slot"): what enters it, or for gradients what leaves it."""
+    """One entry per chunk ("slot"): what enters it, or for gradients what leaves it."""
 
     s: Tensor  # [slots, Hs, F, V]
     z: Tensor  # [slots, Hs, F] float32
@@ -235,7 +235,7 @@ def chunk_states(
 
 
 def empty_states(gates: Tensor, stream: Stream, shape: FusedShape, end: bool) -> States:
-    """Buffers for one entry a chunk."""
+    """Buffers for one entry per chunk."""
     heads = (shape.state_heads, shape.features)
     s = torch.empty(gates.shape[1], *heads, shape.value, dtype=shape.state_dtype, device=gates.device)
     z = torch.empty(gates.shape[1], *heads, dtype=torch.float32, device=gates.device)

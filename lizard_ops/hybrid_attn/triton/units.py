@@ -4,7 +4,7 @@ The features exp(+-x) of a row are divided by their largest; its log, log_j of k
 running log-decay of a chunk, a key weighs L_j = log_j - G_j seen from before the chunk. The unit of query i is the
 largest weight that it sees: its log is G_i + N_i with N_i = max(M, L_j for j <= i), where M is the log scale of the
 state that enters the chunk; the state that leaves has G_end + N_end. So no weight exceeds 1, and the kernels of
-head-wise gates find what they look for, decays, in two running sums a chunk::
+head-wise gates find what they look for, decays, in two running sums per chunk::
 
     of queries  M - N_i     the decay since the state that entered (at the end: of the state from chunk to chunk)
     of keys     M - L_j     with that of a query, the decay in between: (M - N_i) - (M - L_j) = L_j - N_i
