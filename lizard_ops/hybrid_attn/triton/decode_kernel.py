@@ -72,9 +72,9 @@ def hybrid_decode_kernel(
     """One program: one row of the batch and one key head with the G query heads that read it.
 
     GATES numbers per token (0: none, CHANNEL: F per key head), STATES linear sums per key head (1 or G); weight:
-    alpha, or the merge bias. Every load of a state tensor precedes the barrier before its stores. What the programs of a row
-    share (its position, one gate for all heads) is written by the last of them: each adds a ticket above the bits of
-    the position once it needs them no more.
+    alpha, or the merge bias. Every load of a state tensor precedes the barrier before its stores. What the programs of
+    a row share (its position, one gate for all heads) is written by the last of them: each adds a ticket above the bits
+    of the position once it needs them no more.
     """
     HQ: tl.constexpr = HK * G
     i_h = tl.program_id(0) % HK
