@@ -10,7 +10,7 @@ from lizard_ops.common.state import AttentionState, map_fields
 
 
 def sequence_slices(inputs: Inputs) -> list[tuple[int, Tensor]]:
-    """One (row, positions) pair a sequence.
+    """One (row, positions) pair per sequence.
 
     cu_seqlens [N+1] packs N sequences into the one row; padding_mask [B, T] is True at real tokens.
     """

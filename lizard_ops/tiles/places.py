@@ -46,7 +46,7 @@ def stream_blocks(stream: Stream, extra: int, block: int) -> int:
 
 
 def head_lead(offset: int, block: int) -> int:
-    """Strided to put before row 0 so that row ``offset`` starts a block."""
+    """Rows to put before row 0 so that row ``offset`` starts a block."""
     return -offset % block
 
 

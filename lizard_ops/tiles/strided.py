@@ -66,7 +66,7 @@ def at_anchors(x, n, batch, key_row, head, OWN: tl.constexpr):
 
 @triton.jit
 def load_tile(pointer, stride, row, length, BR: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
-    """Strided ``row`` to ``row + BR`` of a sequence as [BR, BD], zero outside of it; pointer is at row 0."""
+    """Rows ``row`` to ``row + BR`` of a sequence as [BR, BD], zero outside of it; pointer is at row 0."""
     r = row + tl.arange(0, BR)
     d = tl.arange(0, BD)
     mask = ((r >= 0) & (r < length))[:, None]

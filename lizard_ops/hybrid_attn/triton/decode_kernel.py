@@ -20,7 +20,7 @@ def exp(x):
 
 @triton.jit
 def feature_terms(p_x, m_x, FP: tl.constexpr, BP: tl.constexpr, MAP: tl.constexpr):
-    """Strided of pre-activations: shift and factor of the half exp(x), of the half exp(-x), log offset, [rows] each."""
+    """Rows of pre-activations: shift and factor of the half exp(x), of the half exp(-x), log offset, [rows] each."""
     zero = tl.zeros(m_x.shape, tl.float32)
     if MAP == "identity":
         return zero, zero, zero, zero, zero
