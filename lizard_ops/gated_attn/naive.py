@@ -133,10 +133,10 @@ def linear_branch(
     one = slice(None, None, q_heads // heads)
     end = position + length
     state = AttentionState(
-        torch.tensor(end, device=v.device),
-        s[one],
-        z[one],
-        log_s[one] if feature_map == "exp" else None,
+        position=torch.tensor(end, device=v.device),
+        s=s[one],
+        z=z[one],
+        log_scale=log_s[one] if feature_map == "exp" else None,
         ring_v=ring_after(v, offset, end) if offset else None,
         ring_fk=ring_after(fk, offset, end) if offset else None,
         ring_g=ring_after(gate, offset, end) if offset and g is not None else None,

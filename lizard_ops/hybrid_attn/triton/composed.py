@@ -48,7 +48,9 @@ def linear_in_triton(inputs: GatedInputs, options: GatedOptions) -> tuple[Tensor
     past = state
     if state is not None:
         ring = state.ring_fk if state.ring_fk is None else expand_features(state.ring_fk, feature_map)[0]
-        past = AttentionState(state.position, state.s, state.z, ring_v=state.ring_v, ring_fk=ring, ring_g=state.ring_g)
+        past = AttentionState(
+            position=state.position, s=state.s, z=state.z, ring_v=state.ring_v, ring_fk=ring, ring_g=state.ring_g
+        )
         past = past if options.window_offset else past._replace(ring_v=None, ring_fk=None, ring_g=None)
     o, after, log_mass = chunk_gated_triton(inputs._replace(q=phi_q, k=phi_k, initial_state=past), options)
     if after is None:
