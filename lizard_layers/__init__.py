@@ -1,5 +1,6 @@
 """Modules of hybrid attention: feature maps, gates, meta memory and the layer they make. No transformers."""
 
+from lizard_layers.anchor_block import AnchorBlock
 from lizard_layers.config import AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
@@ -7,8 +8,7 @@ from lizard_layers.hybrid_attention import HybridAttention
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
-from lizard_layers.rope import AnchorBlock, apply_rope
-from lizard_layers.state import empty_state, map_state, overwrite, select_sequences, state_bytes
+from lizard_layers.state import empty_state, map_state, select_sequences, state_bytes
 from lizard_ops import AttentionState
 
 __all__ = [
@@ -27,11 +27,9 @@ __all__ = [
     "PoolingGate",
     "SigmoidGate",
     "SumMix",
-    "apply_rope",
     "build_gate",
     "empty_state",
     "map_state",
-    "overwrite",
     "select_sequences",
     "state_bytes",
 ]

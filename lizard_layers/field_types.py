@@ -11,7 +11,8 @@ def check_fields(instance: Any) -> None:
 
     Understands Literal, None, bool, int, float (an int will do), str, tuples of one of these, and dataclasses.
     """
-    for name, hint in _hints(type(instance)).items():
+    kind: Any = type(instance)
+    for name, hint in _hints(kind).items():
         value = getattr(instance, name)
         if not _allows(hint, value):
             wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
@@ -19,7 +20,7 @@ def check_fields(instance: Any) -> None:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)  # a millisecond, for what never changes
 
 

@@ -8,15 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lizard_layers.anchor_block import AnchorBlock
 from lizard_layers.config import AttentionConfig
 from lizard_layers.feature_map import FeatureMaps
 from lizard_layers.gate import build_gate
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import full_precision
-from lizard_layers.rope import AnchorBlock, apply_rope
-from lizard_layers.state import overwrite
-from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
+from lizard_ops import (
+    AttentionState,
+    apply_rotary,
+    chunk_hybrid_attn,
+    overwrite_state,
+    recurrent_hybrid_attn,
+    window_attn,
+)
 
 
 class _Tokens(NamedTuple):
@@ -105,7 +111,7 @@ class HybridAttention(nn.Module):
         """``_attend`` with the anchors turned on; the state keeps them as they were, so that nothing adds up."""
         if state is None or state.anchor_k is None:
             return self._attend(tokens, state, use_state, None, inplace)
-        moved = state._replace(anchor_k=apply_rope(state.anchor_k, block.cos, block.sin))
+        moved = state._replace(anchor_k=apply_rotary(state.anchor_k, block.cos, block.sin))
         o, new = self._attend(tokens, moved, use_state, None, inplace)
         if new is not None and new.anchor_k is not None:
             kept = torch.where(block.moved[:, None, None, None], state.anchor_k, new.anchor_k)
@@ -139,7 +145,7 @@ class HybridAttention(nn.Module):
             else:
                 q, k = self._turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
                 o, new = window_attn(q, k, tokens.v, config.window, **shared)[:2]
-            return o, overwrite(state, new) if inplace and state is not None and new is not None else new
+            return o, overwrite_state(state, new) if inplace and state is not None and new is not None else new
 
     def _both_branches(
         self, tokens: _Tokens, shared: dict[str, Any], inplace: bool
@@ -174,7 +180,7 @@ class HybridAttention(nn.Module):
 
     @staticmethod
     def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        return (apply_rope(q, *rope), apply_rope(k, *rope)) if wanted and rope is not None else (q, k)
+        return (apply_rotary(q, *rope), apply_rotary(k, *rope)) if wanted and rope is not None else (q, k)
 
     def _check(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
         config = self.config

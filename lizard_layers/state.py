@@ -9,9 +9,6 @@ from torch import Tensor
 
 from lizard_layers.config import AttentionConfig
 from lizard_ops import AttentionState
-from lizard_ops.common.state import overwrite
-
-__all__ = ["empty_state", "map_state", "overwrite", "select_sequences", "state_bytes"]
 
 
 def empty_state(

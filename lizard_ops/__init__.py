@@ -1,35 +1,35 @@
-"""Gated linear attention (sums or a delta rule), window attention with sinks and anchors, and both in one pass."""
+"""Gated linear attention, window attention with sinks and anchors, both in one pass, and what stands around them."""
 
 from lizard_ops.common.checks import checked
-from lizard_ops.common.state import AttentionState
-from lizard_ops.delta_attn.api import chunk_delta_attn, recurrent_delta_attn
-from lizard_ops.delta_attn.naive import naive_delta_attn
+from lizard_ops.common.features import expand_features
+from lizard_ops.common.state import AttentionState, overwrite_state
 from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
-from lizard_ops.rotary.api import turn_heads
+from lizard_ops.lm_loss.api import row_losses
+from lizard_ops.rotary.api import apply_rotary
 from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
 
 __all__ = [
     "AttentionState",
+    "apply_rotary",
     "checked",
-    "chunk_delta_attn",
     "chunk_gated_attn",
     "chunk_hybrid_attn",
-    "naive_delta_attn",
+    "expand_features",
     "naive_gated_attn",
     "naive_hybrid_attn",
     "naive_window_attn",
+    "overwrite_state",
     "project_heads",
-    "recurrent_delta_attn",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
+    "row_losses",
     "tune",
-    "turn_heads",
     "use_tuned",
     "window_attn",
 ]

@@ -52,11 +52,6 @@ class _Active:
 _active: _Active | None = None
 
 
-def launch_options(warps: int, registers: int | None) -> dict[str, int]:
-    """Keyword arguments of a launch: warps, and the most registers a thread may have (None: the compiler's choice)."""
-    return {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
-
-
 def tunable(op: str, fixed: tuple[str, ...] = ()) -> Callable[[Config], Config]:
     """Let the decorated function's configuration (a NamedTuple) be replaced by a tuned one.
 
@@ -73,11 +68,18 @@ def tunable(op: str, fixed: tuple[str, ...] = ()) -> Callable[[Config], Config]:
             if _active.seen is not None:
                 _active.seen[key] = default
                 _active.fixed[key] = fixed
-            return default._replace(**_active.overrides.get(key, {}))
+            fields = _active.overrides.get(key, {})
+            return default._replace(**{_name_in(default, name): value for name, value in fields.items()})
 
         return config  # type: ignore[return-value]
 
     return wrap
+
+
+def _name_in(config: Any, name: str) -> str:
+    """A field's name in this configuration: files of before say num_warps and num_stages for some kernels."""
+    names = next((names for names in (WARPS, STAGES) if name in names), (name,))
+    return next((known for known in (name, *names) if known in config._fields), name)
 
 
 def _describe(x: Any) -> str:

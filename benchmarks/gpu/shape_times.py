@@ -28,7 +28,6 @@ from torch import Tensor
 from triton.testing import do_bench
 
 import lizard_ops
-from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton
 
 WINDOW, ANCHORS, SINKS = 128, 4, 4
 OPS = ("gated key", "window", "hybrid")
@@ -219,13 +218,12 @@ def decode(heads: int, key_heads: int, dim: int, batch: int, speed: float) -> di
         tokens = [x.q, x.k, x.v, x.fq, x.fk, x.gates["key"]]
         state = lizard_ops.chunk_hybrid_attn(*tokens, WINDOW, anchors=ANCHORS, output_final_state=True, **form)[1]
         one = [t[:, :1].contiguous() for t in tokens]
-        form |= {"anchors": ANCHORS, "sinks": None, "alpha": None, "merge_mass": "relative", "normalize": True}
-        form |= {"scale": dim**-0.5, "feature_scale": 1.0, "inplace": True}
+        form |= {"anchors": ANCHORS, "output_final_state": True, "inplace": True, "impl": "triton"}
         state = state._make(None if t is None else t.contiguous() for t in state)
-        decode_hybrid_triton(*one, WINDOW, state=state, **form)
+        lizard_ops.recurrent_hybrid_attn(*one, WINDOW, initial_state=state, **form)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            decode_hybrid_triton(*one, WINDOW, state=state, **form)
+            lizard_ops.recurrent_hybrid_attn(*one, WINDOW, initial_state=state, **form)
         microseconds = do_bench(graph.replay, rep=200, return_mode="median") * 1e3
     size = sum(t.nbytes for t in state if t is not None)
     copy = 2 * size / speed * 1e6

@@ -30,7 +30,6 @@ from lizard_layers import (
     AttentionConfig,
     FeatureMaps,
     HybridAttention,
-    apply_rope,
     build_gate,
     empty_state,
     state_bytes,
@@ -39,7 +38,7 @@ from lizard_models.config import LizardConfig
 from lizard_models.distill.losses import IGNORED
 from lizard_models.files.environment import environment
 from lizard_models.files.sources import Say, silent
-from lizard_ops import chunk_gated_attn
+from lizard_ops import apply_rotary, chunk_gated_attn
 
 MIXERS = ("attention", "lizard", "gla", "window")
 ROPE_BASE = 10_000.0
@@ -103,7 +102,7 @@ class SoftmaxMixer(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         mask = None
         if self.window is not None:
             distance = torch.arange(q.shape[1], device=q.device).unsqueeze(1) - torch.arange(

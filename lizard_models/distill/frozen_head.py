@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lizard_ops import row_losses
 
 Head = Callable[[Tensor], Tensor]
 
@@ -87,39 +88,3 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad, *[None] * 7)
-
-
-def row_losses(
-    student: Tensor,
-    teacher: Tensor | None,
-    targets: Tensor,
-    cross_entropy_weight: float,
-    kl_weight: float,
-    scale: float | None,
-    impl: str = "auto",
-) -> Tensor:
-    """w_ce (-log p_s(target)) + w_kl sum_v p_t(v) (log p_t(v) - log p_s(v)) of every row of logits, [N] float32.
-
-    student, teacher [N, V] logits of any floating dtype, softmax in float32; targets [N] int64 in [0, V). Unless
-    ``scale`` is None the student's logits are overwritten with scale times the gradients of these losses over them.
-    impl: "triton", "torch", or "auto" (Triton on CUDA tensors).
-    """
-    if teacher is None:
-        kl_weight = 0.0
-    if impl == "triton" or (impl == "auto" and student.is_cuda):
-        from lizard_ops.lm_loss.triton_op import triton_row_losses
-
-        return triton_row_losses(student, teacher, targets, cross_entropy_weight, kl_weight, scale)
-    log_student = F.log_softmax(student.float(), -1)
-    losses = cross_entropy_weight * F.nll_loss(log_student, targets, reduction="none")
-    log_teacher = None if teacher is None else F.log_softmax(teacher.float(), -1)
-    if log_teacher is not None:
-        losses = losses + kl_weight * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-    if scale is not None:
-        gradient = log_student.exp_().mul_(cross_entropy_weight + kl_weight)
-        if log_teacher is not None:
-            gradient.sub_(log_teacher.exp_(), alpha=kl_weight)
-        rows = torch.arange(len(targets), device=targets.device)
-        gradient[rows, targets] -= cross_entropy_weight
-        student.copy_(gradient.mul_(scale))
-    return losses

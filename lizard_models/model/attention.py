@@ -14,10 +14,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention, apply_rope
+from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
 from lizard_models.model.layer_loss import layer_loss
+from lizard_ops import apply_rotary
 
 AttentionMode = Literal["student", "teacher", "distill"]
 NO_PLAN = ForwardPlan()
@@ -163,7 +164,7 @@ class LizardAttention(nn.Module):
         """
         name = self.config._attn_implementation
         attend: Callable = self.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        q, k = (q, k) if rope is None else (apply_rope(q, *rope), apply_rope(k, *rope))
+        q, k = (q, k) if rope is None else (apply_rotary(q, *rope), apply_rotary(k, *rope))
         heads = [t.transpose(1, 2) for t in (q, k, v)]
         o, _ = attend(
             self,

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from lizard_layers import AnchorBlock, AttentionState, HybridAttention, map_state, overwrite, select_sequences
+from lizard_layers import AnchorBlock, AttentionState, HybridAttention, map_state, select_sequences
 from lizard_models.model.graphs import SeenPositions, is_graphed, mark_static, outside_inference_mode
 from lizard_models.model.rollback import LIMIT, Rollback
+from lizard_ops import overwrite_state
 
-OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v", "conv_k")  # in the dtype of keys and values
+OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v")  # in the dtype of keys and values
 
 
 class LizardCacheLayer(CacheLayerMixin):
@@ -93,7 +94,7 @@ class LizardCacheLayer(CacheLayerMixin):
         if recorded:
             self.state = state
         elif self.state is not None and is_writable(self.state) and fits(self.state, state):
-            overwrite(self.state, state)
+            overwrite_state(self.state, state)
         else:
             with outside_inference_mode():
                 self.state = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format))
@@ -233,9 +234,9 @@ class LizardCacheLayer(CacheLayerMixin):
 
 def fits(kept: AttentionState, new: AttentionState) -> bool:
     """Whether ``new`` has the fields and shapes of ``kept``, on its device."""
-    return all(
-        a is None if b is None else a is not None and a.shape == b.shape and a.device == b.device
-        for a, b in zip(kept, new, strict=True)
+    held, wanted = ({name: t for name, t in state._asdict().items() if t is not None} for state in (kept, new))
+    return held.keys() == wanted.keys() and all(
+        t.shape == wanted[name].shape and t.device == wanted[name].device for name, t in held.items()
     )
 
 

@@ -188,8 +188,10 @@ def _fill(cache: LizardCache, tensors: dict[str, Tensor], seen: int) -> None:
         if isinstance(layer, LizardCacheLayer):
             state = AttentionState(**held)
             blank = empty_state(attention_config(cache.lizard_config, i), rows, device="meta")
-            for name, wanted, found in zip(state._fields, blank, state, strict=True):
-                shapes = tuple(None if t is None else tuple(t.shape) for t in (wanted, found))
+            for name in state._fields:
+                shapes = tuple(
+                    None if t is None else tuple(t.shape) for t in (getattr(blank, name), getattr(state, name))
+                )
                 if shapes[0] != shapes[1]:
                     raise ValueError(f"{name} has shape {shapes[1]}, wanted {shapes[0]}")
             layer.set_state(state)

@@ -122,24 +122,6 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
     return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
 
 
-def check_beta(beta: Tensor | None, q: Tensor, heads: int, padding_mask: Tensor | None) -> Tensor | None:
-    """Write strengths of a delta memory, [B,T,Hk] in [0, 1], in the work dtype; None stays None."""
-    if beta is None:
-        return None
-    check_tensor("beta", beta, (*q.shape[:2], heads), q, GATE_FLOATS)
-    if may_read(beta):
-        real = beta.detach() if padding_mask is None else beta.detach()[padding_mask]
-        inside = bool(((real >= 0) & (real <= 1)).all())
-        want(inside, "beta", real.flatten()[:4].tolist() if not inside else None, "strengths from 0 to 1, none NaN")
-    return beta.to(work_dtype(q))
-
-
-def check_delta_gate(g: Tensor | None, v: Tensor) -> None:
-    """A delta memory has one matrix a key head, which decays as a whole; g as ``check_gate`` returns it."""
-    fits = g is None or (g.ndim == 3 and g.shape[2] in (1, v.shape[2]))
-    want(fits, "g", g, "a gate for all heads or a key head, or None, with a delta memory")
-
-
 def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> int:
     """Check how tokens form sequences and return how many there are.
 
@@ -214,7 +196,7 @@ def window_state_shapes(n: int, k: Tensor, v: Tensor, window: int, anchors: int)
 
 
 def state_heads(q: Tensor, v: Tensor, g: Tensor | None) -> int:
-    """Heads of the linear sums: the key heads, or the query heads with a gate a query head."""
+    """Heads of the linear sums: the key heads, or the query heads with a gate per query head."""
     return q.shape[2] if g is not None and g.ndim == 3 and g.shape[2] == q.shape[2] else v.shape[2]
 
 
@@ -231,7 +213,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor, sink_form: str) -> Tensor | Non
 
 
 def check_head_weight(name: str, x: float | Tensor | None, q: Tensor, scalar: bool) -> Tensor | None:
-    """A weight a head, as [Hq] or [B,T,Hq]; with ``scalar`` also a number or a tensor without axes."""
+    """A weight per head, as [Hq] or [B,T,Hq]; with ``scalar`` also a number or a tensor without axes."""
     if x is None:
         return None
     heads = q.shape[2]
@@ -247,9 +229,9 @@ def check_head_weight(name: str, x: float | Tensor | None, q: Tensor, scalar: bo
 
 
 def check_gate_form(gate_form: str, g: Tensor | None, feature_map: str) -> None:
-    """ "absorbed" needs a gate, one a head or for all heads, and features that a factor does not leave unchanged."""
+    """ "absorbed" needs a gate, one per head or for all heads, and features that a factor does not leave unchanged."""
     check_choice("gate_form", gate_form, ("stable", "absorbed"))
     if gate_form == "absorbed":
-        want(g is not None and g.ndim == 3, "gate_form", gate_form, '"stable" without a gate or with one a channel')
+        want(g is not None and g.ndim == 3, "gate_form", gate_form, '"stable" without a gate or with one per channel')
         soft = feature_map == "softmax"
         want(not soft, "gate_form", gate_form, '"stable" with feature_map="softmax", which cancels what it absorbs')

@@ -30,8 +30,3 @@ def expand_features(x: Tensor, feature_map: str) -> tuple[Tensor, Tensor | None]
     both = torch.cat([x, -x], -1)
     top = both.detach().amax(-1, keepdim=True)
     return (both - top).exp(), top.squeeze(-1)
-
-
-def norm_of(x: Tensor) -> Tensor:
-    """Euclidean norm of the last axis, kept; above zero where x is zero."""
-    return x.square().sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()

@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lizard_ops.common.padding import compact, compaction, restore
-from lizard_ops.common.state import AttentionState
-from lizard_ops.common.streams import layout_of, take_rows
+from lizard_ops.common.state import AttentionState, map_fields
+from lizard_ops.common.streams import Layout, layout_of, take_rows
 
-Rows = Sequence[Tensor | None]
-RowOp = Callable[[Rows, Tensor | None, AttentionState | None], tuple[Sequence[Tensor], AttentionState | None]]
+# An op's inputs: a NamedTuple with fields initial_state, cu_seqlens and padding_mask, whose ``by_token`` names those of
+# its tensors that have a row per token, [B, T, ...]: GatedInputs, WindowInputs, HybridInputs.
+Inputs = Any
+RowOp = Callable[[Inputs, Tensor | None], tuple[Sequence[Tensor], AttentionState | None]]
 
 
-def over_rows(
-    op: RowOp,
-    rows: Rows,
-    fills: Sequence[float],
-    state: AttentionState | None,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-) -> tuple[Sequence[Tensor], AttentionState | None]:
-    """Run ``op(rows, lengths, state) -> (outputs, state)`` on rows [B, T, ...] of any kind.
+def changed_rows(inputs: Inputs, change: Callable[[Tensor], Tensor | None], **fields: Any) -> Inputs:
+    """The inputs with every tensor that has a row per token changed, and these fields replaced."""
+    rows = {name: None if x is None else change(x) for name, x in inputs.by_token().items()}
+    return inputs._replace(**rows, **fields)
+
+
+def over_rows(op: RowOp, inputs: Inputs, fills: Sequence[float]) -> tuple[Sequence[Tensor], AttentionState | None]:
+    """Run ``op(inputs, lengths) -> (outputs, state)`` on inputs whose rows [B, T, ...] are of any kind.
 
     op sees real tokens first, ``lengths`` [B] of them (None: all), zeros after. What it returns goes back to its
     places, with one of ``fills`` an output at padding.
     """
-    if padding_mask is not None:
-        plan = compaction(padding_mask)
-        outputs, final = op([compact(x, plan) for x in rows], plan.lengths, state)
+    if inputs.padding_mask is not None:
+        plan = compaction(inputs.padding_mask)
+        compacted = changed_rows(inputs, lambda x: compact(x, plan), padding_mask=None)
+        outputs, final = op(compacted, plan.lengths)
         return [restore(o, plan, fill) for o, fill in zip(outputs, fills, strict=True)], final
-    if cu_seqlens is None:
-        return op(rows, None, state)
-    return _over_packed(op, rows, state, cu_seqlens)
+    if inputs.cu_seqlens is None:
+        return op(inputs, None)
+    return _over_packed(op, inputs)
 
 
-def _over_packed(
-    op: RowOp, rows: Rows, state: AttentionState | None, cu_seqlens: Tensor
-) -> tuple[Sequence[Tensor], AttentionState | None]:
+def _over_packed(op: RowOp, inputs: Inputs) -> tuple[Sequence[Tensor], AttentionState | None]:
     """Sequences whose lengths share their highest bit run together: at most 2 T rows in at most log T calls."""
-    first = next(x for x in rows if x is not None)
-    layout = layout_of(first, None, cu_seqlens)
+    device, state = inputs.q.device, inputs.initial_state
+    layout = layout_of(inputs.q, None, inputs.cu_seqlens)
     classes: dict[int, list[int]] = {}
     for n, length in enumerate(layout.length.tolist()):
         classes.setdefault(length.bit_length(), []).append(n)
@@ -52,12 +54,12 @@ def _over_packed(
     places: list[Tensor] = []
     finals: list[AttentionState] = []
     for members in classes.values():
-        of = torch.tensor(members, device=first.device)
+        of = torch.tensor(members, device=device)
         part = layout._replace(start=layout.start[of], length=layout.length[of])
-        index = torch.arange(int(part.length.max()), device=first.device).expand(len(members), -1)
-        padded = [None if x is None else take_rows(x, part, index)[0] for x in rows]
-        begin = None if state is None else AttentionState._make(None if x is None else x[of] for x in state)
-        results, final = op(padded, part.length, begin)
+        index = torch.arange(int(part.length.max()), device=device).expand(len(members), -1)
+        begin = None if state is None else map_fields(partial(torch.index_select, dim=0, index=of), state)
+        padded = changed_rows(inputs, partial(_padded, layout=part, index=index), initial_state=begin, cu_seqlens=None)
+        results, final = op(padded, part.length)
         there = index < part.length.unsqueeze(1)
         places.append((part.start.unsqueeze(1) + index)[there])
         outputs.append([o[there] for o in results])
@@ -65,9 +67,11 @@ def _over_packed(
         finals += [] if final is None else [final]
     back = torch.cat(places).argsort()
     whole = [torch.cat(o).index_select(0, back).unsqueeze(0) for o in zip(*outputs, strict=True)]
-    return whole, _joined(finals, torch.tensor(order, device=first.device).argsort()) if finals else None
+    if not finals:
+        return whole, None
+    sequence = torch.tensor(order, device=device).argsort()
+    return whole, map_fields(lambda *parts: torch.cat(parts).index_select(0, sequence), *finals)
 
 
-def _joined(states: list[AttentionState], order: Tensor) -> AttentionState:
-    fields = zip(*states, strict=True)
-    return AttentionState._make(None if x[0] is None else torch.cat(x).index_select(0, order) for x in fields)
+def _padded(x: Tensor, layout: Layout, index: Tensor) -> Tensor:
+    return take_rows(x, layout, index)[0]

@@ -5,22 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizard_ops.common.state import AttentionState
+from lizard_ops.common.rows import Inputs, changed_rows
+from lizard_ops.common.state import AttentionState, map_fields
 
 
-def sequence_slices(
-    batch: int, length: int, cu_seqlens: Tensor | None, padding_mask: Tensor | None, device: torch.device
-) -> list[tuple[int, Tensor]]:
-    """One (row, positions) pair a sequence.
+def sequence_slices(inputs: Inputs) -> list[tuple[int, Tensor]]:
+    """One (row, positions) pair per sequence.
 
     cu_seqlens [N+1] packs N sequences into the one row; padding_mask [B, T] is True at real tokens.
     """
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
+    (batch, length), device = inputs.q.shape[:2], inputs.q.device
+    if inputs.cu_seqlens is not None:
+        ends = inputs.cu_seqlens.tolist()
         return [(0, torch.arange(a, b, device=device)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    if padding_mask is not None:
-        return [(b, padding_mask[b].nonzero().squeeze(-1)) for b in range(batch)]
+    if inputs.padding_mask is not None:
+        return [(b, inputs.padding_mask[b].nonzero().squeeze(-1)) for b in range(batch)]
     return [(b, torch.arange(length, device=device)) for b in range(batch)]
+
+
+def one_sequence(inputs: Inputs, n: int, row: int, at: Tensor) -> Inputs:
+    """The inputs of sequence n, which stands at these positions of a row: [T, ...], its state without the leading N."""
+    state = inputs.initial_state
+    state = None if state is None else map_fields(lambda field: field[n], state)
+    return changed_rows(inputs, lambda x: x[row, at], initial_state=state, cu_seqlens=None, padding_mask=None)
 
 
 def with_ring(ring: Tensor | None, rows: Tensor, position: int) -> Tensor:
@@ -52,13 +59,7 @@ def anchors_after(kept: Tensor | None, rows: Tensor, anchors: int, position: int
 
 def stack_states(states: list[AttentionState]) -> AttentionState:
     """Put one-sequence states (fields without the leading N) together."""
-    fields = zip(*states, strict=True)
-    return AttentionState._make(None if field[0] is None else torch.stack(field) for field in fields)
-
-
-def state_of(state: AttentionState | None, n: int) -> AttentionState | None:
-    """The state of sequence n, its fields without the leading N."""
-    return None if state is None else AttentionState._make(None if field is None else field[n] for field in state)
+    return map_fields(lambda *fields: torch.stack(fields), *states)
 
 
 def put_rows(blank: Tensor, slices: list[tuple[int, Tensor]], rows: list[Tensor]) -> Tensor:

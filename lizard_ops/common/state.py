@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,20 +11,19 @@ from torch import Tensor
 class AttentionState(NamedTuple):
     """What is left of a sequence once its tokens are gone.
 
-        N sequences, W window, A anchors, Hk key heads, Hs state heads (the key heads, or the query
-        heads with a gate a query head), D head dim, F features after expansion, Fp features as given
-        (pre-activations), V value dim. A field that an op has no use for is None.
+    N sequences, W window, A anchors, Hk key heads, Hs state heads (the key heads, or the query
+    heads with a gate per query head), D head dim, F features after expansion, Fp features as given
+    (pre-activations), V value dim. A field that an op has no use for is None.
 
-        The linear sums hold the keys that have *left* the last ``window_offset`` positions (0 for an op
-        that covers every key), decayed up to the newest key they hold and no further. With
-        p = ``position`` and e = p - 1 - window_offset, the newest key inside::
+    The linear sums hold the keys that have *left* the last ``window_offset`` positions (0 for an op
+    that covers every key), decayed up to the newest key they hold and no further. With
+    p = ``position`` and e = p - 1 - window_offset, the newest key inside::
 
-            exp(log_scale) s = sum_{A <= j <= e} exp(G_e - G_j) phi_k(k_j) v_j^T
-            exp(log_scale) z = sum_{A <= j <= e} exp(G_e - G_j) phi_k(k_j)
+        exp(log_scale) s = sum_{A <= j <= e} exp(G_e - G_j) phi_k(k_j) v_j^T
+        exp(log_scale) z = sum_{A <= j <= e} exp(G_e - G_j) phi_k(k_j)
 
-        so gates still in the ring do not touch the sums, and a hard reset inside the window loses nothing.
-    With a delta memory (``chunk_delta_attn``) s is its matrix S_e instead, and z the same sum as ever.
-        Ring slot ``t % W`` holds position t; slots never written are zero.
+    so gates still in the ring do not touch the sums, and a hard reset inside the window loses nothing.
+    Ring slot ``t % W`` holds position t; slots never written are zero.
     """
 
     position: Tensor  # [N] int64, tokens seen
@@ -36,13 +36,22 @@ class AttentionState(NamedTuple):
     ring_g: Tensor | None = None  # [N, W, Hg] or [N, W, Hk, F] log-decays, float32
     anchor_k: Tensor | None = None  # [N, A, Hk, D] the first A keys
     anchor_v: Tensor | None = None  # [N, A, Hk, V] the first A values
-    ring_beta: Tensor | None = None  # [N, W, Hk] like s, write strengths not yet used; delta memory alone
-    conv_k: Tensor | None = None  # [N, width - 1, Hk, D] the last keys, oldest first; key convolutions alone
 
 
-def overwrite(state: AttentionState, new: AttentionState) -> AttentionState:
+def overwrite_state(state: AttentionState, new: AttentionState) -> AttentionState:
     """``state`` with the values of ``new``, which holds the same fields, in the memory and dtypes it has."""
-    for kept, value in zip(state, new, strict=True):
+    values = new._asdict()
+    for name, kept in state._asdict().items():
+        value = values[name]
         if kept is not None and value is not None and kept is not value:
             kept.copy_(value)
     return state
+
+
+def map_fields(function: Callable[..., Tensor], *states: AttentionState) -> AttentionState:
+    """``function`` of each field, with the same field of every state; None where one of them has none."""
+    fields: dict[str, Any] = {}
+    for name in AttentionState._fields:
+        values = [getattr(state, name) for state in states]
+        fields[name] = None if any(x is None for x in values) else function(*values)
+    return AttentionState(**fields)

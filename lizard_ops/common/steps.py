@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.checks import work_dtype
-from lizard_ops.common.state import AttentionState
+from lizard_ops.common.rows import Inputs, changed_rows
+from lizard_ops.common.state import AttentionState, map_fields
 
 Step = Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]
 
@@ -31,10 +32,10 @@ def where_active(active: Tensor | None, new: AttentionState, old: AttentionState
     """The new state where a row still had a token, the old one where not; active [N] bool, None for every row."""
     if active is None:
         return new
-    pairs = zip(new, old, strict=True)
-    return AttentionState._make(
-        None if a is None or b is None else torch.where(active.view(-1, *[1] * (a.ndim - 1)), a, b.to(a.dtype))
-        for a, b in pairs
+    return map_fields(
+        lambda a, b: torch.where(active.view(-1, *[1] * (a.ndim - 1)), a, b.to(a.dtype)),
+        new,
+        old,
     )
 
 
@@ -48,18 +49,23 @@ def blank_state(like: Tensor, shapes: dict[str, tuple[int, ...]], dtypes: dict[s
     return AttentionState(torch.zeros(n, dtype=torch.int64, device=like.device), **fields)
 
 
+def token(inputs: Inputs, t: int) -> Inputs:
+    """The inputs of position t alone: [B, ...] for [B, T, ...]."""
+    return changed_rows(inputs, lambda x: x[:, t])
+
+
 def over_steps(
-    step: Step, rows: tuple[Tensor | None, ...], lengths: Tensor | None, state: AttentionState
+    step: Step, inputs: Inputs, lengths: Tensor | None, state: AttentionState
 ) -> tuple[list[Tensor], AttentionState]:
     """([o [B, T, Hq, V], log mass [B, T, Hq]], the state after them) of one step after the other.
 
-    rows: (q, k, v, ...) of T positions, None where there is no gate. step: called with the tensors of one position and
-    the state, returns (o, log mass, the fields that changed). A row's state stays as it is from ``lengths`` [B] on.
+    step: called with the inputs of one position and the state, returns (o, log mass, the fields that changed). A row's
+    state stays as it is from ``lengths`` [B] on.
     """
-    q, _, v = (x for x in rows[:3] if x is not None)
+    q, v = inputs.q, inputs.v
     outputs, masses = [], []
     for t in range(q.shape[1]):
-        o, log_mass, fields = step(*(None if x is None else x[:, t] for x in rows), state)
+        o, log_mass, fields = step(token(inputs, t), state)
         active = None if lengths is None else t < lengths
         state = where_active(active, state._replace(position=state.position + 1, **fields), state)
         outputs.append(o)

@@ -144,21 +144,19 @@ def offset_fields(
     state: AttentionState | None,
     offset: int,
     layout: Layout,
-    beta: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
     """The fields of the final state that hold keys still on their way into the linear sums; none without an offset.
 
-    fk as given (pre-activations), g as ``check_gate`` returns it, beta [B, T, Hk] of a delta memory.
+    fk as given (pre-activations), g as ``check_gate`` returns it.
     """
     if not offset:
         return {}
     held = AttentionState(layout.position) if state is None else state
-    fields: dict[str, Tensor | None] = {
+    return {
         "ring_v": final_ring(v, held.ring_v, offset, layout),
         "ring_fk": final_ring(fk, held.ring_fk, offset, layout),
         "ring_g": None if g is None else final_ring(g, held.ring_g, offset, layout),
     }
-    return fields if beta is None else fields | {"ring_beta": final_ring(beta, held.ring_beta, offset, layout)}
 
 
 def sliding_sum(x: Tensor, window: int) -> Tensor:

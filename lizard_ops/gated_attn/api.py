@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
-from lizard_ops.gated_attn.arguments import gated_arguments
-from lizard_ops.gated_attn.naive import naive_gated_attn
+from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions, gated_arguments
+from lizard_ops.gated_attn.naive import naive_gated
 
 Result = tuple[Tensor, AttentionState | None] | tuple[Tensor, AttentionState | None, Tensor]
 
@@ -52,8 +50,8 @@ def chunk_gated_attn(
         q: [B, T, Hq, K] query features; non-negative with normalize. bfloat16, float16, float32 or float64.
         k: [B, T, Hk, K] key features, Hk a divisor of Hq: query head h reads key head h // (Hq // Hk).
         v: [B, T, Hk, V] values.
-        g: log-decay <= 0 in natural log, float32 or float64: [B, T] or [B, T, 1] for all heads, [B, T, Hk] a key head,
-            [B, T, Hq] a query head, [B, T, Hk, K] a channel. None: no decay.
+        g: log-decay <= 0 in natural log, float32 or float64: [B, T] or [B, T, 1] for all heads, [B, T, Hk] per key
+            head, [B, T, Hq] per query head, [B, T, Hk, K] per channel. None: no decay.
         scale: factor of every weight; 1.0 with normalize (it cancels in o), else K ** -0.5.
         normalize: divide by the mass.
         window_offset: how many of the newest keys are left out, the query's own first.
@@ -65,9 +63,9 @@ def chunk_gated_attn(
             position; its output is 0 and its log-mass -inf.
         return_log_mass: return log_mass too.
         gate_form: "stable", or "absorbed" as in section 4 of the paper: inside a chunk the gate products move into
-            the features. Needs one gate a head or for all heads, whose log-decays in a chunk sum to above -80
+            the features. Needs one gate per head or for all heads, whose log-decays in a chunk sum to above -80
             (-700 in float64); reads them back to check, which synchronises.
-        chunk_size: positions a chunk; None lets the implementation choose.
+        chunk_size: positions per chunk; None lets the implementation choose.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
     Under autocast q, k and v take its dtype; sums, gates and states stay float32.
@@ -84,32 +82,28 @@ def chunk_gated_attn(
     Source: Lizard (arXiv 2507.09025) section 3; the normalised gated form is its parallel form.
     """
     q, k, v = autocast_inputs(q, k, v)
-    g, scale = gated_arguments(
-        q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, padding_mask
-    )
+    inputs, options = gated_arguments(
+        GatedInputs(
+            q=q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
+        ),
+        GatedOptions(
+            scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors,
+            output_final_state=output_final_state, gate_form=gate_form, chunk_size=chunk_size,
+        ),
+    )  # fmt: skip
     checks.check_flag("return_log_mass", return_log_mass)
     checks.check_flag("output_final_state", output_final_state)
-    checks.check_gate_form(gate_form, g, "identity")
-    if chunk_size is not None:
-        checks.check_count("chunk_size", chunk_size, 1)
     chosen = choose_impl(impl, q, float64_of(q))
-    common: dict[str, Any] = dict(
-        scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
-    )  # fmt: skip
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         checks.want(chunk_size is None, "chunk_size", chunk_size, 'None with impl="naive"')
-        return naive_gated_attn(q, k, v, g, **common, return_log_mass=return_log_mass)
-    if chosen == "triton":
-        from lizard_ops.gated_attn.triton.chunk import chunk_gated_triton
-
-        o, state, log_mass = chunk_gated_triton(q, k, v, g, **common, gate_form=gate_form, chunk_size=chunk_size)
+        form = naive_gated
+    elif chosen == "triton":
+        from lizard_ops.gated_attn.triton.chunk import chunk_gated_triton as form
     else:
-        from lizard_ops.gated_attn.chunk_torch import chunk_gated_torch
-
-        with without_autocast(q):
-            o, state, log_mass = chunk_gated_torch(q, k, v, g, **common, gate_form=gate_form, chunk_size=chunk_size)
+        from lizard_ops.gated_attn.chunk_torch import chunk_gated_torch as form
+    with without_autocast(q):
+        o, state, log_mass = form(inputs, options)
     return (o, state, log_mass) if return_log_mass else (o, state)
 
 
@@ -137,20 +131,22 @@ def recurrent_gated_attn(
     "triton" raises ValueError, for no kernel of this op alone exists (``recurrent_hybrid_attn`` has one).
     """
     q, k, v = autocast_inputs(q, k, v)
-    g, scale = gated_arguments(
-        q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, padding_mask
-    )
+    inputs, options = gated_arguments(
+        GatedInputs(
+            q=q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
+        ),
+        GatedOptions(
+            scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors,
+            output_final_state=output_final_state,
+        ),
+    )  # fmt: skip
     checks.check_flag("return_log_mass", return_log_mass)
     checks.check_flag("output_final_state", output_final_state)
     checks.check_choice("impl", impl, ("auto", "torch", "naive"))
-    common: dict[str, Any] = dict(
-        scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
-    )  # fmt: skip
     if impl == "naive":
-        return naive_gated_attn(q, k, v, g, **common, return_log_mass=return_log_mass)
-    from lizard_ops.gated_attn.recurrent import recurrent_gated_torch
-
+        form = naive_gated
+    else:
+        from lizard_ops.gated_attn.recurrent import recurrent_gated_torch as form
     with without_autocast(q):
-        o, state, log_mass = recurrent_gated_torch(q, k, v, g, **common)
+        o, state, log_mass = form(inputs, options)
     return (o, state, log_mass) if return_log_mass else (o, state)

@@ -13,65 +13,43 @@ from lizard_ops.common.features import expand_features, feature_dim
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, key_stream, layout_of, offset_fields, sliding_sum
+from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
 from lizard_ops.gated_attn.chunk_torch_tiles import Attended, Sums, attend_channel_gate, attend_head_gate, finite
 
 HEAD_GATE_CHUNK = 64
 CHANNEL_GATE_CHUNK = 16
 
 
-def chunk_gated_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    *,
-    scale: float,
-    normalize: bool,
-    window_offset: int,
-    anchors: int,
-    initial_state: AttentionState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    gate_form: str,
-    chunk_size: int | None,
-) -> tuple[Tensor, AttentionState | None, Tensor]:
+def chunk_gated_torch(inputs: GatedInputs, options: GatedOptions) -> tuple[Tensor, AttentionState | None, Tensor]:
     """(o, state, log_mass) of ``chunk_gated_attn``, whose arguments come here checked."""
+    o, state, log_mass = linear_torch(inputs, options)
+    return o.to(inputs.q.dtype), state, log_mass
 
-    def op(rows, lengths, state):
-        *results, fields = linear_rows(
-            *rows, lengths, state, feature_map="identity", scale=scale, normalize=normalize, offset=window_offset,
-            anchors=anchors, gate_form=gate_form, chunk_size=chunk_size,
-        )  # fmt: skip
-        position = layout_of(rows[0], state, None, lengths).end
-        return results, AttentionState(position, **fields) if output_final_state else None
 
-    rows = (q, k, v, g)
-    (o, log_mass), state = over_rows(op, rows, (0.0, -math.inf), initial_state, cu_seqlens, padding_mask)
-    return o.to(q.dtype), state, log_mass
+def linear_torch(inputs: GatedInputs, options: GatedOptions) -> tuple[Tensor, AttentionState | None, Tensor]:
+    """The same for features that a map has yet to give, and o not yet rounded to the dtype of the inputs."""
+
+    def op(inputs, lengths):
+        *results, fields = linear_rows(inputs, lengths, options)
+        position = layout_of(inputs.q, inputs.initial_state, None, lengths).end
+        return results, AttentionState(position, **fields) if options.output_final_state else None
+
+    (o, log_mass), state = over_rows(op, inputs, (0.0, -math.inf))
+    return o, state, log_mass
 
 
 def linear_rows(
-    fq: Tensor,  # [B, T, Hq, Fp]
-    fk: Tensor,  # [B, T, Hk, Fp]
-    v: Tensor,  # [B, T, Hk, V]
-    g: Tensor | None,  # [B, T, Hg] or [B, T, Hk, F]
+    inputs: GatedInputs,  # q [B, T, Hq, Fp], k [B, T, Hk, Fp], v [B, T, Hk, V], g [B, T, Hg] or [B, T, Hk, F]
     lengths: Tensor | None,  # [B], None: all T
-    state: AttentionState | None,
-    *,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    offset: int,
-    anchors: int,
-    gate_form: str,
-    chunk_size: int | None,
+    options: GatedOptions,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     """Right-padded rows: (o [B, T, Hq, V], log mass [B, T, Hq], fields of the final state).
 
     Row t of the key stream meets the query ``offset`` rows later: what the gates between them take is a factor of
-    the whole row, which leaves a normalised output as it is (a gate a channel: a factor of each query feature).
+    the whole row, which leaves a normalised output as it is (a gate per channel: a factor of each query feature).
     """
+    fq, fk, v, g, state = inputs.q, inputs.k, inputs.v, inputs.g, inputs.initial_state
+    feature_map, offset, anchors = options.feature_map, options.window_offset, options.anchors
     batch, length, q_heads, _ = fq.shape
     (key_heads, v_dim), work, channels = v.shape[2:], work_dtype(v), g is not None and g.ndim == 4
     prefix = offset if state is not None else 0
@@ -87,7 +65,7 @@ def linear_rows(
         fields = _linear_fields(final) | offset_fields(fk, v, g, state, offset, layout)
         return nothing, torch.full_like(nothing[..., 0], -math.inf), fields
 
-    size = min(rows, chunk_size or (CHANNEL_GATE_CHUNK if channels else HEAD_GATE_CHUNK))
+    size = min(rows, options.chunk_size or (CHANNEL_GATE_CHUNK if channels else HEAD_GATE_CHUNK))
     chunks = -(-rows // size)
 
     def tiles(x: Tensor, fill: float = 0.0) -> Tensor:  # [B, rows, H, ...] -> [B, H, n, C, ...]
@@ -130,9 +108,9 @@ def linear_rows(
     else:
         head_gates = None if row_gates is None else head_tiles(row_gates)
         key_log = None if key_log is None else key_log.unsqueeze(3)
-        absorbed = gate_form == "absorbed"
+        absorbed = options.gate_form == "absorbed"
         attended = attend_head_gate(queries, keys, tiles(row_values), head_gates, key_log, start, absorbed)
-    o, log_mass = _weighed(attended, query_log, passed, scale, normalize)
+    o, log_mass = _weighed(attended, query_log, passed, options.scale, options.normalize)
 
     def in_order(x: Tensor, fill: float) -> Tensor:  # [B, Hk, n, G, C, ...] -> [B, T, Hq, ...]
         x = x.movedim((2, 4), (1, 2)).reshape(batch, chunks * size, q_heads, *x.shape[5:])[:, :rows]

@@ -4,7 +4,7 @@ Log-decays are summed and subtracted in float64, so that a decay inside a chunk 
 exponentials of differences return to the work dtype. Weights are relative to a row shift, the running maximum of the
 keys' log offsets and their decay (0 without log offsets), so none exceeds 1.
 
-Axes: B rows, Hk key heads, n chunks, G query heads a key head, C positions a chunk, F features, E = V + 1 for the
+Axes: B rows, Hk key heads, n chunks, G query heads per key head, C positions per chunk, F features, E = V + 1 for the
 values and a column of ones, whose sum is the mass; h is 1 or Hk and y is 1 or G, as the gate has it.
 """
 
@@ -46,7 +46,7 @@ def attend_head_gate(
     start: Sums | None,
     absorbed: bool,
 ) -> Attended:
-    """One gate a head or for all, or none: decay tiles over score tiles, one state a chunk."""
+    """One gate per head or for all, or none: decay tiles over score tiles, one state per chunk."""
     group, size = q.shape[3:5]
     run = q.new_zeros(1, 1, 1, 1, size, dtype=torch.float64) if g is None else _running(g, -1)
     key = -run if key_log is None else key_log - run  # log weight of a key, seen from before the chunk
@@ -87,7 +87,7 @@ def attend_channel_gate(
     key_log: Tensor | None,  # [B, Hk, n, C] float64, -inf where there is no key
     start: Sums | None,
 ) -> Attended:
-    """One gate a channel: every pair of a (short) chunk has its own decays, which enter the dot product."""
+    """One gate per channel: every pair of a (short) chunk has its own decays, which enter the dot product."""
     group, size = q.shape[3:5]
     run, future = _running(g, -2), _future(size, q.device)
     pair = (run.unsqueeze(-2) - run.unsqueeze(-3)).masked_fill(future.unsqueeze(-1), -math.inf)  # [B,Hk,n,C,C,F]
@@ -177,7 +177,7 @@ def _scan_head_gate(items: Tensor, decay: Tensor, top: Tensor | None, start: Sum
 def _scan_channel_gate(
     items: Tensor, decay: Tensor, slow: Tensor | None, top: Tensor | None, start: Sums | None
 ) -> tuple[Sums, Sums]:
-    """The same for items [B, Hk, n, F, E] and a decay [B, Hk, n, F] a channel, chunk after chunk.
+    """The same for items [B, Hk, n, F, E] and a decay [B, Hk, n, F] per channel, chunk after chunk.
 
     slow [B, Hk, n]: decay of the slowest channel at every position, which the log scale follows.
     """

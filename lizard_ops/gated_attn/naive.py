@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lizard_ops.common.checks import state_heads, work_dtype
 from lizard_ops.common.features import expand_features
-from lizard_ops.common.sequences import put_rows, ring_after, sequence_slices, stack_states, state_of, with_ring
+from lizard_ops.common.sequences import one_sequence, put_rows, ring_after, sequence_slices, stack_states, with_ring
 from lizard_ops.common.state import AttentionState
-from lizard_ops.gated_attn.arguments import gated_arguments
+from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions, gated_arguments
 
 
 def naive_gated_attn(
@@ -35,47 +35,47 @@ def naive_gated_attn(
     Sums and exponents are float32 (float64 for float64 inputs); the weights, at most 1, meet the values in the
     dtype of q, as in plain PyTorch attention.
     """
-    g, scale = gated_arguments(
-        q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, padding_mask
-    )
-    heads = state_heads(q, v, g)
-    outputs, states = [], []
-    slices = sequence_slices(q.shape[0], q.shape[1], cu_seqlens, padding_mask, q.device)
+    inputs, options = gated_arguments(
+        GatedInputs(
+            q=q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
+        ),
+        GatedOptions(
+            scale=scale, normalize=normalize, window_offset=window_offset, anchors=anchors,
+            output_final_state=output_final_state,
+        ),
+    )  # fmt: skip
+    o, state, log_mass = naive_gated(inputs, options)
+    return (o, state, log_mass) if return_log_mass else (o, state)
+
+
+def naive_gated(inputs: GatedInputs, options: GatedOptions) -> tuple[Tensor, AttentionState | None, Tensor]:
+    """(o, state, log mass) of checked arguments."""
+    q, v = inputs.q, inputs.v
+    heads = state_heads(q, v, inputs.g)
+    outputs, masses, states = [], [], []
+    slices = sequence_slices(inputs)
     for n, (row, at) in enumerate(slices):
-        o, log_mass, state = linear_branch(
-            q[row, at], k[row, at], v[row, at], None if g is None else g[row, at], state_of(initial_state, n),
-            heads=heads, feature_map="identity", scale=scale, normalize=normalize, offset=window_offset,
-            anchors=anchors,
-        )  # fmt: skip
-        outputs.append((o, log_mass))
+        o, log_mass, state = linear_branch(one_sequence(inputs, n, row, at), heads, options)
+        outputs.append(o)
+        masses.append(log_mass)
         states.append(state)
-    o = put_rows(q.new_zeros(*q.shape[:3], v.shape[3]), slices, [pair[0] for pair in outputs])
-    final = stack_states(states) if output_final_state else None
-    if not return_log_mass:
-        return o, final
-    log_mass = put_rows(q.new_full(q.shape[:3], -math.inf, dtype=work_dtype(q)), slices, [pair[1] for pair in outputs])
-    return o, final, log_mass
+    o = put_rows(q.new_zeros(*q.shape[:3], v.shape[3]), slices, outputs)
+    log_mass = put_rows(q.new_full(q.shape[:3], -math.inf, dtype=work_dtype(q)), slices, masses)
+    return o, stack_states(states) if options.output_final_state else None, log_mass
 
 
 def linear_branch(
-    fq: Tensor,  # [T, Hq, Fp]
-    fk: Tensor,  # [T, Hk, Fp]
-    v: Tensor,  # [T, Hk, V]
-    g: Tensor | None,  # [T, Hg] or [T, Hk, F]
-    past: AttentionState | None,
-    *,
+    inputs: GatedInputs,  # of one sequence: q [T, Hq, Fp], k [T, Hk, Fp], v [T, Hk, V], g [T, Hg] or [T, Hk, F]
     heads: int,  # Hs, of the sums
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    offset: int,
-    anchors: int,
+    options: GatedOptions,
 ) -> tuple[Tensor, Tensor, AttentionState]:
     """One sequence: (o [T, Hq, V], log mass [T, Hq], state without the leading N).
 
     o_i = sum_j a_ij v_j / sum_j a_ij over anchors <= j <= i - offset, with a_ij = scale phi(q_i).phi(k_j) exp(D_ij)
     and D_ij the sum of g over j + 1..i; log mass_i = log sum_j a_ij.
     """
+    fq, fk, v, g, past = inputs.q, inputs.k, inputs.v, inputs.g, inputs.initial_state
+    feature_map, offset, anchors = options.feature_map, options.window_offset, options.anchors
     work, (length, q_heads, _), group = work_dtype(v), fq.shape, fq.shape[1] // v.shape[1]
     position = 0 if past is None else int(past.position)
     ring = past if past is not None and offset else AttentionState(torch.tensor(position))
@@ -117,15 +117,15 @@ def linear_branch(
         mass = a.sum(0) + (far * z0).sum(-1)
         empty = mass.abs() < torch.finfo(work).tiny  # no key, or none that this dtype can still weigh
         total = torch.where(empty, 1.0, mass)
-        if normalize:
+        if options.normalize:
             weights, far = a / total, far / total.unsqueeze(-1)
         else:
-            factor = scale * (top + query_log[j - new_rows]).exp()
+            factor = options.scale * (top + query_log[j - new_rows]).exp()
             weights, far = a * factor, far * factor.unsqueeze(-1)
         weights = weights.to(v.dtype).to(work)
         o = (weights.unsqueeze(-1) * values[keys]).sum(0) + (far.unsqueeze(-1) * s0).sum(-2)
-        log_mass = total.log() + top + query_log[j - new_rows] + math.log(scale)
-        outputs.append(torch.where(empty.unsqueeze(-1), 0.0, o) if normalize else o)
+        log_mass = total.log() + top + query_log[j - new_rows] + math.log(options.scale)
+        outputs.append(torch.where(empty.unsqueeze(-1), 0.0, o) if options.normalize else o)
         masses.append(torch.where(empty, -math.inf, log_mass))
 
     o = torch.stack(outputs).to(v.dtype) if outputs else v.new_zeros(0, q_heads, v.shape[2])
@@ -133,10 +133,10 @@ def linear_branch(
     one = slice(None, None, q_heads // heads)
     end = position + length
     state = AttentionState(
-        torch.tensor(end, device=v.device),
-        s[one],
-        z[one],
-        log_s[one] if feature_map == "exp" else None,
+        position=torch.tensor(end, device=v.device),
+        s=s[one],
+        z=z[one],
+        log_scale=log_s[one] if feature_map == "exp" else None,
         ring_v=ring_after(v, offset, end) if offset else None,
         ring_fk=ring_after(fk, offset, end) if offset else None,
         ring_g=ring_after(gate, offset, end) if offset and g is not None else None,

@@ -13,68 +13,46 @@ from lizard_ops.common.features import expand_features, feature_dim
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.steps import blank_state, over_steps, put_at, take_at
+from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
 
 
-def recurrent_gated_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    *,
-    scale: float,
-    normalize: bool,
-    window_offset: int,
-    anchors: int,
-    initial_state: AttentionState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-) -> tuple[Tensor, AttentionState | None, Tensor]:
+def recurrent_gated_torch(inputs: GatedInputs, options: GatedOptions) -> tuple[Tensor, AttentionState | None, Tensor]:
     """(o, state, log_mass) of ``recurrent_gated_attn``, whose arguments come here checked."""
 
-    step = functools.partial(
-        linear_step, feature_map="identity", scale=scale, normalize=normalize, offset=window_offset, anchors=anchors
-    )
+    step = functools.partial(linear_step, options=options)
 
-    def op(rows, lengths, state):
-        blank = blank_linear_state(*rows[:4], window_offset, "identity") if state is None else state
-        return over_steps(step, rows, lengths, blank)
+    def op(inputs, lengths):
+        state = inputs.initial_state
+        blank = blank_linear_state(inputs, options.window_offset, "identity") if state is None else state
+        return over_steps(step, inputs, lengths, blank)
 
-    fills = (0.0, -math.inf)
-    (o, log_mass), state = over_rows(op, (q, k, v, g), fills, initial_state, cu_seqlens, padding_mask)
-    return o.to(q.dtype), state if output_final_state else None, log_mass
+    (o, log_mass), state = over_rows(op, inputs, (0.0, -math.inf))
+    return o.to(inputs.q.dtype), state if options.output_final_state else None, log_mass
 
 
-def blank_linear_state(
-    fq: Tensor, fk: Tensor, v: Tensor, g: Tensor | None, offset: int, feature_map: str
-) -> AttentionState:
+def blank_linear_state(inputs: GatedInputs, offset: int, feature_map: str) -> AttentionState:
     """The state of the linear branch before the first token of rows [B, T, ...]."""
+    fq, fk, v, g = inputs.q, inputs.k, inputs.v, inputs.g
     work, dim = work_dtype(v), fk.shape[3]
     shapes = linear_state_shapes(fq.shape[0], fq, dim, v, g, offset, feature_dim(dim, feature_map), feature_map)
     return blank_state(v, shapes, {"s": work, "z": work, "log_scale": work, "ring_g": work, "ring_fk": fk.dtype})
 
 
 def linear_step(
-    fq: Tensor,  # [B, Hq, Fp]
-    fk: Tensor,  # [B, Hk, Fp]
-    v: Tensor,  # [B, Hk, V]
-    g: Tensor | None,  # [B, Hg] or [B, Hk, F]
+    inputs: GatedInputs,  # of one token per row: q [B, Hq, Fp], k [B, Hk, Fp], v [B, Hk, V], g [B, Hg] or [B, Hk, F]
     state: AttentionState,
-    *,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    offset: int,
-    anchors: int,
+    options: GatedOptions,
     shared: tuple[Tensor | None, Tensor] | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-    """One token a row: (o [B, Hq, V], log mass [B, Hq], the fields that changed, position left to the caller).
+    """One token per row: (o [B, Hq, V], log mass [B, Hq], the fields that changed, position left to the caller).
 
     The key that joins the sums is the one that leaves the ring, or the new one without an offset.
     shared: the ring of values with the new one in it and the value that left it, from whoever shares that ring.
     inplace: the fields are those of ``state``, overwritten.
     """
+    fq, fk, v, g = inputs.q, inputs.k, inputs.v, inputs.g
+    feature_map, offset, anchors = options.feature_map, options.window_offset, options.anchors
     assert state.s is not None and state.z is not None
     work, q_heads, heads = work_dtype(v), fq.shape[1], state.s.shape[1]
     fields: dict[str, Tensor | None] = {}
@@ -118,7 +96,7 @@ def linear_step(
     fields |= {"s": s, "z": z, "log_scale": log_scale}
 
     phi_q, query_log = expand_features(fq.to(work), feature_map)
-    log = phi_q.new_full((1, 1), math.log(scale))  # log factor of the row, broadcast over [B, Hq]
+    log = phi_q.new_full((1, 1), math.log(options.scale))  # log factor of the row, broadcast over [B, Hq]
     if query_log is not None and log_scale is not None:
         log = log + query_log + _to_heads(log_scale.unsqueeze(-1), q_heads).squeeze(-1)
     if passed is not None and passed.ndim == 3:
@@ -133,7 +111,7 @@ def linear_step(
     empty = (mass.abs() < torch.finfo(mass.dtype).tiny) | (log == -math.inf)
     total = mass.masked_fill(empty, 1.0)
     log_mass = (total.log() + log).masked_fill(empty, -math.inf)
-    if not normalize:
+    if not options.normalize:
         return sums * log.exp().expand_as(mass).unsqueeze(-1), log_mass, fields
     return (sums / total.unsqueeze(-1)).masked_fill(empty.unsqueeze(-1), 0.0), log_mass, fields
 

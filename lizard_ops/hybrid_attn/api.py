@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,8 @@ from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
-from lizard_ops.hybrid_attn.arguments import hybrid_arguments
-from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
+from lizard_ops.hybrid_attn.naive import naive_hybrid
 
 
 def chunk_hybrid_attn(
@@ -41,7 +39,6 @@ def chunk_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
-    beta: Tensor | None = None,
     gate_form: str = "stable",
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
@@ -84,10 +81,6 @@ def chunk_hybrid_attn(
         softcap: bound of the window scores, as for ``window_attn``.
         feature_scale: factor of the linear weights; 1.0 by default with normalize, else F ** -0.5.
         initial_state, output_final_state, cu_seqlens, padding_mask: as for ``chunk_gated_attn``.
-        beta: [B, T, Hk] write strengths from 0 to 1, float32 or float64: the linear branch is then the delta memory of
-            ``chunk_delta_attn`` over the same keys. o_lin is what it reads, log_mass stays that of the sums. Not with
-            "exp" features, normalize=False, a gate a query head or a channel, or "absorbed". PyTorch beside the
-            window's kernel on a GPU.
         gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
@@ -102,33 +95,33 @@ def chunk_hybrid_attn(
     Source: Lizard (arXiv 2507.09025) section 3 for the sum; LoLCATs (arXiv 2410.10254) for the merge.
     """
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
-    a = hybrid_arguments(
-        q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
-        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask, beta,
+    inputs, options = hybrid_arguments(
+        HybridInputs(
+            q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+        ),
+        HybridOptions(
+            window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
+            feature_map=feature_map, normalize=normalize, scale=scale, softcap=softcap, feature_scale=feature_scale,
+            output_final_state=output_final_state, gate_form=gate_form,
+        ),
     )  # fmt: skip
-    checks.check_softcap(softcap)
     checks.check_flag("output_final_state", output_final_state)
-    checks.check_gate_form(gate_form, a.g, feature_map)
-    checks.want(beta is None or gate_form == "stable", "gate_form", gate_form, '"stable" with beta')
-    linear_sinks = a.sinks is not None and sink_form == "linear"
-    chosen = choose_impl(impl, q, 'sink_form="linear"' if linear_sinks else float64_of(q))
-    common: dict[str, Any] = dict(
-        anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
-        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, softcap=softcap,
-        feature_scale=a.feature_scale, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, padding_mask=padding_mask, beta=a.beta,
-    )  # fmt: skip
+    chosen = choose_impl(impl, q, linear_sinks_of(inputs, options) or float64_of(q))
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
-        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form)
-    if chosen == "triton":
-        from lizard_ops.hybrid_attn.triton.chunk import chunk_hybrid_triton
-
-        return chunk_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, gate_form=gate_form)
-    from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch
-
+        form = naive_hybrid
+    elif chosen == "triton":
+        from lizard_ops.hybrid_attn.triton.chunk import chunk_hybrid_triton as form
+    else:
+        from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch as form
     with without_autocast(q):
-        return chunk_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, sink_form=sink_form, gate_form=gate_form)
+        return form(inputs, options)
+
+
+def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
+    """The paper's printed sinks are beyond the Triton kernels."""
+    return 'sink_form="linear"' if inputs.sinks is not None and options.sink_form == "linear" else None
 
 
 def recurrent_hybrid_attn(
@@ -157,7 +150,6 @@ def recurrent_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
-    beta: Tensor | None = None,
     inplace: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
@@ -171,53 +163,50 @@ def recurrent_hybrid_attn(
     and of the dtypes that an op leaves; gradients (grad mode on, and a tensor that requires one) are refused with a
     ValueError, as they would need the state from before the step.
 
-    impl: "triton" is the one-launch decode kernel, which takes one token a row (T = 1), a
+    impl: "triton" is the one-launch decode kernel, which takes one token per row (T = 1), a
     carried state, no padding and no packing, and has no backward; "auto" takes it for CUDA tensors wherever all that
     holds, and PyTorch otherwise.
     """
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
-    a = hybrid_arguments(
-        q, k, v, fq, fk, g, window, anchors, sinks, sink_form, mix, alpha, merge_bias, merge_mass, coverage,
-        feature_map, normalize, scale, feature_scale, initial_state, cu_seqlens, padding_mask, beta,
+    inputs, options = hybrid_arguments(
+        HybridInputs(
+            q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+        ),
+        HybridOptions(
+            window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
+            feature_map=feature_map, normalize=normalize, scale=scale, softcap=softcap, feature_scale=feature_scale,
+            output_final_state=output_final_state, inplace=inplace,
+        ),
     )  # fmt: skip
-    checks.check_softcap(softcap)
     checks.check_flag("output_final_state", output_final_state)
-    checks.check_flag("inplace", inplace)
-    tensors = (q, k, v, fq, fk, a.g, a.sinks, a.alpha, a.merge_bias, a.beta, *(initial_state or ()))
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
     if inplace:
-        checks.want(initial_state is not None, "inplace", inplace, "False without an initial_state to overwrite")
-        checks.want(not gradients, "inplace", inplace, "False where gradients are recorded: use torch.no_grad()")
-        checks.want(impl != "naive", "inplace", inplace, 'False with impl="naive"')
-        for name, x in zip(AttentionState._fields, initial_state or (), strict=False):
-            if x is not None and not x.is_contiguous():
-                raise ValueError(f"initial_state.{name}: got strides {x.stride()}, wanted contiguous with inplace")
+        check_inplace(inputs, gradients, impl)
     beyond = {
-        'sink_form="linear"': a.sinks is not None and sink_form == "linear",
-        "beta": beta is not None,
+        'sink_form="linear"': linear_sinks_of(inputs, options) is not None,
         "float64 tensors": float64_of(q) is not None,
-        "anything but one token a row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
+        "anything but one token per row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,
         "a step without a carried state": initial_state is None,
         "gradients": gradients,
     }
     chosen = choose_impl(impl, q, next((what for what, holds in beyond.items() if holds), None))
-    common: dict[str, Any] = dict(
-        anchors=anchors, sinks=a.sinks, mix=mix, alpha=a.alpha, merge_bias=a.merge_bias, merge_mass=merge_mass,
-        coverage=coverage, feature_map=feature_map, normalize=normalize, scale=a.scale, softcap=softcap,
-        feature_scale=a.feature_scale,
-    )  # fmt: skip
-    if chosen == "triton" and initial_state is not None:
-        from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton
-
-        o, state = decode_hybrid_triton(q, k, v, fq, fk, a.g, window, **common, state=initial_state, inplace=inplace)
-        return o, state if output_final_state else None
-    common |= dict(
-        sink_form=sink_form, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens, padding_mask=padding_mask, beta=a.beta,
-    )  # fmt: skip
     if chosen == "naive":
-        return naive_hybrid_attn(q, k, v, fq, fk, a.g, window, **common)
-    from lizard_ops.hybrid_attn.recurrent import recurrent_hybrid_torch
-
+        form = naive_hybrid
+    elif chosen == "triton":
+        from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton as form
+    else:
+        from lizard_ops.hybrid_attn.recurrent import recurrent_hybrid_torch as form
     with without_autocast(q):
-        return recurrent_hybrid_torch(q, k, v, fq, fk, a.g, window, **common, inplace=inplace)
+        return form(inputs, options)
+
+
+def check_inplace(inputs: HybridInputs, gradients: bool, impl: str) -> None:
+    """There is a state to overwrite, and nothing needs what it was before."""
+    state = inputs.initial_state
+    checks.want(state is not None, "inplace", True, "False without an initial_state to overwrite")
+    checks.want(not gradients, "inplace", True, "False where gradients are recorded: use torch.no_grad()")
+    checks.want(impl != "naive", "inplace", True, 'False with impl="naive"')
+    for name, x in ({} if state is None else state._asdict()).items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"initial_state.{name}: got strides {x.stride()}, wanted contiguous with inplace")

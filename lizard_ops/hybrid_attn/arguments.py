@@ -1,91 +1,152 @@
-"""What every form of the hybrid op checks and normalises first."""
+"""The inputs and options of a call of the hybrid op, and what every form of it checks and normalises first."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.features import FEATURE_MAPS, feature_dim
 from lizard_ops.common.state import AttentionState
-from lizard_ops.delta_attn.arguments import delta_state_shapes
+from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
+from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
 
 
-class HybridArguments(NamedTuple):
-    """The arguments that checking brings into one form."""
+class HybridInputs(NamedTuple):
+    """The tensors of a call. ``linear`` and ``local`` are those of either branch."""
 
-    g: Tensor | None  # [B, T, Hg] or [B, T, Hk, F]
-    sinks: Tensor | None  # [Hq, M]
-    alpha: Tensor | None  # [Hq] or [B, T, Hq]
-    merge_bias: Tensor | None  # [Hq] or [B, T, Hq]
-    beta: Tensor | None  # [B, T, Hk]
-    scale: float
-    feature_scale: float
+    q: Tensor  # [B, T, Hq, K]
+    k: Tensor  # [B, T, Hk, K]
+    v: Tensor  # [B, T, Hk, V]
+    fq: Tensor  # [B, T, Hq, Fp]
+    fk: Tensor  # [B, T, Hk, Fp]
+    g: Tensor | None = None  # as given; once checked [B, T, Hg] or [B, T, Hk, F]
+    sinks: Tensor | None = None  # as given; once checked [Hq, M]
+    alpha: Any = None  # a number too as given; once checked [Hq], [B, T, Hq] or None
+    merge_bias: Tensor | None = None  # [Hq] or [B, T, Hq]
+    initial_state: AttentionState | None = None
+    cu_seqlens: Tensor | None = None  # [N + 1]
+    padding_mask: Tensor | None = None  # [B, T]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """alpha of a sum, merge_bias of a merge: [Hq] or [B, T, Hq]."""
+        return self.merge_bias if self.alpha is None else self.alpha
+
+    @property
+    def linear(self) -> GatedInputs:
+        """The linear branch's."""
+        return GatedInputs(
+            q=self.fq, k=self.fk, v=self.v, g=self.g, initial_state=self.initial_state, cu_seqlens=self.cu_seqlens,
+            padding_mask=self.padding_mask,
+        )  # fmt: skip
+
+    @property
+    def local(self) -> WindowInputs:
+        """The window branch's."""
+        return WindowInputs(
+            q=self.q, k=self.k, v=self.v, sinks=self.sinks, initial_state=self.initial_state,
+            cu_seqlens=self.cu_seqlens, padding_mask=self.padding_mask,
+        )  # fmt: skip
+
+    def by_token(self) -> dict[str, Tensor | None]:
+        """Those with a row per token."""
+        rows = {"q": self.q, "k": self.k, "v": self.v, "fq": self.fq, "fk": self.fk, "g": self.g}
+        weights = {"alpha": self.alpha, "merge_bias": self.merge_bias}
+        return rows | {name: x for name, x in weights.items() if x is not None and x.ndim == 3}
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, the carried state's included."""
+        return [x for x in (*self, *(self.initial_state or ())) if isinstance(x, Tensor)]
 
 
-def hybrid_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fq: Tensor,
-    fk: Tensor,
-    g: Tensor | None,
-    window: int,
-    anchors: int,
-    sinks: Tensor | None,
-    sink_form: str,
-    mix: str,
-    alpha: float | Tensor | None,
-    merge_bias: Tensor | None,
-    merge_mass: str,
-    coverage: str,
-    feature_map: str,
-    normalize: bool,
-    scale: float | None,
-    feature_scale: float | None,
-    initial_state: AttentionState | None,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    beta: Tensor | None = None,
-) -> HybridArguments:
+class HybridOptions(NamedTuple):
+    """The choices of a call. ``linear`` and ``local`` are those of either branch."""
+
+    window: int
+    anchors: int = 0
+    sink_form: str = "exp"
+    mix: str = "sum"
+    merge_mass: str = "relative"
+    coverage: str = "all"
+    feature_map: str = "identity"
+    normalize: bool = True
+    scale: Any = None  # float or None as given, float once checked
+    softcap: float | None = None
+    feature_scale: Any = None  # the same
+    output_final_state: bool = False
+    gate_form: str = "stable"
+    inplace: bool = False
+
+    @property
+    def outside(self) -> bool:
+        """Whether the linear branch covers only the keys that the window leaves out."""
+        return self.coverage == "outside"
+
+    @property
+    def offset(self) -> int:
+        """How many of the newest keys the linear branch leaves out."""
+        return self.window if self.outside else 0
+
+    @property
+    def linear(self) -> GatedOptions:
+        """The linear branch's."""
+        return GatedOptions(
+            scale=self.feature_scale, normalize=self.normalize, window_offset=self.offset, anchors=self.anchors,
+            output_final_state=self.output_final_state, feature_map=self.feature_map, gate_form=self.gate_form,
+        )  # fmt: skip
+
+    @property
+    def local(self) -> WindowOptions:
+        """The window branch's."""
+        return WindowOptions(
+            window=self.window, anchors=self.anchors, sink_form=self.sink_form, scale=self.scale, softcap=self.softcap,
+            output_final_state=self.output_final_state,
+        )  # fmt: skip
+
+
+def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[HybridInputs, HybridOptions]:
     """Raise ValueError for what does not fit; return what has several spellings in one."""
+    q, k, v, fq, fk = inputs.q, inputs.k, inputs.v, inputs.fq, inputs.fk
+    mix, normalize = options.mix, options.normalize
     checks.check_qkv(q, k, v)
-    checks.check_choice("feature_map", feature_map, FEATURE_MAPS)
+    checks.check_choice("feature_map", options.feature_map, FEATURE_MAPS)
     checks.check_choice("mix", mix, ("sum", "merge"))
-    checks.check_choice("merge_mass", merge_mass, ("relative", "absolute"))
-    checks.check_choice("coverage", coverage, ("all", "outside"))
+    checks.check_choice("merge_mass", options.merge_mass, ("relative", "absolute"))
+    checks.check_choice("coverage", options.coverage, ("all", "outside"))
     checks.check_flag("normalize", normalize)
-    checks.check_count("window", window, 1)
-    checks.check_count("anchors", anchors, 0)
+    checks.check_count("window", options.window, 1)
+    checks.check_count("anchors", options.anchors, 0)
     checks.want(mix == "sum" or normalize, "normalize", normalize, 'True with mix="merge": it weighs two averages')
-    checks.want(mix == "sum" or alpha is None, "alpha", alpha, 'None with mix="merge"; its weight is merge_bias')
-    checks.want(mix == "merge" or merge_bias is None, "merge_bias", merge_bias, 'None with mix="sum"; use alpha')
+    sums = mix == "sum"
+    checks.want(sums or inputs.alpha is None, "alpha", inputs.alpha, 'None with mix="merge"; its weight is merge_bias')
+    bias = inputs.merge_bias
+    checks.want(mix == "merge" or bias is None, "merge_bias", bias, 'None with mix="sum"; use alpha')
     for name, x, heads in (("fq", fq, q.shape[2]), ("fk", fk, k.shape[2])):
         wanted = f"a floating tensor [B, T, {heads}, Fp]"
         checks.want(isinstance(x, Tensor) and x.ndim == 4 and x.shape[3] > 0, name, x, wanted)
         checks.check_tensor(name, x, (*q.shape[:2], heads, fq.shape[3]), q, checks.FLOATS)
     checks.want(fk.dtype == fq.dtype, "fk", fk, f"the dtype of fq, {fq.dtype}")
-    features = feature_dim(fk.shape[3], feature_map)
-    sequences = checks.check_sequences(q, cu_seqlens, padding_mask)
-    g = checks.check_gate(g, q, k.shape[2], features, padding_mask)
-    shapes = checks.window_state_shapes(sequences, k, v, window, anchors)
-    offset = window if coverage == "outside" else 0
-    if beta is None:
-        shapes |= checks.linear_state_shapes(sequences, q, fk.shape[3], v, g, offset, features, feature_map)
-    else:
-        checks.want(feature_map != "exp", "feature_map", feature_map, '"identity" or "softmax" with beta')
-        checks.want(normalize, "normalize", normalize, "True with beta: a delta memory reads values, not sums of them")
-        checks.check_delta_gate(g, v)
-        beta = checks.check_beta(beta, q, k.shape[2], padding_mask)
-        shapes |= delta_state_shapes(sequences, q, fk.shape[3], v, g, offset, feature_map)
-    checks.check_state(initial_state, q, shapes)
-    return HybridArguments(
-        g,
-        checks.check_sinks(sinks, q, sink_form),
-        checks.check_head_weight("alpha", alpha, q, scalar=True),
-        checks.check_head_weight("merge_bias", merge_bias, q, scalar=False),
-        beta,
-        checks.check_scale("scale", scale, q.shape[3] ** -0.5),
-        checks.check_scale("feature_scale", feature_scale, 1.0 if normalize else features**-0.5),
+    features = feature_dim(fk.shape[3], options.feature_map)
+    sequences = checks.check_sequences(q, inputs.cu_seqlens, inputs.padding_mask)
+    g = checks.check_gate(inputs.g, q, k.shape[2], features, inputs.padding_mask)
+    shapes = checks.window_state_shapes(sequences, k, v, options.window, options.anchors)
+    shapes |= checks.linear_state_shapes(
+        sequences, q, fk.shape[3], v, g, options.offset, features, options.feature_map
+    )  # fmt: skip
+    checks.check_state(inputs.initial_state, q, shapes)
+    inputs = inputs._replace(
+        g=g,
+        sinks=checks.check_sinks(inputs.sinks, q, options.sink_form),
+        alpha=checks.check_head_weight("alpha", inputs.alpha, q, scalar=True),
+        merge_bias=checks.check_head_weight("merge_bias", bias, q, scalar=False),
     )
+    options = options._replace(
+        scale=checks.check_scale("scale", options.scale, q.shape[3] ** -0.5),
+        feature_scale=checks.check_scale("feature_scale", options.feature_scale, 1.0 if normalize else features**-0.5),
+    )
+    checks.check_softcap(options.softcap)
+    checks.check_gate_form(options.gate_form, g, options.feature_map)
+    checks.check_flag("inplace", options.inplace)
+    return inputs, options

@@ -7,96 +7,53 @@ from torch import Tensor
 
 from lizard_ops.common.checks import window_state_shapes
 from lizard_ops.common.rows import over_rows
-from lizard_ops.common.state import AttentionState, overwrite
-from lizard_ops.common.steps import blank_state, take_at, where_active
-from lizard_ops.delta_attn.recurrent import blank_delta_state, delta_step
+from lizard_ops.common.state import AttentionState, overwrite_state
+from lizard_ops.common.steps import blank_state, take_at, token, where_active
 from lizard_ops.gated_attn.recurrent import blank_linear_state, linear_step
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.mix import mixed
 from lizard_ops.window_attn.recurrent import window_step
 
 
-def recurrent_hybrid_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fq: Tensor,
-    fk: Tensor,
-    g: Tensor | None,
-    window: int,
-    *,
-    anchors: int,
-    sinks: Tensor | None,
-    sink_form: str,
-    mix: str,
-    alpha: Tensor | None,
-    merge_bias: Tensor | None,
-    merge_mass: str,
-    coverage: str,
-    feature_map: str,
-    normalize: bool,
-    scale: float,
-    softcap: float | None,
-    feature_scale: float,
-    initial_state: AttentionState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    inplace: bool = False,
-    beta: Tensor | None = None,
-) -> tuple[Tensor, AttentionState | None]:
+def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``recurrent_hybrid_attn``, whose arguments come here checked.
 
-    With ``inplace`` one token a row updates the state where it lies; padding, packing and other lengths work on copies
-    and overwrite it at the end.
+    With ``inplace`` one token per row updates the state where it lies; padding, packing and other lengths work on
+    copies and overwrite it at the end.
     """
-    weight = alpha if mix == "sum" else merge_bias
-    token_weight = weight if weight is not None and weight.ndim == 3 else None  # moves with the rows
-    offset = window if coverage == "outside" else 0
-    direct = inplace and q.shape[1] == 1 and cu_seqlens is None and padding_mask is None
+    one_token = inputs.q.shape[1] == 1 and inputs.cu_seqlens is None and inputs.padding_mask is None
+    direct, window = options.inplace and one_token, options.window
 
-    def op(rows, lengths, state):
-        q, k, v, fq, fk, g, by_token, beta = rows
-        if state is None:
-            local = blank_state(k, window_state_shapes(q.shape[0], k, v, window, anchors), {})
-            blank = blank_linear_state if beta is None else blank_delta_state
-            linear = blank(fq, fk, v, g, offset, feature_map)
-            state = AttentionState._make(b if a is None else a for a, b in zip(local, linear, strict=True))
+    def op(inputs, lengths):
+        state = blank_hybrid_state(inputs, options) if inputs.initial_state is None else inputs.initial_state
         outputs = []
-        for t in range(q.shape[1]):
-            leaving_v = take_at(state.ring_v, state.position % window) if offset else None
-            o_win, lse, row_max, local = window_step(
-                q[:, t], k[:, t], v[:, t], state,
-                window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
-                softcap=softcap,
-                inplace=direct,
-            )  # fmt: skip
-            shared = (local["ring_v"], leaving_v) if offset else None
-            if beta is None:
-                o_lin, log_mass, linear = linear_step(
-                    fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], state, feature_map=feature_map,
-                    scale=feature_scale, normalize=normalize, offset=offset, anchors=anchors, shared=shared,
-                    inplace=direct,
-                )  # fmt: skip
-            else:
-                o_lin, log_mass, linear = delta_step(
-                    fq[:, t], fk[:, t], v[:, t], None if g is None else g[:, t], beta[:, t], state,
-                    feature_map=feature_map, scale=feature_scale, offset=offset, anchors=anchors, shared=shared,
-                    inplace=direct,
-                )  # fmt: skip
+        for t in range(inputs.q.shape[1]):
+            x = token(inputs, t)
+            leaving_v = take_at(state.ring_v, state.position % window) if options.offset else None
+            o_win, lse, row_max, local = window_step(x.local, state, options.local, inplace=direct)
+            shared = (local["ring_v"], leaving_v) if options.offset else None
+            o_lin, log_mass, linear = linear_step(x.linear, state, options.linear, shared, inplace=direct)
             o = mixed(
-                o_lin, log_mass, o_win, lse, row_max,
-                mix=mix, weight=weight if by_token is None else by_token[:, t], merge_mass=merge_mass,
+                o_lin, log_mass, o_win, lse, row_max, mix=options.mix, weight=x.weight, merge_mass=options.merge_mass
             )  # fmt: skip
             active = None if lengths is None else t < lengths
             position = state.position.add_(1) if direct else state.position + 1
             new = state._replace(position=position, **(local | linear))
             state = where_active(active, new, state)
             outputs.append(o)
-        return [torch.stack(outputs, 1) if outputs else q.new_zeros(*q.shape[:3], v.shape[3])], state
+        blank = inputs.q.new_zeros(*inputs.q.shape[:3], inputs.v.shape[3])
+        return [torch.stack(outputs, 1) if outputs else blank], state
 
-    rows = (q, k, v, fq, fk, g, token_weight, beta)
-    (o,), state = over_rows(op, rows, (0.0,), initial_state, cu_seqlens, padding_mask)
-    if inplace and not direct:
-        assert initial_state is not None and state is not None
-        state = overwrite(initial_state, state)
-    return o.to(q.dtype), state if output_final_state else None
+    (o,), state = over_rows(op, inputs, (0.0,))
+    if options.inplace and not direct:
+        assert inputs.initial_state is not None and state is not None
+        state = overwrite_state(inputs.initial_state, state)
+    return o.to(inputs.q.dtype), state if options.output_final_state else None
+
+
+def blank_hybrid_state(inputs: HybridInputs, options: HybridOptions) -> AttentionState:
+    """The state of both branches before the first token of rows [B, T, ...]."""
+    k, v = inputs.k, inputs.v
+    local = blank_state(k, window_state_shapes(k.shape[0], k, v, options.window, options.anchors), {})
+    linear = blank_linear_state(inputs.linear, options.offset, options.feature_map)
+    return linear._replace(**{name: field for name, field in local._asdict().items() if field is not None})

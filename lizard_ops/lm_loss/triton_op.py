@@ -31,7 +31,7 @@ def loss_kernel(
     student, teacher, targets, losses, columns, student_stride, teacher_stride, entropy_weight, kl_weight, scale,
     BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """A program a row: its loss, and ``scale`` times the gradient over the student's logits."""
+    """A program per row: its loss, and ``scale`` times the gradient over the student's logits."""
     i = tl.program_id(0)
     student += tl.cast(i, tl.int64) * student_stride
     target = tl.load(targets + i)
@@ -74,6 +74,10 @@ def triton_row_losses(
     """
     rows, columns = student.shape
     losses = student.new_empty(rows, dtype=torch.float32)
+    if rows == 0:
+        return losses
+    teacher = teacher if teacher is None or teacher.stride(1) == 1 else teacher.contiguous()
+    targets = targets.contiguous()
     with on_device(student):
         loss_kernel[(rows,)](
             student, teacher, targets, losses, columns, student.stride(0), 0 if teacher is None else teacher.stride(0),

@@ -9,7 +9,7 @@ from lizard_ops.common import checks
 from lizard_ops.common.dispatch import choose_impl
 
 
-def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Tensor:
     """Turn the channel pairs (d, d + D/2) of every head by the angles of its position::
 
         y[d]       = x[d] cos[d] - x[d + D/2] sin[d]
@@ -43,9 +43,9 @@ def turn_heads(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> Te
         beyond = "gradients of cos and sin"
     fuses = impl == "auto" and torch.compiler.is_compiling()
     if choose_impl(impl, x, beyond) == "triton" and not fuses:
-        from lizard_ops.rotary.triton_op import turn_heads_triton
+        from lizard_ops.rotary.triton_op import apply_rotary_triton
 
-        return turn_heads_triton(x, cos, sin)
+        return apply_rotary_triton(x, cos, sin)
     first, second = x.chunk(2, -1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, D]
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

@@ -67,7 +67,7 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     return y
 
 
-@torch.library.custom_op("lizard_ops::turn_heads", mutates_args=())
+@torch.library.custom_op("lizard_ops::apply_rotary", mutates_args=())
 def turn(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     """``launch``. The gradient of one direction is the other."""
     return launch(x, cos, sin, backward)
@@ -104,7 +104,7 @@ class _Turn(torch.autograd.Function):
         return launch(dy, *ctx.saved_tensors, True), None, None
 
 
-def turn_heads_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turned heads [B, T, H, D]; torch.compile sees the registered op."""
     if torch.compiler.is_compiling():
         return turn(x, cos, sin, False)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
-from lizard_ops.window_attn.arguments import window_arguments
-from lizard_ops.window_attn.naive import naive_window_attn
+from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions, window_arguments
+from lizard_ops.window_attn.naive import naive_window
 
 
 def window_attn(
@@ -76,27 +74,25 @@ def window_attn(
     Source: Lizard (arXiv 2507.09025) section 3, anchor window attention; anchors as in StreamingLLM (arXiv 2309.17453).
     """
     q, k, v = autocast_inputs(q, k, v)
-    sinks, scale = window_arguments(
-        q, k, v, window, anchors, sinks, sink_form, scale, initial_state, cu_seqlens, padding_mask
-    )
-    checks.check_softcap(softcap)
+    inputs, options = window_arguments(
+        WindowInputs(
+            q=q, k=k, v=v, sinks=sinks, initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
+        ),
+        WindowOptions(
+            window=window, anchors=anchors, sink_form=sink_form, scale=scale, softcap=softcap,
+            output_final_state=output_final_state,
+        ),
+    )  # fmt: skip
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("output_final_state", output_final_state)
     beyond = 'sink_form="linear"' if sinks is not None and sink_form == "linear" else float64_of(q)
     chosen = choose_impl(impl, q, beyond)
-    common: dict[str, Any] = dict(
-        anchors=anchors, sinks=sinks, scale=scale, softcap=softcap, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
-    )  # fmt: skip
     if chosen == "naive":
-        return naive_window_attn(q, k, v, window, **common, sink_form=sink_form, return_lse=return_lse)
-    if chosen == "triton":
-        from lizard_ops.window_attn.triton.chunk import window_triton
-
-        o, state, lse, _ = window_triton(q, k, v, window, **common)
+        form = naive_window
+    elif chosen == "triton":
+        from lizard_ops.window_attn.triton.chunk import window_triton as form
     else:
-        from lizard_ops.window_attn.chunk_torch import window_torch
-
-        with without_autocast(q):
-            o, state, lse, _ = window_torch(q, k, v, window, **common, sink_form=sink_form)
+        from lizard_ops.window_attn.chunk_torch import window_torch as form
+    with without_autocast(q):
+        o, state, lse, _ = form(inputs, options)
     return (o, state, lse) if return_lse else (o, state)

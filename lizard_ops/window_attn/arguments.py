@@ -1,6 +1,8 @@
-"""What every form of the window op checks and normalises first."""
+"""The inputs and options of a call of the window op, and what every form of it checks and normalises first."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -8,23 +10,43 @@ from lizard_ops.common import checks
 from lizard_ops.common.state import AttentionState
 
 
-def window_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    anchors: int,
-    sinks: Tensor | None,
-    sink_form: str,
-    scale: float | None,
-    initial_state: AttentionState | None,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-) -> tuple[Tensor | None, float]:
+class WindowInputs(NamedTuple):
+    """The tensors of a call, or of the window branch of a call of the hybrid op."""
+
+    q: Tensor  # [B, T, Hq, K]
+    k: Tensor  # [B, T, Hk, K]
+    v: Tensor  # [B, T, Hk, V]
+    sinks: Tensor | None = None  # as given; once checked [Hq, M]
+    initial_state: AttentionState | None = None
+    cu_seqlens: Tensor | None = None  # [N + 1]
+    padding_mask: Tensor | None = None  # [B, T]
+
+    def by_token(self) -> dict[str, Tensor | None]:
+        """Those with a row per token."""
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+
+class WindowOptions(NamedTuple):
+    """The choices of a call."""
+
+    window: int
+    anchors: int = 0
+    sink_form: str = "exp"
+    scale: Any = None  # float or None as given, float once checked
+    softcap: float | None = None
+    output_final_state: bool = False
+
+
+def window_arguments(inputs: WindowInputs, options: WindowOptions) -> tuple[WindowInputs, WindowOptions]:
     """Raise ValueError for what does not fit; return the sinks as [Hq, M] or None and the scale as a float."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     checks.check_qkv(q, k, v)
-    checks.check_count("window", window, 1)
-    checks.check_count("anchors", anchors, 0)
-    sequences = checks.check_sequences(q, cu_seqlens, padding_mask)
-    checks.check_state(initial_state, q, checks.window_state_shapes(sequences, k, v, window, anchors))
-    return checks.check_sinks(sinks, q, sink_form), checks.check_scale("scale", scale, q.shape[3] ** -0.5)
+    checks.check_count("window", options.window, 1)
+    checks.check_count("anchors", options.anchors, 0)
+    sequences = checks.check_sequences(q, inputs.cu_seqlens, inputs.padding_mask)
+    shapes = checks.window_state_shapes(sequences, k, v, options.window, options.anchors)
+    checks.check_state(inputs.initial_state, q, shapes)
+    sinks = checks.check_sinks(inputs.sinks, q, options.sink_form)
+    scale = checks.check_scale("scale", options.scale, q.shape[3] ** -0.5)
+    checks.check_softcap(options.softcap)
+    return inputs._replace(sinks=sinks), options._replace(scale=scale)

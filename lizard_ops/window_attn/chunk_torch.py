@@ -13,56 +13,31 @@ from lizard_ops.common.numerics import logistic, soft_capped
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
+from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
 
 BLOCK = 64  # queries a tile; for window 128 a tile then meets 192 keys, of which 128 count
 
 
-def window_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    *,
-    anchors: int,
-    sinks: Tensor | None,
-    sink_form: str,
-    scale: float,
-    softcap: float | None,
-    initial_state: AttentionState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
+def window_torch(inputs: WindowInputs, options: WindowOptions) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
     """(o, state, lse, row maximum) of ``window_attn``, whose arguments come here checked."""
 
-    def op(rows, lengths, state):
-        *results, fields = window_rows(
-            *rows, lengths, state, window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale,
-            softcap=softcap,
-        )  # fmt: skip
-        position = layout_of(rows[0], state, None, lengths).end
-        return results, AttentionState(position, **fields) if output_final_state else None
+    def op(inputs, lengths):
+        *results, fields = window_rows(inputs, lengths, options)
+        position = layout_of(inputs.q, inputs.initial_state, None, lengths).end
+        return results, AttentionState(position, **fields) if options.output_final_state else None
 
-    fills = (0.0, -math.inf, -math.inf)
-    (o, lse, row_max), state = over_rows(op, (q, k, v), fills, initial_state, cu_seqlens, padding_mask)
-    return o.to(q.dtype), state, lse, row_max
+    (o, lse, row_max), state = over_rows(op, inputs, (0.0, -math.inf, -math.inf))
+    return o.to(inputs.q.dtype), state, lse, row_max
 
 
 def window_rows(
-    q: Tensor,  # [B, T, Hq, D]
-    k: Tensor,  # [B, T, Hk, D]
-    v: Tensor,  # [B, T, Hk, V]
+    inputs: WindowInputs,  # q [B, T, Hq, D], k [B, T, Hk, D], v [B, T, Hk, V], sinks [Hq, M]
     lengths: Tensor | None,  # [B], None: all T
-    state: AttentionState | None,
-    *,
-    window: int,
-    anchors: int,
-    sinks: Tensor | None,  # [Hq, M]
-    sink_form: str,
-    scale: float,
-    softcap: float | None,
+    options: WindowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
     """Right-padded rows: (o [B, T, Hq, V], lse [B, T, Hq], row maximum [B, T, Hq], fields of the final state)."""
+    q, k, v, sinks, state = inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.initial_state
+    window, anchors = options.window, options.anchors
     (batch, length, heads, dim), key_heads, work = q.shape, k.shape[2], work_dtype(q)
     group, prefix = heads // key_heads, 0 if state is None else window
     layout = layout_of(q, state, None, lengths)
@@ -77,12 +52,12 @@ def window_rows(
     stream_k, stream_v = key_stream(k, state and state.ring_k, layout), key_stream(v, state and state.ring_v, layout)
     keys = _reach(stream_k.to(work), anchor_k.to(work), size, back, blocks, prefix)  # [B, Hk, n, A + S, D]
     values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)
-    queries = F.pad(q.to(work) * scale, (0, 0, 0, 0, 0, blocks * size - length))
+    queries = F.pad(q.to(work) * options.scale, (0, 0, 0, 0, 0, blocks * size - length))
     queries = queries.view(batch, blocks, size, key_heads, group, dim).permute(0, 3, 1, 4, 2, 5)
     queries = queries.contiguous().flatten(3, 4)  # [B, Hk, n, G C, D]
 
     seen = _visible(layout.position, anchors, window, size, back, blocks)  # [B, n, C, A + S]
-    scores = soft_capped(queries @ keys.transpose(-1, -2), softcap).unflatten(3, (group, size))
+    scores = soft_capped(queries @ keys.transpose(-1, -2), options.softcap).unflatten(3, (group, size))
     scores = scores.masked_fill_(~seen[:, None, :, None], -math.inf).flatten(3, 4)
     o, lse, row_max = (x.unflatten(3, (group, size)) for x in SoftmaxAverage.apply(scores, values)[:3])
 
@@ -91,7 +66,7 @@ def window_rows(
 
     o, lse, row_max = in_order(o), in_order(lse), in_order(row_max)
     if sinks is not None:
-        o, lse = with_sinks(o, lse, row_max, sinks.to(work), sink_form)
+        o, lse = with_sinks(o, lse, row_max, sinks.to(work), options.sink_form)
     return o, lse, row_max, fields
 
 

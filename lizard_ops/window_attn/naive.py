@@ -7,20 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from lizard_ops.common import checks
 from lizard_ops.common.checks import work_dtype
 from lizard_ops.common.numerics import soft_capped
 from lizard_ops.common.sequences import (
     anchors_after,
+    one_sequence,
     put_rows,
     ring_after,
     sequence_slices,
     stack_states,
-    state_of,
     with_ring,
 )
 from lizard_ops.common.state import AttentionState
-from lizard_ops.window_attn.arguments import window_arguments
+from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions, window_arguments
 
 
 def naive_window_attn(
@@ -45,45 +44,47 @@ def naive_window_attn(
     Sums and exponents are float32 (float64 for float64 inputs); the normalised weights meet the values in the
     dtype of q, as in plain PyTorch attention.
     """
-    sinks, scale = window_arguments(
-        q, k, v, window, anchors, sinks, sink_form, scale, initial_state, cu_seqlens, padding_mask
-    )
-    checks.check_softcap(softcap)
-    outputs, masses, states = [], [], []
-    slices = sequence_slices(q.shape[0], q.shape[1], cu_seqlens, padding_mask, q.device)
+    inputs, options = window_arguments(
+        WindowInputs(
+            q=q, k=k, v=v, sinks=sinks, initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
+        ),
+        WindowOptions(
+            window=window, anchors=anchors, sink_form=sink_form, scale=scale, softcap=softcap,
+            output_final_state=output_final_state,
+        ),
+    )  # fmt: skip
+    o, state, lse, _ = naive_window(inputs, options)
+    return (o, state, lse) if return_lse else (o, state)
+
+
+def naive_window(inputs: WindowInputs, options: WindowOptions) -> tuple[Tensor, AttentionState | None, Tensor, Tensor]:
+    """(o, state, lse, row maximum) of checked arguments."""
+    q, v = inputs.q, inputs.v
+    outputs, masses, maxima, states = [], [], [], []
+    slices = sequence_slices(inputs)
     for n, (row, at) in enumerate(slices):
-        o_n, lse_n, _, state = window_branch(
-            q[row, at], k[row, at], v[row, at], state_of(initial_state, n),
-            window=window, anchors=anchors, sinks=sinks, sink_form=sink_form, scale=scale, softcap=softcap,
-        )  # fmt: skip
-        outputs.append(o_n)
-        masses.append(lse_n)
+        o, lse, row_max, state = window_branch(one_sequence(inputs, n, row, at), options)
+        outputs.append(o)
+        masses.append(lse)
+        maxima.append(row_max)
         states.append(state)
     o = put_rows(q.new_zeros(*q.shape[:3], v.shape[3]), slices, outputs)
-    final = stack_states(states) if output_final_state else None
-    if not return_lse:
-        return o, final
-    return o, final, put_rows(q.new_full(q.shape[:3], -math.inf, dtype=work_dtype(q)), slices, masses)
+    blank = q.new_full(q.shape[:3], -math.inf, dtype=work_dtype(q))
+    lse, row_max = put_rows(blank, slices, masses), put_rows(blank, slices, maxima)
+    return o, stack_states(states) if options.output_final_state else None, lse, row_max
 
 
 def window_branch(
-    q: Tensor,  # [T, Hq, D]
-    k: Tensor,  # [T, Hk, D]
-    v: Tensor,  # [T, Hk, V]
-    past: AttentionState | None,
-    *,
-    window: int,
-    anchors: int,
-    sinks: Tensor | None,  # [Hq, M]
-    sink_form: str,
-    scale: float,
-    softcap: float | None = None,
+    inputs: WindowInputs,  # of one sequence: q [T, Hq, D], k [T, Hk, D], v [T, Hk, V], sinks [Hq, M]
+    options: WindowOptions,
 ) -> tuple[Tensor, Tensor, Tensor, AttentionState]:
     """One sequence: (o [T, Hq, V], lse [T, Hq], row maximum of the scores [T, Hq], state without the leading N).
 
     o_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + c) over i - window < j <= i and j < anchors, s_ij = scale q_i.k_j, or
     softcap tanh(scale q_i.k_j / softcap).
     """
+    q, k, v, sinks, past = inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.initial_state
+    window, anchors = options.window, options.anchors
     work, (length, heads, _), group = work_dtype(q), q.shape, q.shape[1] // k.shape[1]
     old = AttentionState(torch.tensor(0)) if past is None else past
     position = int(old.position)
@@ -99,11 +100,11 @@ def window_branch(
         far = min(anchors, first + begin)  # anchors that the window has left behind
         keys = torch.cat([anchor_k[:far], k[begin:end]]).to(work).repeat_interleave(group, 1)
         values = torch.cat([anchor_v[:far], v[begin:end]]).to(work).repeat_interleave(group, 1)
-        scores = soft_capped(scale * (q[i].to(work) * keys).sum(-1), softcap)  # [j, Hq]
+        scores = soft_capped(options.scale * (q[i].to(work) * keys).sum(-1), options.softcap)  # [j, Hq]
         top = scores.amax(0)
         if sinks is None:
             lse = scores.logsumexp(0)
-        elif sink_form == "exp":
+        elif options.sink_form == "exp":
             lse = torch.cat([scores, sinks.to(work).T]).logsumexp(0)
         else:
             lse = top + ((scores - top).exp().sum(0) + sinks.to(work).sum(-1) * (-top).exp()).log()

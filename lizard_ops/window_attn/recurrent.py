@@ -11,34 +11,29 @@ from lizard_ops.common.checks import work_dtype
 from lizard_ops.common.numerics import soft_capped
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.steps import put_at
+from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
 from lizard_ops.window_attn.chunk_torch import with_sinks
 
 
 def window_step(
-    q: Tensor,  # [B, Hq, D]
-    k: Tensor,  # [B, Hk, D]
-    v: Tensor,  # [B, Hk, V]
+    inputs: WindowInputs,  # of one token per row: q [B, Hq, D], k [B, Hk, D], v [B, Hk, V], sinks [Hq, M]
     state: AttentionState,
-    *,
-    window: int,
-    anchors: int,
-    sinks: Tensor | None,  # [Hq, M]
-    sink_form: str,
-    scale: float,
-    softcap: float | None,
+    options: WindowOptions,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
-    """One token a row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed).
+    """One token per row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed).
 
     inplace: the fields are those of ``state``, overwritten.
     """
+    q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
+    window, anchors, softcap = options.window, options.anchors, options.softcap
     assert state.ring_k is not None and state.ring_v is not None
     work, position = work_dtype(q), state.position.unsqueeze(1)
     slot = torch.arange(window, device=q.device)
     newest = state.position % window
     ring_k, ring_v = (put_at(x, newest, new, inplace) for x, new in ((state.ring_k, k), (state.ring_v, v)))
     fields: dict[str, Tensor | None] = {"ring_k": ring_k, "ring_v": ring_v}
-    queries = q.to(work).unflatten(1, (k.shape[1], -1)) * scale  # [B, Hk, G, D]
+    queries = q.to(work).unflatten(1, (k.shape[1], -1)) * options.scale  # [B, Hk, G, D]
     scores = _scores(queries, ring_k, slot <= position, softcap)  # slots fill in order, then all hold a key
     if anchors:
         assert state.anchor_k is not None and state.anchor_v is not None
@@ -57,7 +52,7 @@ def window_step(
         o = o + weights[..., window:] @ anchor_v.to(work).transpose(1, 2)
     o = o.flatten(1, 2)
     if sinks is not None:
-        o, lse = with_sinks(o, lse, row_max, sinks.to(work), sink_form)
+        o, lse = with_sinks(o, lse, row_max, sinks.to(work), options.sink_form)
     return o, lse, row_max, fields
 
 

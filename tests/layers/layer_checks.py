@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from lizard_layers import AttentionConfig, HybridAttention, apply_rope
+from lizard_layers import AttentionConfig, HybridAttention
+from lizard_ops import apply_rotary
 
 ZERO = torch.zeros((), dtype=torch.float64)
 SHAPE = dict(hidden_size=24, num_heads=4, num_key_heads=2, head_dim=8)
@@ -71,7 +72,7 @@ def angles(positions: torch.Tensor, dtype: torch.dtype = torch.float64):
 def as_formulas_read(made: HybridAttention, x, q, k, v, rope) -> torch.Tensor:
     """o [B, T, Hq, D] by the docstring of ``AttentionChoices``, nothing shared with the ops."""
     config, group = made.config, made.config.num_heads // made.config.num_key_heads
-    turned_q, turned_k = apply_rope(q, *rope), apply_rope(k, *rope)
+    turned_q, turned_k = apply_rotary(q, *rope), apply_rotary(k, *rope)
     wq, wk = (turned_q, turned_k) if config.window_rope else (q, k)
     lq, lk = (turned_q, turned_k) if config.linear_rope else (q, k)
     o = torch.zeros_like(q)

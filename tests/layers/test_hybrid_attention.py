@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from layer_checks import FORMS, SHAPE, angles, as_formulas_read, inputs, layer
 
-from lizard_layers import AttentionConfig, HybridAttention, apply_rope, empty_state, map_state
+from lizard_layers import AttentionConfig, HybridAttention, empty_state, map_state
+from lizard_ops import apply_rotary
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -107,8 +108,8 @@ def test_the_future_changes_nothing(form):
 def test_equals_softmax_attention_up_to_the_window_before_training(form):
     made, (x, q, k, v, rope) = layer(form, window=12, disturbed=False), inputs(12)
     full = F.scaled_dot_product_attention(
-        apply_rope(q, *rope).transpose(1, 2),
-        apply_rope(k, *rope).transpose(1, 2).repeat_interleave(2, 1),
+        apply_rotary(q, *rope).transpose(1, 2),
+        apply_rotary(k, *rope).transpose(1, 2).repeat_interleave(2, 1),
         v.transpose(1, 2).repeat_interleave(2, 1),
         is_causal=True,
     ).transpose(1, 2)
@@ -120,8 +121,8 @@ def test_scores_are_scaled_and_capped_as_the_config_says(linear_branch):
     config = AttentionConfig(**SHAPE, window=12, anchors=2, linear_branch=linear_branch, scale=0.7, softcap=1.5)
     x, q, k, v, rope = inputs(12)
     made = HybridAttention(config).double()
-    keys, values = (t.repeat_interleave(2, 2) for t in (apply_rope(k, *rope), v))
-    scores = 1.5 * (0.7 * torch.einsum("bihd,bjhd->bhij", apply_rope(q, *rope), keys) / 1.5).tanh()
+    keys, values = (t.repeat_interleave(2, 2) for t in (apply_rotary(k, *rope), v))
+    scores = 1.5 * (0.7 * torch.einsum("bihd,bjhd->bhij", apply_rotary(q, *rope), keys) / 1.5).tanh()
     seen = torch.ones(12, 12, dtype=torch.bool).tril()
     wanted = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
     whole, state = made(x, q, k, v, rope, use_state=True)

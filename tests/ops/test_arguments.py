@@ -178,8 +178,8 @@ STEP = {"q": (1, HQ, K), "k": (1, HK, K), "v": (1, HK, V), "fq": (1, HQ, F), "fk
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"q": torch.rand(B, T, HQ, K)}, "one token a row"),
-        ({"padding_mask": torch.ones(B, 1, dtype=torch.bool)}, "one token a row"),
+        ({"q": torch.rand(B, T, HQ, K)}, "one token per row"),
+        ({"padding_mask": torch.ones(B, 1, dtype=torch.bool)}, "one token per row"),
         ({"initial_state": None}, "without a carried state"),
         ({"sinks": torch.ones(2), "sink_form": "linear"}, "linear"),
         ({"merge_bias": torch.zeros(HQ, requires_grad=True)}, "gradients"),

@@ -12,7 +12,7 @@ from gpu_forms import FORMS
 from op_cases import call, cases, state_in
 from op_checks import judge, one_of, with_gradients
 
-from lizard_ops import chunk_gated_attn, chunk_hybrid_attn, window_attn
+from lizard_ops import chunk_gated_attn, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -247,21 +247,19 @@ UNCAST = ("g", "alpha", "merge_bias")
 
 def test_a_decode_step_in_a_cuda_graph_goes_on_by_itself():
     """The state is updated where it lies, the position too: replays are steps."""
-    from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton
-
     case = on_gpu(one_case("merge", T=60, B=3, Hk=2, sinks=False), BF16)
     options = {x: case.options[x] for x in ("anchors", "mix", "merge_mass", "coverage", "feature_map", "normalize")}
-    options |= {"sinks": None, "alpha": None, "merge_bias": case.weights["merge_bias"], "scale": 0.125}
-    options |= {"feature_scale": 1.0}
+    options |= {"merge_bias": case.weights["merge_bias"], "scale": 0.125}
+    options |= {"output_final_state": True, "impl": "triton"}
     names, window = ("q", "k", "v", "fq", "fk", "g"), case.options["window"]
     with torch.no_grad():
         start = state_in(chunk(case.part(slice(None), slice(0, 40))))
         state = start._make(None if x is None else x.clone() for x in start)
         token = [case.tokens[n][:, 40:41].clone() for n in names]
-        decode_hybrid_triton(*token, window, **options, state=start)  # compiles
+        recurrent_hybrid_attn(*token, window, **options, initial_state=start)  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            o, _ = decode_hybrid_triton(*token, window, **options, state=state, inplace=True)
+            o, _ = recurrent_hybrid_attn(*token, window, **options, initial_state=state, inplace=True)
         for name, x in start._asdict().items():
             if x is not None:
                 getattr(state, name).copy_(x)
@@ -269,8 +267,8 @@ def test_a_decode_step_in_a_cuda_graph_goes_on_by_itself():
             for x, n in zip(token, names, strict=True):
                 x.copy_(case.tokens[n][:, t : t + 1])
             graph.replay()
-            wanted, start = decode_hybrid_triton(
-                *(case.tokens[n][:, t : t + 1] for n in names), window, **options, state=start
+            wanted, start = recurrent_hybrid_attn(
+                *(case.tokens[n][:, t : t + 1] for n in names), window, **options, initial_state=start
             )
             assert torch.equal(o, wanted), t
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(state, start, strict=True))

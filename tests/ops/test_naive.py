@@ -2,102 +2,70 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from op_cases import call, cases
+from hypothesis import strategies as st
+from op_cases import GATES, HYBRID, call, cases
 from op_checks import examples
 
-from lizard_ops.common.features import expand_features
+from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions, gated_arguments
+from lizard_ops.gated_attn.formula import gated_formula
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
+from lizard_ops.hybrid_attn.formula import hybrid_formula
+from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions, window_arguments
+from lizard_ops.window_attn.formula import window_formula
+
+LENGTHS = (1, 5, 9)
 
 
-def whole_linear(case, fq, fk, offset, scale, normalize):
-    """(o, log mass) of the linear branch from the matrix of all its weights."""
-    v, g, (_, t, heads, _) = case.tokens["v"], case.tokens["g"], fq.shape
-    fk, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (fk, v))
-    g = (
-        fq.new_zeros(1, t, 1, 1)
-        if g is None
-        else g.unsqueeze(-1)
-        if g.ndim == 3
-        else g
-        if g.ndim == 4
-        else g[..., None, None]
-    )
-    g = g.repeat_interleave(heads // g.shape[2], 2)
-    decay = torch.zeros(len(g), t, t, *g.shape[2:], dtype=fq.dtype)
-    for i in range(t):
-        for j in range(i):
-            decay[:, i, j] = g[:, j + 1 : i + 1].sum(1)
-    i, j = torch.arange(t)[:, None], torch.arange(t)
-    some = (j >= case.options["anchors"]) & (j <= i - offset)
-    a = scale * torch.einsum("bihc,bjhc,bijhc->bijh", fq, fk, decay.exp().expand(len(fq), t, t, heads, fq.shape[3]))
-    a = a * some[..., None]
-    mass = a.sum(2)
-    o = torch.einsum("bijh,bjhv->bihv", a, v)
-    return (o / torch.where(mass == 0, 1, mass)[..., None] if normalize else o), mass.log()
+def capped_cases(op, **fixed):
+    """Cases with softcaps and the paper's printed sinks among them, whose logits are then positive."""
+
+    def more(case, softcap, sink_form):
+        printed = "sinks" in case.weights and sink_form == "linear"
+        weights = {name: x.abs() if printed and name == "sinks" else x for name, x in case.weights.items()}
+        options = case.options | {"softcap": softcap} | ({"sink_form": sink_form} if printed else {})
+        return dataclasses.replace(case, weights=weights, options=options)
+
+    softcaps, forms = st.sampled_from([None, 0.5, 3.0]), st.sampled_from(["exp", "linear"])
+    return st.builds(more, cases(op, lengths=LENGTHS, **fixed), softcaps, forms)
 
 
-def whole_window(case):
-    """(o, log mass, row maximum) of the window branch from the matrix of all its scores."""
-    q, k, v = (case.tokens[x] for x in "qkv")
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    i, j = torch.arange(case.length)[:, None], torch.arange(case.length)
-    seen = (j <= i) & ((j > i - case.options["window"]) | (j < case.options["anchors"]))
-    s = torch.einsum("bihd,bjhd->bijh", q, k) * (case.options["scale"] or q.shape[3] ** -0.5)
-    e = s.exp() * seen[..., None]
-    sinks = case.weights["sinks"].exp().sum(-1) if "sinks" in case.weights else 0.0
-    mass = e.sum(2) + sinks
-    return (
-        torch.einsum("bijh,bjhv->bihv", e, v) / mass[..., None],
-        mass.log(),
-        s.where(seen[..., None], -torch.inf).amax(2),
-    )
-
-
-def test_gated_is_its_formula():
-    @examples(40, cases("gated", lengths=(1, 5, 9)))
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gated_is_its_formula(gate, normalize):
+    @examples(12, cases("gated", lengths=LENGTHS, gate=gate, normalize=normalize))
     def check(case):
-        options, dim = case.options, case.tokens["q"].shape[3]
-        scale = options["scale"] or (1.0 if options["normalize"] else dim**-0.5)
-        o, log_mass = whole_linear(
-            case, case.tokens["q"], case.tokens["k"], options["window_offset"], scale, options["normalize"]
-        )
+        o, log_mass = gated_formula(*gated_arguments(GatedInputs(**case.tokens), GatedOptions(**case.options)))
         found = call(case, "naive")
         torch.testing.assert_close(found["o"], o)
-        if options["normalize"]:
+        if normalize:
             torch.testing.assert_close(found["log"], log_mass)
 
 
-def test_window_is_its_formula():
-    @examples(30, cases("window", lengths=(1, 5, 9)))
+@pytest.mark.parametrize("anchors", [0, 1, 3])
+@pytest.mark.parametrize("sinks", [True, False])
+def test_window_is_its_formula(anchors, sinks):
+    @examples(12, capped_cases("window", anchors=anchors, sinks=sinks))
     def check(case):
-        found, (o, lse, _) = call(case, "naive"), whole_window(case)
+        inputs, options = WindowInputs(**case.tokens, **case.weights), WindowOptions(**case.options)
+        o, lse, _ = window_formula(*window_arguments(inputs, options))
+        found = call(case, "naive")
         torch.testing.assert_close(found["o"], o)
         torch.testing.assert_close(found["log"], lse)
 
 
-def test_hybrid_is_its_formula():
-    @examples(60, cases("hybrid", lengths=(1, 5, 9)))
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("feature_map", HYBRID["feature_map"])
+@pytest.mark.parametrize("coverage", HYBRID["coverage"])
+@pytest.mark.parametrize("mix", HYBRID["mix"])
+def test_hybrid_is_its_formula(mix, coverage, feature_map, gate):
+    @examples(6, capped_cases("hybrid", mix=mix, coverage=coverage, feature_map=feature_map, gate=gate))
     def check(case):
-        options, found = case.options, call(case, "naive")["o"]
-        fq, fk = (wide(case.tokens[x], options["feature_map"]) for x in ("fq", "fk"))
-        offset = options["window"] if options["coverage"] == "outside" else 0
-        scale = 1.0 if options["normalize"] else fq.shape[3] ** -0.5
-        o_lin, log_mass = whole_linear(case, fq, fk, offset, scale, options["normalize"])
-        o_win, lse, row_max = whole_window(case)
-        named = case.tokens | case.weights
-        if options["mix"] == "sum":
-            torch.testing.assert_close(found, o_lin + named.get("alpha", torch.ones(())).unsqueeze(-1) * o_win)
-        else:
-            log_window = lse - row_max if options["merge_mass"] == "relative" else lse
-            share = torch.sigmoid(log_mass - log_window + named.get("merge_bias", torch.zeros(())))
-            torch.testing.assert_close(found, share[..., None] * o_lin + (1 - share)[..., None] * o_win)
-
-
-def wide(x, feature_map):
-    """Features with nothing kept in log space."""
-    phi, log_offset = expand_features(x, feature_map)
-    return phi if log_offset is None else phi * log_offset.exp()[..., None]
+        inputs, options = HybridInputs(**case.tokens, **case.weights), HybridOptions(**case.options)
+        torch.testing.assert_close(call(case, "naive")["o"], hybrid_formula(*hybrid_arguments(inputs, options)))
 
 
 @pytest.mark.parametrize("op", ["gated", "window", "hybrid"])

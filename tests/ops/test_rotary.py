@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE
 
-from lizard_ops import turn_heads
+from lizard_ops import apply_rotary
 
 SHAPES = [(2, 7, 3, 16), (1, 5, 1, 10), (3, 33, 4, 24), (1, 0, 2, 8)]
 
@@ -18,7 +18,7 @@ def turns(batch, length, dim, dtype=torch.float32):
 
 def result(impl, x, cos, sin, weight):
     x = x.clone().requires_grad_()
-    y = turn_heads(x, cos, sin, impl=impl)
+    y = apply_rotary(x, cos, sin, impl=impl)
     return y.detach(), torch.autograd.grad((y * weight.to(y.dtype)).sum(), x)[0]
 
 
@@ -43,7 +43,7 @@ def test_turns_of_another_dtype_and_a_gradient_that_is_expanded():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 3, 8, device=DEVICE, requires_grad=True)
     cos, sin = turns(1, 5, 8, torch.float16)
-    found = [torch.autograd.grad(turn_heads(x, cos, sin, impl=impl).sum(), x)[0] for impl in ("torch", "triton")]
+    found = [torch.autograd.grad(apply_rotary(x, cos, sin, impl=impl).sum(), x)[0] for impl in ("torch", "triton")]
     torch.testing.assert_close(found[1], found[0])
 
 
@@ -54,7 +54,7 @@ def test_registered_as_torch_wants_it_and_compiles_to_one_graph():
     torch.library.opcheck(turn, (x, cos, sin, False))
 
     def double(x):
-        return 2 * turn_heads(x, cos, sin, impl="triton")
+        return 2 * apply_rotary(x, cos, sin, impl="triton")
 
     torch.compiler.reset()
     compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
@@ -66,9 +66,9 @@ def test_registered_as_torch_wants_it_and_compiles_to_one_graph():
 def test_angles_that_train_get_their_gradients():
     x, (cos, sin) = torch.randn(1, 4, 2, 8, device=DEVICE), turns(1, 4, 8)
     cos.requires_grad_()
-    assert torch.autograd.grad(turn_heads(x, cos, sin).sum(), cos)[0].abs().sum() > 0
+    assert torch.autograd.grad(apply_rotary(x, cos, sin).sum(), cos)[0].abs().sum() > 0
     with pytest.raises(ValueError, match="gradients of cos and sin"):
-        turn_heads(x, cos, sin, impl="triton")
+        apply_rotary(x, cos, sin, impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_angles_that_train_get_their_gradients():
 )
 def test_bad_arguments_are_refused_by_name(name, shapes):
     with pytest.raises(ValueError, match=f"^{name}:"):
-        turn_heads(*(torch.zeros(shape) for shape in shapes))
+        apply_rotary(*(torch.zeros(shape) for shape in shapes))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE, worst_excess
 
-from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+from lizard_ops import naive_hybrid_attn, recurrent_hybrid_attn
 
 decode = pytest.importorskip("lizard_ops.hybrid_attn.triton.decode")
 
@@ -49,23 +49,21 @@ def naive_steps(x, options):
     return {"o": o, **fields_of(state)}
 
 
+def step(tensors, options, state, inplace=False):
+    """One step on the kernel."""
+    return recurrent_hybrid_attn(
+        *tensors, WINDOW, **options, initial_state=state, output_final_state=True, inplace=inplace, impl="triton"
+    )
+
+
 def kernel_steps(x, options, inplace=False):
     """Every step through the kernel; weights a token are sliced as the tensors are."""
     state = past_state(x, options)
-    (*tensors, g), options = arguments(x, "", options)
-    scale, features = D**-0.5, FP if options["feature_map"] == "identity" else 2 * FP
-    normal = {
-        "anchors": 0, "sinks": None, "mix": "sum", "alpha": None, "merge_bias": None, "merge_mass": "relative",
-        "coverage": "all", "feature_map": "identity", "normalize": True, "scale": scale,
-    } | options  # fmt: skip
-    normal["feature_scale"] = 1.0 if normal["normalize"] else features**-0.5
+    tensors, options = arguments(x, "", options)
     outputs = []
     for t in range(tensors[0].shape[1]):
-        now = {name: w[:, t : t + 1] if torch.is_tensor(w) and w.ndim == 3 else w for name, w in normal.items()}
-        gate = None if g is None else g[:, t : t + 1]
-        o, state = decode.decode_hybrid_triton(
-            *(x[:, t : t + 1] for x in tensors), gate, WINDOW, **now, state=state, inplace=inplace
-        )
+        now = {name: w[:, t : t + 1] if torch.is_tensor(w) and w.ndim == 3 else w for name, w in options.items()}
+        o, state = step([None if x is None else x[:, t : t + 1] for x in tensors], now, state, inplace)
         outputs.append(o)
     return {"o": torch.cat(outputs, 1), **fields_of(state)}
 
@@ -110,18 +108,12 @@ def test_hard_reset_in_the_window():
         torch.testing.assert_close(found[name], reference[name])
 
 
-PLAIN = RECOMMENDED | {
-    "anchors": 0, "sinks": None, "alpha": None, "merge_bias": None, "merge_mass": "relative", "normalize": True,
-    "scale": D**-0.5, "feature_scale": 1.0,
-}  # fmt: skip
-
-
 def test_step_in_place_wants_contiguous_state():
     x = {name: t.to(DEVICE) for name, t in make(1, "key", 2 * FP, RECOMMENDED).items()}
     state = past_state(x, RECOMMENDED)
     strided = state._replace(ring_k=state.ring_k.transpose(1, 2).contiguous().transpose(1, 2))
     with pytest.raises(ValueError, match="state.ring_k"):
-        decode.decode_hybrid_triton(*arguments(x, "", {})[0], WINDOW, **PLAIN, state=strided, inplace=True)
+        step(arguments(x, "", {})[0], RECOMMENDED, strided, inplace=True)
 
 
 def test_operator_is_well_formed():
@@ -131,7 +123,7 @@ def test_operator_is_well_formed():
     checks = ("test_schema", "test_faketensor")  # its state changes with every call
     torch.library.opcheck(
         decode.hybrid_decode,
-        (*arguments(x, "", {})[0], None, None, *state[: len(decode.STATE_FIELDS)], *tail),
+        (*arguments(x, "", {})[0], None, None, *state, *tail),
         test_utils=checks,
     )
 
@@ -141,5 +133,5 @@ def test_copies_leave_the_state_alone():
     state = past_state(x, RECOMMENDED)
     before = [None if t is None else t.clone() for t in state]
     tensors, _ = arguments(x, "", RECOMMENDED)
-    decode.decode_hybrid_triton(*tensors, WINDOW, **PLAIN, state=state)
+    step(tensors, RECOMMENDED, state)
     assert all(a is None if b is None else torch.equal(a, b) for a, b in zip(state, before, strict=True))

@@ -14,7 +14,7 @@ from lizard_ops.hybrid_attn.api import chunk_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 
 pytest.importorskip("lizard_ops.hybrid_attn.triton.chunk")
-from lizard_ops.tiles.hybrid import rows as aligned_rows  # noqa: E402
+from lizard_ops.tiles.strided import strided  # noqa: E402
 
 MERGE = {"mix": "merge", "coverage": "outside", "feature_map": "softmax"}
 SUM = {"mix": "sum", "coverage": "all", "feature_map": "softmax"}
@@ -246,7 +246,7 @@ def test_strided_inputs_need_no_copy():
 @pytest.mark.parametrize(("width", "unit"), [(64, 8), (40, 8), (20, 4), (5, 1)])
 def test_strides_are_known_to_be_aligned(width, unit):
     x = torch.empty(2, 3, 5, width)
-    found = aligned_rows(x)
+    found = strided(x)
     assert found.unit.value == unit
     assert [unit * step for step in (found.batch, found.time, found.head)] == list(x.stride()[:3])
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from kernel_checks import DEVICE, check_against_naive
 
-from lizard_ops.window_attn.naive import naive_window_attn, window_branch
+from lizard_ops import naive_window_attn, window_attn
+from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
+from lizard_ops.window_attn.naive import naive_window
 
 window_triton = pytest.importorskip("lizard_ops.window_attn.triton.chunk").window_triton
 
@@ -18,10 +20,9 @@ def make(b, t, hq, hk, d, v, sinks=0):
 
 
 def fast(x, window, anchors, state=None, final=False, **options):
-    options = {"cu_seqlens": None, "padding_mask": None} | options
-    o, state, lse, _ = window_triton(
-        x["q"], x["k"], x["v"], window, anchors=anchors, sinks=x.get("sinks"), scale=x["q"].shape[-1] ** -0.5,
-        initial_state=state, output_final_state=final, **options,
+    o, state, lse = window_attn(
+        x["q"], x["k"], x["v"], window, anchors=anchors, sinks=x.get("sinks"), initial_state=state,
+        output_final_state=final, return_lse=True, impl="triton", **options,
     )  # fmt: skip
     return {"o": o, "lse": lse} | fields_of(state)
 
@@ -64,18 +65,15 @@ def test_capped_scores_match_the_reference(softcap, dtype):
 
 
 def test_row_maximum_and_its_gradient_match_the_reference():
+    options = WindowOptions(window=6, anchors=3, scale=0.5)
+
     def fast_max(x):
-        o, _, lse, spread = window_triton(
-            x["q"], x["k"], x["v"], 6, anchors=3, sinks=x["sinks"], scale=0.5, initial_state=None,
-            output_final_state=False, cu_seqlens=None, padding_mask=None, with_max=True,
-        )  # fmt: skip
+        o, _, lse, spread = window_triton(WindowInputs(**x), options, with_max=True)
         return {"o": o, "lse": lse, "relative": spread}
 
     def naive_max(x):
-        o, lse, row_max, _ = window_branch(
-            x["q"][0], x["k"][0], x["v"][0], None, window=6, anchors=3, sinks=x["sinks"], sink_form="exp", scale=0.5
-        )
-        return {"o": o.unsqueeze(0), "lse": lse.unsqueeze(0), "relative": (lse - row_max).unsqueeze(0)}
+        o, _, lse, row_max = naive_window(WindowInputs(**x), options)
+        return {"o": o, "lse": lse, "relative": lse - row_max}
 
     x = make(1, 40, 4, 2, 16, 16, 2)
     check_against_naive(fast_max, naive_max, x, torch.float32)

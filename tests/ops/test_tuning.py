@@ -102,6 +102,19 @@ def test_wrong_results_and_failed_launches_are_never_chosen(tmp_path, monkeypatc
     assert lizard_ops.tune(fails, tmp_path / "b.json", measure=fake_time) == {}
 
 
+def test_files_of_before_name_the_fields_as_they_were(tmp_path):
+    """Some kernels' warps and stages were called num_warps and num_stages."""
+    path = tmp_path / "launches.json"
+    kernels = pytest.importorskip("lizard_ops.gated_attn.triton.config")
+    asked = ("state", 64, 64, 1, 64, 2)
+    table = kernels.launch(*asked)
+    entry = {"fields": {"num_warps": 2, "num_stages": 3}, "before": 1.0, "after": 0.5}
+    key = " ".join(map(str, ("gated", *asked)))
+    path.write_text(json.dumps({"format": 1, "chips": {tuning.chip(): {key: entry}}}))
+    assert lizard_ops.use_tuned(path) == 1
+    assert kernels.launch(*asked) == table._replace(warps=2, stages=3)
+
+
 def test_choices_are_one_step_away_and_leave_what_is_fixed():
     steps = tuning.neighbours(config_of("query", 16))
     assert steps == [{"num_warps": 2}, {"num_warps": 8}, {"num_stages": 2}, {"registers": None}, {"registers": 128}]

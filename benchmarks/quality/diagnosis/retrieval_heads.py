@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_layers import AttentionConfig, HybridAttention, apply_rope
+from lizard_layers import AttentionConfig, HybridAttention
 from lizard_models import LizardConfig
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.trainer import parameter_groups
@@ -31,7 +31,7 @@ from lizard_models.files.environment import environment
 from lizard_models.model.layer_loss import output_error
 from lizard_models.teachers.find import load_teacher
 from lizard_models.text.sequences import load_documents, load_sequences
-from lizard_ops import window_attn
+from lizard_ops import apply_rotary, window_attn
 
 FORMS: dict[str, dict[str, Any]] = {
     "recommended": {},
@@ -81,7 +81,7 @@ class Layer:
         these keys and that of the others [1, T, H, D]."""
         cos, sin = self.rope  # type: ignore[misc]
         q, k, v = self.heads(x)
-        q, k = (apply_rope(h, cos[:, : x.shape[1]], sin[:, : x.shape[1]]) for h in (q, k))
+        q, k = (apply_rotary(h, cos[:, : x.shape[1]], sin[:, : x.shape[1]]) for h in (q, k))
         group = q.shape[2] // k.shape[2]
         scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(group, 2)) * self.attention.head_dim**-0.5
         i, j = torch.arange(x.shape[1]).unsqueeze(1), torch.arange(x.shape[1])

@@ -1,4 +1,4 @@
-"""Kernels of a matrix a head. Tokens n = b T + t; a weight of float32 enters 16-bit products as a sum of two parts.
+"""Kernels of a matrix per head. Tokens n = b T + t; a weight of float32 enters 16-bit products as a sum of two parts.
 
 Numbers of heads and matrices are no constants, so that queries and keys share a kernel: a first call compiles less.
 Strides y_* are in steps of YU elements: Triton knows of an argument only whether 16 divides it, and rows of 40 features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,32 +16,21 @@ from lizard_ops.feature_projection.triton.kernels import (
     project_kernel,
     weight_gradient_kernel,
 )
-from lizard_ops.tuning import launch_options, tunable
+from lizard_ops.tiles.launch import Launch
+from lizard_ops.tuning import tunable
 
 TOKENS = 64  # rows of a tile
 STEPS = 16  # tiles that one program takes with the same matrix
 SPLITS = 32  # programs that share the tokens of a weight gradient
 
 
-class Config(NamedTuple):
-    """Warps, pipeline stages, and the registers a thread may have at most."""
-
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return launch_options(self.warps, self.registers)
-
-
 @tunable("project")
-def config_for(kernel: str, x: Tensor, weight: Tensor) -> Config:
+def config_for(kernel: str, x: Tensor, weight: Tensor) -> Launch:
     """Launch configuration of a kernel, "output", "input", "weight" or "both" (gradients)."""
     columns = blocks(weight)
     one = columns["F"] <= columns["BF"]  # else the matrix is read anew a tile, and every stage holds all of it
-    return Config(4, {"output": 3, "input": 3 if one else 1}.get(kernel, 2))
+    stages = {"output": 3, "input": 3 if one else 1}.get(kernel, 2)
+    return Launch(columns["BN"], columns["BF"], 4, stages)
 
 
 def blocks(weight: Tensor) -> dict[str, Any]:

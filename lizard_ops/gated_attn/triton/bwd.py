@@ -1,4 +1,4 @@
-"""Gradient kernels for no gate and for gates that are one number a head.
+"""Gradient kernels for no gate and for gates that are one number per head.
 
 With the row weight w_i and the row term e_i of the normaliser,
 
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from lizard_ops.gated_attn.triton.fwd import decay_row, decay_tile
-from lizard_ops.gated_attn.triton.state import locate, only_if, state_tile, tile
+from lizard_ops.gated_attn.triton.state import locate_pairs, only_if, state_tile, tile
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def row_kernel(
     kb = pid % NKB
     hs = (pid // NKB) % HS
     chunk = pid // (NKB * HS)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     dq += q0 * (HQ * K)
     d_o += q0 * (HQ * V)
@@ -267,7 +267,7 @@ def key_kernel(
     part = pid % NB
     hk = (pid // NB) % HK
     chunk = pid // (NB * HK)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     d_o += q0 * (HQ * V)
     mass += q0 * HQ

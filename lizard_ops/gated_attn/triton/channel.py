@@ -1,4 +1,4 @@
-"""Kernels for gates that are one number a channel, [B, T, Hk, K].
+"""Kernels for gates that are one number per channel, [B, T, Hk, K].
 
 exp(G_i - G_j) stands inside the dot product over channels, so it must split into a factor for the query and one for
 the key. Rows of a chunk are paired by the highest bit in which i and j differ: at level b the chunk falls into blocks
@@ -9,7 +9,7 @@ of 2^b rows, and query i of an odd block meets key j of the even block before it
 both factors are at most 1, whatever the gates, and every gate used stands between j and i: no overflow, and nothing of
 a later gate reaches an earlier row. log2(C) tensor-core products and the diagonal make up the scores of a chunk.
 
-The factors are the same for all query heads of a key head. ``factor_kernel`` forms them once, a tile [C, K] a level,
+The factors are the same for all query heads of a key head. ``factor_kernel`` forms them once, a tile [C, K] per level,
 and two more for what passes through the state: from the chunk's start to each row, and from each row to its end.
 
 While no channel has decayed by more than 2^-BOUND since the chunk's start, one product does the work of all levels: the
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from lizard_ops.gated_attn.triton.bwd import row_weights
 from lizard_ops.gated_attn.triton.fwd import log_of
-from lizard_ops.gated_attn.triton.state import FLOOR, LOG2E, locate, only_if, state_tile, tile
+from lizard_ops.gated_attn.triton.state import FLOOR, LOG2E, locate_pairs, only_if, state_tile, tile
 
 BOUND = tl.constexpr(58.0)  # log2 of the decay since the chunk's start up to which keys may take inverse factors
 
@@ -91,7 +91,7 @@ def factor_kernel(
     kb = pid % NKB
     hk = (pid // NKB) % HK
     chunk = pid // (NKB * HK)
-    _, _, k0, rows = locate(chunk, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
+    _, _, k0, rows = locate_pairs(chunk, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
     state = (chunk * HK + hk).to(tl.int64)
     factors += state * ((LEVELS + 2) * C * K)
     r = tl.arange(0, C)
@@ -143,7 +143,7 @@ def channel_output_kernel(
     vb = pid % NVB
     hk = (pid // NVB) % HK
     chunk = pid // (NVB * HK)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     o += q0 * (HQ * V)
     mass += q0 * HQ
@@ -207,7 +207,7 @@ def key_sum_kernel(
     kb = pid % NKB
     hk = (pid // NKB) % HK
     chunk = pid // (NKB * HK)
-    _, _, k0, rows = locate(chunk, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
+    _, _, k0, rows = locate_pairs(chunk, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
     k += k0 * (HK * K)
     key_sums += k0 * (HK * K)
     state = (chunk * HK + hk).to(tl.int64)
@@ -249,7 +249,7 @@ def channel_row_kernel(
     kb = pid % NKB
     hk = (pid // NKB) % HK
     chunk = pid // (NKB * HK)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     dq += q0 * (HQ * K)
     d_o += q0 * (HQ * V)
@@ -366,7 +366,7 @@ def channel_value_kernel(
     vb = pid % NVB
     hk = (pid // NVB) % HK
     chunk = pid // (NVB * HK)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     d_o += q0 * (HQ * V)
     mass += q0 * HQ
@@ -428,7 +428,7 @@ def channel_key_kernel(
     kb = pid % NKB
     hk = (pid // NKB) % HK
     chunk = pid // (NKB * HK)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     d_o += q0 * (HQ * V)
     mass += q0 * HQ

@@ -9,59 +9,39 @@ from torch import Tensor
 
 from lizard_ops.common.checks import want
 from lizard_ops.common.padding import compact, compaction, restore
+from lizard_ops.common.rows import changed_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, key_stream, layout_of, offset_fields, sliding_sum, stream_seqlens
+from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
 from lizard_ops.gated_attn.triton.config import CHUNK
 from lizard_ops.gated_attn.triton.op import gated_chunk
 
 ABSORBED_BOUND = 80.0  # exp(80) is the most that float32 holds with room for the sums
 
 
-def chunk_gated_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    *,
-    scale: float,
-    normalize: bool,
-    window_offset: int,
-    anchors: int,
-    initial_state: AttentionState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    gate_form: str,
-    chunk_size: int | None,
-) -> tuple[Tensor, AttentionState | None, Tensor]:
+def chunk_gated_triton(inputs: GatedInputs, options: GatedOptions) -> tuple[Tensor, AttentionState | None, Tensor]:
     """``chunk_gated_attn`` for arguments that its api has checked: (o, state, log mass).
 
-    bfloat16, float16 and float32; under autocast q, k and v take its dtype, gates and state stay float32. chunk_size
-    is 16, 32, 64 (None) or 128. gate_form="absorbed" reads the largest gate sum back: the one synchronisation.
-    Raises ValueError for float64, another chunk_size, or a gate beyond the bound of the absorbed form.
+    bfloat16, float16 and float32; gates and state stay float32. chunk_size is 16, 32, 64 (None) or 128.
+    gate_form="absorbed" reads the largest gate sum back: the one synchronisation. Raises ValueError for another
+    chunk_size, or a gate beyond the bound of the absorbed form.
     """
-    chunk = CHUNK if chunk_size is None else chunk_size
-    want(chunk in (16, 32, 64, 128), "chunk_size", chunk_size, "16, 32, 64, 128 or None with impl='triton'")
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    want(q.dtype != torch.float64, "q", q, "bfloat16, float16 or float32 with impl='triton'")
-    plan = None if padding_mask is None else compaction(padding_mask)
+    chunk = CHUNK if options.chunk_size is None else options.chunk_size
+    want(chunk in (16, 32, 64, 128), "chunk_size", chunk, "16, 32, 64, 128 or None with impl='triton'")
+    plan = None if inputs.padding_mask is None else compaction(inputs.padding_mask)
     if plan is not None:
-        q, k, v = (compact(x, plan) for x in (q, k, v))  # type: ignore[assignment]  # None for None only
-        g = compact(g, plan)
-    lengths = None if plan is None else plan.lengths
-    o, state, log_mass = _attend(
-        q, k, v, g, scale, normalize, window_offset, anchors, initial_state, cu_seqlens, lengths, gate_form, chunk
-    )
+        inputs = changed_rows(inputs, lambda x: compact(x, plan))
+    o, state, log_mass = _attend(inputs, None if plan is None else plan.lengths, options, chunk)
     if plan is not None:
         o, log_mass = restore(o, plan), restore(log_mass, plan, -math.inf)
-    return o, state if output_final_state else None, log_mass
+    return o, state if options.output_final_state else None, log_mass
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, normalize: bool, offset: int, anchors: int,
-    state: AttentionState | None, cu_seqlens: Tensor | None, lengths: Tensor | None, gate_form: str, chunk: int,
-) -> tuple[Tensor, AttentionState, Tensor]:  # fmt: skip
+    inputs: GatedInputs, lengths: Tensor | None, options: GatedOptions, chunk: int
+) -> tuple[Tensor, AttentionState, Tensor]:
+    q, k, v, g, state, cu_seqlens = inputs.q, inputs.k, inputs.v, inputs.g, inputs.initial_state, inputs.cu_seqlens
+    offset, anchors, normalize = options.window_offset, options.anchors, options.normalize
     layout = layout_of(q, state, cu_seqlens, lengths)
     ring = state if state is not None and offset else AttentionState(layout.position)
     keys, values = key_stream(k, ring.ring_fk, layout), key_stream(v, ring.ring_v, layout)
@@ -71,7 +51,7 @@ def _attend(
     if cu_seqlens is not None or lengths is not None or (state is not None and anchors):
         table = _meeting_rows(layout, offset if state is not None else 0, waiting, anchors, keys)
         shift = 0
-    if gate_form == "absorbed" and gates is not None:
+    if options.gate_form == "absorbed" and gates is not None:
         _check_absorbed(gates, chunk)
 
     queries, top, past = q, None, None
@@ -79,11 +59,23 @@ def _attend(
         past = _gates_in_between(gates, offset, state is not None, layout)  # [B, T, Hg(, K)]
         if past.ndim == 4:
             queries, top = _decayed_queries(q, past)
-    start = (None, None) if state is None or state.s is None or state.z is None else (state.s.float(), state.z.float())
+    s0, z0 = (None, None) if state is None or state.s is None or state.z is None else (state.s.float(), state.z.float())
     o, log_mass, _, s, z = gated_chunk(
-        queries, keys, values, gates, *start, table, shift, 0 if table is not None else anchors,
-        q.shape[1] - shift, scale, normalize, gate_form == "absorbed", chunk,
-    )  # fmt: skip
+        q=queries,
+        k=keys,
+        v=values,
+        g=gates,
+        s0=s0,
+        z0=z0,
+        table=table,
+        q_shift=shift,
+        k_shift=0 if table is not None else anchors,
+        pairs=q.shape[1] - shift,
+        scale=options.scale,
+        normalize=normalize,
+        absorbed=options.gate_form == "absorbed",
+        chunk=chunk,
+    )
     if past is not None:
         top = _spread_heads(past, q.shape[2]) if top is None else top
         log_mass = log_mass + top
@@ -91,7 +83,7 @@ def _attend(
             o = o.masked_fill((top == -math.inf).unsqueeze(-1), 0.0)
         else:
             o = (o * top.exp().unsqueeze(-1)).to(o.dtype)
-    return o, AttentionState(layout.end, s, z, **offset_fields(k, v, g, state, offset, layout)), log_mass
+    return o, AttentionState(position=layout.end, s=s, z=z, **offset_fields(k, v, g, state, offset, layout)), log_mass
 
 
 def _meeting_rows(layout: Layout, prefix: int, waiting: int, anchors: int, keys: Tensor) -> Tensor:
@@ -133,7 +125,7 @@ def _decayed_queries(q: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_absorbed(gates: Tensor, chunk: int) -> None:
     """exp(-G) inside a chunk must stay finite: the sums of the log-decays of every chunk, whatever the packing."""
-    want(gates.ndim == 3, "gate_form", "absorbed", "'stable' with a gate a channel")
+    want(gates.ndim == 3, "gate_form", "absorbed", "'stable' with a gate per channel")
     if gates.shape[1] == 0:
         return
     worst = sliding_sum(gates.detach(), min(chunk, gates.shape[1])).amin().item()

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 
+from lizard_ops.tiles.launch import Launch
 from lizard_ops.tuning import tunable
 
 CHUNK = 64  # rows of a chunk
 
 
-class Launch(NamedTuple):
-    """One kernel's block shape and launch options."""
-
-    block_k: int
-    block_v: int
-    queries: int  # query heads stacked as rows of one tile; "key": query rows of one tile
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """The keyword arguments of a kernel that stacks heads."""
-        return {"GH": self.queries, "BK": self.block_k, "BV": self.block_v} | self.options
-
-
-# kernel -> (most columns of K and V in a tile, queries, warps, stages); for operands of 2 bytes, then of 4
+# kernel -> (most channels of K and of V in a tile, query heads stacked in its rows, warps, stages), but for "key" the
+# query rows of a tile; for operands of 2 bytes, then of 4
 WIDE = {
     "state": (128, 128, 1, 8, 1),
     "state_reverse": (128, 128, 1, 8, 3),
@@ -77,26 +58,24 @@ NARROW = {
 }
 
 
-@tunable("gated")
+@tunable("gated", fixed=("registers",))
 def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_bytes: int) -> Launch:
-    """The configuration of a kernel, by its name in the tables, for these head dims, heads a group and rows a chunk."""
+    """The configuration of a kernel, by its name in the tables; group: query heads that share a state.
+
+    Its tile is one of the state: rows of K and columns of V.
+    """
     wide = TALL if chunk > 64 else LARGE if max(k_dim, v_dim) > 128 else WIDE
     block_k, block_v, queries, warps, stages = (NARROW if operand_bytes > 2 else wide)[kernel]
     block_k, block_v = min(block_k, triton.next_power_of_2(k_dim)), min(block_v, triton.next_power_of_2(v_dim))
     # narrower tiles beside wider ones compile wrong, for wgmma (64 rows) and for mma: docs/kernels.md
     least = 64 if chunk >= 64 else 32 if max(block_k, block_v) >= 128 else 16
-    return Launch(
-        max(least, block_k),
-        max(least, block_v),
-        min(queries, chunk if kernel == "key" else triton.next_power_of_2(group)),
-        warps,
-        stages,
-    )
+    queries = min(queries, chunk if kernel == "key" else triton.next_power_of_2(group))
+    return Launch(max(least, block_k), max(least, block_v), warps, stages, heads=queries)
 
 
-@tunable("gated scan")
+@tunable("gated scan", fixed=("registers",))
 def scan_launch(v_dim: int, operand_bytes: int) -> Launch:
     """The scan's: every column of V, and as many rows of K as keep the tile's size."""
     rows, columns, _, warps, stages = (WIDE if operand_bytes == 2 else NARROW)["scan"]
     block_v = triton.next_power_of_2(v_dim)
-    return Launch(max(1, rows * columns // block_v), block_v, 1, warps, stages)
+    return Launch(max(1, rows * columns // block_v), block_v, warps, stages)

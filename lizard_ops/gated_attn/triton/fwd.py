@@ -1,11 +1,11 @@
-"""Output kernel for no gate and for gates that are one number a head."""
+"""Output kernel for no gate and for gates that are one number per head."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from lizard_ops.gated_attn.triton.state import locate, only_if, state_tile, tile
+from lizard_ops.gated_attn.triton.state import locate_pairs, only_if, state_tile, tile
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def output_kernel(
 ):  # fmt: skip
     """o_i = (exp(G_i) q_i S + sum_{j<=i} q_i.k_j exp(G_i - G_j) v_j) / mass_i for a chunk's queries of one state head.
 
-    GH query heads are stacked as rows of one tile [GH*C, .], so k, v and S are read once a group. ABSORBED multiplies
+    GH query heads are stacked as rows of one tile [GH*C, .], so k, v and S are read once per group. ABSORBED multiplies
     the features by exp(G_i) and exp(-G_j) instead of the scores by exp(G_i - G_j): sound within a bound on G only.
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
@@ -52,7 +52,7 @@ def output_kernel(
     vb = pid % NVB
     hs = (pid // NVB) % HS
     chunk = pid // (NVB * HS)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     q += q0 * (HQ * K)
     o += q0 * (HQ * V)
     mass += q0 * HQ

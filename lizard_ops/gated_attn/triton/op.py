@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.flat import argument_names, by_name, in_order
 from lizard_ops.gated_attn.triton.bwd import key_kernel, row_kernel
+from lizard_ops.gated_attn.triton.call import GATE_CHANNEL, GATE_NONE, ChunkPlan, GatedShape, plan_chunks, shape_of
 from lizard_ops.gated_attn.triton.channel import (
     channel_key_kernel,
     channel_output_kernel,
@@ -23,114 +24,53 @@ from lizard_ops.gated_attn.triton.channel import (
     factor_kernel,
     key_sum_kernel,
 )
-from lizard_ops.gated_attn.triton.config import Launch, launch, scan_launch
+from lizard_ops.gated_attn.triton.config import scan_launch
 from lizard_ops.gated_attn.triton.fwd import output_kernel
 from lizard_ops.gated_attn.triton.state import gate_sum_kernel, scan_kernel, state_kernel
 
-GATE_NONE, GATE_HEAD, GATE_CHANNEL = 0, 1, 2
 
+class Backward(NamedTuple):
+    """What the gradient kernels read and share, and the row terms that the first of them leave for the rest."""
 
-class Rows(NamedTuple):
-    """Which rows meet, cut into chunks; the trailing arguments of every kernel."""
-
-    table: Tensor | None  # [N, 4] int64: first query row, first key row, rows, first chunk
-    owner: Tensor | None  # [chunks] int32, sequence of each chunk, -1 past the last
-    q_rows: int
-    k_rows: int
-    q_shift: int
-    k_shift: int
-    pairs: int
-    sequences: int
-    chunks: int
-
-    @property
-    def place(self) -> tuple[int, ...]:
-        return self.q_rows, self.k_rows, self.q_shift, self.k_shift, self.pairs
-
-
-def plan_rows(q: Tensor, k: Tensor, table: Tensor | None, q_shift: int, k_shift: int, pairs: int, chunk: int) -> Rows:
-    """Chunks of N equal sequences, or of those in table [N, 3]; never asks the device for a number."""
-    batch, q_rows, k_rows = q.shape[0], q.shape[1], k.shape[1]
-    place = (q_rows, k_rows, q_shift, k_shift, pairs)
-    if table is None:
-        return Rows(None, None, *place, batch, batch * triton.cdiv(pairs, chunk))
-    n, total = table.shape[0], batch * min(q_rows, k_rows)
-    ends = ((table[:, 2] + chunk - 1) // chunk).cumsum(0)
-    owner = torch.searchsorted(ends, torch.arange(total // chunk + n, device=q.device), right=True)
-    owner = torch.where(owner < n, owner, -1).int()
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return Rows(torch.cat([table, starts.unsqueeze(1)], 1), owner, *place, n, owner.shape[0])
-
-
-class Shape(NamedTuple):
-    """Head counts, dims and dtypes that all kernels of one call share."""
-
-    hq: int
-    hk: int
-    hs: int
-    hg: int
-    k: int
-    v: int
-    chunk: int
-    gate: int
-    operand: torch.dtype
-    precision: str
-    gate_precision: str  # of the products that d g of a channel is a difference of
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_o: Tensor
+    mass: Tensor
+    d_log_mass: Tensor
+    extra: Tensor  # [B, T, Hq] e of ``bwd.py``
+    own: Tensor  # [B, T, Hq] m of ``bwd.py``, or with a gate per channel the term of a query's own key
+    gates: Gates
+    shape: GatedShape
+    rows: ChunkPlan
+    flags: dict[str, bool]
+    scale: float
 
     @property
-    def operand_tl(self):
-        return tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32
-
-    def launch(self, kernel: str, group: int = 1) -> Launch:
-        """The kernel's configuration for this call; group: query heads that could be stacked in one tile."""
-        return launch(kernel, self.k, self.v, group, self.chunk, self.operand.itemsize)
-
-    @property
-    def dims(self) -> dict:
-        """What every kernel takes."""
-        return {
-            "HQ": self.hq, "K": self.k, "V": self.v, "C": self.chunk, "OPERAND": self.operand_tl,
-            "PRECISION": self.precision,
-        }  # fmt: skip
-
-    @property
-    def constants(self) -> dict:
-        """What the kernels for one number a head take."""
-        return self.dims | {"HK": self.hk, "HS": self.hs, "HG": self.hg, "GATED": self.gate != GATE_NONE}
-
-    @property
-    def channel_constants(self) -> dict:
-        """What the kernels for one number a channel take."""
-        return self.dims | {"HK": self.hk, "LEVELS": self.chunk.bit_length() - 1}
-
-    @property
-    def score_constants(self) -> dict:
-        """The same for the kernels that pair rows of scores: 16 of them by tensor cores compile wrong."""
-        short = self.operand.itemsize > 2 and self.chunk < 32  # docs/kernels.md
-        return self.channel_constants | ({"PRECISION": "ieee"} if short else {})
+    def place(self) -> tuple:
+        """The arguments of every one of them that say where rows are."""
+        return self.rows.table, self.rows.owner, self.scale, *self.rows.place
 
 
-def shape_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int) -> Shape:
-    """Computed factors of a product are bfloat16 for bfloat16 inputs only: float16 would overflow."""
-    hq, hk = q.shape[2], k.shape[2]
-    gate = GATE_NONE if g is None else (GATE_CHANNEL if g.ndim == 4 else GATE_HEAD)
-    hg = 1 if g is None else g.shape[2]
-    hs = hq if gate == GATE_HEAD and hg == hq else hk
-    operand = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-    precision = "tf32" if operand == torch.bfloat16 else "tf32x3"
-    gate_precision = "ieee" if q.dtype == torch.float32 else precision
-    return Shape(hq, hk, hs, hg, k.shape[3], v.shape[3], chunk, gate, operand, precision, gate_precision)
+class KeyGradients(NamedTuple):
+    """Where the gradients of the keys go, and what they take from the rows and the scan."""
+
+    dk: Tensor
+    dv: Tensor
+    covered: bool  # whether every row of them is written
+    row_dot: Tensor | None
+    cross: Tensor | None
 
 
 class Gates(NamedTuple):
-    """What the kernels read of a gate: local sums in two parts (a number a head), or factors (a number a channel)."""
+    """What the kernels read of a gate: local sums in two parts (one per head), or decay factors (one per channel)."""
 
     first: Tensor | None = None  # [B, T, Hg] high part, or [chunks, Hk, levels + 2, C, K] decay factors
     second: Tensor | None = None  # [B, T, Hg] low part, or [chunks, Hk, blocks of K] int32 rows that need no levels
     decays: Tensor | None = None  # [chunks, Hs, 1 or K] log2 of each chunk's decay
 
 
-def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
+def prepare_gates(g: Tensor | None, shape: GatedShape, rows: ChunkPlan) -> Gates:
     """Form them; the decays of one-number-a-head gates are left for ``state_kernel`` to write."""
     if g is None:
         return Gates()
@@ -140,9 +80,9 @@ def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
     if shape.gate == GATE_CHANNEL:
         cfg, levels = shape.launch("factor"), shape.chunk.bit_length() - 1
         factors = g.new_empty(rows.chunks, shape.hk, levels + 2, shape.chunk, shape.k, dtype=shape.operand)
-        near = g.new_empty(rows.chunks, shape.hk, triton.cdiv(shape.k, cfg.block_k), dtype=torch.int32)
+        near = g.new_empty(rows.chunks, shape.hk, triton.cdiv(shape.k, cfg.rows), dtype=torch.int32)
         factor_kernel[(near.numel(),)](
-            g, factors, decays, near, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.block_k,
+            g, factors, decays, near, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.rows,
             VARLEN=rows.table is not None, OPERAND=shape.operand_tl, **cfg.options,
         )  # fmt: skip
         return Gates(factors, near, decays)
@@ -155,7 +95,7 @@ def prepare_gates(g: Tensor | None, shape: Shape, rows: Rows) -> Gates:
 
 
 def chunk_states(
-    a: Tensor, b: Tensor, gates: Gates, start: tuple[Tensor, Tensor] | None, shape: Shape, rows: Rows, *,
+    a: Tensor, b: Tensor, gates: Gates, start: tuple[Tensor, Tensor] | None, shape: GatedShape, rows: ChunkPlan, *,
     scale: float = 1.0, normalize: bool = False, mass: Tensor | None = None, extra: Tensor | None = None,
     forward: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
@@ -172,18 +112,18 @@ def chunk_states(
     cross = torch.empty_like(z_states) if reverse and shape.gate != GATE_NONE else None
     varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
     cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
-    state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.block_k) * triton.cdiv(shape.v, cfg.block_v),)](
-        a, b, mass, extra, *gates[:2], states, z_states, gates.decays, rows.table, rows.owner, scale, *rows.place,
-        HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.block_k,
-        BV=cfg.block_v, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
+    state_kernel[(rows.chunks * hs * triton.cdiv(shape.k, cfg.rows) * triton.cdiv(shape.v, cfg.columns),)](
+        a, b, mass, extra, gates.first, gates.second, states, z_states, gates.decays, rows.table, rows.owner, scale,
+        *rows.place, HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.rows,
+        BV=cfg.columns, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
         VARLEN=varlen, **shape.dims, **cfg.options,
     )  # fmt: skip
     cfg = scan_launch(shape.v, shape.operand.itemsize)
-    scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.block_k),)](
-        states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None))[:2],
-        rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.block_k, BV=cfg.block_v,
+    scan_kernel[(n * hs * triton.cdiv(shape.k, cfg.rows),)](
+        states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None)),
+        rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.rows, BV=cfg.columns,
         GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen,
-        STAGES=cfg.num_stages, num_warps=cfg.num_warps,
+        STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return states, z_states, s_out, z_out, cross
 
@@ -208,7 +148,7 @@ def gated_chunk(
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     g = None if g is None else g.contiguous()
-    shape, rows = shape_of(q, k, v, g, chunk), plan_rows(q, k, table, q_shift, k_shift, pairs, chunk)
+    shape, rows = shape_of(q, k, v, g, chunk), plan_chunks(q, k, table, q_shift, k_shift, pairs, chunk)
     covered = table is None and pairs == q.shape[1] and q_shift == 0
     o = blank(q, (*q.shape[:3], shape.v), covered)
     log_mass = blank(q, q.shape[:3], covered, -float("inf"), torch.float32)
@@ -222,20 +162,23 @@ def gated_chunk(
         ends = o, log_mass, mass, rows.table, rows.owner, scale, *rows.place
         if shape.gate == GATE_CHANNEL:
             cfg = shape.launch("channel_output")
-            channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
+            channel_output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.columns),)](
                 q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
-                **shape.score_constants, BK=cfg.block_k, BV=cfg.block_v, VARLEN=table is not None, **cfg.options,
+                **shape.score_constants, BK=cfg.rows, BV=cfg.columns, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
-            output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.block_v),)](
-                q, k, v, *gates[:2], states, z_states, *ends, NORMALIZE=normalize, ABSORBED=absorbed and g is not None,
-                **shape.constants, **cfg.blocks, VARLEN=table is not None,
+            output_kernel[(rows.chunks * shape.hs * triton.cdiv(shape.v, cfg.columns),)](
+                q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
+                ABSORBED=absorbed and g is not None, **shape.constants, GH=cfg.heads, BK=cfg.rows,
+                BV=cfg.columns, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
     return o, log_mass, mass, s, z
 
 
-def carried(like: Tensor, s0: Tensor | None, z0: Tensor | None, rows: Rows, shape: Shape) -> tuple[Tensor, Tensor]:
+def carried(
+    like: Tensor, s0: Tensor | None, z0: Tensor | None, rows: ChunkPlan, shape: GatedShape
+) -> tuple[Tensor, Tensor]:
     """The state of a call without a single row."""
     if s0 is not None and z0 is not None:
         return s0.clone(), z0.clone()
@@ -264,7 +207,7 @@ def gated_chunk_backward(
     q, k, v, d_o = q.contiguous(), k.contiguous(), v.contiguous(), d_o.contiguous()
     mass, d_log_mass = mass.contiguous(), d_log_mass.contiguous()
     g = None if g is None else g.contiguous()
-    shape, rows = shape_of(q, k, v, g, chunk), plan_rows(q, k, table, q_shift, k_shift, pairs, chunk)
+    shape, rows = shape_of(q, k, v, g, chunk), plan_chunks(q, k, table, q_shift, k_shift, pairs, chunk)
     all_q = table is None and pairs == q.shape[1] and q_shift == 0
     all_k = table is None and pairs == k.shape[1] and k_shift == 0
     dq, dk, dv = blank(q, q.shape, all_q), blank(k, k.shape, all_k), blank(v, v.shape, all_k)
@@ -273,92 +216,83 @@ def gated_chunk_backward(
         return dq, dk, dv, (q.new_zeros(0) if g is None else torch.zeros_like(g)), end[0].clone(), end[1].clone()
     start = None if s0 is None or z0 is None else (s0.contiguous(), z0.contiguous())
     channel = shape.gate == GATE_CHANNEL
-    flags = {"NORMALIZE": normalize, "VARLEN": table is not None}
-    place = rows.table, rows.owner, scale, *rows.place
-    extra = torch.empty_like(mass)
+    extra, own = torch.empty_like(mass), torch.empty_like(mass)
     with on_device(q, features=shape.k, values=shape.v, chunk_size=chunk):
         gates = prepare_gates(g, shape, rows)
         states = chunk_states(k, v, gates, start, shape, rows)[:2]
-        x = q, k, v, d_o, mass, extra
-        if channel:
-            own_term = torch.empty_like(mass)
-            row_dot = _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags)
-        else:
-            means = torch.empty_like(mass)
-            row_dot = _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags)
+        x = Backward(
+            q=q, k=k, v=v, d_o=d_o, mass=mass, d_log_mass=d_log_mass, extra=extra, own=own, gates=gates, shape=shape,
+            rows=rows, flags={"NORMALIZE": normalize, "VARLEN": table is not None}, scale=scale,
+        )  # fmt: skip
+        row_dot = (_channel_rows if channel else _rows)(x, states, dq)
         *d_states, ds0, dz0, cross = chunk_states(
             q, d_o, gates, end, shape, rows, scale=scale, normalize=normalize, mass=mass, extra=extra, forward=states
         )
-        ends = row_dot, cross, dk, dv, all_k
-        if channel:
-            dg = _channel_keys(x, d_states, own_term, *ends, gates, shape, rows, place, flags)
-        else:
-            dg = _keys((*x[:-1], d_log_mass, means), d_states, *ends, gates, shape, rows, place, flags)
+        ends = KeyGradients(dk=dk, dv=dv, covered=all_k, row_dot=row_dot, cross=cross)
+        dg = (_channel_keys if channel else _keys)(x, d_states, ends)
     return dq, dk, dv, dg, ds0, dz0
 
 
-def _rows(x, d_log_mass, dq, means, gates, states, shape, rows, place, flags) -> Tensor | None:
-    q, k, v, d_o, mass, extra = x
-    cfg = shape.launch("row", shape.hq // shape.hs)
-    blocks = triton.cdiv(shape.k, cfg.block_k)
-    row_dot = mass.new_empty(blocks, *mass.shape) if shape.gate != GATE_NONE else None
-    row_kernel[(rows.chunks * shape.hs * blocks,)](
-        q, k, v, *gates[:2], *states, d_o, mass, d_log_mass, dq, extra, means, row_dot, *place,
-        mass.numel(), **shape.constants, **flags, **cfg.blocks,
+def _rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Tensor | None:
+    cfg = x.shape.launch("row", x.shape.hq // x.shape.hs)
+    blocks = triton.cdiv(x.shape.k, cfg.rows)
+    row_dot = x.mass.new_empty(blocks, *x.mass.shape) if x.shape.gate != GATE_NONE else None
+    row_kernel[(x.rows.chunks * x.shape.hs * blocks,)](
+        x.q, x.k, x.v, x.gates.first, x.gates.second, *states, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
+        row_dot, *x.place, x.mass.numel(), GH=cfg.heads, BK=cfg.rows, BV=cfg.columns,
+        **x.shape.constants, **x.flags, **cfg.options,
     )  # fmt: skip
     return row_dot
 
 
-def _keys(x, d_states, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
-    q, k, v, d_o, mass, d_log_mass, means = x
-    cfg = shape.launch("key")
-    blocks = max(triton.cdiv(shape.k, cfg.block_k), triton.cdiv(shape.v, cfg.block_v))
+def _keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Tensor:
+    cfg = x.shape.launch("key")
+    blocks = max(triton.cdiv(x.shape.k, cfg.rows), triton.cdiv(x.shape.v, cfg.columns))
     dg = None
-    if shape.gate != GATE_NONE:
-        dg = blank(mass, (blocks, *k.shape[:2], shape.hs), all_k)
-    key_kernel[(rows.chunks * shape.hk * blocks,)](
-        q, k, v, *gates[:2], *d_states, d_o, mass, d_log_mass, means, row_dot, cross, dk, dv, dg, *place, mass.numel(),
-        0 if dg is None else dg[0].numel(), BQ=cfg.queries, BK=cfg.block_k, BV=cfg.block_v, **shape.constants,
-        **flags, **cfg.options,
+    if x.shape.gate != GATE_NONE:
+        dg = blank(x.mass, (blocks, *x.k.shape[:2], x.shape.hs), ends.covered)
+    key_kernel[(x.rows.chunks * x.shape.hk * blocks,)](
+        x.q, x.k, x.v, x.gates.first, x.gates.second, *d_states, x.d_o, x.mass, x.d_log_mass, x.own, ends.row_dot,
+        ends.cross, ends.dk, ends.dv, dg, *x.place, x.mass.numel(), 0 if dg is None else dg[0].numel(), BQ=cfg.heads,
+        BK=cfg.rows, BV=cfg.columns, **x.shape.constants, **x.flags, **cfg.options,
     )  # fmt: skip
     if dg is None:
-        return q.new_zeros(0)
+        return x.q.new_zeros(0)
     dg = dg[0] if blocks == 1 else dg.sum(0)
-    return dg.sum(2, keepdim=True) if shape.hg < shape.hs else dg
+    return dg.sum(2, keepdim=True) if x.shape.hg < x.shape.hs else dg
 
 
-def _channel_rows(x, d_log_mass, dq, own_term, gates, states, shape, rows, place, flags) -> Tensor:
-    q, k, v, d_o, mass, extra = x
-    key_sums, row_dot = mass.new_empty(k.shape), mass.new_empty(k.shape)
-    dims, varlen = shape.channel_constants, rows.table is not None
-    exact = {"PRECISION": shape.gate_precision}
+def _channel_rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Tensor:
+    key_sums, row_dot = x.mass.new_empty(x.k.shape), x.mass.new_empty(x.k.shape)
+    shape, rows, gates = x.shape, x.rows, x.gates
+    dims, exact = shape.channel_constants, {"PRECISION": shape.gate_precision}
     cfg = shape.launch("key_sum")
-    key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
-        rows.pairs, BK=cfg.block_k, VARLEN=varlen, **{name: dims[name] for name in dims if name not in ("HQ", "V")}
-        | exact, **cfg.options,
+    key_sum_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.rows),)](
+        x.k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
+        rows.pairs, BK=cfg.rows, VARLEN=rows.table is not None,
+        **{name: dims[name] for name in dims if name not in ("HQ", "V")} | exact, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_row")
-    channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, gates.second, states[0], key_sums, d_o, mass, d_log_mass, dq, extra, own_term, row_dot,
-        *place, BK=cfg.block_k, BV=cfg.block_v, **dims, **flags, **cfg.options,
+    channel_row_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.rows),)](
+        x.q, x.k, x.v, gates.first, gates.second, states[0], key_sums, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
+        row_dot, *x.place, BK=cfg.rows, BV=cfg.columns, **dims, **x.flags, **cfg.options,
     )  # fmt: skip
     return row_dot
 
 
-def _channel_keys(x, d_states, own_term, row_dot, cross, dk, dv, all_k, gates, shape, rows, place, flags) -> Tensor:
-    q, k, v, d_o, mass, extra = x
-    dg = blank(mass, k.shape, all_k)
+def _channel_keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Tensor:
+    shape, rows, gates = x.shape, x.rows, x.gates
+    dg = blank(x.mass, x.k.shape, ends.covered)
     cfg = shape.launch("channel_value")
-    channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.block_v),)](
-        q, k, gates.first, gates.second, d_states[0], d_o, mass, dv, *place, BK=cfg.block_k, BV=cfg.block_v,
-        **shape.score_constants, **flags, **cfg.options,
+    channel_value_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.v, cfg.columns),)](
+        x.q, x.k, gates.first, gates.second, d_states[0], x.d_o, x.mass, ends.dv, *x.place, BK=cfg.rows,
+        BV=cfg.columns, **shape.score_constants, **x.flags, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_key")
-    channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.block_k),)](
-        q, k, v, gates.first, gates.second, *d_states, d_o, mass, extra, own_term, row_dot, cross, dk, dg, *place,
-        BK=cfg.block_k, BV=cfg.block_v, GATE_PRECISION=shape.gate_precision, **shape.channel_constants, **flags,
-        **cfg.options,
+    channel_key_kernel[(rows.chunks * shape.hk * triton.cdiv(shape.k, cfg.rows),)](
+        x.q, x.k, x.v, gates.first, gates.second, *d_states, x.d_o, x.mass, x.extra, x.own, ends.row_dot, ends.cross,
+        ends.dk, dg, *x.place, BK=cfg.rows, BV=cfg.columns, GATE_PRECISION=shape.gate_precision,
+        **shape.channel_constants, **x.flags, **cfg.options,
     )  # fmt: skip
     return dg
 
@@ -370,27 +304,31 @@ def _(q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, q_shift, k_shift
     return *like, ds.new_empty(ds.shape), dz.new_empty(dz.shape)
 
 
+FORWARD, BACKWARD = (getattr(torch.ops.lizard_ops, name).default for name in ("gated_chunk", "gated_chunk_backward"))
+TENSORS = ("q", "k", "v", "g", "s0", "z0", "table")
+# the gradients that ``gated_chunk_backward`` returns, in its order
+DIFFERENTIABLE = ("q", "k", "v", "g", "s0", "z0")
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, g, s0, z0, table, *numbers = inputs
+    given = by_name(FORWARD, inputs)
     o, _, mass, s, z = output
-    ctx.save_for_backward(q, k, v, g, s0, z0, table, mass)
+    ctx.save_for_backward(*(given[name] for name in TENSORS), mass)
     ctx.o_shape = o.shape
-    q_shift, k_shift, pairs, scale, normalize, _, chunk = numbers
-    ctx.numbers = (q_shift, k_shift, pairs, scale, normalize, chunk)
+    ctx.numbers = {name: given[name] for name in argument_names(BACKWARD) if name in given and name not in TENSORS}
     ctx.state_shapes = s.shape, z.shape
 
 
 def _backward(ctx, d_o, d_log_mass, d_mass, ds, dz):
-    q, k, v, g, s0, z0, table, mass = ctx.saved_tensors
-    d_o = q.new_zeros(ctx.o_shape) if d_o is None else d_o
+    *tensors, mass = ctx.saved_tensors
+    saved = dict(zip(TENSORS, tensors, strict=True))
+    d_o = saved["q"].new_zeros(ctx.o_shape) if d_o is None else d_o
     d_log_mass = torch.zeros_like(mass) if d_log_mass is None else d_log_mass
     ds = mass.new_zeros(ctx.state_shapes[0]) if ds is None else ds
     dz = mass.new_zeros(ctx.state_shapes[1]) if dz is None else dz
-    dq, dk, dv, dg, ds0, dz0 = gated_chunk_backward(
-        q, k, v, g, s0, z0, table, mass, d_o, d_log_mass, ds, dz, *ctx.numbers
-    )
-    no_state = s0 is None
-    return dq, dk, dv, None if g is None else dg, None if no_state else ds0, None if no_state else dz0, *[None] * 8
+    grads = gated_chunk_backward(**saved, **ctx.numbers, mass=mass, d_o=d_o, d_log_mass=d_log_mass, ds=ds, dz=dz)
+    wanted = {name: grad for name, grad in zip(DIFFERENTIABLE, grads, strict=True) if saved[name] is not None}
+    return in_order(FORWARD, wanted)
 
 
 gated_chunk.register_autograd(_backward, setup_context=_setup_context)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from lizard_ops.tiles.log2 import LOG2E
+
 # exp(-1000) is zero in float32: a lower log-decay, -inf included, changes no output and no gradient.
 FLOOR = tl.constexpr(-1000.0)
 
 
 @triton.jit
-def locate(
+def locate_pairs(
     i, table, owner, q_rows, k_rows, q_shift, k_shift, pairs,
     C: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +85,7 @@ def gate_sum_kernel(
     """
     blocks: tl.constexpr = (HG + BH - 1) // BH
     pid = tl.program_id(0)
-    _, _, k0, rows = locate(pid // blocks, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
+    _, _, k0, rows = locate_pairs(pid // blocks, table, owner, 0, k_rows, 0, k_shift, pairs, C, VARLEN)
     r = tl.arange(0, C)
     h = (pid % blocks) * BH + tl.arange(0, BH)
     p = (k0 + r)[:, None] * HG + h[None, :]
@@ -125,7 +126,7 @@ def state_kernel(
     Forward: sum_j exp(G_C - G_j) a_j b_j^T with a = k, b = v, and z alike with 1 for b.
     REVERSE: sum_h sum_i exp(G_i) a_i w_i b_i^T with a = q, b = do; z alike with ``extra`` (the gradient of the row's
     denominator) for w b.
-    GATE: 0 none, 1 a number a head (g, g_lo: local sums), 2 a number a channel (g: TILES tiles of decay factors).
+    GATE: 0 none, 1 a number per head (g, g_lo: local sums), 2 a number per channel (g: TILES tiles of decay factors).
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     NVB: tl.constexpr = (V + BV - 1) // BV
@@ -134,7 +135,7 @@ def state_kernel(
     kb = (pid // NVB) % NKB
     hs = (pid // (NVB * NKB)) % HS
     chunk = pid // (NVB * NKB * HS)
-    n, q0, k0, rows = locate(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
+    n, q0, k0, rows = locate_pairs(chunk, table, owner, q_rows, k_rows, q_shift, k_shift, pairs, C, VARLEN)
     if REVERSE:
         a += q0 * (HQ * K)
         b += q0 * (HQ * V)

@@ -8,20 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lizard_ops.hybrid_attn.triton.bwd_linear import KeyTerms, RowTerms
-from lizard_ops.hybrid_attn.triton.config import Shape
+from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.state import States
-from lizard_ops.tiles.hybrid import (
-    Stream,
-    at,
-    block_count,
-    decay_since_start,
-    first_rows,
-    first_slot,
-    head_rows,
-    load_gates,
-    locate,
-    power_of_two,
-)
+from lizard_ops.tiles.decays import decay_since_start, load_gates
+from lizard_ops.tiles.places import Stream, first_rows, first_slot, locate_in_stream, stream_blocks
+from lizard_ops.tiles.strided import at, strided_heads
+from lizard_ops.tiles.widths import power_of_two
 
 
 @triton.jit
@@ -30,7 +22,7 @@ def gate_gradient_kernel(
     WINDOW: tl.constexpr, BW: tl.constexpr, HQ: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, F: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the log-decay at each linear row, one column a state head.
+    """Gradient of the log-decay at each linear row, one column per state head.
 
     Gate l scales every weight of a query from l on with a key before l. In its chunk those are what queries from l on
     send less what keys from l on receive; with earlier chunks, what queries from l on got through the state; with
@@ -41,7 +33,7 @@ def gate_gradient_kernel(
     GROUP: tl.constexpr = HQ // HS
     head = tl.program_id(0) % HS
     extra = stream.prefix - stream.start
-    n, block, batch, first, length = locate(tl.program_id(0) // HS, stream, extra, C)
+    n, block, batch, first, length = locate_in_stream(tl.program_id(0) // HS, stream, extra, C)
     _, linear_row, _, _ = first_rows(n, first, stream, 0)
     seen, known = length - stream.shift, length + extra
     i = tl.arange(0, C)
@@ -100,15 +92,16 @@ def gate_gradient_kernel(
 
 def gate_gradients(
     g: Tensor, states: States, d_states: States, gates: Tensor, terms: RowTerms, keys: KeyTerms, stream: Stream,
-    shape: Shape,
+    shape: FusedShape,
 ) -> Tensor:  # fmt: skip
     """Gradient of g, float32."""
     dg = torch.empty(*g.shape[:2], shape.state_heads, dtype=torch.float32, device=g.device)
-    blocks = block_count(stream, stream.prefix - stream.start, shape.chunk)
+    blocks = stream_blocks(stream, stream.prefix - stream.start, shape.chunk)
     heads, window = g.shape[2], shape.window if shape.outside else 0
     if blocks:
         gate_gradient_kernel[(blocks * shape.state_heads,)](
-            head_rows(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, *keys,
+            strided_heads(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, keys.near,
+            keys.far, keys.sent,
             terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, window, power_of_two(window),
             shape.query_heads, shape.state_heads, gates.shape[2], shape.features, shape.value, shape.value_block,
             shape.chunk, 0 if keys.sent is None else keys.sent.shape[0], shape.split, num_warps=4,

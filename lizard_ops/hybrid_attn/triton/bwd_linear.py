@@ -9,33 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.hybrid_attn.triton.config import Shape
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions
+from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, shares
 from lizard_ops.hybrid_attn.triton.state import States, empty_states, scan_states, store_state
-from lizard_ops.tiles.hybrid import (
+from lizard_ops.tiles.decays import decay_between, decay_since_start, load_ahead, load_gates, load_key_gates
+from lizard_ops.tiles.features import exponential_log2, features, features_backward, half_features
+from lizard_ops.tiles.places import (
     Stream,
-    at,
-    block_count,
-    decay_between,
-    decay_since_start,
-    exponential_log2,
-    features,
-    features_backward,
     first_rows,
     first_slot,
-    half_features,
     head_lead,
-    head_rows,
+    locate_chunk,
+    locate_in_stream,
+    stream_blocks,
+)
+from lizard_ops.tiles.strided import (
+    at,
     head_step,
-    load_ahead,
-    load_gates,
-    load_key_gates,
     load_stack,
     load_tile,
     load_tile_transposed,
-    locate,
-    locate_chunk,
-    rows,
+    strided,
+    strided_heads,
     time_step,
 )
 
@@ -59,8 +55,8 @@ class RowTerms(NamedTuple):
 class KeyTerms(NamedTuple):
     """What passes through the gates, per chunk row: weights times their gradients."""
 
-    near: Tensor  # [slots, Hs, C] received from the queries of the chunk
-    far: Tensor  # [slots, Hs, C] received from later chunks
+    near: Tensor | None  # [slots, Hs, C] received from the queries of the chunk
+    far: Tensor | None  # [slots, Hs, C] received from later chunks
     sent: Tensor | None  # [C // rows, B, Hq, T] what queries send to each block of keys of the chunk
 
 
@@ -79,7 +75,7 @@ def linear_query_kernel(
     head = tl.program_id(0) % (HQ // GH) * GH
     head_k, head_s, head_g = head // (HQ // HK), head // (HQ // HS), head // (HQ // HG)
     lead = (BT - stream.shift % BT) % BT
-    n, block, batch, first, length = locate(tl.program_id(0) // (HQ // GH), stream, lead, BT)
+    n, block, batch, first, length = locate_in_stream(tl.program_id(0) // (HQ // GH), stream, lead, BT)
     t = block * BT - lead
     if t >= length:
         return
@@ -292,7 +288,7 @@ def linear_key_kernel(
     """
     F: tl.constexpr = 2 * FP if MAP != "identity" else FP
     head = tl.program_id(0) % HK
-    n, block, batch, first, length = locate(tl.program_id(0) // HK, stream, stream.prefix - stream.start, BT)
+    n, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, stream.prefix - stream.start, BT)
     key_row, linear_row, _, behind = first_rows(n, first, stream, ANCHORS)
     r = block * BT  # first linear row
     seen_rows, known_rows = length - stream.shift, length + stream.prefix - stream.start
@@ -391,20 +387,22 @@ def empty_terms(masses: Masses, numeric: bool) -> RowTerms:
 
 
 def linear_queries(
-    v: Tensor, fq: Tensor, states: States, gates: Tensor, weight: Tensor | None, o: Tensor, do: Tensor,
-    masses: Masses, average: Tensor | None, terms: RowTerms, feature_scale: float, stream: Stream, shape: Shape,
+    x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, o: Tensor, do: Tensor, masses: Masses,
+    average: Tensor | None, terms: RowTerms, stream: Stream, shape: FusedShape,
 ) -> Tensor:  # fmt: skip
     """dfq; fills ``terms``, in a sum all but share and shift. average: do . o_window of a sum."""
+    v, fq, weight = x.v, x.fq, x.weight
     dfq = torch.empty(fq.shape, dtype=fq.dtype, device=fq.device)
     tokens, heads = fq.shape[1:3]
     c = shape.config("linear_query")
     count, stacked = shape.stack(c.rows)
-    blocks = block_count(stream, head_lead(stream.shift, count), count)
+    blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
     if blocks and tokens:
         linear_query_kernel[(blocks * (heads // stacked),)](
-            rows(v), rows(fq), rows(states.phi), rows(o), rows(do), rows(dfq), states.s, states.z, gates,
-            None if weight is None else head_rows(weight), masses.linear, masses.window, masses.spread, average, *terms,
-            gates.shape[1], tokens, stream, feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
+            strided(v), strided(fq), strided(states.phi), strided(o), strided(do), strided(dfq), states.s, states.z,
+            gates, None if weight is None else strided_heads(weight), masses.linear, masses.window, masses.spread,
+            average, terms.slope, terms.offset, terms.share, terms.shift, terms.flow, terms.entered, gates.shape[1],
+            tokens, stream, options.feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
             gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked,
             c.columns, shape.feature_map, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
             shape.linear_dtype, shape.precision, c.stages, **c.launch,
@@ -414,14 +412,14 @@ def linear_queries(
 
 def query_states(
     fq: Tensor, do: Tensor, gates: Tensor, terms: RowTerms, end: tuple[Tensor, Tensor] | None, stream: Stream,
-    shape: Shape, start: bool,
+    shape: FusedShape, start: bool,
 ) -> States:  # fmt: skip
     """Gradient of the state that leaves each chunk, and with ``start`` of the first one; end: that of the last one."""
     states = empty_states(gates, stream, shape, start)
     slots, c = gates.shape[1], shape.config("query_state")
     if slots:
         query_state_kernel[(slots * shape.state_heads * shape.halves,)](
-            rows(fq), rows(do), gates, terms.slope, terms.offset, states.s, states.z, slots, do.shape[1], stream,
+            strided(fq), strided(do), gates, terms.slope, terms.offset, states.s, states.z, slots, do.shape[1], stream,
             shape.query_heads, shape.state_heads, gates.shape[2], shape.pre, shape.pre_block, shape.value,
             shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype, shape.precision,
             c.stages, **c.launch,
@@ -432,7 +430,7 @@ def query_states(
 
 def linear_keys(
     v: Tensor, fq: Tensor, fk: Tensor, do: Tensor, gates: Tensor, terms: RowTerms, d_states: States, stream: Stream,
-    shape: Shape, gate_gradient: bool,
+    shape: FusedShape, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, KeyTerms | None]:  # fmt: skip
     """(dv in the linear rows that some query sees, dfk, what the gates see of the keys)."""
     dv, dfk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (v, fk))
@@ -444,12 +442,13 @@ def linear_keys(
         found = KeyTerms(near, far, None)
         if terms.entered is not None:
             found = KeyTerms(near, far, torch.zeros(shape.chunk // c.rows, *terms.flow.shape, **make))
-    blocks = block_count(stream, stream.prefix - stream.start, c.rows)
+    blocks = stream_blocks(stream, stream.prefix - stream.start, c.rows)
     if blocks:
-        terms_of_keys = found or (None, None, None)
+        of_keys = found or KeyTerms(None, None, None)
         linear_key_kernel[(blocks * shape.key_heads,)](
-            rows(v), rows(fq), rows(fk), rows(do), rows(dv), rows(dfk), d_states.s, d_states.z, gates,
-            terms.slope, terms.offset, *terms_of_keys, terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
+            strided(v), strided(fq), strided(fk), strided(do), strided(dv), strided(dfk), d_states.s, d_states.z, gates,
+            terms.slope, terms.offset, of_keys.near, of_keys.far, of_keys.sent, terms.flow.numel(),
+            gates.shape[1], fq.shape[1], stream,
             shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.feature_map,
             shape.split, shape.linear_dtype, shape.precision, c.stages, **c.launch,

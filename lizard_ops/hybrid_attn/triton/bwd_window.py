@@ -8,27 +8,25 @@ import triton.language as tl
 from torch import Tensor
 
 from lizard_ops.hybrid_attn.triton.bwd_linear import RowTerms
-from lizard_ops.hybrid_attn.triton.config import Shape
-from lizard_ops.hybrid_attn.triton.fwd import Masses, anchor_seen
-from lizard_ops.tiles.blocks import rows_last
-from lizard_ops.tiles.hybrid import (
-    LOG2E,
-    Stream,
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions
+from lizard_ops.hybrid_attn.triton.config import FusedShape
+from lizard_ops.hybrid_attn.triton.fwd import Masses, anchor_seen, in_window
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import Stream, first_rows, locate_in_stream, stream_blocks
+from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
+from lizard_ops.tiles.strided import (
     at,
     at_anchors,
-    block_count,
-    first_rows,
-    head_rows,
     head_step,
-    in_window,
     load_stack,
     load_tile,
-    locate,
-    rows,
+    rows_last,
+    strided,
+    strided_heads,
     time_step,
 )
-from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
 from lizard_ops.window_attn.triton.bwd_keys import RowStats, key_gradients
+from lizard_ops.window_attn.triton.config import WindowCall, WindowNumbers
 
 
 @triton.jit
@@ -44,7 +42,7 @@ def window_query_kernel(
     BM: tl.constexpr = BT * GH
     head = tl.program_id(0) % (HQ // GH) * GH
     head_k = head // (HQ // HK)
-    n, block, batch, first, length = locate(tl.program_id(0) // (HQ // GH), stream, 0, BT)
+    n, block, batch, first, length = locate_in_stream(tl.program_id(0) // (HQ // GH), stream, 0, BT)
     t = block * BT
     if t >= length:
         return
@@ -141,23 +139,30 @@ def weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION: 
 
 
 def window_queries(
-    q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, weight: Tensor | None,
-    masses: Masses, terms: RowTerms, scale: float, softcap: float | None, stream: Stream, shape: Shape,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x: FusedInputs,
+    options: FusedOptions,
+    do: Tensor,
+    masses: Masses,
+    terms: RowTerms,
+    stream: Stream,
+    shape: FusedShape,
+) -> tuple[Tensor, Tensor | None]:
     """(dq, in a sum do . o_window [B, Hq, T]); a sum's share and shift go to ``terms``."""
+    q, k, v, weight = x.q, x.k, x.v, x.weight
     batch, tokens, heads = q.shape[:3]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     average = None if shape.merge else torch.empty_like(terms.share)
     c = shape.config("window_query")
     count, stacked = shape.stack(c.rows)
-    blocks = block_count(stream, 0, count)
+    blocks = stream_blocks(stream, 0, count)
     if blocks and tokens:
-        anchor_k, anchor_v = (k, v) if anchors is None else anchors
+        anchor_k, anchor_v = x.kept_anchors or (k, v)
         window_query_kernel[(blocks * (heads // stacked),)](
-            rows(q), rows(k), rows(v), rows(anchor_k), rows(anchor_v), rows(do), rows(dq),
-            None if weight is None else head_rows(weight), masses.window, masses.top_key, terms.share, terms.shift,
-            terms.flow, average, tokens, stream, scale, cap_of(scale, softcap), shape.window, shape.anchors,
-            anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, count,
+            strided(q), strided(k), strided(v), strided(anchor_k), strided(anchor_v), strided(do), strided(dq),
+            None if weight is None else strided_heads(weight), masses.window, masses.top_key, terms.share, terms.shift,
+            terms.flow, average, tokens, stream, options.scale, cap_of(options.scale, options.softcap), shape.window,
+            shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block, shape.value,
+            shape.value_block, count,
             stacked, c.columns, shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype,
             shape.precision, c.stages, **c.launch,
         )  # fmt: skip
@@ -165,24 +170,30 @@ def window_queries(
 
 
 def window_keys(
-    q: Tensor, k: Tensor, v: Tensor, anchors: tuple[Tensor, Tensor] | None, do: Tensor, dv: Tensor, masses: Masses,
-    terms: RowTerms, scale: float, softcap: float | None, stream: Stream, shape: Shape,
+    x: FusedInputs, options: FusedOptions, do: Tensor, dv: Tensor, masses: Masses, terms: RowTerms, stream: Stream,
+    shape: FusedShape,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v; adds to the dv of
     ``linear_keys``."""
-    tokens = q.shape[1]
+    tokens = x.q.shape[1]
     relative = shape.merge and shape.relative
     log_window, term, share = masses.window, -terms.shift, terms.share
     if shape.merge and shape.dtype != torch.float32:  # p share = exp(s - lse + log share): one number less a row
         log_window = log_window - share.log2()
         term, share = torch.where(share > 0.0, term / share, 0.0), None
     stats = RowStats(
-        log_window, term, share, masses.top_key if relative else None, terms.flow if relative else None,
-        (shape.query_heads * tokens, 1, tokens), 1.0,
+        lse=log_window, term=term, share=share, arg_max=masses.top_key if relative else None,
+        d_max=terms.flow if relative else None, strides=(shape.query_heads * tokens, 1, tokens), to_log2=1.0,
     )  # fmt: skip
-    q, k, v, do = rows_last(q, k, v, do)
+    q, k, v, do = rows_last(x.q, x.k, x.v, do)
+    call = WindowCall(
+        q=q, k=k, v=v, anchor_k=x.anchor_k, anchor_v=x.anchor_v, sinks=None, first=stream.position,
+        cu_seqlens=stream.cu_seqlens, lengths=stream.lengths,
+    )  # fmt: skip
+    numbers = WindowNumbers(
+        window=shape.window, anchors=shape.anchors, prefix=stream.prefix, scale=options.scale, softcap=options.softcap
+    )
     dk, _, *of_anchors = key_gradients(
-        q, k, v, anchors, stream.position, stream.cu_seqlens, stream.lengths, do, stats, shape.window, shape.anchors,
-        stream.prefix, scale, beyond=True, softcap=softcap, there=(dv, stream.start, stream.shift),
+        call, numbers, do, stats, beyond=True, there=(dv, stream.start, stream.shift)
     )  # fmt: skip
     return dk, *of_anchors

@@ -2,109 +2,74 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lizard_ops.common.padding import compact, compaction, restore
+from lizard_ops.common.rows import changed_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, offset_fields, window_fields
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.composed import composed_hybrid
 from lizard_ops.hybrid_attn.triton.op import hybrid_forward
 
 
-def chunk_hybrid_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fq: Tensor,
-    fk: Tensor,
-    g: Tensor | None,
-    window: int,
-    *,
-    anchors: int,
-    sinks: Tensor | None,
-    mix: str,
-    alpha: Tensor | None,
-    merge_bias: Tensor | None,
-    merge_mass: str,
-    coverage: str,
-    feature_map: str,
-    normalize: bool,
-    scale: float,
-    softcap: float | None,
-    feature_scale: float,
-    initial_state: AttentionState | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    gate_form: str,
-    beta: Tensor | None = None,
-) -> tuple[Tensor, AttentionState | None]:
+def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked.
 
-    The kernels fuse gates that are one a head or for all heads. Gates a channel and gate_form="absorbed" run the gated
-    and the window kernels one after the other, and with exponential features that gated branch in PyTorch; a delta
-    memory (beta) runs in PyTorch beside the window kernel. Under autocast q, k, v, fq and fk take its dtype; gates,
-    weights and sums stay float32.
+    The kernels fuse gates that are one per head or for all heads. Gates per channel and gate_form="absorbed" run the
+    gated and the window kernels one after the other, and with exponential features that gated branch in PyTorch.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
-    weight = alpha if mix == "sum" else merge_bias
-    if gate_form == "absorbed" or beta is not None or (g is not None and g.ndim == 4):
-        return composed_hybrid(
-            q, k, v, fq, fk, g, window, anchors=anchors, sinks=sinks, mix=mix, weight=weight, merge_mass=merge_mass,
-            outside=coverage == "outside", feature_map=feature_map, normalize=normalize, scale=scale,
-            softcap=softcap, feature_scale=feature_scale, initial_state=initial_state,
-            output_final_state=output_final_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
-            gate_form=gate_form, beta=beta,
-        )  # fmt: skip
+    if options.gate_form == "absorbed" or (inputs.g is not None and inputs.g.ndim == 4):
+        return composed_hybrid(inputs, options)
+    weight = inputs.weight
     if weight is not None:
-        weight = weight.float().expand(q.shape[:3])
-    lengths = None
-    if padding_mask is not None:
-        plan = compaction(padding_mask)
-        q, k, v, fq, fk, g, weight = (compact(x, plan) for x in (q, k, v, fq, fk, g, weight))
-        lengths = plan.lengths
+        weight = weight.float().expand(inputs.q.shape[:3])
+    initial_state, cu_seqlens, lengths = inputs.initial_state, inputs.cu_seqlens, None
+    if inputs.padding_mask is not None:
+        plan = compaction(inputs.padding_mask)
+        weight, lengths = compact(weight, plan), plan.lengths
+        inputs = changed_rows(inputs._replace(alpha=None, merge_bias=None), lambda x: compact(x, plan))
+    q, k, v, fk, g, sinks = inputs.q, inputs.k, inputs.v, inputs.fk, inputs.g, inputs.sinks
     layout = layout_of(q, initial_state, cu_seqlens, lengths)
-    carried, outside = initial_state is not None, coverage == "outside"
+    carried = initial_state is not None
     state = initial_state if carried else AttentionState(layout.position)
     anchor_k = anchor_v = None
-    if anchors and (carried or output_final_state):
+    if options.anchors and (carried or options.output_final_state):
         anchor_k, anchor_v = (
-            anchor_rows(x, kept, anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
+            anchor_rows(x, kept, options.anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
         )
     o, s, z, log_scale, *_ = hybrid_forward(
-        q,
-        key_stream(k, state.ring_k, layout),
-        key_stream(v, state.ring_v, layout),
-        fq,
-        key_stream(fk, state.ring_fk, layout),
-        None if g is None else key_stream(g, state.ring_g, layout).float(),
-        weight,
-        None if sinks is None else sinks.float().logsumexp(-1),
-        anchor_k if carried else None,
-        anchor_v if carried else None,
-        state.s,
-        state.z,
-        layout.position if carried else None,
-        cu_seqlens,
-        lengths,
-        window,
-        anchors,
-        outside,
-        merge_mass if mix == "merge" else mix,
-        normalize,
-        feature_map,
-        scale,
-        feature_scale,
-        output_final_state,
-        softcap,
-        state.log_scale,
+        q=q,
+        k=key_stream(k, state.ring_k, layout),
+        v=key_stream(v, state.ring_v, layout),
+        fq=inputs.fq,
+        fk=key_stream(fk, state.ring_fk, layout),
+        g=None if g is None else key_stream(g, state.ring_g, layout).float(),
+        weight=weight,
+        sink=None if sinks is None else sinks.float().logsumexp(-1),
+        anchor_k=anchor_k if carried else None,
+        anchor_v=anchor_v if carried else None,
+        s=state.s,
+        z=state.z,
+        position=layout.position if carried else None,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        window=options.window,
+        anchors=options.anchors,
+        outside=options.outside,
+        mix=options.merge_mass if options.mix == "merge" else options.mix,
+        normalize=options.normalize,
+        feature_map=options.feature_map,
+        scale=options.scale,
+        feature_scale=options.feature_scale,
+        final=options.output_final_state,
+        softcap=options.softcap,
+        log_scale=state.log_scale,
     )
     final = None
-    if output_final_state:
-        offset = offset_fields(fk, v, g, initial_state, window if outside else 0, layout)
-        fields = window_fields(k, v, anchor_k, anchor_v, initial_state, window, layout)
-        log_scale = log_scale.detach() if feature_map == "exp" else None
-        final = AttentionState(layout.end, s, z, log_scale, **(fields | offset))
-    return (o if padding_mask is None else restore(o, plan)), final
+    if options.output_final_state:
+        offset = offset_fields(fk, v, g, initial_state, options.offset, layout)
+        fields = window_fields(k, v, anchor_k, anchor_v, initial_state, options.window, layout)
+        log_scale = log_scale.detach() if options.feature_map == "exp" else None
+        final = AttentionState(position=layout.end, s=s, z=z, log_scale=log_scale, **(fields | offset))
+    return (o if inputs.padding_mask is None else restore(o, plan)), final

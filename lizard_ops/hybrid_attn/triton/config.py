@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 import triton.language as tl
 
-from lizard_ops.tiles.hybrid import power_of_two
-from lizard_ops.tuning import launch_options, tunable
+from lizard_ops.tiles.launch import Launch
+from lizard_ops.tiles.widths import power_of_two
+from lizard_ops.tuning import tunable
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-class Config(NamedTuple):
-    """Rows and columns of a score tile, warps, pipeline stages, and the registers a thread may have at most."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return launch_options(self.warps, self.registers)
-
-
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class FusedShape:
     """Everything that a kernel is compiled for."""
 
     device: torch.device
@@ -119,21 +104,24 @@ class Shape:
         return rows // heads, heads
 
     @tunable("hybrid")
-    def config(self, kernel: str) -> Config:
-        """Launch configuration of a kernel, named without "_kernel", picked on an H200."""
+    def config(self, kernel: str) -> Launch:
+        """Launch configuration of a kernel, named without "_kernel", picked on an H200.
+
+        Rows and columns of a score tile, or of the scan the elements that a program takes.
+        """
         if kernel == "scan":
-            return Config(512, 1, 4, 10)
+            return Launch(512, 1, 4, 10)
         if self.dtype == torch.float32:  # no tensor cores
-            return Config(32, 32, 4, 1)
+            return Launch(32, 32, 4, 1)
         wide = max(self.dim_block, self.value_block, self.pre_block) > 128
         linear = not kernel.startswith("window")
         if wide or (linear and self.dtype == torch.float16):  # 8 warps on 64 rows go wrong: docs/kernels.md
-            return Config(64, 32, 4, 1)
+            return Launch(64, 32, 4, 1)
         return {
-            "state": Config(64, 64, 4, 1, 168),
-            "output": Config(64, 32, 4, 2, 168),
-            "linear_query": Config(64, 32, 4, 1, 168),
-            "query_state": Config(64, 64, 4, 2, 168),
-            "linear_key": Config(64, 32, 4, 1),
-            "window_query": Config(64, 32, 4, 2, 168),
+            "state": Launch(64, 64, 4, 1, 168),
+            "output": Launch(64, 32, 4, 2, 168),
+            "linear_query": Launch(64, 32, 4, 1, 168),
+            "query_state": Launch(64, 64, 4, 2, 168),
+            "linear_key": Launch(64, 32, 4, 1),
+            "window_query": Launch(64, 32, 4, 2, 168),
         }[kernel]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -11,83 +10,59 @@ from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
-from lizard_ops.common.state import AttentionState
+from lizard_ops.common.state import AttentionState, map_fields
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
+from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.softcap import cap_of, units_of
 from lizard_ops.tuning import tunable
 
-STATE_FIELDS = AttentionState._fields[: AttentionState._fields.index("ring_beta")]  # what sums and windows keep
-
-
-class Config(NamedTuple):
-    """Launch configuration: features of a state tile, ring slots of a score tile, warps, stages, registers."""
-
-    features: int
-    slots: int
-    warps: int
-    stages: int
-    registers: int | None
-
 
 @tunable("decode", fixed=("warps",))
-def config_for(q: Tensor, features: int, v_dim: int) -> Config:
-    """The configuration by dims and dtype, picked on an H200.
+def config_for(q: Tensor, features: int, v_dim: int) -> Launch:
+    """The configuration by dims and dtype, picked on an H200: features of a state tile, ring slots of a score tile.
 
     A state tile has at least four numbers a thread, lest two threads update one number.
     """
     if q.dtype == torch.float32 or max(q.shape[3], v_dim) > 128:
-        return Config(32, 32, 4, 1, None)
-    return Config(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
+        return Launch(32, 32, 4, 1, None)
+    return Launch(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
 
 
-def decode_hybrid_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fq: Tensor,
-    fk: Tensor,
-    g: Tensor | None,
-    window: int,
-    *,
-    anchors: int,
-    sinks: Tensor | None,
-    mix: str,
-    alpha: Tensor | None,
-    merge_bias: Tensor | None,
-    merge_mass: str,
-    coverage: str,
-    feature_map: str,
-    normalize: bool,
-    scale: float,
-    softcap: float | None = None,
-    feature_scale: float,
-    state: AttentionState,
-    inplace: bool = False,
-) -> tuple[Tensor, AttentionState]:
-    """(o [B, 1, Hq, V], state) of one token a row for ``recurrent_hybrid_attn``, whose arguments come here checked.
+def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
+    """(o [B, 1, Hq, V], state) of one token per row for ``recurrent_hybrid_attn``, whose arguments come here checked.
 
-    One launch for both branches, the mix and the state. With ``inplace`` the tensors of ``state``, which must be
+    One launch for both branches, the mix and the state. With ``inplace`` the tensors of the state, which must be
     contiguous, are overwritten, the position too, so that a CUDA graph of the step can be replayed; else copies are.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v, fq, fk = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v, fq, fk))
-    if inplace:
-        for name, x in zip(AttentionState._fields, state, strict=True):
-            if x is not None and not x.is_contiguous():
-                raise ValueError(f"state.{name}: got strides {x.stride()}, wanted a contiguous tensor with inplace")
-    else:
-        state = AttentionState._make(
-            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
-        )
-    weight = alpha if mix == "sum" else merge_bias
+    state = inputs.initial_state
+    if not options.inplace:
+        state = map_fields(lambda x: x.clone(memory_format=torch.contiguous_format), state)
     o = hybrid_decode(
-        q, k, v, fq, fk, g, sinks, weight, *state[: len(STATE_FIELDS)], window, anchors, mix == "merge",
-        merge_mass == "relative", coverage == "outside", feature_map, normalize, scale, feature_scale, softcap,
-    )  # fmt: skip
-    return o, state
+        q=inputs.q,
+        k=inputs.k,
+        v=inputs.v,
+        fq=inputs.fq,
+        fk=inputs.fk,
+        g=inputs.g,
+        sinks=inputs.sinks,
+        weight=inputs.weight,
+        **state._asdict(),
+        window=options.window,
+        anchors=options.anchors,
+        merge=options.mix == "merge",
+        relative=options.merge_mass == "relative",
+        outside=options.outside,
+        feature_map=options.feature_map,
+        normalize=options.normalize,
+        scale=options.scale,
+        feature_scale=options.feature_scale,
+        softcap=options.softcap,
+    )
+    return o, state if options.output_final_state else None
 
 
-@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=STATE_FIELDS)
+@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=AttentionState._fields)
 def hybrid_decode(
     q: Tensor,
     k: Tensor,
@@ -142,13 +117,13 @@ def hybrid_decode(
             M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
             STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),
             BD=max(16, triton.next_power_of_2(dim)), BV=max(16, triton.next_power_of_2(v_dim)),
-            BP=triton.next_power_of_2(pre), BX=triton.next_power_of_2(features), BF=config.features, BN=config.slots,
+            BP=triton.next_power_of_2(pre), BX=triton.next_power_of_2(features), BF=config.rows, BN=config.columns,
             BW=triton.next_power_of_2(window),
             BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
-            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+            **config.options,
         )  # fmt: skip
     return o
 

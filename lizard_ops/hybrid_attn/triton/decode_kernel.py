@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizard_ops.tiles.blocks import load_rows
+from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.softcap import capped
+from lizard_ops.tiles.strided import load_rows
 from lizard_ops.window_attn.triton.fwd import absorb
 
-LOG2E = tl.constexpr(1.4426950408889634)
 TICKET = tl.constexpr(1 << 40)  # above any position, so that position + k tickets holds both
 
 
@@ -71,10 +71,10 @@ def hybrid_decode_kernel(
 ):  # fmt: skip
     """One program: one row of the batch and one key head with the G query heads that read it.
 
-    GATES numbers a token (0: none, CHANNEL: F a key head), STATES linear sums a key head (1 or G); weight: alpha, or
-    the merge bias. Every load of a state tensor precedes the barrier before its stores. What the programs of a row
-    share (its position, one gate for all heads) is written by the last of them: each adds a ticket above the bits of
-    the position once it needs them no more.
+    GATES numbers per token (0: none, CHANNEL: F per key head), STATES linear sums per key head (1 or G); weight:
+    alpha, or the merge bias. Every load of a state tensor precedes the barrier before its stores. What the programs of
+    a row share (its position, one gate for all heads) is written by the last of them: each adds a ticket above the bits
+    of the position once it needs them no more.
     """
     HQ: tl.constexpr = HK * G
     i_h = tl.program_id(0) % HK

@@ -9,34 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.hybrid_attn.triton.config import Shape
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions
+from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.state import States
-from lizard_ops.tiles.hybrid import (
-    LOG2E,
-    Stream,
-    at,
-    at_anchors,
-    block_count,
-    decay_between,
-    decay_since_start,
-    exponential_log2,
-    features,
-    first_rows,
-    first_slot,
-    head_lead,
-    head_rows,
-    head_step,
-    in_window,
-    load_ahead,
-    load_gates,
-    load_key_gates,
-    load_stack,
-    load_tile,
-    locate,
-    rows,
-    time_step,
-)
+from lizard_ops.tiles.decays import decay_between, decay_since_start, load_ahead, load_gates, load_key_gates
+from lizard_ops.tiles.features import exponential_log2, features
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import Stream, first_rows, first_slot, head_lead, locate_in_stream, stream_blocks
 from lizard_ops.tiles.softcap import cap_of, capped, units_of
+from lizard_ops.tiles.strided import at, at_anchors, head_step, load_stack, load_tile, strided, strided_heads, time_step
 from lizard_ops.window_attn.triton.fwd import scaled_above
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # a mass below is none: float32 keeps too few digits of it
@@ -108,7 +89,7 @@ def output_kernel(
     head = tl.program_id(0) % (HQ // GH) * GH
     head_k, head_s, head_g = head // (HQ // HK), head // (HQ // HS), head // (HQ // HG)
     lead = (BT - stream.shift % BT) % BT
-    n, block, batch, first, length = locate(tl.program_id(0) // (HQ // GH), stream, lead, BT)
+    n, block, batch, first, length = locate_in_stream(tl.program_id(0) // (HQ // GH), stream, lead, BT)
     t = block * BT - lead  # first query of the block
     if t >= length:
         return
@@ -241,6 +222,13 @@ def output_kernel(
 
 
 @triton.jit
+def in_window(own, c, valid, W: tl.constexpr):
+    """[query, key]: c is one of the W rows up to the query's own, and at least ``valid``."""
+    age = own[:, None] - tl.where(c >= valid, c, -(1 << 30))[None, :]
+    return tl.cast(age, tl.uint32) < W
+
+
+@triton.jit
 def anchor_seen(c, t, n, stream, W: tl.constexpr, ANCHORS: tl.constexpr):
     """[t, c]: anchor c is one that the window of query t has left behind."""
     age = t - W
@@ -257,24 +245,24 @@ def shares(log_linear, ahead, feature_scale, log_window, bias):
 
 
 def hybrid_output(
-    q: Tensor, k: Tensor, v: Tensor, fq: Tensor, anchors: tuple[Tensor, Tensor] | None, states: States,
-    gates: Tensor, weight: Tensor | None, sink: Tensor | None, scale: float, softcap: float | None,
-    feature_scale: float, stream: Stream, shape: Shape,
-) -> tuple[Tensor, Masses]:  # fmt: skip
-    """Output [B, T, Hq, V] and masses. weight: alpha or merge bias [B, T, Hq]; sink: log of the sink mass [Hq]."""
-    batch, tokens, heads = q.shape[:3]
-    o = torch.empty(batch, tokens, heads, shape.value, dtype=q.dtype, device=q.device)
-    masses = empty_masses(q, shape)
+    x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, stream: Stream, shape: FusedShape
+) -> tuple[Tensor, Masses]:
+    """Output [B, T, Hq, V] and masses."""
+    batch, tokens, heads = x.q.shape[:3]
+    o = torch.empty(batch, tokens, heads, shape.value, dtype=x.q.dtype, device=x.q.device)
+    masses = empty_masses(x.q, shape)
     c = shape.config("output")
     count, stacked = shape.stack(c.rows)
-    blocks = block_count(stream, head_lead(stream.shift, count), count)
+    blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
     if blocks and tokens:
-        anchor_k, anchor_v = (k, v) if anchors is None else anchors
+        anchor_k, anchor_v = x.kept_anchors or (x.k, x.v)
         output_kernel[(blocks * (heads // stacked),)](
-            rows(q), rows(k), rows(v), rows(fq), rows(states.phi), rows(anchor_k), rows(anchor_v), rows(o),
-            states.s, states.z, gates, None if weight is None else head_rows(weight), sink, *masses, gates.shape[1],
-            tokens, stream, units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap), feature_scale,
-            shape.window, shape.anchors, anchors is None, heads,
+            strided(x.q), strided(x.k), strided(x.v), strided(x.fq), strided(states.phi), strided(anchor_k),
+            strided(anchor_v), strided(o), states.s, states.z, gates,
+            None if x.weight is None else strided_heads(x.weight), x.sink, masses.linear, masses.window,
+            masses.spread, masses.top_key, gates.shape[1], tokens, stream,
+            units_of(options.scale, options.softcap) * LOG2E.value, cap_of(options.scale, options.softcap),
+            options.feature_scale, shape.window, shape.anchors, x.kept_anchors is None, heads,
             shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns, shape.feature_map,
             shape.split, shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype,
@@ -283,7 +271,7 @@ def hybrid_output(
     return o, masses
 
 
-def empty_masses(q: Tensor, shape: Shape) -> Masses:
+def empty_masses(q: Tensor, shape: FusedShape) -> Masses:
     """Buffers [B, Hq, T]; those that the mix has no use for are empty."""
     full = (q.shape[0], q.shape[2], q.shape[1])
     some = full if shape.merge and shape.relative else (0,)

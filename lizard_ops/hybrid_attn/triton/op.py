@@ -6,36 +6,16 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.flat import by_name, in_order, taken
 from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
 from lizard_ops.hybrid_attn.triton.bwd_linear import empty_terms, linear_keys, linear_queries, query_states
 from lizard_ops.hybrid_attn.triton.bwd_window import window_keys, window_queries
-from lizard_ops.hybrid_attn.triton.config import Shape
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, describe, pair
 from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
-from lizard_ops.tiles.hybrid import Stream, slot_count
-
-
-def describe(
-    q: Tensor, k: Tensor, v: Tensor, fk: Tensor, g: Tensor | None, position: Tensor | None,
-    cu_seqlens: Tensor | None, lengths: Tensor | None, window: int, anchors: int, outside: bool, mix: str,
-    normalize: bool, feature_map: str,
-) -> tuple[Shape, Stream]:  # fmt: skip
-    """What the kernels are compiled for, and where the sequences stand."""
-    query_heads, key_heads = q.shape[2], k.shape[2]
-    heads = query_heads if g is not None and g.shape[2] == query_heads else key_heads
-    shape = Shape(
-        q.device, q.dtype, query_heads, key_heads, heads, q.shape[3], v.shape[3], fk.shape[3], feature_map, window,
-        anchors, outside, mix != "sum", mix == "relative", normalize,
-    )  # fmt: skip
-    prefix = 0 if position is None else window
-    ends = q.shape[0] + 1 if cu_seqlens is None else cu_seqlens.shape[0]
-    shift = window - prefix if outside else 0
-    return shape, Stream(cu_seqlens, lengths, position, ends, q.shape[1], prefix, shift, 0 if outside else prefix)
-
-
-def pair(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if a is None or b is None else (a, b)
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import slot_count
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,20 +55,17 @@ def hybrid_forward(
 
     The final sums are empty without ``final``, the log scale without exponential features.
     """
-    shape, stream = describe(
-        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
-    )
+    given = locals()
+    x, options = taken(FusedInputs, given), taken(FusedOptions, given)
+    shape, stream = describe(x, options)
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
         end_log = empty(q, 0)
         if feature_map == "exp":
             gates, end_log = unit_gates(fk, g, log_scale, stream, shape)
         else:
             gates = running_gates(g, stream, shape)
-        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, final)
-        o, masses = hybrid_output(
-            q, k, v, fq, pair(anchor_k, anchor_v), states, gates, weight, sink, scale, softcap, feature_scale, stream,
-            shape,
-        )  # fmt: skip
+        states = chunk_states(fk, v, gates, x.start, stream, shape, final)
+        o, masses = hybrid_output(x, options, states, gates, stream, shape)
     if states.end_s is None or states.end_z is None:
         return o, empty(q, 0), empty(q, 0), end_log, gates, *masses
     return o, states.end_s, states.end_z, end_log, gates, *masses
@@ -99,9 +76,8 @@ def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, position, cu_seqlens, lengths, window, anchors, outside,
     mix, normalize, feature_map, scale, feature_scale, final, softcap=None, log_scale=None,
 ):  # fmt: skip
-    shape, stream = describe(
-        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
-    )
+    given = locals()
+    shape, stream = describe(taken(FusedInputs, given), taken(FusedOptions, given))
     full = (q.shape[0], q.shape[2], q.shape[1])
     some = full if mix == "relative" else (0,)
     end, exp = (stream.ends - 1, shape.state_heads, shape.features), feature_map == "exp"
@@ -127,22 +103,21 @@ def hybrid_backward(
     d_o: Tensor, d_s: Tensor | None, d_z: Tensor | None, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the first twelve arguments of ``hybrid_forward``; those of absent ones are empty."""
-    shape, stream = describe(
-        q, k, v, fk, g, position, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map
-    )
-    masses, d_end = Masses(linear, log_window, spread, top_key), pair(d_s, d_z)
+    given = locals()
+    x, options = taken(FusedInputs, given), taken(FusedOptions, given)
+    del given
+    shape, stream = describe(x, options)
+    masses, d_end = Masses(linear=linear, window=log_window, spread=spread, top_key=top_key), pair(d_s, d_z)
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
-        states = chunk_states(fk, v, gates, pair(s, z), stream, shape, end=False)
+        states = chunk_states(fk, v, gates, x.start, stream, shape, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
 
         def of_queries(terms):
-            return window_queries(
-                q, k, v, pair(anchor_k, anchor_v), d_o, weight, masses, terms, scale, softcap, stream, shape
-            )  # fmt: skip
+            return window_queries(x, options, d_o, masses, terms, stream, shape)
 
         if not shape.merge:
             dq, average = of_queries(terms)
-        dfq = linear_queries(v, fq, states, gates, weight, o, d_o, masses, average, terms, feature_scale, stream, shape)
+        dfq = linear_queries(x, options, states, gates, o, d_o, masses, average, terms, stream, shape)
         states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
         if shape.merge and shape.exact:
             dq, _ = of_queries(terms)
@@ -154,15 +129,13 @@ def hybrid_backward(
         d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
         del states, d_states, key_terms
         terms = terms._replace(slope=None, offset=None, entered=None)
-        dk, da_k, da_v = window_keys(
-            q, k, v, pair(anchor_k, anchor_v), d_o, dv, masses, terms, scale, softcap, stream, shape
-        )
+        dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape)
         if not shape.exact:
             dq, _ = of_queries(terms)
         d_sink = empty(q, 0)
         if sink is not None:  # p_sink times the shift that every score shares
             there = log_window.isfinite()
-            part = torch.exp2(sink[:, None] * 1.4426950408889634 - log_window) * terms.shift
+            part = torch.exp2(sink[:, None] * LOG2E.value - log_window) * terms.shift
             d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
     d_weight = terms.flow if average is None else average
     del terms, average
@@ -183,28 +156,37 @@ def _(
     return *map(like, (q, k, v, fq, fk)), dg, *map(like, (weight, sink, anchor_k, anchor_v, s, z))
 
 
+FORWARD = torch.ops.lizard_ops.hybrid_attn_forward.default
+# the gradients that ``hybrid_backward`` returns, in its order
+DIFFERENTIABLE = ("q", "k", "v", "fq", "fk", "g", "weight", "sink", "anchor_k", "anchor_v", "s", "z")
+
+
 def _save(ctx, inputs, output):
-    *tensors, window, anchors, outside, mix, normalize, feature_map, scale, feature_scale, _, softcap, _ = inputs
-    o, _, _, _, *masses = output
-    ctx.save_for_backward(*tensors, o, *masses)
-    ctx.end_shape = output[1].shape
-    ctx.options = (window, anchors, outside, mix, normalize, feature_map, scale, feature_scale, softcap)
+    given = by_name(FORWARD, inputs)
+    o, end_s, _, _, gates, linear, log_window, spread, top_key = output
+    tensors = {name: given[name] for name in FusedInputs._fields if name != "log_scale"} | {
+        "o": o, "gates": gates, "linear": linear, "log_window": log_window, "spread": spread, "top_key": top_key,
+    }  # fmt: skip
+    ctx.names = tuple(tensors)
+    ctx.save_for_backward(*tensors.values())
+    ctx.end_shape = end_s.shape
+    ctx.options = {name: given[name] for name in FusedOptions._fields}
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, d_o, d_s, d_z, *_):
-    *inputs, o, gates, linear, log_window, spread, top_key = ctx.saved_tensors
+    saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+    o = saved["o"]
     if d_o is None:
         d_o = torch.zeros_like(o)
     if d_s is not None or d_z is not None:
         s_shape = ctx.end_shape
         d_s = torch.zeros(s_shape, device=o.device) if d_s is None else d_s
         d_z = torch.zeros(s_shape[:-1], device=o.device) if d_z is None else d_z
-    grads = hybrid_backward(
-        *inputs, *ctx.options, o, gates, linear, log_window, spread, top_key, d_o, d_s, d_z, ctx.needs_input_grad[5]
-    )
-    wanted = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
-    return *wanted, *[None] * 14
+    gate_gradient = by_name(FORWARD, ctx.needs_input_grad)["g"]
+    grads = hybrid_backward(**saved, **ctx.options, d_o=d_o, d_s=d_s, d_z=d_z, gate_gradient=gate_gradient)
+    wanted = {name: grad for name, grad in zip(DIFFERENTIABLE, grads, strict=True) if saved[name] is not None}
+    return in_order(FORWARD, wanted)
 
 
 hybrid_forward.register_autograd(_backward, setup_context=_save)

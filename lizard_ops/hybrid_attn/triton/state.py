@@ -9,33 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.hybrid_attn.triton.config import Shape
-from lizard_ops.tiles.hybrid import (
-    GATE_FLOOR,
-    LOG2E,
-    Stream,
-    at,
-    decay_between,
-    decay_since_start,
-    first_rows,
-    first_slot,
-    half_features,
-    head_rows,
-    load_gates,
-    load_key_gates,
-    load_tile,
-    load_tile_transposed,
-    locate_chunk,
-    power_of_two,
-    rows,
-    sequence,
-    slot_count,
-    time_step,
-)
+from lizard_ops.hybrid_attn.triton.config import FusedShape
+from lizard_ops.tiles.decays import GATE_FLOOR, decay_between, decay_since_start, load_gates, load_key_gates
+from lizard_ops.tiles.features import half_features
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import Stream, first_rows, first_slot, locate_chunk, sequence, slot_count
+from lizard_ops.tiles.strided import at, load_tile, load_tile_transposed, strided, strided_heads, time_step
+from lizard_ops.tiles.widths import power_of_two
 
 
 class States(NamedTuple):
-    """One entry a chunk ("slot"): what enters it, or for gradients what leaves it."""
+    """One entry per chunk ("slot"): what enters it, or for gradients what leaves it."""
 
     s: Tensor  # [slots, Hs, F, V]
     z: Tensor  # [slots, Hs, F] float32
@@ -201,7 +185,7 @@ def scan_kernel(
         )  # fmt: skip
 
 
-def running_gates(g: Tensor | None, stream: Stream, shape: Shape) -> Tensor:
+def running_gates(g: Tensor | None, stream: Stream, shape: FusedShape) -> Tensor:
     """[3, slots, Hg, C] float32 for ``load_gates``."""
     slots = slot_count(stream, shape.chunk)
     if g is None:
@@ -210,7 +194,7 @@ def running_gates(g: Tensor | None, stream: Stream, shape: Shape) -> Tensor:
     if slots:
         window = shape.window if shape.outside else 0
         gate_kernel[(slots * g.shape[2],)](
-            head_rows(g),
+            strided_heads(g),
             gates,
             slots,
             stream,
@@ -225,7 +209,13 @@ def running_gates(g: Tensor | None, stream: Stream, shape: Shape) -> Tensor:
 
 
 def chunk_states(
-    fk: Tensor, v: Tensor, gates: Tensor, start: tuple[Tensor, Tensor] | None, stream: Stream, shape: Shape, end: bool
+    fk: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    start: tuple[Tensor, Tensor] | None,
+    stream: Stream,
+    shape: FusedShape,
+    end: bool,
 ) -> States:
     """The state that enters each chunk, and with ``end`` the one after the last."""
     phi = fk
@@ -235,7 +225,7 @@ def chunk_states(
     slots, c = gates.shape[1], shape.config("state")
     if slots:
         chunk_state_kernel[(slots * shape.state_heads * shape.halves,)](
-            rows(fk), rows(v), rows(states.phi), gates, states.s, states.z, slots, stream,
+            strided(fk), strided(v), strided(states.phi), gates, states.s, states.z, slots, stream,
             shape.anchors, shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block,
             shape.value, shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype,
             shape.precision, c.stages, **c.launch,
@@ -244,8 +234,8 @@ def chunk_states(
     return states
 
 
-def empty_states(gates: Tensor, stream: Stream, shape: Shape, end: bool) -> States:
-    """Buffers for one entry a chunk."""
+def empty_states(gates: Tensor, stream: Stream, shape: FusedShape, end: bool) -> States:
+    """Buffers for one entry per chunk."""
     heads = (shape.state_heads, shape.features)
     s = torch.empty(gates.shape[1], *heads, shape.value, dtype=shape.state_dtype, device=gates.device)
     z = torch.empty(gates.shape[1], *heads, dtype=torch.float32, device=gates.device)
@@ -256,7 +246,13 @@ def empty_states(gates: Tensor, stream: Stream, shape: Shape, end: bool) -> Stat
 
 
 def scan_states(
-    states: States, start: tuple[Tensor, Tensor] | None, gates: Tensor, stream: Stream, shape: Shape, *, reverse: bool
+    states: States,
+    start: tuple[Tensor, Tensor] | None,
+    gates: Tensor,
+    stream: Stream,
+    shape: FusedShape,
+    *,
+    reverse: bool,
 ) -> None:
     """Turn what each chunk adds into what enters it (leaves it, if reversed), in place."""
     c = shape.config("scan")

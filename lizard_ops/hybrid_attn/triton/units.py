@@ -4,7 +4,7 @@ The features exp(+-x) of a row are divided by their largest; its log, log_j of k
 running log-decay of a chunk, a key weighs L_j = log_j - G_j seen from before the chunk. The unit of query i is the
 largest weight that it sees: its log is G_i + N_i with N_i = max(M, L_j for j <= i), where M is the log scale of the
 state that enters the chunk; the state that leaves has G_end + N_end. So no weight exceeds 1, and the kernels of
-head-wise gates find what they look for, decays, in two running sums a chunk::
+head-wise gates find what they look for, decays, in two running sums per chunk::
 
     of queries  M - N_i     the decay since the state that entered (at the end: of the state from chunk to chunk)
     of keys     M - L_j     with that of a query, the decay in between: (M - N_i) - (M - L_j) = L_j - N_i
@@ -19,22 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.hybrid_attn.triton.config import Shape
+from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.state import running_gates
-from lizard_ops.tiles.hybrid import (
-    LOG2E,
-    Stream,
-    at,
-    first_rows,
-    first_slot,
-    head_rows,
-    load_ahead,
-    locate_chunk,
-    rows,
-    sequence,
-    slot_count,
-    time_step,
-)
+from lizard_ops.tiles.decays import load_ahead
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import Stream, first_rows, first_slot, locate_chunk, sequence, slot_count
+from lizard_ops.tiles.strided import at, strided, strided_heads, time_step
 
 # Log2 of a decay that outweighs any feature of a float16; the sums of a chunk stay whole numbers in float32.
 FLOOR = tl.constexpr(-1.0e5)
@@ -142,7 +132,7 @@ def store_parts(pointer, step, x):
 
 
 def unit_gates(
-    fk: Tensor, g: Tensor | None, log_scale: Tensor | None, stream: Stream, shape: Shape
+    fk: Tensor, g: Tensor | None, log_scale: Tensor | None, stream: Stream, shape: FusedShape
 ) -> tuple[Tensor, Tensor]:
     """([5, slots, Hs, C] float32 for ``load_gates`` and ``load_key_gates``, log scale [N, Hs] after the last chunk)."""
     slots, heads, chunk = slot_count(stream, shape.chunk), shape.state_heads, shape.chunk
@@ -155,7 +145,7 @@ def unit_gates(
     ahead = running_gates(g, stream, shape) if shape.outside and g is not None else None
     if slots:
         key_weight_kernel[(slots * heads,)](
-            rows(fk), None if g is None else head_rows(g), decay, weight, chunk_decay, chunk_top, stream,
+            strided(fk), None if g is None else strided_heads(g), decay, weight, chunk_decay, chunk_top, stream,
             shape.anchors, heads, shape.key_heads, gate_heads, shape.pre, min(64, shape.pre_block), chunk, num_warps=4,
         )  # fmt: skip
     unit_scan_kernel[((stream.ends - 1) * heads,)](

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizard_ops.tiles.blocks import FAR, load_rows, locate_block, store_rows, stream_bounds
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import FAR, locate_in_rows, stream_bounds
 from lizard_ops.tiles.softcap import cap_slope, capped, units
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from lizard_ops.tiles.strided import load_rows, store_rows
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def window_backward_queries_kernel(
     i_p = tl.program_id(0)
     i_sub = i_p % SUBS
     i_h = (i_p // SUBS) % HK
-    i_n, i_block, bos, length = locate_block(i_p // (SUBS * HK), cu_seqlens, T, N, STEPS, HB, 0, BM, PACKED)
+    i_n, i_block, bos, length = locate_in_rows(i_p // (SUBS * HK), cu_seqlens, T, N, STEPS, HB, 0, BM, PACKED)
     if i_block * BM >= length * HB:
         return
     i_row = i_n.to(tl.int64)

@@ -9,22 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.tiles.blocks import (
-    FAR,
-    anchors_or,
-    block_count,
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import FAR, block_count, locate_in_rows, stream_bounds
+from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
+from lizard_ops.tiles.strided import load_rows, store_rows
+from lizard_ops.window_attn.triton.config import (
+    WindowCall,
+    WindowNumbers,
     config_for,
-    load_rows,
-    locate_block,
     sequences_of,
     shape_arguments,
-    store_rows,
-    stream_bounds,
     strides,
 )
-from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class RowStats(NamedTuple):
@@ -67,7 +63,7 @@ def window_backward_keys_kernel(
     i_p = tl.program_id(0)
     i_part = i_p % PARTS
     i_h = (i_p // PARTS) % HK
-    i_n, i_block, bos, length = locate_block(i_p // (PARTS * HK), cu_seqlens, T, N, STEPS, 1, P, KB, PACKED)
+    i_n, i_block, bos, length = locate_in_rows(i_p // (PARTS * HK), cu_seqlens, T, N, STEPS, 1, P, KB, PACKED)
     if lengths is not None:
         length = tl.load(lengths + i_n).to(tl.int32)
     if i_block * KB >= length + P:
@@ -241,37 +237,36 @@ def window_backward_anchors_kernel(
 
 
 def key_gradients(
-    q: Tensor, k: Tensor, v: Tensor, anchors_kept: tuple[Tensor, Tensor] | None, first: Tensor | None,
-    cu_seqlens: Tensor | None, lengths: Tensor | None, d_o: Tensor, stats: RowStats, window: int, anchors: int,
-    prefix: int, scale: float, beyond: bool, softcap: float | None,
+    x: WindowCall, numbers: WindowNumbers, d_o: Tensor, stats: RowStats, beyond: bool,
     there: tuple[Tensor, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, dv, d anchor_k, d anchor_v); the last two are empty unless anchors are kept apart (``first`` given).
 
-    lengths [N]: queries of right-padded rows, whose gradients past the end are left unwritten. beyond: see the kernel.
-    there: a dv to add to, its first stream row that holds something, and by how many rows fewer than tokens there are.
+    Of right-padded rows (``lengths``) gradients past the end are left unwritten. beyond: see the kernel. there: a dv to
+    add to, its first stream row that holds something, and by how many rows fewer than tokens there are.
     """
+    q, k, v, first, cu_seqlens, lengths = x.q, x.k, x.v, x.first, x.cu_seqlens, x.lengths
+    anchors, prefix, scale = numbers.anchors, numbers.prefix, numbers.scale
     (_, length, heads, dim), (key_heads, v_dim) = q.shape, v.shape[2:]
     n, packed, carried = sequences_of(q, cu_seqlens), cu_seqlens is not None, first is not None
     make = torch.empty
     dv, there_from, there_less = there or (make(v.shape, dtype=v.dtype, device=v.device), 0, 0)
     dk = make(k.shape, dtype=k.dtype, device=k.device)
-    anchor_k, anchor_v = anchors_kept or (None, None)
     dka, dva = (
-        q.new_empty(0) if x is None else make(x.shape, dtype=x.dtype, device=x.device) for x in (anchor_k, anchor_v)
+        q.new_empty(0) if t is None else make(t.shape, dtype=t.dtype, device=t.device) for t in (x.anchor_k, x.anchor_v)
     )
     config = config_for("keys", q, v, heads // key_heads)
     kept = min(anchors, config.rows // 2)  # anchors in a key block
     size = config.rows - kept
-    blocks = block_count(length, n, 1, prefix, size, packed) * key_heads
-    part_k, part_v = (stats.lse.new_empty(blocks, anchors, x) for x in (dim, v_dim))
+    blocks = block_count(length, n, prefix, size, packed) * key_heads
+    part_k, part_v = (stats.lse.new_empty(blocks, anchors, size) for size in (dim, v_dim))
     if blocks:
         window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](
-            q, k, v, anchor_k, anchor_v, first, cu_seqlens, lengths, d_o, *stats[:5], dk, dv, part_k, part_v,
-            *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v), d_o), *stats.strides, length, n,
-            (n - 1).bit_length(), there_from, there_less, scale, cap_of(scale, softcap), HB=config.heads, AB=kept,
-            PACKED=packed, CARRIED=carried, BEYOND=beyond, ADD=there is not None, TO_LOG2=stats.to_log2,
-            TOKENS_FIRST=stats.strides[1] == 1, **shape_arguments(q, k, v, window, anchors, prefix, config),
+            q, k, v, x.anchor_k, x.anchor_v, first, cu_seqlens, lengths, d_o, stats.lse, stats.term, stats.share,
+            stats.arg_max, stats.d_max, dk, dv, part_k, part_v, *x.strides, *strides(d_o), *stats.strides, length, n,
+            (n - 1).bit_length(), there_from, there_less, scale, cap_of(scale, numbers.softcap), HB=config.heads,
+            AB=kept, PACKED=packed, CARRIED=carried, BEYOND=beyond, ADD=there is not None, TO_LOG2=stats.to_log2,
+            TOKENS_FIRST=stats.strides[1] == 1, **shape_arguments(x, numbers, config),
         )  # fmt: skip
     for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
         if anchors and blocks:

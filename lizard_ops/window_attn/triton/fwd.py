@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizard_ops.tiles.blocks import FAR, load_rows, locate_block, store_rows, stream_bounds
+from lizard_ops.tiles.log2 import LN2
+from lizard_ops.tiles.places import FAR, locate_in_rows, stream_bounds
 from lizard_ops.tiles.softcap import capped
-
-LN2 = tl.constexpr(0.6931471805599453)
+from lizard_ops.tiles.strided import load_rows, store_rows
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def window_forward_kernel(
     i_p = tl.program_id(0)
     i_sub = i_p % SUBS
     i_h = (i_p // SUBS) % HK
-    i_n, i_block, bos, length = locate_block(i_p // (SUBS * HK), cu_seqlens, T, N, STEPS, HB, 0, BM, PACKED)
+    i_n, i_block, bos, length = locate_in_rows(i_p // (SUBS * HK), cu_seqlens, T, N, STEPS, HB, 0, BM, PACKED)
     if i_block * BM >= length * HB:
         return
     i_row = i_n.to(tl.int64)

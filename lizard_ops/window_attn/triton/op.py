@@ -7,18 +7,14 @@ import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
-from lizard_ops.tiles.blocks import (
-    anchors_or,
-    block_count,
-    config_for,
-    rows_last,
-    sequences_of,
-    shape_arguments,
-    strides,
-)
+from lizard_ops.common.flat import by_name, in_order, taken
+from lizard_ops.tiles.log2 import LOG2E
+from lizard_ops.tiles.places import block_count
 from lizard_ops.tiles.softcap import cap_of, units_of
+from lizard_ops.tiles.strided import rows_last
 from lizard_ops.window_attn.triton.bwd import window_backward_queries_kernel
 from lizard_ops.window_attn.triton.bwd_keys import RowStats, key_gradients
+from lizard_ops.window_attn.triton.config import WindowCall, WindowNumbers, config_for, sequences_of, shape_arguments
 from lizard_ops.window_attn.triton.fwd import window_forward_kernel
 
 
@@ -48,7 +44,10 @@ def window_forward(
     That difference has digits that a large score would leave neither of the two. A column is numbered by its stream
     row, or -1 - a for anchor a.
     """
+    given = locals()
     q, k, v, anchor_k, anchor_v = rows_last(q, k, v, anchor_k, anchor_v)
+    kept = {"q": q, "k": k, "v": v, "anchor_k": anchor_k, "anchor_v": anchor_v}
+    x, numbers = taken(WindowCall, given | kept), taken(WindowNumbers, given)
     batch, length, heads, _ = q.shape
     o = q.new_empty(batch, length, heads, v.shape[3])
     lse = q.new_empty(batch, length, heads, dtype=torch.float32)
@@ -58,15 +57,15 @@ def window_forward(
         return o, lse, spread, arg_max
     n, packed, group = sequences_of(q, cu_seqlens), cu_seqlens is not None, heads // k.shape[2]
     config = config_for("forward", q, v, group)
-    blocks = block_count(length, n, config.heads, 0, config.rows, packed)
+    blocks = block_count(length, n, 0, config.rows, packed, config.heads)
     with on_device(q, dim=q.shape[3], values=v.shape[3]):
         window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, spread, arg_max,
-            *strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v)), length, n, (n - 1).bit_length(),
-            units_of(scale, softcap) * 1.4426950408889634, cap_of(scale, softcap),
+            *x.strides, length, n, (n - 1).bit_length(),
+            units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap),
             HB=config.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=first is not None,
             HAS_SINKS=sinks is not None, WITH_MAX=with_max,
-            **shape_arguments(q, k, v, window, anchors, prefix, config),
+            **shape_arguments(x, numbers, config),
         )  # fmt: skip
     return o, lse, spread, arg_max
 
@@ -102,7 +101,10 @@ def window_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d anchor_k, d anchor_v, d sinks); those of absent inputs are empty."""
+    given = locals()
     q, k, v, anchor_k, anchor_v = rows_last(q, k, v, anchor_k, anchor_v)
+    kept = {"q": q, "k": k, "v": v, "anchor_k": anchor_k, "anchor_v": anchor_v}
+    x, numbers = taken(WindowCall, given | kept), taken(WindowNumbers, given)
     d_o = d_o.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     d_max = None if d_max is None else d_max.contiguous()
@@ -112,30 +114,27 @@ def window_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel() == 0:
         d_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
-        zeros = (q.new_empty(0) if x is None else torch.zeros_like(x) for x in (k, v, anchor_k, anchor_v))
+        zeros = (q.new_empty(0) if t is None else torch.zeros_like(t) for t in (k, v, anchor_k, anchor_v))
         return dq, *zeros, d_sinks
     rows = config_for("queries", q, v, group)
-    programs = block_count(length, n, rows.heads, 0, rows.rows, packed) * key_heads * triton.cdiv(group, rows.heads)
+    programs = block_count(length, n, 0, rows.rows, packed, rows.heads) * key_heads * triton.cdiv(group, rows.heads)
     term = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
-    steps, all_strides = (n - 1).bit_length(), strides(q, k, v, *anchors_or(k, v, anchor_k, anchor_v))
+    steps = (n - 1).bit_length()
     with on_device(q, dim=q.shape[3], values=v.shape[3]):
         window_backward_queries_kernel[(programs,)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
-            dq, term, d_sinks, *all_strides, length, n, steps, scale, cap_of(scale, softcap),
+            dq, term, d_sinks, *x.strides, length, n, steps, scale, cap_of(scale, softcap),
             HB=rows.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=carried, HAS_SINKS=sinks is not None,
             HAS_LSE=d_lse is not None, HAS_MAX=d_max is not None,
-            **shape_arguments(q, k, v, window, anchors, prefix, rows),
+            **shape_arguments(x, numbers, rows),
         )  # fmt: skip
         has_max = d_max is not None
         stats = RowStats(
-            lse, term, None, arg_max if has_max else None, d_max, (length * heads, heads, 1), 1.4426950408889634
-        )
-        found = key_gradients(
-            q, k, v, None if anchor_k is None or anchor_v is None else (anchor_k, anchor_v), first, cu_seqlens, None,
-            d_o, stats, window, anchors, prefix, scale, beyond=False,
-            softcap=softcap,
+            lse=lse, term=term, share=None, arg_max=arg_max if has_max else None, d_max=d_max,
+            strides=(length * heads, heads, 1), to_log2=LOG2E.value,
         )  # fmt: skip
+        found = key_gradients(x, numbers, d_o, stats, beyond=False)
     if sinks is not None:
         d_sinks = d_sinks.sum((0, 1)).to(sinks.dtype)
     return dq, *found, d_sinks
@@ -152,26 +151,31 @@ def _(
     return like(q), like(k), like(v), like(anchor_k), like(anchor_v), like(sinks)
 
 
+FORWARD = torch.ops.lizard_ops.window_attn_forward.default
+# the gradients that ``window_backward`` returns, in its order
+DIFFERENTIABLE = ("q", "k", "v", "anchor_k", "anchor_v", "sinks")
+
+
 def _save(ctx, inputs, output):
-    *tensors, ctx.window, ctx.anchors, ctx.prefix, ctx.scale, _, ctx.softcap = inputs
+    given = by_name(FORWARD, inputs)
     o, lse, _, arg_max = output
-    ctx.save_for_backward(*tensors, o, lse, arg_max)
+    tensors = {name: given[name] for name in WindowCall._fields if name in given}
+    tensors |= {"o": o, "lse": lse, "arg_max": arg_max}
+    ctx.names = tuple(tensors)
+    ctx.save_for_backward(*tensors.values())
+    ctx.numbers = {name: given[name] for name in WindowNumbers._fields}
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, d_o, d_lse, d_spread, _):
-    q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max = ctx.saved_tensors
+    saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
     d_max = None
     if d_spread is not None:
         d_lse, d_max = d_spread if d_lse is None else d_lse + d_spread, -d_spread
-    found = window_backward(
-        q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max,
-        torch.zeros_like(o) if d_o is None else d_o, d_lse, d_max, ctx.window, ctx.anchors, ctx.prefix, ctx.scale,
-        ctx.softcap,
-    )  # fmt: skip
-    wanted = (q, k, v, anchor_k, anchor_v, sinks)
-    grads = [None if x is None else grad for x, grad in zip(wanted, found, strict=True)]
-    return *grads, *[None] * 8
+    d_o = torch.zeros_like(saved["o"]) if d_o is None else d_o
+    found = window_backward(**saved, **ctx.numbers, d_o=d_o, d_lse=d_lse, d_max=d_max)
+    wanted = {name: grad for name, grad in zip(DIFFERENTIABLE, found, strict=True) if saved[name] is not None}
+    return in_order(FORWARD, wanted)
 
 
 window_forward.register_autograd(_backward, setup_context=_save)

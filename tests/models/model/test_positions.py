@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import disturb, teacher, tokens
 
-from lizard_layers import apply_rope
 from lizard_models import LizardConfig, linearize
 from lizard_models.model.positions import PositionRange, position_range, with_far_positions
+from lizard_ops import apply_rotary
 
 LIMIT = 24  # the teacher's context; window 8 and 4 anchors fit
 
@@ -51,7 +51,7 @@ def reference_layer(attention, x, rope_at, limits):
                 if not near and j >= config.anchors:
                     continue
                 distance = i - j if near else i - int(limits.shift(torch.tensor(i))) - j
-                turned = apply_rope(q[i, h].view(1, 1, 1, -1), *rope_at(distance)).flatten()
+                turned = apply_rotary(q[i, h].view(1, 1, 1, -1), *rope_at(distance)).flatten()
                 scores.append(turned @ k[j, h // group] / math.sqrt(config.head_dim))
                 values.append(v[j, h // group])
             out[i, h] = torch.stack(scores).softmax(0) @ torch.stack(values)

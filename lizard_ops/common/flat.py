@@ -1,0 +1,33 @@
+"""Registered operators take flat arguments: how they become named objects and how they come back, by name alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+Kind = TypeVar("Kind")
+
+
+def taken(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """A NamedTuple of this kind from those of the values that it has fields for; the rest keep their defaults."""
+    return kind(**{name: values[name] for name in kind._fields if name in values})  # type: ignore[attr-defined]
+
+
+def argument_names(op: torch._ops.OpOverload) -> list[str]:
+    """The names in an operator's schema, in its order."""
+    return [argument.name for argument in op._schema.arguments]
+
+
+def by_name(op: torch._ops.OpOverload, values: Sequence[Any]) -> dict[str, Any]:
+    """What autograd hands on as a sequence, under the names of the operator's schema.
+
+    ``needs_input_grad`` ends before the last arguments that were left at their defaults.
+    """
+    return dict(zip(argument_names(op), values, strict=False))
+
+
+def in_order(op: torch._ops.OpOverload, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One value an argument of the operator, None where there is none, as autograd wants gradients."""
+    return tuple(values.get(name) for name in argument_names(op))

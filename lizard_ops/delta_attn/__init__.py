@@ -1,1 +1,0 @@
-"""Delta-rule attention: reference, chunked and recurrent forms."""
