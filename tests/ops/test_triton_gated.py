@@ -244,7 +244,7 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="float64"):
         chunk_gated_triton(*x.values(), **options, chunk_size=16)
     with pytest.raises(ValueError, match="chunk_size"):
-        chunk_gated_triton(*(value.float() for value in x.values()), **options, chunk_size=24)
+        chunk_gated_triton(*(value.float().to(DEVICE) for value in x.values()), **options, chunk_size=24)
 
 
 @pytest.mark.parametrize("gate", ["none", "query", "channel"])
