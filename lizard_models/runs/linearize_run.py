@@ -21,7 +21,7 @@ from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
-from lizard_models.files.folders import appear_whole, check_space, write_sums
+from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
@@ -333,14 +333,17 @@ class _Run:
     def _save(self, model: LizardCausalLM, report: Report) -> None:
         if not is_main_process():
             return wait_for_all()
-        with appear_whole(self.plan.out) as draft:
-            model.save_pretrained(draft)
-            if self.teacher.tokenizer is not None:
-                save_tokenizer(self.teacher.tokenizer, draft, model.config)
-            save_report(report, draft, say=self.say)
-            (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
-            write_model_card(draft, self.teacher.source)
-            write_sums(draft)
+        try:
+            with appear_whole(self.plan.out, shared=False) as draft:
+                model.save_pretrained(draft)
+                if self.teacher.tokenizer is not None:
+                    save_tokenizer(self.teacher.tokenizer, draft, model.config)
+                save_report(report, draft, say=self.say)
+                (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+                write_model_card(draft, self.teacher.source)
+                write_sums(draft)
+        except KeptDraft as kept:
+            raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         shutil.rmtree(self.work)
         wait_for_all()
 
