@@ -27,9 +27,11 @@ from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles
 from lizard_models.distill.compiled import compiled
+from lizard_models.distill.finite import FiniteWatch
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.schedule import cosine_schedule
+from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.recipes import Recipe
 
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
@@ -63,6 +65,38 @@ class DistillTrainer(StateFiles):
     model: nn.Module
     saving_to: str | None = None
     sharded = False
+    watch: FiniteWatch
+    loss_sum: Tensor | float = 0.0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; the loss is kept for the watch."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss_sum = self.loss_sum + loss
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = self._watched_norm()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._watched_norm() if grad_norm is None else grad_norm
+
+    def _watched_norm(self) -> Tensor:
+        """Norm of all gradients, computed as torch's clipping does; it and the loss of this step are looked at."""
+        grads = {name: p.grad for name, p in parallel.trained(self.model) if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(grads.values())))
+        norm = torch.linalg.vector_norm(norms)
+        loss, self.loss_sum = self.loss_sum, 0.0
+        assert isinstance(loss, Tensor)  # a training step came before
+        self.watch.step(self.state.global_step + 1, loss, list(grads), norms, parallel.whole(norm))
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, after a look at the steps it is about, which names parameters."""
+        self.watch.settle()
+        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the parameters that train; every process must call it."""
@@ -84,6 +118,7 @@ class DistillTrainer(StateFiles):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(None))
         main = parallel.is_main_process()
+        self.watch.state(self.state.global_step, parallel.trained(self.model), self.optimizer)
         draft = parallel.agreed(tempfile.mkdtemp(prefix=".saving-", dir=run_dir) if main else None)
         try:
             self.saving_to = draft
@@ -106,7 +141,20 @@ class DistillTrainer(StateFiles):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a stage's folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folder.glob("checkpoint-*"), key=step_of)
+
+
+def older(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    before = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    if not before:
+        return "there is no older checkpoint: delete the run's folder and train again"
+    return f"delete this checkpoint, and resume goes on from {str(before[-1])!r}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -120,9 +168,11 @@ def load_trained_state(model: nn.Module, checkpoint: Path) -> None:
     try:
         saved = load_file(checkpoint / TRAINED)
     except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint / TRAINED} cannot be read ({error}): {older(checkpoint)}") from error
+    if bad := nonfinite(saved):
         raise ValueError(
-            f"{checkpoint / TRAINED} cannot be read ({error}): delete this checkpoint to resume from an older one"
-        ) from error
+            f"{checkpoint / TRAINED} holds numbers that are not finite: {name_some(bad)}; {older(checkpoint)}"
+        )
     present = dict(parallel.trained(model))
     if saved.keys() != present.keys():
         different = sorted(saved.keys() ^ present.keys())
@@ -201,6 +251,7 @@ def run_stage(
         callbacks=[progress, interrupt],
     )
     trainer.sharded = run.fsdp
+    trainer.watch = FiniteWatch(run.title, quantity, folder)
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     if last is not None and last.name == f"checkpoint-{steps}":

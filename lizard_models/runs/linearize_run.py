@@ -22,6 +22,7 @@ from lizard_models.evaluation.neediest_layers import check_widen, neediest_layer
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
+from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
@@ -36,6 +37,9 @@ from lizard_models.text.sequences import Documents, load_documents, load_sequenc
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
 CHOSEN_ON = 4  # sequences of the training text on which layers are chosen
+
+PROBED = 64  # tokens of the text on which a finished model must be finite
+SMALLER = "train again with a smaller learning rate, or in float32"
 
 
 @dataclass(kw_only=True)
@@ -153,6 +157,8 @@ class _Run:
             run = self._run_arguments("stage2", "stage 2, fine-tuning")
             model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run)
             self._measure(STAGE2, model)
+        refuse_broken(model, self.device)
+        model.to(self.home)
         report = Report(f"{self.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
         self._save(model, report)
         return Outcome(model, self.teacher, plan.out, report, self.results)
@@ -346,6 +352,16 @@ class _Run:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         shutil.rmtree(self.work)
         wait_for_all()
+
+
+@torch.no_grad()
+def refuse_broken(model: LizardCausalLM, device: str) -> None:
+    """Raises FloatingPointError for a model with weights, or logits of a short text, that are not finite."""
+    if names := nonfinite(dict(model.state_dict())):
+        raise FloatingPointError(f"the trained model is not saved: not finite in {name_some(names)}; {SMALLER}")
+    ids = torch.arange(min(model.config.vocab_size, PROBED), device=device)[None]
+    if not model.to(device)(input_ids=ids, use_cache=False).logits.isfinite().all():
+        raise FloatingPointError(f"the trained model is not saved: its logits are not finite; {SMALLER}")
 
 
 def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) -> int:
