@@ -262,7 +262,8 @@ def run_stage(
         with interrupt, contextlib.closing(progress), ways[0], ways[1]:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = trainer.state.log_history
-        if interrupt.asked and trainer.state.global_step < steps:
+        # In the last step too: the checkpoint is written, and what would come next was not asked for.
+        if parallel.any_process(interrupt.asked, arguments.device):
             raise TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
         if trained is not objective:
             parallel.copy_trained(trained, objective)
