@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lizard_models.config import RETIRED
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
-from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles
+from lizard_models.distill.checkpoint_files import StateFiles, damaged, refuse_pickles, write_sums
 from lizard_models.distill.compiled import compiled
 from lizard_models.distill.finite import FiniteWatch
 from lizard_models.distill.graphed import graphed
@@ -129,6 +129,7 @@ class DistillTrainer(StateFiles):
             parallel.wait_for_all()
             if main:
                 written = next(Path(draft).glob("checkpoint-*"))
+                write_sums(written)
                 shutil.rmtree(run_dir / written.name, ignore_errors=True)
                 written.rename(run_dir / written.name)
                 for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
@@ -273,6 +274,7 @@ def run_stage(
 
 def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps: int, digest: str) -> Path | None:
     record = {"recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "steps": steps, "data": digest}
+    record["sums"] = True  # every checkpoint has them
     path = folder / RUN
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     parallel.wait_for_all()  # every process has looked before one writes
@@ -293,6 +295,10 @@ def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps
         raise ValueError(
             f"{folder} is of a run with other {', '.join(changed)}: repeat its command, or delete the folder"
         )
+    refuse_pickles(Path(found))
+    sums = before.get("sums", False)  # runs of earlier versions have none
+    if wrong := parallel.agreed(damaged(Path(found), sums) if parallel.is_main_process() else None):
+        raise ValueError(f"{wrong}; {older(Path(found))}")
     return Path(found)
 
 

@@ -355,7 +355,7 @@ class _Run:
 
 
 @torch.no_grad()
-def refuse_broken(model: LizardCausalLM, device: str) -> None:
+def refuse_broken(model: Any, device: str) -> None:
     """Raises FloatingPointError for a model with weights, or logits of a short text, that are not finite."""
     if names := nonfinite(dict(model.state_dict())):
         raise FloatingPointError(f"the trained model is not saved: not finite in {name_some(names)}; {SMALLER}")

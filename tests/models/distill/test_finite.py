@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from lizard_models import LizardConfig
 from lizard_models.distill import train_stage1, train_stage2, trainer
-from lizard_models.distill.checkpoint_files import read_optimizer_state
+from lizard_models.distill.checkpoint_files import SUMS, read_optimizer_state, write_sums
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.distill.stage2 import LanguageModelling
 from lizard_models.files.weights import nonfinite
@@ -104,10 +104,11 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
     recipe = recipes(model, steps=6)[0]
     train_stage1(model, Sequences(), arguments(tmp_path, save_steps=3), recipe)
     newest = tmp_path / "checkpoint-6"
-    (newest / "SHA256SUMS").unlink(missing_ok=True)
     state = load_file(newest / trainer.TRAINED)
     next(iter(state.values())).fill_(torch.nan)
     save_file(state, newest / trainer.TRAINED)
+    (newest / SUMS).unlink()
+    write_sums(newest)
     with pytest.raises(ValueError, match="checkpoint-6/.* not finite: .*; delete this .* goes on from .*checkpoint-3"):
         train_stage1(fresh(), Sequences(), arguments(tmp_path, resume=True), recipe)
 
