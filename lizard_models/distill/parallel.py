@@ -70,6 +70,7 @@ def agreed(value: Any) -> Any:
     if process_count() == 1:
         return value
     values = [value]
+    PartialState()  # joins the others, where nothing did before
     dist.broadcast_object_list(values, src=0)
     return values[0]
 

@@ -20,23 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from lizard_models.config import RETIRED
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
-from lizard_models.distill.checkpoint_files import StateFiles, damaged, refuse_pickles, write_sums
+from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles, write_sums
 from lizard_models.distill.compiled import compiled
 from lizard_models.distill.finite import FiniteWatch
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
+from lizard_models.distill.resume import RUN as RUN  # known by this name here too
+from lizard_models.distill.resume import checkpoint_to_resume, checkpoints, frozen_digest, older
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.recipes import Recipe
 
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
 TRAINED = "trained.safetensors"
-RUN = "run.json"
 
 
 @dataclass
@@ -140,24 +139,6 @@ class DistillTrainer(StateFiles):
         parallel.wait_for_all()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a stage's folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=step_of)
-
-
-def older(checkpoint: Path) -> str:
-    """What to do about a checkpoint that cannot be used."""
-    before = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
-    if not before:
-        return "there is no older checkpoint: delete the run's folder and train again"
-    return f"delete this checkpoint, and resume goes on from {str(before[-1])!r}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Names and whole values of the parameters that train."""
     return {name: parallel.whole(p).contiguous() for name, p in parallel.trained(model)}
@@ -229,7 +210,14 @@ def run_stage(
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     if parameters == 0:
         raise ValueError("the model has no parameters to train in this stage")
-    last = _checkpoint_to_resume(folder, run, recipe, steps, digest)
+    record = {
+        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
+        "steps": steps,
+        "data": digest,
+        "model": run.frozen or parallel.agreed(frozen_digest(objective) if parallel.is_main_process() else None),
+        "sums": True,  # every checkpoint has them
+    }
+    last = checkpoint_to_resume(folder, run.resume, record)
 
     arguments = training_arguments(recipe, run, steps)
     arguments.save_total_limit = run.keep_checkpoints
@@ -270,36 +258,6 @@ def run_stage(
             parallel.copy_trained(trained, objective)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     return StageResult(steps, time.monotonic() - started, losses, parameters, digest)
-
-
-def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps: int, digest: str) -> Path | None:
-    record = {"recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "steps": steps, "data": digest}
-    record["sums"] = True  # every checkpoint has them
-    path = folder / RUN
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    parallel.wait_for_all()  # every process has looked before one writes
-    if found is None:
-        if parallel.is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=2) + "\n")
-        parallel.wait_for_all()
-        return None
-    if not run.resume:
-        raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")
-    before = json.loads(path.read_text())
-    changed = [key for key in ("steps", "data") if before[key] != record[key]]
-    changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]
-    retired = {key: value for key, value in before["recipe"].items() if key not in record["recipe"]}
-    changed += [key for key, value in retired.items() if value != RETIRED.get(f"stage1.{key}")]
-    if changed:
-        raise ValueError(
-            f"{folder} is of a run with other {', '.join(changed)}: repeat its command, or delete the folder"
-        )
-    refuse_pickles(Path(found))
-    sums = before.get("sums", False)  # runs of earlier versions have none
-    if wrong := parallel.agreed(damaged(Path(found), sums) if parallel.is_main_process() else None):
-        raise ValueError(f"{wrong}; {older(Path(found))}")
-    return Path(found)
 
 
 @contextlib.contextmanager

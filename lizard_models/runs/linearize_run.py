@@ -15,31 +15,28 @@ from rich.console import Console
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import RunArguments, StageResult, train_stage1, train_stage2
-from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
+from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
-from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.recipes import Recipe
 from lizard_models.runs.cost import tuned_numbers
+from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.teachers.find import Teacher, load_teacher, save_tokenizer
+from lizard_models.teachers.find import Teacher, load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 from lizard_models.text.sequences import Documents, load_documents, load_sequences
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
 CHOSEN_ON = 4  # sequences of the training text on which layers are chosen
-
-PROBED = 64  # tokens of the text on which a finished model must be finite
-SMALLER = "train again with a smaller learning rate, or in float32"
 
 
 @dataclass(kw_only=True)
@@ -122,6 +119,7 @@ class _Run:
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
         self.say(f"teacher: {plan.teacher}")
         self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
+        self.digest = agreed(teacher_digest(self.teacher) if is_main_process() else None)
         self.documents = self._evaluation_documents()
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
@@ -299,12 +297,14 @@ class _Run:
             cuda_graph=self.plan.cuda_graph,
             compile=self.plan.compile,
             title=title,
+            frozen=self.digest,
         )
 
     def _settings(self) -> dict[str, Any]:
         plan = self.plan
         return {
             "teacher": plan.teacher,
+            "teacher_sha256": self.digest,
             "config": self.config.to_dict(),
             "widen": plan.widen,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -325,6 +325,12 @@ class _Run:
         path = self.work / "plan.json"
         if path.is_file():
             before = {"widen": 0, **json.loads(path.read_text())}  # runs from before there was this choice lack it
+            if (known := before.setdefault("teacher_sha256", self.digest)) != self.digest:
+                raise ValueError(
+                    f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.work)!r} began with: its "
+                    f"weights or its configuration changed (sha256 {self.digest[:12]}, was {known[:12]}); put the old "
+                    "one back, or delete that folder and train anew"
+                )
             changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
             if changed:
                 raise ValueError(
@@ -352,16 +358,6 @@ class _Run:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         shutil.rmtree(self.work)
         wait_for_all()
-
-
-@torch.no_grad()
-def refuse_broken(model: Any, device: str) -> None:
-    """Raises FloatingPointError for a model with weights, or logits of a short text, that are not finite."""
-    if names := nonfinite(dict(model.state_dict())):
-        raise FloatingPointError(f"the trained model is not saved: not finite in {name_some(names)}; {SMALLER}")
-    ids = torch.arange(min(model.config.vocab_size, PROBED), device=device)[None]
-    if not model.to(device)(input_ids=ids, use_cache=False).logits.isfinite().all():
-        raise FloatingPointError(f"the trained model is not saved: its logits are not finite; {SMALLER}")
 
 
 def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) -> int:
