@@ -31,6 +31,7 @@ from lizard_models.distill.progress import InterruptCallback, ProgressCallback, 
 from lizard_models.distill.resume import RUN as RUN  # known by this name here too
 from lizard_models.distill.resume import checkpoint_to_resume, checkpoints, frozen_digest, older
 from lizard_models.distill.schedule import cosine_schedule
+from lizard_models.distill.stream import endless
 from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.recipes import Recipe
 
@@ -235,7 +236,7 @@ def run_stage(
     trainer = DistillTrainer(
         model=trained,
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=endless(dataset),
         optimizers=(optimizer, schedule),
         callbacks=[progress, interrupt],
     )
