@@ -50,6 +50,10 @@ class FiniteWatch:
         ready = torch.cuda.Event()
         ready.record()
         self.waiting.append(_Step(number, names, norms, held, ready))
+        self.look()
+
+    def look(self) -> None:
+        """Looks at the steps whose readings have come, without waiting. Raises as ``step``."""
         while self.waiting and self.waiting[0].ready.query():
             self._check(self.waiting.popleft())
 

@@ -37,6 +37,7 @@ from lizard_models.recipes import Recipe
 
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
 TRAINED = "trained.safetensors"
+DIVERGED = 1.5  # a stage whose loss ends above its first by this factor is warned of; batches differ by less
 
 
 @dataclass
@@ -258,7 +259,14 @@ def run_stage(
         if trained is not objective:
             parallel.copy_trained(trained, objective)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    return StageResult(steps, time.monotonic() - started, losses, parameters, digest)
+    result = StageResult(steps, time.monotonic() - started, losses, parameters, digest)
+    if losses and result.final_loss > DIVERGED * losses[0][1]:
+        progress.console.print(
+            f"warning: {run.title}: {quantity} rose from {losses[0][1]:.4g} to {result.final_loss:.4g}, so this stage "
+            "did harm; try a smaller learning rate",
+            highlight=False,
+        )
+    return result
 
 
 @contextlib.contextmanager

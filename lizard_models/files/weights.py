@@ -91,7 +91,7 @@ def content_digest(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

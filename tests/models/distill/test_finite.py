@@ -12,7 +12,7 @@ from training import Sequences, arguments, fresh, moved, recipes, snapshot
 from transformers import Trainer
 
 from lizard_models import LizardConfig
-from lizard_models.distill import train_stage1, train_stage2, trainer
+from lizard_models.distill import finite, train_stage1, train_stage2, trainer
 from lizard_models.distill.checkpoint_files import SUMS, read_optimizer_state, write_sums
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.distill.stage2 import LanguageModelling
@@ -159,3 +159,47 @@ def test_shares_beyond_their_range_are_refused():
     ):
         with pytest.raises(ValueError, match=name.partition("_init")[0]):
             LizardConfig.preset("recommended", **{stage: {name: value}})
+
+
+def test_readings_that_are_still_on_their_way_are_waited_for(tmp_path):
+    """As on a GPU, whose copies to the host end later: a step is looked at when it is there, and before any saving."""
+
+    class Event:
+        def __init__(self, there: bool) -> None:
+            self.there = there
+
+        def query(self) -> bool:
+            return self.there
+
+        def synchronize(self) -> None:
+            self.there = True
+
+    def step(number: int, norms: list[float]) -> finite._Step:
+        all_norms = torch.tensor(norms)
+        return finite._Step(
+            number, ["a", "b"], all_norms, torch.stack([torch.ones(()), all_norms.norm()]), Event(False)
+        )
+
+    watch = finite.FiniteWatch("test", "KL", tmp_path)
+    watch.waiting.extend([step(3, [1.0, 2.0]), step(4, [1.0, torch.inf]), step(5, [torch.nan, torch.nan])])
+    watch.look()
+    assert len(watch.waiting) == 3
+    watch.waiting[0].ready.there = True
+    watch.look()
+    assert len(watch.waiting) == 2
+    with pytest.raises(FloatingPointError, match="test: KL is 1.0 at step 4, its gradient is not finite in b;"):
+        watch.state(5, [], None)
+
+
+def test_a_stage_that_does_harm_is_warned_of(tmp_path, capfd):
+    model = fresh()
+    recipe = dataclasses.replace(recipes(model, steps=30)[0], learning_rate=1e6)
+    result = train_stage1(model, Sequences(), arguments(tmp_path / "a"), recipe)
+    first, last = result.losses[0][1], result.final_loss
+    assert last > 1.5 * first
+    assert f"warning: test: relative error rose from {first:.4g} to {last:.4g}" in " ".join(
+        capfd.readouterr().err.split()
+    )
+    model = fresh()
+    train_stage1(model, Sequences(), arguments(tmp_path / "b"), recipes(model, steps=6)[0])
+    assert "warning: test" not in capfd.readouterr().err
