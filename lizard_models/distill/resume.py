@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lizard_models.config import RETIRED
 from lizard_models.distill import parallel
 from lizard_models.distill.checkpoint_files import damaged, refuse_pickles
+from lizard_models.files.folders import write_whole
 from lizard_models.files.weights import content_digest
 
 RUN = "run.json"
@@ -59,7 +60,7 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
     if found is None:
         if parallel.is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=2) + "\n")
+            write_whole(path, json.dumps(record, indent=2) + "\n")
         parallel.wait_for_all()
         return None
     if not resume:

