@@ -200,8 +200,9 @@ def run_stage(
     objective: forward(input_ids [B, T]) -> {"loss": scalar}. quantity: what the loss is called on the screen.
     With ``run.resume`` it goes on from the newest checkpoint; a finished run is only loaded.
 
-    Raises ValueError if nothing trains, if checkpoints are there and ``resume`` is not set, or if they are of another
-    run; FloatingPointError if the loss is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
+    Raises ValueError if nothing trains, if frozen weights are not finite, if checkpoints are there and ``resume`` is
+    not set, or if they are of another run or damaged; FloatingPointError if a loss, a gradient or what a checkpoint
+    would hold is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
 
     Started by torchrun or accelerate, the batch is shared among the processes. With ``run.fsdp`` the model is sharded
     over them meanwhile; what it learned is in ``objective`` in every process afterwards.
@@ -212,6 +213,8 @@ def run_stage(
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     if parameters == 0:
         raise ValueError("the model has no parameters to train in this stage")
+    if bad := nonfinite({name: p for name, p in objective.named_parameters() if not p.requires_grad}):
+        raise ValueError(f"the model has weights that are not finite: {name_some(bad)}; load its teacher again")
     record = {
         "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
         "steps": steps,

@@ -203,3 +203,16 @@ def test_a_stage_that_does_harm_is_warned_of(tmp_path, capfd):
     model = fresh()
     train_stage1(model, Sequences(), arguments(tmp_path / "b"), recipes(model, steps=6)[0])
     assert "warning: test" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.2.mlp.down_proj.weight"])
+def test_a_teacher_that_is_not_finite_is_not_trained_against(tmp_path, stage, name):
+    """Stage 1 does not read all of them, so its loss would not show it."""
+    model = fresh()
+    dict(model.named_parameters())[name].data.flatten()[0] = torch.inf
+    train = train_stage1 if stage == 1 else train_stage2
+    module = name.removesuffix(".weight")  # between them an adapted one has ``base_layer``
+    with pytest.raises(ValueError, match=f"weights that are not finite: .*{module}.*; load its teacher again"):
+        train(model, Sequences(), arguments(tmp_path), recipes(model)[stage - 1])
+    assert not list(tmp_path.iterdir())
