@@ -10,7 +10,7 @@ from typing import Any
 from lizard_layers import AttentionChoices
 from lizard_layers.field_types import check_fields
 from lizard_models.presets import PRESETS
-from lizard_models.recipes import Stage1Config, Stage2Config
+from lizard_models.recipes import Stage1Config, Stage2Config, check_finite
 
 CONFIG_VERSION = 1
 
@@ -81,6 +81,8 @@ class LizardConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_finite(self)
+        check_finite(self.attention, "attention.")
         for name in ("softmax_layers", "wide_layers"):
             layers = getattr(self, name)
             if len(set(layers)) < len(layers) or min(layers, default=0) < 0:

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from lizard_layers.field_types import check_fields
+
+
+def check_finite(instance: Any, prefix: str = "") -> None:
+    """Raises ValueError for a number of a dataclass that is NaN, infinite, or beyond what a float holds.
+
+    prefix: in front of the field's name. Tuples are looked through, dataclasses within are not.
+    """
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not _is_finite(number):
+                raise ValueError(f"{prefix}{field.name} must be finite, got {value!r}")
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer larger than every float
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +79,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_finite(self)
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(f"give one of epochs and max_steps, got epochs={self.epochs}, max_steps={self.max_steps}")
         for name in ("epochs", "max_steps", "examples", "sequence_length", "batch_size", "learning_rate", "eps"):
@@ -67,6 +88,10 @@ class Recipe:
         for name in ("weight_decay", "warmup_ratio", "min_learning_rate_ratio", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.warmup_ratio > 1:
+            raise ValueError(f"warmup_ratio is a share of the steps, from 0 to 1, got {self.warmup_ratio}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be from 0 to below 1, got {list(self.betas)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +112,11 @@ class Stage1Config(Recipe):
     inputs: Literal["teacher", "student"] = "teacher"
     """What each layer reads: the teacher's own stream (teacher-forced, as LoLCATs), or the stream that earlier student
     layers leave, target computed on the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate_learning_rate is not None and self.gate_learning_rate <= 0:
+            raise ValueError(f"gate_learning_rate must be positive or None, got {self.gate_learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +169,8 @@ class Stage2Config(Recipe):
                 raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
         if self.trained == "full" and self.lora_dropout:
             raise ValueError(f'lora_dropout={self.lora_dropout} belongs to adapters, but trained="full" has none')
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
         if min(self.cross_entropy_weight, self.kl_weight) < 0 or self.cross_entropy_weight + self.kl_weight == 0:

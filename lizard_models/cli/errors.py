@@ -50,7 +50,8 @@ def one_line_errors(go_on: Callable[[], str | None] = lambda: None) -> Iterator[
         line = explanation(error)
         if line is None or os.environ.get("LIZARD_TRACEBACK"):
             raise
-        again = f"; then go on with: {command}" if is_full_disk(error) and (command := go_on()) else ""
+        full = is_full_disk(error) and type(error).__name__ != "KeptDraft"
+        again = f"; then go on with: {command}" if full and (command := go_on()) else ""
         _stop(f"error: {with_options(line)}{again}", 2, everywhere=not isinstance(error, ValueError))
 
 
@@ -78,6 +79,8 @@ def is_full_disk(error: BaseException) -> bool:
 def explanation(error: Exception) -> str | None:
     """One line for an error that the user can mend, None for any other."""
     text = " ".join(str(error).split())
+    if type(error).__name__ == "KeptDraft":
+        return text  # where the work is matters more than why it is not elsewhere
     if is_full_disk(error):
         return "the disk is full: free some space, or start again with --out (and --cache) on another disk"
     if type(error).__name__ == "OutOfMemoryError":

@@ -54,6 +54,9 @@ class RunArguments:
     compile: bool = False
     """Run MLPs and norms that do not train through torch.compile: fewer kernels, about a minute more at the start."""
 
+    frozen: str | None = None
+    """Digest of what does not train, so that a run goes on with the same model alone; None computes it."""
+
     title: str = ""
     """What the progress bar calls the run."""
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import Trainer
 
 from lizard_models.distill import parallel
+from lizard_models.files.folders import sha256_of
 from lizard_models.files.weights import PICKLES
 
 OPTIMIZER, SCHEDULER = "optimizer.safetensors", "scheduler.json"
+SUMS = "sums.json"
 
 
 class StateFiles(Trainer):
@@ -61,6 +63,33 @@ def refuse_pickles(checkpoint: Path) -> None:
             f"{checkpoint} holds {', '.join(found)}: pickles, which can run code and are never read; "
             "delete the run's folder and train again"
         )
+
+
+def write_sums(checkpoint: Path) -> None:
+    """Writes the sha256 of every file of a checkpoint beside them, by name."""
+    sums = {path.name: sha256_of(path) for path in sorted(checkpoint.iterdir())}
+    (checkpoint / SUMS).write_text(json.dumps(sums, indent=2) + "\n")
+
+
+def damaged(checkpoint: Path, required: bool) -> str:
+    """What is wrong with a checkpoint's files, empty if nothing; a path, and why, otherwise.
+
+    required: whether there must be sums. Checkpoints of earlier versions have none.
+    """
+    path = checkpoint / SUMS
+    if not path.is_file():
+        return f"{path} is missing" if required else ""
+    try:
+        sums = json.loads(path.read_text())
+        found = {file.name for file in checkpoint.iterdir()} - {SUMS}
+        for name in sorted(found | sums.keys()):
+            if name not in found:
+                return f"{checkpoint / name} is missing"
+            if sums.get(name) != sha256_of(checkpoint / name):
+                return f"{checkpoint / name} cannot be read (another sha256 than when it was written: damaged)"
+    except (ValueError, AttributeError, OSError) as error:
+        return f"{path} cannot be read ({error})"
+    return ""
 
 
 def save_optimizer_state(saved: dict[str, Any], path: Path) -> None:

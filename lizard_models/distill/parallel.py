@@ -70,8 +70,18 @@ def agreed(value: Any) -> Any:
     if process_count() == 1:
         return value
     values = [value]
+    PartialState()  # joins the others, where nothing did before
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def agreed_names(names: list[str]) -> list[str]:
+    """The names that any process gives, in every process; every process must ask."""
+    if process_count() == 1:
+        return names
+    given: list[Any] = [None] * process_count()
+    dist.all_gather_object(given, names)
+    return list(dict.fromkeys(name for some in given for name in some))
 
 
 def sharded(objective: nn.Module, device: str) -> nn.Module:
@@ -109,6 +119,12 @@ def whole(tensor: Tensor) -> Tensor:
     """A parameter or state without its shards; every process must ask, in the same order."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a parameter or state."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:

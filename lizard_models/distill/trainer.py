@@ -20,21 +20,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from lizard_models.config import RETIRED
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
-from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles
+from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles, write_sums
 from lizard_models.distill.compiled import compiled
+from lizard_models.distill.finite import FiniteWatch
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
+from lizard_models.distill.resume import RUN as RUN  # known by this name here too
+from lizard_models.distill.resume import checkpoint_to_resume, checkpoints, frozen_digest, older
 from lizard_models.distill.schedule import cosine_schedule
+from lizard_models.distill.stream import endless
+from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.recipes import Recipe
 
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
 TRAINED = "trained.safetensors"
-RUN = "run.json"
+DIVERGED = 1.5  # a stage whose loss ends above its first by this factor is warned of; batches differ by less
 
 
 @dataclass
@@ -63,6 +66,38 @@ class DistillTrainer(StateFiles):
     model: nn.Module
     saving_to: str | None = None
     sharded = False
+    watch: FiniteWatch
+    loss_sum: Tensor | float = 0.0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; the loss is kept for the watch."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss_sum = self.loss_sum + loss
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = self._watched_norm()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._watched_norm() if grad_norm is None else grad_norm
+
+    def _watched_norm(self) -> Tensor:
+        """Norm of all gradients, computed as torch's clipping does; it and the loss of this step are looked at."""
+        grads = {name: p.grad for name, p in parallel.trained(self.model) if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(grads.values())))
+        norm = torch.linalg.vector_norm(norms)
+        loss, self.loss_sum = self.loss_sum, 0.0
+        assert isinstance(loss, Tensor)  # a training step came before
+        self.watch.step(self.state.global_step + 1, loss, list(grads), norms, parallel.whole(norm))
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, after a look at the steps it is about, which names parameters."""
+        self.watch.settle()
+        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the parameters that train; every process must call it."""
@@ -84,6 +119,7 @@ class DistillTrainer(StateFiles):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(None))
         main = parallel.is_main_process()
+        self.watch.state(self.state.global_step, parallel.trained(self.model), self.optimizer)
         draft = parallel.agreed(tempfile.mkdtemp(prefix=".saving-", dir=run_dir) if main else None)
         try:
             self.saving_to = draft
@@ -94,6 +130,7 @@ class DistillTrainer(StateFiles):
             parallel.wait_for_all()
             if main:
                 written = next(Path(draft).glob("checkpoint-*"))
+                write_sums(written)
                 shutil.rmtree(run_dir / written.name, ignore_errors=True)
                 written.rename(run_dir / written.name)
                 for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
@@ -102,11 +139,6 @@ class DistillTrainer(StateFiles):
             if main:
                 shutil.rmtree(draft, ignore_errors=True)
         parallel.wait_for_all()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a stage's folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -120,9 +152,11 @@ def load_trained_state(model: nn.Module, checkpoint: Path) -> None:
     try:
         saved = load_file(checkpoint / TRAINED)
     except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint / TRAINED} cannot be read ({error}): {older(checkpoint)}") from error
+    if bad := nonfinite(saved):
         raise ValueError(
-            f"{checkpoint / TRAINED} cannot be read ({error}): delete this checkpoint to resume from an older one"
-        ) from error
+            f"{checkpoint / TRAINED} holds numbers that are not finite: {name_some(bad)}; {older(checkpoint)}"
+        )
     present = dict(parallel.trained(model))
     if saved.keys() != present.keys():
         different = sorted(saved.keys() ^ present.keys())
@@ -166,8 +200,9 @@ def run_stage(
     objective: forward(input_ids [B, T]) -> {"loss": scalar}. quantity: what the loss is called on the screen.
     With ``run.resume`` it goes on from the newest checkpoint; a finished run is only loaded.
 
-    Raises ValueError if nothing trains, if checkpoints are there and ``resume`` is not set, or if they are of another
-    run; FloatingPointError if the loss is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
+    Raises ValueError if nothing trains, if frozen weights are not finite, if checkpoints are there and ``resume`` is
+    not set, or if they are of another run or damaged; FloatingPointError if a loss, a gradient or what a checkpoint
+    would hold is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
 
     Started by torchrun or accelerate, the batch is shared among the processes. With ``run.fsdp`` the model is sharded
     over them meanwhile; what it learned is in ``objective`` in every process afterwards.
@@ -178,7 +213,16 @@ def run_stage(
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     if parameters == 0:
         raise ValueError("the model has no parameters to train in this stage")
-    last = _checkpoint_to_resume(folder, run, recipe, steps, digest)
+    if bad := nonfinite({name: p for name, p in objective.named_parameters() if not p.requires_grad}):
+        raise ValueError(f"the model has weights that are not finite: {name_some(bad)}; load its teacher again")
+    record = {
+        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
+        "steps": steps,
+        "data": digest,
+        "model": run.frozen or parallel.agreed(frozen_digest(objective) if parallel.is_main_process() else None),
+        "sums": True,  # every checkpoint has them
+    }
+    last = checkpoint_to_resume(folder, run.resume, record)
 
     arguments = training_arguments(recipe, run, steps)
     arguments.save_total_limit = run.keep_checkpoints
@@ -196,11 +240,12 @@ def run_stage(
     trainer = DistillTrainer(
         model=trained,
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=endless(dataset),
         optimizers=(optimizer, schedule),
         callbacks=[progress, interrupt],
     )
     trainer.sharded = run.fsdp
+    trainer.watch = FiniteWatch(run.title, quantity, folder)
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     if last is not None and last.name == f"checkpoint-{steps}":
@@ -211,37 +256,20 @@ def run_stage(
         with interrupt, contextlib.closing(progress), ways[0], ways[1]:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         history = trainer.state.log_history
-        if interrupt.asked and trainer.state.global_step < steps:
+        # In the last step too: the checkpoint is written, and what would come next was not asked for.
+        if parallel.any_process(interrupt.asked, arguments.device):
             raise TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
         if trained is not objective:
             parallel.copy_trained(trained, objective)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    return StageResult(steps, time.monotonic() - started, losses, parameters, digest)
-
-
-def _checkpoint_to_resume(folder: Path, run: RunArguments, recipe: Recipe, steps: int, digest: str) -> Path | None:
-    record = {"recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "steps": steps, "data": digest}
-    path = folder / RUN
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    parallel.wait_for_all()  # every process has looked before one writes
-    if found is None:
-        if parallel.is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=2) + "\n")
-        parallel.wait_for_all()
-        return None
-    if not run.resume:
-        raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")
-    before = json.loads(path.read_text())
-    changed = [key for key in ("steps", "data") if before[key] != record[key]]
-    changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]
-    retired = {key: value for key, value in before["recipe"].items() if key not in record["recipe"]}
-    changed += [key for key, value in retired.items() if value != RETIRED.get(f"stage1.{key}")]
-    if changed:
-        raise ValueError(
-            f"{folder} is of a run with other {', '.join(changed)}: repeat its command, or delete the folder"
+    result = StageResult(steps, time.monotonic() - started, losses, parameters, digest)
+    if losses and result.final_loss > DIVERGED * losses[0][1]:
+        progress.console.print(
+            f"warning: {run.title}: {quantity} rose from {losses[0][1]:.4g} to {result.final_loss:.4g}, so this stage "
+            "did harm; try a smaller learning rate",
+            highlight=False,
         )
-    return Path(found)
+    return result
 
 
 @contextlib.contextmanager

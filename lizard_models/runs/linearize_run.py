@@ -15,21 +15,22 @@ from rich.console import Console
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import RunArguments, StageResult, train_stage1, train_stage2
-from lizard_models.distill.parallel import is_main_process, join, process_count, wait_for_all
+from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
-from lizard_models.files.folders import appear_whole, check_space, write_sums
+from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums, write_whole
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.recipes import Recipe
 from lizard_models.runs.cost import tuned_numbers
+from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.teachers.find import Teacher, load_teacher, save_tokenizer
+from lizard_models.teachers.find import Teacher, load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 from lizard_models.text.sequences import Documents, load_documents, load_sequences
 
@@ -118,6 +119,7 @@ class _Run:
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
         self.say(f"teacher: {plan.teacher}")
         self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
+        self.digest = agreed(teacher_digest(self.teacher) if is_main_process() else None)
         self.documents = self._evaluation_documents()
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
@@ -153,6 +155,7 @@ class _Run:
             run = self._run_arguments("stage2", "stage 2, fine-tuning")
             model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run)
             self._measure(STAGE2, model)
+        refuse_broken(model, self.device, self.home)
         report = Report(f"{self.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
         self._save(model, report)
         return Outcome(model, self.teacher, plan.out, report, self.results)
@@ -200,7 +203,7 @@ class _Run:
             for one in both:
                 one.to(self.home)
             if is_main_process():
-                path.write_text(json.dumps(layers))
+                write_whole(path, json.dumps(layers))
         wait_for_all()
         layers = json.loads(path.read_text())
         widen(model, layers)
@@ -271,7 +274,7 @@ class _Run:
             return
         self.rows.append(row)
         if is_main_process():
-            (self.work / "rows.json").write_text(json.dumps([row.to_dict() for row in self.rows]))
+            write_whole(self.work / "rows.json", json.dumps([row.to_dict() for row in self.rows]))
         parts = [] if row.loss is None else [f"loss by position {' '.join(f'{m:.3f}' for m in row.loss.means)}"]
         parts += [] if row.relative_error is None else [f"relative error {row.relative_error:.4f}"]
         parts += [f"passkey {length}: {share:.0%}" for length, share in row.passkey.items()]
@@ -293,12 +296,14 @@ class _Run:
             cuda_graph=self.plan.cuda_graph,
             compile=self.plan.compile,
             title=title,
+            frozen=self.digest,
         )
 
     def _settings(self) -> dict[str, Any]:
         plan = self.plan
         return {
             "teacher": plan.teacher,
+            "teacher_sha256": self.digest,
             "config": self.config.to_dict(),
             "widen": plan.widen,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -319,6 +324,12 @@ class _Run:
         path = self.work / "plan.json"
         if path.is_file():
             before = {"widen": 0, **json.loads(path.read_text())}  # runs from before there was this choice lack it
+            if (known := before.setdefault("teacher_sha256", self.digest)) != self.digest:
+                raise ValueError(
+                    f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.work)!r} began with: its "
+                    f"weights or its configuration changed (sha256 {self.digest[:12]}, was {known[:12]}); put the old "
+                    "one back, or delete that folder and train anew"
+                )
             changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
             if changed:
                 raise ValueError(
@@ -328,19 +339,22 @@ class _Run:
         wait_for_all()
         if is_main_process():
             self.work.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            write_whole(path, text)
 
     def _save(self, model: LizardCausalLM, report: Report) -> None:
         if not is_main_process():
             return wait_for_all()
-        with appear_whole(self.plan.out) as draft:
-            model.save_pretrained(draft)
-            if self.teacher.tokenizer is not None:
-                save_tokenizer(self.teacher.tokenizer, draft, model.config)
-            save_report(report, draft, say=self.say)
-            (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
-            write_model_card(draft, self.teacher.source)
-            write_sums(draft)
+        try:
+            with appear_whole(self.plan.out, shared=False) as draft:
+                model.save_pretrained(draft)
+                if self.teacher.tokenizer is not None:
+                    save_tokenizer(self.teacher.tokenizer, draft, model.config)
+                save_report(report, draft, say=self.say)
+                (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+                write_model_card(draft, self.teacher.source)
+                write_sums(draft)
+        except KeptDraft as kept:
+            raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         shutil.rmtree(self.work)
         wait_for_all()
 

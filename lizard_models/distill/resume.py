@@ -1,0 +1,86 @@
+"""Which checkpoint a stage goes on from, and whether it is of the same run: recipe, data, model, and whole files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from lizard_models.config import RETIRED
+from lizard_models.distill import parallel
+from lizard_models.distill.checkpoint_files import damaged, refuse_pickles
+from lizard_models.files.folders import write_whole
+from lizard_models.files.weights import content_digest
+
+RUN = "run.json"
+OF_TRAINING = ("version", "name", "stage1", "stage2")  # what a Lizard's own record holds beside what it computes
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=step_of)
+
+
+def older(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    before = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
+    if not before:
+        return "there is no older checkpoint: delete the run's folder and train again"
+    return f"delete this checkpoint, and resume goes on from {str(before[-1])!r}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def frozen_digest(objective: nn.Module) -> str:
+    """What a stage trains against: parameters that do not train, and the model's configuration without recipes."""
+    frozen = {name: p for name, p in objective.named_parameters() if not p.requires_grad}
+    model = next((m for m in objective.modules() if isinstance(m, PreTrainedModel)), None)
+    config: dict[str, Any] = {} if model is None else dict(model.config.to_dict())
+    if isinstance(config.get("lizard"), dict):
+        config["lizard"] = {key: value for key, value in config["lizard"].items() if key not in OF_TRAINING}
+    return content_digest(frozen, config)
+
+
+def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> Path | None:
+    """The newest checkpoint of a stage's folder, None for a new run, whose record is then written.
+
+    record: recipe, steps, data and model of this run. Raises ValueError for checkpoints where ``resume`` is not set,
+    those of another run, and a newest one that is damaged.
+    """
+    path = folder / RUN
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    parallel.wait_for_all()  # every process has looked before one writes
+    if found is None:
+        if parallel.is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(record, indent=2) + "\n")
+        parallel.wait_for_all()
+        return None
+    if not resume:
+        raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")
+    before = json.loads(path.read_text())
+    changed = [key for key in ("steps", "data") if before[key] != record[key]]
+    changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]
+    retired = {key: value for key, value in before["recipe"].items() if key not in record["recipe"]}
+    changed += [key for key, value in retired.items() if value != RETIRED.get(f"stage1.{key}")]
+    if changed:
+        raise ValueError(
+            f"{folder} is of a run with other {', '.join(changed)}: repeat its command, or delete the folder"
+        )
+    if before.get("model", record["model"]) != record["model"]:  # runs of earlier versions do not know it
+        raise ValueError(
+            f"{folder} is of a run on another model: its frozen parameters differ, or its configuration; go on with "
+            "the one it began with, or delete the folder"
+        )
+    refuse_pickles(Path(found))
+    sums = before.get("sums", False)  # runs of earlier versions have none
+    if wrong := parallel.agreed(damaged(Path(found), sums) if parallel.is_main_process() else None):
+        raise ValueError(f"{wrong}; {older(Path(found))}")
+    return Path(found)
