@@ -18,10 +18,17 @@ from lizard_layers import AnchorBlock
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.forward_plan import ForwardPlan
-from lizard_models.model.graphs import is_graphed
+from lizard_models.model.graphs import is_graphed, may_leave_graph
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
-from lizard_models.model.packing import Packing, find_packing, packed_mask, positions_of_documents
+from lizard_models.model.packing import (
+    Packing,
+    assert_one_text,
+    find_packing,
+    find_packing_outside,
+    packed_mask,
+    positions_of_documents,
+)
 from lizard_models.model.padding import (
     all_real,
     check_padding_mask,
@@ -98,8 +105,9 @@ class LizardDecoder(LizardModelMixin):
         attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
         count real tokens only. Padding after a real token repeats that token's output. Position ids of real tokens
         that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without position ids) mark packed sequences,
-        which do not see each other and leave no cache. A cache must be a ``LizardCache``; unless asked for, none is
-        made in training.
+        which do not see each other and leave no cache. torch.compile leaves its graph to look for them; in one graph
+        (fullgraph=True, torch.export, a CUDA graph, or with a cache) they fail an assertion when it runs. A cache must
+        be a ``LizardCache``; unless asked for, none is made in training.
         """
         reached = None if self.mode == "teacher" else self.position_range
         if self.rotary_emb.range != reached:
@@ -181,11 +189,16 @@ class LizardDecoder(LizardModelMixin):
         length: int,
     ) -> tuple[LizardCache | None, Packing | None]:
         packing = None
-        if position_ids is not None and length > 1 and not is_graphed(position_ids):
+        if position_ids is not None and length > 1:
             real = None
             if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
                 real = attention_mask[:, -length:].bool()
-            packing = find_packing(position_ids, batch, real)
+            if not is_graphed(position_ids):
+                packing = find_packing(position_ids, batch, real)
+            elif cache is None and not use_cache and may_leave_graph():
+                packing = find_packing_outside(position_ids, batch, real)
+            else:
+                assert_one_text(position_ids, real)
         cache = self._cache_for(cache, use_cache, packing is not None)
         if cache is not None and not torch.compiler.is_compiling():
             cache.expect(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,23 @@ def is_graphed(like: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     return like is not None and like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@torch._dynamo.assume_constant_result
+def _one_graph() -> bool:
+    """Asked while torch.compile traces: whether it was told to make one graph of everything (fullgraph, export)."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        root: Any = InstructionTranslator.current_tx().output.root_tx
+        return bool(root.one_graph or root.error_on_graph_break)
+    except (ImportError, AttributeError):  # it is of torch's inside; the careful answer is right everywhere
+        return True
+
+
+def may_leave_graph() -> bool:
+    """Whether code marked with ``torch.compiler.disable`` runs: not in an export, nor under fullgraph=True."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not _one_graph()
 
 
 def outside_inference_mode() -> contextlib.AbstractContextManager:
