@@ -107,7 +107,10 @@ class LizardDecoder(LizardModelMixin):
         that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without position ids) mark packed sequences,
         which do not see each other and leave no cache. torch.compile leaves its graph to look for them; in one graph
         (fullgraph=True, torch.export, a CUDA graph, or with a cache) they fail an assertion when it runs. A cache must
-        be a ``LizardCache``; unless asked for, none is made in training.
+        be a ``LizardCache``; unless asked for, none is made in training. A mask must say of cached positions what the
+        cache has read of them; a graph does not check that.
+
+        Raises ValueError for what does not fit, and says what would.
         """
         reached = None if self.mode == "teacher" else self.position_range
         if self.rotary_emb.range != reached:
@@ -140,15 +143,22 @@ class LizardDecoder(LizardModelMixin):
             if self.keeps_sliding_layers:
                 refuse_gaps(padding_mask)
             new = padding_mask.shape[1] - length
+            if new and past_key_values is not None and not is_graphed(padding_mask):
+                past_key_values.check_mask(padding_mask[:, :new])
+            whole_mask = padding_mask
             if position_ids is None:
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new:]
             padding_mask = padding_mask[:, new:]
-        elif position_ids is None and past_key_values is not None:
-            start = past_key_values.positions()
+        elif past_key_values is not None:
+            if self.has_softmax_layers and past_key_values.padded and not is_graphed(tokens):
+                past_key_values.check_mask(None)
+            start = past_key_values.positions() if position_ids is None else None
             if start is not None:
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
         if all_real(padding_mask):
             padding_mask = None
+        if past_key_values is not None and padding_mask is not None and not is_graphed(padding_mask):
+            past_key_values.padded, past_key_values.read_mask = True, whole_mask
         blocks = self._anchor_blocks(tokens, position_ids, past, packing is not None)
         plan = ForwardPlan(padding_mask, packing, blocks)
         if self.mode == "student" and not self.has_softmax_layers:
