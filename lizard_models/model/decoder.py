@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 from lizard_layers import AnchorBlock
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.graphs import is_graphed, may_leave_graph
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
@@ -37,6 +39,8 @@ from lizard_models.model.padding import (
     repeat_over_padding,
 )
 from lizard_models.model.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
+
+logger = logging.get_logger(__name__)
 
 
 class LizardDecoder(LizardModelMixin):
@@ -98,8 +102,9 @@ class LizardDecoder(LizardModelMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """As the family's decoder, with these differences.
 
         attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
@@ -112,6 +117,24 @@ class LizardDecoder(LizardModelMixin):
 
         Raises ValueError for what does not fit, and says what would.
         """
+        within = kwargs.pop("within_causal_lm", False)  # which reads the fields, whatever config.return_dict says
+        with without_checkpointing(self):
+            outputs = self._read(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+            )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if wants_dict or within else outputs.to_tuple()
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
         reached = None if self.mode == "teacher" else self.position_range
         if self.rotary_emb.range != reached:
             self.rotary_emb.range = reached
@@ -125,10 +148,23 @@ class LizardDecoder(LizardModelMixin):
             if plain and use_cache is False and self.causal_without_mask and input_ids is not None:
                 attention_mask, kwargs["plan"] = placeholder_mask(input_ids), ForwardPlan(without_mask=True)
             return super().forward(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                use_cache=use_cache,
+                return_dict=True,
+                **kwargs,
             )
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                f"cache: got a {type(kwargs['cache']).__name__}, wanted past_key_values=model.new_cache(): the layers "
+                "of a Lizard model keep a state and no paged keys and values, so there is no continuous batching: use "
+                "generate with a padded batch"
+            )
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
@@ -181,6 +217,7 @@ class LizardDecoder(LizardModelMixin):
                 inputs_embeds=inputs_embeds,
                 use_cache=past_key_values is not None,
                 plan=plan,
+                return_dict=True,
                 **kwargs,
             )
         if past_key_values is not None:
@@ -240,6 +277,15 @@ class LizardDecoder(LizardModelMixin):
             if cache is not None or use_cache:
                 without = 'mode "distill"' if self.mode == "distill" else "a batch of packed sequences"
                 raise ValueError(f"{without} keeps no cache: leave past_key_values and use_cache out")
+            return None
+        if self.training and torch.is_grad_enabled() and checkpointed_layers(self):
+            if cache is not None:
+                raise ValueError(
+                    "past_key_values: layers under gradient checkpointing read no cache in training: leave it out, or "
+                    "call model.eval(), model.gradient_checkpointing_disable() or torch.no_grad() first"
+                )
+            if use_cache:
+                logger.warning_once("use_cache=True: gradient checkpointing keeps no cache in training, there is none")
             return None
         if cache is None:
             if use_cache is None:
