@@ -47,8 +47,13 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As the family's model. In mode "distill" the loss is the mean of ``layer_losses()``, without logits."""
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """As the family's model. In mode "distill" the loss is the mean of ``layer_losses()``, without logits.
+
+        A Trainer that accumulates hands ``num_items_in_batch`` over, the labels of all forwards of a step; the loss is
+        then times the share of them that are in this forward, so that the losses of a step add up to their mean.
+        Raises ValueError for it without labels, and as the decoder's forward.
+        """
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -57,8 +62,11 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
+        kwargs["within_causal_lm"] = True
         if self.mode != "distill":
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
+        share = 1 if items is None else share_of_items(labels, kwargs.get("shift_labels"), items)
         outputs = self.model(**inputs, **kwargs)
         return CausalLMOutputWithPast(loss=self.layer_losses().mean(), hidden_states=outputs.hidden_states)
 
@@ -141,3 +149,11 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
                 if isinstance(criterion, MaxLengthCriteria):
                     criterion.max_position_embeddings = None
         return criteria
+
+
+def share_of_items(labels: Tensor | None, shift_labels: Tensor | None, items: Tensor | int) -> Tensor:
+    """Of ``items`` labels, the share in this forward, counted as a Trainer does: those that predict, not -100."""
+    if shift_labels is None and labels is None:
+        raise ValueError("num_items_in_batch: got a number, but no labels of which to count those of this forward")
+    here = shift_labels if shift_labels is not None else labels[..., 1:]  # type: ignore[index]
+    return here.ne(-100).sum() / items
