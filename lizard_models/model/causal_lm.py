@@ -68,7 +68,30 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         share = 1 if items is None else share_of_items(labels, kwargs.get("shift_labels"), items)
         outputs = self.model(**inputs, **kwargs)
-        return CausalLMOutputWithPast(loss=self.layer_losses().mean(), hidden_states=outputs.hidden_states)
+        loss = CausalLMOutputWithPast(loss=self.layer_losses().mean() * share, hidden_states=outputs.hidden_states)
+        return loss if (self.config.return_dict if return_dict is None else return_dict) else loss.to_tuple()
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused for the student, whose layers keep no paged keys and values: a ValueError says what there is."""
+        self._refuse_paging("continuous batching (init_continuous_batching)")
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
+    def continuous_batching_context_manager(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``init_continuous_batching``."""
+        self._refuse_paging("continuous batching (continuous_batching_context_manager)")
+        return super().continuous_batching_context_manager(*args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``init_continuous_batching``."""
+        self._refuse_paging('continuous batching (generate_batch, cache_implementation="paged")')
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_paging(self, what: str) -> None:
+        if self.mode != "teacher":
+            raise ValueError(
+                f"{what}: a Lizard model has a constant-size cache of its own and no pages: call generate with a "
+                'padded batch and its attention_mask; cache_implementation None, "dynamic" or "static"'
+            )
 
     def _prepare_cache_for_generation(
         self: Any,
