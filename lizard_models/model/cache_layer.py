@@ -211,6 +211,11 @@ class LizardCacheLayer(CacheLayerMixin):
             new._rollback = self._rollback.copy()
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._rollback is not None:
+            raise ValueError("a cache that records its past cannot be pickled: crop(0) and record_past=False first")
+        return self.__dict__
+
     def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Move the state; dtype is that of keys and values, sums and gates stay float32 (float64 with it)."""
         if self._rollback is not None:
