@@ -75,11 +75,8 @@ class LizardCache(Cache):
 
     def advance(self, positions: int) -> None:
         """Count positions that every layer has read."""
-        if self.seen.on_device is None and not torch.compiler.is_compiling():
-            states = [layer.state for layer in self.lizard_layers() if layer.state is not None]
-            if states:
-                self.seen.live_on(states[0].position.device)
-        self.seen.add(positions)
+        states = [layer.state for layer in self.lizard_layers() if layer.state is not None]
+        self.seen.add(positions, states[0].position.device if states else None)
 
     def check_mask(self, past_mask: Tensor | None) -> None:
         """Raises ValueError where a mask [B, seen] of what was read disagrees with what the states hold of it.
@@ -164,7 +161,7 @@ class LizardCache(Cache):
         self.seen.reset()
         self.padded, self.read_mask = False, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Row b becomes what row beam_idx[b] was."""
         super().reorder_cache(beam_idx)
         self._select_rows(beam_idx)

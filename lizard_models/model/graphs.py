@@ -20,11 +20,16 @@ class SeenPositions:
         self.on_host: int | None = 0
         self.on_device: Tensor | None = None
 
-    def add(self, positions: int) -> None:
-        """Count so many more. Must be told of the device by ``live_on`` first if a graph may replay it."""
+    def add(self, positions: int, device: torch.device | None = None) -> None:
+        """Count so many more, from now on on this device too."""
+        # The first forward that a cache goes through may be traced: torch.compile guards Python's count and repeats
+        # what is done to it here, so both counts are right. Only one that stays for many replays counts alone.
+        first = self.on_device is None and torch.compiler.is_compiling()
+        if device is not None and self.on_device is None:
+            self.live_on(device)
         if self.on_device is not None:
             self.on_device.add_(positions)
-        if is_graphed(self.on_device):
+        if is_graphed(self.on_device) and not first:
             self.on_host = None
         elif self.on_host is not None:
             self.on_host += positions
