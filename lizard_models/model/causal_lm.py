@@ -20,6 +20,8 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
     """Mixed into a family's causal language model: generation with a constant-size cache, strict loading."""
 
     decoder_class: type[LizardDecoder]
+    _tp_plan: Any = None  # the family's plans know nothing of the new parameters
+    _pp_plan: Any = None
 
     def __init__(self, config: PreTrainedConfig) -> None:
         PreTrainedModel.__init__(self, config)
