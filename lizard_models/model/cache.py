@@ -108,6 +108,16 @@ class LizardCache(Cache):
                 "makes it), or the whole text without past_key_values"
             )
 
+    def mask_of_the_past(self) -> Tensor | None:
+        """A mask [B, seen] bool that agrees with what was read; None before the first token."""
+        seen, start = self.get_seq_length(), self.positions()
+        if start is None or not seen:
+            return None
+        if self.read_mask is not None:
+            later = self.read_mask.new_ones(start.shape[0], seen - self.read_mask.shape[1])
+            return torch.cat([self.read_mask, later], 1)
+        return torch.arange(seen, device=start.device) >= seen - start.unsqueeze(1)
+
     def known_length(self) -> int | None:
         """``get_seq_length`` without waiting for the device; None where a graph has counted."""
         return None if is_graphed(self.seen.on_device) else self.seen.on_host
@@ -181,8 +191,13 @@ class LizardCache(Cache):
         if self.read_mask is not None:
             self.read_mask = self.read_mask[rows.to(self.read_mask.device)]
 
-    def activate_past_recording(self) -> None:
-        """Remember what is read from now on, so that ``crop`` can take it back: at most 128 tokens per layer."""
+    def activate_past_recording(self, tokens: int = 0) -> None:
+        """Remember what is read from now on, so that ``crop`` can take the last of it back.
+
+        tokens: how many at least; 128 per layer can be taken back in any case.
+        """
+        for layer in self.lizard_layers():
+            layer.remember(tokens)
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()

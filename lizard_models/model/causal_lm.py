@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -114,12 +115,41 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         if self.mode == "student" and makes_cache:
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             model_kwargs["past_key_values"] = self.new_cache(static=kind == "static", max_cache_len=length)
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
         else:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
             )
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.is_assistant and isinstance(cache, LizardCache):
+            cache.activate_past_recording(generation_config.max_new_tokens or max_cache_length)  # the draft to come
+            mask, read = model_kwargs.get("attention_mask"), cache.mask_of_the_past()
+            if mask is not None and read is not None and read.shape[1] < mask.shape[1]:
+                # A mask made of the ids takes a padding token that a model wrote for padding.
+                new = mask[:, read.shape[1] :]
+                model_kwargs["attention_mask"] = torch.cat([read.to(mask.device, mask.dtype), new], 1)
+
+    def _get_candidate_generator(
+        self: Any,
+        generation_config: Any,
+        input_ids: Any,
+        inputs_tensor: Any,
+        logits_processor: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', with a cache that can take back the longest draft."""
+        drafts = super()._get_candidate_generator(  # type: ignore[misc]
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+        )
+        cache, remaining = model_kwargs.get("past_key_values"), generation_config.max_length - input_ids.shape[1]
+        if isinstance(cache, LizardCache):
+            own = getattr(drafts, "assistant_generation_config", None)
+            grows = own is not None and str(own.num_assistant_tokens_schedule).startswith("heuristic")
+            length = getattr(drafts, "num_assistant_tokens", None) or getattr(drafts, "num_output_tokens", None)
+            longest = remaining if grows or length is None else int(length)
+            cache.activate_past_recording(longest + 1)  # a draft, and the token before it
+        return drafts
 
     def _prepare_position_ids_for_generation(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         mask = model_kwargs.get("attention_mask")
