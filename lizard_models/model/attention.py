@@ -54,6 +54,10 @@ class LizardAttention(nn.Module):
         self.mode: AttentionMode = "student"
         self.last_loss: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the loss of the last forward, which hangs in a graph."""
+        return self.__dict__ | {"last_loss": None}
+
     def hybrid_config(self) -> AttentionConfig:
         """Shape and choices of the layer's hybrid attention, as the model's config has them."""
         return attention_config(

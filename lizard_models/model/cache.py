@@ -44,6 +44,8 @@ class LizardCache(Cache):
             layers[i] = LizardCacheLayer(self.seen, static)
         super().__init__(layers=layers)
         self.lizard_config = config
+        self.padded = False  # whether padding may have been read
+        self.read_mask: Tensor | None = None  # [B, positions so far] bool of the last forward with padding
 
     def lizard_layers(self) -> list[LizardCacheLayer]:
         """The layers with a constant-size state."""
@@ -69,14 +71,52 @@ class LizardCache(Cache):
             raise ValueError(f"past_key_values holds {held.pop()} rows, but the inputs have {batch_size}")
         for layer in self.lizard_layers():
             layer.forget()
+        self.padded, self.read_mask = False, None
 
     def advance(self, positions: int) -> None:
         """Count positions that every layer has read."""
-        if self.seen.on_device is None and not torch.compiler.is_compiling():
-            states = [layer.state for layer in self.lizard_layers() if layer.state is not None]
-            if states:
-                self.seen.live_on(states[0].position.device)
-        self.seen.add(positions)
+        states = [layer.state for layer in self.lizard_layers() if layer.state is not None]
+        self.seen.add(positions, states[0].position.device if states else None)
+
+    def check_mask(self, past_mask: Tensor | None) -> None:
+        """Raises ValueError where a mask [B, seen] of what was read disagrees with what the states hold of it.
+
+        A state holds every token it has read and no other, so a mask cannot take one out later, nor put one in; None
+        says that there was no padding. A state knows how many tokens, a cache with kept softmax layers also which.
+        Reads the data: not for a graph.
+        """
+        positions = self.positions()
+        if positions is None:
+            return
+        if past_mask is None:
+            told: Tensor = torch.full_like(positions, self.get_seq_length())
+        else:
+            told = past_mask.sum(1).to(positions.device)
+        wrong = told != positions
+        if past_mask is not None and self.read_mask is not None and len(self.lizard_layers()) < len(self.layers):
+            columns = min(self.read_mask.shape[1], past_mask.shape[1])
+            read = self.read_mask[:, :columns].to(past_mask.device)
+            wrong = wrong | (read != past_mask[:, :columns]).any(1).to(wrong.device)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            said = "None, which says" if past_mask is None else "a mask that says"
+            other = " elsewhere" if int(told[row]) == int(positions[row]) else ""
+            raise ValueError(
+                f"attention_mask: got {said} that {int(told[row])} of the cached positions of row {row} are real tokens"
+                f"{other}, but past_key_values has read {int(positions[row])}{other and ' other ones'}, and a state "
+                "cannot forget a token or add one later. Give the mask with which they were read (cache.inputs_for "
+                "makes it), or the whole text without past_key_values"
+            )
+
+    def mask_of_the_past(self) -> Tensor | None:
+        """A mask [B, seen] bool that agrees with what was read; None before the first token."""
+        seen, start = self.get_seq_length(), self.positions()
+        if start is None or not seen:
+            return None
+        if self.read_mask is not None:
+            later = self.read_mask.new_ones(start.shape[0], seen - self.read_mask.shape[1])
+            return torch.cat([self.read_mask, later], 1)
+        return torch.arange(seen, device=start.device) >= seen - start.unsqueeze(1)
 
     def known_length(self) -> int | None:
         """``get_seq_length`` without waiting for the device; None where a graph has counted."""
@@ -129,9 +169,35 @@ class LizardCache(Cache):
         """Forget every sequence; the tensors of converted layers stay where they are."""
         super().reset()
         self.seen.reset()
+        self.padded, self.read_mask = False, None
 
-    def activate_past_recording(self) -> None:
-        """Remember what is read from now on, so that ``crop`` can take it back: at most 128 tokens per layer."""
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times in place."""
+        super().batch_repeat_interleave(repeats)
+        if self.read_mask is not None:
+            self.read_mask = self.read_mask.repeat_interleave(repeats, 0)
+
+    def _select_rows(self, rows: Tensor) -> None:
+        if self.read_mask is not None:
+            self.read_mask = self.read_mask[rows.to(self.read_mask.device)]
+
+    def activate_past_recording(self, tokens: int = 0) -> None:
+        """Remember what is read from now on, so that ``crop`` can take the last of it back.
+
+        tokens: how many at least; 128 per layer can be taken back in any case.
+        """
+        for layer in self.lizard_layers():
+            layer.remember(tokens)
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -149,6 +215,8 @@ class LizardCache(Cache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         self.seen.add(tokens_to_remove)
+        if tokens_to_remove and self.read_mask is not None:
+            self.read_mask = self.read_mask[:, : self.get_seq_length()]
 
     def copy(self) -> LizardCache:
         """An independent cache in the same state."""

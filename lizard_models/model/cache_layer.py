@@ -33,6 +33,7 @@ class LizardCacheLayer(CacheLayerMixin):
         self.seen = seen or SeenPositions()
         self.is_compileable = static
         self._rollback: Rollback | None = None
+        self.recall = LIMIT  # tokens that can be taken back while the past is recorded
         self._blank = True  # no state but an empty one was set
 
     def read(
@@ -51,14 +52,14 @@ class LizardCacheLayer(CacheLayerMixin):
         if self._rollback is None or x.shape[1] == 0:
             return self._read(attention, before, (x, q, k, v, *(rope or ()), padding_mask), anchor_blocks)
         inputs = (x, q, k, v, *(rope or ()), padding_mask)
-        outputs, early = [], max(0, x.shape[1] - LIMIT)
+        outputs, early = [], max(0, x.shape[1] - self.recall)
         blocks, late_blocks = split_blocks(anchor_blocks, early)
         if early:  # read in two pieces, of which only the second can be taken back
             piece = tuple(None if t is None else t[:, :early] for t in inputs)
             outputs.append(self._read(attention, before, piece, blocks))
-            before, self._rollback = self.state, Rollback(self.state)
+            before, self._rollback = self.state, Rollback(self.state, self.recall)
         piece = tuple(None if t is None else t[:, early:] for t in inputs)
-        self._rollback.record(attention, before, piece)
+        self._rollback.record(attention, piece)
         outputs.append(self._read(attention, before, piece, late_blocks))
         return torch.cat(outputs, 1)
 
@@ -134,7 +135,7 @@ class LizardCacheLayer(CacheLayerMixin):
         else:
             self.forget()
         if self._rollback is not None:
-            self._rollback = Rollback(None)
+            self._rollback = Rollback(None, self.recall)
 
     def forget(self) -> None:
         """Let the tensors go as well."""
@@ -147,11 +148,17 @@ class LizardCacheLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self._rollback = (self._rollback or Rollback(self._to_read())) if value else None
+        self._rollback = (self._rollback or Rollback(self._to_read(), self.recall)) if value else None
 
     def activate_past_recording(self) -> None:
         """Remember what is read from now on, so that ``crop`` can take it back: the state and at most 128 tokens."""
         self.record_past = True
+
+    def remember(self, tokens: int) -> None:
+        """Let ``tokens`` tokens be taken back from now on, if that is more."""
+        self.recall = max(self.recall, tokens)
+        if self._rollback is not None:
+            self._rollback.limit = self.recall
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raises ValueError where ``crop`` could not take so many tokens back."""
@@ -167,7 +174,7 @@ class LizardCacheLayer(CacheLayerMixin):
         if self._rollback is not None and -tokens_to_remove > self._rollback.tokens():
             raise ValueError(
                 f"tokens_to_remove: got {tokens_to_remove}, but only the last {self._rollback.tokens()} tokens are "
-                f"remembered: those since the last crop, at most {LIMIT}"
+                f"remembered: those since the last crop, at most {self.recall}"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -181,7 +188,7 @@ class LizardCacheLayer(CacheLayerMixin):
                 self.reset()
             else:
                 self.set_state(state)
-        self._rollback = Rollback(self.state)
+        self._rollback = Rollback(self.state, self.recall)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
@@ -203,13 +210,18 @@ class LizardCacheLayer(CacheLayerMixin):
     def copy(self, seen: SeenPositions) -> LizardCacheLayer:
         """An independent layer in the same state, of a cache that counts with ``seen``."""
         new = LizardCacheLayer(seen, self.is_compileable)
-        new.is_initialized = self.is_initialized
+        new.is_initialized, new.recall = self.is_initialized, self.recall
         if self.state is not None:
             new.set_state(self.state)
         new._blank = self._blank
         if self._rollback is not None:
             new._rollback = self._rollback.copy()
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._rollback is not None:
+            raise ValueError("a cache that records its past cannot be pickled: crop(0) and record_past=False first")
+        return self.__dict__
 
     def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Move the state; dtype is that of keys and values, sums and gates stay float32 (float64 with it)."""

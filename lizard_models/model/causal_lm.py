@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -20,6 +21,8 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
     """Mixed into a family's causal language model: generation with a constant-size cache, strict loading."""
 
     decoder_class: type[LizardDecoder]
+    _tp_plan: Any = None  # the family's plans know nothing of the new parameters
+    _pp_plan: Any = None
 
     def __init__(self, config: PreTrainedConfig) -> None:
         PreTrainedModel.__init__(self, config)
@@ -47,8 +50,13 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As the family's model. In mode "distill" the loss is the mean of ``layer_losses()``, without logits."""
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """As the family's model. In mode "distill" the loss is the mean of ``layer_losses()``, without logits.
+
+        A Trainer that accumulates hands ``num_items_in_batch`` over, the labels of all forwards of a step; the loss is
+        then times the share of them that are in this forward, so that the losses of a step add up to their mean.
+        Raises ValueError for it without labels, and as the decoder's forward.
+        """
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -57,10 +65,36 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
+        kwargs["within_causal_lm"] = True
         if self.mode != "distill":
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
+        share = 1 if items is None else share_of_items(labels, kwargs.get("shift_labels"), items)
         outputs = self.model(**inputs, **kwargs)
-        return CausalLMOutputWithPast(loss=self.layer_losses().mean(), hidden_states=outputs.hidden_states)
+        loss = CausalLMOutputWithPast(loss=self.layer_losses().mean() * share, hidden_states=outputs.hidden_states)
+        return loss if (self.config.return_dict if return_dict is None else return_dict) else loss.to_tuple()
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused for the student, whose layers keep no paged keys and values: a ValueError says what there is."""
+        self._refuse_paging("continuous batching (init_continuous_batching)")
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
+    def continuous_batching_context_manager(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``init_continuous_batching``."""
+        self._refuse_paging("continuous batching (continuous_batching_context_manager)")
+        return super().continuous_batching_context_manager(*args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``init_continuous_batching``."""
+        self._refuse_paging('continuous batching (generate_batch, cache_implementation="paged")')
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def _refuse_paging(self, what: str) -> None:
+        if self.mode != "teacher":
+            raise ValueError(
+                f"{what}: a Lizard model has a constant-size cache of its own and no pages: call generate with a "
+                'padded batch and its attention_mask; cache_implementation None, "dynamic" or "static"'
+            )
 
     def _prepare_cache_for_generation(
         self: Any,
@@ -81,12 +115,41 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         if self.mode == "student" and makes_cache:
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             model_kwargs["past_key_values"] = self.new_cache(static=kind == "static", max_cache_len=length)
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
         else:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
             )
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.is_assistant and isinstance(cache, LizardCache):
+            cache.activate_past_recording(generation_config.max_new_tokens or max_cache_length)  # the draft to come
+            mask, read = model_kwargs.get("attention_mask"), cache.mask_of_the_past()
+            if mask is not None and read is not None and read.shape[1] < mask.shape[1]:
+                # A mask made of the ids takes a padding token that a model wrote for padding.
+                new = mask[:, read.shape[1] :]
+                model_kwargs["attention_mask"] = torch.cat([read.to(mask.device, mask.dtype), new], 1)
+
+    def _get_candidate_generator(
+        self: Any,
+        generation_config: Any,
+        input_ids: Any,
+        inputs_tensor: Any,
+        logits_processor: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', with a cache that can take back the longest draft."""
+        drafts = super()._get_candidate_generator(  # type: ignore[misc]
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+        )
+        cache, remaining = model_kwargs.get("past_key_values"), generation_config.max_length - input_ids.shape[1]
+        if isinstance(cache, LizardCache):
+            own = getattr(drafts, "assistant_generation_config", None)
+            grows = own is not None and str(own.num_assistant_tokens_schedule).startswith("heuristic")
+            length = getattr(drafts, "num_assistant_tokens", None) or getattr(drafts, "num_output_tokens", None)
+            longest = remaining if grows or length is None else int(length)
+            cache.activate_past_recording(longest + 1)  # a draft, and the token before it
+        return drafts
 
     def _prepare_position_ids_for_generation(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         mask = model_kwargs.get("attention_mask")
@@ -141,3 +204,11 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
                 if isinstance(criterion, MaxLengthCriteria):
                     criterion.max_position_embeddings = None
         return criteria
+
+
+def share_of_items(labels: Tensor | None, shift_labels: Tensor | None, items: Tensor | int) -> Tensor:
+    """Of ``items`` labels, the share in this forward, counted as a Trainer does: those that predict, not -100."""
+    if shift_labels is None and labels is None:
+        raise ValueError("num_items_in_batch: got a number, but no labels of which to count those of this forward")
+    here = shift_labels if shift_labels is not None else labels[..., 1:]  # type: ignore[index]
+    return here.ne(-100).sum() / items

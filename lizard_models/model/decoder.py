@@ -13,15 +13,24 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 from lizard_layers import AnchorBlock
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
 from lizard_models.model.forward_plan import ForwardPlan
-from lizard_models.model.graphs import is_graphed
+from lizard_models.model.graphs import is_graphed, may_leave_graph
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
-from lizard_models.model.packing import Packing, find_packing, packed_mask, positions_of_documents
+from lizard_models.model.packing import (
+    Packing,
+    assert_one_text,
+    find_packing,
+    find_packing_outside,
+    packed_mask,
+    positions_of_documents,
+)
 from lizard_models.model.padding import (
     all_real,
     check_padding_mask,
@@ -30,6 +39,8 @@ from lizard_models.model.padding import (
     repeat_over_padding,
 )
 from lizard_models.model.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
+
+logger = logging.get_logger(__name__)
 
 
 class LizardDecoder(LizardModelMixin):
@@ -91,16 +102,39 @@ class LizardDecoder(LizardModelMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """As the family's decoder, with these differences.
 
         attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
         count real tokens only. Padding after a real token repeats that token's output. Position ids of real tokens
         that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without position ids) mark packed sequences,
-        which do not see each other and leave no cache. A cache must be a ``LizardCache``; unless asked for, none is
-        made in training.
+        which do not see each other and leave no cache. torch.compile leaves its graph to look for them; in one graph
+        (fullgraph=True, torch.export, a CUDA graph, or with a cache) they fail an assertion when it runs. A cache must
+        be a ``LizardCache``; unless asked for, none is made in training. A mask must say of cached positions what the
+        cache has read of them; a graph does not check that.
+
+        Raises ValueError for what does not fit, and says what would.
         """
+        within = kwargs.pop("within_causal_lm", False)  # which reads the fields, whatever config.return_dict says
+        with without_checkpointing(self):
+            outputs = self._read(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+            )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if wants_dict or within else outputs.to_tuple()
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
         reached = None if self.mode == "teacher" else self.position_range
         if self.rotary_emb.range != reached:
             self.rotary_emb.range = reached
@@ -114,10 +148,23 @@ class LizardDecoder(LizardModelMixin):
             if plain and use_cache is False and self.causal_without_mask and input_ids is not None:
                 attention_mask, kwargs["plan"] = placeholder_mask(input_ids), ForwardPlan(without_mask=True)
             return super().forward(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                use_cache=use_cache,
+                return_dict=True,
+                **kwargs,
             )
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                f"cache: got a {type(kwargs['cache']).__name__}, wanted past_key_values=model.new_cache(): the layers "
+                "of a Lizard model keep a state and no paged keys and values, so there is no continuous batching: use "
+                "generate with a padded batch"
+            )
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
@@ -132,15 +179,22 @@ class LizardDecoder(LizardModelMixin):
             if self.keeps_sliding_layers:
                 refuse_gaps(padding_mask)
             new = padding_mask.shape[1] - length
+            if new and past_key_values is not None and not is_graphed(padding_mask):
+                past_key_values.check_mask(padding_mask[:, :new])
+            whole_mask = padding_mask
             if position_ids is None:
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new:]
             padding_mask = padding_mask[:, new:]
-        elif position_ids is None and past_key_values is not None:
-            start = past_key_values.positions()
+        elif past_key_values is not None:
+            if self.has_softmax_layers and past_key_values.padded and not is_graphed(tokens):
+                past_key_values.check_mask(None)
+            start = past_key_values.positions() if position_ids is None else None
             if start is not None:
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
         if all_real(padding_mask):
             padding_mask = None
+        if past_key_values is not None and padding_mask is not None and not is_graphed(padding_mask):
+            past_key_values.padded, past_key_values.read_mask = True, whole_mask
         blocks = self._anchor_blocks(tokens, position_ids, past, packing is not None)
         plan = ForwardPlan(padding_mask, packing, blocks)
         if self.mode == "student" and not self.has_softmax_layers:
@@ -163,6 +217,7 @@ class LizardDecoder(LizardModelMixin):
                 inputs_embeds=inputs_embeds,
                 use_cache=past_key_values is not None,
                 plan=plan,
+                return_dict=True,
                 **kwargs,
             )
         if past_key_values is not None:
@@ -181,11 +236,16 @@ class LizardDecoder(LizardModelMixin):
         length: int,
     ) -> tuple[LizardCache | None, Packing | None]:
         packing = None
-        if position_ids is not None and length > 1 and not is_graphed(position_ids):
+        if position_ids is not None and length > 1:
             real = None
             if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
                 real = attention_mask[:, -length:].bool()
-            packing = find_packing(position_ids, batch, real)
+            if not is_graphed(position_ids):
+                packing = find_packing(position_ids, batch, real)
+            elif cache is None and not use_cache and may_leave_graph():
+                packing = find_packing_outside(position_ids, batch, real)
+            else:
+                assert_one_text(position_ids, real)
         cache = self._cache_for(cache, use_cache, packing is not None)
         if cache is not None and not torch.compiler.is_compiling():
             cache.expect(batch)
@@ -217,6 +277,15 @@ class LizardDecoder(LizardModelMixin):
             if cache is not None or use_cache:
                 without = 'mode "distill"' if self.mode == "distill" else "a batch of packed sequences"
                 raise ValueError(f"{without} keeps no cache: leave past_key_values and use_cache out")
+            return None
+        if self.training and torch.is_grad_enabled() and checkpointed_layers(self):
+            if cache is not None:
+                raise ValueError(
+                    "past_key_values: layers under gradient checkpointing read no cache in training: leave it out, or "
+                    "call model.eval(), model.gradient_checkpointing_disable() or torch.no_grad() first"
+                )
+            if use_cache:
+                logger.warning_once("use_cache=True: gradient checkpointing keeps no cache in training, there is none")
             return None
         if cache is None:
             if use_cache is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,16 @@ class SeenPositions:
         self.on_host: int | None = 0
         self.on_device: Tensor | None = None
 
-    def add(self, positions: int) -> None:
-        """Count so many more. Must be told of the device by ``live_on`` first if a graph may replay it."""
+    def add(self, positions: int, device: torch.device | None = None) -> None:
+        """Count so many more, from now on on this device too."""
+        # The first forward that a cache goes through may be traced: torch.compile guards Python's count and repeats
+        # what is done to it here, so both counts are right. Only one that stays for many replays counts alone.
+        first = self.on_device is None and torch.compiler.is_compiling()
+        if device is not None and self.on_device is None:
+            self.live_on(device)
         if self.on_device is not None:
             self.on_device.add_(positions)
-        if is_graphed(self.on_device):
+        if is_graphed(self.on_device) and not first:
             self.on_host = None
         elif self.on_host is not None:
             self.on_host += positions
@@ -63,6 +69,23 @@ def is_graphed(like: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     return like is not None and like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@torch._dynamo.assume_constant_result
+def _one_graph() -> bool:
+    """Asked while torch.compile traces: whether it was told to make one graph of everything (fullgraph, export)."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        root: Any = InstructionTranslator.current_tx().output.root_tx
+        return bool(root.one_graph or root.error_on_graph_break)
+    except (ImportError, AttributeError):  # it is of torch's inside; the careful answer is right everywhere
+        return True
+
+
+def may_leave_graph() -> bool:
+    """Whether code marked with ``torch.compiler.disable`` runs: not in an export, nor under fullgraph=True."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not _one_graph()
 
 
 def outside_inference_mode() -> contextlib.AbstractContextManager:

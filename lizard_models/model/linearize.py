@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lizard_models.config import LizardConfig
@@ -23,20 +24,31 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
     teacher stays usable, and what trains or moves one moves the other. New parameters are float32, on the device of
     the layer they join.
 
-    Raises ValueError for another architecture, a model that is a Lizard already, an index in ``softmax_layers``
-    that the model does not have, or a window wider than the sliding window of a layer to convert.
+    Raises ValueError for another architecture, a model that is a Lizard already, one with adapters, wrapped modules or
+    offloaded weights, an index in ``softmax_layers`` that the model does not have, or a window wider than the sliding
+    window of a layer to convert.
     """
+    refuse_adapters(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is a {type(model).__name__}, wanted the PreTrainedModel inside it")
     if isinstance(model, LizardModelMixin):
         raise ValueError(f"model is a {type(model).__name__} already: linearize takes its teacher")
     try:
         family = family_of(model.config, model)
     except ValueError as error:
         raise ValueError(f"model cannot be converted: {error}") from None
+    refuse_offloaded(model)
     with torch.device("meta"):
         student = family(student_config(model.config, config))
-    for name, module in model.named_modules():
-        if name and not any(True for _ in module.children()):
-            student.set_submodule(name, module)
+    places = {name for name, _ in student.named_modules()}
+    leaves = {n: m for n, m in model.named_modules() if n and not any(True for _ in m.children())}
+    if strange := [name for name in leaves if name not in places]:
+        raise ValueError(
+            f"model has a {type(leaves[strange[0]]).__name__} at {strange[0]}, where a {type(model).__name__} has no "
+            "module: take wrappers and parametrizations out of the teacher, and linearize then"
+        )
+    for name, module in leaves.items():
+        student.set_submodule(name, module)
     teacher_rope: Any = model.model.rotary_emb  # made anew: a teacher cast to half precision has rounded frequencies
     rope = type(teacher_rope)(student.config).to(next(teacher_rope.buffers()).device)
     student.model.rotary_emb = with_far_positions(rope)
@@ -44,6 +56,30 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
         start_new_parameters(student, attention, attention.q_proj.weight.device)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError for a model of peft's, or one with adapters of peft's in it."""
+    for name, module in model.named_modules():
+        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+            where = f"adapters, a {type(module).__name__} at {name}" if name else f"adapters: a {type(module).__name__}"
+            raise ValueError(
+                f"model has {where}, whose weights a Lizard would lose: merge them first and convert the result, "
+                "model = peft_model.merge_and_unload() (for add_adapter: save the adapter, and "
+                "PeftModel.from_pretrained(teacher, folder).merge_and_unload())"
+            )
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raises ValueError for weights that are elsewhere (``device_map``): a model on meta as a whole is meant to be."""
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    hooked = any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+    if missing and (hooked or len(missing) < sum(1 for _ in model.parameters())):
+        raise ValueError(
+            f"model has offloaded weights, such as {missing[0]}: load the teacher whole (no device_map, or one "
+            "that fits), or convert its folder with lizard_models.linearize_folder (lizard-attn convert), which "
+            "needs the memory of one shard"
+        )
 
 
 def start_new_parameters(student: LizardCausalLM, attention: LizardAttention, device: torch.device | str) -> None:

@@ -48,6 +48,32 @@ def find_packing(position_ids: Tensor, batch: int, real: Tensor | None) -> Packi
     return Packing(cu_seqlens, None if real is None else real.flatten().nonzero().squeeze(-1))
 
 
+@torch.compiler.disable(
+    reason="where packed sequences begin is read from the position ids: leave them out, or no fullgraph"
+)
+def find_packing_outside(position_ids: Tensor, batch: int, real: Tensor | None) -> Packing | None:
+    """``find_packing`` where a graph is traced that may be left for it."""
+    return find_packing(position_ids, batch, real)
+
+
+def assert_one_text(position_ids: Tensor, real: Tensor | None) -> None:
+    """Makes a graph fail when it runs on packed rows, of which it knows nothing. Reads nothing back.
+
+    position_ids [B or 1, T], real [B, T] bool or None. Raises RuntimeError then, on a GPU as its assertion.
+    """
+    if real is None:
+        one = (position_ids.diff(dim=-1) == 1).all()
+    else:
+        steps = position_ids - real.long().cumsum(-1)  # constant over the real tokens of one text
+        first = steps.expand(real.shape).gather(1, real.int().argmax(-1, keepdim=True))
+        one = ((steps == first) | ~real).all()
+    torch._assert_async(
+        one,
+        "position_ids (or cu_seq_lens_q, seq_idx) restart within a row: packed sequences are read eagerly, or under "
+        "torch.compile without fullgraph and without a cache. In one graph leave them out and give one text a row",
+    )
+
+
 def positions_of_documents(kwargs: dict[str, Any], length: int) -> Tensor | None:
     """Position ids [B, T] from the boundaries that data collators give in place of them, or None.
 

@@ -80,6 +80,10 @@ class FarRotary:
         angles = torch.cat([angles, angles], -1)
         return angles.cos().float(), angles.sin().float()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the class is made at run time, so a copy is made from the family's."""
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
     def kinds(self) -> list[str | None]:
         """The layer types with frequencies of their own; [None] where all layers share them."""
         module: Any = self
@@ -90,6 +94,11 @@ class FarRotary:
 @functools.cache
 def _far_class(family: Any) -> type:
     return type(family.__name__, (FarRotary, family), {"range": None})
+
+
+def _blank(family: Any) -> Any:
+    far: Any = _far_class(family)
+    return far.__new__(far)
 
 
 def with_far_positions(rotary: Any) -> Any:

@@ -9,45 +9,52 @@ from torch import Tensor
 
 from lizard_layers import AttentionState, HybridAttention, map_state, select_sequences
 
-LIMIT = 128  # tokens a layer can take back; more cost memory without a reader
+LIMIT = 128  # tokens a layer can take back unless more are drafted; more cost memory without a reader
 
 
 class Rollback:
     """The state before the last tokens, and those tokens as the layer read them.
 
     A state cannot forget a token, but the layer can read the kept ones again: one attention call a layer on at most
-    ``LIMIT`` tokens, without projections or MLPs.
+    2 ``limit`` tokens, without projections or MLPs. The last ``limit`` of those recorded can be taken back.
     """
 
-    def __init__(self, state: AttentionState | None) -> None:
+    def __init__(self, state: AttentionState | None, limit: int = LIMIT) -> None:
+        self.limit = limit
         self.base = snapshot(state)
         self.read: tuple[Tensor, ...] | None = None
         self.attention: weakref.ref[HybridAttention] | None = None
 
     def tokens(self) -> int:
         """Tokens that can be taken back."""
+        return min(self._held(), self.limit)
+
+    def _held(self) -> int:
         return 0 if self.read is None else self.read[0].shape[1]
 
-    def record(
-        self, attention: HybridAttention, before: AttentionState | None, inputs: tuple[Tensor | None, ...]
-    ) -> None:
-        """Remember (x, q, k, v, cos, sin, padding mask) of at most ``LIMIT`` tokens, read after the state ``before``.
+    def record(self, attention: HybridAttention, inputs: tuple[Tensor | None, ...]) -> None:
+        """Remember (x, q, k, v, cos, sin, padding mask) of at most ``limit`` tokens that are read next.
 
-        Earlier ones are let go where both together are more.
+        Where twice the limit are held, all before the last ``limit`` become the state to start from.
         """
         x, mask = inputs[0], inputs[-1]
         assert x is not None
         if mask is None:
             mask = x.new_ones(x.shape[:2], dtype=torch.bool)
         new = tuple(t.expand(x.shape[0], *t.shape[1:]) for t in (*inputs[:-1], mask) if t is not None)
-        if self.tokens() + x.shape[1] > LIMIT:
-            self.base, self.read = snapshot(before), None
         self.attention = weakref.ref(attention)
+        if self._held() + x.shape[1] > 2 * self.limit and self.read is not None:
+            kept = max(0, self.limit - x.shape[1])
+            self.base = snapshot(self._after(self._held() - kept))
+            self.read = tuple(t[:, t.shape[1] - kept :] for t in self.read)
         self.read = new if self.read is None else tuple(torch.cat(pair, 1) for pair in zip(self.read, new, strict=True))
 
     def without(self, removed: int) -> AttentionState | None:
         """The state without the last ``removed`` tokens; None before the first."""
-        kept = self.tokens() - removed
+        return self._after(self._held() - removed)
+
+    def _after(self, kept: int) -> AttentionState | None:
+        """The state after the first ``kept`` tokens of those held."""
         if kept == 0:
             return snapshot(self.base)
         attention = None if self.attention is None else self.attention()
@@ -63,7 +70,7 @@ class Rollback:
 
     def copy(self) -> Rollback:
         """An independent one."""
-        new = Rollback(self.base)
+        new = Rollback(self.base, self.limit)
         new.read, new.attention = self.read, self.attention  # never written to
         return new
 

@@ -101,6 +101,7 @@ def load_state(path: str | os.PathLike[str], model: Any) -> LizardCache:
             "let this one read the text"
         )
     cache, seen = LizardCache(model.config), int(metadata["positions"])
+    cache.padded = True  # perhaps: the states know
     try:
         _fill(cache, tensors, seen)
     except (KeyError, TypeError, ValueError) as error:

@@ -331,3 +331,30 @@ def test_lm_evals_own_command_and_hf_model_read_a_folder(tmp_path, monkeypatch):
         return
     assert result.exit_code == 0, (result.output, result.exception)
     assert "|mills" in result.output.replace(" ", "")
+
+
+def test_plans_that_cut_layers_are_refused(tmp_path):
+    from transformers.distributed import DistributedConfig
+
+    model = student(num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    two = dict(tp_size=2)
+    for asked in (
+        {"tp_plan": "auto"},
+        {"tp_size": 2},
+        {"distributed_config": DistributedConfig(tp_size=2)},
+        {"distributed_config": two},
+        {"distributed_config": DistributedConfig(tp_plan="auto")},
+        {"distributed_config": DistributedConfig(pp_size=2)},
+    ):
+        for load in (AutoModelForCausalLM, type(model)):
+            with pytest.raises(ValueError, match="has no tensor, pipeline or expert parallel plan"):
+                load.from_pretrained(tmp_path, **asked)
+    assert not model.supports_tp_plan and not model.supports_pp_plan
+
+
+def test_configs_say_that_there_is_no_code_of_a_checkpoints_own(tmp_path):
+    model = student(num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    assert model.config.auto_map == {} and "auto_map" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.auto_map == {}

@@ -26,6 +26,9 @@ class FamilyConfig:
     family_file: ClassVar[str]
     """The file of the family's classes beside this one."""
 
+    auto_map: ClassVar[dict[str, str]] = {}
+    """Code of a checkpoint's own, which there is none of: TRL's trainers read it of every config."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         import_module(f"{__package__}.{cls.family_file}")
         return super().__new__(cls)
@@ -97,4 +100,5 @@ CONFIGS: tuple[Any, ...] = (
     LizardGemma3TextConfig,
 )
 for config in CONFIGS:
+    config.base_model_tp_plan = config.base_model_pp_plan = None  # the families' know nothing of the new parameters
     AutoConfig.register(config.model_type, config)

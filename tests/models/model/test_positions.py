@@ -233,3 +233,19 @@ def test_every_family_goes_past_the_limit(family):
     cache = model.new_cache()
     pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([30, 1, 29], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_longrope_in_pieces_is_one_piece_where_the_first_passes_its_length():
+    rope = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 8, long_factor=[4.0] * 8, factor=8.0)
+    family = teacher(rope_parameters=rope | {"original_max_position_embeddings": 32}, num_hidden_layers=1)
+    model = linearize(family, LizardConfig.preset("recommended", attention={"window": 8}))
+    disturb(model)
+    ids = tokens(1, 60)
+    whole = model(ids).logits
+    for first, same in ((33, True), (20, False)):  # docs/models.md says so, of the teacher too
+        for reader in (model, family) if not same else (model,):
+            cache = reader(ids[:, :first], use_cache=True).past_key_values
+            rest = reader(ids[:, first:], past_key_values=cache).logits
+            wanted = whole if reader is model else family(ids).logits
+            assert torch.allclose(rest, wanted[:, first:], rtol=1e-4, atol=1e-4) == same

@@ -1,0 +1,36 @@
+"""Tuples in place of fields, wherever they are asked for."""
+
+import pytest
+import torch
+from tiny import student, teacher, tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["argument", "config"])
+@pytest.mark.parametrize("mode", ["student", "teacher", "distill"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_tuples_hold_what_the_fields_do(by, mode, padding):
+    model, ids = student(num_hidden_layers=1), tokens(2, 20)
+    model.set_attention_mode(mode)
+    mask = torch.ones_like(ids)
+    mask[0, 15:] = int(not padding)
+    given = dict(attention_mask=mask, output_hidden_states=True) | ({} if mode == "distill" else {"use_cache": True})
+    for part in (model, model.model):
+        model.config.return_dict = True
+        fields = part(ids, **given)
+        model.config.return_dict = by == "argument"
+        found = part(ids, **given, **({"return_dict": False} if by == "argument" else {}))
+        assert isinstance(found, tuple) and len(found) == len(fields.to_tuple())
+        assert torch.equal(found[0], fields[0])
+        assert all(torch.equal(a, b) for a, b in zip(found[-1], fields.hidden_states, strict=True))
+        if by == "config":
+            assert torch.equal(part(ids, **given, return_dict=True)[0], fields[0])
+
+
+@torch.no_grad()
+def test_a_config_of_tuples_generates():
+    model, ids = student(num_hidden_layers=1), tokens(2, 20)
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.config.return_dict = False
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+    assert type(teacher(num_hidden_layers=1)(ids, return_dict=False)) is type(model(ids))

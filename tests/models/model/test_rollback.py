@@ -1,0 +1,62 @@
+"""Tokens to take back: always the last 128, and drafts of any length."""
+
+import copy
+
+import pytest
+import torch
+from tiny import student, tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [127, 129, 257, 300])
+def test_the_last_128_of_any_number_of_steps_can_be_taken_back(steps):
+    model, ids = student(num_hidden_layers=1), tokens(1, 12 + steps)
+    cache = model(ids[:, :12]).past_key_values
+    cache.activate_past_recording()
+    for step in range(12, 12 + steps):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    with pytest.raises(ValueError, match=f"only the last {min(steps, 128)} tokens are remembered"):
+        cache.crop(-129)
+    back = min(steps, 128)
+    for count in (2, back):
+        twin = cache.copy()
+        twin.crop(-count)
+        assert twin.get_seq_length() == 12 + steps - count
+        found = model(ids[:, -count:], past_key_values=twin).logits
+        torch.testing.assert_close(found, model(ids).logits[:, -count:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pieces_of_any_size_leave_the_last_128():
+    model, ids = student(softmax_layers=(1,)), tokens(2, 700)
+    cache, at, whole = model.new_cache(), 0, model(ids).logits
+    cache.activate_past_recording()
+    for size in (100, 100, 100, 128, 1, 150, 40):
+        model(ids[:, at : at + size], past_key_values=cache)
+        at += size
+    cache.crop(-128)
+    found = model(ids[:, at - 128 :], past_key_values=cache).logits
+    torch.testing.assert_close(found, whole[:, at - 128 :], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drafted", [128, 150])
+def test_long_drafts_write_what_greedy_decoding_writes(drafted):
+    model, text = student(num_hidden_layers=1), tokens(1, 20).repeat(1, 12)
+    settings = dict(max_new_tokens=6, do_sample=False)
+    wanted = model.generate(text, **settings)
+    assert torch.equal(model.generate(text, prompt_lookup_num_tokens=drafted, **settings), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+def test_assistants_draft_more_than_128_tokens(schedule):
+    model, text = student(num_hidden_layers=1), tokens(1, 12)
+    draft = copy.deepcopy(model)  # right for a while, so that there are few rounds
+    draft.lm_head.weight += 0.003 * torch.randn(draft.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    draft.generation_config.num_assistant_tokens = 140
+    draft.generation_config.num_assistant_tokens_schedule = schedule
+    draft.generation_config.assistant_confidence_threshold = 0
+    settings = dict(max_new_tokens=145, do_sample=False)
+    wanted = model.generate(text, **settings)
+    assert torch.equal(model.generate(text, assistant_model=draft, **settings), wanted)
