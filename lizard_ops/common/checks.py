@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from lizard_ops.common.state import AttentionState
+from lizard_ops.common.state import AttentionState, map_fields
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GATE_FLOATS = (torch.float32, torch.float64)
@@ -122,8 +122,10 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
     return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
 
 
-def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> int:
-    """Check how tokens form sequences and return how many there are.
+def check_sequences(
+    q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """Check how tokens form sequences; return how many there are, and both tensors as kernels read them: contiguous.
 
     cu_seqlens [N+1] int32 or int64 packs N sequences into one row; padding_mask [B, T] bool is True at real tokens.
     """
@@ -131,8 +133,9 @@ def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor |
     if padding_mask is not None:
         want(cu_seqlens is None, "padding_mask", padding_mask, "None with cu_seqlens: packed rows hold no padding")
         check_tensor("padding_mask", padding_mask, (batch, length), q, (torch.bool,))
+        padding_mask = padding_mask.contiguous()
     if cu_seqlens is None:
-        return batch
+        return batch, None, padding_mask
     fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
     fits = fits and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.device == q.device
     want(fits, "cu_seqlens", cu_seqlens, f"an int32 or int64 tensor [N + 1] on {q.device}, N >= 1")
@@ -143,16 +146,18 @@ def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor |
         want(
             ends[0] == 0 and ends[-1] == length and rising, "cu_seqlens", ends, f"0 first, never falling, {length} last"
         )
-    return cu_seqlens.shape[0] - 1
+    return cu_seqlens.shape[0] - 1, cu_seqlens.contiguous(), None
 
 
-def check_state(state: AttentionState | None, like: Tensor, wanted: dict[str, tuple[int, ...]]) -> None:
-    """The carried state holds exactly these fields, with these shapes, on the device of ``like``.
+def check_state(
+    state: AttentionState | None, like: Tensor, wanted: dict[str, tuple[int, ...]]
+) -> AttentionState | None:
+    """The carried state, contiguous, which holds exactly these fields with these shapes on the device of ``like``.
 
     wanted: shape of each field that this op and these options use, the leading N included; position is implied.
     """
     if state is None:
-        return
+        return None
     want(isinstance(state, AttentionState), "initial_state", type(state).__name__, "an AttentionState or None")
     sequences = next(iter(wanted.values()))[0]
     check_tensor("initial_state.position", state.position, (sequences,), like, (torch.int64,))
@@ -162,6 +167,7 @@ def check_state(state: AttentionState | None, like: Tensor, wanted: dict[str, tu
             check_tensor(f"initial_state.{name}", field, wanted[name], like, FLOATS)
         else:
             want(field is None, f"initial_state.{name}", field, "None: this op with these options keeps no such field")
+    return map_fields(Tensor.contiguous, state)
 
 
 def linear_state_shapes(
