@@ -7,7 +7,7 @@ import torch
 from op_cases import Case, call, cases, state_in
 from op_checks import examples
 
-from lizard_ops import AttentionState
+from lizard_ops import AttentionState, window_attn
 
 CARRIED = ("s", "z", "ring_k", "ring_v", "ring_fk", "ring_g", "anchor_k", "anchor_v")
 
@@ -62,3 +62,43 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(chunk_torch, "HEAD_GATE_CHUNK", 2)
     monkeypatch.setattr(chunk_torch, "CHANNEL_GATE_CHUNK", 2)
     monkeypatch.setattr(chunk_torch_tiles, "SCAN", 2)
+
+
+ROWS = {"plain": {}, "padded": {"B": 2}, "packed": {}}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "op, form", [("gated", "chunk"), ("window", "chunk"), ("hybrid", "chunk"), ("hybrid", "recurrent")]
+)
+def test_second_derivatives_are_those_of_finite_differences(op, form, rows, small_sizes):
+    sizes = {"B": 1, "T": 5, "K": 2, "V": 2, "Fp": 2, "window": 2, "offset": 1, "Hk": 1, "G": 2, "decay": 0.5}
+    sizes |= {"chunk_size": None} | ROWS[rows]
+    more = {
+        "plain": {},
+        "padded": {"padding_mask": torch.tensor([[False, True, True, False, True], [True, True, True, True, False]])},
+        "packed": {"cu_seqlens": torch.tensor([0, 2, 5])},
+    }[rows]
+
+    @examples(4, cases(op, **sizes))
+    def check(case):
+        if case.options.get("feature_map") == "identity" or op == "gated" and case.options["normalize"]:
+            case = case.map(
+                lambda name, x: x.abs() + 0.1 if name in ("fq", "fk") or op == "gated" and name != "g" else x
+            )
+        case = case.map(lambda name, x: x - 0.1 if name == "g" else x)
+        past = case.map(lambda _, x: 0.9 * torch.cat([x, x.flip(1), x], 1))  # long enough for sums that are not empty
+        past.options = case.options | ({"cu_seqlens": torch.tensor([0, 7, 15])} if rows == "packed" else {})
+        case.options = case.options | more | ({"softcap": 1.5} if op != "gated" and len(case.weights) == 1 else {})
+        function, inputs = differentiable(case, form, past=past)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, atol=1e-6, rtol=1e-4)
+
+
+def test_the_curvature_of_one_softmax_is_that_of_its_formula():
+    """d2 o / d q1^2 of two keys, by hand: p (1 - p) (1 - 2 p) (k1 - k0)^2 (v1 - v0) with p the weight of key 1."""
+    q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 2, 1, 1) for x in ([1.0, 2.0], [0.5, -1.0], [1.0, 3.0]))
+    q.requires_grad_()
+    first = torch.autograd.grad(window_attn(q, k, v, 2, scale=1.0)[0][0, 1].sum(), q, create_graph=True)[0]
+    second = torch.autograd.grad(first[0, 1].sum(), q)[0][0, 1].item()
+    p = torch.sigmoid(torch.tensor(2.0 * (-1.0 - 0.5), dtype=torch.float64)).item()
+    assert abs(second - p * (1 - p) * (1 - 2 * p) * 1.5**2 * 2.0) < 1e-12
