@@ -167,6 +167,9 @@ def check_state(
             check_tensor(f"initial_state.{name}", field, wanted[name], like, FLOATS)
         else:
             want(field is None, f"initial_state.{name}", field, "None: this op with these options keeps no such field")
+    if may_read(state.position) and state.position.numel():
+        first = int(state.position.min())
+        want(first >= 0, "initial_state.position", first, "tokens seen, >= 0 (this is the smallest)")
     return map_fields(Tensor.contiguous, state)
 
 
