@@ -102,3 +102,28 @@ def test_the_curvature_of_one_softmax_is_that_of_its_formula():
     second = torch.autograd.grad(first[0, 1].sum(), q)[0][0, 1].item()
     p = torch.sigmoid(torch.tensor(2.0 * (-1.0 - 0.5), dtype=torch.float64)).item()
     assert abs(second - p * (1 - p) * (1 - 2 * p) * 1.5**2 * 2.0) < 1e-12
+
+
+@pytest.mark.parametrize("length", [0, 1, 4])
+@pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
+@pytest.mark.parametrize(
+    "op, form",
+    [("gated", "chunk"), ("gated", "recurrent"), ("hybrid", "chunk"), ("hybrid", "recurrent"), ("window", "chunk")],
+)
+def test_every_input_has_a_gradient_where_no_key_is_eligible(op, form, rows, length):
+    """Zeros, not none: what trains in several processes waits for every parameter's gradient."""
+    if rows == "packed" and length == 0:
+        return
+    sizes = {"B": 1, "T": length, "window": 4, "offset": 5, "sinks": True, "chunk_size": None, "coverage": "outside"}
+    more = {} if rows == "plain" else {"padding_mask": torch.ones(1, length, dtype=torch.bool)}
+    more = {"cu_seqlens": torch.tensor([0, 1, length])} if rows == "packed" else more
+
+    @examples(4, cases(op, **sizes, weight="head"))
+    def check(case):
+        leaves = {name: x.clone().requires_grad_() for name, x in case.leaves().items()}
+        found = call(case.map(lambda name, _: leaves[name], weights=True), form, **more)
+        grads = torch.autograd.grad(found["o"].sum(), list(leaves.values()), allow_unused=True)
+        for (name, x), d in zip(leaves.items(), grads, strict=True):
+            assert d is not None and d.shape == x.shape, name
+            if name in ("fq", "fk", "g") or op == "gated":
+                assert not d.any(), name
