@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lizard_ops.common.state import AttentionState, map_fields
 
@@ -34,8 +35,33 @@ def checked(enabled: bool = True) -> Iterator[None]:
 
 
 def may_read(x: Tensor) -> bool:
-    """Whether the values of x may be looked at: CPU tensors always, others in checked mode, never while tracing."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _checked.get())
+    """Whether the values of x may be looked at: CPU tensors always, others in checked mode, never while tracing.
+
+    Nor where there are none to be seen: on the meta device, in fake tensors and under ``torch.func.vmap``.
+    """
+    if torch.compiler.is_compiling() or not has_values(x):
+        return False
+    return x.device.type == "cpu" or _checked.get()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether x holds numbers of its own, rather than a shape or one row for many."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return not is_shape(x)
+
+
+def is_shape(x: Tensor) -> bool:
+    """Whether x is a shape alone: on the meta device, or fake."""
+    return x.device.type == "meta" or isinstance(x, FakeTensor)
+
+
+def want_values(name: str, x: Tensor, reader: str) -> None:
+    """Refuse a tensor without values where this reader must see them."""
+    if not torch.compiler.is_compiling():
+        want(has_values(x), name, x, f"a tensor with values (not meta, fake or under vmap), which {reader} reads")
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -115,7 +141,7 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
     fits = fits and g.dtype in GATE_FLOATS and g.device == q.device
     if not fits:
         refuse("g", g, f"a float32 or float64 tensor of shape {' or '.join(map(str, shapes))} on {q.device}")
-    if may_read(g):
+    if may_read(g) and (padding_mask is None or has_values(padding_mask)):
         real = g.detach() if padding_mask is None else g.detach()[padding_mask]
         largest = real.max().item() if real.numel() else 0.0
         want(largest <= 0, "g", largest, "log-decays <= 0, none of them NaN (this is the largest)")

@@ -88,6 +88,8 @@ class SoftmaxAverage(torch.autograd.Function):
     backward alone, which is a function of them: a second derivative comes back through it.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_max, weights = scores.amax(-1), scores.softmax(-1)
