@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases import Case, call, cases, state_in
-from op_checks import examples
+from op_checks import examples, one_of
 
 from lizard_ops import AttentionState, window_attn
 
@@ -127,3 +127,15 @@ def test_every_input_has_a_gradient_where_no_key_is_eligible(op, form, rows, len
             assert d is not None and d.shape == x.shape, name
             if name in ("fq", "fk", "g") or op == "gated":
                 assert not d.any(), name
+
+
+@pytest.mark.parametrize("zero, at", [("q", [3]), ("k", [0]), ("k", [0, 3]), ("k", [0, 1, 2, 3, 4, 5])])
+@pytest.mark.parametrize("form", ["chunk", "recurrent", "naive"])
+def test_zero_features_have_gradients_of_the_size_of_the_others(zero, at, form):
+    case = one_of(cases("gated", B=1, T=6, K=3, V=3, normalize=True, gate="key", anchors=0, offset=0, decay=0.5))
+    leaves = {name: x.clone() for name, x in case.leaves().items()}
+    leaves[zero][:, at] = 0.0
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    found = call(case.map(lambda name, _: leaves[name]), form)["o"]
+    for name, d in zip(leaves, torch.autograd.grad(found.square().sum(), list(leaves.values())), strict=True):
+        assert d.isfinite().all() and d.abs().max() < 1e3, name
