@@ -289,3 +289,25 @@ def test_a_state_of_another_op_and_a_position_below_zero_are_refused():
             getattr(lizard_ops, FORMS[op][0])(
                 **tensors(op), initial_state=states[op]._replace(position=states[op].position * 0 - 1)
             )
+
+
+@pytest.mark.parametrize(
+    "op, changes, message",
+    [
+        ("gated", {"g": -torch.rand(HK)}, "g: got shape"),  # g_gamma
+        ("gated", {"g": -torch.rand(B, T, HK).half()}, "g: got shape"),
+        ("gated", {"g": torch.full((B, T, HK), 1e-8)}, "g: got 9.9"),
+        ("gated", {"initial_state": torch.zeros(B, HK, K, V)}, "initial_state: got 'Tensor'"),
+        ("gated", {"initial_state": STATE._replace(s=torch.zeros(B, HK, K, V)), "normalize": False}, "initial_state.z"),
+        ("gated", {"v": torch.rand(B, T, HK, V).bfloat16()}, "v: got shape"),
+        ("window", {"window": None}, "window: got None"),
+    ],
+)
+def test_calls_of_flash_linear_attention_are_refused(op, changes, message):
+    """docs/ops.md: what its functions take and ours do not."""
+    for form in FORMS[op]:
+        with pytest.raises(ValueError) as error:
+            getattr(lizard_ops, form)(**(tensors(op) | changes))
+        assert str(error.value).startswith(message)
+    with pytest.raises(TypeError):
+        lizard_ops.chunk_gated_attn(**(tensors("gated") | {"gk": None}))
