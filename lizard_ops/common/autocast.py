@@ -12,7 +12,7 @@ from torch import Tensor
 def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
     """Under autocast, float32 and half inputs in its dtype; everything else, and everything without it, unchanged."""
     first = inputs[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not _enabled(first.device.type):
         return inputs
     dtype = torch.get_autocast_dtype(first.device.type)
     narrow = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,4 +22,9 @@ def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
 def without_autocast(like: Tensor) -> contextlib.AbstractContextManager:
     """A context in which products of float32 tensors stay float32."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _enabled(kind) else contextlib.nullcontext()
+
+
+def _enabled(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; there is none on some, as meta."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

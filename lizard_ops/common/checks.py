@@ -10,8 +10,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from lizard_ops.common.state import AttentionState
+from lizard_ops.common.state import AttentionState, map_fields
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GATE_FLOATS = (torch.float32, torch.float64)
@@ -34,8 +35,33 @@ def checked(enabled: bool = True) -> Iterator[None]:
 
 
 def may_read(x: Tensor) -> bool:
-    """Whether the values of x may be looked at: CPU tensors always, others in checked mode, never while tracing."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _checked.get())
+    """Whether the values of x may be looked at: CPU tensors always, others in checked mode, never while tracing.
+
+    Nor where there are none to be seen: on the meta device, in fake tensors and under ``torch.func.vmap``.
+    """
+    if torch.compiler.is_compiling() or not has_values(x):
+        return False
+    return x.device.type == "cpu" or _checked.get()
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether x holds numbers of its own, rather than a shape or one row for many."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return not is_shape(x)
+
+
+def is_shape(x: Tensor) -> bool:
+    """Whether x is a shape alone: on the meta device, or fake."""
+    return x.device.type == "meta" or isinstance(x, FakeTensor)
+
+
+def want_values(name: str, x: Tensor, reader: str) -> None:
+    """Refuse a tensor without values where this reader must see them."""
+    if not torch.compiler.is_compiling():
+        want(has_values(x), name, x, f"a tensor with values (not meta, fake or under vmap), which {reader} reads")
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -115,15 +141,17 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
     fits = fits and g.dtype in GATE_FLOATS and g.device == q.device
     if not fits:
         refuse("g", g, f"a float32 or float64 tensor of shape {' or '.join(map(str, shapes))} on {q.device}")
-    if may_read(g):
+    if may_read(g) and (padding_mask is None or has_values(padding_mask)):
         real = g.detach() if padding_mask is None else g.detach()[padding_mask]
         largest = real.max().item() if real.numel() else 0.0
         want(largest <= 0, "g", largest, "log-decays <= 0, none of them NaN (this is the largest)")
     return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
 
 
-def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> int:
-    """Check how tokens form sequences and return how many there are.
+def check_sequences(
+    q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """Check how tokens form sequences; return how many there are, and both tensors as kernels read them: contiguous.
 
     cu_seqlens [N+1] int32 or int64 packs N sequences into one row; padding_mask [B, T] bool is True at real tokens.
     """
@@ -131,8 +159,9 @@ def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor |
     if padding_mask is not None:
         want(cu_seqlens is None, "padding_mask", padding_mask, "None with cu_seqlens: packed rows hold no padding")
         check_tensor("padding_mask", padding_mask, (batch, length), q, (torch.bool,))
+        padding_mask = padding_mask.contiguous()
     if cu_seqlens is None:
-        return batch
+        return batch, None, padding_mask
     fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
     fits = fits and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.device == q.device
     want(fits, "cu_seqlens", cu_seqlens, f"an int32 or int64 tensor [N + 1] on {q.device}, N >= 1")
@@ -143,16 +172,18 @@ def check_sequences(q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor |
         want(
             ends[0] == 0 and ends[-1] == length and rising, "cu_seqlens", ends, f"0 first, never falling, {length} last"
         )
-    return cu_seqlens.shape[0] - 1
+    return cu_seqlens.shape[0] - 1, cu_seqlens.contiguous(), None
 
 
-def check_state(state: AttentionState | None, like: Tensor, wanted: dict[str, tuple[int, ...]]) -> None:
-    """The carried state holds exactly these fields, with these shapes, on the device of ``like``.
+def check_state(
+    state: AttentionState | None, like: Tensor, wanted: dict[str, tuple[int, ...]]
+) -> AttentionState | None:
+    """The carried state, contiguous, which holds exactly these fields with these shapes on the device of ``like``.
 
     wanted: shape of each field that this op and these options use, the leading N included; position is implied.
     """
     if state is None:
-        return
+        return None
     want(isinstance(state, AttentionState), "initial_state", type(state).__name__, "an AttentionState or None")
     sequences = next(iter(wanted.values()))[0]
     check_tensor("initial_state.position", state.position, (sequences,), like, (torch.int64,))
@@ -162,6 +193,10 @@ def check_state(state: AttentionState | None, like: Tensor, wanted: dict[str, tu
             check_tensor(f"initial_state.{name}", field, wanted[name], like, FLOATS)
         else:
             want(field is None, f"initial_state.{name}", field, "None: this op with these options keeps no such field")
+    if may_read(state.position) and state.position.numel():
+        first = int(state.position.min())
+        want(first >= 0, "initial_state.position", first, "tokens seen, >= 0 (this is the smallest)")
+    return map_fields(Tensor.contiguous, state)
 
 
 def linear_state_shapes(

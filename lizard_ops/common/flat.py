@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -31,3 +31,15 @@ def by_name(op: torch._ops.OpOverload, values: Sequence[Any]) -> dict[str, Any]:
 def in_order(op: torch._ops.OpOverload, values: Mapping[str, Any]) -> tuple[Any, ...]:
     """One value an argument of the operator, None where there is none, as autograd wants gradients."""
     return tuple(values.get(name) for name in argument_names(op))
+
+
+def differentiable_once(op: Any, what: str) -> None:
+    """Let an operator that computes gradients refuse to be differentiated: kernels have no second derivatives."""
+
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise ValueError(
+            f'impl: got "triton" for a second derivative of {what}, wanted "torch" or "naive": its kernels have first '
+            "derivatives only (backward or grad with create_graph=True)"
+        )
+
+    op.register_autograd(backward)

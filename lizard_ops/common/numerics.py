@@ -11,6 +11,17 @@ def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
+def tied_to(x: Tensor, *inputs: Tensor | None) -> Tensor:
+    """x, which depends on none of these inputs, in their graph: each has a gradient, of zeros, rather than none.
+
+    Sums over no entries, so that nothing that they hold (NaN too) reaches x.
+    """
+    for source in inputs if torch.is_grad_enabled() else ():
+        if source is not None and source.requires_grad:
+            x = x + source.flatten()[:0].sum().to(x.dtype)
+    return x
+
+
 def logistic(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)); torch.sigmoid rounds differently in the last elements of a tensor.
 

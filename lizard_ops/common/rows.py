@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lizard_ops.common.checks import want_values
 from lizard_ops.common.padding import compact, compaction, restore
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.common.streams import Layout, layout_of, take_rows
@@ -43,6 +44,7 @@ def over_rows(op: RowOp, inputs: Inputs, fills: Sequence[float]) -> tuple[Sequen
 
 def _over_packed(op: RowOp, inputs: Inputs) -> tuple[Sequence[Tensor], AttentionState | None]:
     """Sequences whose lengths share their highest bit run together: at most 2 T rows in at most log T calls."""
+    want_values("cu_seqlens", inputs.cu_seqlens, "the PyTorch path")
     device, state = inputs.q.device, inputs.initial_state
     layout = layout_of(inputs.q, None, inputs.cu_seqlens)
     classes: dict[int, list[int]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lizard_ops.common.checks import is_shape, want, want_values
 from lizard_ops.common.rows import Inputs, changed_rows
 from lizard_ops.common.state import AttentionState, map_fields
 
@@ -14,6 +15,11 @@ def sequence_slices(inputs: Inputs) -> list[tuple[int, Tensor]]:
 
     cu_seqlens [N+1] packs N sequences into the one row; padding_mask [B, T] is True at real tokens.
     """
+    want(not is_shape(inputs.q), "q", inputs.q, "a tensor with values (not meta or fake) for the naive op")
+    for name in ("cu_seqlens", "padding_mask"):
+        x = getattr(inputs, name)
+        if x is not None:
+            want_values(name, x, "the naive op")
     (batch, length), device = inputs.q.shape[:2], inputs.q.device
     if inputs.cu_seqlens is not None:
         ends = inputs.cu_seqlens.tolist()

@@ -24,6 +24,13 @@ class AttentionState(NamedTuple):
 
     so gates still in the ring do not touch the sums, and a hard reset inside the window loses nothing.
     Ring slot ``t % W`` holds position t; slots never written are zero.
+
+    An op refuses a state that has a field too many, lacks one, or has one of another shape, as other values of
+    ``window``, ``coverage``, ``window_offset``, ``feature_map="exp"``, the hybrid's and the window's ``anchors``, the
+    number of features or of gates leave it. What leaves no trace in these tensors cannot be told, and the caller must
+    keep it the same: the maps "identity" and "softmax" with as many features, ``anchors`` of the gated op alone, a
+    gate or none without an offset, ``scale``, ``softcap``, sinks, ``mix`` and ``normalize`` (the last five may differ
+    from call to call: the sums do not depend on them).
     """
 
     position: Tensor  # [N] int64, tokens seen

@@ -77,7 +77,8 @@ def chunk_gated_attn(
     Raises:
         ValueError: an argument of the wrong type, rank, shape, dtype or device; head counts that do not divide;
             gates above 0 or NaN and bad entries of cu_seqlens (values on a GPU: inside ``lizard_ops.checked()``);
-            a state of other options; gates out of bound for "absorbed"; an impl that cannot do what was asked.
+            a state that shows other options (``AttentionState`` says which no state shows);
+            gates out of bound for "absorbed"; an impl that cannot do what was asked.
 
     Source: Lizard (arXiv 2507.09025) section 3; the normalised gated form is its parallel form.
     """

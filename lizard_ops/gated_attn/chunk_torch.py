@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lizard_ops.common.checks import state_heads, work_dtype
 from lizard_ops.common.features import expand_features, feature_dim
+from lizard_ops.common.numerics import tied_to
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, key_stream, layout_of, offset_fields, sliding_sum
@@ -61,7 +62,8 @@ def linear_rows(
     start = _start(state, key_heads, work)
     if rows == 0:
         final = start or _no_sums(fk, v, state_heads(fq, v, g), feature_map)
-        nothing = v.new_zeros(batch, length, q_heads, v_dim, dtype=work)
+        final = final._replace(s=tied_to(final.s, fk, v, g))
+        nothing = tied_to(v.new_zeros(batch, length, q_heads, v_dim, dtype=work), fq, fk, v, g, final.s)
         fields = _linear_fields(final) | offset_fields(fk, v, g, state, offset, layout)
         return nothing, torch.full_like(nothing[..., 0], -math.inf), fields
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lizard_ops.common.checks import refuse
+from lizard_ops.common.checks import refuse, want_values
 
 RESET = -1.0e6  # stands for a log-decay of -inf: its exponential is 0, and float64 sums with it stay exact enough
 SCAN = 32  # chunks whose states one matrix product links
@@ -139,6 +139,7 @@ def _absorbed_scores(q: Tensor, k: Tensor, run: Tensor, key: Tensor, shift: Tens
     """Score tiles with the gate products moved into the features (section 4 of the paper), [B, Hk, n, G, C, C]."""
     top = finite(key.amax(-1, keepdim=True))
     low = key.masked_fill(key == -math.inf, math.inf).amin(-1, keepdim=True)
+    want_values("g", run, 'gate_form="absorbed"')
     bound, span = (700.0 if q.dtype == torch.float64 else 80.0), float((top - low).detach().max())
     if span >= bound:
         refuse("gate_form", "absorbed", f'"stable": log-decays of a chunk span {span:.1f}, and {bound} is the bound')

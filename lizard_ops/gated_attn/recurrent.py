@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lizard_ops.common.checks import linear_state_shapes, work_dtype
 from lizard_ops.common.features import expand_features, feature_dim
+from lizard_ops.common.numerics import tied_to
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.steps import blank_state, over_steps, put_at, take_at
@@ -27,7 +28,8 @@ def recurrent_gated_torch(inputs: GatedInputs, options: GatedOptions) -> tuple[T
         return over_steps(step, inputs, lengths, blank)
 
     (o, log_mass), state = over_rows(op, inputs, (0.0, -math.inf))
-    return o.to(inputs.q.dtype), state if options.output_final_state else None, log_mass
+    o = tied_to(o.to(inputs.q.dtype), inputs.q, inputs.k, inputs.v, inputs.g)
+    return o, state if options.output_final_state else None, log_mass
 
 
 def blank_linear_state(inputs: GatedInputs, offset: int, feature_map: str) -> AttentionState:

@@ -129,18 +129,21 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
         checks.check_tensor(name, x, (*q.shape[:2], heads, fq.shape[3]), q, checks.FLOATS)
     checks.want(fk.dtype == fq.dtype, "fk", fk, f"the dtype of fq, {fq.dtype}")
     features = feature_dim(fk.shape[3], options.feature_map)
-    sequences = checks.check_sequences(q, inputs.cu_seqlens, inputs.padding_mask)
+    sequences, cu_seqlens, mask = checks.check_sequences(q, inputs.cu_seqlens, inputs.padding_mask)
     g = checks.check_gate(inputs.g, q, k.shape[2], features, inputs.padding_mask)
     shapes = checks.window_state_shapes(sequences, k, v, options.window, options.anchors)
     shapes |= checks.linear_state_shapes(
         sequences, q, fk.shape[3], v, g, options.offset, features, options.feature_map
     )  # fmt: skip
-    checks.check_state(inputs.initial_state, q, shapes)
+    state = checks.check_state(inputs.initial_state, q, shapes)
     inputs = inputs._replace(
         g=g,
         sinks=checks.check_sinks(inputs.sinks, q, options.sink_form),
         alpha=checks.check_head_weight("alpha", inputs.alpha, q, scalar=True),
         merge_bias=checks.check_head_weight("merge_bias", bias, q, scalar=False),
+        initial_state=inputs.initial_state if options.inplace else state,  # what is overwritten is the caller's own
+        cu_seqlens=cu_seqlens,
+        padding_mask=mask,
     )
     options = options._replace(
         scale=checks.check_scale("scale", options.scale, q.shape[3] ** -0.5),

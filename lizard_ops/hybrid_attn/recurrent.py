@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.checks import window_state_shapes
+from lizard_ops.common.numerics import tied_to
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState, overwrite_state
 from lizard_ops.common.steps import blank_state, take_at, token, where_active
@@ -48,7 +49,7 @@ def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tupl
     if options.inplace and not direct:
         assert inputs.initial_state is not None and state is not None
         state = overwrite_state(inputs.initial_state, state)
-    return o.to(inputs.q.dtype), state if options.output_final_state else None
+    return tied_to(o.to(inputs.q.dtype), *inputs.tensors()), state if options.output_final_state else None
 
 
 def blank_hybrid_state(inputs: HybridInputs, options: HybridOptions) -> AttentionState:

@@ -47,6 +47,8 @@ def row_losses(
     if teacher is not None:
         checks.check_tensor("teacher", teacher, student.shape, student, checks.FLOATS)
     checks.check_tensor("targets", targets, student.shape[:1], student, (torch.int64,))
+    if scale is not None and student.shape[0] > 1 and student.stride(0) < student.shape[1]:
+        raise ValueError(f"student: got strides {student.stride()}, wanted rows apart in memory, to be overwritten")
     if teacher is None:
         kl_weight = 0.0
     if choose_impl(impl, student, None) == "triton":

@@ -34,8 +34,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> 
     batch, length, _, dim = x.shape
     for name, turns in (("cos", cos), ("sin", sin)):
         fits = isinstance(turns, Tensor) and turns.ndim == 3 and turns.device == x.device
-        fits = fits and turns.shape[0] in (1, batch) and turns.shape[1] in (1, length) and turns.shape[2] == dim
-        checks.want(fits, name, turns, f"a tensor [{batch} or 1, {length} or 1, {dim}] on {x.device}")
+        for have, whole in zip(turns.shape, (batch, length), strict=False) if fits else ():
+            fits = fits and (have == 1 or have == whole)  # torch.compile does not find an unknown size with ``in``
+        fits = fits and turns.shape[2] == dim
+        if not fits:  # a message that torch.compile writes makes it take every size for a constant
+            checks.refuse(name, turns, f"a tensor [{batch} or 1, {length} or 1, {dim}] on {x.device}")
     beyond = None
     if torch.float64 in (x.dtype, cos.dtype, sin.dtype):
         beyond = "float64 tensors"

@@ -99,9 +99,9 @@ class _Turn(torch.autograd.Function):
         return launch(x, cos, sin, False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return launch(dy, *ctx.saved_tensors, True), None, None
+        again = torch.is_grad_enabled()  # with create_graph=True
+        return (turn if again else launch)(dy, *ctx.saved_tensors, True), None, None
 
 
 def apply_rotary_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def window_attn(
 
     Raises:
         ValueError: an argument of the wrong type, rank, shape, dtype or device; head counts that do not divide;
-            bad entries of cu_seqlens (values on a GPU: inside ``lizard_ops.checked()``); a state of other options;
+            bad entries of cu_seqlens (values on a GPU: inside ``lizard_ops.checked()``);
+            a state that shows other options (``AttentionState`` says which no state shows);
             an impl that cannot do what was asked.
 
     Source: Lizard (arXiv 2507.09025) section 3, anchor window attention; anchors as in StreamingLLM (arXiv 2309.17453).

@@ -84,8 +84,11 @@ def with_sinks(o: Tensor, lse: Tensor, row_max: Tensor, sinks: Tensor, sink_form
 class SoftmaxAverage(torch.autograd.Function):
     """(o, log mass, row maximum) of score tiles [..., R, S] over values [..., S, V]; keeps one tile for the backward.
 
-    The maximum passes its gradient to one key of largest score.
+    The maximum passes its gradient to one key of largest score. The fourth output, the weights, is there for the
+    backward alone, which is a function of them: a second derivative comes back through it.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,12 +98,11 @@ class SoftmaxAverage(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         o, _, _, weights = output
-        ctx.mark_non_differentiable(weights)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(o, weights, inputs[1])
 
     @staticmethod
-    def backward(ctx, d_o, d_lse, d_max, _):
+    def backward(ctx, d_o, d_lse, d_max, d_weights):
         o, weights, values = ctx.saved_tensors
         d_o = torch.zeros_like(o) if d_o is None else d_o
         d_scores = d_values = None
@@ -109,7 +111,11 @@ class SoftmaxAverage(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             flow = (d_o * o).sum(-1)
             flow = flow if d_lse is None else flow - d_lse
-            d_scores = (d_o @ values.transpose(-1, -2)).sub_(flow.unsqueeze(-1)).mul_(weights)
+            d_scores = d_o @ values.transpose(-1, -2)
+            if d_weights is not None:
+                flow = flow + (d_weights * weights).sum(-1)
+                d_scores = d_scores + d_weights
+            d_scores = d_scores.sub_(flow.unsqueeze(-1)).mul_(weights)
             if d_max is not None:
                 d_scores.scatter_add_(-1, weights.argmax(-1, keepdim=True), d_max.unsqueeze(-1))
         return d_scores, d_values

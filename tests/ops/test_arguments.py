@@ -241,3 +241,73 @@ def test_checked_mode_reads_gpu_values():
     for ends in ([1, T], [0, 4, 2, T], [0, T - 1]):
         with checked(), pytest.raises(ValueError, match="cu_seqlens: got"):
             lizard_ops.chunk_gated_attn(**one, cu_seqlens=torch.tensor(ends, device="cuda"))
+
+
+OUTSIDE, WIDE = {"coverage": "outside"}, {"fq": torch.rand(B, T, HQ, F + 1), "fk": torch.rand(B, T, HK, F + 1)}
+
+
+@pytest.mark.parametrize(
+    "op, before, after, field",
+    [
+        ("window", {"anchors": 3}, {}, "anchor_k: got shape"),
+        ("window", {}, {"anchors": 3}, "anchor_k: got None"),
+        ("window", {"anchors": 2}, {"anchors": 3}, "anchor_k: got shape"),
+        ("window", {"window": 4}, {}, "ring_k: got shape"),
+        ("hybrid", {"anchors": 3}, {}, "anchor_k: got shape"),
+        ("hybrid", {}, {"anchors": 3}, "anchor_k: got None"),
+        ("hybrid", {"feature_map": "softmax"}, {"feature_map": "identity"}, "s: got shape"),
+        ("hybrid", {"feature_map": "identity"}, {"feature_map": "softmax"}, "s: got shape"),
+        ("hybrid", {"feature_map": "softmax"}, {"feature_map": "exp"}, "log_scale: got None"),
+        ("hybrid", {"feature_map": "exp"}, {"feature_map": "softmax"}, "log_scale: got shape"),
+        ("hybrid", OUTSIDE, {}, "ring_fk: got shape"),
+        ("hybrid", {}, OUTSIDE, "ring_fk: got None"),
+        ("hybrid", OUTSIDE, OUTSIDE | {"g": None}, "ring_g: got shape"),
+        ("hybrid", OUTSIDE | {"g": None}, OUTSIDE, "ring_g: got None"),
+        ("hybrid", OUTSIDE, OUTSIDE | {"g": -torch.rand(B, T, 1)}, "ring_g: got shape"),
+        ("hybrid", {}, {"g": -torch.rand(B, T, HQ)}, "s: got shape"),
+        ("hybrid", WIDE, {}, "s: got shape"),
+        ("gated", {"window_offset": 2}, {}, "ring_v: got shape"),
+        ("gated", {}, {"window_offset": 2}, "ring_v: got None"),
+    ],
+)
+def test_a_state_that_shows_other_options_is_refused(op, before, after, field):
+    for form in FORMS[op]:
+        function = getattr(lizard_ops, form)
+        state = function(**(tensors(op) | before), output_final_state=True)[1]
+        with pytest.raises(ValueError) as error:
+            function(**(tensors(op) | after), initial_state=state)
+        assert str(error.value).startswith(f"initial_state.{field}")
+
+
+def test_a_state_of_another_op_and_a_position_below_zero_are_refused():
+    states = {op: getattr(lizard_ops, FORMS[op][0])(**tensors(op), output_final_state=True)[1] for op in EVERY}
+    for op in EVERY:
+        for other in set(EVERY) - {op}:
+            with pytest.raises(ValueError, match="initial_state."):
+                getattr(lizard_ops, FORMS[op][0])(**tensors(op), initial_state=states[other])
+        with pytest.raises(ValueError, match="initial_state.position: got -1"):
+            getattr(lizard_ops, FORMS[op][0])(
+                **tensors(op), initial_state=states[op]._replace(position=states[op].position * 0 - 1)
+            )
+
+
+@pytest.mark.parametrize(
+    "op, changes, message",
+    [
+        ("gated", {"g": -torch.rand(HK)}, "g: got shape"),  # g_gamma
+        ("gated", {"g": -torch.rand(B, T, HK).half()}, "g: got shape"),
+        ("gated", {"g": torch.full((B, T, HK), 1e-8)}, "g: got 9.9"),
+        ("gated", {"initial_state": torch.zeros(B, HK, K, V)}, "initial_state: got 'Tensor'"),
+        ("gated", {"initial_state": STATE._replace(s=torch.zeros(B, HK, K, V)), "normalize": False}, "initial_state.z"),
+        ("gated", {"v": torch.rand(B, T, HK, V).bfloat16()}, "v: got shape"),
+        ("window", {"window": None}, "window: got None"),
+    ],
+)
+def test_calls_of_flash_linear_attention_are_refused(op, changes, message):
+    """docs/ops.md: what its functions take and ours do not."""
+    for form in FORMS[op]:
+        with pytest.raises(ValueError) as error:
+            getattr(lizard_ops, form)(**(tensors(op) | changes))
+        assert str(error.value).startswith(message)
+    with pytest.raises(TypeError):
+        lizard_ops.chunk_gated_attn(**(tensors("gated") | {"gk": None}))

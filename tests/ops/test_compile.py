@@ -7,6 +7,8 @@ import torch
 from op_cases import call, cases
 from op_checks import examples, one_of
 
+import lizard_ops
+
 RECOMMENDED = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "weight": "head", "gate": "key"}
 
 
@@ -64,3 +66,48 @@ def test_checks_of_arguments_compile_at_sizes_that_are_not_known(op, fixed):
     compiled = torch.compile(check, fullgraph=True, dynamic=True, backend="aot_eager")
     given = [case.tokens.get(name) for name in ("q", "k", "v", "g", "fq", "fk")] + [case.weights.get("merge_bias")]
     torch.testing.assert_close(compiled(*given), check(*given))
+
+
+def turned(x, shared):
+    return lizard_ops.apply_rotary(x["q"], *(x[f"{name} {shared}"] for name in ("cos", "sin")))
+
+
+SIZED = {
+    "apply_rotary of positions": lambda x: turned(x, "of positions"),
+    "apply_rotary of rows": lambda x: turned(x, "of rows"),
+    "apply_rotary of all": lambda x: turned(x, "of all"),
+    "project_heads": lambda x: lizard_ops.project_heads(x["q"], x["weight"])[1],
+    "row_losses": lambda x: lizard_ops.row_losses(
+        x["q"].flatten(0, 2), x["q"].flatten(0, 2).cos(), x["targets"], 1.0, 0.5
+    ),
+    "window_attn": lambda x: lizard_ops.window_attn(x["q"], x["k"], x["v"], 3)[0],
+    "chunk_gated_attn": lambda x: lizard_ops.chunk_gated_attn(x["q"], x["k"], x["v"], x["g"])[0],
+    "chunk_hybrid_attn": lambda x: lizard_ops.chunk_hybrid_attn(x["q"], x["k"], x["v"], x["q"], x["k"], x["g"], 3)[0],
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_one_function_compiles_for_two_lengths_and_batches(name):
+    """What was constant in the first call is a symbol in the second, which every check must bear."""
+
+    def tensors(batch, length):
+        x = {"q": torch.rand(batch, length, 4, 4), "g": -torch.rand(batch, length, 2), "weight": torch.rand(2, 4, 3)}
+        x |= {name: torch.rand(batch, length, 2, 4) for name in ("k", "v")}
+        shapes = {"of positions": (1, length), "of rows": (batch, 1), "of all": (batch, length)}
+        turns = {f"{name} {of}": torch.rand(*shape, 4) for of, shape in shapes.items() for name in ("cos", "sin")}
+        return x | turns | {"targets": torch.zeros(batch * length * 4, dtype=torch.int64)}
+
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    op = SIZED[name]
+    compiled = torch.compile(op, fullgraph=True, backend=backend)
+    sizes = [(2, 9), (3, 31), (4, 40)] if len(name) < 30 and name[0] in "apr" else [(2, 9), (3, 31)]
+    for batch, length in sizes:
+        x = tensors(batch, length)
+        torch.testing.assert_close(compiled(x), op(x))
+    assert len(graphs) == 2

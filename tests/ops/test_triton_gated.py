@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
 import torch
 from kernel_checks import DEVICE, check_against_naive
 
-from lizard_ops import AttentionState, chunk_gated_attn, naive_gated_attn
+from lizard_ops import AttentionState, chunk_gated_attn, naive_gated_attn, window_attn
 
 config = pytest.importorskip("lizard_ops.gated_attn.triton.config")
 pytest.importorskip("lizard_ops.gated_attn.triton.chunk")
@@ -272,3 +273,38 @@ def test_compiles_to_one_graph_and_follows_autocast(gate):
         assert torch.equal(a, b)
     with torch.autocast(DEVICE, dtype=torch.float16):
         assert attend(*x.values())[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("low, step", [(0.02, 2.0), (0.02, 30.0), (0.02, 40.0), (0.02, 100.0), (1.0, 0.0)])
+def test_channel_gates_stay_within_their_own_bound(low, step, seed):
+    """docs/trust.md: a decay is a quotient of two since the chunk's start, which reach 2^-58: up to 80 roundings."""
+    bound = 2 * 58 * math.log(2) * 2.0**-24
+    torch.manual_seed(seed)
+    q, k, v, do = (torch.rand(1, 64, 1, 16, device=DEVICE) for _ in range(4))
+    v, do, g = v - 0.5, do - 0.5, -low * torch.rand(1, 64, 1, 16, device=DEVICE)
+    g[:, 32] -= step
+
+    def run(dtype, impl):
+        x = [t.to(dtype).requires_grad_() for t in (q, k, v, g)]
+        o = chunk_gated_attn(*x, impl=impl)[0]
+        return [o.detach(), *torch.autograd.grad((o * do.to(dtype)).sum(), x)]
+
+    for found, exact in zip(run(torch.float32, "triton"), run(torch.float64, "torch"), strict=True):
+        assert (found - exact).abs().max() <= 2 * bound * exact.abs().max()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_half_precision_gradients_of_sinks_stay_within_their_own_bound(seed):
+    """docs/trust.md: the row term do.o is formed of an o that is rounded to half, so d sinks has that rounding."""
+    torch.manual_seed(seed)
+    q, k, v, do = (torch.randn(1, 40, 2, 16, device=DEVICE).half() for _ in range(4))
+    sinks = torch.randn(2, 2, device=DEVICE)
+
+    def run(dtype, impl):
+        leaf = sinks.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        o = window_attn(q.to(dtype), k.to(dtype), v.to(dtype), 9, sinks=leaf, impl=impl)[0]
+        return torch.autograd.grad((o.double() * do.double()).sum(), leaf)[0]
+
+    found, exact = run(torch.float16, "triton"), run(torch.float64, "torch")
+    assert (found - exact).abs().max() <= torch.finfo(torch.float16).eps * exact.abs().max()

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.flat import differentiable_once
 from lizard_ops.feature_projection.triton.kernels import (
     both_gradients_kernel,
     input_gradient_kernel,
@@ -150,6 +151,7 @@ def _backward(ctx, dy):
 
 
 project.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(project_backward, "project_heads")
 
 
 class _ProjectBoth(torch.autograd.Function):
@@ -163,13 +165,13 @@ class _ProjectBoth(torch.autograd.Function):
         return x.view_as(x), project(x, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         if dy is None:
             return d_x, None, None
         x, weight = ctx.saved_tensors
         of_x, of_weight, _ = ctx.needs_input_grad
-        if ctx.reuse_gradient and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
+        reuse = ctx.reuse_gradient and not torch.is_grad_enabled()  # a gradient that is differentiated must stay
+        if reuse and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
             dx, d_weight = d_x, project_backward_into(x, weight, dy, d_x, of_weight)
         else:
             dx, d_weight = project_backward(x, weight, dy, d_x, of_x, of_weight)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
-from lizard_ops.common.flat import argument_names, by_name, in_order
+from lizard_ops.common.flat import argument_names, by_name, differentiable_once, in_order
 from lizard_ops.gated_attn.triton.bwd import key_kernel, row_kernel
 from lizard_ops.gated_attn.triton.call import GATE_CHANNEL, GATE_NONE, ChunkPlan, GatedShape, plan_chunks, shape_of
 from lizard_ops.gated_attn.triton.channel import (
@@ -332,3 +332,4 @@ def _backward(ctx, d_o, d_log_mass, d_mass, ds, dz):
 
 
 gated_chunk.register_autograd(_backward, setup_context=_setup_context)
+differentiable_once(gated_chunk_backward, "chunk_gated_attn")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
-from lizard_ops.common.flat import by_name, in_order, taken
+from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
 from lizard_ops.hybrid_attn.triton.bwd_linear import empty_terms, linear_keys, linear_queries, query_states
 from lizard_ops.hybrid_attn.triton.bwd_window import window_keys, window_queries
@@ -190,3 +190,4 @@ def _backward(ctx, d_o, d_s, d_z, *_):
 
 
 hybrid_forward.register_autograd(_backward, setup_context=_save)
+differentiable_once(hybrid_backward, "chunk_hybrid_attn")

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
-from lizard_ops.common.flat import by_name, in_order, taken
+from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import block_count
 from lizard_ops.tiles.softcap import cap_of, units_of
@@ -179,3 +179,4 @@ def _backward(ctx, d_o, d_lse, d_spread, _):
 
 
 window_forward.register_autograd(_backward, setup_context=_save)
+differentiable_once(window_backward, "window_attn")
