@@ -100,6 +100,10 @@ def cotangent(x: torch.Tensor) -> torch.Tensor:
     return numbers.unsqueeze(-1).expand_as(x)
 
 
+# On a GPU a stride that 16 divides is compiled for, and another order of operations rounds otherwise.
+TOLERANCE = dict(rtol=1e-5, atol=1e-6) if DEVICE == "cuda" else dict(rtol=0, atol=0)
+
+
 def same(found, wanted):
     for a, b in zip(found, wanted, strict=True):
         assert a.keys() == b.keys()
@@ -107,9 +111,7 @@ def same(found, wanted):
             if x is None:
                 assert a[name] is None
             else:
-                torch.testing.assert_close(
-                    a[name], x, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-                )
+                torch.testing.assert_close(a[name], x, **TOLERANCE, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 CASES = [
