@@ -65,7 +65,7 @@ def cases(device: str, gates: tuple[str, ...]) -> Iterator[tuple[str, str, dict[
 
 
 def outputs(op: str, options: dict[str, Any], device: str) -> dict[str, Any]:
-    """Outputs, final state and gradients of one case; of a recurrent step after it too."""
+    """Outputs, final state and gradients of one case."""
     import torch
 
     import lizard_ops
