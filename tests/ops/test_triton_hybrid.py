@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.utils.checkpoint
-from kernel_checks import DEVICE, check_against_naive, worst_excess
+from kernel_checks import DEVICE, check_against_naive, with_gradients, worst_excess
 
 from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn
@@ -109,6 +109,23 @@ def test_gradients_of_a_sum_that_is_nearly_all_window(feature_map):
     x = make(1, 40, 2, 1, 16, 16, 16, 2, weight=True, positive=True)
     x["weight"] = x["weight"] + 30
     check(x, 20, anchors=3, **SUM | {"feature_map": feature_map})
+
+
+@pytest.mark.parametrize("options", [MERGE, SUM])
+def test_gradients_of_scores_where_one_key_has_nearly_all_weight(options):
+    """A difference that the rounding of a log-sum-exp of hundreds would be the whole of: no larger than the naive's."""
+    x = make(1, 40, 2, 1, 128, 16, 16, gate=1, sinks=3)
+    x["q"] = 100 * x["q"]
+    x = {name: t.to(DEVICE) for name, t in x.items()}
+
+    def naive(x):
+        return run(naive_hybrid_attn, x, 32, **options)
+
+    exact, plain = with_gradients(naive, x, torch.float64), with_gradients(naive, x, torch.float32)
+    found = with_gradients(lambda x: fast(x, 32, **options), x, torch.float32)
+    for name in ("d q", "d k"):
+        error, allowed = ((y[name].double() - exact[name]).norm() for y in (found, plain))
+        assert error <= allowed, f"{name}: {error / allowed:.2f} times the error of the naive op"
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,19 @@ from lizard_ops.window_attn.triton.config import WindowCall, WindowNumbers
 
 @triton.jit
 def window_query_kernel(
-    q, k, v, anchor_k, anchor_v, do, dq, weight, window, top_key_in, share_io, shift_io, flow_io, average_out, tokens,
-    stream, scale, cap,
+    q, k, v, anchor_k, anchor_v, do, dq, weight, sink, window, top_key_in, share_io, shift_io, flow_io, average_out,
+    tokens, stream, scale, cap,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
     MERGE: tl.constexpr, RELATIVE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BT queries of GH heads of a group. EXACT finds do . o_window first, and with it the scores' shift."""
+    """Gradient of BT queries of GH heads of a group. EXACT finds do . o_window first, and with it the scores' shift.
+
+    The weights of a row sum up to one but for the rounding of its log-sum-exp, 2^-24 of its size. Where one key has
+    nearly all the weight, its gradient is a difference that this would be the whole of: so do . o_window is divided
+    by the sum of the weights, sinks included.
+    """
     BM: tl.constexpr = BT * GH
     head = tl.program_id(0) % (HQ // GH) * GH
     head_k = head // (HQ // HK)
@@ -74,6 +79,10 @@ def window_query_kernel(
         tl.store(share_io + out, share, mask=inside)
     if EXACT:
         average = tl.zeros([BM], tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        if sink is not None:
+            b_sink = tl.load(sink + head + member) * LOG2E
+            total += tl.where(log_window > float("-inf"), tl.exp2(b_sink - log_window), 0.0)
         for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
             row = t + stream.prefix - W + 1 + j
             c = row + tl.arange(0, BN)
@@ -82,6 +91,7 @@ def window_query_kernel(
             seen = in_window(own, c, valid, W)
             p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
+            total += tl.sum(p, 1)
         for j in tl.range(0, ANCHORS, 16):
             c = j + tl.arange(0, 16)
             b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
@@ -89,6 +99,8 @@ def window_query_kernel(
             seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
             p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
+            total += tl.sum(p, 1)
+        average = tl.where(total > 0.0, average / total, 0.0)
         if MERGE:  # flow is share (do.o_linear - do.o) too, which loses its digits where the linear branch has the mass
             flow = tl.where(share < 0.5, -shift - share * average, flow)
             tl.store(flow_io + out, flow, mask=inside)
@@ -159,12 +171,11 @@ def window_queries(
         anchor_k, anchor_v = x.kept_anchors or (k, v)
         window_query_kernel[(blocks * (heads // stacked),)](
             strided(q), strided(k), strided(v), strided(anchor_k), strided(anchor_v), strided(do), strided(dq),
-            None if weight is None else strided_heads(weight), masses.window, masses.top_key, terms.share, terms.shift,
-            terms.flow, average, tokens, stream, options.scale, cap_of(options.scale, options.softcap), shape.window,
-            shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block, shape.value,
-            shape.value_block, count,
-            stacked, c.columns, shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype,
-            shape.precision, c.stages, **c.launch,
+            None if weight is None else strided_heads(weight), x.sink, masses.window, masses.top_key, terms.share,
+            terms.shift, terms.flow, average, tokens, stream, options.scale, cap_of(options.scale, options.softcap),
+            shape.window, shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block,
+            shape.value, shape.value_block, count, stacked, c.columns, shape.merge, shape.merge and shape.relative,
+            shape.exact, shape.compute_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dq, average
 
