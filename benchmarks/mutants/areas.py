@@ -1,0 +1,103 @@
+"""Which files are changed, in which shares, and which tests are asked about each."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from benchmarks.mutants.changes import Change, changes, compiles
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# An area: its share of a sample of 100, the files (patterns from the root), the folders of tests that are asked first
+# and those that are asked about what these let pass.
+AREAS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "ops: PyTorch": (
+        24,
+        ("lizard_ops/*.py", "lizard_ops/common/*.py", "lizard_ops/*_*/*.py", "lizard_ops/rotary/*.py"),
+        ("tests/ops",),
+        ("tests/layers", "tests/models/model"),
+    ),
+    "ops: kernels and their callers": (
+        24,
+        ("lizard_ops/*/triton/*.py", "lizard_ops/tiles/*.py"),
+        ("tests/ops",),
+        ("tests/layers", "tests/models/model"),
+    ),
+    "layers": (12, ("lizard_layers/**/*.py",), ("tests/layers", "tests/models/model"), ("tests/models/distill",)),
+    "cache, modelling": (
+        20,
+        ("lizard_models/model/*.py",),
+        ("tests/models/model",),
+        (
+            "tests/models/distill",
+            "tests/models/evaluation",
+            "tests/models/test_users.py",
+            "tests/models/test_ecosystem.py",
+        ),
+    ),
+    "text": (8, ("lizard_models/text/*.py",), ("tests/models/text",), ("tests/models/distill", "tests/models/cli")),
+    "distill": (
+        12,
+        ("lizard_models/distill/*.py",),
+        ("tests/models/distill",),
+        ("tests/models/model", "tests/models/cli", "tests/models/runs"),
+    ),
+}
+# What holds no behaviour that a test on a CPU could see: command lines of speed, and tables of it.
+LEFT_OUT = frozenset({"lizard_ops/tuning.py", "lizard_models/distill/cuda_graphs.py"})
+
+
+def files_of(area: str) -> list[str]:
+    found = {path.relative_to(ROOT).as_posix() for pattern in AREAS[area][1] for path in ROOT.glob(pattern)}
+    return sorted(found - LEFT_OUT)
+
+
+def sample(count: int, seed: int) -> dict[str, list[Change]]:
+    """``count`` changes, spread over the areas by their shares, and over the lines of each: at most one a line.
+
+    Raises:
+        ValueError: an area holds fewer lines that can be changed than its share asks for.
+    """
+    total = sum(share for share, *_ in AREAS.values())
+    drawn: dict[str, list[Change]] = {}
+    for area, (share, *_) in AREAS.items():
+        generator = random.Random(f"{seed} {area}")
+        lines: dict[tuple[str, int], list[Change]] = {}
+        texts = {file: (ROOT / file).read_text() for file in files_of(area)}
+        for file, text in texts.items():
+            for change in changes(file, text):
+                lines.setdefault((file, change.line), []).append(change)
+        wanted = round(count * share / total)
+        if wanted > len(lines):
+            raise ValueError(f"count: {count} asks for {wanted} lines of {area}, which has {len(lines)}")
+        drawn[area] = []
+        places = sorted(lines)
+        generator.shuffle(places)
+        for place in places:
+            here = generator.choice(lines[place])
+            if len(drawn[area]) < wanted and compiles(here.apply(texts[here.file])):
+                drawn[area].append(here)
+    return drawn
+
+
+def asked_about(area: str, file: str, kills: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """The test files asked first and later: those that share a word with the file's path, then by ``kills``."""
+    words = set(re.split(r"[/_.]", file)) - {"py", "lizard", "ops", "models", "model", "op", "attn", "common"}
+
+    def rank(test: str) -> tuple[bool, int, str]:
+        return words.isdisjoint(re.split(r"[/_.]", test)), -kills.get(test, 0), test
+
+    first, later = (sorted(all_tests(folders), key=rank) for folders in AREAS[area][2:])
+    return first, [test for test in later if test not in first]
+
+
+def all_tests(folders: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    for name in folders:
+        path = ROOT / name
+        inside = [path] if path.is_file() else sorted(path.rglob("test_*.py"))
+        found += [test.relative_to(ROOT).as_posix() for test in inside]
+    return found

@@ -1,0 +1,155 @@
+"""Run the tests once for each change, in copies of the tree, and record what they said."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.mutants.areas import ROOT, asked_about
+from benchmarks.mutants.changes import Change
+
+COPIED = ("lizard_ops", "lizard_layers", "lizard_models", "benchmarks", "tests", "docs", "examples")
+COPIED_FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "constraints.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """state: "killed", "timeout" (counted as killed) or "survived". by: the test that failed. seconds: of the tests."""
+
+    area: str
+    change: Change
+    state: str
+    by: str
+    seconds: float
+
+    def line(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def read(cls, line: str) -> Verdict:
+        fields = json.loads(line)
+        return cls(**{**fields, "change": Change(**fields["change"])})
+
+
+def recorded(record: Path) -> list[Verdict]:
+    return [Verdict.read(line) for line in record.read_text().splitlines()] if record.exists() else []
+
+
+class Campaign:
+    """Workers, each with a copy of the tree; ``failing`` are the tests that fail without any change."""
+
+    def __init__(
+        self, record: Path, workers: int, limit: float, deselected: Sequence[str] = (), nearest: bool = False
+    ) -> None:
+        self.record, self.workers, self.limit, self.deselected = record, workers, limit, tuple(deselected)
+        self.groups = 1 if nearest else 2
+        self.lock = threading.Lock()
+        self.kills: collections.Counter[str] = collections.Counter()
+        self.copies: queue.Queue[Path] = queue.Queue()
+
+    def run(self, todo: Iterable[tuple[str, Change]], until: float) -> None:
+        """Test every change that the record lacks, until the time (of time.monotonic) is over."""
+        done = {verdict.change.name for verdict in recorded(self.record)}
+        todo = [(area, change) for area, change in todo if change.name not in done]
+        with tempfile.TemporaryDirectory() as folder:
+            for number in range(self.workers):
+                self.copies.put(copy_of_the_tree(Path(folder) / str(number)))
+            with ThreadPoolExecutor(self.workers) as pool:
+                for future in [pool.submit(self.test, area, change, until) for area, change in todo]:
+                    future.result()
+
+    def test(self, area: str, change: Change, until: float) -> None:
+        if time.monotonic() > until:
+            return
+        tree = self.copies.get()
+        file = tree / change.file
+        whole = file.read_text()
+        try:
+            file.write_text(change.apply(whole))
+            began = time.monotonic()
+            state, by = "survived", ""
+            for tests in asked_about(area, change.file, self.kills)[: self.groups]:
+                state, by = self.ask(tree, tests, until)
+                if state != "survived":
+                    break
+        finally:
+            file.write_text(whole)
+            self.copies.put(tree)
+        if state == "unfinished":
+            return
+        verdict = Verdict(area, change, state, by, round(time.monotonic() - began, 1))
+        with self.lock, self.record.open("a") as stream:
+            self.kills[by.partition("::")[0]] += 1
+            stream.write(verdict.line() + "\n")
+            print(f"{state:9s} {verdict.seconds:6.1f} s  {change.name}  {by}", flush=True)
+
+    def ask(self, tree: Path, tests: Sequence[str], until: float) -> tuple[str, str]:
+        """What pytest says, and the first test that failed."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += ["-o", "addopts=--strict-markers", "--tb=no", "-rfE", f"--timeout={self.limit:g}", *tests]
+        command += [f"--deselect={name}" for name in self.deselected]
+        kept = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
+        kept.update(PYTHONPATH=path_of(tree), TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
+        with subprocess.Popen(
+            command,
+            cwd=tree,
+            env=kept,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=max(1, min(20 * self.limit, until - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                return ("unfinished", "") if time.monotonic() >= until else ("timeout", "")
+        if process.returncode in (0, 5):
+            return "survived", ""
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        if "Timeout" in said and not failed:
+            return "timeout", ""
+        return "killed", failed[1] if failed else f"exit {process.returncode}"
+
+
+def path_of(tree: Path) -> str:
+    """This tree before whatever else Python is to look through."""
+    return os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH", "")]))
+
+
+def copy_of_the_tree(target: Path) -> Path:
+    target.mkdir(parents=True)
+    for name in COPIED:
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
+    for name in COPIED_FILES:
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def failing_without_change(tests: Sequence[str], workers: int, limit: float) -> list[str]:
+    """The tests that fail on this machine as they are, as for want of a package: they cannot tell a change."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
+    command += ["--tb=no", "-rfE", f"--timeout={limit:g}", *tests]
+    if workers > 1:
+        command += ["-n", str(workers)]
+    kept = dict(
+        os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=path_of(ROOT), TRITON_INTERPRET="1"
+    )
+    said = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True).stdout
+    print(said[-1500:], flush=True)
+    return sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)))
