@@ -42,7 +42,10 @@ def test_unsound_choices_are_refused(reason):
 
 
 def test_window_only_does_not_ask_about_the_linear_branch():
-    AttentionConfig(**SHAPE, linear_branch=False, normalize=False)
+    config = AttentionConfig(**SHAPE, linear_branch=False, normalize=False)
+    assert not config.linear_branch and not config.normalize
+    with pytest.raises(ValueError, match="normalize"):
+        AttentionConfig(**SHAPE, normalize=False)
 
 
 def test_every_choice_is_explained():

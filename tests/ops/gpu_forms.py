@@ -1,4 +1,4 @@
-"""The forms of each op that the properties go through on a GPU.
+"""The forms of each op that the properties go through on a GPU, and a few of them in Triton's interpreter.
 
 Every option that a kernel is compiled for is fixed by a form, so that the number of compilations is bounded; lengths,
 rows and values are drawn. Head dims and groups are gone through in test_gpu.py and test_triton_*.py.
@@ -57,3 +57,33 @@ FORMS = {"gated": GATED, "window": WINDOW, "hybrid": HYBRID}
 # Triton compiles anew for row counts of 1 and for multiples of 16: these lengths are neither
 ODD_LENGTHS = (2, 17, 63, 65, 129, 193)
 EVERY_LENGTH = (0, 1, 2, 17, 63, 64, 65, 127, 128, 129, 193)
+
+# In the interpreter a property sees one or two cases of each op, rows over several tiles and chunks (conftest.py).
+# Between them the properties see every kind of gate, offsets, anchors, sinks and every map.
+INTERPRETED_SIZES = {"B": 1, "T": 21, "G": 2}
+INTERPRETED_FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "test_chunked_is_the_reference": {
+        "gated": ("query_unnormalised",), "window": ("anchors_shared_sinks",), "hybrid": ("sum_all_query_sinks",),
+    },
+    "test_segments_with_a_carried_state_are_the_whole": {
+        "gated": ("channel_offset_unnormalised",), "window": ("anchors_sinks_a_head",), "hybrid": ("merge_exp_key",),
+    },
+    "test_packed_is_separate": {
+        "gated": ("key_offset",), "window": ("anchors_sinks_a_head",), "hybrid": ("merge_outside_key", "merge_channel"),
+    },
+    "test_padding_is_not_there": {
+        "gated": ("channel_offset_unnormalised", "key_offset"), "window": ("anchors_shared_sinks",),
+        "hybrid": ("merge_channel", "sum_outside_exp_query"),
+    },
+    "test_the_future_changes_nothing": {
+        "gated": ("channel",), "window": ("plain",), "hybrid": ("merge_all_scalar_absolute",),
+    },
+    "test_absorbed_gates_are_the_same_gates": {"gated": ("key_offset",), "hybrid": ("sum_identity_key",)},
+    "test_memory_is_never_read_before_it_is_written": {
+        "gated": ("key_offset",), "window": ("anchors_shared_sinks",), "hybrid": ("merge_outside_key",),
+    },
+    "test_outputs_need_no_final_state": {
+        "gated": ("query_unnormalised",), "window": ("anchors_sinks_a_head",),
+        "hybrid": ("sum_outside_identity_unnormalised", "merge_channel", "sum_exp_channel"),
+    },
+}  # fmt: skip

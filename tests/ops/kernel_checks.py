@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from op_checks import floors, rms
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -61,8 +62,8 @@ def worst_excess(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype
     if not exact.is_floating_point() or exact.numel() == 0:
         return 0.0 if torch.equal(found, exact) else float("inf")
     error, allowed = (torch.where(x == exact.to(x.dtype), 0.0, x.double() - exact).abs() for x in (found, plain))
-    floor = 4 * torch.finfo(dtype).eps * torch.where(exact.isfinite(), exact, 0).abs().amax()
-    sizes = (torch.amax, lambda x: x.square().mean().sqrt())
+    eps = torch.finfo(dtype).eps
     return max(
-        (size(error) / (2 * size(allowed) + floor).clamp(min=1e-300)).nan_to_num(float("inf")).item() for size in sizes
+        (f(error) / (2 * f(allowed) + eps * size).clamp(min=1e-300)).nan_to_num(float("inf")).item()
+        for f, size in zip((torch.amax, rms), floors(exact, found.device), strict=True)
     )

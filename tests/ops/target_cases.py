@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_forms import FORMS, ODD_LENGTHS
+from gpu_forms import FORMS, INTERPRETED_SIZES, ODD_LENGTHS
 from hypothesis import strategies as st
 from op_cases import call, cases, state_in
 
 
 def drawn(op, target, **fixed):
     """Cases that the target takes, in its dtype but on the CPU."""
-    if target.interpreted:
-        fixed = {"chunk_size": None, "lengths": (1, 17, 19)} | fixed
+    if target.impl == "triton":
+        fixed = {"sink_form": "exp"} | fixed  # the other is refused
     if target.form is not None:
         form = FORMS[op][target.form]
         unlike = {name: form[name] for name, value in fixed.items() if form.get(name, value) != value}
         if unlike:
             pytest.skip(f"this form has {unlike}")
-        fixed = {"lengths": ODD_LENGTHS} | form | fixed
+        fixed = {"lengths": ODD_LENGTHS} | form | (INTERPRETED_SIZES if target.interpreted else {}) | fixed
     return cases(op, **fixed).map(lambda case: case.cast(target.dtype))
 
 
@@ -51,3 +51,25 @@ def in_segments(case, cuts, step):
         parts.append(step(case.part(slice(None), slice(a, b)), state))
         state = state_in(parts[-1])
     return joined(parts, parts[-1])
+
+
+def rows_of(case, kind):
+    """The case with rows of this kind and what says so: "packed" (row 0, with an empty sequence), "padded" or plain."""
+    rows, length = case.tokens["q"].shape[:2]
+    device = case.tokens["q"].device
+    if kind == "packed":
+        ends = torch.tensor([0, length // 3, length // 3, length], device=device)
+        return case.part(slice(0, 1), slice(None)), {"cu_seqlens": ends}
+    if kind == "padded":
+        mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(length)) > 0.4
+        return case, {"padding_mask": mask.to(device)}
+    return case, {}
+
+
+def past_of(case, sequences):
+    """States, apart and as one, of sequences that have seen parts of the case's first row, one nothing and one all."""
+    seen = [(case.length, 0, case.length // 2, 2)[n % 4] for n in range(sequences)]
+    first = case.part(slice(0, 1), slice(None))
+    found = [call(first.part(slice(None), slice(0, n)), "naive") for n in seen]
+    fields = [name for name in found[0] if "state." in name]
+    return [state_in(x) for x in found], state_in({name: torch.cat([x[name] for x in found]) for name in fields})

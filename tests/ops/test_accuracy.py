@@ -8,6 +8,7 @@ from op_cases import call, cases
 from op_checks import examples, judge, with_gradients
 
 SIZES = {"B": 1, "Hk": 1, "G": 3, "K": 64, "V": 64, "Fp": 32, "window": 64, "chunk_size": None, "anchors": 4}
+SIZES |= {"scale": None}
 CASES = [
     ("gated", {"gate": "key", "normalize": True, "offset": 0, "decay": 0.02}),
     ("gated", {"gate": "channel", "normalize": False, "offset": 0, "decay": 0.02}),
@@ -26,3 +27,21 @@ def test_errors_are_those_of_the_dtype(op, options, dtype, request):
     def check(case):
         case = case.cast(dtype)
         judge(with_gradients(lambda c: call(c, "chunk"), case.cast(dtype, device)), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "op, form",
+    [("gated", "chunk"), ("gated", "recurrent"), ("window", "chunk"), ("hybrid", "chunk"), ("hybrid", "recurrent")],
+)
+def test_half_precision_is_rounded_once(op, form, dtype):
+    """PyTorch computes in float32: of the same numbers it puts out the same, rounded to the dtype of the inputs."""
+
+    @examples(3, cases(op))
+    def check(case):
+        case = case.cast(dtype)
+        wide = case.map(lambda _, x: x.float(), weights=True)
+        found, exact = call(case, form), call(wide, form)
+        assert found.keys() == exact.keys() and found["o"].dtype == dtype
+        for name, x in exact.items():
+            assert torch.equal(found[name], x.to(found[name].dtype)), name

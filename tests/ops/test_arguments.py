@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -215,18 +217,44 @@ def test_a_state_of_other_options_is_refused():
         lizard_ops.chunk_gated_attn(**(x | {"g": None}), window_offset=2, initial_state=state)
 
 
-def test_gates_of_padding_may_hold_anything():
+@pytest.mark.parametrize("op, form", [(op, form) for op in LINEAR for form in FORMS[op]])
+def test_gates_of_padding_may_hold_anything(op, form):
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[:, 0] = False
-    x = tensors("gated")
+    x = tensors(op)
     x["g"][:, 0] = torch.nan
-    assert lizard_ops.chunk_gated_attn(**x, padding_mask=mask)[0].isfinite().all()
+    found = getattr(lizard_ops, form)(**x, padding_mask=mask)[0]
+    rest = {name: t[:, 1:] if torch.is_tensor(t) else t for name, t in x.items()}
+    wanted = getattr(lizard_ops, f"naive_{op}_attn")(**rest)[0]
+    torch.testing.assert_close(found, torch.nn.functional.pad(wanted, (0, 0, 0, 0, 1, 0)))
 
 
 def test_checked_mode_is_a_context():
-    assert not torch.empty(0).is_cuda
-    with checked(), checked(False):
-        lizard_ops.chunk_gated_attn(**tensors("gated"))
+    """It is what says whether values of another device are read, ends with its block and is this thread's alone."""
+    from lizard_ops.common.checks import may_read
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    x, seen = torch.zeros(1).as_subclass(Elsewhere), []
+
+    def look():
+        seen.append(may_read(x))
+
+    look()
+    with checked():
+        look()
+        with checked(False):
+            look()
+        look()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    with pytest.raises(KeyError), checked():
+        raise KeyError
+    look()
+    assert seen == [False, True, False, True, False, False]
+    assert may_read(torch.zeros(1))
 
 
 @pytest.mark.gpu

@@ -196,7 +196,6 @@ def test_captured_in_a_cuda_graph(name):
 def test_compiles_to_one_graph(name, dynamic):
     case = on_gpu(one_case(name, T=131, B=2, Hk=2), BF16)
     names = list(case.leaves())
-    leaves = [x.clone().requires_grad_() for x in case.leaves().values()]
 
     def attend(*tensors):
         given = dict(zip(names, tensors, strict=True))
@@ -204,13 +203,9 @@ def test_compiles_to_one_graph(name, dynamic):
 
     torch.compiler.reset()
     compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic)
-    found = []
-    for op in (attend, compiled):
-        o = op(*leaves)
-        found.append([o, *torch.autograd.grad(o.float().square().sum(), leaves, allow_unused=True)])
-    for a, b in zip(*found, strict=True):
-        if a is not None:  # what PyTorch does around the kernels may be fused
-            torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2 * a.abs().max().item())
+    # what PyTorch does around the kernels may be fused and round elsewhere, so it is judged as the eager call is
+    found = with_gradients(lambda c: {"o": compiled(*(c.leaves()[n] for n in names))}, case)
+    judge(found, case.cast(BF16), BF16, lambda c: {"o": call(c, "naive")["o"]})
 
 
 @pytest.mark.parametrize("name", PRACTICE | COMPOSED)

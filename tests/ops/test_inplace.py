@@ -1,9 +1,9 @@
-"""The decode step in place: the numbers of the step on copies, in the memory the state had."""
+"""The decode step in place: the numbers of the reference on the whole text, in the memory the state had."""
 
 import pytest
 import torch
 
-from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn
+from lizard_ops import AttentionState, chunk_hybrid_attn, naive_hybrid_attn, recurrent_hybrid_attn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, HQ, HK, D, FP, WINDOW = 3, 4, 2, 8, 4, 5
@@ -20,6 +20,17 @@ def make(length: int, gate: str | None, options: dict, seed: int = 0) -> tuple:
     tail = {None: None, "scalar": (1,), "key": (HK,), "query": (HQ,), "channel": (HK, features)}[gate]
     g = None if tail is None else -torch.rand(N, length, *tail, generator=draw).to(DEVICE)
     return (*x, g, WINDOW)
+
+
+def reference(gate: str | None, options: dict, *pieces: tuple, row: int | None = None) -> tuple:
+    """(o of the last piece, state) of the naive op on prompt and tokens as one text; row: of that row alone."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    *texts, window = (
+        None if x[0] is None else torch.cat([t[rows] for t in x], 1) if torch.is_tensor(x[0]) else x[0]
+        for x in zip(make(4, gate, options), *pieces, strict=True)
+    )
+    o, state = naive_hybrid_attn(*texts, window, **options, output_final_state=True)
+    return o[:, o.shape[1] - pieces[-1][0].shape[1] :], state
 
 
 def prefilled(gate: str | None, options: dict, length: int = 4) -> AttentionState:
@@ -40,35 +51,45 @@ def prefilled(gate: str | None, options: dict, length: int = 4) -> AttentionStat
 )
 def test_steps_equal_those_on_copies_and_keep_the_addresses(gate, options):
     state = prefilled(gate, options)
-    copies, addresses = state, [None if x is None else x.data_ptr() for x in state]
+    copies, addresses = prefilled(gate, options), [None if x is None else x.data_ptr() for x in state]
+    pieces = []
     for t in range(9):
-        tokens = make(1, gate, options, seed=t + 1)
-        o, state = recurrent_hybrid_attn(*tokens, **options, initial_state=state, output_final_state=True, inplace=True)
-        wanted, copies = recurrent_hybrid_attn(
-            *tokens, **options, initial_state=prefilled(gate, options) if t == 0 else copies, output_final_state=True
+        pieces.append(make(1, gate, options, seed=t + 1))
+        o, state = recurrent_hybrid_attn(
+            *pieces[-1], **options, initial_state=state, output_final_state=True, inplace=True
         )
-        torch.testing.assert_close(o, wanted)
-    for now, then, wanted in zip(state, addresses, copies, strict=True):
-        if now is not None:
-            assert now.data_ptr() == then
-            torch.testing.assert_close(now, wanted)
+        on_copies, copies = recurrent_hybrid_attn(*pieces[-1], **options, initial_state=copies, output_final_state=True)
+        wanted, after = reference(gate, options, *pieces)
+        for found in (o, on_copies):
+            torch.testing.assert_close(found, wanted)
+    for now, copy, then, wanted in zip(state, copies, addresses, after, strict=True):
+        if wanted is None:
+            assert now is copy is None
+            continue
+        assert now.data_ptr() == then != copy.data_ptr()
+        for found in (now, copy):
+            torch.testing.assert_close(found, wanted)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 3])
 def test_padded_rows_and_several_tokens_overwrite_the_state_too(length):
     mask = torch.tensor([[True] * length, [False] * length, [False] * (length - 1) + [True]]).to(DEVICE)
-    state, plain = prefilled("key", RECOMMENDED), prefilled("key", RECOMMENDED)
+    state = prefilled("key", RECOMMENDED)
     tokens = make(length, "key", RECOMMENDED, seed=1)
     options = RECOMMENDED | {"padding_mask": mask, "output_final_state": True}
     before = state.position.clone()
     o, after = recurrent_hybrid_attn(*tokens, **options, initial_state=state, inplace=True)
-    wanted, copies = recurrent_hybrid_attn(*tokens, **options, initial_state=plain)
-    torch.testing.assert_close(o, wanted)
     assert torch.equal(state.position, before + mask.sum(1))
-    for now, given, copy in zip(after, state, copies, strict=True):
-        assert now is given
-        torch.testing.assert_close(now, copy)
+    for row, real in enumerate(mask):
+        kept = tuple(x[:, real] if torch.is_tensor(x) else x for x in tokens)
+        wanted, alone = reference("key", RECOMMENDED, kept, row=row)
+        torch.testing.assert_close(o[row : row + 1, real], wanted)
+        assert not o[row, ~real].any()
+        for now, given, field in zip(after, state, alone, strict=True):
+            assert now is given
+            if field is not None:
+                torch.testing.assert_close(now[row : row + 1], field)
 
 
 def test_what_it_cannot_do_is_refused():

@@ -148,7 +148,9 @@ def test_large_alpha_does_not_overflow(target):
     x = hybrid_inputs(target)
     x[0], x[1] = x[0] * 50, x[1] * 50
     o, _ = chunk_hybrid_attn(*x, 4, feature_map="exp", alpha=100.0, impl=target.impl)
-    assert o.isfinite().all()
+    exact, _ = naive_hybrid_attn(*(t.double().cpu() for t in x), 4, feature_map="exp", alpha=100.0)
+    tolerance = 1e-4 if target.dtype in (torch.float32, torch.float64) else 3e-2  # scores of some hundred roundings
+    torch.testing.assert_close(o.double().cpu(), exact, rtol=tolerance, atol=100 * tolerance)
 
 
 def test_equal_sinks_act_as_one(target):

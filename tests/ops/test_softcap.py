@@ -11,7 +11,7 @@ import torch
 from op_cases import call, cases, state_in
 from op_checks import examples, judge, with_gradients
 
-from lizard_ops import chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
+from lizard_ops import chunk_hybrid_attn, naive_hybrid_attn, naive_window_attn, recurrent_hybrid_attn, window_attn
 
 
 def capped(case, dtype):
@@ -21,7 +21,7 @@ def capped(case, dtype):
 
 
 def test_the_reference_is_the_formula():
-    @examples(10, cases("window", lengths=(1, 5, 9), G=1, sinks=False))
+    @examples(10, cases("window", lengths=(9, 5, 1), G=1, sinks=False))
     def check(case):
         case = capped(case, torch.float64)
         q, k, v = (case.tokens[name] for name in "qkv")
@@ -53,10 +53,13 @@ def test_every_form_is_the_reference(op, dtype):
         judge(both, case, dtype, lambda c: {name: x for name, x in call(c, "naive").items() if name != "log"})
 
 
-@pytest.mark.parametrize("form", [window_attn, chunk_hybrid_attn, recurrent_hybrid_attn])
+WINDOW = (window_attn, naive_window_attn)
+
+
+@pytest.mark.parametrize("form", [*WINDOW, chunk_hybrid_attn, recurrent_hybrid_attn, naive_hybrid_attn])
 def test_what_cannot_be_capped_says_so(form):
     q = torch.ones(1, 1, 1, 2)
-    rest = [q, q] if form is window_attn else [q, q, q, q, None]
+    rest = [q, q] if form in WINDOW else [q, q, q, q, None]
     for wrong in (0.0, -1.0, float("inf"), "50"):
         with pytest.raises(ValueError, match=f"softcap: got {wrong!r}.*a positive finite number or None"):
             form(q, *rest, 2, softcap=wrong)

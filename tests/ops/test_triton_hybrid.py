@@ -103,6 +103,14 @@ def test_gradients_where_the_linear_branch_has_nearly_all_mass():
     check(x, 6, anchors=1, **MERGE | EXP)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_where_the_window_has_no_mass_left(dtype):
+    """Its share is 0 in the dtype of the sums, and in half precision that is what its row terms are divided by."""
+    x = make(1, 20, 2, 1, 16, 16, 8, 1, weight=True)
+    x["weight"] = torch.where(x["weight"] > 0, 200.0, x["weight"])
+    check(x, 6, dtype, anchors=1, **MERGE)
+
+
 @pytest.mark.parametrize("feature_map", ["identity", "softmax"])
 def test_gradients_of_a_sum_that_is_nearly_all_window(feature_map):
     """do.o less the window's part has lost the digits of do.o_linear, of which d fq and d fk are made."""
@@ -153,8 +161,9 @@ def test_gates_a_channel_and_exponential_features(options, per_channel):
     check_against_naive(in_two_parts(kernels), in_two_parts(naive_hybrid_attn), x, torch.float32)
 
 
-@pytest.mark.parametrize("options", [MERGE, SUM, MERGE | EXP])
+@pytest.mark.parametrize("options", [MERGE, SUM, MERGE | EXP, SUM | {"coverage": "outside"}])
 def test_extreme_gates(options):
+    """A reset within the window leaves the sums as they are and the linear branch without a key: no output of a sum."""
     x = make(1, 90, 2, 1, 16, 16, 16, 1)
     kinds = torch.tensor([0.0, -1e-8, -0.1, -30.0, -1e4, -torch.inf])
     odds = torch.tensor([8.0, 8.0, 8.0, 1.0, 1.0, 0.2])

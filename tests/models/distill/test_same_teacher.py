@@ -83,6 +83,8 @@ def test_a_run_of_before_goes_on(stopped):
     del plan["teacher_sha256"]
     path.write_text(json.dumps(plan))
     call(*command, "--resume")
+    record = json.loads((folder / "out" / "training.json").read_text())
+    assert record["teacher_sha256"] == teacher_digest(load_teacher(str(folder / "teacher")))
 
 
 def test_the_digest_is_of_the_content_alone(tmp_path):

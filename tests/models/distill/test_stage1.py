@@ -43,34 +43,37 @@ def test_parameters_of_a_bfloat16_model_are_float32_and_move(tmp_path):
 
 def test_relative_errors_are_those_of_the_heads():
     """Against the two attentions computed apart: squared error over squared target, a head, averaged."""
-    model, ids = student(), tokens(1, 48)
-    errors = held_out_errors(model, ids)
+    model, ids = student(), tokens(3, 48)
     attention = model.lizard_attentions()[0]
-    heads = []
-    for mode in ("teacher", "student"):
-        model.set_attention_mode(mode)
-        hook = attention.o_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
-        with torch.no_grad():
-            model(ids)
-        hook.remove()
-    target, output = (h.unflatten(-1, (4, -1)) for h in heads)
-    relative = (target - output).square().sum((0, 1, 3)) / target.square().sum((0, 1, 3))
-    torch.testing.assert_close(errors[0], relative.mean())
-    assert len(errors) == model.config.num_hidden_layers
+
+    def apart(ids):
+        heads = []
+        for mode in ("teacher", "student"):
+            model.set_attention_mode(mode)
+            hook = attention.o_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
+            with torch.no_grad():
+                model(ids)
+            hook.remove()
+        target, output = (h.unflatten(-1, (4, -1)) for h in heads)
+        return ((target - output).square().sum((0, 1, 3)) / target.square().sum((0, 1, 3))).mean()
+
+    for size in (1, 2, 3):  # a batch counts by its rows
+        errors = held_out_errors(model, ids, batch_size=size)
+        wanted = sum(apart(batch) * len(batch) for batch in ids.split(size)) / 3
+        torch.testing.assert_close(errors[0], wanted)
+    assert len(errors) == model.config.num_hidden_layers and model.mode == "student"
 
 
 def test_the_recipe_chooses_the_error(tmp_path):
-    model = fresh()
-    relative, mse = (start_loss(model, kind) for kind in ("relative", "mse"))
-    assert relative != mse
-    result = train_stage1(
-        model, Sequences(), arguments(tmp_path), dataclasses.replace(recipes(model, steps=1)[0], error="mse")
-    )
-    assert abs(result.losses[0][1] - mse) < 0.5 * mse
-
-
-def start_loss(model, kind: str) -> float:
-    return loss_with(model, dataclasses.replace(recipes(model)[0], error=kind)).item()
+    rows = Sequences(count=2)  # one batch, in one order or the other
+    for kind in ("relative", "mse"):
+        model = fresh()
+        recipe = dataclasses.replace(recipes(model, steps=1)[0], error=kind)
+        wanted = loss_with(model, recipe, rows.rows).item()
+        other = dataclasses.replace(recipe, error="mse" if kind == "relative" else "relative")
+        assert abs(loss_with(model, other, rows.rows).item() - wanted) > 0.01 * wanted
+        result = train_stage1(model, rows, arguments(tmp_path / kind), recipe)
+        assert result.losses[0][1] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
@@ -191,8 +194,8 @@ def test_a_model_without_new_parameters_cannot_train(tmp_path):
         train_stage1(model, Sequences(), arguments(tmp_path), recipes(model)[0])
 
 
-def loss_with(model, recipe) -> torch.Tensor:
+def loss_with(model, recipe, rows: torch.Tensor) -> torch.Tensor:
     model.set_attention_mode("distill", recipe)
-    loss = AttentionTransfer(model)(Sequences().rows[:2])["loss"]
+    loss = AttentionTransfer(model)(rows)["loss"]
     model.set_attention_mode("student")
     return loss

@@ -108,14 +108,44 @@ def test_unknown_projections_are_named(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains_and_generates(preset, family, tmp_path):
-    model = fresh(preset, family=family)
-    stage1, stage2 = recipes(model, steps=2)
-    if any(True for _ in model.lizard_parameters()):
-        train_stage1(model, Sequences(), arguments(tmp_path / "1"), stage1)
-    tuned, result = train_stage2(model, Sequences(), arguments(tmp_path / "2"), stage2)
-    assert result.final_loss == result.final_loss
+    """On the same two texts again: the loss begins where teacher and student apart have it, and falls."""
+    model, data = fresh(preset, family=family), Sequences(count=2)
+    stage1, stage2 = recipes(model, steps=3)
+    new = {name for name, _ in model.lizard_parameters()}
+    if new:
+        train_stage1(model, data, arguments(tmp_path / "1"), stage1)
+    before = snapshot(model)
+    with torch.no_grad():
+        logits, wanted = (m(data.rows).logits[:, :-1].log_softmax(-1) for m in (model, teacher(family)))
+    entropy = F.nll_loss(logits.flatten(0, 1), data.rows[:, 1:].flatten())
+    divergence = F.kl_div(logits, wanted, log_target=True, reduction="none").sum(-1).mean()
+    tuned, result = train_stage2(model, data, arguments(tmp_path / "2"), stage2)
+    losses = [loss for _, loss in result.losses]
+    start = stage2.cross_entropy_weight * entropy + stage2.kl_weight * divergence
+    assert losses[0] == pytest.approx(start.item(), rel=1e-3)
+    assert len(losses) == 3 and losses[-1] < losses[0] and result.final_loss == pytest.approx(losses[-1])
+    changed = moved(before, tuned)
+    assert {name for name in changed if ".lizard." not in name} == {
+        name for name in before if name.endswith(tuple(f"{p}.weight" for p in stage2.lora_targets))
+    }
+    assert new & changed == (new if stage2.train_new_parameters else set())
     written = tuned.generate(tokens(2, 30), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert written.shape == (2, 34)
+    greedy = tuned(written, use_cache=False).logits[:, 29:33].argmax(-1)
+    assert torch.equal(written[:, 30:], greedy)
+
+
+def test_the_seed_alone_decides_where_adapters_begin(tmp_path):
+    """Whatever the process has drawn before."""
+    found = []
+    for n, (drawn, seed) in enumerate([(5, 0), (6, 0), (5, 1)]):
+        model = fresh()
+        recipe = dataclasses.replace(recipes(model, steps=1)[1], seed=seed, train_new_parameters=False)
+        torch.manual_seed(drawn)
+        data = Sequences(count=2)  # one batch, whatever the order
+        found.append(snapshot(train_stage2(model, data, arguments(tmp_path / str(n)), recipe)[0]))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert all(torch.equal(found[0][n], x) for n, x in found[1].items())
+    assert not torch.equal(found[0][name], found[2][name])
 
 
 def test_whole_projections_learn_and_stay_ordinary_weights(tmp_path):

@@ -164,6 +164,10 @@ def test_padding_alone_is_not_packing():
     assert find_packing(positions, 3, mask) is None
     assert find_packing(torch.tensor([[3, 4, 5, 6]]), 2, None) is None
     assert find_packing(torch.tensor([[3, 4, 0, 1]]), 2, None).cu_seqlens.tolist() == [0, 2, 4, 6, 8]
+    going_on = torch.tensor([[0, 1, 0, 1], [2, 3, 0, 1]])  # a row begins one after where the row before it ends
+    assert find_packing(going_on, 2, None).cu_seqlens.tolist() == [0, 2, 4, 6, 8]
+    real = torch.tensor([[True, True, True, False], [True, True, False, True]])
+    assert find_packing(torch.tensor([[0, 1, 0, 0], [1, 2, 0, 0]]), 2, real).cu_seqlens.tolist() == [0, 2, 3, 5, 6]
 
 
 def test_training_on_packed_rows_equals_training_on_documents():

@@ -161,13 +161,21 @@ def test_a_state_of_inference_mode_goes_on_outside():
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [(), (1,)])
 def test_moves_to_another_dtype(kept):
-    model, ids = student(softmax_layers=kept), tokens(1, 20)
+    """What was read in float32 goes on in bfloat16, and errs no more than a model that has read it all in bfloat16."""
+    model, ids, more = student(softmax_layers=kept), tokens(2, 20), tokens(2, 5, seed=3)
+    exact = model(torch.cat([ids, more], 1)).logits[:, 20:]
     cache = model(ids).past_key_values.to("cpu", torch.bfloat16)
-    layer = cache.layers[0]
-    assert layer.state.ring_k.dtype == torch.bfloat16 and layer.state.s.dtype == torch.float32
-    assert layer.state.position.dtype == torch.int64 and cache.get_seq_length() == 20
-    logits = model.bfloat16()(tokens(1, 1), past_key_values=cache).logits
-    assert logits.isfinite().all()
+    for layer in cache.lizard_layers():
+        for name, t in layer.state._asdict().items():
+            keys = name in ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v")
+            wanted = torch.int64 if name == "position" else torch.bfloat16 if keys else torch.float32
+            assert t is None or t.dtype == wanted, name
+    assert cache.get_seq_length() == 20
+    model.bfloat16()
+    logits = torch.cat([model(piece, past_key_values=cache).logits for piece in more.split([1, 4], 1)], 1)
+    reference = model(torch.cat([ids, more], 1)).logits[:, 20:]
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - exact).norm() <= 1.2 * (reference.float() - exact).norm()
 
 
 @torch.no_grad()
@@ -206,6 +214,7 @@ def naive(preset: str):
     "options", [{}, {"softmax_layers": (1,)}, {"family": "mistral", "sliding_window": 12, "softmax_layers": (1,)}]
 )
 def test_recorded_tokens_can_be_taken_back(options):
+    """While rows change places: what is remembered of them goes with them."""
     model, ids = student(**options), tokens(2, 60)
     whole = model(ids, use_cache=False).logits
     cache = model.new_cache()
@@ -216,8 +225,9 @@ def test_recorded_tokens_can_be_taken_back(options):
         read = torch.cat([ids[:, at : at + size], wrong], 1)
         logits = model(read, past_key_values=cache).logits[:, :size]
         torch.testing.assert_close(logits, whole[:, at : at + size], rtol=1e-4, atol=1e-4)
-        cache.reorder_cache(torch.tensor([0, 1]))
+        cache.reorder_cache(torch.tensor([1, 0]))
         cache.crop(-5)
+        ids, whole = ids.flip(0), whole.flip(0)
         at += size
         assert cache.get_seq_length() == at
     for t in range(3):  # as an assistant: one token at a time, then all back
@@ -269,12 +279,38 @@ def test_rows_can_be_reordered_repeated_and_dropped():
         cache = model(ids[order]).past_key_values
         return model(step[: len(order)], past_key_values=cache).logits
 
-    for change, order in [
-        (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
-        (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
-        (lambda c: (c.batch_select_indices(torch.tensor([0, 2])), c.batch_repeat_interleave(2)), [0, 0, 2, 2]),
-    ]:
+    for change, order in MOVES:
         torch.testing.assert_close(after(change), directly(order), rtol=1e-4, atol=1e-4)
+
+
+MOVES = [
+    (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+    (lambda c: (c.batch_select_indices(torch.tensor([0, 2])), c.batch_repeat_interleave(2)), [0, 0, 2, 2]),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_what_is_remembered_moves_with_its_rows(kept):
+    """Rows with padding, moved before some of what they read is taken back: mask, record and softmax keys move too."""
+    model, ids, more = student(softmax_layers=kept), tokens(3, 30), tokens(4, 3, seed=5)
+    mask = torch.ones(3, 30, dtype=torch.long)
+    mask[0, :7] = mask[1, :2] = 0
+    for change, order in MOVES:
+        cache = model.new_cache()
+        cache.activate_past_recording()
+        model(ids[:, :24], attention_mask=mask[:, :24], past_key_values=cache)
+        model(ids[:, 24:], attention_mask=mask, past_key_values=cache)
+        change(cache)
+        cache.crop(-6)
+        rows = len(order)
+        assert cache.positions().tolist() == mask[order, :24].sum(1).tolist()
+        told = torch.cat([mask[order, :24], torch.ones(rows, 3, dtype=torch.long)], 1)
+        found = model(more[:rows], attention_mask=told, past_key_values=cache).logits
+        text = torch.cat([ids[order, :24], more[:rows]], 1)
+        wanted = model(text, attention_mask=told, use_cache=False).logits[:, 24:]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -288,12 +324,26 @@ def test_a_state_that_is_set_is_read():
 
 
 @torch.no_grad()
-def test_reset_forgets():
-    model, ids = student(), tokens(1, 20)
-    cache = model(ids).past_key_values
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_reset_forgets(preset):
+    """Padding, what was remembered of the past and the tokens that can be taken back as well."""
+    model, ids = student(preset), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :4] = 0
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    model(tokens(2, 20, seed=7), attention_mask=mask, past_key_values=cache)
     cache.reset()
-    assert cache.get_seq_length() == 0
-    assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+    assert cache.get_seq_length() == 0 and cache.positions().tolist() == [0, 0]
+    assert cache.read_mask is None and not cache.padded
+    with pytest.raises(ValueError, match="only the last 0 tokens are remembered"):
+        cache.crop(-1)
+    whole = model(ids).logits
+    assert torch.equal(model(ids, past_key_values=cache).logits, whole)
+    cache.crop(-8)
+    torch.testing.assert_close(model(ids[:, 12:], past_key_values=cache).logits, whole[:, 12:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="only the last 8 tokens are remembered"):
+        cache.crop(-9)
 
 
 def test_what_it_cannot_do_is_refused_by_name():

@@ -125,7 +125,12 @@ def test_a_bad_teacher_is_refused_and_nothing_written(tmp_path, break_it, messag
 def test_buffers_of_old_checkpoints_are_let_pass(tmp_path):
     saved(tmp_path / "teacher")
     change(tmp_path / "teacher", lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    AutoModelForCausalLM.from_pretrained(linearize_folder(tmp_path / "teacher", tmp_path / "out", CONFIG))
+    old = AutoModelForCausalLM.from_pretrained(linearize_folder(tmp_path / "teacher", tmp_path / "out", CONFIG))
+    change(tmp_path / "teacher", lambda w: w.pop("model.layers.0.self_attn.rotary_emb.inv_freq"))
+    now = AutoModelForCausalLM.from_pretrained(linearize_folder(tmp_path / "teacher", tmp_path / "now", CONFIG))
+    assert old.state_dict().keys() == now.state_dict().keys()
+    ids = torch.arange(1, 40)[None]
+    assert torch.equal(old(ids).logits, now(ids).logits)
 
 
 def first_shard(folder):
