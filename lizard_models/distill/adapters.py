@@ -17,7 +17,7 @@ def low_rank_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: flo
 
     y [..., O], x [..., I] of one dtype; down [R, I] and up [O, R] float32, rounded to that dtype for the products, as
     under autocast. Result and gradient of x have their dtype, the gradients of down and up are float32. Differentiable
-    once.
+    any number of times.
     """
     return _LowRank.apply(y, x, down, up, scaling)
 
@@ -27,14 +27,16 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
         rows, a, b = x.flatten(0, -2), down.to(x.dtype), up.to(x.dtype)
         inner = rows @ a.mT  # [N, R]
-        ctx.save_for_backward(rows, inner, a, b)
+        ctx.save_for_backward(rows, inner, a, b, x, down, up)  # the last three are there anyway
         ctx.scaling, ctx.shape = scaling, x.shape
         return torch.addmm(y.flatten(0, -2), inner, b.mT, alpha=scaling).view_as(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, a, b = ctx.saved_tensors
+        rows, inner, a, b, x, down, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the same, as functions of the inputs
+            rows, a, b = x.flatten(0, -2), down.to(x.dtype), up.to(x.dtype)
+            inner = rows @ a.mT
         of_y = grad.flatten(0, -2)
         of_inner = ctx.scaling * (of_y @ b)
         of_x = (of_inner @ a).view(ctx.shape) if ctx.needs_input_grad[1] else None
@@ -44,7 +46,8 @@ class _LowRank(torch.autograd.Function):
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """left^T right over the tokens, not rounded to half precision where the device can leave it."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    exact = left.is_cuda and left.dtype in (torch.bfloat16, torch.float16)
+    if exact and not torch.is_grad_enabled():  # a product of another dtype has no derivative
         return torch.mm(left.mT, right, out_dtype=torch.float32)
     return (left.mT @ right).to(torch.promote_types(left.dtype, torch.float32))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lizard_models.model.once import once, tie
 from lizard_ops import row_losses
 
 Head = Callable[[Tensor], Tensor]
@@ -44,11 +45,11 @@ def frozen_head_loss(
 ) -> Tensor:
     """``losses.distillation_loss`` of hidden [N, H] and targets [N] that all count, for a head that ``is_frozen``.
 
-    Differentiable in ``hidden`` once. The gradient over a chunk's logits is formed where the logits were and goes
-    through the head at once, in the dtype of the logits.
+    Differentiable in ``hidden`` once: a second derivative raises ValueError. The gradient over a chunk's logits is
+    formed where the logits were and goes through the head at once, in the dtype of the logits.
     """
     return _WithGradient.apply(
-        hidden, head, targets, teacher_hidden, teacher_head, cross_entropy_weight, kl_weight, chunk
+        hidden, head, targets, teacher_hidden, teacher_head, cross_entropy_weight, kl_weight, chunk, tie(hidden)
     )
 
 
@@ -64,6 +65,7 @@ class _WithGradient(torch.autograd.Function):
         cross_entropy_weight: float,
         kl_weight: float,
         chunk: int,
+        source: Tensor | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         losses: list[Tensor] = []
@@ -80,11 +82,13 @@ class _WithGradient(torch.autograd.Function):
             if wanted:
                 gradients += torch.autograd.grad(logits, leaf, values)
         if wanted:
-            ctx.save_for_backward(torch.cat(gradients) if len(gradients) > 1 else gradients[0])
+            ctx.save_for_backward(torch.cat(gradients) if len(gradients) > 1 else gradients[0], source)
         return torch.cat(losses).sum() / len(targets)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad, *[None] * 7)
+        gradient, source = ctx.saved_tensors
+        with torch.no_grad():
+            of_hidden = gradient * grad
+        instead = "the logits under a frozen head are gone; under one with a parameter that trains they are kept"
+        return once("frozen_head_loss", instead, (of_hidden, *[None] * 8), (grad, source))

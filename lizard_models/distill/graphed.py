@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lizard_models.model.once import once
+
 WARM_UP = 3  # passes before the capture: kernels compile, libraries allocate
 
 
@@ -81,12 +83,15 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
+        ctx.save_for_backward(*parameters)
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (None, None, *torch._foreach_mul(ctx.gradients, grad))
+        with torch.no_grad():
+            gradients = torch._foreach_mul(ctx.gradients, grad)
+        instead = "a replayed graph leaves none to differentiate: call the objective outside of graphed()"
+        return once("a loss from a CUDA graph", instead, (None, None, *gradients), (grad, *ctx.saved_tensors))
 
 
 @contextlib.contextmanager

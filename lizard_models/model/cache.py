@@ -39,6 +39,7 @@ class LizardCache(Cache):
             layers = list(StaticCache(config=config, max_cache_len=max_cache_len).layers)
         else:
             layers = list(DynamicCache(config=config).layers)
+        self.max_cache_len = max_cache_len if static else None  # positions a mask may have columns for
         self.seen = SeenPositions()
         for i in converted:
             layers[i] = LizardCacheLayer(self.seen, static)
@@ -121,6 +122,18 @@ class LizardCache(Cache):
     def known_length(self) -> int | None:
         """``get_seq_length`` without waiting for the device; None where a graph has counted."""
         return None if is_graphed(self.seen.on_device) else self.seen.on_host
+
+    def place_in_mask(self, attention_mask: Tensor, length: int) -> tuple[Tensor, Tensor | int | None]:
+        """A mask [B, past + T] of what is known here of one [B, max_cache_len], and None: its last T columns are new.
+
+        In a graph, where the number of columns must not grow, the whole mask, and where its T new columns begin. Other
+        masks come back as they are.
+        """
+        if self.max_cache_len is None or attention_mask.ndim != 2 or attention_mask.shape[1] != self.max_cache_len:
+            return attention_mask, None
+        if is_graphed(attention_mask):
+            return attention_mask, self.seen.value_in_graph()
+        return attention_mask[:, : self.seen.value() + length], None
 
     @property
     def is_linear(self) -> list[bool]:

@@ -114,6 +114,8 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         makes_cache = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
         if self.mode == "student" and makes_cache:
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            if kind == "static":  # no shorter than before, so that what was compiled for it serves again
+                length = self._previous_max_cache_length = max(length, getattr(self, "_previous_max_cache_length", 0))
             model_kwargs["past_key_values"] = self.new_cache(static=kind == "static", max_cache_len=length)
         else:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
@@ -170,7 +172,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers', without a mask where a step has none to read."""
+        """As transformers', without a mask where a step has none to read, or one whose shape stays in a static cache."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -178,6 +180,11 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         if step and inputs.get("past_key_values") is not None and not self.model.has_softmax_layers:
             if self.mode == "student" and inputs.get("position_ids") is not None:
                 inputs.pop("attention_mask", None)  # generate appends real tokens only
+        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and isinstance(cache, LizardCache) and cache.max_cache_len is not None:
+            to_come = cache.max_cache_len - mask.shape[1]
+            if to_come > 0 and self.model.has_softmax_layers:
+                inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), to_come)], 1)
         return inputs
 
     def _prefill(

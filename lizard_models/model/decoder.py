@@ -34,6 +34,7 @@ from lizard_models.model.packing import (
 from lizard_models.model.padding import (
     all_real,
     check_padding_mask,
+    new_columns,
     placeholder_mask,
     refuse_gaps,
     repeat_over_padding,
@@ -108,7 +109,8 @@ class LizardDecoder(LizardModelMixin):
         """As the family's decoder, with these differences.
 
         attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
-        count real tokens only. Padding after a real token repeats that token's output. Position ids of real tokens
+        count real tokens only. With a static cache it may have all ``max_cache_len`` columns, those after past + T
+        unread, so that steps in a graph have one shape. Padding after a real token repeats that token's output. Position ids of real tokens
         that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without position ids) mark packed sequences,
         which do not see each other and leave no cache. torch.compile leaves its graph to look for them; in one graph
         (fullgraph=True, torch.export, a CUDA graph, or with a cache) they fail an assertion when it runs. A cache must
@@ -170,8 +172,14 @@ class LizardDecoder(LizardModelMixin):
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
             )
         batch, length = tokens.shape[:2]
+        first = None
+        if isinstance(past_key_values, LizardCache) and attention_mask is not None:
+            attention_mask, first = past_key_values.place_in_mask(attention_mask, length)
+        real = None
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
+            real = new_columns(attention_mask, length, first).bool()
         past_key_values, packing = self._cache_and_packing(
-            past_key_values, use_cache, position_ids, attention_mask, batch, length
+            past_key_values, use_cache, position_ids, real, batch, length
         )
         past = 0 if past_key_values is None else past_key_values.known_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
@@ -183,8 +191,8 @@ class LizardDecoder(LizardModelMixin):
                 past_key_values.check_mask(padding_mask[:, :new])
             whole_mask = padding_mask
             if position_ids is None:
-                position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new:]
-            padding_mask = padding_mask[:, new:]
+                position_ids = new_columns((padding_mask.long().cumsum(-1) - 1).clamp(min=0), length, first)
+            padding_mask = new_columns(padding_mask, length, first)
         elif past_key_values is not None:
             if self.has_softmax_layers and past_key_values.padded and not is_graphed(tokens):
                 past_key_values.check_mask(None)
@@ -231,15 +239,12 @@ class LizardDecoder(LizardModelMixin):
         cache: Cache | None,
         use_cache: bool | None,
         position_ids: Tensor | None,
-        attention_mask: Tensor | None,
+        real: Tensor | None,
         batch: int,
         length: int,
     ) -> tuple[LizardCache | None, Packing | None]:
         packing = None
         if position_ids is not None and length > 1:
-            real = None
-            if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
-                real = attention_mask[:, -length:].bool()
             if not is_graphed(position_ids):
                 packing = find_packing(position_ids, batch, real)
             elif cache is None and not use_cache and may_leave_graph():

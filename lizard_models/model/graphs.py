@@ -50,6 +50,13 @@ class SeenPositions:
         assert self.on_device is not None
         return int(self.on_device)
 
+    def value_in_graph(self) -> Tensor | int:
+        """The count, which a graph reads anew whenever it runs: int64 [] once the device counts."""
+        if self.on_device is not None:
+            return self.on_device
+        assert self.on_host is not None
+        return self.on_host
+
     def reset(self) -> None:
         """Back to 0, still on the device alone if it was."""
         if self.on_device is not None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lizard_models.model.once import once, tie
+
 TINY = torch.finfo(torch.float32).tiny  # below every sum of squares that is not zero
 
 
@@ -16,10 +18,10 @@ def output_error(student: Tensor, target: Tensor, kind: str, padding_mask: Tenso
 
     "relative": sum of squared errors over sum of squared targets, per head, averaged over heads. "mse": mean of squared
     errors. student, target [B, T, H, D]; padding_mask [B, T] bool, positions where it is False count for nothing.
-    Differentiable in ``student``, without padding_mask once.
+    Differentiable in ``student``; without padding_mask once, and a ValueError says so to a second derivative.
     """
     if padding_mask is None:
-        return _Error.apply(student, target.detach(), kind)
+        return _Error.apply(student, target.detach(), kind, tie(student))
     real = padding_mask[:, :, None, None]
     student, target = student.float() * real, target.float() * real
     squares = (student - target).square()
@@ -32,7 +34,7 @@ class _Error(torch.autograd.Function):
     """The error without padding: one float32 tensor, the difference, of which the gradient is a multiple per head."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, target: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, student: Tensor, target: Tensor, kind: str, source: Tensor | None) -> Tensor:
         if target.dtype == torch.float64:
             target = target.float()
         difference = student.float() - target  # float32, also where the target is half precision
@@ -42,15 +44,17 @@ class _Error(torch.autograd.Function):
             weights = (squares_of_target.clamp(min=TINY) * len(squares)).reciprocal()
         else:
             weights = torch.full_like(squares, 1 / difference.numel())
-        ctx.save_for_backward(difference, weights)
+        ctx.save_for_backward(difference, weights, source)
         ctx.dtype = student.dtype
         return (squares * weights).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        difference, weights = ctx.saved_tensors
-        return (difference * (2 * grad * weights)[:, None]).to(ctx.dtype), None, None
+        difference, weights, source = ctx.saved_tensors
+        with torch.no_grad():
+            of_student = (difference * (2 * grad * weights)[:, None]).to(ctx.dtype)
+        instead = "with a padding_mask, of ones too, the error is plain PyTorch and has any"
+        return once("output_error", instead, (of_student, None, None, None), (grad, source))
 
 
 def layer_loss(
@@ -85,11 +89,14 @@ class _GradientsAtOnce(torch.autograd.Function):
         with torch.enable_grad():
             value, heads = error()
             gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, *parameters)
         ctx.mark_non_differentiable(heads)
         return value.detach(), heads
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(grad * g for g in ctx.saved_tensors))
+        count = len(ctx.saved_tensors) // 2
+        with torch.no_grad():
+            gradients = [grad * g for g in ctx.saved_tensors[:count]]
+        instead = "the graph of a layer is freed as soon as its loss is known"
+        return once('the losses of mode "distill"', instead, (None, *gradients), (grad, *ctx.saved_tensors[count:]))

@@ -29,6 +29,13 @@ def check_padding_mask(attention_mask: Tensor | None, batch: int, past: int | No
     return attention_mask.bool()
 
 
+def new_columns(t: Tensor, length: int, first: Tensor | int | None) -> Tensor:
+    """The ``length`` columns of t [B, C] that are of the new positions: from ``first`` on, or the last of them."""
+    if first is None:
+        return t[:, t.shape[1] - length :]
+    return t.index_select(1, first + torch.arange(length, device=t.device))
+
+
 def refuse_gaps(padding_mask: Tensor) -> None:
     """Raises ValueError for padding [B, T] between real tokens. Reads the data, but in a graph.
 

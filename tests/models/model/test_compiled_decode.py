@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import student, tokens
+from tiny import student, teacher, tokens
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig
 
@@ -12,8 +12,8 @@ CLAMPED = {"positions": "clamped", "position_limit": 24, "position_step": 10}
 class Backend:
     """``aot_eager``, which runs what inductor would compile, and how many graphs were asked of it."""
 
-    def __init__(self) -> None:
-        self.graphs = 0
+    def __init__(self, name: str = "aot_eager") -> None:
+        self.graphs, self.run = 0, lookup_backend(name)
         torch.compiler.reset()
 
     def __deepcopy__(self, memo):
@@ -21,7 +21,13 @@ class Backend:
 
     def __call__(self, graph, inputs):
         self.graphs += 1
-        return lookup_backend("aot_eager")(graph, inputs)
+        return self.run(graph, inputs)
+
+    def config(self) -> CompileConfig:
+        """For ``generate``."""
+        config = CompileConfig(fullgraph=True, mode=None, backend=self)
+        config._compile_all_devices = True  # transformers' own switch for its tests on CPUs
+        return config
 
 
 @torch.no_grad()
@@ -56,10 +62,50 @@ def test_generate_compiles_its_step():
     mask[0, :4] = 0
     settings = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
     wanted, backend = model.generate(ids, **settings), Backend()
-    config = CompileConfig(fullgraph=True, mode=None, backend=backend)
-    config._compile_all_devices = True  # transformers' own switch for its tests on CPUs
-    found = model.generate(ids, **settings, cache_implementation="static", compile_config=config)
+    found = model.generate(ids, **settings, cache_implementation="static", compile_config=backend.config())
     assert torch.equal(found, wanted) and backend.graphs == 1
+
+
+def test_generate_compiles_a_hybrid_as_often_as_its_teacher():
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0  # a mask that grows would be another shape at every step
+
+    def generated(model, new, **options):
+        return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+
+    def graphs(model, backend):
+        counts, options = [], dict(cache_implementation="static", compile_config=backend.config())
+        for new in (6, 6, 12, 6):
+            assert torch.equal(generated(model, new, **options), generated(model, new))
+            counts.append(backend.graphs)
+        return counts
+
+    size = dict(num_hidden_layers=2)
+    model = student(**size, softmax_layers=(1,))
+    wanted = graphs(teacher(**size), Backend("eager"))
+    backend = Backend("eager")
+    assert graphs(model, backend) == wanted == [1, 1, 2, 2]
+
+    cache = model.new_cache(static=True, max_cache_len=20)  # a second turn, padded too, in a cache of that length
+    first = generated(model, 4, past_key_values=cache, compile_config=backend.config())
+    text = torch.cat([first, tokens(2, 3, seed=5)], 1)
+    whole = torch.cat([mask, mask.new_ones(2, 7)], 1)
+    turn = dict(attention_mask=whole, max_new_tokens=4, do_sample=False)
+    second = model.generate(text, **turn, past_key_values=cache, compile_config=backend.config())
+    assert torch.equal(second, model.generate(text, **turn)) and backend.graphs == wanted[-1]
+
+
+def test_a_mask_as_wide_as_a_static_cache_is_read_up_to_the_new_tokens():
+    model, ids, mask = student(num_hidden_layers=2, softmax_layers=(1,)), tokens(2, 12), torch.ones(2, 20).bool()
+    mask[0, :4] = False
+    wanted = model(ids, attention_mask=mask[:, :12]).logits
+    step = torch.compile(model, backend=Backend("eager"))
+    for read in (model, step):  # eagerly it is cut, in a graph its columns are looked up
+        cache = model.new_cache(static=True, max_cache_len=20)
+        first = model(ids[:, :11], attention_mask=mask, past_key_values=cache).logits
+        second = read(ids[:, 11:], attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(torch.cat([first, second], 1)[:, 4:], wanted[:, 4:], rtol=1e-4, atol=1e-4)
+        assert cache.positions().tolist() == [8, 12]
 
 
 def test_a_static_cache_of_kept_layers_needs_a_length():
