@@ -30,6 +30,7 @@ from lizard_models.model.packing import (
     find_packing_outside,
     packed_mask,
     positions_of_documents,
+    trace_one_text,
 )
 from lizard_models.model.padding import (
     all_real,
@@ -188,6 +189,8 @@ class LizardDecoder(LizardModelMixin):
         past_key_values, packing = self._cache_and_packing(
             past_key_values, use_cache, position_ids, real, batch, length
         )
+        if position_ids is not None and length > 1 and not is_graphed(position_ids) and torch.jit.is_tracing():
+            position_ids = trace_one_text(packing, position_ids, real)
         past = 0 if past_key_values is None else past_key_values.known_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
         if padding_mask is not None:
