@@ -172,7 +172,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers', without a mask where a step has none to read, or one whose shape stays in a static cache."""
+        """As transformers'; the mask left out where a step has none to read, of one shape in a static cache."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

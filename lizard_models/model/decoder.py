@@ -20,7 +20,7 @@ from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
 from lizard_models.model.forward_plan import ForwardPlan
-from lizard_models.model.graphs import is_graphed, may_leave_graph
+from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.packing import (
@@ -30,6 +30,7 @@ from lizard_models.model.packing import (
     find_packing_outside,
     packed_mask,
     positions_of_documents,
+    trace_one_text,
 )
 from lizard_models.model.padding import (
     all_real,
@@ -39,7 +40,13 @@ from lizard_models.model.padding import (
     refuse_gaps,
     repeat_over_padding,
 )
-from lizard_models.model.positions import anchor_blocks, moves_anchors, position_range, with_far_positions
+from lizard_models.model.positions import (
+    anchor_blocks,
+    assert_anchors_stay,
+    moves_anchors,
+    position_range,
+    with_far_positions,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -109,11 +116,12 @@ class LizardDecoder(LizardModelMixin):
         """As the family's decoder, with these differences.
 
         attention_mask [B, past + T], nonzero at real tokens, wherever the padding stands; positions that are not given
-        count real tokens only. With a static cache it may have all ``max_cache_len`` columns, those after past + T
-        unread, so that steps in a graph have one shape. Padding after a real token repeats that token's output. Position ids of real tokens
-        that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without position ids) mark packed sequences,
-        which do not see each other and leave no cache. torch.compile leaves its graph to look for them; in one graph
-        (fullgraph=True, torch.export, a CUDA graph, or with a cache) they fail an assertion when it runs. A cache must
+        count real tokens only. With a static cache it may have all ``max_cache_len`` columns, of which those after
+        past + T are not read, so that steps in a graph have one shape. Padding after a real token repeats that token's
+        output. Position ids of real tokens that do not rise by one (or ``cu_seq_lens_q`` or ``seq_idx`` without
+        position ids) mark packed sequences, which do not see each other and leave no cache. torch.compile leaves its
+        graph to look for them; in one graph (fullgraph=True, torch.export, a CUDA graph, or with a cache) they fail an
+        assertion when it runs, as do positions past the limit in an export of a model whose anchors move. A cache must
         be a ``LizardCache``; unless asked for, none is made in training. A mask must say of cached positions what the
         cache has read of them; a graph does not check that.
 
@@ -181,6 +189,8 @@ class LizardDecoder(LizardModelMixin):
         past_key_values, packing = self._cache_and_packing(
             past_key_values, use_cache, position_ids, real, batch, length
         )
+        if position_ids is not None and length > 1 and not is_graphed(position_ids) and torch.jit.is_tracing():
+            position_ids = trace_one_text(packing, position_ids, real)
         past = 0 if past_key_values is None else past_key_values.known_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
         if padding_mask is not None:
@@ -264,10 +274,14 @@ class LizardDecoder(LizardModelMixin):
         step = length == 1 and torch.compiler.is_compiling()  # one graph of a step must do before and past the limit
         if not self.moves_anchors or not length:
             return None
-        if past is not None and past + length <= self.position_range.limit and not step:
+        exported = is_exporting() and not step  # of an open length: the program cannot depend on where it ends
+        if not exported and past is not None and past + length <= self.position_range.limit and not step:
             return None
         if position_ids is None:
             position_ids = torch.arange(past or 0, (past or 0) + length, device=tokens.device)[None]
+        if exported:
+            assert_anchors_stay(position_ids, self.position_range)
+            return None
         if packed:
             if int(position_ids.max()) >= self.position_range.limit:
                 raise ValueError(

@@ -78,6 +78,11 @@ def is_graphed(like: Tensor | None) -> bool:
     return like is not None and like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces, which may leave the length open."""
+    return torch.compiler.is_exporting()
+
+
 @torch._dynamo.assume_constant_result
 def _one_graph() -> bool:
     """Asked while torch.compile traces: whether it was told to make one graph of everything (fullgraph, export)."""

@@ -56,22 +56,42 @@ def find_packing_outside(position_ids: Tensor, batch: int, real: Tensor | None) 
     return find_packing(position_ids, batch, real)
 
 
+RESTART = (
+    "position_ids (or cu_seq_lens_q, seq_idx) restart within a row: packed sequences are read eagerly, or under "
+    "torch.compile without fullgraph and without a cache. In one graph leave them out and give one text a row"
+)
+
+
+def one_text(position_ids: Tensor, real: Tensor | None) -> Tensor:
+    """[] bool, whether every row is one text. position_ids [B or 1, T], real [B, T] bool or None."""
+    if real is None:
+        return (position_ids.diff(dim=-1) == 1).all()
+    steps = position_ids - real.long().cumsum(-1)  # constant over the real tokens of one text
+    first = steps.expand(real.shape).gather(1, real.int().argmax(-1, keepdim=True))
+    return ((steps == first) | ~real).all()
+
+
 def assert_one_text(position_ids: Tensor, real: Tensor | None) -> None:
     """Makes a graph fail when it runs on packed rows, of which it knows nothing. Reads nothing back.
 
-    position_ids [B or 1, T], real [B, T] bool or None. Raises RuntimeError then, on a GPU as its assertion.
+    Arguments as for ``one_text``. Raises RuntimeError then, on a GPU as its assertion.
     """
-    if real is None:
-        one = (position_ids.diff(dim=-1) == 1).all()
-    else:
-        steps = position_ids - real.long().cumsum(-1)  # constant over the real tokens of one text
-        first = steps.expand(real.shape).gather(1, real.int().argmax(-1, keepdim=True))
-        one = ((steps == first) | ~real).all()
-    torch._assert_async(
-        one,
-        "position_ids (or cu_seq_lens_q, seq_idx) restart within a row: packed sequences are read eagerly, or under "
-        "torch.compile without fullgraph and without a cache. In one graph leave them out and give one text a row",
-    )
+    torch._assert_async(one_text(position_ids, real), RESTART)
+
+
+def trace_one_text(packing: Packing | None, position_ids: Tensor, real: Tensor | None) -> Tensor:
+    """position_ids for torch.jit.trace, to which it is a constant where texts begin.
+
+    Packed rows are refused, now with ValueError and when the trace runs with RuntimeError.
+    """
+    if packing is not None:
+        raise ValueError(
+            f"position_ids: got {int(packing.cu_seqlens.shape[0]) - 1} texts in {int(position_ids.shape[0])} "
+            "rows, wanted one a row under torch.jit.trace, which would read every batch as packed like this one: "
+            "torch.compile reads packed rows"
+        )
+    nothing = position_ids.new_zeros(())  # a trace drops an assertion on which nothing depends
+    return position_ids + torch.ops.aten._functional_assert_async.msg(one_text(position_ids, real), RESTART, nothing)
 
 
 def positions_of_documents(kwargs: dict[str, Any], length: int) -> Tensor | None:

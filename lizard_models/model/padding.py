@@ -41,10 +41,12 @@ def refuse_gaps(padding_mask: Tensor) -> None:
 
     A kept sliding-window layer is transformers' own, which counts such padding as positions of its window.
     """
+    if is_graphed(padding_mask):
+        return
     starts = padding_mask.clone()
     starts[:, 1:] &= ~padding_mask[:, :-1]
     rows = starts.sum(1) > 1
-    if not is_graphed(padding_mask) and bool(rows.any()):
+    if bool(rows.any()):
         raise ValueError(
             f"attention_mask has padding between the real tokens of row {int(rows.nonzero()[0])}, which the kept "
             "sliding-window layers would count: pad on the left, or convert with keep_sliding_layers=False"

@@ -109,6 +109,15 @@ def with_far_positions(rotary: Any) -> Any:
     return rotary
 
 
+def assert_anchors_stay(positions: Tensor, limits: PositionRange) -> None:
+    """Makes a graph fail when it runs on positions past the limit, where the anchors of its layers would move."""
+    torch._assert_async(
+        (positions < limits.limit).all(),
+        f"positions reach position_limit={limits.limit}, past which the anchors move on: an exported program ends "
+        "there. Read longer texts with the model itself, or export one of another position_limit or without anchors",
+    )
+
+
 def anchor_blocks(
     rotary: Any, positions: Tensor, limits: PositionRange, whole: bool
 ) -> dict[str | None, list[AnchorBlock]]:

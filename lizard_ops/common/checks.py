@@ -112,7 +112,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     heads = k.shape[2]
     check_tensor("k", k, (batch, length, heads, dim), q, (q.dtype,))
     check_tensor("v", v, (batch, length, heads, v.shape[3]), q, (q.dtype,))
-    want(min(batch, heads, dim, v.shape[3]) > 0, "k and v", tuple(v.shape), "at least one row, head and channel")
+    there = all(size > 0 for size in (batch, heads, dim, v.shape[3]))  # the least of them would compare an open batch
+    want(there, "k and v", tuple(v.shape), "at least one row, head and channel")
     want(q_heads > 0 and q_heads % heads == 0, "q", q, f"a number of heads that is a multiple of the {heads} of k")
 
 
@@ -255,8 +256,9 @@ def check_head_weight(name: str, x: float | Tensor | None, q: Tensor, scalar: bo
     if scalar and isinstance(x, (int, float)) and not isinstance(x, bool):
         return torch.full((heads,), float(x), dtype=work_dtype(q), device=q.device)
     shapes = [(heads,), tuple(q.shape[:3]), *([()] if scalar else [])]
-    # compared one by one: torch.compile does not find a shape of unknown sizes in a list
-    shaped = isinstance(x, Tensor) and any(tuple(x.shape) == shape for shape in shapes)
+    # compared one by one: torch.compile does not find a shape of unknown sizes in a list; and a batch is no number of
+    # heads, which an export would make a condition
+    shaped = isinstance(x, Tensor) and any(x.ndim == len(shape) and tuple(x.shape) == shape for shape in shapes)
     if not shaped or not isinstance(x, Tensor) or x.dtype not in FLOATS or x.device != q.device:
         shown = " or ".join(map(str, shapes))
         refuse(name, x, f"a floating tensor of shape {shown} on {q.device}" + " or a number" * scalar)

@@ -7,16 +7,20 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common.checks import want_values
 from lizard_ops.common.padding import compact, compaction, restore
+from lizard_ops.common.sizes import is_known
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.common.streams import Layout, layout_of, take_rows
 
 # An op's inputs: a NamedTuple with fields initial_state, cu_seqlens and padding_mask, whose ``by_token`` names those of
 # its tensors that have a row per token, [B, T, ...]: GatedInputs, WindowInputs, HybridInputs.
 Inputs = Any
+TILE = 64  # rows; at least those of a tile of any op
+SPARE = 2  # tiles
 RowOp = Callable[[Inputs, Tensor | None], tuple[Sequence[Tensor], AttentionState | None]]
 
 
@@ -26,12 +30,16 @@ def changed_rows(inputs: Inputs, change: Callable[[Tensor], Tensor | None], **fi
     return inputs._replace(**rows, **fields)
 
 
-def over_rows(op: RowOp, inputs: Inputs, fills: Sequence[float]) -> tuple[Sequence[Tensor], AttentionState | None]:
+def over_rows(
+    op: RowOp, inputs: Inputs, fills: Sequence[float], offset: int = 0
+) -> tuple[Sequence[Tensor], AttentionState | None]:
     """Run ``op(inputs, lengths) -> (outputs, state)`` on inputs whose rows [B, T, ...] are of any kind.
 
     op sees real tokens first, ``lengths`` [B] of them (None: all), zeros after. What it returns goes back to its
-    places, with one of ``fills`` an output at padding.
+    places, with one of ``fills`` an output at padding. offset: newest keys that the op leaves out.
     """
+    if not is_known(inputs.q.shape[1]):
+        op = partial(_over_any_length, op, offset)
     if inputs.padding_mask is not None:
         plan = compaction(inputs.padding_mask)
         compacted = changed_rows(inputs, lambda x: compact(x, plan), padding_mask=None)
@@ -40,6 +48,25 @@ def over_rows(op: RowOp, inputs: Inputs, fills: Sequence[float]) -> tuple[Sequen
     if inputs.cu_seqlens is None:
         return op(inputs, None)
     return _over_packed(op, inputs)
+
+
+def _over_any_length(
+    op: RowOp, offset: int, inputs: Inputs, lengths: Tensor | None
+) -> tuple[Sequence[Tensor], AttentionState | None]:
+    """``op`` on rows made longer, by zeros after them: a whole number of tiles, so many that no tile is cut short.
+
+    One program then does for rows shorter than a tile, and than the offset, and for longer ones: there are always more
+    tiles than those whose number would be a case of its own, 0 and 1.
+    """
+    batch, length = inputs.q.shape[:2]
+    spare = TILE * ((offset + TILE - 1) // TILE + SPARE)
+    more = (length + spare + TILE - 1) // TILE * TILE - length  # one quotient, so that sizes divide as symbols do
+    if lengths is None:
+        lengths = torch.full((batch,), length, dtype=torch.int64, device=inputs.q.device)
+    longer = changed_rows(inputs, lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, more)))
+    outputs, final = op(longer, lengths)
+    wanted = torch.arange(length, device=lengths.device)  # a slice would compare strides with the open length
+    return [o.index_select(1, wanted) for o in outputs], final
 
 
 def _over_packed(op: RowOp, inputs: Inputs) -> tuple[Sequence[Tensor], AttentionState | None]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lizard_ops.common.sizes import is_known
 from lizard_ops.common.state import AttentionState
 
 
@@ -162,9 +163,12 @@ def offset_fields(
 def sliding_sum(x: Tensor, window: int) -> Tensor:
     """Sums over the last ``window`` rows, [B, L, ...]: row r holds x[r - window + 1] + ... + x[r].
 
-    No difference of running sums: nothing cancels and -inf stays where it belongs. O(L).
+    No difference of running sums: nothing cancels and -inf stays where it belongs. O(L), open lengths O(L window).
     """
     length = x.shape[1]
+    if not is_known(length):  # whose blocks are no whole number of them in symbols
+        before = x.new_zeros(x.shape[0], window - 1, *x.shape[2:])
+        return torch.cat([before, x], 1).unfold(1, window, 1).sum(-1)
     blocks = -(-(length + window) // window)
     tail = blocks * window - (window - 1) - length
     head, end = (x.new_zeros(x.shape[0], rows, *x.shape[2:]) for rows in (window - 1, tail))

@@ -12,6 +12,7 @@ from lizard_ops.common.checks import state_heads, work_dtype
 from lizard_ops.common.features import expand_features, feature_dim
 from lizard_ops.common.numerics import tied_to
 from lizard_ops.common.rows import over_rows
+from lizard_ops.common.sizes import smaller
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, key_stream, layout_of, offset_fields, sliding_sum
 from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
@@ -35,7 +36,7 @@ def linear_torch(inputs: GatedInputs, options: GatedOptions) -> tuple[Tensor, At
         position = layout_of(inputs.q, inputs.initial_state, None, lengths).end
         return results, AttentionState(position, **fields) if options.output_final_state else None
 
-    (o, log_mass), state = over_rows(op, inputs, (0.0, -math.inf))
+    (o, log_mass), state = over_rows(op, inputs, (0.0, -math.inf), options.window_offset)
     return o, state, log_mass
 
 
@@ -55,7 +56,7 @@ def linear_rows(
     (key_heads, v_dim), work, channels = v.shape[2:], work_dtype(v), g is not None and g.ndim == 4
     prefix = offset if state is not None else 0
     layout = layout_of(fq, state, None, lengths)
-    skipped = min(length, offset - prefix)  # queries without a key
+    skipped = smaller(length, offset - prefix)  # queries without a key
     rows = length - skipped
     held = state if state is not None and offset else AttentionState(layout.position)
     gates = None if g is None else key_stream(g, held.ring_g, layout)
@@ -67,12 +68,12 @@ def linear_rows(
         fields = _linear_fields(final) | offset_fields(fk, v, g, state, offset, layout)
         return nothing, torch.full_like(nothing[..., 0], -math.inf), fields
 
-    size = min(rows, options.chunk_size or (CHANNEL_GATE_CHUNK if channels else HEAD_GATE_CHUNK))
+    size = smaller(rows, options.chunk_size or (CHANNEL_GATE_CHUNK if channels else HEAD_GATE_CHUNK))
     chunks = -(-rows // size)
 
     def tiles(x: Tensor, fill: float = 0.0) -> Tensor:  # [B, rows, H, ...] -> [B, H, n, C, ...]
         padding = (0, 0) * (x.ndim - 2) + (0, chunks * size - rows)
-        return F.pad(x, padding, value=fill).unflatten(1, (chunks, size)).movedim(3, 1).contiguous()
+        return F.pad(x, padding, value=fill).unflatten(1, (-1, size)).movedim(3, 1).contiguous()
 
     def head_tiles(x: Tensor) -> Tensor:  # [B, rows, Hg] -> [B, h, n, y, C]
         heads = x.shape[2] // key_heads if x.shape[2] > 1 else 1
@@ -87,7 +88,7 @@ def linear_rows(
         row_gates = row_gates.masked_fill(~inside.view(*inside.shape, *[1] * (row_gates.ndim - 2)), 0.0)
 
     query_rows = F.pad(fq[:, skipped:].to(work), (0, 0, 0, 0, 0, chunks * size - rows))
-    query_rows = query_rows.unflatten(2, (key_heads, -1)).unflatten(1, (chunks, size)).permute(0, 3, 1, 4, 2, 5)
+    query_rows = query_rows.unflatten(2, (key_heads, -1)).unflatten(1, (-1, size)).permute(0, 3, 1, 4, 2, 5)
     queries, query_log = expand_features(query_rows.contiguous(), feature_map)  # [B, Hk, n, G, C, F]
     keys, key_log = expand_features(tiles(key_stream(fk, held.ring_fk, layout)[:, :rows].to(work)), feature_map)
     if key_log is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.checks import refuse, want_values
+from lizard_ops.common.sizes import is_known
 
 RESET = -1.0e6  # stands for a log-decay of -inf: its exponential is 0, and float64 sums with it stay exact enough
 SCAN = 32  # chunks whose states one matrix product links
@@ -156,23 +157,34 @@ def _scan_head_gate(items: Tensor, decay: Tensor, top: Tensor | None, start: Sum
     items [B, Hk, y, n, F, E] times exp(top [B, Hk, y, n]) join the sums after they decay by exp(decay [B, h, y, n]).
     """
     carry, carry_log = (None, None) if start is None else (start.s.unsqueeze(3), start.log_scale)
+    if not is_known(items.shape[3]):  # no loop has so many turns: all chunks at once
+        return _shifted(*_linked_chunks(items, decay, top, carry, carry_log), start)
     sums, scales = [], []
     for begin in range(0, items.shape[3], SCAN):
         at = slice(begin, begin + SCAN)
-        run, joined = decay[..., at].cumsum(-1), items[..., at, :, :]
-        log = run.unsqueeze(-1) - run.unsqueeze(-2)  # [B, h, y, m, m], from chunk to chunk
-        log = log if top is None else log + top[..., at].unsqueeze(-2)
-        log = log.masked_fill(_future(run.shape[-1], log.device), -math.inf)
-        if carry is not None:
-            first = run if carry_log is None else run + carry_log.unsqueeze(-1)
-            log, joined = torch.cat([first.unsqueeze(-1), log], -1), torch.cat([carry, joined], 3)
-        scale = None if top is None else log.detach().amax(-1)
-        sums.append((_exp(log, scale, items.dtype) @ joined.flatten(4, 5)).unflatten(-1, items.shape[4:]))
-        carry = sums[-1][..., -1:, :, :]
+        joined, highest = items[..., at, :, :], None if top is None else top[..., at]
+        after, scale = _linked_chunks(joined, decay[..., at], highest, carry, carry_log)
+        sums.append(after)
+        carry = after[..., -1:, :, :]
         if scale is not None:
             scales.append(scale)
             carry_log = scale[..., -1]
     return _shifted(torch.cat(sums, 3), torch.cat(scales, 3) if scales else None, start)
+
+
+def _linked_chunks(
+    items: Tensor, decay: Tensor, top: Tensor | None, carry: Tensor | None, carry_log: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(sums [B, Hk, y, m, F, E] after every chunk, their log scale [B, Hk, y, m]) by one product of [m, m + 1]."""
+    run, joined = decay.cumsum(-1), items
+    log = run.unsqueeze(-1) - run.unsqueeze(-2)  # [B, h, y, m, m], from chunk to chunk
+    log = log if top is None else log + top.unsqueeze(-2)
+    log = log.masked_fill(_future(run.shape[-1], log.device), -math.inf)
+    if carry is not None:
+        first = run if carry_log is None else run + carry_log.unsqueeze(-1)
+        log, joined = torch.cat([first.unsqueeze(-1), log], -1), torch.cat([carry, joined], 3)
+    scale = None if top is None else log.detach().amax(-1)
+    return (_exp(log, scale, items.dtype) @ joined.flatten(4, 5)).unflatten(-1, items.shape[4:]), scale
 
 
 def _scan_channel_gate(
@@ -182,6 +194,8 @@ def _scan_channel_gate(
 
     slow [B, Hk, n]: decay of the slowest channel at every position, which the log scale follows.
     """
+    if not is_known(items.shape[2]):
+        return _shifted(*_linked_channel_chunks(items, decay, slow, top, start), start)
     carry = torch.zeros_like(items[:, :, 0]) if start is None else start.s.squeeze(2)
     scale = items.new_full(items.shape[:2], -math.inf, dtype=torch.float64)
     scale = scale if start is None or start.log_scale is None else start.log_scale.squeeze(2)
@@ -197,6 +211,33 @@ def _scan_channel_gate(
         sums.append(carry)
     log = torch.stack(scales, 2).unsqueeze(2) if scales else None
     return _shifted(torch.stack(sums, 2).unsqueeze(2), log, start)
+
+
+def _linked_channel_chunks(
+    items: Tensor, decay: Tensor, slow: Tensor | None, top: Tensor | None, start: Sums | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the loop over chunks gives, [B, Hk, 1, n, F, E] and [B, Hk, 1, n], by a product of [n, n + 1] a channel."""
+
+    def links(decay: Tensor, top: Tensor | None) -> Tensor:  # [B, Hk, n, ...] -> [B, Hk, n, n + 1, ...]
+        run = decay.cumsum(2)
+        log = run.unsqueeze(3) - run.unsqueeze(2)
+        if top is not None:
+            log = log + top.view(*top.shape[:2], 1, -1, *[1] * (run.ndim - 3))
+        future = _future(run.shape[2], log.device)
+        log = log.masked_fill(future.view(*future.shape, *[1] * (run.ndim - 3)), -math.inf)
+        first = run
+        if top is not None:
+            before = None if start is None else start.log_scale
+            no_log = run.new_full((*run.shape[:2], 1), -math.inf)
+            first = run + (no_log if before is None else before).view(*run.shape[:2], *[1] * (run.ndim - 2))
+        return torch.cat([first.unsqueeze(3), log], 3)
+
+    scale = None if slow is None or top is None else links(slow, top).amax(-1)
+    first = torch.zeros_like(items[:, :, :1]) if start is None else start.s
+    weights = _exp(links(decay, None if scale is None else top), scale, items.dtype, 2)  # [B, Hk, n, n + 1, F]
+    joined = torch.cat([first, items], 2).movedim(3, 2)  # [B, Hk, F, n + 1, E]
+    after = (weights.movedim(4, 2) @ joined).movedim(2, 3)  # [B, Hk, n, F, E]
+    return after.unsqueeze(2), None if scale is None else scale.unsqueeze(2)
 
 
 def _shifted(after: Tensor, log_after: Tensor | None, start: Sums | None) -> tuple[Sums, Sums]:

@@ -25,5 +25,5 @@ def chunk_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tuple[Te
         position = layout_of(x.q, x.initial_state, None, lengths).end
         return [o], AttentionState(position, **(local | linear)) if options.output_final_state else None
 
-    (o,), state = over_rows(op, inputs, (0.0,))
+    (o,), state = over_rows(op, inputs, (0.0,), options.offset)
     return o.to(inputs.q.dtype), state

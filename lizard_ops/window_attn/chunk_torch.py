@@ -11,6 +11,7 @@ from torch import Tensor
 from lizard_ops.common.checks import work_dtype
 from lizard_ops.common.numerics import logistic, soft_capped
 from lizard_ops.common.rows import over_rows
+from lizard_ops.common.sizes import is_known
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
 from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
@@ -38,7 +39,7 @@ def window_rows(
     """Right-padded rows: (o [B, T, Hq, V], lse [B, T, Hq], row maximum [B, T, Hq], fields of the final state)."""
     q, k, v, sinks, state = inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.initial_state
     window, anchors = options.window, options.anchors
-    (batch, length, heads, dim), key_heads, work = q.shape, k.shape[2], work_dtype(q)
+    (batch, length, heads, _), key_heads, work = q.shape, k.shape[2], work_dtype(q)
     group, prefix = heads // key_heads, 0 if state is None else window
     layout = layout_of(q, state, None, lengths)
     kept_k, kept_v = (None, None) if state is None else (state.anchor_k, state.anchor_v)
@@ -47,13 +48,13 @@ def window_rows(
     if not anchors:
         fields |= {"anchor_k": None, "anchor_v": None}
 
-    size = max(1, min(BLOCK, window, length))
+    size = max(1, min(BLOCK, window, length)) if is_known(length) else BLOCK
     blocks, back = -(-length // size), -(-(window - 1) // size)
     stream_k, stream_v = key_stream(k, state and state.ring_k, layout), key_stream(v, state and state.ring_v, layout)
     keys = _reach(stream_k.to(work), anchor_k.to(work), size, back, blocks, prefix)  # [B, Hk, n, A + S, D]
     values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)
     queries = F.pad(q.to(work) * options.scale, (0, 0, 0, 0, 0, blocks * size - length))
-    queries = queries.view(batch, blocks, size, key_heads, group, dim).permute(0, 3, 1, 4, 2, 5)
+    queries = queries.unflatten(2, (key_heads, group)).unflatten(1, (-1, size)).permute(0, 3, 1, 4, 2, 5)
     queries = queries.contiguous().flatten(3, 4)  # [B, Hk, n, G C, D]
 
     seen = _visible(layout.position, anchors, window, size, back, blocks)  # [B, n, C, A + S]
@@ -125,15 +126,16 @@ def _reach(stream: Tensor, anchors: Tensor, size: int, back: int, blocks: int, p
     """Anchors and the rows that each block of queries can reach: [B, H, n, A + (back + 1) C, dim]."""
     front = back * size - prefix
     end = (blocks + back) * size - front - stream.shape[1]
-    tiles = F.pad(stream, (0, 0, 0, 0, front, end)).transpose(1, 2).unflatten(2, (back + blocks, size))
-    near = [tiles[:, :, shift : shift + blocks] for shift in range(back + 1)]
+    rows = F.pad(stream, (0, 0, 0, 0, front, end)).transpose(1, 2)
+    reached = [rows[:, :, shift * size : (shift + blocks) * size] for shift in range(back + 1)]
+    near = [part.unflatten(2, (-1, size)) for part in reached]
     return torch.cat([anchors.transpose(1, 2).unsqueeze(2).expand(-1, -1, blocks, -1, -1), *near], 3)
 
 
 def _visible(position: Tensor, anchors: int, window: int, size: int, back: int, blocks: int) -> Tensor:
     """Which of the keys that ``_reach`` lays out count for each query: bool [N, n, C, A + S]."""
     device = position.device
-    query = torch.arange(blocks * size, device=device).view(blocks, size, 1)
+    query = torch.arange(blocks * size, device=device).view(-1, size, 1)
     key = torch.arange(-back * size, size, device=device) + size * torch.arange(blocks, device=device).view(-1, 1, 1)
     start = position.view(-1, 1, 1, 1)
     near = (key <= query) & (key > query - window) & (key + start >= 0)

@@ -6,6 +6,8 @@ from tiny import student, teacher, tokens
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig
 
+from lizard_models.model.padding import new_columns
+
 CLAMPED = {"positions": "clamped", "position_limit": 24, "position_step": 10}
 
 
@@ -95,17 +97,21 @@ def test_generate_compiles_a_hybrid_as_often_as_its_teacher():
     assert torch.equal(second, model.generate(text, **turn)) and backend.graphs == wanted[-1]
 
 
-def test_a_mask_as_wide_as_a_static_cache_is_read_up_to_the_new_tokens():
+@torch.no_grad()
+def test_a_mask_as_wide_as_a_static_cache_is_read_up_to_the_new_tokens(monkeypatch):
     model, ids, mask = student(num_hidden_layers=2, softmax_layers=(1,)), tokens(2, 12), torch.ones(2, 20).bool()
-    mask[0, :4] = False
-    wanted = model(ids, attention_mask=mask[:, :12]).logits
-    step = torch.compile(model, backend=Backend("eager"))
-    for read in (model, step):  # eagerly it is cut, in a graph its columns are looked up
-        cache = model.new_cache(static=True, max_cache_len=20)
-        first = model(ids[:, :11], attention_mask=mask, past_key_values=cache).logits
-        second = read(ids[:, 11:], attention_mask=mask, past_key_values=cache).logits
-        torch.testing.assert_close(torch.cat([first, second], 1)[:, 4:], wanted[:, 4:], rtol=1e-4, atol=1e-4)
-        assert cache.positions().tolist() == [8, 12]
+    mask[0, :4] = mask[0, 8] = False
+    wanted = model(ids, attention_mask=mask[:, :12], use_cache=False).logits
+    cache = model.new_cache(static=True, max_cache_len=20)
+    for a, b in ((0, 7), (7, 12)):
+        read = model(ids[:, a:b], attention_mask=mask, past_key_values=cache).logits
+        torch.testing.assert_close(read[:, -1], wanted[:, b - 1], rtol=1e-4, atol=1e-4)
+    assert cache.positions().tolist() == [7, 12]
+    monkeypatch.setattr("lizard_models.model.cache.is_graphed", lambda _: True)
+    kept, first = cache.place_in_mask(mask, 3)  # in a graph, whose shapes stay, the columns are looked up
+    assert kept is mask and first is cache.seen.on_device
+    assert torch.equal(new_columns(mask, 3, first), mask[:, 12:15])
+    assert torch.equal(new_columns(mask, 3, 7), mask[:, 7:10])
 
 
 def test_a_static_cache_of_kept_layers_needs_a_length():

@@ -1,5 +1,7 @@
 """Packed rows under torch.compile and torch.export: right, or a failure that says so."""
 
+import warnings
+
 import pytest
 import torch
 from tiny import student, tokens
@@ -84,3 +86,20 @@ def test_a_compiled_forward_trains_on_packed_texts_apart():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for found, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_jit_trace_refuses_packed_rows():
+    class Logits(torch.nn.Module):
+        def forward(self, ids, positions):
+            return model(ids, position_ids=positions, use_cache=False, return_dict=False)[0]
+
+    model, ids = student(num_hidden_layers=1), tokens(1, 12)
+    one, two = torch.arange(12)[None], torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with pytest.raises(ValueError, match="position_ids: got 2 texts in 1 rows, wanted one a row under torch.jit.trace"):
+        torch.jit.trace(Logits(), (ids, two))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(Logits(), (ids, one), check_trace=False)
+    assert torch.equal(traced(ids, one), Logits()(ids, one))
+    with pytest.raises(RuntimeError, match="restart within a row"):
+        traced(ids, two)

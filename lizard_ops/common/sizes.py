@@ -1,0 +1,27 @@
+"""Sizes that torch.export leaves open, so that one program serves every length and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7 has it
+
+
+def is_known(size: int) -> bool:
+    """Whether a size is a number, rather than one that an export leaves open.
+
+    Code that would ask an open size how it compares, or loop as often, would make the program one for the sizes that
+    answer the same: it asks this first.
+    """
+    if not _is_exporting():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # it imports sympy, which nothing else needs
+
+    return has_static_value(size)
+
+
+def smaller(size: int, bound: int) -> int:
+    """The minimum, by a comparison: that of an open size with a bound below all that it can be is then decided."""
+    return bound if size >= bound else size
