@@ -152,7 +152,8 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
 def check_sequences(
     q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None
 ) -> tuple[int, Tensor | None, Tensor | None]:
-    """Check how tokens form sequences; return how many there are, and both tensors as kernels read them: contiguous.
+    """Check how tokens form sequences; return how many there are, and both tensors, cu_seqlens as kernels read it:
+    contiguous. No kernel reads a mask.
 
     cu_seqlens [N+1] int32 or int64 packs N sequences into one row; padding_mask [B, T] bool is True at real tokens.
     """
@@ -160,7 +161,6 @@ def check_sequences(
     if padding_mask is not None:
         want(cu_seqlens is None, "padding_mask", padding_mask, "None with cu_seqlens: packed rows hold no padding")
         check_tensor("padding_mask", padding_mask, (batch, length), q, (torch.bool,))
-        padding_mask = padding_mask.contiguous()
     if cu_seqlens is None:
         return batch, None, padding_mask
     fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
