@@ -358,7 +358,8 @@ def test_extreme_inputs(op, target, kind):
     # among equal keys rounding chooses the largest score, and with it whose gradient a relative mass takes
     fixed = {"equal keys": {"merge_mass": "absolute"}, "large features": {"normalize": True}}.get(kind, {})
 
-    @examples(target.count(12), drawn(op, target, **fixed))
+    # sinks as masses are held against exp(-largest score), which is no number at such scores
+    @examples(target.count(12), drawn(op, target, sink_form="exp", **fixed))
     def check(case):
         maps = case.options.get("feature_map", "identity")
 
