@@ -60,7 +60,7 @@ def check_against_naive(
 def worst_excess(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, cancels: bool = False) -> float:
     """Largest and RMS error over what is allowed: twice the error of ``plain``, and a few roundings.
 
-    cancels: whether it is a gradient, whose roundings are those of terms before they cancel: of the largest for the RMS.
+    cancels: whether it is a gradient, with roundings of terms before they cancel: its RMS may err by those of the largest.
     """
     if not exact.is_floating_point() or exact.numel() == 0:
         return 0.0 if torch.equal(found, exact) else float("inf")
