@@ -60,7 +60,7 @@ def check_against_naive(
 def worst_excess(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, cancels: bool = False) -> float:
     """Largest and RMS error over what is allowed: twice the error of ``plain``, and a few roundings.
 
-    cancels: whether it is a gradient, with roundings of terms before they cancel: its RMS may err by those of the largest.
+    cancels: whether it is a gradient, with roundings of terms before they cancel, which count for its RMS too.
     """
     if not exact.is_floating_point() or exact.numel() == 0:
         return 0.0 if torch.equal(found, exact) else float("inf")
