@@ -84,6 +84,33 @@ def disturb(model, seed: int = 1) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
 
 
+def assert_slopes(model, loss) -> None:
+    """The gradients of ``loss()`` for each new parameter are central differences of it.
+
+    In float64, but for the norms of the family, which compute in float32: so the steps are long.
+    """
+    parameters = dict(model.lizard_parameters())
+    found = dict(zip(parameters, torch.autograd.grad(loss(), list(parameters.values())), strict=True))
+    draw = torch.Generator().manual_seed(0)
+    for part in sorted({name.split(".lizard.")[1] for name in parameters}):  # all layers at once
+        ways = {
+            name: 1e-3 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+            for name, p in parameters.items()
+            if name.endswith(part)
+        }
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, way in ways.items():
+                    parameters[name] += sign * way
+                ends.append(loss().item())
+                for name, way in ways.items():
+                    parameters[name] -= sign * way
+        slope = sum((found[name] * way).sum() for name, way in ways.items()).item()
+        size = max((found[name].norm() * way.norm()).item() for name, way in ways.items())
+        assert abs((ends[0] - ends[1]) / 2 - slope) <= 5e-3 * size + 1e-6 * abs(ends[0]), part
+
+
 def read_in_pieces(model, ids: torch.Tensor, *ends: int):
     """Logits of ``ids`` read up to each of ``ends`` and then token by token, the cache, its bytes before the steps."""
     cache = model.new_cache()

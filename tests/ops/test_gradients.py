@@ -80,7 +80,7 @@ def test_second_derivatives_are_those_of_finite_differences(op, form, rows, smal
         "packed": {"cu_seqlens": torch.tensor([0, 2, 5])},
     }[rows]
 
-    @examples(4, cases(op, **sizes))
+    @examples(3, cases(op, **sizes))
     def check(case):
         if case.options.get("feature_map") == "identity" or op == "gated" and case.options["normalize"]:
             case = case.map(
@@ -104,16 +104,15 @@ def test_the_curvature_of_one_softmax_is_that_of_its_formula():
     assert abs(second - p * (1 - p) * (1 - 2 * p) * 1.5**2 * 2.0) < 1e-12
 
 
-@pytest.mark.parametrize("length", [0, 1, 4])
-@pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
+@pytest.mark.parametrize(
+    "rows, length", [(rows, n) for rows in ("plain", "padded", "packed") for n in (0, 1, 4) if n or rows != "packed"]
+)
 @pytest.mark.parametrize(
     "op, form",
     [("gated", "chunk"), ("gated", "recurrent"), ("hybrid", "chunk"), ("hybrid", "recurrent"), ("window", "chunk")],
 )
 def test_every_input_has_a_gradient_where_no_key_is_eligible(op, form, rows, length):
     """Zeros, not none: what trains in several processes waits for every parameter's gradient."""
-    if rows == "packed" and length == 0:
-        return
     sizes = {"B": 1, "T": length, "window": 4, "offset": 5, "sinks": True, "chunk_size": None, "coverage": "outside"}
     more = {} if rows == "plain" else {"padding_mask": torch.ones(1, length, dtype=torch.bool)}
     more = {"cu_seqlens": torch.tensor([0, 1, length])} if rows == "packed" else more

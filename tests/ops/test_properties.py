@@ -288,8 +288,7 @@ def test_the_same_twice(op, target):
             assert torch.equal(x, b[name]), name
 
 
-@pytest.mark.parametrize("leftover", [torch.nan, -1e30])
-def test_memory_is_never_read_before_it_is_written(op, any_target, leftover, monkeypatch):
+def test_memory_is_never_read_before_it_is_written(op, any_target, monkeypatch):
     """Padded rows, one of them empty. A finite leftover shows where a maximum swallows NaN."""
 
     @examples(any_target.count(10), drawn(op, any_target, B=2))
@@ -301,12 +300,13 @@ def test_memory_is_never_read_before_it_is_written(op, any_target, leftover, mon
             return with_gradients(lambda c: chunk(c, any_target, padding_mask=mask.to(any_target.device)), c)
 
         clean = run(case)
-        with monkeypatch.context() as patched:
-            for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-                patched.setattr(owner, name, poisoned(getattr(owner, name), leftover))
-            found = run(case)
-        for name, x in clean.items():
-            assert torch.equal(x, found[name]), name
+        for leftover in (torch.nan, -1e30):
+            with monkeypatch.context() as patched:
+                for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+                    patched.setattr(owner, name, poisoned(getattr(owner, name), leftover))
+                found = run(case)
+            for name, x in clean.items():
+                assert torch.equal(x, found[name]), (name, leftover)
 
 
 def poisoned(make, leftover):
@@ -358,7 +358,8 @@ def test_extreme_inputs(op, target, kind):
     # among equal keys rounding chooses the largest score, and with it whose gradient a relative mass takes
     fixed = {"equal keys": {"merge_mass": "absolute"}, "large features": {"normalize": True}}.get(kind, {})
 
-    @examples(target.count(12), drawn(op, target, **fixed))
+    # sinks as masses are held against exp(-largest score), which is no number at such scores
+    @examples(target.count(12), drawn(op, target, sink_form="exp", **fixed))
     def check(case):
         maps = case.options.get("feature_map", "identity")
 

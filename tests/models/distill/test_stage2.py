@@ -105,8 +105,9 @@ def test_unknown_projections_are_named(tmp_path):
         train_stage2(model, Sequences(), arguments(tmp_path), recipe)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset, family", [*((preset, "llama") for preset in PRESETS), ("recommended", "mistral"), ("liger", "mistral")]
+)
 def test_every_preset_trains_and_generates(preset, family, tmp_path):
     """On the same two texts again: the loss begins where teacher and student apart have it, and falls."""
     model, data = fresh(preset, family=family), Sequences(count=2)
