@@ -62,6 +62,10 @@ class LizardTester(CausalLMModelTester):
         chosen = LizardConfig.preset(self.variant.preset, **SHORT).replace(**self.variant.changes)
         super().__init__(parent, lizard=chosen.to_dict(), **self.variant.fields)
 
+    def prepare_config_and_inputs(self) -> tuple[Any, ...]:
+        config, input_ids, types, mask, *labels = super().prepare_config_and_inputs()
+        return config, input_ids, types, mask.flip(1) if self.variant.pads_left else mask, *labels
+
 
 class LizardCase(TransformersCase):
     @property

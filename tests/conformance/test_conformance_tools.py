@@ -7,7 +7,7 @@ import unittest
 import pytest
 from listed import Failing
 from must_fail import must_fail
-from table import PEER, outcomes, rows
+from table import outcomes, rows
 from transformers_checkout import VARIABLE, checkout
 
 ENTRY = Failing("test_a", "ValueError: no such .*", "a reason", "Llama* Qwen2")
@@ -59,16 +59,19 @@ def test_counts_are_those_of_the_run(tmp_path):
     file = tmp_path / "run.xml"
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
     pytest.main(["-q", *plugins, "--rootdir", str(tmp_path), f"--junitxml={file}", str(tmp_path)])
-    found = outcomes(file)
+    found = outcomes([file])
     assert found == {
-        "test_a": "passed",
-        "test_b": "failed",
-        "test_c": "skipped",
-        "test_d": "listed",
-        "test_e": "failed",
+        "SomeTest": {
+            "test_a": "passed",
+            "test_b": "failed",
+            "test_c": "skipped",
+            "test_d": "listed",
+            "test_e": "failed",
+        }
     }
     llama = {"test_a": "passed", "test_b": "passed", "test_c": "skipped"}
-    assert list(rows({PEER + "Llama": llama, "Ours": found}))[2:] == [
-        f"| {PEER}Llama | 3 | 2 | 0 | 0 | 1 | 2 |",
-        "| Ours | 5 | 1 | 2 | 1 | 1 | 1 |",
+    table = rows({"LlamaTest": found["SomeTest"], "LlamaModelTest": llama})
+    assert list(table)[2:] == [
+        "| transformers' Llama | 3 | 2 | 0 | 0 | 1 | 2 |",
+        "| Lizard Llama | 5 | 1 | 2 | 1 | 1 | 1 |",
     ]
