@@ -72,6 +72,12 @@ def test_no_file_is_long_but_kernels():
     assert not {path: lines for path, lines in long.items() if lines > MOST_LINES and not path.startswith("tests")}
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 def test_nothing_stands_in_the_hall():
     found = {path.name for path in (ROOT / "lizard_models").iterdir() if path.is_file()}
     assert found == {"__init__.py", "__main__.py", "config.py", "recipes.py", "presets.py", "py.typed"}

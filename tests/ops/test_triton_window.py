@@ -54,6 +54,20 @@ def test_output_and_gradients_match_the_reference(shape, window, anchors, sinks,
     check_against_naive(lambda x: fast(x, window, anchors), lambda x: naive(x, window, anchors), x, dtype)
 
 
+@pytest.mark.parametrize("size", [1, 30, 300])
+def test_gradients_of_values_stay_within_their_own_bound(size):
+    """A weight is exp(s - lse) of a stored lse: off by the roundings of s and lse, of which docs/trust.md counts five."""
+    x = make(1, 40, 2, 1, 128, 16)
+    x["q"] = size * x["q"]
+    x = {name: t.to(DEVICE) for name, t in x.items()}
+    v64, v32 = x["v"].double().requires_grad_(), x["v"].requires_grad_()
+    naive({name: t.double() for name, t in x.items()} | {"v": v64}, 32, 0)["o"].sum().backward()
+    fast(x, 32, 0)["o"].sum().backward()  # of weights alone, so that no terms cancel
+    scores = torch.einsum("bthd,bshd->bhts", x["q"].double(), x["k"].double().expand_as(x["q"])) * 128**-0.5
+    bound = (5 * scores.abs().amax() + 16) * 2.0**-24
+    assert ((v32.grad.double() - v64.grad).abs() <= bound * v64.grad + 1e-30).all()
+
+
 @pytest.mark.parametrize(
     "softcap, dtype", [(0.1, torch.float32), (1.5, torch.float32), (50.0, torch.float32), (1.5, torch.float16)]
 )
