@@ -213,7 +213,9 @@ class LizardCache(Cache):
                 raise ValueError(f"a {type(layer).__name__} cannot be cropped: use a cache that is not static")
         for layer in self.lizard_layers():
             layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        for layer in self.layers:
+            if tokens_to_remove or isinstance(layer, LizardCacheLayer) or getattr(layer, "record_past", False):
+                layer.crop(tokens_to_remove)  # 0 only ends what is recorded: other layers have nothing to end
         self.seen.add(tokens_to_remove)
         if tokens_to_remove and self.read_mask is not None:
             self.read_mask = self.read_mask[:, : self.get_seq_length()]

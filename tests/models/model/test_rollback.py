@@ -63,6 +63,18 @@ def test_assistants_draft_more_than_128_tokens(schedule):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [dict(softmax_layers=(1,)), dict(family="gemma3_text", softmax_layers=(1,))])
+@pytest.mark.parametrize("static", [True, False])
+def test_nothing_can_be_taken_back_from_any_cache(options, static):
+    model, ids = student(**options), tokens(1, 30)
+    cache = model(ids[:, :20], past_key_values=model.new_cache(static=static, max_cache_len=40)).past_key_values
+    cache.crop(0)
+    assert cache.get_seq_length() == 20
+    later = model(ids[:, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(later, model(ids).logits[:, 20:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kept", [(), (1,)])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_drafts_go_on_from_a_cache(kept, padding):
