@@ -193,8 +193,6 @@ class LizardDecoder(LizardModelMixin):
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
         if all_real(padding_mask):
             padding_mask = None
-        if past_key_values is not None and padding_mask is not None and not is_graphed(padding_mask):
-            past_key_values.padded, past_key_values.read_mask = True, whole_mask
         blocks = self._anchor_blocks(tokens, position_ids, past, packing is not None)
         plan = ForwardPlan(padding_mask, packing, blocks)
         if self.mode == "student" and not self.has_softmax_layers:
@@ -233,6 +231,8 @@ class LizardDecoder(LizardModelMixin):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         batch: int,
+            if padding_mask is not None and not is_graphed(padding_mask):
+                past_key_values.padded, past_key_values.read_mask = True, whole_mask
         length: int,
     ) -> tuple[LizardCache | None, Packing | None]:
         packing = None
