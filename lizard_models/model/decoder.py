@@ -176,6 +176,9 @@ class LizardDecoder(LizardModelMixin):
         past = 0 if past_key_values is None else past_key_values.known_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
         if padding_mask is not None:
+        if length == 0 and self.has_softmax_layers:
+            name = "input_ids" if input_ids is not None else "inputs_embeds"
+            raise ValueError(f"{name}: got 0 tokens, wanted at least 1: kept softmax layers cannot read none")
             if self.keeps_sliding_layers:
                 refuse_gaps(padding_mask)
             new = padding_mask.shape[1] - length

@@ -149,3 +149,14 @@ def test_what_cannot_be_kept_or_converted_says_why():
             recommended.replace(softmax_share=share)
     with pytest.raises(ValueError, match="keep_sliding_layers must be bool"):
         recommended.replace(keep_sliding_layers="yes")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_no_tokens_at_all_are_refused_beside_kept_layers(given):
+    model, ids = student(softmax_layers=(1,)), tokens(2, 9)
+    cache = model(ids).past_key_values
+    none = {given: ids[:, :0] if given == "input_ids" else model.get_input_embeddings()(ids[:, :0])}
+    with pytest.raises(ValueError, match=f"{given}: got 0 tokens, wanted at least 1"):
+        model(**none, past_key_values=cache)
+    assert student()(ids[:, :0]).logits.shape == (2, 0, 97)  # a state alone reads none
