@@ -177,12 +177,14 @@ class LizardCache(Cache):
         self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
+        """Keep the rows ``indices``. Raises ValueError, before anything changes, beside static kept softmax layers."""
+        self._refuse_other_rows("batch_select_indices")
         super().batch_select_indices(indices)
         self._select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times in place."""
+        """Repeat every row ``repeats`` times in place. Raises as ``batch_select_indices``."""
+        self._refuse_other_rows("batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)
         if self.read_mask is not None:
             self.read_mask = self.read_mask.repeat_interleave(repeats, 0)
@@ -215,6 +217,13 @@ class LizardCache(Cache):
             layer.check_crop(tokens_to_remove)
         for layer in self.layers:
             if tokens_to_remove or isinstance(layer, LizardCacheLayer) or getattr(layer, "record_past", False):
+    def _refuse_other_rows(self, call: str) -> None:
+        for layer in self.layers:
+            if not hasattr(layer, call):
+                raise ValueError(
+                    f"{call}: a {type(layer).__name__} keeps the rows it was made for: use a cache that is not static"
+                )
+
                 layer.crop(tokens_to_remove)  # 0 only ends what is recorded: other layers have nothing to end
         self.seen.add(tokens_to_remove)
         if tokens_to_remove and self.read_mask is not None:

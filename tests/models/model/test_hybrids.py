@@ -160,3 +160,19 @@ def test_no_tokens_at_all_are_refused_beside_kept_layers(given):
     with pytest.raises(ValueError, match=f"{given}: got 0 tokens, wanted at least 1"):
         model(**none, past_key_values=cache)
     assert student()(ids[:, :0]).logits.shape == (2, 0, 97)  # a state alone reads none
+
+
+STATIC = {"softmax_layers": (1,)}, {"family": "gemma3_text", "softmax_layers": (1,)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", STATIC)
+def test_static_caches_keep_their_rows_and_say_so(options):
+    model, ids = student(**options), tokens(2, 9)
+    cache = model(ids, past_key_values=model.new_cache(static=True, max_cache_len=16)).past_key_values
+    before = [t.clone() for layer in cache.lizard_layers() for t in layer.state if t is not None]
+    for change in (lambda: cache.batch_select_indices(torch.tensor([1])), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(ValueError, match="batch_.*: a Static.*Layer keeps the rows it was made for"):
+            change()
+    after = [t for layer in cache.lizard_layers() for t in layer.state if t is not None]
+    assert all(map(torch.equal, before, after))
