@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from lizard_layers import empty_state, state_bytes
 from lizard_models.model.cache_layer import LizardCacheLayer
-from lizard_models.model.graphs import SeenPositions, is_graphed
+from lizard_models.model.graphs import SeenPositions, is_graphed, mark_static
 from lizard_models.model.layer_configs import attention_config, converted_layers
 
 
@@ -62,16 +62,43 @@ class LizardCache(Cache):
         self.seen.live_on(torch.device(device or "cpu"))
         return self
 
-    def expect(self, batch_size: int) -> None:
-        """Make ready for ``batch_size`` rows. Raises ValueError where it holds another number of them."""
-        held = {layer.state.position.shape[0] for layer in self.lizard_layers() if layer.state is not None}
-        if held <= {batch_size}:
-            return
-        if self.seen.value():
+    def expect(self, batch_size: int, positions: int = 0) -> None:
+        """Raises ValueError where so many rows, or so many new positions, do not fit what the cache holds."""
+        seen = self.seen.on_host or 0
+        window = getattr(self.lizard_config, "sliding_window", None) or 0
+        for layer in self.layers:
+            holds_all = isinstance(layer, StaticLayer) and not (layer.is_sliding and layer.max_cache_len >= window)
+            if holds_all and seen + positions > layer.max_cache_len:
+                raise ValueError(
+                    f"past_key_values: has seen {seen} positions and gets {positions}, but its kept softmax layers "
+                    f"hold max_cache_len={layer.max_cache_len}: make a longer one"
+                )
+        held = {rows for layer in self.layers if (rows := rows_of(layer)) is not None}
+        if not held <= {batch_size} and self.seen.value():
             raise ValueError(f"past_key_values holds {held.pop()} rows, but the inputs have {batch_size}")
-        for layer in self.lizard_layers():
-            layer.forget()
+
+    def make_ready(self, batch_size: int) -> None:
+        """Let go of tensors, made for other rows or by inference mode, that the next forward could not write to."""
+        self._leave_inference_mode()
+        if {rows_of(layer) for layer in self.layers} <= {batch_size, None}:
+            return
+        for layer in self.layers:
+            if isinstance(layer, LizardCacheLayer):
+                layer.forget()
+            elif layer.is_initialized:
+                layer.reset()
+                layer.is_initialized = False  # a static layer allocates for its first rows
         self.padded, self.read_mask = False, None
+
+    def _leave_inference_mode(self) -> None:
+        """Let static kept softmax layers that were filled in inference mode be written to outside it."""
+        if torch.is_inference_mode_enabled():
+            return
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer) and layer.is_initialized and layer.keys.is_inference():
+                for name in ("keys", "values", "cumulative_length"):
+                    setattr(layer, name, getattr(layer, name).clone())
+                    mark_static(getattr(layer, name))
 
     def advance(self, positions: int) -> None:
         """Count positions that every layer has read."""
@@ -167,6 +194,7 @@ class LizardCache(Cache):
 
     def reset(self) -> None:
         """Forget every sequence; the tensors of converted layers stay where they are."""
+        self._leave_inference_mode()
         super().reset()
         self.seen.reset()
         self.padded, self.read_mask = False, None
@@ -188,6 +216,13 @@ class LizardCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self.read_mask is not None:
             self.read_mask = self.read_mask.repeat_interleave(repeats, 0)
+
+    def _refuse_other_rows(self, call: str) -> None:
+        for layer in self.layers:
+            if not hasattr(layer, call):
+                raise ValueError(
+                    f"{call}: a {type(layer).__name__} keeps the rows it was made for: use a cache that is not static"
+                )
 
     def _select_rows(self, rows: Tensor) -> None:
         if self.read_mask is not None:
@@ -217,13 +252,6 @@ class LizardCache(Cache):
             layer.check_crop(tokens_to_remove)
         for layer in self.layers:
             if tokens_to_remove or isinstance(layer, LizardCacheLayer) or getattr(layer, "record_past", False):
-    def _refuse_other_rows(self, call: str) -> None:
-        for layer in self.layers:
-            if not hasattr(layer, call):
-                raise ValueError(
-                    f"{call}: a {type(layer).__name__} keeps the rows it was made for: use a cache that is not static"
-                )
-
                 layer.crop(tokens_to_remove)  # 0 only ends what is recorded: other layers have nothing to end
         self.seen.add(tokens_to_remove)
         if tokens_to_remove and self.read_mask is not None:
@@ -266,6 +294,13 @@ class LizardCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def rows_of(layer: Any) -> int | None:
+    """The number of rows a layer has tensors for; None where it has none."""
+    if isinstance(layer, LizardCacheLayer):
+        return None if layer.state is None else layer.state.position.shape[0]
+    return layer.keys.shape[0] if layer.is_initialized and layer.keys.ndim == 4 else None
 
 
 def empty_cache(model: Any) -> Cache:

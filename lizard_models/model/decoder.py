@@ -43,6 +43,12 @@ from lizard_models.model.positions import anchor_blocks, moves_anchors, position
 logger = logging.get_logger(__name__)
 
 
+def make_ready(cache: LizardCache | None, batch: int) -> None:
+    """``LizardCache.make_ready``, once nothing is left to refuse. A graph finds its cache ready."""
+    if cache is not None and not torch.compiler.is_compiling():
+        cache.make_ready(batch)
+
+
 class LizardDecoder(LizardModelMixin):
     """Mixed into a family's decoder: converted attention layers, a constant-size cache, 2-D padding masks."""
 
@@ -170,20 +176,21 @@ class LizardDecoder(LizardModelMixin):
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
             )
         batch, length = tokens.shape[:2]
+        if length == 0 and self.has_softmax_layers:
+            name = "input_ids" if input_ids is not None else "inputs_embeds"
+            raise ValueError(f"{name}: got 0 tokens, wanted at least 1: kept softmax layers cannot read none")
         past_key_values, packing = self._cache_and_packing(
             past_key_values, use_cache, position_ids, attention_mask, batch, length
         )
         past = 0 if past_key_values is None else past_key_values.known_length()
         padding_mask = check_padding_mask(attention_mask, batch, past, length)
         if padding_mask is not None:
-        if length == 0 and self.has_softmax_layers:
-            name = "input_ids" if input_ids is not None else "inputs_embeds"
-            raise ValueError(f"{name}: got 0 tokens, wanted at least 1: kept softmax layers cannot read none")
             if self.keeps_sliding_layers:
                 refuse_gaps(padding_mask)
             new = padding_mask.shape[1] - length
             if new and past_key_values is not None and not is_graphed(padding_mask):
                 past_key_values.check_mask(padding_mask[:, :new])
+            make_ready(past_key_values, batch)
             whole_mask = padding_mask
             if position_ids is None:
                 position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, new:]
@@ -191,6 +198,7 @@ class LizardDecoder(LizardModelMixin):
         elif past_key_values is not None:
             if self.has_softmax_layers and past_key_values.padded and not is_graphed(tokens):
                 past_key_values.check_mask(None)
+            make_ready(past_key_values, batch)
             start = past_key_values.positions() if position_ids is None else None
             if start is not None:
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
@@ -223,6 +231,8 @@ class LizardDecoder(LizardModelMixin):
             )
         if past_key_values is not None:
             past_key_values.advance(length)
+            if padding_mask is not None and not is_graphed(padding_mask):
+                past_key_values.padded, past_key_values.read_mask = True, whole_mask
         if padding_mask is not None and length > 1:
             outputs.last_hidden_state = repeat_over_padding(outputs.last_hidden_state, padding_mask)
         return outputs
@@ -234,8 +244,6 @@ class LizardDecoder(LizardModelMixin):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         batch: int,
-            if padding_mask is not None and not is_graphed(padding_mask):
-                past_key_values.padded, past_key_values.read_mask = True, whole_mask
         length: int,
     ) -> tuple[LizardCache | None, Packing | None]:
         packing = None
@@ -251,7 +259,7 @@ class LizardDecoder(LizardModelMixin):
                 assert_one_text(position_ids, real)
         cache = self._cache_for(cache, use_cache, packing is not None)
         if cache is not None and not torch.compiler.is_compiling():
-            cache.expect(batch)
+            cache.expect(batch, length)
         return cache, packing
 
     def _anchor_blocks(

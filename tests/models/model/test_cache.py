@@ -177,6 +177,10 @@ def test_another_number_of_rows_is_refused():
     with pytest.raises(ValueError, match="holds 2 rows, but the inputs have 3"):
         model(tokens(3, 1), past_key_values=cache)
     cache.reset()
+    first = addresses(cache)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(tokens(3, 4), attention_mask=torch.ones(3, 5), past_key_values=cache)
+    assert addresses(cache) == first  # a refusal leaves an empty cache its tensors too
     assert model(tokens(3, 4), past_key_values=cache).logits.shape[0] == 3
 
 
