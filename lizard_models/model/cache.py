@@ -262,8 +262,7 @@ class LizardCache(Cache):
         new = copy.copy(self)
         new.seen = self.seen.copy()
         new.layers = [
-            layer.copy(new.seen) if isinstance(layer, LizardCacheLayer) else copy.deepcopy(layer)
-            for layer in self.layers
+            layer.copy(new.seen) if isinstance(layer, LizardCacheLayer) else copy_kept(layer) for layer in self.layers
         ]
         return new
 
@@ -294,6 +293,17 @@ class LizardCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def copy_kept(layer: Any) -> Any:
+    """An independent kept softmax layer; keys and values may be in a graph of gradients, which a deepcopy refuses."""
+    new = copy.copy(layer)
+    for name, t in vars(layer).items():
+        if isinstance(t, Tensor):
+            setattr(new, name, t.clone())
+            if isinstance(layer, StaticLayer):
+                mark_static(getattr(new, name))
+    return new
 
 
 def rows_of(layer: Any) -> int | None:
