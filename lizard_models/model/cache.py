@@ -95,7 +95,7 @@ class LizardCache(Cache):
         if torch.is_inference_mode_enabled():
             return
         for layer in self.layers:
-            if isinstance(layer, StaticLayer) and layer.is_initialized and layer.keys.is_inference():
+            if isinstance(layer, StaticLayer) and layer.keys is not None and layer.keys.is_inference():
                 for name in ("keys", "values", "cumulative_length"):
                     setattr(layer, name, getattr(layer, name).clone())
                     mark_static(getattr(layer, name))

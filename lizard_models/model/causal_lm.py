@@ -128,7 +128,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
                 new = mask[:, read.shape[1] :]
                 model_kwargs["attention_mask"] = torch.cat([read.to(mask.device, mask.dtype), new], 1)
 
-    def _assisted_decoding(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _assisted_decoding(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises ValueError for a cache that has read tokens without the whole text beside it."""
         cache, mask, new = kwargs.get("past_key_values"), kwargs.get("attention_mask"), input_ids.shape[1]
         if isinstance(cache, LizardCache) and (seen := cache.get_seq_length()):
