@@ -27,8 +27,9 @@ class Float32Module(nn.Module):
 
 
 def float32_parameter(*shape: int) -> nn.Parameter:
-    """An uninitialised float32 parameter, whatever the default dtype is."""
-    return nn.Parameter(torch.empty(shape, dtype=torch.float32))
+    """An uninitialised float32 parameter; float64 where that is the default dtype, as in a model loaded in it."""
+    exact = torch.get_default_dtype() == torch.float64
+    return nn.Parameter(torch.empty(shape, dtype=torch.float64 if exact else torch.float32))
 
 
 def full_precision(x: Tensor) -> Tensor:

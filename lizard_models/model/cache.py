@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from lizard_layers import empty_state, state_bytes
 from lizard_models.model.cache_layer import LizardCacheLayer
-from lizard_models.model.graphs import SeenPositions, is_graphed
+from lizard_models.model.graphs import SeenPositions, is_graphed, mark_static
 from lizard_models.model.layer_configs import attention_config, converted_layers
 
 
@@ -63,16 +63,43 @@ class LizardCache(Cache):
         self.seen.live_on(torch.device(device or "cpu"))
         return self
 
-    def expect(self, batch_size: int) -> None:
-        """Make ready for ``batch_size`` rows. Raises ValueError where it holds another number of them."""
-        held = {layer.state.position.shape[0] for layer in self.lizard_layers() if layer.state is not None}
-        if held <= {batch_size}:
-            return
-        if self.seen.value():
+    def expect(self, batch_size: int, positions: int = 0) -> None:
+        """Raises ValueError where so many rows, or so many new positions, do not fit what the cache holds."""
+        seen = self.seen.on_host or 0
+        window = getattr(self.lizard_config, "sliding_window", None) or 0
+        for layer in self.layers:
+            holds_all = isinstance(layer, StaticLayer) and not (layer.is_sliding and layer.max_cache_len >= window)
+            if holds_all and seen + positions > layer.max_cache_len:
+                raise ValueError(
+                    f"past_key_values: has seen {seen} positions and gets {positions}, but its kept softmax layers "
+                    f"hold max_cache_len={layer.max_cache_len}: make a longer one"
+                )
+        held = {rows for layer in self.layers if (rows := rows_of(layer)) is not None}
+        if not held <= {batch_size} and self.seen.value():
             raise ValueError(f"past_key_values holds {held.pop()} rows, but the inputs have {batch_size}")
-        for layer in self.lizard_layers():
-            layer.forget()
+
+    def make_ready(self, batch_size: int) -> None:
+        """Let go of tensors, made for other rows or by inference mode, that the next forward could not write to."""
+        self._leave_inference_mode()
+        if {rows_of(layer) for layer in self.layers} <= {batch_size, None}:
+            return
+        for layer in self.layers:
+            if isinstance(layer, LizardCacheLayer):
+                layer.forget()
+            elif layer.is_initialized:
+                layer.reset()
+                layer.is_initialized = False  # a static layer allocates for its first rows
         self.padded, self.read_mask = False, None
+
+    def _leave_inference_mode(self) -> None:
+        """Let static kept softmax layers that were filled in inference mode be written to outside it."""
+        if torch.is_inference_mode_enabled():
+            return
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer) and layer.keys is not None and layer.keys.is_inference():
+                for name in ("keys", "values", "cumulative_length"):
+                    setattr(layer, name, getattr(layer, name).clone())
+                    mark_static(getattr(layer, name))
 
     def advance(self, positions: int) -> None:
         """Count positions that every layer has read."""
@@ -180,6 +207,7 @@ class LizardCache(Cache):
 
     def reset(self) -> None:
         """Forget every sequence; the tensors of converted layers stay where they are."""
+        self._leave_inference_mode()
         super().reset()
         self.seen.reset()
         self.padded, self.read_mask = False, None
@@ -190,15 +218,24 @@ class LizardCache(Cache):
         self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
+        """Keep the rows ``indices``. Raises ValueError, before anything changes, beside static kept softmax layers."""
+        self._refuse_other_rows("batch_select_indices")
         super().batch_select_indices(indices)
         self._select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times in place."""
+        """Repeat every row ``repeats`` times in place. Raises as ``batch_select_indices``."""
+        self._refuse_other_rows("batch_repeat_interleave")
         super().batch_repeat_interleave(repeats)
         if self.read_mask is not None:
             self.read_mask = self.read_mask.repeat_interleave(repeats, 0)
+
+    def _refuse_other_rows(self, call: str) -> None:
+        for layer in self.layers:
+            if not hasattr(layer, call):
+                raise ValueError(
+                    f"{call}: a {type(layer).__name__} keeps the rows it was made for: use a cache that is not static"
+                )
 
     def _select_rows(self, rows: Tensor) -> None:
         if self.read_mask is not None:
@@ -226,7 +263,9 @@ class LizardCache(Cache):
                 raise ValueError(f"a {type(layer).__name__} cannot be cropped: use a cache that is not static")
         for layer in self.lizard_layers():
             layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        for layer in self.layers:
+            if tokens_to_remove or isinstance(layer, LizardCacheLayer) or getattr(layer, "record_past", False):
+                layer.crop(tokens_to_remove)  # 0 only ends what is recorded: other layers have nothing to end
         self.seen.add(tokens_to_remove)
         if tokens_to_remove and self.read_mask is not None:
             self.read_mask = self.read_mask[:, : self.get_seq_length()]
@@ -236,8 +275,7 @@ class LizardCache(Cache):
         new = copy.copy(self)
         new.seen = self.seen.copy()
         new.layers = [
-            layer.copy(new.seen) if isinstance(layer, LizardCacheLayer) else copy.deepcopy(layer)
-            for layer in self.layers
+            layer.copy(new.seen) if isinstance(layer, LizardCacheLayer) else copy_kept(layer) for layer in self.layers
         ]
         return new
 
@@ -268,6 +306,24 @@ class LizardCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def copy_kept(layer: Any) -> Any:
+    """An independent kept softmax layer; keys and values may be in a graph of gradients, which a deepcopy refuses."""
+    new = copy.copy(layer)
+    for name, t in vars(layer).items():
+        if isinstance(t, Tensor):
+            setattr(new, name, t.clone())
+            if isinstance(layer, StaticLayer):
+                mark_static(getattr(new, name))
+    return new
+
+
+def rows_of(layer: Any) -> int | None:
+    """The number of rows a layer has tensors for; None where it has none."""
+    if isinstance(layer, LizardCacheLayer):
+        return None if layer.state is None else layer.state.position.shape[0]
+    return layer.keys.shape[0] if layer.is_initialized and layer.keys.ndim == 4 else None
 
 
 def empty_cache(model: Any) -> Cache:

@@ -130,6 +130,18 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
                 new = mask[:, read.shape[1] :]
                 model_kwargs["attention_mask"] = torch.cat([read.to(mask.device, mask.dtype), new], 1)
 
+    def _assisted_decoding(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises ValueError for a cache that has read tokens without the whole text beside it."""
+        cache, mask, new = kwargs.get("past_key_values"), kwargs.get("attention_mask"), input_ids.shape[1]
+        if isinstance(cache, LizardCache) and (seen := cache.get_seq_length()):
+            columns = getattr(kwargs["generation_config"], "_mask_length", new) if mask is None else mask.shape[1]
+            if columns != new or new <= seen:
+                raise ValueError(
+                    f"input_ids has {new} tokens, and past_key_values has seen {seen}: drafts (prompt lookup, "
+                    "assistants) go on from a cache only with the whole text and its attention_mask"
+                )
+        return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+
     def _get_candidate_generator(
         self: Any,
         generation_config: Any,
@@ -140,12 +152,13 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As transformers', with a cache that can take back the longest draft."""
+        """As transformers', with a cache that can take back the longest draft; what it has read is not read again."""
         drafts = super()._get_candidate_generator(  # type: ignore[misc]
             generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
         )
         cache, remaining = model_kwargs.get("past_key_values"), generation_config.max_length - input_ids.shape[1]
         if isinstance(cache, LizardCache):
+            model_kwargs["read_before"] = cache.get_seq_length()
             own = getattr(drafts, "assistant_generation_config", None)
             grows = own is not None and str(own.num_assistant_tokens_schedule).startswith("heuristic")
             length = getattr(drafts, "num_assistant_tokens", None) or getattr(drafts, "num_output_tokens", None)
@@ -170,9 +183,13 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         *args: Any,
         inputs_embeds: Any = None,  # generate looks for it by name
         is_first_iteration: bool | None = False,
+        read_before: int = 0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers'; the mask left out where a step has none to read, of one shape in a static cache."""
+        """As transformers', without a mask where a step has none to read, and one of one shape in a static cache; without
+        the part of a text that drafts find read already."""
+        if read_before and is_first_iteration:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - read_before
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

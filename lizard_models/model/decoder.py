@@ -51,6 +51,12 @@ from lizard_models.model.positions import (
 logger = logging.get_logger(__name__)
 
 
+def make_ready(cache: LizardCache | None, batch: int) -> None:
+    """``LizardCache.make_ready``, once nothing is left to refuse. A graph finds its cache ready."""
+    if cache is not None and not torch.compiler.is_compiling():
+        cache.make_ready(batch)
+
+
 class LizardDecoder(LizardModelMixin):
     """Mixed into a family's decoder: converted attention layers, a constant-size cache, 2-D padding masks."""
 
@@ -180,6 +186,9 @@ class LizardDecoder(LizardModelMixin):
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"
             )
         batch, length = tokens.shape[:2]
+        if length == 0 and self.has_softmax_layers:
+            name = "input_ids" if input_ids is not None else "inputs_embeds"
+            raise ValueError(f"{name}: got 0 tokens, wanted at least 1: kept softmax layers cannot read none")
         first = None
         if isinstance(past_key_values, LizardCache) and attention_mask is not None:
             attention_mask, first = past_key_values.place_in_mask(attention_mask, length)
@@ -199,6 +208,7 @@ class LizardDecoder(LizardModelMixin):
             new = padding_mask.shape[1] - length
             if new and past_key_values is not None and not is_graphed(padding_mask):
                 past_key_values.check_mask(padding_mask[:, :new])
+            make_ready(past_key_values, batch)
             whole_mask = padding_mask
             if position_ids is None:
                 position_ids = new_columns((padding_mask.long().cumsum(-1) - 1).clamp(min=0), length, first)
@@ -206,13 +216,12 @@ class LizardDecoder(LizardModelMixin):
         elif past_key_values is not None:
             if self.has_softmax_layers and past_key_values.padded and not is_graphed(tokens):
                 past_key_values.check_mask(None)
+            make_ready(past_key_values, batch)
             start = past_key_values.positions() if position_ids is None else None
             if start is not None:
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
         if all_real(padding_mask):
             padding_mask = None
-        if past_key_values is not None and padding_mask is not None and not is_graphed(padding_mask):
-            past_key_values.padded, past_key_values.read_mask = True, whole_mask
         blocks = self._anchor_blocks(tokens, position_ids, past, packing is not None)
         plan = ForwardPlan(padding_mask, packing, blocks)
         if self.mode == "student" and not self.has_softmax_layers:
@@ -240,6 +249,8 @@ class LizardDecoder(LizardModelMixin):
             )
         if past_key_values is not None:
             past_key_values.advance(length)
+            if padding_mask is not None and not is_graphed(padding_mask):
+                past_key_values.padded, past_key_values.read_mask = True, whole_mask
         if padding_mask is not None and length > 1:
             outputs.last_hidden_state = repeat_over_padding(outputs.last_hidden_state, padding_mask)
         return outputs
@@ -263,7 +274,7 @@ class LizardDecoder(LizardModelMixin):
                 assert_one_text(position_ids, real)
         cache = self._cache_for(cache, use_cache, packing is not None)
         if cache is not None and not torch.compiler.is_compiling():
-            cache.expect(batch)
+            cache.expect(batch, length)
         return cache, packing
 
     def _anchor_blocks(

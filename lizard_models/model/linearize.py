@@ -87,6 +87,8 @@ def start_new_parameters(student: LizardCausalLM, attention: LizardAttention, de
     attention.lizard.to_empty(device=device)
     for module in attention.lizard.modules():
         student._init_weights(module)
+    if attention.q_proj.weight.dtype == torch.float64:
+        attention.lizard.double()
 
 
 def student_config(teacher: PreTrainedConfig, config: LizardConfig) -> PreTrainedConfig:

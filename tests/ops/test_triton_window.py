@@ -56,7 +56,7 @@ def test_output_and_gradients_match_the_reference(shape, window, anchors, sinks,
 
 @pytest.mark.parametrize("size", [1, 30, 300])
 def test_gradients_of_values_stay_within_their_own_bound(size):
-    """A weight is exp(s - lse) of a stored lse: off by the roundings of s and lse, of which docs/trust.md counts five."""
+    """A weight is exp(s - lse) of a stored lse: off by the roundings of s and lse, five as docs/trust.md counts."""
     x = make(1, 40, 2, 1, 128, 16)
     x["q"] = size * x["q"]
     x = {name: t.to(DEVICE) for name, t in x.items()}

@@ -113,6 +113,20 @@ def test_a_snapshot_is_independent(take, kept):
         assert (snapshot.get_seq_length(), again.get_seq_length()) == (20, 20 + cut.shape[1])
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_copy_stays_in_the_graph_of_gradients(static):
+    model, ids = student(softmax_layers=(1,)).requires_grad_(True), tokens(2, 12)
+    options = dict(past_key_values=model.new_cache(static=static, max_cache_len=16)) if static else {}
+    with torch.set_grad_enabled(not static):  # a static layer is written to in place
+        cache = model(ids[:, :8], **options).past_key_values
+    twin = cache.copy()
+    model(ids[:, :4], past_key_values=cache)
+    logits = model(ids[:, 8:], past_key_values=twin).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 8:], rtol=1e-4, atol=1e-4)
+    logits.sum().backward()
+    assert model.model.embed_tokens.weight.grad[ids[0, 0]].any() == (not static)
+
+
 def addresses(cache) -> list[int]:
     return [t.data_ptr() for layer in cache.lizard_layers() for t in layer.state if t is not None]
 
@@ -185,6 +199,10 @@ def test_another_number_of_rows_is_refused():
     with pytest.raises(ValueError, match="holds 2 rows, but the inputs have 3"):
         model(tokens(3, 1), past_key_values=cache)
     cache.reset()
+    first = addresses(cache)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(tokens(3, 4), attention_mask=torch.ones(3, 5), past_key_values=cache)
+    assert addresses(cache) == first  # a refusal leaves an empty cache its tensors too
     assert model(tokens(3, 4), past_key_values=cache).logits.shape[0] == 3
 
 

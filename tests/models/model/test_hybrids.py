@@ -149,3 +149,67 @@ def test_what_cannot_be_kept_or_converted_says_why():
             recommended.replace(softmax_share=share)
     with pytest.raises(ValueError, match="keep_sliding_layers must be bool"):
         recommended.replace(keep_sliding_layers="yes")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_no_tokens_at_all_are_refused_beside_kept_layers(given):
+    model, ids = student(softmax_layers=(1,)), tokens(2, 9)
+    cache = model(ids).past_key_values
+    none = {given: ids[:, :0] if given == "input_ids" else model.get_input_embeddings()(ids[:, :0])}
+    with pytest.raises(ValueError, match=f"{given}: got 0 tokens, wanted at least 1"):
+        model(**none, past_key_values=cache)
+    assert student()(ids[:, :0]).logits.shape == (2, 0, 97)  # a state alone reads none
+
+
+STATIC = {"softmax_layers": (1,)}, {"family": "gemma3_text", "softmax_layers": (1,)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", STATIC)
+def test_static_caches_keep_their_rows_and_say_so(options):
+    model, ids = student(**options), tokens(2, 9)
+    cache = model(ids, past_key_values=model.new_cache(static=True, max_cache_len=16)).past_key_values
+    before = [t.clone() for layer in cache.lizard_layers() for t in layer.state if t is not None]
+    for change in (lambda: cache.batch_select_indices(torch.tensor([1])), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(ValueError, match="batch_.*: a Static.*Layer keeps the rows it was made for"):
+            change()
+    after = [t for layer in cache.lizard_layers() for t in layer.state if t is not None]
+    assert all(map(torch.equal, before, after))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"softmax_layers": (1,)}, {"family": "gemma3_text", "sliding_window": 20}])
+def test_static_caches_that_are_too_short_are_refused_unchanged(options):
+    model, ids = student(**options), tokens(2, 20)
+    cache = model(ids[:, :14], past_key_values=model.new_cache(static=True, max_cache_len=16)).past_key_values
+    with pytest.raises(ValueError, match="has seen 14 positions and gets 3, .* max_cache_len=16"):
+        model(ids[:, 14:17], past_key_values=cache)
+    found = model(ids[:, 14:16], past_key_values=cache).logits
+    torch.testing.assert_close(found, model(ids[:, :16]).logits[:, 14:], rtol=1e-4, atol=1e-4)
+
+
+def test_static_caches_leave_inference_mode():
+    model, ids = student(softmax_layers=(1,)), tokens(1, 12)
+    with torch.inference_mode():
+        cache = model(ids[:, :8], past_key_values=model.new_cache(static=True, max_cache_len=16)).past_key_values
+    with torch.no_grad():
+        later = model(ids[:, 8:], past_key_values=cache).logits
+        torch.testing.assert_close(later, model(ids).logits[:, 8:], rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        cache = model(ids[:, :8], past_key_values=model.new_cache(static=True, max_cache_len=16)).past_key_values
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [True, False])
+def test_an_emptied_cache_takes_another_number_of_rows(static):
+    model, ids = student(softmax_layers=(1,)), tokens(3, 12)
+    cache = model.new_cache(static=static, max_cache_len=16)
+    if not static:
+        cache.activate_past_recording()
+    model(ids[:2], past_key_values=cache)
+    cache.reset() if static else cache.crop(-12)
+    found = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(5, 1)], 1)
+    torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -86,3 +86,16 @@ def test_masks_follow_beams_repeats_and_crops(kept):
     found = model(more, attention_mask=mask, past_key_values=cache).logits
     text = torch.cat([ids[rows].repeat_interleave(2, 0), more], 1)
     torch.testing.assert_close(found, model(text, attention_mask=mask).logits[:, -3:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_forward_that_fails_leaves_what_is_known_of_the_padding(kept):
+    model, ids, more = student(softmax_layers=kept), tokens(2, 20), tokens(2, 3, 5)
+    first = masks("1" * 20, "1" * 20)
+    cache = model(ids, attention_mask=first).past_key_values
+    with pytest.raises(IndexError):
+        model(more + 97, attention_mask=torch.cat([first, masks("011", "111")], 1), past_key_values=cache)
+    assert not cache.padded and cache.mask_of_the_past().shape == (2, 20)
+    found = model(more, past_key_values=cache).logits
+    torch.testing.assert_close(found, model(torch.cat([ids, more], 1)).logits[:, 20:], rtol=1e-4, atol=1e-4)

@@ -60,3 +60,37 @@ def test_assistants_draft_more_than_128_tokens(schedule):
     settings = dict(max_new_tokens=145, do_sample=False)
     wanted = model.generate(text, **settings)
     assert torch.equal(model.generate(text, assistant_model=draft, **settings), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [dict(softmax_layers=(1,)), dict(family="gemma3_text", softmax_layers=(1,))])
+@pytest.mark.parametrize("static", [True, False])
+def test_nothing_can_be_taken_back_from_any_cache(options, static):
+    model, ids = student(**options), tokens(1, 30)
+    cache = model(ids[:, :20], past_key_values=model.new_cache(static=static, max_cache_len=40)).past_key_values
+    cache.crop(0)
+    assert cache.get_seq_length() == 20
+    later = model(ids[:, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(later, model(ids).logits[:, 20:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [(), (1,)])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_drafts_go_on_from_a_cache(kept, padding):
+    """Transformers reads the whole text again on top of it, a teacher's too."""
+    model, text = student(softmax_layers=kept), tokens(1, 10).repeat(1, 2)
+    ids = torch.cat([torch.zeros(1, padding, dtype=torch.long), text], 1)
+    mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
+    settings = dict(max_new_tokens=8, do_sample=False)
+    wanted = model.generate(text, **settings)[:, 20:]
+    drafts = dict(prompt_lookup_num_tokens=3), dict(assistant_model=student(seed=5))
+    for have in (padding + 1, padding + 12, padding + 19):
+        for draft in drafts:
+            cache = model(ids[:, :have], attention_mask=mask[:, :have]).past_key_values
+            given = dict(attention_mask=mask, past_key_values=cache, **draft, **settings)
+            assert torch.equal(model.generate(ids, **given)[:, -8:], wanted)
+    cache = model(text[:, :12]).past_key_values
+    with pytest.raises(ValueError, match="input_ids has 8 tokens, and past_key_values has seen 12: drafts"):
+        model.generate(**cache.inputs_for(text[:, 12:]), prompt_lookup_num_tokens=3, **settings)
+    assert cache.get_seq_length() == 12 and not cache.lizard_layers()[0].record_past

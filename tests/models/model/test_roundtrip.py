@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import student, teacher, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lizard_models import LizardConfig
+from lizard_models import LizardConfig, linearize
 from lizard_models.model.families.llama import LizardLlamaConfig, LizardLlamaForCausalLM
 
 PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
@@ -129,3 +129,17 @@ def test_a_newer_config_says_so(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="version 2, this lizard-attn reads version 1: update"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_float64_is_followed_by_new_parameters(tmp_path):
+    model, ids = student(seed=None).double(), tokens(1, 30)
+    next(p for _, p in model.lizard_parameters()).view(-1)[0] += 1e-12  # no float32 holds it
+    model.save_pretrained(tmp_path)
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), type(model).from_pretrained(tmp_path, dtype="auto")):
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)  # angles are float32's
+        for (name, a), (_, b) in zip(model.lizard_parameters(), loaded.lizard_parameters(), strict=True):
+            assert b.dtype == torch.float64 and torch.equal(a, b), name
+    made = linearize(teacher().double(), LizardConfig.preset("recommended", attention={"window": 8}))
+    assert {p.dtype for _, p in made.lizard_parameters()} == {torch.float64}
+    torch.testing.assert_close(made(ids).logits.float(), student(seed=None)(ids).logits, rtol=1e-4, atol=1e-4)
