@@ -186,8 +186,8 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         read_before: int = 0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers', without a mask where a step has none to read, and one of one shape in a static cache; without
-        the part of a text that drafts find read already."""
+        """As transformers', without a mask where a step has none to read, with one of one shape in a static cache, and
+        without what drafts find read already."""
         if read_before and is_first_iteration:
             kwargs["next_sequence_length"] = input_ids.shape[1] - read_before
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
