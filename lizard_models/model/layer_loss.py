@@ -89,14 +89,14 @@ class _GradientsAtOnce(torch.autograd.Function):
         with torch.enable_grad():
             value, heads = error()
             gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
-        ctx.save_for_backward(*gradients, *parameters)
+        ctx.save_for_backward(*gradients)
+        ctx.parameters = parameters  # not saved: they may change before the backward, which does not read them
         ctx.mark_non_differentiable(heads)
         return value.detach(), heads
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.saved_tensors) // 2
         with torch.no_grad():
-            gradients = [grad * g for g in ctx.saved_tensors[:count]]
+            gradients = [grad * g for g in ctx.saved_tensors]
         instead = "the graph of a layer is freed as soon as its loss is known"
-        return once('the losses of mode "distill"', instead, (None, *gradients), (grad, *ctx.saved_tensors[count:]))
+        return once('the losses of mode "distill"', instead, (None, *gradients), (grad, *ctx.parameters))

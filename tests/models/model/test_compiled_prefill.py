@@ -11,23 +11,23 @@ def fresh_graphs():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("given", [False, True])
-def test_the_cache_of_a_compiled_prefill_is_a_cache(given):
+def test_the_cache_of_a_compiled_prefill_is_a_cache():
+    """Made by the graph, and given to it."""
     model, ids = student(num_hidden_layers=1), tokens(1, 24)
     forward, wanted = torch.compile(model, backend="eager"), model(ids).logits
-    made = {"past_key_values": model.new_cache()} if given else {"use_cache": True}
-    cache = forward(ids[:, :20], **made).past_key_values
-    assert cache.get_seq_length() == cache.known_length() == 20 and cache.positions().tolist() == [20]
-    twin = cache.copy()
-    for step, read in ((20, model), (21, forward)):
-        logits = read(ids[:, step : step + 1], past_key_values=cache).logits
-        torch.testing.assert_close(logits, wanted[:, step : step + 1], rtol=1e-4, atol=1e-4)
-    assert (cache.get_seq_length(), twin.get_seq_length()) == (22, 20)
-    logits = model(ids[:, 20:], past_key_values=twin).logits
-    torch.testing.assert_close(logits, wanted[:, 20:], rtol=1e-4, atol=1e-4)
-    assert twin.get_seq_length() == 24
-    cache.reset()
-    assert cache.get_seq_length() == 0
+    for made in ({"use_cache": True}, {"past_key_values": model.new_cache()}):
+        cache = forward(ids[:, :20], **made).past_key_values
+        assert cache.get_seq_length() == cache.known_length() == 20 and cache.positions().tolist() == [20]
+        twin = cache.copy()
+        for step, read in ((20, model), (21, forward)):
+            logits = read(ids[:, step : step + 1], past_key_values=cache).logits
+            torch.testing.assert_close(logits, wanted[:, step : step + 1], rtol=1e-4, atol=1e-4)
+        assert (cache.get_seq_length(), twin.get_seq_length()) == (22, 20)
+        logits = model(ids[:, 20:], past_key_values=twin).logits
+        torch.testing.assert_close(logits, wanted[:, 20:], rtol=1e-4, atol=1e-4)
+        assert twin.get_seq_length() == 24
+        cache.reset()
+        assert cache.get_seq_length() == 0
 
 
 @torch.no_grad()
