@@ -26,7 +26,7 @@ AREAS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ("tests/ops",),
         ("tests/layers", "tests/models/model"),
     ),
-    "layers": (12, ("lizard_layers/**/*.py",), ("tests/layers", "tests/models/model"), ("tests/models/distill",)),
+    "layers": (12, ("lizard_layers/**/*.py",), ("tests/layers",), ("tests/models/model", "tests/models/distill")),
     "cache, modelling": (
         20,
         ("lizard_models/model/*.py",),
