@@ -9,7 +9,6 @@ import os
 import queue
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -59,36 +58,41 @@ class Campaign:
         self.groups = 1 if nearest else 2
         self.lock = threading.Lock()
         self.kills: collections.Counter[str] = collections.Counter()
-        self.copies: queue.Queue[Path] = queue.Queue()
+        self.idle: queue.Queue[Worker] = queue.Queue()
 
     def run(self, todo: Iterable[tuple[str, Change]], until: float) -> None:
         """Test every change that the record lacks, until the time (of time.monotonic) is over."""
         done = {verdict.change.name for verdict in recorded(self.record)}
         todo = [(area, change) for area, change in todo if change.name not in done]
         with tempfile.TemporaryDirectory() as folder:
-            for number in range(self.workers):
-                self.copies.put(copy_of_the_tree(Path(folder) / str(number)))
-            with ThreadPoolExecutor(self.workers) as pool:
-                for future in [pool.submit(self.test, area, change, until) for area, change in todo]:
-                    future.result()
+            started = [Worker(Path(folder) / str(number)) for number in range(self.workers)]
+            for worker in started:
+                self.idle.put(worker)
+            try:
+                with ThreadPoolExecutor(self.workers) as pool:
+                    for future in [pool.submit(self.test, area, change, until) for area, change in todo]:
+                        future.result()
+            finally:
+                for worker in started:
+                    worker.close()
 
     def test(self, area: str, change: Change, until: float) -> None:
         if time.monotonic() > until:
             return
-        tree = self.copies.get()
-        file = tree / change.file
+        worker = self.idle.get()
+        file = worker.tree / change.file
         whole = file.read_text()
         try:
             file.write_text(change.apply(whole))
             began = time.monotonic()
             state, by = "survived", ""
             for tests in asked_about(area, change.file, self.kills)[: self.groups]:
-                state, by = self.ask(tree, tests, until)
+                state, by = self.ask(worker, tests, until)
                 if state != "survived":
                     break
         finally:
             file.write_text(whole)
-            self.copies.put(tree)
+            self.idle.put(worker)
         if state == "unfinished":
             return
         verdict = Verdict(area, change, state, by, round(time.monotonic() - began, 1))
@@ -97,34 +101,48 @@ class Campaign:
             stream.write(verdict.line() + "\n")
             print(f"{state:9s} {verdict.seconds:6.1f} s  {change.name}  {by}", flush=True)
 
-    def ask(self, tree: Path, tests: Sequence[str], until: float) -> tuple[str, str]:
-        """What pytest says, and the first test that failed."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += ["-o", "addopts=--strict-markers", "--tb=no", "-rfE", f"--timeout={self.limit:g}", *tests]
-        command += [f"--deselect={name}" for name in self.deselected]
-        kept = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
-        kept.update(PYTHONPATH=path_of(tree), TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
-        with subprocess.Popen(
-            command,
-            cwd=tree,
-            env=kept,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                said, _ = process.communicate(timeout=max(1, min(20 * self.limit, until - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+    def ask(self, worker: Worker, tests: Sequence[str], until: float) -> tuple[str, str]:
+        """What pytest says, and the first test that failed: the two files most likely to, then the others."""
+        for part in filter(None, (tests[:2], tests[2:])):
+            arguments = ["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "--tb=no", "-rfE"]
+            arguments += [f"--timeout={self.limit:g}", *part, *(f"--deselect={name}" for name in self.deselected)]
+            code, said = worker.ask(arguments, max(1, min(20 * self.limit, until - time.monotonic())))
+            if code is None:
                 return ("unfinished", "") if time.monotonic() >= until else ("timeout", "")
-        if process.returncode in (0, 5):
-            return "survived", ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-        if "Timeout" in said and not failed:
-            return "timeout", ""
-        return "killed", failed[1] if failed else f"exit {process.returncode}"
+            failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+            if "Timeout" in said and not failed:
+                return "timeout", ""
+            if code not in (0, 5):
+                return "killed", failed[1] if failed else f"exit {code}"
+        return "survived", ""
+
+
+class Worker:
+    """A copy of the tree, and a process that runs its tests (``zygote.py``)."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = copy_of_the_tree(tree)
+        kept = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
+        kept.update(TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("zygote.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept, cwd=tree,
+        )  # fmt: skip
+
+    def ask(self, arguments: Sequence[str], seconds: float) -> tuple[int | None, str]:
+        """pytest's exit code, None past the limit, and its output."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(
+            json.dumps({"tree": str(self.tree), "arguments": arguments, "seconds": seconds}) + "\n"
+        )
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["code"], answer["said"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def path_of(tree: Path) -> str:
