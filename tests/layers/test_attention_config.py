@@ -8,6 +8,8 @@ from lizard_layers import AttentionChoices, AttentionConfig
 
 SHAPE = dict(hidden_size=24, num_heads=4, num_key_heads=2, head_dim=8)
 
+CLAMPED = dict(window=9, anchors=3, positions="clamped")
+
 REFUSED = {
     "window must be at least 1": dict(window=0),
     "anchors must not be negative": dict(anchors=-1),
@@ -18,6 +20,10 @@ REFUSED = {
     "counts both signs and must be even": dict(feature_dim=7, feature_dim_counts="features"),
     "feature_dim needs a learned projection": dict(feature_projection="none", feature_dim=8),
     "needs normalize=True": dict(normalize=False),
+    "position_limit=10 is less than window .* = 12": CLAMPED | dict(position_limit=10),
+    "position_step=0 must be at least 1": CLAMPED | dict(position_step=0),
+    "position_step=301 must be .* at most position_limit=300": CLAMPED | dict(position_limit=300, position_step=301),
+    'position_step belongs to positions="clamped"': dict(position_step=3),
     "lets reach zero": dict(num_sinks=4, sink_form="linear"),
     'alpha belongs to mix="sum"': dict(alpha="learned"),
     'merge_bias belongs to mix="merge"': dict(mix="sum", merge_bias="head"),
@@ -39,6 +45,24 @@ REFUSED = {
 def test_unsound_choices_are_refused(reason):
     with pytest.raises(ValueError, match=reason):
         AttentionConfig(**SHAPE | REFUSED[reason])
+
+
+def test_the_limit_of_positions_may_be_as_short_as_window_and_anchors():
+    config = AttentionConfig(**SHAPE, **CLAMPED, position_limit=12, position_step=12)
+    assert (config.position_limit, config.position_step) == (12, 12)
+
+
+def test_what_is_chosen_where_nothing_is_said():
+    """A default that changes would change every saved configuration that does not name it."""
+    assert dataclasses.asdict(AttentionChoices()) == dict(
+        window=128, anchors=0, window_rope=True, positions="true", position_limit=None, position_step=None,
+        linear_rope=False, num_sinks=0, sinks_per_head=False, sink_form="exp", sink_init=0.0, sink_spread=1.0,
+        linear_branch=True, coverage="outside", normalize=True, feature_activation="softmax",
+        feature_projection="per_head", tie_features=False, key_map="key_head", feature_dim=None,
+        feature_dim_counts="projection", feature_scale=None, gate="key_head", gate_init=0.993, gate_rank=16,
+        gate_temperature=1.0, gate_form="stable", mix="merge", alpha="fixed", alpha_init=1.0, merge_bias="none",
+        merge_bias_init=0.0, impl="auto",
+    )  # fmt: skip
 
 
 def test_window_only_does_not_ask_about_the_linear_branch():

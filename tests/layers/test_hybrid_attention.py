@@ -173,6 +173,8 @@ def test_wrong_inputs_are_named():
         made(x, q, k[:, :4], v, rope)
     with pytest.raises(ValueError, match=r"^x has shape"):
         made(x[..., :5], q, k, v, rope)
+    with pytest.raises(ValueError, match=r"^x has shape \(9, 24\), wanted \(-1, -1, 24\)"):
+        made(x[0], q, k, v, rope)
     with pytest.raises(ValueError, match="rope=.* is needed"):
         made(x, q, k, v)
     with pytest.raises(ValueError, match="rope has shapes"):

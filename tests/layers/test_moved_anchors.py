@@ -1,0 +1,56 @@
+"""Anchors that move on with the text, block by block, and states that keep them where they stood."""
+
+import pytest
+import torch
+from layer_checks import angles, inputs, layer
+
+from lizard_layers import AnchorBlock
+from lizard_ops import apply_rotary
+
+FIRST, BLOCKS = 8, (3, 2)  # tokens read before, and of the blocks after
+
+
+def turned(by: tuple[int, int], moved: tuple[bool, bool], length: int) -> AnchorBlock:
+    """The anchors of row i moved on by ``by[i]`` positions."""
+    cos, sin = angles(torch.tensor(by))
+    return AnchorBlock(length, cos.transpose(0, 1), sin.transpose(0, 1), torch.tensor(moved))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("form", ["recommended", "window_only"])
+@torch.no_grad()
+def test_each_block_sees_the_anchors_where_it_has_them(form, inplace):
+    attention = layer(form)
+    x, q, k, v, rope = inputs(FIRST + sum(BLOCKS))
+    parts = torch.arange(FIRST + sum(BLOCKS)).split([FIRST, *BLOCKS])
+
+    def read(part, state, **options):
+        here = (t[:, part] for t in (x, q, k, v))
+        return attention(*here, tuple(t[:, part] for t in rope), state, use_state=True, **options)
+
+    blocks = [turned((4, 0), (True, False), BLOCKS[0]), turned((7, 2), (True, True), BLOCKS[1])]
+    start = read(parts[0], None)[1]
+    anchors, wanted, state = start.anchor_k, [], start
+    for block, part in zip(blocks, parts[1:], strict=True):
+        o, state = read(part, state._replace(anchor_k=apply_rotary(anchors, block.cos, block.sin)))
+        wanted.append(o)
+    state = state._replace(anchor_k=anchors)
+
+    given = type(start)(*(None if t is None else t.clone() for t in start))
+    found, after = read(torch.cat(parts[1:]), given, anchor_blocks=blocks, inplace=inplace)
+    torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-12, atol=1e-12)
+    for name, field in after._asdict().items():
+        if field is None:
+            continue
+        torch.testing.assert_close(field, getattr(state, name), rtol=1e-12, atol=1e-12)
+        if inplace:
+            assert field.data_ptr() == getattr(given, name).data_ptr(), name
+        else:
+            assert torch.equal(getattr(given, name), getattr(start, name)), name
+
+
+def test_blocks_must_add_up():
+    attention = layer("recommended")
+    *heads, rope = inputs(FIRST)
+    with pytest.raises(ValueError, match=r"anchor_blocks have lengths \[3\], wanted .* the 8 new positions"):
+        attention(*heads, rope, anchor_blocks=[turned((4, 0), (True, False), 3)])
