@@ -49,6 +49,9 @@ AREAS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
 # What holds no behaviour that a test on a CPU could see: command lines of speed, and tables of it.
 LEFT_OUT = frozenset({"lizard_ops/tuning.py", "lizard_models/distill/cuda_graphs.py"})
 
+# Words in the names of the test files that take longest: asked last.
+SLOW = ("compil", "graphs", "export", "pickles", "fuzz", "parallel", "cli", "users", "ecosystem")
+
 
 def files_of(area: str) -> list[str]:
     found = {path.relative_to(ROOT).as_posix() for pattern in AREAS[area][1] for path in ROOT.glob(pattern)}
@@ -84,11 +87,13 @@ def sample(count: int, seed: int) -> dict[str, list[Change]]:
 
 
 def asked_about(area: str, file: str, kills: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """The test files asked first and later: those that share a word with the file's path, then by ``kills``."""
+    """The test files asked first and later: those that share a word with the file's path, then the quick, then by
+    ``kills``."""
     words = set(re.split(r"[/_.]", file)) - {"py", "lizard", "ops", "models", "model", "op", "attn", "common"}
 
-    def rank(test: str) -> tuple[bool, int, str]:
-        return words.isdisjoint(re.split(r"[/_.]", test)), -kills.get(test, 0), test
+    def rank(test: str) -> tuple[bool, bool, int, str]:
+        slow = any(word in test for word in SLOW)
+        return words.isdisjoint(re.split(r"[/_.]", test)), slow, -kills.get(test, 0), test
 
     first, later = (sorted(all_tests(folders), key=rank) for folders in AREAS[area][2:])
     return first, [test for test in later if test not in first]

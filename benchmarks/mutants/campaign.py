@@ -63,6 +63,7 @@ class Campaign:
     def run(self, todo: Iterable[tuple[str, Change]], until: float) -> None:
         """Test every change that the record lacks, until the time (of time.monotonic) is over."""
         done = {verdict.change.name for verdict in recorded(self.record)}
+        self.kills.update(verdict.by.partition("::")[0] for verdict in recorded(self.record))
         todo = [(area, change) for area, change in todo if change.name not in done]
         with tempfile.TemporaryDirectory() as folder:
             started = [Worker(Path(folder) / str(number)) for number in range(self.workers)]
