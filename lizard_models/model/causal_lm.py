@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -207,7 +208,14 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
     def _prefill(
         self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        """As transformers', where a prompt in pieces is read without compiling, as one in a single piece is.
+
+        Each length of piece would be a graph more, and as a CUDA graph keep what thousands of tokens need for good.
+        """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if self.mode == "student" and generation_config.prefill_chunk_size is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.disable_compile = True
         if self.mode == "student" and isinstance(cache, LizardCache):
             columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
             new, seen = input_ids.shape[1], cache.get_seq_length()

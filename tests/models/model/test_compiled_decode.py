@@ -68,6 +68,18 @@ def test_generate_compiles_its_step():
     assert torch.equal(found, wanted) and backend.graphs == 1
 
 
+@pytest.mark.parametrize("kept", [(), (1,)])
+def test_a_prompt_in_pieces_is_not_compiled(kept):
+    """Pieces of 4, 4 and 1 tokens are three lengths less one; the step alone is a graph, as after a whole prompt."""
+    model, ids = student(num_hidden_layers=1 + len(kept), softmax_layers=kept), tokens(2, 9)
+    settings = dict(max_new_tokens=4, do_sample=False, cache_implementation="static")
+    backend = Backend("eager")
+    wanted = model.generate(ids, **settings, compile_config=backend.config())
+    graphs = backend.graphs
+    found = model.generate(ids, **settings, compile_config=backend.config(), prefill_chunk_size=4)
+    assert torch.equal(found, wanted) and backend.graphs == graphs == 1
+
+
 def test_generate_compiles_a_hybrid_as_often_as_its_teacher():
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0  # a mask that grows would be another shape at every step
