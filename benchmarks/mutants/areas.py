@@ -26,24 +26,19 @@ AREAS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ("tests/ops",),
         ("tests/layers", "tests/models/model"),
     ),
-    "layers": (12, ("lizard_layers/**/*.py",), ("tests/layers",), ("tests/models/model", "tests/models/distill")),
+    "layers": (12, ("lizard_layers/**/*.py",), ("tests/layers",), ("tests/models",)),
     "cache, modelling": (
         20,
         ("lizard_models/model/*.py",),
         ("tests/models/model",),
-        (
-            "tests/models/distill",
-            "tests/models/evaluation",
-            "tests/models/test_users.py",
-            "tests/models/test_ecosystem.py",
-        ),
+        ("tests/models",),
     ),
-    "text": (8, ("lizard_models/text/*.py",), ("tests/models/text",), ("tests/models/distill", "tests/models/cli")),
+    "text": (8, ("lizard_models/text/*.py",), ("tests/models/text",), ("tests/models",)),
     "distill": (
         12,
         ("lizard_models/distill/*.py",),
         ("tests/models/distill",),
-        ("tests/models/model", "tests/models/cli", "tests/models/runs"),
+        ("tests/models",),
     ),
 }
 # What holds no behaviour that a test on a CPU could see: command lines of speed, and tables of it.
