@@ -20,10 +20,11 @@ class WindowInputs(NamedTuple):
     initial_state: AttentionState | None = None
     cu_seqlens: Tensor | None = None  # [N + 1]
     padding_mask: Tensor | None = None  # [B, T]
+    expiry: Tensor | None = None  # [B, T, Hk] of the hybrid op: the first query that no longer sees each key
 
     def by_token(self) -> dict[str, Tensor | None]:
         """Those with a row per token."""
-        return {"q": self.q, "k": self.k, "v": self.v}
+        return {"q": self.q, "k": self.k, "v": self.v, "expiry": self.expiry}
 
 
 class WindowOptions(NamedTuple):
