@@ -80,6 +80,7 @@ class HybridOptions(NamedTuple):
     output_final_state: bool = False
     gate_form: str = "stable"
     inplace: bool = False
+    kept_keys: int | None = None  # with an expiry
 
     @property
     def outside(self) -> bool:
@@ -104,7 +105,7 @@ class HybridOptions(NamedTuple):
         """The window branch's."""
         return WindowOptions(
             window=self.window, anchors=self.anchors, sink_form=self.sink_form, scale=self.scale, softcap=self.softcap,
-            output_final_state=self.output_final_state,
+            output_final_state=self.output_final_state, kept_keys=self.kept_keys or 0,
         )  # fmt: skip
 
 
@@ -122,6 +123,9 @@ def check_expiry(inputs: HybridInputs, options: HybridOptions) -> None:
     state, final = inputs.initial_state, options.output_final_state
     checks.want(state is None, "initial_state", type(state).__name__, "None with expiry, which carries no state yet")
     checks.want(not final, "output_final_state", final, "False with expiry, which carries no state yet")
+    checks.want(options.gate_form != "absorbed", "gate_form", options.gate_form, '"stable" with expiry')
+    if options.kept_keys is not None:
+        checks.check_count("kept_keys", options.kept_keys, 0)
     if not checks.may_read(expiry) or not all(x is None or checks.has_values(x) for x in (mask, ends)):
         return
     at = torch.arange(v.shape[1], device=v.device).expand(v.shape[:2])

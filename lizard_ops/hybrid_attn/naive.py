@@ -43,14 +43,9 @@ def naive_hybrid_attn(
     padding_mask: Tensor | None = None,
     expiry: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
-    """The reference of ``chunk_hybrid_attn``, whose docstring says what every argument is but this:
+    """The reference of ``chunk_hybrid_attn``, whose docstring says what every argument is.
 
-    expiry: [B, T, Hk] int64, the first query that no longer sees each key exactly, as ``key_expiry`` gives it: position
-        of the key + window or later; None is position + window. A key is in the window branch of the queries before it
-        and in the linear branch, with coverage="outside", of those from it on, decayed as ever; with "all" the linear
-        branch covers every key. The largest score of merge_mass="relative" is that of window and anchors: were a kept
-        key's among them, the linear share would rise where such a key is found. Anchors never expire, whatever theirs
-        says. Not yet with initial_state or output_final_state.
+    It takes any expiry from position + window on: several keys of a head at one query too, and any number alive.
     """
     inputs, options = hybrid_arguments(
         HybridInputs(

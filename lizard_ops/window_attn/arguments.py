@@ -36,6 +36,7 @@ class WindowOptions(NamedTuple):
     scale: Any = None  # float or None as given, float once checked
     softcap: float | None = None
     output_final_state: bool = False
+    kept_keys: int = 0  # of the hybrid op: the most keys that an expiry keeps alive beyond window and anchors
 
 
 def window_arguments(inputs: WindowInputs, options: WindowOptions) -> tuple[WindowInputs, WindowOptions]:

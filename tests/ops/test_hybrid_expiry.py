@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from op_cases import GATES, HYBRID, call, cases
-from op_checks import examples, one_of, with_gradients
+from op_checks import examples, judge, one_of, with_gradients
+from target_cases import rows_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lizard_ops import NEVER, naive_hybrid_attn, naive_key_expiry
+from lizard_ops import NEVER, chunk_hybrid_attn, key_expiry, naive_hybrid_attn, naive_key_expiry
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
 from lizard_ops.hybrid_attn.formula import hybrid_formula
 
@@ -28,6 +32,92 @@ def arbitrary_expiry(case, seed=0):
     end = torch.arange(shape[1]).view(1, -1, 1) + case.options["window"]
     late = end + torch.randint(6, shape, generator=generator)
     return torch.where(torch.rand(shape, generator=generator) < 0.2, NEVER, late)
+
+
+SMALL = (
+    ("gated_attn.chunk_torch", "HEAD_GATE_CHUNK", 8),
+    ("gated_attn.chunk_torch", "CHANNEL_GATE_CHUNK", 4),
+    ("gated_attn.chunk_torch_tiles", "SCAN", 2),
+    ("window_attn.chunk_torch", "BLOCK", 2),
+)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """So that short sequences meet every boundary, and most kept keys stand before what a block reaches."""
+    for module, name, size in SMALL:
+        monkeypatch.setattr(importlib.import_module(f"lizard_ops.{module}"), name, size)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("coverage", HYBRID["coverage"])
+@pytest.mark.parametrize("mix", HYBRID["mix"])
+def test_chunked_is_the_reference(mix, coverage, gate, small_chunks):
+    """Outputs and gradients, of rows of every kind."""
+    rows, places = st.sampled_from(["plain", "padded", "packed"]), st.sampled_from([3, 1, 0, 7, 20])
+    drawn = cases("hybrid", lengths=(29, 17, 5, 1, 0), mix=mix, coverage=coverage, gate=gate)
+
+    @examples(7, drawn, rows, places, st.integers(0, 9))
+    def check(case, kind, places, seed):
+        case, more = rows_of(case, kind)
+        more["expiry"] = expiry_of(case, places, seed, **more)
+
+        def reference(c):
+            return call(c, "naive", final=False, **more)
+
+        run = with_gradients(lambda c: call(c, "chunk", final=False, kept_keys=places, **more), case)
+        judge(run, case, torch.float64, reference)
+
+
+def test_extreme_gates_are_the_reference(small_chunks):
+    """Resets and what is nearly one. A gate per channel is merged: features of a key that e^-700 and less separate are
+    no numbers beside each other, which an average of keys that have all but decayed would show."""
+    extremes = torch.tensor([0, -1e-8, -0.3, -1e4, -torch.inf], dtype=torch.float64)
+    fixed = st.sampled_from(({"gate": "key"}, {"gate": "query"}, {"gate": "channel", "mix": "merge"}))
+
+    @examples(12, fixed.flatmap(lambda more: cases("hybrid", lengths=(29, 17), coverage="outside", **more)))
+    def check(case):
+        case = case.map(lambda name, x: extremes[(x * 1e3).long() % 5] if name == "g" else x)
+        expiry = expiry_of(case)
+        found = call(case, "chunk", final=False, expiry=expiry, kept_keys=3)
+        judge(found, case, torch.float64, lambda c: call(c, "naive", final=False, expiry=expiry))
+
+
+def test_chunks_of_their_own_size_are_the_reference():
+    fixed = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "gate": "key", "window": 9}
+    case = one_of(cases("hybrid", T=400, B=1, Hk=2, G=2, **fixed)).cast(torch.float32)
+    expiry = expiry_of(case, 70)
+    found = call(case, "chunk", final=False, expiry=expiry, kept_keys=70)
+    judge(found, case, torch.float32, lambda c: call(c, "naive", final=False, expiry=expiry))
+
+
+def test_compiles_to_one_graph(small_chunks):
+    fixed = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "weight": "head", "gate": "key"}
+    case = one_of(cases("hybrid", B=2, T=9, window=3, **fixed)).cast(torch.float32)
+    mask = torch.tensor([[True], [False]]) | (torch.arange(9) < 7)
+
+    @torch.no_grad()
+    def run(tokens, expiry):
+        case.tokens.update(tokens)
+        return call(case, "chunk", final=False, expiry=expiry, kept_keys=2, padding_mask=mask)["o"]
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    tokens, expiry = dict(case.tokens), expiry_of(case, 2, padding_mask=mask)
+    torch.testing.assert_close(compiled(tokens, expiry), run(tokens, expiry))
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_shapes_without_values(kind):
+    def run(device):
+        x, mask = torch.rand(2, 9, 2, 4, device=device), torch.ones(2, 9, dtype=torch.bool, device=device)
+        expiry = key_expiry(x[..., 0], 3, 1, 2).expiry
+        options = {"mix": "merge", "coverage": "outside", "padding_mask": mask}
+        return chunk_hybrid_attn(x, x, x, x, x, -x[..., 0], 3, expiry=expiry, kept_keys=2, **options)[0]
+
+    with FakeTensorMode() if kind == "fake" else contextlib.nullcontext():
+        found = run("meta" if kind == "meta" else "cpu")
+    assert found.shape == (2, 9, 2, 4) and found.dtype == torch.float32
 
 
 def dense(q, k, v, fq, fk, g, window, expiry, merge_bias, scale):
@@ -150,12 +240,37 @@ BAD = [
 
 
 @pytest.mark.parametrize("changes, message", BAD, ids=[message for _, message in BAD])
-def test_bad_expiries_are_refused_by_name(changes, message):
+@pytest.mark.parametrize("form", ["naive", "chunk"])
+def test_bad_expiries_are_refused_by_name(form, changes, message):
     x = {"q": torch.rand(2, 6, 4, 3), "k": torch.rand(2, 6, 2, 3), "v": torch.rand(2, 6, 2, 3), "g": None}
     x |= {"fq": x["q"], "fk": x["k"], "window": 3, "anchors": 1}
     given = x | {"expiry": torch.full((2, 6, 2), NEVER)} | changes
     if "initial_state" in changes:
         given["initial_state"] = naive_hybrid_attn(**x, output_final_state=True)[1]
     with pytest.raises(ValueError) as error:
-        naive_hybrid_attn(**given)
+        naive_hybrid_attn(**given) if form == "naive" else chunk_hybrid_attn(**given, kept_keys=6)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kept_keys": None}, "kept_keys: got None, wanted a number with expiry"),
+        ({"expiry": None}, "kept_keys: got 5, wanted a number with expiry, None without"),
+        ({"kept_keys": -1}, "kept_keys: got -1, wanted an integer >= 0"),
+        ({"kept_keys": 1}, "kept_keys: got 1, wanted at least 2: as many keys of a head are alive"),
+        (
+            {"expiry": torch.full((2, 6, 2), 5).index_fill(1, torch.tensor([0, 3, 4, 5]), NEVER)},
+            "expiry: got 2, wanted",
+        ),
+        ({"gate_form": "absorbed", "g": torch.zeros(2, 6)}, "gate_form: got 'absorbed', wanted \"stable\" with expiry"),
+        ({"impl": "triton"}, 'impl: got \'triton\', wanted "torch" or "auto" for keys with an expiry'),
+    ],
+)
+def test_what_does_not_fit_an_expiry_is_refused_by_name(changes, message):
+    """No key but the anchor has expired at the last query, where two have left the window."""
+    x = {"q": torch.rand(2, 6, 4, 3), "k": torch.rand(2, 6, 2, 3), "v": torch.rand(2, 6, 2, 3), "g": None}
+    x |= {"fq": x["q"], "fk": x["k"], "window": 3, "anchors": 1, "kept_keys": 5}
+    with pytest.raises(ValueError) as error:
+        chunk_hybrid_attn(**(x | {"expiry": torch.full((2, 6, 2), NEVER)} | changes))
     assert str(error.value).startswith(message)
