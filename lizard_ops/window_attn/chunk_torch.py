@@ -50,12 +50,11 @@ def window_rows(
         fields |= {"anchor_k": None, "anchor_v": None}
 
     size = max(1, min(BLOCK, window, length)) if is_known(length) else BLOCK
-    back, expiry, places = -(-(window - 1) // size), inputs.expiry, options.kept_keys
-    if expiry is not None:  # a block reaches what is in its first query's window and one more, and lists those before
+    expiry, places = inputs.expiry, options.kept_keys
+    if expiry is not None:  # a block lists the living before those that it reaches: the longer it is, the fewer lists
         size = max(BLOCK, min(places, 4 * BLOCK))
         size = max(1, min(size, length)) if is_known(length) else size
-        back = -(-window // size)
-    blocks = -(-length // size)
+    blocks, back = -(-length // size), -(-(window - 1) // size)
     stream_k, stream_v = key_stream(k, state and state.ring_k, layout), key_stream(v, state and state.ring_v, layout)
     keys = _reach(stream_k.to(work), anchor_k.to(work), size, back, blocks, prefix)  # [B, Hk, n, A + S, D]
     values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)

@@ -31,7 +31,7 @@ def scores_of(kind, *shape, seed=0):
     rising = torch.arange(shape[1], dtype=torch.float32).view(1, -1, 1)
     return {
         "random": x,
-        "ties": x.round() * torch.where(x > 1, 1.0, 0.0) * x.sign(),  # -0 among the zeros
+        "ties": x.round() * torch.where(x > 1, 1.0, 0.0),  # -0 among the zeros
         "rising": (rising - 7).expand(shape),
         "falling": (7 - rising).expand(shape),
         "constant": torch.full(shape, -2.5),
@@ -106,7 +106,7 @@ def test_fast_forms_are_the_definition(impl, small_tiles):
     """Rows of every kind, with a state and without, and whichever way round its places stand."""
     rows, flags = st.sampled_from(("padded", "packed", "plain")), st.booleans()
 
-    @examples(50 if impl == "torch" or DEVICE == "cuda" else 7, calls(), rows, flags, flags, st.integers(0, 9))
+    @examples(40 if impl == "torch" or DEVICE == "cuda" else 7, calls(), rows, flags, flags, st.integers(0, 9))
     def check(call, kind, carried, final, seed):
         scores, *options = call
         generator, more = torch.Generator().manual_seed(seed), {"output_final_state": final}
