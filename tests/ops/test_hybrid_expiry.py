@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 
@@ -183,6 +184,19 @@ def test_window_and_anchors_are_special_cases(dtype):
         assert torch.equal(found["o"], plain["o"])
         for name, x in plain.items() if dtype == torch.float64 else ():
             torch.testing.assert_close(found[name], x)
+
+
+def test_scores_that_rise_make_a_wider_window(small_chunks):
+    """Not of the relative mass, whose largest score stays that of the narrow one."""
+
+    @examples(10, cases("hybrid", lengths=(29, 17), merge_mass="absolute"), st.sampled_from((5, 1, 9)))
+    def check(case, places):
+        rising = torch.arange(case.length, dtype=torch.float32).view(1, -1, 1).expand(case.tokens["k"].shape[:3])
+        window, anchors = case.options["window"], case.options["anchors"]
+        expiry = key_expiry(rising, window, anchors, places).expiry
+        found = call(case, "chunk", final=False, expiry=expiry, kept_keys=places)["o"]
+        wider = dataclasses.replace(case, options=case.options | {"window": window + places})
+        torch.testing.assert_close(found, call(wider, "chunk", final=False)["o"])
 
 
 def test_keys_that_never_expire_are_full_attention():
