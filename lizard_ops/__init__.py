@@ -8,6 +8,9 @@ from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+from lizard_ops.key_expiry.api import key_expiry
+from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
+from lizard_ops.key_expiry.naive import naive_key_expiry
 from lizard_ops.lm_loss.api import row_losses
 from lizard_ops.rotary.api import apply_rotary
 from lizard_ops.tuning import tune, use_tuned
@@ -15,14 +18,19 @@ from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
 
 __all__ = [
+    "NEVER",
     "AttentionState",
+    "Expiries",
+    "ExpiryState",
     "apply_rotary",
     "checked",
     "chunk_gated_attn",
     "chunk_hybrid_attn",
     "expand_features",
+    "key_expiry",
     "naive_gated_attn",
     "naive_hybrid_attn",
+    "naive_key_expiry",
     "naive_window_attn",
     "overwrite_state",
     "project_heads",

@@ -150,12 +150,13 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
 
 
 def check_sequences(
-    q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None
+    q: Tensor, cu_seqlens: Tensor | None, padding_mask: Tensor | None, name: str = "q"
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """Check how tokens form sequences; return how many there are, and both tensors, cu_seqlens as kernels read it:
     contiguous. No kernel reads a mask.
 
     cu_seqlens [N+1] int32 or int64 packs N sequences into one row; padding_mask [B, T] bool is True at real tokens.
+    name: of q in the op that asks.
     """
     batch, length = q.shape[:2]
     if padding_mask is not None:
@@ -166,7 +167,7 @@ def check_sequences(
     fits = isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1 and cu_seqlens.shape[0] >= 2
     fits = fits and cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.device == q.device
     want(fits, "cu_seqlens", cu_seqlens, f"an int32 or int64 tensor [N + 1] on {q.device}, N >= 1")
-    want(batch == 1, "q", q, "one row (B = 1) with cu_seqlens")
+    want(batch == 1, name, q, "one row (B = 1) with cu_seqlens")
     if may_read(cu_seqlens):
         ends = cu_seqlens.tolist()
         rising = all(a <= b for a, b in zip(ends[:-1], ends[1:], strict=True))

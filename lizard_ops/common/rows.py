@@ -13,15 +13,16 @@ from torch import Tensor
 from lizard_ops.common.checks import want_values
 from lizard_ops.common.padding import compact, compaction, restore
 from lizard_ops.common.sizes import is_known
-from lizard_ops.common.state import AttentionState, map_fields
+from lizard_ops.common.state import map_fields
 from lizard_ops.common.streams import Layout, layout_of, take_rows
 
 # An op's inputs: a NamedTuple with fields initial_state, cu_seqlens and padding_mask, whose ``by_token`` names those of
-# its tensors that have a row per token, [B, T, ...]: GatedInputs, WindowInputs, HybridInputs.
+# its tensors that have a row per token, [B, T, ...]: GatedInputs, WindowInputs, HybridInputs, ExpiryInputs.
 Inputs = Any
 TILE = 64  # rows; at least those of a tile of any op
 SPARE = 2  # tiles
-RowOp = Callable[[Inputs, Tensor | None], tuple[Sequence[Tensor], AttentionState | None]]
+Final = Any  # what an op leaves of each sequence, a NamedTuple as ``common.state.map_fields`` takes it, or None
+RowOp = Callable[[Inputs, Tensor | None], tuple[Sequence[Tensor], Final]]
 
 
 def changed_rows(inputs: Inputs, change: Callable[[Tensor], Tensor | None], **fields: Any) -> Inputs:
@@ -30,9 +31,7 @@ def changed_rows(inputs: Inputs, change: Callable[[Tensor], Tensor | None], **fi
     return inputs._replace(**rows, **fields)
 
 
-def over_rows(
-    op: RowOp, inputs: Inputs, fills: Sequence[float], offset: int = 0
-) -> tuple[Sequence[Tensor], AttentionState | None]:
+def over_rows(op: RowOp, inputs: Inputs, fills: Sequence[float], offset: int = 0) -> tuple[Sequence[Tensor], Final]:
     """Run ``op(inputs, lengths) -> (outputs, state)`` on inputs whose rows [B, T, ...] are of any kind.
 
     op sees real tokens first, ``lengths`` [B] of them (None: all), zeros after. What it returns goes back to its
@@ -50,9 +49,7 @@ def over_rows(
     return _over_packed(op, inputs)
 
 
-def _over_any_length(
-    op: RowOp, offset: int, inputs: Inputs, lengths: Tensor | None
-) -> tuple[Sequence[Tensor], AttentionState | None]:
+def _over_any_length(op: RowOp, offset: int, inputs: Inputs, lengths: Tensor | None) -> tuple[Sequence[Tensor], Final]:
     """``op`` on rows made longer, by zeros after them: a whole number of tiles, so many that no tile is cut short.
 
     One program then does for rows shorter than a tile, and than the offset, and for longer ones: there are always more
@@ -69,7 +66,7 @@ def _over_any_length(
     return [o.index_select(1, wanted) for o in outputs], final
 
 
-def _over_packed(op: RowOp, inputs: Inputs) -> tuple[Sequence[Tensor], AttentionState | None]:
+def _over_packed(op: RowOp, inputs: Inputs) -> tuple[Sequence[Tensor], Final]:
     """Sequences whose lengths share their highest bit run together: at most 2 T rows in at most log T calls."""
     want_values("cu_seqlens", inputs.cu_seqlens, "the PyTorch path")
     device, state = inputs.q.device, inputs.initial_state
@@ -81,7 +78,7 @@ def _over_packed(op: RowOp, inputs: Inputs) -> tuple[Sequence[Tensor], Attention
     order: list[int] = []
     outputs: list[list[Tensor]] = []
     places: list[Tensor] = []
-    finals: list[AttentionState] = []
+    finals: list[Final] = []
     for members in classes.values():
         of = torch.tensor(members, device=device)
         part = layout._replace(start=layout.start[of], length=layout.length[of])

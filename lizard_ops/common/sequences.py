@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lizard_ops.common.checks import is_shape, want, want_values
 from lizard_ops.common.rows import Inputs, changed_rows
-from lizard_ops.common.state import AttentionState, map_fields
+from lizard_ops.common.state import State, map_fields
 
 
 def sequence_slices(inputs: Inputs) -> list[tuple[int, Tensor]]:
@@ -15,7 +15,9 @@ def sequence_slices(inputs: Inputs) -> list[tuple[int, Tensor]]:
 
     cu_seqlens [N+1] packs N sequences into the one row; padding_mask [B, T] is True at real tokens.
     """
-    want(not is_shape(inputs.q), "q", inputs.q, "a tensor with values (not meta or fake) for the naive op")
+    want(
+        not is_shape(inputs.q), inputs._fields[0], inputs.q, "a tensor with values (not meta or fake) for the naive op"
+    )
     for name in ("cu_seqlens", "padding_mask"):
         x = getattr(inputs, name)
         if x is not None:
@@ -63,7 +65,7 @@ def anchors_after(kept: Tensor | None, rows: Tensor, anchors: int, position: int
     return torch.cat([kept[:position].to(rows.dtype), rows, blank])[:anchors]
 
 
-def stack_states(states: list[AttentionState]) -> AttentionState:
+def stack_states(states: list[State]) -> State:
     """Put one-sequence states (fields without the leading N) together."""
     return map_fields(lambda *fields: torch.stack(fields), *states)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
+
+State = TypeVar("State", bound=tuple)  # a NamedTuple of tensors, each with a row per sequence, or None
 
 
 class AttentionState(NamedTuple):
@@ -55,10 +57,11 @@ def overwrite_state(state: AttentionState, new: AttentionState) -> AttentionStat
     return state
 
 
-def map_fields(function: Callable[..., Tensor], *states: AttentionState) -> AttentionState:
+def map_fields(function: Callable[..., Tensor], *states: State) -> State:
     """``function`` of each field, with the same field of every state; None where one of them has none."""
+    kind: Any = type(states[0])
     fields: dict[str, Any] = {}
-    for name in AttentionState._fields:
+    for name in kind._fields:
         values = [getattr(state, name) for state in states]
         fields[name] = None if any(x is None for x in values) else function(*values)
-    return AttentionState(**fields)
+    return kind(**fields)

@@ -20,10 +20,11 @@ class GatedInputs(NamedTuple):
     initial_state: AttentionState | None = None
     cu_seqlens: Tensor | None = None  # [N + 1]
     padding_mask: Tensor | None = None  # [B, T]
+    expiry: Tensor | None = None  # [B, T, Hk] of the hybrid op: the first query whose sums hold each key
 
     def by_token(self) -> dict[str, Tensor | None]:
         """Those with a row per token."""
-        return {"q": self.q, "k": self.k, "v": self.v, "g": self.g}
+        return {"q": self.q, "k": self.k, "v": self.v, "g": self.g, "expiry": self.expiry}
 
 
 class GatedOptions(NamedTuple):

@@ -17,6 +17,7 @@ from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, key_stream, layout_of, offset_fields, sliding_sum
 from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
 from lizard_ops.gated_attn.chunk_torch_tiles import Attended, Sums, attend_channel_gate, attend_head_gate, finite
+from lizard_ops.gated_attn.expiring import in_order_of_expiry
 
 HEAD_GATE_CHUNK = 64
 CHANNEL_GATE_CHUNK = 16
@@ -49,7 +50,12 @@ def linear_rows(
 
     Row t of the key stream meets the query ``offset`` rows later: what the gates between them take is a factor of
     the whole row, which leaves a normalised output as it is (a gate per channel: a factor of each query feature).
+    With an expiry keys come in its order, and each meets the query of its own row after a decay of its own.
     """
+    entering = None
+    if inputs.expiry is not None:
+        inputs, entering = in_order_of_expiry(inputs, lengths, options.anchors)
+        options = options._replace(window_offset=0, anchors=0)
     fq, fk, v, g, state = inputs.q, inputs.k, inputs.v, inputs.g, inputs.initial_state
     feature_map, offset, anchors = options.feature_map, options.window_offset, options.anchors
     batch, length, q_heads, _ = fq.shape
@@ -75,9 +81,9 @@ def linear_rows(
         padding = (0, 0) * (x.ndim - 2) + (0, chunks * size - rows)
         return F.pad(x, padding, value=fill).unflatten(1, (-1, size)).movedim(3, 1).contiguous()
 
-    def head_tiles(x: Tensor) -> Tensor:  # [B, rows, Hg] -> [B, h, n, y, C]
+    def head_tiles(x: Tensor, fill: float = 0.0) -> Tensor:  # [B, rows, Hg] -> [B, h, n, y, C]
         heads = x.shape[2] // key_heads if x.shape[2] > 1 else 1
-        return tiles(x).unflatten(1, (-1, heads)).movedim(2, 3)
+        return tiles(x, fill).unflatten(1, (-1, heads)).movedim(2, 3)
 
     is_key, inside = which_rows(layout, lengths, rows, prefix, offset, anchors)
     row_values = F.pad(key_stream(v, held.ring_v, layout)[:, :rows].to(work), (0, 1), value=1.0)
@@ -106,11 +112,20 @@ def linear_rows(
         else:
             passed = head_tiles(between)
 
+    if entering is not None and entering.left is not None:
+        passed = head_tiles(entering.left)
+    if entering is not None and channels:
+        slowest = entering.decayed.detach().amax(-1)  # the rest goes into the features
+        keys = keys * tiles(entering.decayed - finite(slowest).unsqueeze(-1), -math.inf).to(work).exp()
+        key_log = tiles(slowest, -math.inf) if key_log is None else key_log + tiles(slowest, -math.inf)
     if channels and row_gates is not None:
         attended = attend_channel_gate(queries, keys, tiles(row_values), tiles(row_gates), key_log, start)
     else:
         head_gates = None if row_gates is None else head_tiles(row_gates)
         key_log = None if key_log is None else key_log.unsqueeze(3)
+        if entering is not None:
+            own = head_tiles(entering.decayed, -math.inf)
+            key_log = own if key_log is None else key_log + own
         absorbed = options.gate_form == "absorbed"
         attended = attend_head_gate(queries, keys, tiles(row_values), head_gates, key_log, start, absorbed)
     o, log_mass = _weighed(attended, query_log, passed, options.scale, options.normalize)

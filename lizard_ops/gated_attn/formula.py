@@ -15,19 +15,22 @@ def gated_formula(x: GatedInputs, options: GatedOptions) -> tuple[Tensor, Tensor
     """(o [B, T, Hq, V], log mass [B, T, Hq]) of checked arguments, in their dtype::
 
     a_ij = scale q_i.k_j exp(g_{j+1} + ... + g_i)        anchors <= j <= i - window_offset
+                                                         and expiry_j <= i instead, where there is one
     o_i  = sum_j a_ij v_j, divided by sum_j a_ij with normalize
     """
     heads = x.q.shape[2]
     k, v = per_query_head(x.k, heads), per_query_head(x.v, heads)
     j = torch.arange(x.q.shape[1], device=x.q.device)
     i = j[:, None]
-    seen = (j >= options.anchors) & (j <= i - options.window_offset)
+    seen = ((j >= options.anchors) & (j <= i - options.window_offset))[..., None]  # [i, j, 1]
+    if x.expiry is not None:
+        seen = (j >= options.anchors)[:, None] & (per_query_head(x.expiry, heads)[:, None] <= i[..., None])
     products = x.q.unsqueeze(2) * k.unsqueeze(1)  # [B, i, j, Hq, K]
     if x.g is not None:
         g = per_query_head(x.g if x.g.ndim == 4 else x.g.unsqueeze(-1), heads)  # [B, T, Hq, 1 or K]
         passed = g.unsqueeze(2).where((i > j)[..., None, None], 0.0).cumsum(1)  # g_{j+1} + ... + g_i
         products = products * passed.exp()
-    a = options.scale * products.sum(-1) * seen[..., None]
+    a = options.scale * products.sum(-1) * seen
     mass = a.sum(2)
     o = torch.einsum("bijh,bjhv->bihv", a, v)
     if options.normalize:

@@ -72,7 +72,8 @@ def linear_branch(
     """One sequence: (o [T, Hq, V], log mass [T, Hq], state without the leading N).
 
     o_i = sum_j a_ij v_j / sum_j a_ij over anchors <= j <= i - offset, with a_ij = scale phi(q_i).phi(k_j) exp(D_ij)
-    and D_ij the sum of g over j + 1..i; log mass_i = log sum_j a_ij.
+    and D_ij the sum of g over j + 1..i; log mass_i = log sum_j a_ij. With an expiry the keys are those of
+    expiry_j <= i instead; then there is no state to begin with, and the one returned holds none of them.
     """
     fq, fk, v, g, past = inputs.q, inputs.k, inputs.v, inputs.g, inputs.initial_state
     feature_map, offset, anchors = options.feature_map, options.window_offset, options.anchors
@@ -100,15 +101,21 @@ def linear_branch(
         if j < new_rows:
             continue
         oldest, newest = max(0, anchors - first), j - offset
-        if newest >= oldest:  # this key leaves the window and joins the sums
+        if newest >= oldest and inputs.expiry is None:  # this key leaves the window and joins the sums
             log_new = torch.maximum(log_s + gate_q[newest].amax(-1), key_log[newest]).detach()
             kept = (log_s.unsqueeze(-1) + gate_q[newest] - log_new.unsqueeze(-1)).exp()
             key = phi_k[newest] * (key_log[newest] - log_new).exp().unsqueeze(-1)
             s = kept.unsqueeze(-1) * s + key.unsqueeze(-1) * values[newest].unsqueeze(-2)
             z, log_s = kept * z + key, log_new
 
-        keys = slice(oldest, max(oldest, newest + 1))
+        keys: slice | Tensor = slice(oldest, max(oldest, newest + 1))
+        if inputs.expiry is not None:  # row j stands at position j
+            expired = (inputs.expiry[: j + 1] <= j) & (torch.arange(j + 1, device=v.device) >= anchors).unsqueeze(1)
+            keys = expired.any(1).nonzero().squeeze(1)
+            expired = expired[keys].repeat_interleave(group, 1).unsqueeze(-1)  # [j, Hq, 1]
         log_near, log_far = decay[keys] + key_log[keys].unsqueeze(-1), since + log0.unsqueeze(-1)
+        if inputs.expiry is not None:
+            log_near = log_near.masked_fill(~expired, -math.inf)
         top = torch.cat([log_near, log_far.unsqueeze(0)]).amax((0, 2)).detach()
         top = torch.where(top > -math.inf, top, 0.0)  # [Hq], the row shift
         query = phi_q[j - new_rows]

@@ -40,6 +40,8 @@ def chunk_hybrid_attn(
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
     gate_form: str = "stable",
+    expiry: Tensor | None = None,
+    kept_keys: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
     """A gated linear branch and a window branch over the same values, mixed: a Lizard layer's attention.
@@ -81,7 +83,15 @@ def chunk_hybrid_attn(
         softcap: bound of the window scores, as for ``window_attn``.
         feature_scale: factor of the linear weights; 1.0 by default with normalize, else F ** -0.5.
         initial_state, output_final_state, cu_seqlens, padding_mask: as for ``chunk_gated_attn``.
-        gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features.
+        gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features or
+            an expiry.
+        expiry: [B, T, Hk] int64, the first query that no longer sees each key exactly, as ``key_expiry`` gives it;
+            None is the key's position + window. A key is in the window branch of the queries before it and, with
+            coverage="outside", in the linear branch of those from it on, decayed as ever; with "all" the linear branch
+            covers every key. The largest score m stays that of window and anchors: were a kept key's among them, the
+            linear share would rise where such a key is found. Anchors never expire, whatever theirs says. PyTorch alone
+            ("auto" takes it), and not yet with initial_state or output_final_state.
+        kept_keys: with expiry, the most keys of a head that it keeps alive beyond window and anchors at any query.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
     Under autocast q, k, v, fq and fk take its dtype; sums, gates, weights and states stay float32.
@@ -90,7 +100,9 @@ def chunk_hybrid_attn(
         (o, state): o [B, T, Hq, V] in the dtype of q, state an ``AttentionState`` or None.
 
     Raises:
-        ValueError: as ``chunk_gated_attn`` and ``window_attn``, and pairs of options that exclude each other.
+        ValueError: as ``chunk_gated_attn`` and ``window_attn``, pairs of options that exclude each other, and expiries
+            before position + window, two of a head at one query or more alive than kept_keys (values on a GPU: inside
+            ``lizard_ops.checked()``).
 
     Source: Lizard (arXiv 2507.09025) section 3 for the sum; LoLCATs (arXiv 2410.10254) for the merge.
     """
@@ -98,16 +110,18 @@ def chunk_hybrid_attn(
     inputs, options = hybrid_arguments(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
-            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, expiry=expiry,
         ),
         HybridOptions(
             window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
             feature_map=feature_map, normalize=normalize, scale=scale, softcap=softcap, feature_scale=feature_scale,
-            output_final_state=output_final_state, gate_form=gate_form,
+            output_final_state=output_final_state, gate_form=gate_form, kept_keys=kept_keys,
         ),
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
-    chosen = choose_impl(impl, q, linear_sinks_of(inputs, options) or float64_of(q))
+    checks.want((kept_keys is None) == (expiry is None), "kept_keys", kept_keys, "a number with expiry, None without")
+    beyond = None if expiry is None else "keys with an expiry"
+    chosen = choose_impl(impl, q, beyond or linear_sinks_of(inputs, options) or float64_of(q))
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         form = naive_hybrid

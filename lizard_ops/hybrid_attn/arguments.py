@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lizard_ops.common import checks
@@ -28,6 +29,7 @@ class HybridInputs(NamedTuple):
     initial_state: AttentionState | None = None
     cu_seqlens: Tensor | None = None  # [N + 1]
     padding_mask: Tensor | None = None  # [B, T]
+    expiry: Tensor | None = None  # [B, T, Hk] int64
 
     @property
     def weight(self) -> Tensor | None:
@@ -36,7 +38,7 @@ class HybridInputs(NamedTuple):
 
     @property
     def linear(self) -> GatedInputs:
-        """The linear branch's."""
+        """The linear branch's but for the expiry: see ``linear_inputs``."""
         return GatedInputs(
             q=self.fq, k=self.fk, v=self.v, g=self.g, initial_state=self.initial_state, cu_seqlens=self.cu_seqlens,
             padding_mask=self.padding_mask,
@@ -47,12 +49,12 @@ class HybridInputs(NamedTuple):
         """The window branch's."""
         return WindowInputs(
             q=self.q, k=self.k, v=self.v, sinks=self.sinks, initial_state=self.initial_state,
-            cu_seqlens=self.cu_seqlens, padding_mask=self.padding_mask,
+            cu_seqlens=self.cu_seqlens, padding_mask=self.padding_mask, expiry=self.expiry,
         )  # fmt: skip
 
     def by_token(self) -> dict[str, Tensor | None]:
         """Those with a row per token."""
-        rows = {"q": self.q, "k": self.k, "v": self.v, "fq": self.fq, "fk": self.fk, "g": self.g}
+        rows = {"q": self.q, "k": self.k, "v": self.v, "fq": self.fq, "fk": self.fk, "g": self.g, "expiry": self.expiry}
         weights = {"alpha": self.alpha, "merge_bias": self.merge_bias}
         return rows | {name: x for name, x in weights.items() if x is not None and x.ndim == 3}
 
@@ -78,6 +80,7 @@ class HybridOptions(NamedTuple):
     output_final_state: bool = False
     gate_form: str = "stable"
     inplace: bool = False
+    kept_keys: int | None = None  # with an expiry
 
     @property
     def outside(self) -> bool:
@@ -102,8 +105,37 @@ class HybridOptions(NamedTuple):
         """The window branch's."""
         return WindowOptions(
             window=self.window, anchors=self.anchors, sink_form=self.sink_form, scale=self.scale, softcap=self.softcap,
-            output_final_state=self.output_final_state,
+            output_final_state=self.output_final_state, kept_keys=self.kept_keys or 0,
         )  # fmt: skip
+
+
+def linear_inputs(inputs: HybridInputs, options: HybridOptions) -> GatedInputs:
+    """The linear branch's, where it covers what is not exact, with the expiries that say so."""
+    return inputs.linear._replace(expiry=inputs.expiry if options.outside else None)
+
+
+def check_expiry(inputs: HybridInputs, options: HybridOptions) -> None:
+    """Expiries [B, T, Hk] of keys that are no anchors are at or behind the end of the window."""
+    expiry, v, mask, ends = inputs.expiry, inputs.v, inputs.padding_mask, inputs.cu_seqlens
+    if expiry is None:
+        return
+    checks.check_tensor("expiry", expiry, v.shape[:3], v, (torch.int64,))
+    state, final = inputs.initial_state, options.output_final_state
+    checks.want(state is None, "initial_state", type(state).__name__, "None with expiry, which carries no state yet")
+    checks.want(not final, "output_final_state", final, "False with expiry, which carries no state yet")
+    checks.want(options.gate_form != "absorbed", "gate_form", options.gate_form, '"stable" with expiry')
+    if options.kept_keys is not None:
+        checks.check_count("kept_keys", options.kept_keys, 0)
+    if not checks.may_read(expiry) or not all(x is None or checks.has_values(x) for x in (mask, ends)):
+        return
+    at = torch.arange(v.shape[1], device=v.device).expand(v.shape[:2])
+    if mask is not None:
+        at = mask.cumsum(1) - 1
+    if ends is not None:
+        at = at - ends[torch.searchsorted(ends, at.contiguous(), right=True) - 1]
+    real = (at >= options.anchors) if mask is None else (at >= options.anchors) & mask
+    early = int((real.unsqueeze(-1) & (expiry < (at + options.window).unsqueeze(-1))).sum())
+    checks.want(not early, "expiry", early, "positions from that of the key + window on (this many are earlier)")
 
 
 def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[HybridInputs, HybridOptions]:
@@ -149,6 +181,7 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
         scale=checks.check_scale("scale", options.scale, q.shape[3] ** -0.5),
         feature_scale=checks.check_scale("feature_scale", options.feature_scale, 1.0 if normalize else features**-0.5),
     )
+    check_expiry(inputs, options)
     checks.check_softcap(options.softcap)
     checks.check_gate_form(options.gate_form, g, options.feature_map)
     checks.check_flag("inplace", options.inplace)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.gated_attn.formula import gated_formula
-from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, linear_inputs
 from lizard_ops.window_attn.formula import window_formula
 
 
@@ -18,11 +18,12 @@ def hybrid_formula(x: HybridInputs, options: HybridOptions) -> Tensor:
 
     o_lin, log_mass    the gated formula of phi(fq) and phi(fk), over all keys or those outside the window
     o_win, lse, m      the window formula of q and k
+    expiry e           key j is exact for queries j <= i < e_j, and outside for i >= e_j; without, e_j = j + window
     mix="sum"          o = o_lin + alpha o_win
     mix="merge"        o = share o_lin + (1 - share) o_win,  share = sigmoid(log_mass - M + merge_bias)
                        M = lse - m with merge_mass="relative", lse with "absolute"
     """
-    linear = x.linear._replace(q=phi(x.fq, options.feature_map), k=phi(x.fk, options.feature_map))
+    linear = linear_inputs(x, options)._replace(q=phi(x.fq, options.feature_map), k=phi(x.fk, options.feature_map))
     o_lin, log_mass = gated_formula(linear, options.linear)
     o_win, lse, row_max = window_formula(x.local, options.local)
     if options.mix == "sum":

@@ -11,7 +11,7 @@ from lizard_ops.common.checks import state_heads, work_dtype
 from lizard_ops.common.sequences import one_sequence, put_rows, sequence_slices, stack_states
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.naive import linear_branch
-from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments, linear_inputs
 from lizard_ops.window_attn.naive import window_branch
 
 
@@ -41,12 +41,16 @@ def naive_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    expiry: Tensor | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
-    """The reference of ``chunk_hybrid_attn``, whose docstring says what every argument is."""
+    """The reference of ``chunk_hybrid_attn``, whose docstring says what every argument is.
+
+    It takes any expiry from position + window on: several keys of a head at one query too, and any number alive.
+    """
     inputs, options = hybrid_arguments(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
-            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, expiry=expiry,
         ),
         HybridOptions(
             window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
@@ -65,7 +69,7 @@ def naive_hybrid(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, 
     slices = sequence_slices(inputs)
     for n, (row, at) in enumerate(slices):
         x = one_sequence(inputs, n, row, at)
-        o_lin, log_mass, linear = linear_branch(x.linear, heads, options.linear)
+        o_lin, log_mass, linear = linear_branch(linear_inputs(x, options), heads, options.linear)
         o_win, lse, row_max, local = window_branch(x.local, options.local)
         o_lin, o_win = o_lin.to(work), o_win.to(work)
         weight = torch.full_like(lse, float(sums)) if x.weight is None else x.weight.to(work).expand_as(lse)  # [T, Hq]

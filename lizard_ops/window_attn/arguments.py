@@ -20,10 +20,11 @@ class WindowInputs(NamedTuple):
     initial_state: AttentionState | None = None
     cu_seqlens: Tensor | None = None  # [N + 1]
     padding_mask: Tensor | None = None  # [B, T]
+    expiry: Tensor | None = None  # [B, T, Hk] of the hybrid op: the first query that no longer sees each key
 
     def by_token(self) -> dict[str, Tensor | None]:
         """Those with a row per token."""
-        return {"q": self.q, "k": self.k, "v": self.v}
+        return {"q": self.q, "k": self.k, "v": self.v, "expiry": self.expiry}
 
 
 class WindowOptions(NamedTuple):
@@ -35,6 +36,7 @@ class WindowOptions(NamedTuple):
     scale: Any = None  # float or None as given, float once checked
     softcap: float | None = None
     output_final_state: bool = False
+    kept_keys: int = 0  # of the hybrid op: the most keys that an expiry keeps alive beyond window and anchors
 
 
 def window_arguments(inputs: WindowInputs, options: WindowOptions) -> tuple[WindowInputs, WindowOptions]:

@@ -15,6 +15,7 @@ from lizard_ops.common.sizes import is_known
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
 from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
+from lizard_ops.window_attn.expiring import living, rows_at
 
 BLOCK = 64  # queries a tile; for window 128 a tile then meets 192 keys, of which 128 count
 
@@ -49,17 +50,29 @@ def window_rows(
         fields |= {"anchor_k": None, "anchor_v": None}
 
     size = max(1, min(BLOCK, window, length)) if is_known(length) else BLOCK
+    expiry, places = inputs.expiry, options.kept_keys
+    if expiry is not None:  # a block lists the living before those that it reaches: the longer it is, the fewer lists
+        size = max(BLOCK, min(places, 4 * BLOCK))
+        size = max(1, min(size, length)) if is_known(length) else size
     blocks, back = -(-length // size), -(-(window - 1) // size)
     stream_k, stream_v = key_stream(k, state and state.ring_k, layout), key_stream(v, state and state.ring_v, layout)
     keys = _reach(stream_k.to(work), anchor_k.to(work), size, back, blocks, prefix)  # [B, Hk, n, A + S, D]
     values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)
+    seen = near = _visible(layout.position, anchors, window, size, back, blocks)[:, None]  # [B, 1, n, C, A + S]
+    if expiry is not None:
+        row = torch.arange(length, device=q.device).view(1, -1, 1)
+        is_key = row >= anchors if lengths is None else (row >= anchors) & (row < lengths.view(-1, 1, 1))
+        expiry = expiry.masked_fill(~is_key, 0)
+        alive = living(expiry, blocks, size, back, places)
+        keys = torch.cat([keys, rows_at(k.to(work), alive)], 3)
+        values = torch.cat([values, rows_at(v.to(work), alive)], 3)
+        seen = torch.cat([near | _kept(expiry, anchors, size, back, blocks), _listed(expiry, alive, size)], -1)
     queries = F.pad(q.to(work) * options.scale, (0, 0, 0, 0, 0, blocks * size - length))
     queries = queries.unflatten(2, (key_heads, group)).unflatten(1, (-1, size)).permute(0, 3, 1, 4, 2, 5)
     queries = queries.contiguous().flatten(3, 4)  # [B, Hk, n, G C, D]
 
-    seen = _visible(layout.position, anchors, window, size, back, blocks)  # [B, n, C, A + S]
     scores = soft_capped(queries @ keys.transpose(-1, -2), options.softcap).unflatten(3, (group, size))
-    scores = scores.masked_fill_(~seen[:, None, :, None], -math.inf).flatten(3, 4)
+    scores = scores.masked_fill_(~seen.unsqueeze(3), -math.inf).flatten(3, 4)
     o, lse, row_max = (x.unflatten(3, (group, size)) for x in SoftmaxAverage.apply(scores, values)[:3])
 
     def in_order(x: Tensor) -> Tensor:  # [B, Hk, n, G, C, ...] -> [B, T, Hq, ...]
@@ -68,6 +81,9 @@ def window_rows(
     o, lse, row_max = in_order(o), in_order(lse), in_order(row_max)
     if sinks is not None:
         o, lse = with_sinks(o, lse, row_max, sinks.to(work), options.sink_form)
+    if expiry is not None:  # the largest score of those that no expiry keeps
+        scores = scores.unflatten(3, (group, size))[..., : near.shape[-1]]
+        row_max = in_order(scores.masked_fill(~near.unsqueeze(3), -math.inf).amax(-1))
     return o, lse, row_max, fields
 
 
@@ -141,3 +157,20 @@ def _visible(position: Tensor, anchors: int, window: int, size: int, back: int, 
     near = (key <= query) & (key > query - window) & (key + start >= 0)
     far = torch.arange(anchors, device=device) <= query + start - window
     return torch.cat([far, near], -1)
+
+
+def _kept(expiry: Tensor, anchors: int, size: int, back: int, blocks: int) -> Tensor:
+    """Which of the keys that ``_reach`` lays out have not expired at each query: bool [B, Hk, n, C, A + S]."""
+    none = expiry.new_zeros(expiry.shape[0], anchors, expiry.shape[2], 1)
+    ends = _reach(expiry.unsqueeze(-1), none, size, back, blocks, 0).squeeze(-1).unsqueeze(3)
+    block = size * torch.arange(blocks, device=expiry.device).view(-1, 1, 1)
+    query = torch.arange(size, device=expiry.device).view(-1, 1)
+    key = torch.arange(-back * size - anchors, size, device=expiry.device)  # beside the anchors, which have expired
+    return (ends > query + block) & (key <= query)
+
+
+def _listed(expiry: Tensor, alive: Tensor, size: int) -> Tensor:
+    """Which of the listed keys [B, Hk, n, P] have not expired at each query: bool [B, Hk, n, C, P]."""
+    ends = rows_at(expiry.unsqueeze(-1), alive).squeeze(-1).masked_fill(alive < 0, 0).unsqueeze(3)
+    queries = torch.arange(alive.shape[2] * size, device=expiry.device).view(-1, size, 1)
+    return ends > queries

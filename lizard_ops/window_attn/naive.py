@@ -81,7 +81,7 @@ def window_branch(
     """One sequence: (o [T, Hq, V], lse [T, Hq], row maximum of the scores [T, Hq], state without the leading N).
 
     o_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + c) over i - window < j <= i and j < anchors, s_ij = scale q_i.k_j, or
-    softcap tanh(scale q_i.k_j / softcap).
+    softcap tanh(scale q_i.k_j / softcap); with an expiry over j <= i < expiry_j too, which the maximum leaves out.
     """
     q, k, v, sinks, past = inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.initial_state
     window, anchors = options.window, options.anchors
@@ -98,16 +98,25 @@ def window_branch(
         end = i + 1 + len(k) - length  # rows up to and with the query's own key
         begin = max(0, end - window)
         far = min(anchors, first + begin)  # anchors that the window has left behind
-        keys = torch.cat([anchor_k[:far], k[begin:end]]).to(work).repeat_interleave(group, 1)
-        values = torch.cat([anchor_v[:far], v[begin:end]]).to(work).repeat_interleave(group, 1)
+        keys, values, near = torch.cat([anchor_k[:far], k[begin:end]]), torch.cat([anchor_v[:far], v[begin:end]]), None
+        if inputs.expiry is not None:  # without a state, so that row j stands at position j
+            j = torch.arange(end, device=k.device)
+            seen = (j > i - window) | (j < anchors)
+            alive = (inputs.expiry[:end] > i) | seen.unsqueeze(1)  # [j, Hk]
+            rows = alive.any(1).nonzero().squeeze(1)
+            keys, values, near, alive = k[rows], v[rows], seen[rows], alive[rows].repeat_interleave(group, 1)
+        keys, values = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
         scores = soft_capped(options.scale * (q[i].to(work) * keys).sum(-1), options.softcap)  # [j, Hq]
-        top = scores.amax(0)
+        if near is not None:
+            scores = scores.masked_fill(~alive, -math.inf)
+        largest = scores.amax(0)
+        top = largest if near is None else scores[near].amax(0)
         if sinks is None:
             lse = scores.logsumexp(0)
         elif options.sink_form == "exp":
             lse = torch.cat([scores, sinks.to(work).T]).logsumexp(0)
         else:
-            lse = top + ((scores - top).exp().sum(0) + sinks.to(work).sum(-1) * (-top).exp()).log()
+            lse = largest + ((scores - largest).exp().sum(0) + sinks.to(work).sum(-1) * (-largest).exp()).log()
         weights = (scores - lse).exp().to(v.dtype).to(work)
         outputs.append((weights.unsqueeze(-1) * values).sum(0))
         masses.append(lse)

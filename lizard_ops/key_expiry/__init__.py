@@ -1,0 +1,1 @@
+"""Until when each key stays exact: reference and tiled forms."""

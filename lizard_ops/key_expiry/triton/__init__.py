@@ -1,0 +1,1 @@
+"""Key expiry on the GPU."""

@@ -1,0 +1,31 @@
+"""Key expiry on the GPU: the kernels between padding, packing and carried states."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lizard_ops.common.padding import compact, compaction, restore
+from lizard_ops.common.rows import changed_rows
+from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs, ExpiryOptions, Left
+from lizard_ops.key_expiry.stream import ranked_stream, told, unkept
+from lizard_ops.key_expiry.triton.op import displaced
+
+
+def expiry_triton(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor, Left]:
+    """(expiry [B, T, Hk], what is left of each sequence) of checked arguments."""
+    lengths, plan = None, None
+    if inputs.padding_mask is not None:
+        plan = compaction(inputs.padding_mask)
+        inputs = changed_rows(inputs, lambda x: compact(x, plan), padding_mask=None)
+        lengths = plan.lengths
+    stream, layout = ranked_stream(inputs, lengths, options)
+    if options.kept_keys == 0:
+        found = unkept(stream, options)
+    else:
+        ranks = stream.rows.flatten(0, 1).T
+        judged = stream.judged if options.output_final_state else None
+        by_kept, by_row, last = displaced(stream.kept.transpose(1, 2), ranks, stream.ends, judged)
+        kept = last.transpose(1, 2) if options.output_final_state else None
+        found = by_kept.transpose(1, 2), by_row.T.unflatten(0, stream.rows.shape[:2]), kept
+    expiry, left = told(stream, layout, inputs, options, found)
+    return expiry if plan is None else restore(expiry, plan, NEVER), left

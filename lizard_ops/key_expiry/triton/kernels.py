@@ -1,0 +1,153 @@
+"""Key expiry in four kernels, parallel over blocks of keys because a best P is a semilattice:
+best(best(X) + Y) = best(X + Y).
+
+``best_kernel`` sorts every block, ``scan_kernel`` finds the best P before each block from those, ``displaced_kernel``
+finds for every block at once which of the best before it and of its own keys are displaced in it, and ``last_kernel``
+whom the final state keeps. Ranks are those of ``key_expiry.stream``: whole numbers, no two the same, so that no order
+of sums or comparisons shows. Each key is displaced in one block alone, whose program writes it: no atomics.
+
+H heads, R rows of all streams, P places, BP their power of two, C keys in a block. A stream has ``length`` rows, or the
+rows between two of ``ends``; its blocks are numbered as ``tiles.places.locate_in_rows`` says.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lizard_ops.tiles.places import locate_in_rows
+
+LOWEST = tl.constexpr(-(2**63 - 1))
+LAST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def first_block(n, ends, length, C: tl.constexpr, PACKED: tl.constexpr):
+    """(number of a stream's first block, first of its rows, rows)."""
+    if PACKED:
+        bos = tl.load(ends + n).to(tl.int64)
+        rows = (tl.load(ends + n + 1).to(tl.int64) - bos).to(tl.int32)
+        return (bos // C).to(tl.int32) + n, bos, rows
+    else:
+        return n * tl.cdiv(length, C), n.to(tl.int64) * length, length + n * 0
+
+
+@triton.jit
+def best_kernel(
+    ranks, best, ends, R, length, n, steps,
+    H: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """best [blocks, H, BP]: the BP best of a block, ascending."""
+    block, h = tl.program_id(0) // H, tl.program_id(0) % H
+    i_n, i_block, bos, rows = locate_in_rows(block, ends, length, n, steps, 1, 0, C, PACKED)
+    c = tl.arange(0, C)
+    row = i_block * C + c
+    if not PACKED:
+        bos = i_n.to(tl.int64) * length
+    b_x = tl.load(ranks + h.to(tl.int64) * R + bos + row, mask=row < rows, other=LOWEST)
+    b_x = tl.sort(b_x)
+    at = c - (C - BP)
+    tl.store(best + (block.to(tl.int64) * H + h) * BP + at, b_x, mask=at >= 0)
+
+
+@triton.jit
+def scan_kernel(
+    kept, best, before, ends, length,
+    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """before [blocks, H, BP]: the best P of all keys before a block, descending; kept [N, H, P] those before row 0."""
+    i_n, h = tl.program_id(0) // H, tl.program_id(0) % H
+    block, _, rows = first_block(i_n, ends, length, C, PACKED)
+    o = tl.arange(0, BP)
+    b_kept = tl.load(kept + (i_n.to(tl.int64) * H + h) * P + o, mask=o < P, other=LOWEST)
+    at = (block.to(tl.int64) * H + h) * BP + o
+    for _ in range(tl.cdiv(rows, C)):
+        tl.store(before + at, b_kept)
+        b_new = tl.load(best + at)
+        # the larger of the i-th best and the i-th worst: of two sorted lists, that is the best half of both
+        b_kept = tl.sort(tl.maximum(b_kept, b_new), descending=True)
+        b_kept = tl.where(o < P, b_kept, LOWEST)
+        at += H * BP
+
+
+@triton.jit
+def come_to(b_x, b_new, b_lacking, C: tl.constexpr):
+    """At which of the new keys [C] as many better ones have come as each key of b_x [X] lacks; C if at none."""
+    b_come = tl.cumsum((b_new[None, :] > b_x[:, None]).to(tl.int32), 1)
+    return tl.sum((b_come < b_lacking[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def displaced_kernel(
+    ranks, before, by_kept, by_row, ends, R, length, n, steps,
+    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The row at which a key is displaced, of keys displaced in this block: of kept keys, by number, and of rows."""
+    block, h = tl.program_id(0) // H, tl.program_id(0) % H
+    i_n, i_block, bos, rows = locate_in_rows(block, ends, length, n, steps, 1, 0, C, PACKED)
+    if not PACKED:
+        bos = i_n.to(tl.int64) * length
+    first = i_block * C
+    if first < rows:
+        c = tl.arange(0, C)
+        x = tl.arange(0, X)
+        o = tl.arange(0, BP)
+        ranks += h.to(tl.int64) * R + bos
+        before += (block.to(tl.int64) * H + h) * BP
+        by_row += h.to(tl.int64) * R + bos
+        by_kept += (i_n.to(tl.int64) * H + h) * P
+        b_new = tl.load(ranks + first + c, mask=first + c < rows, other=LOWEST)
+        for start in range(0, P, X):  # the best before the block, P - place better ones short of being displaced
+            place = start + x
+            b_x = tl.load(before + place, mask=place < P, other=LOWEST)
+            b_at = come_to(b_x, b_new, P - place, C)
+            gone = (b_x != LOWEST) & (b_at < C)
+            number = ((b_x & LAST) ^ LAST).to(tl.int32)  # LAST less it
+            tl.store(by_kept + number, first + b_at, mask=gone & (number < P))
+            tl.store(by_row + (number - P), first + b_at, mask=gone & (number >= P))
+        b_kept = tl.load(before + o)
+        for start in range(0, C, X):
+            own = start + x
+            b_x = tl.load(ranks + first + own, mask=first + own < rows, other=LOWEST)
+            b_better = tl.sum((b_kept[None, :] > b_x[:, None]).to(tl.int32), 1)
+            b_at = tl.maximum(come_to(b_x, b_new, P - b_better, C), own)
+            tl.store(by_row + first + own, first + b_at, mask=(b_x != LOWEST) & (b_at < C))
+
+
+@triton.jit
+def last_kernel(
+    ranks, kept, before, judged, last, ends, R, length,
+    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """last [N, H, P]: the best P of the kept keys and the first ``judged`` rows [N], descending."""
+    i_n, h = tl.program_id(0) // H, tl.program_id(0) % H
+    block, bos, _ = first_block(i_n, ends, length, C, PACKED)
+    limit = tl.load(judged + i_n).to(tl.int32)
+    first = limit // C * C
+    c = tl.arange(0, C)
+    x = tl.arange(0, X)
+    o = tl.arange(0, BP)
+    ranks += h.to(tl.int64) * R + bos + first
+    kept += (i_n.to(tl.int64) * H + h) * P
+    last += (i_n.to(tl.int64) * H + h) * P
+    before += ((block + limit // C).to(tl.int64) * H + h) * BP
+    b_new = tl.load(ranks + c, mask=first + c < limit, other=LOWEST)
+    b_kept = tl.load(kept + o, mask=o < P, other=LOWEST)
+    if limit >= C:
+        b_kept = tl.load(before + o)
+    if limit == 0:
+        tl.store(last + o, b_kept, mask=o < P)
+    else:
+        for start in range(0, BP, X):
+            place = start + x
+            b_x = tl.load(kept + place, mask=place < P, other=LOWEST)
+            if limit >= C:
+                b_x = tl.load(before + place)
+            b_place = place + tl.sum((b_new[None, :] > b_x[:, None]).to(tl.int32), 1)
+            tl.store(last + b_place, b_x, mask=(b_x != LOWEST) & (b_place < P))
+        for start in range(0, C, X):
+            own = start + x
+            b_x = tl.load(ranks + own, mask=first + own < limit, other=LOWEST)
+            b_place = tl.sum((b_kept[None, :] > b_x[:, None]).to(tl.int32), 1)
+            b_place += tl.sum((b_new[None, :] > b_x[:, None]).to(tl.int32), 1)
+            tl.store(last + b_place, b_x, mask=(b_x != LOWEST) & (b_place < P))

@@ -1,0 +1,65 @@
+"""The key expiry kernels as an operator of torch.library: allocation, launches, shapes for tracing."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from lizard_ops.common.dispatch import on_device
+from lizard_ops.key_expiry.stream import LOWEST
+from lizard_ops.key_expiry.triton.kernels import best_kernel, displaced_kernel, last_kernel, scan_kernel
+from lizard_ops.tiles.launch import Launch
+from lizard_ops.tiles.places import block_count
+
+LEAST_BLOCK = 64  # keys
+
+
+def config_for(places: int) -> Launch:
+    """rows: keys compared at a time; columns: keys in a block, at least the places. Not tuned."""
+    block = max(LEAST_BLOCK, triton.next_power_of_2(places))
+    return Launch(rows=max(1, min(32, 8192 // block)), columns=block, warps=4, stages=1)
+
+
+@torch.library.custom_op("lizard_ops::key_expiry", mutates_args=())
+def displaced(
+    kept: Tensor,  # [N, H, P] ranks, descending
+    ranks: Tensor,  # [H, R] of the rows of all streams
+    ends: Tensor | None,  # [N + 1] where packed streams start and end; None: R / N rows each
+    judged: Tensor | None,  # [N] the rows after which ``last`` is asked for
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(by_kept [N, H, P], by_row [H, R], last [N, H, P]): the row that displaces each kept key, by number, and each
+    row, int32, -1 where none does; ranks of the best P of kept keys and judged rows, descending, or empty.
+    """
+    kept, ranks = kept.contiguous(), ranks.contiguous()
+    (n, heads, places), rows = kept.shape, ranks.shape[1]
+    by_kept = torch.full(kept.shape, -1, dtype=torch.int32, device=kept.device)
+    by_row = torch.full(ranks.shape, -1, dtype=torch.int32, device=ranks.device)
+    last = kept.new_full((0,) if judged is None else kept.shape, LOWEST)
+    if rows == 0:
+        return by_kept, by_row, last if judged is None else kept.clone()
+    config, packed, length = config_for(places), ends is not None, rows // n
+    block, wide, steps = config.columns, triton.next_power_of_2(places), (n - 1).bit_length()
+    blocks = block_count(rows if packed else length, n, 0, block, packed)
+    best = kept.new_empty(blocks, heads, wide)
+    before = torch.empty_like(best)
+    sizes = {"H": heads, "BP": wide, "C": block, "PACKED": packed}
+    with on_device(kept, kept_keys=places):
+        best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **sizes, **config.launch)
+        scan_kernel[(n * heads,)](kept, best, before, ends, length, P=places, **sizes, **config.launch)
+        displaced_kernel[(blocks * heads,)](
+            ranks, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows, **sizes,
+            **config.launch,
+        )  # fmt: skip
+        if judged is not None:
+            last_kernel[(n * heads,)](
+                ranks, kept, before, judged, last, ends, rows, length, P=places, X=min(config.rows, wide), **sizes,
+                **config.launch,
+            )  # fmt: skip
+    return by_kept, by_row, last
+
+
+@displaced.register_fake
+def _(kept, ranks, ends, judged):
+    by_kept, by_row = kept.new_empty(kept.shape, dtype=torch.int32), ranks.new_empty(ranks.shape, dtype=torch.int32)
+    return by_kept, by_row, kept.new_empty((0,) if judged is None else kept.shape)
