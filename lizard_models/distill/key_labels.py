@@ -24,6 +24,7 @@ class TeacherAttention(NamedTuple):
     scale: float  # of the scores
     softcap: float | None = None  # bound of the scores
     sliding_window: int | None = None  # keys that a query sees, its own included; None: all
+    output_bias: Tensor | None = None  # [hidden]
 
 
 @torch.no_grad()
@@ -52,6 +53,7 @@ def key_labels(attention: TeacherAttention, window: int, kind: str = "output", b
     if keys < 1:
         return labels
     weight = attention.output_weight.float()
+    bias = None if attention.output_bias is None else attention.output_bias.float()
     found = q.new_zeros(batch, key_heads, heads // key_heads, keys)
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, length, block):
@@ -65,7 +67,7 @@ def key_labels(attention: TeacherAttention, window: int, kind: str = "output", b
             if kind == "attention":
                 found[..., :seen] = torch.maximum(found[..., :seen], past.amax(-2))
                 continue
-            o = torch.einsum("bhgij,bjhd->bihgd", a, v[:, :stop]).flatten(2) @ weight.T
+            o = F.linear(torch.einsum("bhgij,bjhd->bihgd", a, v[:, :stop]).flatten(2), weight, bias)
             shares = o.square().sum(-1).clamp(min=LEAST**2).reciprocal()  # [B, i]
             found[..., :seen] += torch.einsum("bhgij,bi->bhgj", past.square(), shares)
         if kind == "attention":

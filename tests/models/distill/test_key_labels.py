@@ -8,6 +8,7 @@ import torch
 from lizard_models.distill.key_labels import TeacherAttention, key_labels
 
 HEADS, KEY_HEADS, DIM, VALUES, HIDDEN = 4, 2, 6, 5, 9
+BIASED = dict(output_bias=torch.linspace(-2, 3, HIDDEN))
 
 
 def attention(length: int, batch: int = 2, **changes) -> TeacherAttention:
@@ -31,7 +32,8 @@ def dense(given: TeacherAttention) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     a = torch.where(seen, scores, -torch.inf).softmax(-1)
     weight = given.output_weight.double().view(HIDDEN, HEADS, VALUES)
     moved = torch.einsum("ohd,bhjd->bhjo", weight, v)
-    return a, moved, (a @ moved).sum(1)
+    o = (a @ moved).sum(1)
+    return a, moved, o if given.output_bias is None else o + given.output_bias.double()
 
 
 def wanted(given: TeacherAttention, window: int, kind: str) -> torch.Tensor:
@@ -50,7 +52,7 @@ def wanted(given: TeacherAttention, window: int, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["output", "attention"])
-@pytest.mark.parametrize("changes", [{}, dict(softcap=1.5), dict(sliding_window=11), dict(scale=6.0)])
+@pytest.mark.parametrize("changes", [{}, dict(softcap=1.5), dict(sliding_window=11), dict(scale=6.0), BIASED])
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_the_dense_formula(kind, changes, block):
     for length, window in ((23, 5), (23, 22), (6, 1)):
