@@ -271,6 +271,8 @@ class _Order(NamedTuple):
 
     def last(self, z: Tensor, otherwise: Tensor) -> Tensor:
         """z at the last new token of each sequence, [N, ...]; ``otherwise`` for a sequence that has none."""
+        if self.ends is None and self.mask is None:
+            return z[:, -1]
         if self.ends is None:
             rows = z[torch.arange(len(z), device=z.device), (self.counts - 1).clamp(min=0)]
         else:

@@ -21,6 +21,8 @@ DIGITS = (4, 8)  # of a number to look up
 JOINTS = (": ", " = ", " - ", " -> ", " | ")  # between a record's name and its value
 WORD = re.compile(r"[^\W\d_]{4,}")
 SHARE = 4  # at most one token in four is put in
+BREAKS = ("\u0120", "\u010a", "\u2581", " ", "\n", "<0x0A>")  # how the tokens that begin a word or a line begin
+REACH = 32  # tokens in which one of them is looked for
 
 
 class Inserted(NamedTuple):
@@ -45,9 +47,9 @@ def look_up_rows(
       row's own text, and so are half of the values; the others are numbers of 4 to 8 digits.
 
     What comes again is put in at least ``gap`` tokens after the first time, at places drawn evenly over the row; it
-    pushes the row's own tokens back, of which the last fall off, at most a quarter of them. Without a tokenizer, or in
-    a row without words, passages stand in for records. A data set with fewer rows than ``count`` gives its rows again,
-    with other things asked for.
+    pushes the row's own tokens back, of which the last fall off, at most a quarter of them. Records stand between two
+    words. Without a tokenizer, or in a row without words, passages stand in for records. A data set with fewer rows
+    than ``count`` gives its rows again, with other things asked for.
 
     dataset: items {"input_ids": [T]}; of a stream its first rows are taken. seed: of all draws; rows with one seed are
     the same rows, and the first of them do not depend on ``count``, but for their order.
@@ -99,6 +101,13 @@ def records(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, gap: int, draw:
     if len(words) < 8:
         return []
     room, last, found, names = len(row) // SHARE, len(row) * (SHARE - 1) // SHARE, [], set()
+    pieces = tokenizer.convert_ids_to_tokens(row.tolist())
+
+    def between_words(place: int, least: int, most: int) -> int:
+        """The next place in front of a word, else the one before, else ``place``; from ``least`` to ``most``."""
+        ahead, back = range(place, min(place + REACH, most) + 1), range(place, max(place - REACH, least) - 1, -1)
+        return next((i for i in (*ahead, *back) if i == 0 or pieces[i].startswith(BREAKS)), place)
+
     for _ in range(len(row) // (2 * PASSAGE[0])):
         name = " ".join(draw.choice(words, int(draw.integers(1, 3)), replace=False))
         if draw.random() < 0.5:
@@ -110,8 +119,9 @@ def records(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, gap: int, draw:
         if name in names or 2 * len(ids) > room:
             continue
         names.add(name)
-        first = int(draw.integers(last - gap))
-        found += [Inserted(first, ids), Inserted(int(draw.integers(first + gap, last + 1)), ids)]
+        first = between_words(int(draw.integers(last - gap)), 0, last - gap)
+        again = between_words(int(draw.integers(first + gap, last + 1)), first + gap, last)
+        found += [Inserted(first, ids), Inserted(again, ids)]
         room -= 2 * len(ids)
     return found
 

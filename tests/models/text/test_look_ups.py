@@ -67,6 +67,10 @@ def test_records_come_twice_and_are_made_of_the_rows_own_words(gap):
             first = text.index(line)
             second = text.index(line, first + 1)
             assert second - first - len(line) >= gap and text.count(line) == 2
+            assert one.at == 0 or before[one.at].isspace()
+            if not before[same.at].isspace():  # no place between two words was near
+                near = range(max(one.at + gap, same.at - 32), min(same.at + 32, 384) + 1)
+                assert not any(before[i].isspace() for i in near)
             name, value = next(line.strip().split(joint) for joint in JOINTS if joint in line)
             assert all(word in before for word in name.split())
             assert value.isdigit() and 4 <= len(value) <= 8 or all(word in before for word in value.split())
