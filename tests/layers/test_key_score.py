@@ -225,6 +225,16 @@ def test_starts_are_the_same_on_any_device_and_after_a_reset():
     assert not torch.equal(KeyScore(HIDDEN, HEADS, DIM, WIDTH, seed=1).inner_weight, one.inner_weight)
 
 
+def test_one_graph_holds_a_text_and_a_step():
+    made, tokens = module(), inputs(6, batch=2)
+    graph = torch.compile(made, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for part, state in ((slice(0, 5), None), (slice(5, 6), made(*(z[:, :5] for z in tokens), use_state=True)[1])):
+            found, wanted = (form(*(z[:, part] for z in tokens), state, True) for form in (graph, made))
+            assert torch.equal(found[0], wanted[0])
+            assert all(map(torch.equal, found[1], wanted[1]))
+
+
 def changed_state(**fields) -> ScoreState:
     return module().empty_state(2)._replace(**fields)
 
