@@ -5,6 +5,7 @@ from lizard_layers.config import AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
 from lizard_layers.hybrid_attention import HybridAttention
+from lizard_layers.key_score import LOOK_AHEAD, KeyScore, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
@@ -12,6 +13,7 @@ from lizard_layers.state import empty_state, map_state, select_sequences, state_
 from lizard_ops import AttentionState
 
 __all__ = [
+    "LOOK_AHEAD",
     "AnchorBlock",
     "AttentionChoices",
     "AttentionConfig",
@@ -22,9 +24,11 @@ __all__ = [
     "HedgehogFeatureMap",
     "HybridAttention",
     "Mamba2Gate",
+    "KeyScore",
     "MergeMix",
     "MetaMemory",
     "PoolingGate",
+    "ScoreState",
     "SigmoidGate",
     "SumMix",
     "build_gate",

@@ -1,4 +1,4 @@
-"""How each training stage is run: the recipes of stage 1 and stage 2."""
+"""How each training stage is run: the recipes of stages 0 to 2."""
 
 from __future__ import annotations
 
@@ -92,6 +92,35 @@ class Recipe:
             raise ValueError(f"warmup_ratio is a share of the steps, from 0 to 1, got {self.warmup_ratio}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be from 0 to below 1, got {list(self.betas)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage0Config(Recipe):
+    """Scores of keys: what the teacher's later queries lose without each key, foretold when it leaves the window."""
+
+    epochs: float | None = 1.0
+    """Passes over the rows."""
+
+    sequence_length: int = 4096
+    """Tokens of a row. A label sees no use of a key beyond its row: rows of 1024 teach nothing about later use."""
+
+    batch_size: int = 2
+    """Rows of an optimizer step."""
+
+    learning_rate: float = 2e-3
+    """Peak rate."""
+
+    label: Literal["output", "attention"] = "output"
+    """What is foretold: the relative error of the layer's output without the key, over all later queries, or the
+    largest attention that one of them pays to it. Both as logarithms (``distill.key_labels``)."""
+
+    label_block: int = 256
+    """Queries whose attention matrices exist at a time while labels are made."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_block < 1:
+            raise ValueError(f"label_block must be at least 1, got {self.label_block}")
 
 
 @dataclass(frozen=True, kw_only=True)

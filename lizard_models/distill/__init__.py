@@ -1,9 +1,21 @@
-"""Distillation of a teacher into a Lizard model, in two stages."""
+"""Distillation of a teacher into a Lizard model: scores of keys, then two stages."""
 
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.progress import TrainingInterrupted
+from lizard_models.distill.stage0 import Stage0Result, key_scores, score_fit, train_stage0
 from lizard_models.distill.stage1 import held_out_errors, train_stage1
 from lizard_models.distill.stage2 import train_stage2
 from lizard_models.distill.trainer import StageResult
 
-__all__ = ["RunArguments", "StageResult", "TrainingInterrupted", "held_out_errors", "train_stage1", "train_stage2"]
+__all__ = [
+    "RunArguments",
+    "Stage0Result",
+    "StageResult",
+    "TrainingInterrupted",
+    "held_out_errors",
+    "key_scores",
+    "score_fit",
+    "train_stage0",
+    "train_stage1",
+    "train_stage2",
+]

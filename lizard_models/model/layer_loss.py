@@ -80,6 +80,17 @@ def layer_loss(
         value = output_error(student, wanted, kind, padding_mask)
         return value, heads.detach()
 
+    return gradients_at_once(error, parameters)
+
+
+def gradients_at_once(
+    error: Callable[[], tuple[Tensor, Tensor]], parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``error()``, a loss and what comes with it; the loss is differentiable in ``parameters``, the rest is cut off.
+
+    The graph of the loss is walked and freed at once, also where gradients are switched off around it. Without
+    parameters it is ``error()`` as it is.
+    """
     return _GradientsAtOnce.apply(error, *parameters) if parameters else error()
 
 

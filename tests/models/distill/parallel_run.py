@@ -1,4 +1,4 @@
-"""One process of several, as torchrun starts it: short runs of both stages; the main one writes what they gave."""
+"""One process of several, as torchrun starts it: short runs of all stages; the main one writes what they gave."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from training import Sequences, arguments, fresh, recipes
 
-from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage2
+from lizard_models.distill import TrainingInterrupted, key_scores, train_stage0, train_stage1, train_stage2
 from lizard_models.distill.parallel import is_main_process, sharded
 from lizard_models.distill.stage1 import AttentionTransfer
+from lizard_models.recipes import Stage0Config
 
 torch.set_num_threads(1)
 
@@ -19,6 +20,11 @@ torch.set_num_threads(1)
 def one_run(stage: int, folder: Path, dtype: torch.dtype = torch.float32, stop_at: int | None = None, **changes):
     """Losses and parameters after four steps of one stage."""
     model = fresh().to(dtype)
+    if stage == 0:
+        scores = key_scores(model, 8)
+        short = Stage0Config(epochs=None, max_steps=4, batch_size=4, sequence_length=48)
+        done = train_stage0(model, scores, Sequences(), arguments(folder, **changes), short)
+        return done.losses, {name: p.detach().clone() for name, p in scores.named_parameters()}
     recipe = dataclasses.replace(
         recipes(model, steps=4, batch_size=4)[stage - 1], **({"error": "mse"} if stage == 1 else {})
     )
@@ -34,7 +40,7 @@ def main(folder: Path) -> None:
     """All ways to train, each into a folder of its own."""
     gc.freeze()  # every Trainer collects; see tests/conftest.py
     found = {}
-    for stage in (1, 2):
+    for stage in (0, 1, 2):
         for fsdp in (False, True):
             found[f"stage {stage}, {'fsdp' if fsdp else 'ddp'}"] = one_run(
                 stage, folder / f"{stage}-{fsdp}", fsdp=fsdp, save_steps=2

@@ -64,7 +64,7 @@ def found(tmp_path_factory):
     return {**torch.load(folder / "found.pt"), "folder": folder}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(found, stage, way, tmp_path):
     losses, parameters = found[f"stage {stage}, {way}"]

@@ -1,0 +1,295 @@
+"""Which keys are worth keeping: a learned score of every key, known when the key leaves the window."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lizard_layers.parameters import Float32Module, float32_parameter
+
+LOOK_AHEAD = 2
+"""The score of a key is known this many tokens after it."""
+
+STATISTICS = 3  # log norm of the key, log norm of the value, likeness to the mean key
+INPUTS = LOOK_AHEAD + 2  # x at j - 1, j, j + 1 and j + 2
+LEAST_NORM = 1e-6
+
+
+class ScoreState(NamedTuple):
+    """What is left of N sequences for the scores to come; its size does not depend on their lengths.
+
+    With p = ``position``, the keys p - 2 and p - 1 wait for inputs to come, and key p has had the first of its own.
+    S score_dim, Hk key heads, D head dim.
+    """
+
+    position: Tensor  # [N] int64, tokens seen
+    inner: Tensor  # [N, 3, S] float32, sums over the inputs seen so far of keys p - 2, p - 1 and p
+    linear: Tensor  # [N, 2, Hk] float32, linear terms of keys p - 2 and p - 1
+    key_sum: Tensor  # [N, Hk, D] float64, sum of the keys seen, each of length one
+
+
+class KeyScore(Float32Module):
+    """A number per key and key head: how much would be lost without the key once it has left the window.
+
+    With x_j the layer's normalised input (zero before the start of a sequence), k_jh and v_jh key and value of head h
+    before RoPE, |.| norms of at least 1e-6::
+
+        s_jh = u_h . gelu(sum_{o = -1..2} W_o x_{j+o} + b) + a_h . (log |k_jh|, log |v_jh|, cos(k_jh, m_jh)) + c_h
+        m_jh = mean over i <= j of k_ih / |k_ih|
+
+    so a score reads the text up to LOOK_AHEAD = 2 tokens after its key and no further. Attention received inside the
+    window is no input. Before training u = 0 and a = (0, 0, -1): the keys least like the mean key score highest
+    (KeyDiff, arXiv 2504.15364).
+
+    Parameters and arithmetic are float32 (float64 in a model of that dtype), the running sums of keys float64. Scores
+    are differentiable in x, k, v and the parameters, also through a carried state. hidden_size: of x. score_dim: width
+    S of the inner layer. seed: of W, a normal of variance 1 / (4 hidden_size).
+
+    Raises ValueError for sizes that are no positive integers.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_key_heads: int, head_dim: int, score_dim: int = 128, seed: int = 0
+    ) -> None:
+        super().__init__()
+        sizes = dict(hidden_size=hidden_size, num_key_heads=num_key_heads, head_dim=head_dim, score_dim=score_dim)
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+        self.hidden_size, self.num_key_heads, self.head_dim = hidden_size, num_key_heads, head_dim
+        self.score_dim, self.seed = score_dim, seed
+        self.inner_weight = float32_parameter(INPUTS, score_dim, hidden_size)
+        self.inner_bias = float32_parameter(score_dim)
+        self.outer_weight = float32_parameter(num_key_heads, score_dim)
+        self.linear_weight = float32_parameter(num_key_heads, STATISTICS)
+        self.bias = float32_parameter(num_key_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            draw = torch.Generator().manual_seed(self.seed)
+            drawn = torch.randn(self.inner_weight.shape, generator=draw, device="cpu", dtype=torch.float32)
+            self.inner_weight.copy_(drawn * (INPUTS * self.hidden_size) ** -0.5)
+            for parameter in (self.inner_bias, self.outer_weight, self.linear_weight, self.bias):
+                parameter.zero_()
+            self.linear_weight[:, -1] = -1.0
+
+    def rescale(self, scale: Tensor, shift: Tensor) -> None:
+        """Make every score s_jh into scale_h s_jh + shift_h. scale, shift [Hk]."""
+        with torch.no_grad():
+            self.outer_weight.mul_(scale[:, None])
+            self.linear_weight.mul_(scale[:, None])
+            self.bias.copy_(self.bias * scale + shift)
+
+    def empty_state(self, num_sequences: int, device: torch.device | str | None = None) -> ScoreState:
+        """The state of sequences before their first token."""
+        n, where = num_sequences, self.bias.device if device is None else device
+
+        def zeros(*shape: int, dtype: torch.dtype = self.bias.dtype) -> Tensor:
+            return torch.zeros(n, *shape, dtype=dtype, device=where)
+
+        return ScoreState(
+            zeros(dtype=torch.int64),
+            zeros(LOOK_AHEAD + 1, self.score_dim),
+            zeros(LOOK_AHEAD, self.num_key_heads),
+            zeros(self.num_key_heads, self.head_dim, dtype=torch.float64),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: ScoreState | None = None,
+        use_state: bool = False,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ScoreState | None]:
+        """The scores that become known with the new tokens: in the place of token t stands that of key t - LOOK_AHEAD.
+
+        Where there is no such key, at the first two tokens of a sequence, stands 0, and so at padding. Laid end to end,
+        the scores of a text read in pieces are those of the whole: equal but for the rounding of matrix products of
+        other shapes. As ``lizard_ops.key_expiry`` counts its keys, ``key_expiry(scores, window - LOOK_AHEAD, anchors +
+        LOOK_AHEAD, kept_keys)`` gives, in the place of token t, the query that first misses key t - LOOK_AHEAD of a
+        window of ``window`` keys; it takes the same padding_mask and cu_seqlens, and the two states go together.
+
+        Args:
+            x: [B, T, hidden_size], the layer's normalised input, any floating dtype.
+            k: [B, T, Hk, D], projected keys before RoPE.
+            v: [B, T, Hk, Dv], projected values, Dv of any size.
+            state: what an earlier call left; None at the start of a text.
+            use_state: return the state after the last token.
+            padding_mask: [B, T] bool, True at real tokens, anywhere in a row; padding does not exist.
+            cu_seqlens: [N + 1] int32 or int64, the ends of N sequences packed into one row (B = 1), from 0 to T.
+
+        Returns:
+            scores [B, T, Hk] in the parameters' dtype, and a ``ScoreState`` of N (or B) sequences if it was asked for.
+
+        Raises:
+            ValueError: a tensor of another shape, dtype or device than the above; padding_mask beside cu_seqlens; ends
+                that do not rise from 0 to T (values on a CPU alone); a state of another module or number of sequences.
+        """
+        self._check(x, k, v, padding_mask, cu_seqlens)
+        count = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        state = self.empty_state(count, x.device) if state is None else self._checked(state, count, x.device)
+        if x.shape[1] == 0:
+            return x.new_zeros(*x.shape[:2], self.num_key_heads, dtype=self.bias.dtype), state if use_state else None
+        with torch.autocast(x.device.type, enabled=False):
+            x, k, v = (t.to(self.bias.dtype) for t in (x, k, v))
+            if padding_mask is not None:  # a padded token may hold NaN, which zero gradients would not cancel
+                x, k, v = (t.masked_fill(~_wide(padding_mask, t), 0.0) for t in (x, k, v))
+            scores, new = self._read(x, k, v, state, _Order.of(x, padding_mask, cu_seqlens))
+        return scores, new if use_state else None
+
+    def statistics(self, k: Tensor, v: Tensor) -> Tensor:
+        """Log norm of key and value and likeness to the mean key, [B, T, Hk, 3], of texts given from their start.
+
+        k [B, T, Hk, D] before RoPE, v [B, T, Hk, Dv].
+        """
+        k, v = k.to(self.bias.dtype), v.to(self.bias.dtype)
+        return _statistics(k, v, F.normalize(k, dim=-1, eps=LEAST_NORM).double().cumsum(1))
+
+    def _read(self, x: Tensor, k: Tensor, v: Tensor, state: ScoreState, order: _Order) -> tuple[Tensor, ScoreState]:
+        inner = F.linear(x, self.inner_weight.flatten(0, 1))  # [B, T, 4 S]: one product for all inputs
+        k, v, inner = order.arrange(k), order.arrange(v), order.arrange(inner)
+        first, second, third, fourth = inner.unflatten(-1, (INPUTS, -1)).unbind(-2)
+
+        sums = order.running_sum(F.normalize(k, dim=-1, eps=LEAST_NORM).double(), state.key_sum)
+        linear = torch.einsum("bthf,hf->bth", _statistics(k, v, sums), self.linear_weight)
+        earlier = order.before(linear, state.linear[:, 1])  # in the place of token t: of key t - 1
+        known = order.before(earlier, state.linear[:, 0])  # of key t - 2
+
+        one = first  # of key t + 1, which has one of its inputs
+        two = order.before(one, state.inner[:, 2]) + second  # of key t
+        three = order.before(two, state.inner[:, 1]) + third  # of key t - 1
+        four = order.before(three, state.inner[:, 0]) + fourth  # of key t - 2
+
+        scores = F.linear(F.gelu(four + self.inner_bias), self.outer_weight) + known + self.bias
+        there = order.positions(state.position) >= LOOK_AHEAD
+        scores = order.restore(scores.masked_fill(~_wide(there, scores), 0.0))
+        new = ScoreState(
+            state.position + order.counts,
+            torch.stack([order.last(t, state.inner[:, i]) for i, t in enumerate((three, two, one))], 1),
+            torch.stack([order.last(t, state.linear[:, i]) for i, t in enumerate((earlier, linear))], 1),
+            order.last(sums, state.key_sum),
+        )
+        return scores, new
+
+    def _check(self, x: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        batch, length = x.shape[:2] if x.ndim == 3 else (-1, -1)
+        value_dim = v.shape[-1] if v.ndim else -1
+        wanted = {
+            "x": (x, (batch, length, self.hidden_size)),
+            "k": (k, (batch, length, self.num_key_heads, self.head_dim)),
+            "v": (v, (batch, length, self.num_key_heads, value_dim)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.device != x.device:
+                _refuse(name, tensor, f"a floating tensor of shape {shape} on {x.device}")
+        if padding_mask is not None:
+            if cu_seqlens is not None:
+                _refuse("padding_mask", padding_mask, "None with cu_seqlens: packed rows hold no padding")
+            if padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool or padding_mask.device != x.device:
+                _refuse("padding_mask", padding_mask, f"a bool tensor of shape {(batch, length)} on {x.device}")
+        if cu_seqlens is None:
+            return
+        integers = cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.device == x.device
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or not integers:
+            _refuse("cu_seqlens", cu_seqlens, f"an int32 or int64 tensor [N + 1] on {x.device}, N >= 1")
+        if batch != 1:
+            _refuse("x", x, "one row (B = 1) with cu_seqlens")
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            ends = cu_seqlens.tolist()
+            if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+                raise ValueError(f"cu_seqlens: got {ends}, wanted 0 first, never falling, {length} last")
+
+    def _checked(self, state: ScoreState, count: int, device: torch.device) -> ScoreState:
+        if not isinstance(state, ScoreState):
+            raise ValueError(f"state: got a {type(state).__name__}, wanted a ScoreState or None")
+        for name, came, wanted in zip(state._fields, state, self.empty_state(count, "meta"), strict=True):
+            if came.shape != wanted.shape or came.dtype != wanted.dtype or came.device != device:
+                _refuse(f"state.{name}", came, f"a {wanted.dtype} tensor of shape {tuple(wanted.shape)} on {device}")
+        return state
+
+
+class _Order(NamedTuple):
+    """How the tokens of a call follow each other: each row's real ones, or those of each packed sequence.
+
+    Padded rows are read with their real tokens to the left, in order (``arrange``), and put back (``restore``). What
+    stands behind them is read by nothing that is kept.
+    """
+
+    counts: Tensor  # [N] int64, new tokens of each sequence
+    rank: Tensor  # [1, T] int64, how many tokens of its sequence and this call come before
+    mask: Tensor | None = None  # [B, T] bool
+    source: Tensor | None = None  # [B, T] int64, where slot t of the arranged row comes from
+    ends: Tensor | None = None  # [N + 1] int64
+    sequence: Tensor | None = None  # [T] int64, the packed sequence of each token
+
+    @staticmethod
+    def of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Order:
+        batch, length = x.shape[:2]
+        places = torch.arange(length, device=x.device)
+        if cu_seqlens is not None:
+            ends = cu_seqlens.long()
+            sequence = torch.searchsorted(ends[1:], places, right=True)
+            return _Order(ends.diff(), (places - ends[sequence])[None], ends=ends, sequence=sequence)
+        if mask is None:
+            return _Order(torch.full((batch,), length, device=x.device), places[None])
+        return _Order(mask.sum(1), places[None], mask, torch.argsort(~mask, dim=1, stable=True))
+
+    def arrange(self, z: Tensor) -> Tensor:
+        return z if self.source is None else z.gather(1, _wide(self.source, z).expand_as(z))
+
+    def restore(self, z: Tensor) -> Tensor:
+        """Undo ``arrange``, with zeros at padding."""
+        if self.mask is None:
+            return z
+        slot = (self.mask.cumsum(1) - 1).clamp(min=0)
+        return z.gather(1, _wide(slot, z).expand_as(z)).masked_fill(~_wide(self.mask, z), 0.0)
+
+    def positions(self, seen: Tensor) -> Tensor:
+        """Of each token in its sequence [B, T], after ``seen`` [N] tokens of earlier calls."""
+        return self.rank + (seen[:, None] if self.sequence is None else seen[self.sequence][None])
+
+    def before(self, z: Tensor, first: Tensor) -> Tensor:
+        """z [B, T, ...] one token later; ``first`` [N, ...] in the place of each sequence's first token."""
+        if self.sequence is None:
+            return torch.cat([first[:, None], z[:, :-1]], 1)
+        return torch.where(_wide(self.rank == 0, z), first[self.sequence][None], z.roll(1, 1))
+
+    def running_sum(self, z: Tensor, start: Tensor) -> Tensor:
+        """Sums over each sequence up to each token, its own included, from ``start`` [N, ...] on."""
+        sums = z.cumsum(1)
+        if self.sequence is None or self.ends is None:
+            return sums + start[:, None]
+        outside = torch.cat([torch.zeros_like(sums[0, :1]), sums[0]])[self.ends[:-1]]  # of the sequences before
+        return sums + (start - outside)[self.sequence][None]
+
+    def last(self, z: Tensor, otherwise: Tensor) -> Tensor:
+        """z at the last new token of each sequence, [N, ...]; ``otherwise`` for a sequence that has none."""
+        if self.ends is None and self.mask is None:
+            return z[:, -1]
+        if self.ends is None:
+            rows = z[torch.arange(len(z), device=z.device), (self.counts - 1).clamp(min=0)]
+        else:
+            rows = z[0, (self.ends[1:] - 1).clamp(min=0)]
+        return torch.where((self.counts > 0).view(-1, *[1] * (rows.ndim - 1)), rows, otherwise)
+
+
+def _statistics(k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
+    """[B, T, H, 3] of keys and values, given the running sums [B, T, H, D] of keys of length one."""
+    norms = [torch.linalg.vector_norm(t, dim=-1).clamp(min=LEAST_NORM).log() for t in (k, v)]
+    return torch.stack([*norms, F.cosine_similarity(k, sums.to(k.dtype), dim=-1, eps=LEAST_NORM)], -1)
+
+
+def _wide(t: Tensor, like: Tensor) -> Tensor:
+    """t [B, T] with as many axes as ``like``."""
+    return t.view(*t.shape, *[1] * (like.ndim - t.ndim))
+
+
+def _refuse(name: str, came: Tensor, wanted: str) -> None:
+    raise ValueError(f"{name}: got shape {tuple(came.shape)} {came.dtype} on {came.device}, wanted {wanted}")

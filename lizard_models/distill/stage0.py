@@ -1,0 +1,298 @@
+"""Stage 0, scores of keys: a ``KeyScore`` per layer learns which keys the teacher needs once they left the window."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from lizard_layers import LOOK_AHEAD, KeyScore
+from lizard_models.distill.arguments import RunArguments
+from lizard_models.distill.key_labels import TeacherAttention, key_labels
+from lizard_models.distill.stream import endless
+from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.model.attention import LizardAttention
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.layer_loss import gradients_at_once
+from lizard_models.recipes import Stage0Config
+from lizard_ops import apply_rotary
+
+SAMPLE = 4  # rows by which labels are standardised and the linear term starts
+RIDGE = 1e-3
+
+
+@dataclass
+class Stage0Result(StageResult):
+    """What a stage 0 did; ``losses`` are mean squared errors of labels of variance one, averaged over layers."""
+
+    r2: list[list[float]] = field(default_factory=list)
+    """Of each layer's key heads: 1 - squared errors / squared deviations of the labels from their mean."""
+
+
+class LayerKeys(NamedTuple):
+    """What one layer gives its score, and its label, in one forward of the teacher."""
+
+    x: Tensor  # [B, T, hidden], the layer's normalised input
+    k: Tensor  # [B, T, Hk, D] before RoPE
+    v: Tensor  # [B, T, Hk, D]
+    attention: TeacherAttention
+
+
+def key_scores(model: LizardCausalLM, score_dim: int = 128) -> nn.ModuleList:
+    """A fresh ``KeyScore`` for each converted layer, first to last, on the device of the layer."""
+    made = []
+    for attention in model.lizard_attentions():
+        shape = attention.lizard.config
+        score = KeyScore(
+            shape.hidden_size, shape.num_key_heads, shape.head_dim, score_dim=score_dim, seed=attention.layer_idx
+        )
+        made.append(score.to(attention.q_proj.weight.device))
+    return nn.ModuleList(made)
+
+
+def train_stage0(
+    model: LizardCausalLM,
+    scores: nn.ModuleList,
+    dataset: Dataset,
+    run: RunArguments,
+    recipe: Stage0Config | None = None,
+    held_out: Tensor | None = None,
+) -> Stage0Result:
+    """Fits ``scores`` (from ``key_scores``) to the labels that the teacher's attention gives; the model stays as it is.
+
+    Each starts from its own start and from the linear term that is best on the first rows of ``dataset``. It learns the
+    labels less their mean, over their deviation, per key head of those rows; afterwards it is scaled back, so that
+    scores are estimates of the labels themselves (natural logarithms) and can be compared between heads and layers.
+    Anchors, and keys without later query, count for nothing.
+
+    model: its other weights the teacher's; left in the mode it had, eval and frozen. dataset: items {"input_ids": [T]},
+    best from ``text.look_ups.look_up_rows``. held_out: rows [N, T] on which ``r2`` is measured; None takes the first
+    rows of ``dataset``, which were trained on.
+
+    Raises what ``run_stage`` does; ValueError for scores of another model, a window of LOOK_AHEAD keys or fewer, or
+    rows that are no longer than window and anchors.
+    """
+    recipe = recipe or Stage0Config()
+    check_scores(model, scores)
+    sample = first_rows(dataset, SAMPLE)
+    transfer = ScoreTransfer(model, scores, recipe.label, recipe.label_block)
+    mode = model.mode
+    model.set_attention_mode("teacher")
+    try:
+        with only_training(transfer, {name for name, _ in transfer.named_parameters() if name.startswith("scores.")}):
+            transfer.start(sample)
+            done = run_stage(transfer, dataset, recipe, run, quantity="squared error")
+        transfer.scale_back()
+    finally:
+        model.set_attention_mode(mode)
+    r2 = score_fit(model, scores, sample if held_out is None else held_out, recipe.label, recipe.label_block)
+    return Stage0Result(**vars(done), r2=[layer.tolist() for layer in r2])
+
+
+class ScoreTransfer(nn.Module):
+    """The loss of stage 0: the mean over layers of each score's squared error, from one forward of the teacher.
+
+    A layer's labels and gradients are made when the teacher comes to it, so that memory holds one layer's at a time.
+    """
+
+    def __init__(self, model: LizardCausalLM, scores: nn.ModuleList, label: str, block: int) -> None:
+        super().__init__()
+        self.model, self.scores, self.label, self.block = model, scores, label, block
+        self.means: list[Tensor] = []
+        self.deviations: list[Tensor] = []
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """input_ids [B, T] -> {"loss": float32 scalar}. Raises ValueError for rows with padding."""
+        if attention_mask is not None:
+            raise ValueError("attention_mask: got a mask, wanted None: stage 0 reads whole rows without padding")
+        wanted, losses = torch.is_grad_enabled(), []
+
+        def learn(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
+            labels = (self.labels(attention, keys) - self.means[number]) / self.deviations[number]
+            score: Any = self.scores[number]
+
+            def error() -> tuple[Tensor, Tensor]:
+                found = predicted(score, attention, keys)
+                return (found - labels).square().mean(), found.detach()
+
+            trained = [p for p in score.parameters() if p.requires_grad] if wanted else []
+            with torch.set_grad_enabled(wanted):  # the teacher around it runs without
+                losses.append(gradients_at_once(error, trained)[0])
+
+        read_teacher(self.model, input_ids, learn)
+        return {"loss": torch.stack([loss.to(losses[0].device) for loss in losses]).mean()}
+
+    def labels(self, attention: LizardAttention, keys: LayerKeys) -> Tensor:
+        """Labels [B, n, Hk] of the keys that have one and are no anchors."""
+        config = attention.lizard.config
+        made = key_labels(keys.attention, config.window, self.label, self.block)
+        return made[:, config.anchors : made.shape[1] - config.window]
+
+    @torch.no_grad()
+    def start(self, rows: Tensor) -> None:
+        """Standardise the labels by ``rows`` [N, T], and start every score from its best linear term there."""
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.scores]
+
+        def look(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
+            score: Any = self.scores[number]
+            config, length = attention.lizard.config, keys.x.shape[1]
+            facts = score.statistics(keys.k, keys.v)[:, config.anchors : length - config.window]
+            found[number].append((facts.flatten(0, 1), self.labels(attention, keys).flatten(0, 1)))
+
+        for row in rows.split(1):
+            read_teacher(self.model, row, look)
+        self.means, self.deviations = [], []
+        for score, parts in zip(self.scores, found, strict=True):
+            facts, labels = (torch.cat(part) for part in zip(*parts, strict=True))  # [n, Hk, 3], [n, Hk]
+            mean, deviation = labels.mean(0), labels.std(0, correction=0).clamp(min=1e-6)
+            self.means.append(mean)
+            self.deviations.append(deviation)
+            start_linear(score, facts, (labels - mean) / deviation)
+
+    def scale_back(self) -> None:
+        """Make the scores estimates of the labels as they are."""
+        for score, mean, deviation in zip(self.scores, self.means, self.deviations, strict=True):
+            score.rescale(deviation, mean)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def start_linear(score: Any, facts: Tensor, labels: Tensor) -> None:
+    """Reset ``score``, with the ridge regression of ``labels`` [n, Hk] on its statistics ``facts`` [n, Hk, 3]."""
+    mean, deviation = facts.mean(0), facts.std(0, correction=0).clamp(min=1e-6)  # [Hk, 3]
+    plain = (facts - mean) / deviation
+    products = torch.einsum("nhf,nhg->hfg", plain, plain) / len(plain)
+    answers = torch.einsum("nhf,nh->hf", plain, labels - labels.mean(0)) / len(plain)
+    ridge = RIDGE * torch.eye(facts.shape[2], dtype=facts.dtype, device=facts.device)
+    weight = torch.linalg.solve(products + ridge, answers) / deviation
+    score.reset_parameters()
+    score.linear_weight.copy_(weight)
+    score.bias.copy_(labels.mean(0) - (weight * mean).sum(-1))
+
+
+@torch.no_grad()
+def score_fit(
+    model: LizardCausalLM, scores: nn.ModuleList, rows: Tensor, label: str = "output", block: int = 256
+) -> list[Tensor]:
+    """R2 of trained scores [Hk] float64, layer by layer, on ``rows`` [N, T] of the teacher; 1 is perfect, 0 the mean.
+
+    Raises ValueError for scores of another model.
+    """
+    check_scores(model, scores)
+    transfer, mode = ScoreTransfer(model, scores, label, block), model.mode
+    sums: list[Any] = [0.0] * len(scores)
+
+    def look(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
+        labels = transfer.labels(attention, keys).double()
+        error = predicted(scores[number], attention, keys).double() - labels
+        parts = (torch.ones_like(labels), labels, labels.square(), error.square())
+        sums[number] = sums[number] + torch.stack([part.sum((0, 1)) for part in parts])
+
+    model.set_attention_mode("teacher")
+    try:
+        for row in rows.split(1):
+            read_teacher(model, row, look)
+    finally:
+        model.set_attention_mode(mode)
+    return [(1 - error / (squares - total.square() / count)).cpu() for count, total, squares, error in sums]
+
+
+def predicted(score: Any, attention: LizardAttention, keys: LayerKeys) -> Tensor:
+    """Scores [B, n, Hk] of the keys that ``ScoreTransfer.labels`` labels."""
+    config, length = attention.lizard.config, keys.x.shape[1]
+    delayed = score(keys.x, keys.k, keys.v)[0]
+    return delayed[:, config.anchors + LOOK_AHEAD : length - config.window + LOOK_AHEAD]
+
+
+@torch.no_grad()
+def read_teacher(
+    model: LizardCausalLM, input_ids: Tensor, look: Callable[[int, LizardAttention, LayerKeys], None]
+) -> None:
+    """One forward of a model in mode "teacher" over whole rows [B, T]; ``look`` is called as it comes to each layer.
+
+    look(number, attention, keys): number counts converted layers from 0. Raises ValueError for rows that are no longer
+    than a layer's window and anchors.
+    """
+    for attention in model.lizard_attentions():
+        needed = attention.lizard.config.window + attention.lizard.config.anchors
+        if input_ids.shape[1] <= needed:
+            raise ValueError(
+                f"input_ids: got rows of {input_ids.shape[1]} tokens, wanted more than window and anchors, {needed}: "
+                "no key of a shorter one is needed late"
+            )
+    with _watched(model, look):
+        model.model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+
+
+@contextlib.contextmanager
+def _watched(model: LizardCausalLM, look: Callable[[int, LizardAttention, LayerKeys], None]) -> Iterator[None]:
+    def hook(number: int) -> Callable[..., None]:
+        def before(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            look(number, attention, layer_keys(attention, *args, **kwargs))
+
+        return before
+
+    handles = [
+        attention.register_forward_pre_hook(hook(number), with_kwargs=True)
+        for number, attention in enumerate(model.lizard_attentions())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_keys(
+    attention: LizardAttention, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+) -> LayerKeys:
+    """From the arguments of a layer's forward."""
+    q, k, v = attention.heads(hidden_states)
+    turn = position_embeddings if attention.use_rope else None
+    turned = (q, k) if turn is None else (apply_rotary(q, *turn), apply_rotary(k, *turn))
+    return LayerKeys(
+        hidden_states,
+        k,
+        v,
+        TeacherAttention(
+            *turned,
+            v,
+            attention.o_proj.weight,
+            attention.scaling,
+            attention.softcap,
+            attention.teacher_window,
+            attention.o_proj.bias,
+        ),
+    )
+
+
+def check_scores(model: LizardCausalLM, scores: nn.ModuleList) -> None:
+    """Raises ValueError unless there is one score for each converted layer, of its shape, and a window to leave."""
+    attentions = model.lizard_attentions()
+    if len(scores) != len(attentions):
+        raise ValueError(f"scores: got {len(scores)}, wanted one for each of the {len(attentions)} converted layers")
+    for score, attention in zip(scores, attentions, strict=True):
+        config = attention.lizard.config
+        wanted = (config.hidden_size, config.num_key_heads, config.head_dim)
+        came = tuple(getattr(score, name, None) for name in ("hidden_size", "num_key_heads", "head_dim"))
+        if came != wanted:
+            raise ValueError(f"scores: of layer {attention.layer_idx} got sizes {came}, wanted {wanted}")
+        if config.window <= LOOK_AHEAD:
+            raise ValueError(
+                f"window={config.window} of layer {attention.layer_idx}: scores are known {LOOK_AHEAD} tokens after "
+                f"their keys, wanted a window of at least {LOOK_AHEAD + 1}"
+            )
+
+
+def first_rows(dataset: Dataset, count: int) -> Tensor:
+    """The first ``count`` rows [n, T] of a data set, fewer if it has no more."""
+    if isinstance(dataset, IterableDataset):
+        stream: Any = endless(dataset)
+        return torch.stack([item["input_ids"] for item in islice(stream, count)])
+    rows: Any = dataset
+    return torch.stack([rows[i]["input_ids"] for i in range(min(count, len(rows)))])
