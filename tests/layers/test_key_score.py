@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lizard_layers import LOOK_AHEAD, KeyScore, ScoreState
+from lizard_ops import NEVER, key_expiry
 
 HIDDEN, HEADS, DIM, VALUES, WIDTH = 12, 2, 6, 5, 7
 FLOAT32, FLOAT64 = dict(atol=2e-5, rtol=2e-5), dict(atol=1e-12, rtol=1e-12)
@@ -277,3 +278,12 @@ def test_sizes_that_are_refused(name, size):
     sizes = dict(hidden_size=4, num_key_heads=2, head_dim=3, score_dim=5) | {name: size}
     with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {size}"):
         KeyScore(**sizes)
+
+
+def test_late_scores_give_the_expiries_of_scores_in_time():
+    """Two tokens late, in a window two shorter, behind two more anchors: ``forward`` says so."""
+    late = module()(*inputs(60, batch=2))[0].detach()
+    in_time = torch.cat([late[:, LOOK_AHEAD:], late.new_full((2, LOOK_AHEAD, HEADS), -torch.inf)], 1)  # unknown yet
+    wanted = key_expiry(in_time, 7, 3, 5).expiry[:, :-LOOK_AHEAD]
+    assert torch.equal(key_expiry(late, 7 - LOOK_AHEAD, 3 + LOOK_AHEAD, 5).expiry[:, LOOK_AHEAD:], wanted)
+    assert (wanted < 60).any() and (wanted[:, 3:] == NEVER).any()
