@@ -49,6 +49,18 @@ def test_each_block_sees_the_anchors_where_it_has_them(form, inplace):
             assert torch.equal(getattr(given, name), getattr(start, name)), name
 
 
+@torch.no_grad()
+def test_anchors_that_are_still_to_come_are_not_written_into_the_state_given():
+    attention = layer("recommended")  # 3 anchors, of which 2 are there
+    *heads, rope = inputs(6)
+    state = attention(*(t[:, :2] for t in heads), tuple(t[:, :2] for t in rope), use_state=True)[1]
+    before = state.anchor_k.clone()
+    rest = (*(t[:, 2:] for t in heads), tuple(t[:, 2:] for t in rope))
+    wanted = attention(*rest, state, use_state=True)[1].anchor_k
+    found = attention(*rest, state, use_state=True, anchor_blocks=[turned((0, 0), (False, False), 4)])[1].anchor_k
+    assert torch.equal(found, wanted) and torch.equal(state.anchor_k, before) and not torch.equal(found, before)
+
+
 def test_blocks_must_add_up():
     attention = layer("recommended")
     *heads, rope = inputs(FIRST)

@@ -225,3 +225,9 @@ def test_select_sequences_reorders_and_repeats():
     chosen = select_sequences(state, torch.tensor([2, 0, 0]))
     assert chosen.position.tolist() == [7, 5, 5]
     assert chosen.s.shape == state.s.shape and math.isinf(chosen.log_scale[0, 0])
+
+
+def test_new_parameters_go_where_they_are_sent_and_stay_float32():
+    """To another device and to half precision in one call."""
+    moved = build_gate(config()).to("meta", torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in moved.parameters()} == {("meta", torch.float32)}
