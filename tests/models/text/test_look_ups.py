@@ -135,3 +135,8 @@ def test_what_is_refused(options, message):
         look_up_rows(packed(2, 127), TOKENIZER, 2, gap=0)
     with pytest.raises(ValueError, match="the data set gave no row"):
         look_up_rows(StreamedTokens(lambda epoch: [], 512), TOKENIZER, 2)
+
+
+def test_one_row_is_enough():
+    rows = look_up_rows(packed(rows=1), TOKENIZER, 3, gap=64)
+    assert rows.sequences.shape == (3, 512) and np.array_equal(rows.sequences[0], rows.sequences[2])
