@@ -5,7 +5,7 @@ import pytest
 import torch
 from readable import byte_tokenizer
 
-from lizard_models.text.look_ups import JOINTS, Inserted, look_up_rows, passages, put_in, records
+from lizard_models.text.look_ups import JOINTS, Inserted, _outside, look_up_rows, passages, put_in, records
 from lizard_models.text.sequences import PackedTokens, StreamedTokens
 
 TOKENIZER = byte_tokenizer()
@@ -140,3 +140,8 @@ def test_what_is_refused(options, message):
 def test_one_row_is_enough():
     rows = look_up_rows(packed(rows=1), TOKENIZER, 3, gap=64)
     assert rows.sequences.shape == (3, 512) and np.array_equal(rows.sequences[0], rows.sequences[2])
+
+
+def test_what_falls_into_a_passage_goes_behind_it():
+    taken = np.array([False, False, True, True, True, False])
+    assert [_outside(Inserted(at, [9]), taken).at for at in range(6)] == [0, 1, 2, 5, 5, 5]

@@ -30,6 +30,8 @@ def test_documents_of_a_stream_are_ended_and_ids_are_taken_as_they_are(tmp_path)
     found = np.concatenate(list(stream_tokens(files, tokenizer, piece=3))).tolist()
     assert found == [*texts[0], tokenizer.eos_token_id, *texts[1], *range(5)]
     assert np.concatenate(list(stream_tokens(files[2:], piece=2))).tolist() == list(range(5))
+    (tmp_path / "d.jsonl").write_text('{"text": "the mill"}\n')
+    assert np.concatenate(list(stream_tokens([str(tmp_path / "d.jsonl")], tokenizer))).tolist() == texts[0]
     with pytest.raises(ValueError, match="holds text, but the model has no tokenizer"):
         list(stream_tokens(files[:1]))
     with pytest.raises(ValueError, match="token ids run from 0 to 4, but the vocabulary has 4"):
