@@ -166,6 +166,10 @@ def test_the_linear_start_is_the_best_linear_term():
     assert not score.outer_weight.any()
 
 
+def test_scores_are_as_wide_as_a_score_by_itself():
+    assert {score.score_dim for score in key_scores(fresh())} == {KeyScore(64, 2, 16).score_dim} == {128}
+
+
 def test_what_is_refused(tmp_path):
     model = fresh()
     with pytest.raises(ValueError, match="scores: got 2, wanted one for each of the 3 converted layers"):
