@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_layers.parameters import Float32Module, float32_parameter
+from lizard_ops import Compaction, compact, compaction, restore
 
 LOOK_AHEAD = 2
 """The score of a key is known this many tokens after it."""
@@ -224,8 +225,7 @@ class _Order(NamedTuple):
 
     counts: Tensor  # [N] int64, new tokens of each sequence
     rank: Tensor  # [1, T] int64, how many tokens of its sequence and this call come before
-    mask: Tensor | None = None  # [B, T] bool
-    source: Tensor | None = None  # [B, T] int64, where slot t of the arranged row comes from
+    plan: Compaction | None = None  # of padded rows
     ends: Tensor | None = None  # [N + 1] int64
     sequence: Tensor | None = None  # [T] int64, the packed sequence of each token
 
@@ -239,17 +239,15 @@ class _Order(NamedTuple):
             return _Order(ends.diff(), (places - ends[sequence])[None], ends=ends, sequence=sequence)
         if mask is None:
             return _Order(torch.full((batch,), length, device=x.device), places[None])
-        return _Order(mask.sum(1), places[None], mask, torch.argsort(~mask, dim=1, stable=True))
+        plan = compaction(mask)
+        return _Order(plan.lengths, places[None], plan)
 
     def arrange(self, z: Tensor) -> Tensor:
-        return z if self.source is None else z.gather(1, _wide(self.source, z).expand_as(z))
+        return z if self.plan is None else compact(z, self.plan)
 
     def restore(self, z: Tensor) -> Tensor:
         """Undo ``arrange``, with zeros at padding."""
-        if self.mask is None:
-            return z
-        slot = (self.mask.cumsum(1) - 1).clamp(min=0)
-        return z.gather(1, _wide(slot, z).expand_as(z)).masked_fill(~_wide(self.mask, z), 0.0)
+        return z if self.plan is None else restore(z, self.plan)
 
     def positions(self, seen: Tensor) -> Tensor:
         """Of each token in its sequence [B, T], after ``seen`` [N] tokens of earlier calls."""
@@ -271,7 +269,7 @@ class _Order(NamedTuple):
 
     def last(self, z: Tensor, otherwise: Tensor) -> Tensor:
         """z at the last new token of each sequence, [N, ...]; ``otherwise`` for a sequence that has none."""
-        if self.ends is None and self.mask is None:
+        if self.ends is None and self.plan is None:
             return z[:, -1]
         if self.ends is None:
             rows = z[torch.arange(len(z), device=z.device), (self.counts - 1).clamp(min=0)]

@@ -2,6 +2,7 @@
 
 from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
+from lizard_ops.common.padding import Compaction, compact, compaction, restore
 from lizard_ops.common.state import AttentionState, overwrite_state
 from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
@@ -20,12 +21,15 @@ from lizard_ops.window_attn.naive import naive_window_attn
 __all__ = [
     "NEVER",
     "AttentionState",
+    "Compaction",
     "Expiries",
     "ExpiryState",
     "apply_rotary",
     "checked",
     "chunk_gated_attn",
     "chunk_hybrid_attn",
+    "compact",
+    "compaction",
     "expand_features",
     "key_expiry",
     "naive_gated_attn",
@@ -36,6 +40,7 @@ __all__ = [
     "project_heads",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
+    "restore",
     "row_losses",
     "tune",
     "use_tuned",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ def compaction(padding_mask: Tensor) -> Compaction:
     return Compaction(padding_mask, source, slot, padding_mask.sum(1))
 
 
+@overload
+def compact(x: Tensor, plan: Compaction) -> Tensor: ...
+@overload
+def compact(x: None, plan: Compaction) -> None: ...
 def compact(x: Tensor | None, plan: Compaction) -> Tensor | None:
     """x [B, T, ...] with real tokens first and zeros after them, whatever stood at the padding (NaN too)."""
     if x is None:
