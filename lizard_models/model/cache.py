@@ -39,7 +39,7 @@ class LizardCache(Cache):
             layers = list(StaticCache(config=config, max_cache_len=max_cache_len).layers)
         else:
             layers = list(DynamicCache(config=config).layers)
-        self.max_cache_len = max_cache_len if static else None  # positions a mask may have columns for
+        self.mask_columns = max_cache_len if static else None  # that the mask of a static cache may have
         self.seen = SeenPositions()
         for i in converted:
             layers[i] = LizardCacheLayer(self.seen, static)
@@ -156,7 +156,7 @@ class LizardCache(Cache):
         In a graph, where the number of columns must not grow, the whole mask, and where its T new columns begin. Other
         masks come back as they are.
         """
-        if self.max_cache_len is None or attention_mask.ndim != 2 or attention_mask.shape[1] != self.max_cache_len:
+        if self.mask_columns is None or attention_mask.ndim != 2 or attention_mask.shape[1] != self.mask_columns:
             return attention_mask, None
         if is_graphed(attention_mask):
             return attention_mask, self.seen.value_in_graph()

@@ -199,8 +199,8 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             if self.mode == "student" and inputs.get("position_ids") is not None:
                 inputs.pop("attention_mask", None)  # generate appends real tokens only
         cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and isinstance(cache, LizardCache) and cache.max_cache_len is not None:
-            to_come = cache.max_cache_len - mask.shape[1]
+        if mask is not None and mask.ndim == 2 and isinstance(cache, LizardCache) and cache.mask_columns is not None:
+            to_come = cache.mask_columns - mask.shape[1]
             if to_come > 0 and self.model.has_softmax_layers:
                 inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), to_come)], 1)
         return inputs

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from tiny import student, tokens
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lizard_layers import empty_state, state_bytes
 from lizard_models import LizardCache
@@ -389,3 +389,15 @@ def test_moved_anchors_go_with_steps_in_place_and_tokens_taken_back():
     read += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(150, 180)]
     read.append(model(ids[:, 180:], past_key_values=cache).logits)
     torch.testing.assert_close(torch.cat(read, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_names_that_a_transformers_has_as_properties_stay_its_own(monkeypatch, static):
+    """5.0 to 5.17 have ``Cache.max_cache_len`` without a setter, 5.23 has none."""
+    monkeypatch.setattr(Cache, "max_cache_len", property(lambda cache: -1), raising=False)
+    model, ids = student(softmax_layers=(1,)), tokens(2, 12)
+    cache = model.new_cache(static=static, max_cache_len=12)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(4, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    assert cache.max_cache_len == -1
