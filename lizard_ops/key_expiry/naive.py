@@ -70,7 +70,9 @@ def expiry_of_one(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor,
     if past is not None:
         ring = torch.full((window, heads), NEVER, device=scores.device)
         ring[torch.arange(begin - held, begin) % window] = expiry[len(expiry) - length - held : len(expiry) - length]
-        back = torch.zeros_like(order).scatter(0, order, torch.arange(len(order)).unsqueeze(1).expand_as(order))
+        back = torch.zeros_like(order).scatter(
+            0, order, torch.arange(len(order), device=order.device).unsqueeze(1).expand_as(order)
+        )
         carried = torch.cat([expiry[: len(order)].gather(0, back), ring])
     left = Left(torch.tensor(end, device=scores.device), carried=carried)
     if options.output_final_state:
