@@ -114,13 +114,17 @@ class Stage0Config(Recipe):
     """What is foretold: the relative error of the layer's output without the key, over all later queries, or the
     largest attention that one of them pays to it. Both as logarithms (``distill.key_labels``)."""
 
+    label_queries: int = 512
+    """Later queries that a key needs to be learned from: what few queries do not need, others may."""
+
     label_block: int = 256
     """Queries whose attention matrices exist at a time while labels are made."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label_block < 1:
-            raise ValueError(f"label_block must be at least 1, got {self.label_block}")
+        for name in ("label_queries", "label_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

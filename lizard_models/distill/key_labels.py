@@ -28,25 +28,28 @@ class TeacherAttention(NamedTuple):
 
 
 @torch.no_grad()
-def key_labels(attention: TeacherAttention, window: int, kind: str = "output", block: int = 256) -> Tensor:
+def key_labels(
+    attention: TeacherAttention, window: int, kind: str = "output", block: int = 256, queries: int = 1
+) -> Tensor:
     """How much later queries need each key: per key head, the logarithm of what is lost without it.
 
     With a_ij^h the teacher's attention of query i to key j in query head h, W_o^h the columns of the output projection
-    for that head and o_i the layer's output after it, sums and maxima over the queries i >= j + ``window`` and the
-    query heads h of the key head::
+    for that head and o_i the layer's output after it, over the queries i >= j + ``window`` and the query heads h of the
+    key head::
 
-        "output"       l_j = 1/2 log sum_{i, h} (a_ij^h |W_o^h v_j| / |o_i|)^2     the relative error of dropping key j
+        "output"       l_j = 1/2 log mean_i sum_h (a_ij^h |W_o^h v_j| / |o_i|)^2   the relative error of dropping key j
         "attention"    l_j = log max_{i, h} a_ij^h
 
-    with each sum's root and each maximum at least 1e-12. Keys that no later query sees (j + window >= T) get NaN.
+    with each mean's root and each maximum at least 1e-12. A mean, because a sum would say of the keys at a row's end,
+    which fewer queries can need, that they are needed less. Keys with fewer than ``queries`` later queries get NaN.
     Rows are whole texts without padding. Computed in float32 on the device of q, ``block`` queries at a time: attention
     matrices [B, Hq, block, T] exist for one block only.
 
-    Returns labels [B, T, Hk] float32, without gradients. Raises ValueError for another ``kind``, a window or block
-    below 1, or shapes that do not belong together.
+    Returns labels [B, T, Hk] float32, without gradients. Raises ValueError for another ``kind``, a window, block or
+    queries below 1, or shapes that do not belong together.
     """
     q, k, v = (t.float() for t in attention[:3])
-    _check(attention, window, kind, block)
+    _check(attention, kind, window=window, block=block, queries=queries)
     (batch, length, heads, _), key_heads = q.shape, k.shape[2]
     labels = q.new_full((batch, length, key_heads), torch.nan)
     keys = length - window  # those with a later query
@@ -73,8 +76,11 @@ def key_labels(attention: TeacherAttention, window: int, kind: str = "output", b
         if kind == "attention":
             lost = found.amax(2).clamp(min=LEAST).log()
         else:
-            lost = (found * _output_squares(v[:, :keys], weight, heads)).sum(2).clamp(min=LEAST**2).log() / 2
-    labels[:, :keys] = lost.transpose(1, 2)
+            later_queries = torch.arange(keys, 0, -1, device=q.device)
+            lost = (found * _output_squares(v[:, :keys], weight, heads)).sum(2) / later_queries
+            lost = lost.clamp(min=LEAST**2).log() / 2
+    counted = max(keys + 1 - queries, 0)
+    labels[:, :counted] = lost.transpose(1, 2)[:, :counted]
     return labels
 
 
@@ -100,10 +106,10 @@ def _output_squares(v: Tensor, weight: Tensor, heads: int) -> Tensor:
     return torch.stack(squares, 1).unflatten(1, (key_heads, group))
 
 
-def _check(attention: TeacherAttention, window: int, kind: str, block: int) -> None:
+def _check(attention: TeacherAttention, kind: str, **counts: int) -> None:
     if kind not in ("output", "attention"):
         raise ValueError(f"kind must be 'output' or 'attention', got {kind!r}")
-    for name, number in (("window", window), ("block", block)):
+    for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     q, k, v, weight = attention[:4]

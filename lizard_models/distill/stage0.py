@@ -69,19 +69,19 @@ def train_stage0(
     Each starts from its own start and from the linear term that is best on the first rows of ``dataset``. It learns the
     labels less their mean, over their deviation, per key head of those rows; afterwards it is scaled back, so that
     scores are estimates of the labels themselves (natural logarithms) and can be compared between heads and layers.
-    Anchors, and keys without later query, count for nothing.
+    Anchors, and keys with fewer than ``recipe.label_queries`` later queries, count for nothing.
 
     model: its other weights the teacher's; left in the mode it had, eval and frozen. dataset: items {"input_ids": [T]},
     best from ``text.look_ups.look_up_rows``. held_out: rows [N, T] on which ``r2`` is measured; None takes the first
     rows of ``dataset``, which were trained on.
 
     Raises what ``run_stage`` does; ValueError for scores of another model, a window of LOOK_AHEAD keys or fewer, or
-    rows that are no longer than window and anchors.
+    rows with no key that counts.
     """
     recipe = recipe or Stage0Config()
     check_scores(model, scores)
     sample = first_rows(dataset, SAMPLE)
-    transfer = ScoreTransfer(model, scores, recipe.label, recipe.label_block)
+    transfer = ScoreTransfer(model, scores, labels_of(recipe))
     mode = model.mode
     model.set_attention_mode("teacher")
     try:
@@ -91,8 +91,32 @@ def train_stage0(
         transfer.scale_back()
     finally:
         model.set_attention_mode(mode)
-    r2 = score_fit(model, scores, sample if held_out is None else held_out, recipe.label, recipe.label_block)
+    r2 = score_fit(model, scores, sample if held_out is None else held_out, recipe)
     return Stage0Result(**vars(done), r2=[layer.tolist() for layer in r2])
+
+
+class Labels(NamedTuple):
+    """Which labels are made of a layer's keys, and how: see ``key_labels``."""
+
+    kind: str
+    block: int
+    queries: int
+
+    def made(self, attention: LizardAttention, keys: LayerKeys) -> Tensor:
+        """Labels [B, n, Hk] of the keys that count."""
+        window = attention.lizard.config.window
+        return key_labels(keys.attention, window, self.kind, self.block, self.queries)[:, self.counted(attention, keys)]
+
+    def counted(self, attention: LizardAttention, keys: LayerKeys, ahead: int = 0) -> slice:
+        """Places ``ahead`` of those of the keys that count: no anchors, and with enough later queries."""
+        config = attention.lizard.config
+        end = keys.x.shape[1] - config.window + 1 - self.queries
+        return slice(config.anchors + ahead, end + ahead)
+
+
+def labels_of(recipe: Stage0Config) -> Labels:
+    """Those that a recipe asks for."""
+    return Labels(recipe.label, recipe.label_block, recipe.label_queries)
 
 
 class ScoreTransfer(nn.Module):
@@ -101,9 +125,9 @@ class ScoreTransfer(nn.Module):
     A layer's labels and gradients are made when the teacher comes to it, so that memory holds one layer's at a time.
     """
 
-    def __init__(self, model: LizardCausalLM, scores: nn.ModuleList, label: str, block: int) -> None:
+    def __init__(self, model: LizardCausalLM, scores: nn.ModuleList, labels: Labels) -> None:
         super().__init__()
-        self.model, self.scores, self.label, self.block = model, scores, label, block
+        self.model, self.scores, self.labels = model, scores, labels
         self.means: list[Tensor] = []
         self.deviations: list[Tensor] = []
 
@@ -114,25 +138,19 @@ class ScoreTransfer(nn.Module):
         wanted, losses = torch.is_grad_enabled(), []
 
         def learn(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
-            labels = (self.labels(attention, keys) - self.means[number]) / self.deviations[number]
+            labels = (self.labels.made(attention, keys) - self.means[number]) / self.deviations[number]
             score: Any = self.scores[number]
 
             def error() -> tuple[Tensor, Tensor]:
-                found = predicted(score, attention, keys)
+                found = predicted(score, attention, keys, self.labels)
                 return (found - labels).square().mean(), found.detach()
 
             trained = [p for p in score.parameters() if p.requires_grad] if wanted else []
             with torch.set_grad_enabled(wanted):  # the teacher around it runs without
                 losses.append(gradients_at_once(error, trained)[0])
 
-        read_teacher(self.model, input_ids, learn)
+        read_teacher(self.model, input_ids, self.labels, learn)
         return {"loss": torch.stack([loss.to(losses[0].device) for loss in losses]).mean()}
-
-    def labels(self, attention: LizardAttention, keys: LayerKeys) -> Tensor:
-        """Labels [B, n, Hk] of the keys that have one and are no anchors."""
-        config = attention.lizard.config
-        made = key_labels(keys.attention, config.window, self.label, self.block)
-        return made[:, config.anchors : made.shape[1] - config.window]
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
@@ -141,12 +159,11 @@ class ScoreTransfer(nn.Module):
 
         def look(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
             score: Any = self.scores[number]
-            config, length = attention.lizard.config, keys.x.shape[1]
-            facts = score.statistics(keys.k, keys.v)[:, config.anchors : length - config.window]
-            found[number].append((facts.flatten(0, 1), self.labels(attention, keys).flatten(0, 1)))
+            facts = score.statistics(keys.k, keys.v)[:, self.labels.counted(attention, keys)]
+            found[number].append((facts.flatten(0, 1), self.labels.made(attention, keys).flatten(0, 1)))
 
         for row in rows.split(1):
-            read_teacher(self.model, row, look)
+            read_teacher(self.model, row, self.labels, look)
         self.means, self.deviations = [], []
         for score, parts in zip(self.scores, found, strict=True):
             facts, labels = (torch.cat(part) for part in zip(*parts, strict=True))  # [n, Hk, 3], [n, Hk]
@@ -177,53 +194,54 @@ def start_linear(score: Any, facts: Tensor, labels: Tensor) -> None:
 
 @torch.no_grad()
 def score_fit(
-    model: LizardCausalLM, scores: nn.ModuleList, rows: Tensor, label: str = "output", block: int = 256
+    model: LizardCausalLM, scores: nn.ModuleList, rows: Tensor, recipe: Stage0Config | None = None
 ) -> list[Tensor]:
     """R2 of trained scores [Hk] float64, layer by layer, on ``rows`` [N, T] of the teacher; 1 is perfect, 0 the mean.
+
+    The labels are those of ``recipe``.
 
     Raises ValueError for scores of another model.
     """
     check_scores(model, scores)
-    transfer, mode = ScoreTransfer(model, scores, label, block), model.mode
+    wanted, mode = labels_of(recipe or Stage0Config()), model.mode
     sums: list[Any] = [0.0] * len(scores)
 
     def look(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
-        labels = transfer.labels(attention, keys).double()
-        error = predicted(scores[number], attention, keys).double() - labels
+        labels = wanted.made(attention, keys).double()
+        error = predicted(scores[number], attention, keys, wanted).double() - labels
         parts = (torch.ones_like(labels), labels, labels.square(), error.square())
         sums[number] = sums[number] + torch.stack([part.sum((0, 1)) for part in parts])
 
     model.set_attention_mode("teacher")
     try:
         for row in rows.split(1):
-            read_teacher(model, row, look)
+            read_teacher(model, row, wanted, look)
     finally:
         model.set_attention_mode(mode)
     return [(1 - error / (squares - total.square() / count)).cpu() for count, total, squares, error in sums]
 
 
-def predicted(score: Any, attention: LizardAttention, keys: LayerKeys) -> Tensor:
-    """Scores [B, n, Hk] of the keys that ``ScoreTransfer.labels`` labels."""
-    config, length = attention.lizard.config, keys.x.shape[1]
+def predicted(score: Any, attention: LizardAttention, keys: LayerKeys, labels: Labels) -> Tensor:
+    """Scores [B, n, Hk] of the keys that ``labels`` counts."""
     delayed = score(keys.x, keys.k, keys.v)[0]
-    return delayed[:, config.anchors + LOOK_AHEAD : length - config.window + LOOK_AHEAD]
+    return delayed[:, labels.counted(attention, keys, ahead=LOOK_AHEAD)]
 
 
 @torch.no_grad()
 def read_teacher(
-    model: LizardCausalLM, input_ids: Tensor, look: Callable[[int, LizardAttention, LayerKeys], None]
+    model: LizardCausalLM, input_ids: Tensor, labels: Labels, look: Callable[[int, LizardAttention, LayerKeys], None]
 ) -> None:
     """One forward of a model in mode "teacher" over whole rows [B, T]; ``look`` is called as it comes to each layer.
 
-    look(number, attention, keys): number counts converted layers from 0. Raises ValueError for rows that are no longer
-    than a layer's window and anchors.
+    look(number, attention, keys): number counts converted layers from 0. Raises ValueError for rows without a
+    key that ``labels`` counts.
     """
     for attention in model.lizard_attentions():
-        needed = attention.lizard.config.window + attention.lizard.config.anchors
-        if input_ids.shape[1] <= needed:
+        needed = attention.lizard.config.window + attention.lizard.config.anchors + labels.queries
+        if input_ids.shape[1] < needed:
             raise ValueError(
-                f"input_ids: got rows of {input_ids.shape[1]} tokens, wanted more than window and anchors, {needed}: "
-                "no key of a shorter one is needed late"
+                f"input_ids: got rows of {input_ids.shape[1]} tokens, wanted at least {needed}, window and anchors and "
+                f"label_queries={labels.queries}: no key of a shorter one has as many later queries"
             )
     with _watched(model, look):
         model.model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)

@@ -22,7 +22,7 @@ def one_run(stage: int, folder: Path, dtype: torch.dtype = torch.float32, stop_a
     model = fresh().to(dtype)
     if stage == 0:
         scores = key_scores(model, 8)
-        short = Stage0Config(epochs=None, max_steps=4, batch_size=4, sequence_length=48)
+        short = Stage0Config(epochs=None, max_steps=4, batch_size=4, sequence_length=48, label_queries=8)
         done = train_stage0(model, scores, Sequences(), arguments(folder, **changes), short)
         return done.losses, {name: p.detach().clone() for name, p in scores.named_parameters()}
     recipe = dataclasses.replace(

@@ -36,7 +36,7 @@ def dense(given: TeacherAttention) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return a, moved, o if given.output_bias is None else o + given.output_bias.double()
 
 
-def wanted(given: TeacherAttention, window: int, kind: str) -> torch.Tensor:
+def wanted(given: TeacherAttention, window: int, kind: str, queries: int = 1) -> torch.Tensor:
     a, moved, o = dense(given)
     length = a.shape[-1]
     later = torch.arange(length)[:, None] >= torch.arange(length) + window
@@ -45,9 +45,9 @@ def wanted(given: TeacherAttention, window: int, kind: str) -> torch.Tensor:
         lost = a.amax(2).unflatten(1, (KEY_HEADS, -1)).amax(2).clamp(min=1e-12).log()
     else:
         terms = (a * moved.norm(dim=-1)[:, :, None] / o.norm(dim=-1)[:, None, :, None]).square()
-        lost = terms.sum(2).unflatten(1, (KEY_HEADS, -1)).sum(2).clamp(min=1e-24).log() / 2
+        lost = (terms.sum(2) / later.sum(0)).unflatten(1, (KEY_HEADS, -1)).sum(2).clamp(min=1e-24).log() / 2
     labels = lost.transpose(1, 2)
-    labels[:, ~later.any(0)] = math.nan
+    labels[:, later.sum(0) < queries] = math.nan
     return labels
 
 
@@ -70,6 +70,25 @@ def test_keys_that_no_later_query_sees_have_no_label(kind):
     assert labels[:, :2].isfinite().all() and labels[:, 2:].isnan().all()
     blind = key_labels(attention(9, sliding_window=4), 4, kind)  # no key is seen once it has left
     torch.testing.assert_close(blind[:, :5], torch.full_like(blind[:, :5], math.log(1e-12)))
+
+
+@pytest.mark.parametrize("kind", ["output", "attention"])
+def test_keys_with_few_later_queries_have_no_label(kind):
+    given = attention(23)
+    for queries in (1, 2, 18, 19):
+        labels = key_labels(given, 5, kind, 7, queries)
+        assert labels.isfinite().any(-1).sum(1).tolist() == [19 - queries] * 2
+        expected = wanted(given, 5, kind, queries)
+        torch.testing.assert_close(labels.double(), expected, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_keys_of_equal_use_have_one_label_wherever_they_stand():
+    """Attention that is the same from every query to every key it sees but for the softmax's share."""
+    given = attention(60, batch=1)
+    given = given._replace(q=torch.zeros_like(given.q), v=torch.ones_like(given.v))
+    labels = key_labels(given, 5)[0, :50, 0]
+    shares = [sum((1 / (i + 1)) ** 2 for i in range(j + 5, 60)) / (55 - j) for j in range(50)]
+    torch.testing.assert_close(labels - labels[0], torch.tensor(shares).log() / 2 - math.log(shares[0]) / 2)
 
 
 def test_a_label_is_the_error_that_a_dropped_key_leaves():
@@ -99,6 +118,7 @@ def test_half_precision_is_read_in_float32_without_gradients():
     [
         ({}, dict(window=0), "window must be at least 1, got 0"),
         ({}, dict(block=0), "block must be at least 1, got 0"),
+        ({}, dict(queries=0), "queries must be at least 1, got 0"),
         ({}, dict(kind="l3"), "kind must be 'output' or 'attention', got 'l3'"),
         (dict(k=torch.zeros(2, 9, 3, DIM)), {}, r"k has shape \(2, 9, 3, 6\), wanted \(2, 9, a divisor of 4, 6\)"),
         (dict(v=torch.zeros(2, 8, KEY_HEADS, VALUES)), {}, r"v has shape \(2, 8, 2, 5\), wanted \(2, 9, 2\)"),
