@@ -13,14 +13,13 @@ from lizard_ops.common.streams import Layout, gather_rows, key_stream, layout_of
 from lizard_ops.gated_attn.arguments import GatedInputs
 
 LEAST = -1.0e6  # of a log-decay of one step that is no reset: more leaves nothing, and costs sums their last digits
-NONE = -2  # resets counted before no key at all
 
 
 class Entering(NamedTuple):
     """What becomes of the keys until the row at which they enter the sums."""
 
     decayed: Tensor  # [B, T, Hk or Hq] or [B, T, Hk, F] log decay of the row's key, float64; -inf where there is none
-    left: Tensor | None  # [B, T, Hk or Hq] 0 where the row's query has a key that no reset came after, -inf where not
+    left: Tensor | None  # [B, T, Hk or Hq] 0 where the row's query has a key that no reset came after, else -inf
     fields: dict[str, Tensor | None]  # of the final state: kept_fk and kept_g
 
 
@@ -52,7 +51,7 @@ def in_order_of_expiry(inputs: GatedInputs, lengths: Tensor | None, anchors: int
     source = expiry.new_full((batch, length + 1, heads), -1)  # the last row is nobody's
     source = source.scatter(1, at, row.expand_as(expiry))[:, :length]
 
-    kept, left, kept_g = inputs.kept_rows, None, None
+    kept, kept_g = inputs.kept_rows, None
     if g is None:
         decayed = v.new_zeros(source.shape, dtype=torch.float64)
     else:
@@ -61,14 +60,13 @@ def in_order_of_expiry(inputs: GatedInputs, lengths: Tensor | None, anchors: int
         now = Decays(*(x[:, rows - length :] for x in of_rows))
         then = Decays(*(gather_rows(x, source) for x in of_rows))
         decayed = (now.sums - then.sums).masked_fill(now.resets > then.resets, -math.inf)
-        begin = Decays(*(x[:, rows - length - 1 : rows - length] for x in of_rows))  # no row without a state
-        left = surviving(now, then, source, begin, held.log_scale)
         if kept is not None:
             end = Decays(*(x[:, -1:] if rows else x.new_zeros(batch, 1, *x.shape[2:]) for x in of_rows))
             then = Decays(*(gather_rows(x, kept) for x in of_rows))
             kept_g = (end.sums - then.sums).masked_fill(end.resets > then.resets, -math.inf)
             kept_g = kept_g.masked_fill(per_head(kept, kept_g) < 0, 0.0).to(g.dtype)
     decayed = decayed.masked_fill(per_head(source, decayed) < 0, -math.inf)
+    left = None if g is None else surviving(g, decayed, held.log_scale)
     fields = {} if kept is None else {"kept_fk": gather_rows(k, kept), "kept_g": kept_g}
     moved = inputs._replace(k=gather_rows(k, source), v=gather_rows(v, source), expiry=None, kept_rows=None)
     return moved, Entering(decayed, left, fields)
@@ -90,17 +88,17 @@ def decays_of(g: Tensor, state: AttentionState, layout: Layout) -> Decays:
     return Decays(torch.cat([before, sums], 1), torch.cat([counts[:, newest] - reset.long(), counts], 1))
 
 
-def surviving(now: Decays, then: Decays, source: Tensor, begin: Decays, log_scale: Tensor | None) -> Tensor:
-    """``Entering.left``: of the keys that entered so far, those of the carried sums too, has one met no reset since?
+def surviving(g: Tensor, decayed: Tensor, log_scale: Tensor | None) -> Tensor:
+    """``Entering.left``: is there something that no reset of every channel came after since it entered?
 
-    now [B, T, ...] of the queries, then of the keys that enter at them (source [B, T, Hk], -1 for none), begin [B, 0 or
-    1, ...] of the newest token of the state. A key's count of resets is that of its query unless one came between.
+    g [B, T, h] or [B, T, Hk, F] of the queries, decayed of the keys that enter at them, log_scale [B, h] of the sums
+    before. What entered at a query is there as long as the count of resets is that of then.
     """
-    came = then.resets.masked_fill(per_head(source, then.resets) < 0, NONE)
-    if log_scale is not None:
-        some = (log_scale > -math.inf).unsqueeze(1)
-        begun = begin.resets.masked_fill(~some.view(*some.shape, *[1] * (came.ndim - 3)), NONE)
-        came = torch.cat([begun, came], 1)
-    latest = came.cummax(1)[0] if came.shape[1] else came
-    after = latest[:, came.shape[1] - now.resets.shape[1] :] >= now.resets
-    return torch.where(after.any(-1) if after.ndim == 4 else after, 0.0, -math.inf).double()
+    if g.ndim == 4:
+        g, decayed = g.amax(-1), decayed.amax(-1)
+    resets = (g == -math.inf).cumsum(1)
+    before = (
+        torch.full_like(resets[:, :1], -1) if log_scale is None else (log_scale > -math.inf).long().unsqueeze(1) - 1
+    )
+    came = torch.cat([before, torch.where(decayed > -math.inf, resets, -1)], 1)
+    return torch.where(came.cummax(1)[0][:, 1:] >= resets, 0.0, -math.inf).double()

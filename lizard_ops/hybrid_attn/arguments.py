@@ -136,6 +136,14 @@ def expiry_options(options: HybridOptions) -> ExpiryOptions:
     return ExpiryOptions(options.window - delay, options.anchors + delay, options.kept_keys, options.output_final_state)
 
 
+def scored_state_shapes(inputs: HybridInputs, options: HybridOptions, n: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state fields that a call with scores has beyond one without; g as ``check_gate`` returns it."""
+    q, k, v, g, waiting = inputs.q, inputs.k, inputs.v, inputs.g, options.window - options.score_delay
+    places = kept_places(inputs, options)
+    shapes = checks.kept_state_shapes(n, k, v, places, waiting, inputs.fk.shape[3], g, options.outside)
+    return shapes | ({"log_scale": (n, checks.state_heads(q, v, g))} if options.outside else {})
+
+
 def scored_state(state: AttentionState | None, options: HybridOptions) -> ExpiryState | None:
     """The carried state of the scores, whose positions are those of ``scores``: later by the delay than their keys'."""
     if state is None or state.kept_positions is None:
@@ -230,10 +238,7 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
     )  # fmt: skip
     scores = check_scores(inputs, options)
     if scores is not None:
-        places, waiting = kept_places(inputs, options), options.window - options.score_delay
-        shapes |= checks.kept_state_shapes(sequences, k, v, places, waiting, fk.shape[3], g, options.outside)
-        if options.outside:
-            shapes["log_scale"] = (sequences, checks.state_heads(q, v, g))
+        shapes |= scored_state_shapes(inputs._replace(g=g), options, sequences)
     state = checks.check_state(inputs.initial_state, q, shapes)
     check_kept_positions(state, options.window)
     inputs = inputs._replace(
