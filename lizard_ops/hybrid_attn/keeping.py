@@ -42,60 +42,65 @@ def keep_step(
     worst = kept_scores.amin(1)  # of an empty place, where there is one: of these the first
     order = NEVER - torch.arange(held.shape[1], device=held.device).view(1, -1, 1)
     place = torch.where(kept_scores == worst.unsqueeze(1), torch.where(empty, order, held), -1).argmax(1)  # [B, Hk]
-    free = at_place(empty, place)
+    row, head = (torch.arange(n, device=held.device) for n in place.shape)
+    at = (row.unsqueeze(1), place, head)
+    free = empty[at]
     takes = leaves & (free | (score > worst))  # an equal one that is kept is earlier
-    leaving_v = take_at(state.ring_v, slot)
-    expiring_v = at_place(state.kept_v, place)
-    leaving: Fields = {"kept_k": take_at(state.ring_k, slot), "kept_v": leaving_v}
-    leaving |= {"kept_scores": score, "kept_positions": (position - window).unsqueeze(1).expand_as(place)}
+
+    leaving_v, expiring_v = take_at(state.ring_v, slot), state.kept_v[at]
+
+    def put(kept: Tensor, new: Tensor) -> Tensor:
+        return put_where(takes, kept, at, new, inplace)
+
+    fields |= {"kept_k": put(state.kept_k, take_at(state.ring_k, slot)), "kept_v": put(state.kept_v, leaving_v)}
+    fields["kept_scores"] = put(kept_scores, score)
+    fields["kept_positions"] = put(held, (position - window).unsqueeze(1).expand_as(place))
     if not options.outside:
-        return fields | {n: put_at_place(getattr(state, n), place, takes, y, inplace) for n, y in leaving.items()}, None
+        return fields, None
 
     assert state.ring_fk is not None and state.kept_fk is not None
-    leaving_fk, expiring_fk = take_at(state.ring_fk, slot), at_place(state.kept_fk, place)
-    fields["ring_fk"] = put_at(state.ring_fk, slot, x.fk, inplace)
-    leaving["kept_fk"] = leaving_fk
-    decay, g = None, x.g
-    if g is not None:
+    leaving_fk, expiring_fk, decay = take_at(state.ring_fk, slot), state.kept_fk[at], None
+    fields |= {"ring_fk": put_at(state.ring_fk, slot, x.fk, inplace), "kept_fk": put(state.kept_fk, leaving_fk)}
+    if x.g is not None:
         assert state.ring_g is not None and state.kept_g is not None
-        fields["ring_g"] = put_at(state.ring_g, slot, g, inplace)
+        fields["ring_g"] = put_at(state.ring_g, slot, x.g, inplace)
         passed = fields["ring_g"].sum(1).expand(-1, *state.kept_g.shape[2:])
-        none = empty.repeat_interleave(state.kept_g.shape[2] // empty.shape[2], 2)
-        none = none.view(*none.shape, *[1] * (state.kept_g.ndim - 3))
-        kept_g = state.kept_g.add_(g.unsqueeze(1)) if inplace else state.kept_g.to(g.dtype) + g.unsqueeze(1)
-        kept_g = kept_g.masked_fill_(none, 0.0) if inplace else kept_g.masked_fill(none, 0.0)
-        decay = chosen(takes, at_place(kept_g, place), passed)
-        fields["kept_g"] = put_at_place(kept_g, place, takes, passed, inplace)
+        fields["kept_g"], decay = decay_step(state.kept_g, x.g, passed, takes, empty, place, inplace)
     joining = Joining(
-        k=chosen(takes, expiring_fk.to(leaving_fk.dtype), leaving_fk),
-        v=chosen(takes, expiring_v.to(leaving_v.dtype), leaving_v),
+        k=torch.where(takes.unsqueeze(-1), expiring_fk.to(leaving_fk.dtype), leaving_fk),
+        v=torch.where(takes.unsqueeze(-1), expiring_v.to(leaving_v.dtype), leaving_v),
         there=leaves & ~free,
         decay=decay,
     )
-    fields |= {n: put_at_place(getattr(state, n), place, takes, y, inplace) for n, y in leaving.items()}
     return fields, joining
 
 
-def at_place(kept: Tensor, place: Tensor) -> Tensor:
-    """[B, H, ...]: what kept [B, P, H, ...] holds at place [B, Hk] of each head, or of the key head of a query head."""
-    return kept[_indices(kept, place)]
+def decay_step(
+    kept_g: Tensor,  # [B, P, H] or [B, P, H, F], H key or query heads
+    g: Tensor,  # [B, 1 or H] or [B, H, F] of the new token
+    passed: Tensor,  # [B, H] or [B, H, F] of the key that leaves the window, the new gate included
+    takes: Tensor,  # [B, Hk] whether it takes its place
+    empty: Tensor,  # [B, P, Hk]
+    place: Tensor,  # [B, Hk]
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """(kept_g after the new token, the log-decay [B, H] or [B, H, F] of the key that expires, of any if none does)."""
+    heads = kept_g.shape[2]
+    if heads > place.shape[1]:  # a gate per query head
+        takes, empty, place = (x.repeat_interleave(heads // place.shape[1], -1) for x in (takes, empty, place))
+    empty = empty.view(*empty.shape, *[1] * (kept_g.ndim - 3))
+    kept_g = kept_g.add_(g.unsqueeze(1)) if inplace else kept_g.to(g.dtype) + g.unsqueeze(1)
+    kept_g = kept_g.masked_fill_(empty, 0.0) if inplace else kept_g.masked_fill(empty, 0.0)
+    row, head = (torch.arange(n, device=place.device) for n in place.shape)
+    at = (row.unsqueeze(1), place, head)
+    mine = takes.view(*takes.shape, *[1] * (passed.ndim - 2))
+    decay = torch.where(mine, kept_g[at], passed)
+    return put_where(takes, kept_g, at, passed, inplace), decay
 
 
-def put_at_place(kept: Tensor, place: Tensor, takes: Tensor, new: Tensor, inplace: bool) -> Tensor:
-    """kept [B, P, H, ...] with new [B, H, ...] at place [B, Hk] where takes [B, Hk]; copies are in the dtype of new."""
-    at = _indices(kept, place)
-    if inplace:
-        return kept.index_put_(at, chosen(takes, new.to(kept.dtype), kept[at]))
-    kept = kept.to(new.dtype)
-    return kept.index_put(at, chosen(takes, new, kept[at]))
-
-
-def chosen(takes: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """[B, H, ...]: a where takes [B, Hk], b elsewhere."""
-    takes = takes.repeat_interleave(a.shape[1] // takes.shape[1], 1)
-    return torch.where(takes.view(*takes.shape, *[1] * (a.ndim - 2)), a, b)
-
-
-def _indices(kept: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    row, head = (torch.arange(n, device=kept.device) for n in (kept.shape[0], kept.shape[2]))
-    return row.unsqueeze(1), place.repeat_interleave(kept.shape[2] // place.shape[1], 1), head.unsqueeze(0)
+def put_where(takes: Tensor, kept: Tensor, at: tuple[Tensor, ...], new: Tensor, inplace: bool) -> Tensor:
+    """kept [B, P, H, ...] with new [B, H, ...] at these places where takes [B, H]; copies are in the dtype of new."""
+    new = new.to(kept.dtype) if inplace else new
+    kept = kept if inplace else kept.to(new.dtype)
+    new = torch.where(takes.view(*takes.shape, *[1] * (new.ndim - 2)), new, kept[at])
+    return kept.index_put_(at, new) if inplace else kept.index_put(at, new)
