@@ -116,10 +116,10 @@ def linear_step(
 
     phi_q, query_log = expand_features(fq.to(work), feature_map)
     log = phi_q.new_full((1, 1), math.log(options.scale))  # log factor of the row, broadcast over [B, Hq]
-    if log_scale is not None:
-        log = log + _to_heads(log_scale.unsqueeze(-1), q_heads).squeeze(-1)
     if query_log is not None:
         log = log + query_log
+    if log_scale is not None:
+        log = log + _to_heads(log_scale.unsqueeze(-1), q_heads).squeeze(-1)
     if passed is not None and passed.ndim == 3:
         top = passed.detach().amax(-1, keepdim=True)
         passed = (passed - top.masked_fill(top == -math.inf, 0.0)).exp()
