@@ -16,6 +16,9 @@ from lizard_ops.common.state import AttentionState, map_fields
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GATE_FLOATS = (torch.float32, torch.float64)
+STATE_DTYPES = {  # of fields that are not of any floating one
+    "kept_scores": (torch.float32,), "ring_scores": (torch.float32,), "kept_positions": (torch.int64,),
+}  # fmt: skip
 
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("lizard_ops_checked", default=False)
 
@@ -192,7 +195,7 @@ def check_state(
     for name in AttentionState._fields[1:]:
         field = getattr(state, name)
         if name in wanted:
-            check_tensor(f"initial_state.{name}", field, wanted[name], like, FLOATS)
+            check_tensor(f"initial_state.{name}", field, wanted[name], like, STATE_DTYPES.get(name, FLOATS))
         else:
             want(field is None, f"initial_state.{name}", field, "None: this op with these options keeps no such field")
     if may_read(state.position) and state.position.numel():
@@ -229,6 +232,25 @@ def window_state_shapes(n: int, k: Tensor, v: Tensor, window: int, anchors: int)
     if anchors:
         shapes["anchor_k"] = (n, anchors, k.shape[2], k.shape[3])
         shapes["anchor_v"] = (n, anchors, v.shape[2], v.shape[3])
+    return shapes
+
+
+def kept_state_shapes(
+    n: int, k: Tensor, v: Tensor, kept_keys: int, waiting: int, k_dim: int, g: Tensor | None, outside: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state fields of kept keys, as ``check_state`` wants them.
+
+    waiting: scores in the ring; k_dim: features as given; g as ``check_gate`` returns it. A gate that the heads share
+    has a sum for each of them, since each keeps keys of its own.
+    """
+    heads = k.shape[2]
+    places = (n, kept_keys, heads)
+    shapes: dict[str, tuple[int, ...]] = {"kept_k": (*places, k.shape[3]), "kept_v": (*places, v.shape[3])}
+    shapes |= {"kept_scores": places, "kept_positions": places, "ring_scores": (n, waiting, heads)}
+    if outside:
+        shapes["kept_fk"] = (*places, k_dim)
+        if g is not None:
+            shapes["kept_g"] = (n, kept_keys, max(g.shape[2], heads), *g.shape[3:])
     return shapes
 
 

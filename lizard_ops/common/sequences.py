@@ -46,6 +46,24 @@ def with_ring(ring: Tensor | None, rows: Tensor, position: int) -> Tensor:
     return torch.cat([ring[held].to(rows.dtype), rows])
 
 
+def expiring_rows(kept: Tensor | None, rows: Tensor) -> Tensor:
+    """Kept keys [P, ...], in whatever order, before the ring's and the new rows [J, ...]."""
+    return rows if kept is None else torch.cat([kept.to(rows.dtype), rows])
+
+
+def positions_of(kept_positions: Tensor | None, first: int, end: int, like: Tensor) -> Tensor:
+    """[P + J, Hk]: where the keys of these rows stand, -1 in empty places; like: [J, Hk, ...]."""
+    at = torch.arange(first, end, device=like.device).unsqueeze(1).expand(-1, like.shape[1])
+    return expiring_rows(kept_positions, at)
+
+
+def rows_by_head(x: Tensor, rows: Tensor) -> Tensor:
+    """[P, H, ...]: the rows of x [J, H, ...] that rows [P, Hk] names by key head, zero where it is -1."""
+    rows = rows.repeat_interleave(x.shape[1] // rows.shape[1], 1)
+    taken = torch.cat([x, torch.zeros_like(x[:1]) if len(x) else x.new_zeros(1, *x.shape[1:])])
+    return taken[rows, torch.arange(x.shape[1], device=x.device)]
+
+
 def ring_after(rows: Tensor, window: int, position: int) -> Tensor:
     """The ring [W, ...] once ``position`` tokens were seen, the last of them being the last of rows [T, ...]."""
     newest = position - 1 - torch.arange(window, device=rows.device)  # newest positions, newest first

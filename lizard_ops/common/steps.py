@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_ops.common.checks import work_dtype
+from lizard_ops.common.checks import STATE_DTYPES, work_dtype
 from lizard_ops.common.rows import Inputs, changed_rows
-from lizard_ops.common.state import AttentionState, map_fields
+from lizard_ops.common.state import EMPTY, AttentionState, map_fields
 
 Step = Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]
 
@@ -40,10 +40,11 @@ def where_active(active: Tensor | None, new: AttentionState, old: AttentionState
 
 
 def blank_state(like: Tensor, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> AttentionState:
-    """The state before the first token: fields of these shapes, zero but for an empty log scale."""
+    """The state before the first token: fields of these shapes, zero but for what is empty otherwise."""
     n = next(iter(shapes.values()))[0]
+    dtypes = {name: kinds[0] for name, kinds in STATE_DTYPES.items()} | dtypes
     fields = {
-        name: like.new_full(shape, float("-inf") if name == "log_scale" else 0.0, dtype=dtypes.get(name, like.dtype))
+        name: like.new_full(shape, EMPTY.get(name, 0), dtype=dtypes.get(name, like.dtype))
         for name, shape in shapes.items()
     }
     return AttentionState(torch.zeros(n, dtype=torch.int64, device=like.device), **fields)

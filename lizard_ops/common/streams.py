@@ -99,6 +99,25 @@ def key_stream(rows: Tensor, ring: Tensor | None, layout: Layout) -> Tensor:
     return torch.cat([old.flatten(0, 1), rows.squeeze(0)]).index_select(0, source).unsqueeze(0)
 
 
+def with_kept(stream: Tensor, kept: Tensor | None) -> Tensor:
+    """Kept keys [N, P, H, ...] before the ring and the new rows [N, M, H, ...], in their dtype."""
+    return stream if kept is None else torch.cat([kept.to(stream.dtype), stream], 1)
+
+
+def per_head(index: Tensor, like: Tensor) -> Tensor:
+    """index [B, M, Hk] for x.gather(1, .) of like [B, ..., H, ...], whose heads are those or a multiple of them."""
+    index = index.repeat_interleave(like.shape[2] // index.shape[2], 2)
+    return index.view(*index.shape, *[1] * (like.ndim - 3))
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """[B, P, H, ...]: the rows of x [B, M, H, ...] that rows [B, P, Hk] names by head, zero where it is -1."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], rows.shape[1], *x.shape[2:])
+    index = per_head(rows, x)
+    return x.gather(1, index.clamp(min=0).expand(-1, -1, *x.shape[2:])).masked_fill(index < 0, 0)
+
+
 def stream_seqlens(layout: Layout, prefix: int) -> Tensor:
     """[N + 1] int64: where the packed key streams start and end, each ``prefix`` rows longer than its new tokens."""
     assert layout.cu_seqlens is not None

@@ -20,7 +20,9 @@ class GatedInputs(NamedTuple):
     initial_state: AttentionState | None = None
     cu_seqlens: Tensor | None = None  # [N + 1]
     padding_mask: Tensor | None = None  # [B, T]
-    expiry: Tensor | None = None  # [B, T, Hk] of the hybrid op: the first query whose sums hold each key
+    expiry: Tensor | None = None  # [B, T, Hk] of the hybrid op: the first query whose sums hold each key; with a
+    # state [B, P + W + T, Hk] of the rows kept keys | ring | new tokens, counted from the first new query, -1: no key
+    kept_rows: Tensor | None = None  # [B, P, Hk] which of these rows stay exact after the last query, -1: none
 
     def by_token(self) -> dict[str, Tensor | None]:
         """Those with a row per token."""

@@ -52,26 +52,27 @@ def linear_rows(
     the whole row, which leaves a normalised output as it is (a gate per channel: a factor of each query feature).
     With an expiry keys come in its order, and each meets the query of its own row after a decay of its own.
     """
-    entering = None
+    entering, layout = None, layout_of(inputs.q, inputs.initial_state, None, lengths)
+    rings = offset_fields(inputs.k, inputs.v, inputs.g, inputs.initial_state, options.window_offset, layout)
     if inputs.expiry is not None:
         inputs, entering = in_order_of_expiry(inputs, lengths, options.anchors)
-        options = options._replace(window_offset=0, anchors=0)
+        options, rings = options._replace(window_offset=0, anchors=0), rings | entering.fields
     fq, fk, v, g, state = inputs.q, inputs.k, inputs.v, inputs.g, inputs.initial_state
     feature_map, offset, anchors = options.feature_map, options.window_offset, options.anchors
     batch, length, q_heads, _ = fq.shape
     (key_heads, v_dim), work, channels = v.shape[2:], work_dtype(v), g is not None and g.ndim == 4
     prefix = offset if state is not None else 0
-    layout = layout_of(fq, state, None, lengths)
     skipped = smaller(length, offset - prefix)  # queries without a key
     rows = length - skipped
     held = state if state is not None and offset else AttentionState(layout.position)
     gates = None if g is None else key_stream(g, held.ring_g, layout)
     start = _start(state, key_heads, work)
     if rows == 0:
-        final = start or _no_sums(fk, v, state_heads(fq, v, g), feature_map)
+        logs = feature_map == "exp" or entering is not None
+        final = start or _no_sums(fk, v, state_heads(fq, v, g), feature_map, logs)
         final = final._replace(s=tied_to(final.s, fk, v, g))
         nothing = tied_to(v.new_zeros(batch, length, q_heads, v_dim, dtype=work), fq, fk, v, g, final.s)
-        fields = _linear_fields(final) | offset_fields(fk, v, g, state, offset, layout)
+        fields = _linear_fields(final) | rings
         return nothing, torch.full_like(nothing[..., 0], -math.inf), fields
 
     size = smaller(rows, options.chunk_size or (CHANNEL_GATE_CHUNK if channels else HEAD_GATE_CHUNK))
@@ -134,8 +135,10 @@ def linear_rows(
         x = x.movedim((2, 4), (1, 2)).reshape(batch, chunks * size, q_heads, *x.shape[5:])[:, :rows]
         return F.pad(x, (0, 0) * (x.ndim - 2) + (skipped, 0), value=fill)
 
-    fields = _linear_fields(attended.final) | offset_fields(fk, v, g, state, offset, layout)
-    return in_order(o, 0.0), in_order(log_mass, -math.inf), fields
+    final = attended.final
+    if entering is not None and entering.left is not None:
+        final = _without_lost(final, entering.left[:, -1])
+    return in_order(o, 0.0), in_order(log_mass, -math.inf), _linear_fields(final) | rings
 
 
 def which_rows(
@@ -176,11 +179,18 @@ def _start(state: AttentionState | None, key_heads: int, work: torch.dtype) -> S
     return Sums(s, None if log_scale is None else log_scale.detach().double().unflatten(1, (key_heads, -1)))
 
 
-def _no_sums(fk: Tensor, v: Tensor, heads: int, feature_map: str) -> Sums:
+def _no_sums(fk: Tensor, v: Tensor, heads: int, feature_map: str, logs: bool) -> Sums:
     """The sums of no key."""
     shape = (fk.shape[0], v.shape[2], heads // v.shape[2])
     s = v.new_zeros(*shape, feature_dim(fk.shape[3], feature_map), v.shape[3] + 1, dtype=work_dtype(v))
-    return Sums(s, s.new_full(shape, -math.inf) if feature_map == "exp" else None)
+    return Sums(s, s.new_full(shape, -math.inf) if logs else None)
+
+
+def _without_lost(final: Sums, left: Tensor) -> Sums:
+    """Sums after a reset that no key of them outlived are those of no key; left [B, h] of the last query."""
+    assert final.log_scale is not None
+    lost = (left == -math.inf).unflatten(1, (final.log_scale.shape[1], -1))
+    return Sums(final.s.masked_fill(lost[..., None, None], 0.0), final.log_scale.masked_fill(lost, -math.inf))
 
 
 def _linear_fields(final: Sums) -> dict[str, Tensor | None]:

@@ -40,6 +40,8 @@ def chunk_hybrid_attn(
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
     gate_form: str = "stable",
+    scores: Tensor | None = None,
+    score_delay: int = 0,
     expiry: Tensor | None = None,
     kept_keys: int | None = None,
     impl: str = "auto",
@@ -83,15 +85,24 @@ def chunk_hybrid_attn(
         softcap: bound of the window scores, as for ``window_attn``.
         feature_scale: factor of the linear weights; 1.0 by default with normalize, else F ** -0.5.
         initial_state, output_final_state, cu_seqlens, padding_mask: as for ``chunk_gated_attn``.
-        gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features or
-            an expiry.
-        expiry: [B, T, Hk] int64, the first query that no longer sees each key exactly, as ``key_expiry`` gives it;
-            None is the key's position + window. A key is in the window branch of the queries before it and, with
-            coverage="outside", in the linear branch of those from it on, decayed as ever; with "all" the linear branch
-            covers every key. The largest score m stays that of window and anchors: were a kept key's among them, the
-            linear share would rise where such a key is found. Anchors never expire, whatever theirs says. PyTorch alone
-            ("auto" takes it), and not yet with initial_state or output_final_state.
-        kept_keys: with expiry, the most keys of a head that it keeps alive beyond window and anchors at any query.
+        gate_form: "stable" or "absorbed", as for ``chunk_gated_attn``; never "absorbed" with "softmax" features,
+            scores or an expiry.
+        scores: [B, T, Hk], any floating dtype, compared as float32 and without a gradient; None: no key is kept. Of the
+            keys that have left the window and are no anchors the best ``kept_keys`` of a head so far stay exact, larger
+            score first, then the earlier position; what they displace expires. A key is in the window branch of the
+            queries before it expires and, with coverage="outside", in the linear branch of those from then on, decayed
+            as ever; with "all" the linear branch covers every key. The largest score m stays that of window and
+            anchors: were a kept key's among them, the linear share would rise where such a key is found. ``key_expiry``
+            gives the same expiries. States hold kept keys (``AttentionState``), so that chunks of any size, single
+            tokens and one pass agree, ties included. PyTorch alone ("auto" takes it).
+        score_delay: place t of ``scores`` is the score of the key at position t - score_delay of its sequence, one that
+            is known a few tokens late; 0 <= score_delay < window. The first score_delay places of a sequence score
+            nothing.
+        expiry: [B, T, Hk] int64, in place of scores the first query that no longer sees each key exactly, as
+            ``key_expiry`` gives it; None without scores is the key's position + window. Anchors never expire, whatever
+            theirs says. PyTorch alone ("auto" takes it), without initial_state and output_final_state.
+        kept_keys: with scores, how many keys of a head they keep, >= 1; with expiry, the most that it keeps alive
+            beyond window and anchors at any query, >= 0; None or 0 without either.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
     Under autocast q, k, v, fq and fk take its dtype; sums, gates, weights and states stay float32.
@@ -100,9 +111,9 @@ def chunk_hybrid_attn(
         (o, state): o [B, T, Hq, V] in the dtype of q, state an ``AttentionState`` or None.
 
     Raises:
-        ValueError: as ``chunk_gated_attn`` and ``window_attn``, pairs of options that exclude each other, and expiries
-            before position + window, two of a head at one query or more alive than kept_keys (values on a GPU: inside
-            ``lizard_ops.checked()``).
+        ValueError: as ``chunk_gated_attn`` and ``window_attn``, pairs of options that exclude each other, NaN among the
+            scores, kept keys of a state that are still in its window, and expiries before position + window, two of a
+            head at one query or more alive than kept_keys (values on a GPU: inside ``lizard_ops.checked()``).
 
     Source: Lizard (arXiv 2507.09025) section 3 for the sum; LoLCATs (arXiv 2410.10254) for the merge.
     """
@@ -110,18 +121,18 @@ def chunk_hybrid_attn(
     inputs, options = hybrid_arguments(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
-            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, expiry=expiry,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, expiry=expiry, scores=scores,
         ),
         HybridOptions(
             window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
             feature_map=feature_map, normalize=normalize, scale=scale, softcap=softcap, feature_scale=feature_scale,
             output_final_state=output_final_state, gate_form=gate_form, kept_keys=kept_keys,
+            score_delay=score_delay,
         ),
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
-    checks.want((kept_keys is None) == (expiry is None), "kept_keys", kept_keys, "a number with expiry, None without")
-    beyond = None if expiry is None else "keys with an expiry"
-    chosen = choose_impl(impl, q, beyond or linear_sinks_of(inputs, options) or float64_of(q))
+    check_kept_keys(inputs, options)
+    chosen = choose_impl(impl, q, kept_keys_of(inputs) or linear_sinks_of(inputs, options) or float64_of(q))
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         form = naive_hybrid
@@ -131,6 +142,20 @@ def chunk_hybrid_attn(
         from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch as form
     with without_autocast(q):
         return form(inputs, options)
+
+
+def check_kept_keys(inputs: HybridInputs, options: HybridOptions) -> None:
+    """A number of places belongs to what fills them."""
+    given, kept_keys = inputs.expiry is not None or inputs.scores is not None, options.kept_keys
+    wanted = "a number with expiry, None without (or a number with scores, or 0)"
+    checks.want(kept_keys is not None if given else kept_keys in (None, 0), "kept_keys", kept_keys, wanted)
+
+
+def kept_keys_of(inputs: HybridInputs) -> str | None:
+    """Keys that outlive their window are beyond the Triton kernels."""
+    if inputs.scores is not None:
+        return "kept keys"
+    return None if inputs.expiry is None else "keys with an expiry"
 
 
 def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
@@ -164,13 +189,16 @@ def recurrent_hybrid_attn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    scores: Tensor | None = None,
+    score_delay: int = 0,
+    kept_keys: int | None = None,
     inplace: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
     """What ``chunk_hybrid_attn`` computes, one position at a time: the decode step, and many of them in a row.
 
     The arguments, results, state and errors are those of ``chunk_hybrid_attn``. T = 1 is one light step without a
-    loop or a synchronisation.
+    loop or a synchronisation. With scores each step compares the key that leaves the window with the worst kept one.
 
     inplace: overwrite the tensors of ``initial_state``, position included, and return that state: no copy of it is
     made, its addresses stay, and a CUDA graph or a compiled step can be replayed on it. Its tensors must be contiguous
@@ -185,19 +213,21 @@ def recurrent_hybrid_attn(
     inputs, options = hybrid_arguments(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
-            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, scores=scores,
         ),
         HybridOptions(
             window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
             feature_map=feature_map, normalize=normalize, scale=scale, softcap=softcap, feature_scale=feature_scale,
-            output_final_state=output_final_state, inplace=inplace,
+            output_final_state=output_final_state, inplace=inplace, kept_keys=kept_keys, score_delay=score_delay,
         ),
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
+    check_kept_keys(inputs, options)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
     if inplace:
         check_inplace(inputs, gradients, impl)
     beyond = {
+        "kept keys": scores is not None,
         'sink_form="linear"': linear_sinks_of(inputs, options) is not None,
         "float64 tensors": float64_of(q) is not None,
         "anything but one token per row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,

@@ -11,6 +11,7 @@ from lizard_ops.common import checks
 from lizard_ops.common.features import FEATURE_MAPS, feature_dim
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
+from lizard_ops.key_expiry.arguments import ExpiryOptions, ExpiryState
 from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
 
 
@@ -30,6 +31,8 @@ class HybridInputs(NamedTuple):
     cu_seqlens: Tensor | None = None  # [N + 1]
     padding_mask: Tensor | None = None  # [B, T]
     expiry: Tensor | None = None  # [B, T, Hk] int64
+    scores: Tensor | None = None  # [B, T, Hk] as given; once checked float32
+    kept_rows: Tensor | None = None  # [B, P, Hk] once scores have become expiries: see ``WindowInputs``
 
     @property
     def weight(self) -> Tensor | None:
@@ -49,12 +52,13 @@ class HybridInputs(NamedTuple):
         """The window branch's."""
         return WindowInputs(
             q=self.q, k=self.k, v=self.v, sinks=self.sinks, initial_state=self.initial_state,
-            cu_seqlens=self.cu_seqlens, padding_mask=self.padding_mask, expiry=self.expiry,
+            cu_seqlens=self.cu_seqlens, padding_mask=self.padding_mask, expiry=self.expiry, kept_rows=self.kept_rows,
         )  # fmt: skip
 
     def by_token(self) -> dict[str, Tensor | None]:
         """Those with a row per token."""
-        rows = {"q": self.q, "k": self.k, "v": self.v, "fq": self.fq, "fk": self.fk, "g": self.g, "expiry": self.expiry}
+        rows = {"q": self.q, "k": self.k, "v": self.v, "fq": self.fq, "fk": self.fk, "g": self.g}
+        rows |= {"expiry": self.expiry, "scores": self.scores}
         weights = {"alpha": self.alpha, "merge_bias": self.merge_bias}
         return rows | {name: x for name, x in weights.items() if x is not None and x.ndim == 3}
 
@@ -80,7 +84,8 @@ class HybridOptions(NamedTuple):
     output_final_state: bool = False
     gate_form: str = "stable"
     inplace: bool = False
-    kept_keys: int | None = None  # with an expiry
+    kept_keys: int | None = None  # with an expiry, or scores
+    score_delay: int = 0
 
     @property
     def outside(self) -> bool:
@@ -111,7 +116,71 @@ class HybridOptions(NamedTuple):
 
 def linear_inputs(inputs: HybridInputs, options: HybridOptions) -> GatedInputs:
     """The linear branch's, where it covers what is not exact, with the expiries that say so."""
-    return inputs.linear._replace(expiry=inputs.expiry if options.outside else None)
+    if not options.outside:
+        return inputs.linear
+    return inputs.linear._replace(expiry=inputs.expiry, kept_rows=inputs.kept_rows)
+
+
+def kept_places(inputs: HybridInputs, options: HybridOptions) -> int:
+    """How many keys of a head the scores keep exact beyond window and anchors; 0 without scores."""
+    if inputs.scores is None:
+        return 0
+    assert options.kept_keys is not None
+    return options.kept_keys
+
+
+def expiry_options(options: HybridOptions) -> ExpiryOptions:
+    """Those of the key expiry of scores, for which a key stands where its score does, later by score_delay."""
+    delay = options.score_delay
+    assert options.kept_keys is not None
+    return ExpiryOptions(options.window - delay, options.anchors + delay, options.kept_keys, options.output_final_state)
+
+
+def scored_state_shapes(inputs: HybridInputs, options: HybridOptions, n: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state fields that a call with scores has beyond one without; g as ``check_gate`` returns it."""
+    q, k, v, g, waiting = inputs.q, inputs.k, inputs.v, inputs.g, options.window - options.score_delay
+    places = kept_places(inputs, options)
+    shapes = checks.kept_state_shapes(n, k, v, places, waiting, inputs.fk.shape[3], g, options.outside)
+    return shapes | ({"log_scale": (n, checks.state_heads(q, v, g))} if options.outside else {})
+
+
+def scored_state(state: AttentionState | None, options: HybridOptions) -> ExpiryState | None:
+    """The carried state of the scores, whose positions are those of ``scores``: later by the delay than their keys'."""
+    if state is None or state.kept_positions is None:
+        return None
+    assert state.kept_scores is not None and state.ring_scores is not None
+    held = state.kept_positions
+    arrived = torch.where(held < 0, -1, held + options.score_delay)
+    return ExpiryState(state.position, state.kept_scores, arrived, state.ring_scores)
+
+
+def check_scores(inputs: HybridInputs, options: HybridOptions) -> Tensor | None:
+    """Scores [B, T, Hk] as float32 without a graph, and what comes with them."""
+    scores, v, delay, mask = inputs.scores, inputs.v, options.score_delay, inputs.padding_mask
+    checks.check_count("score_delay", delay, 0)
+    checks.want(delay < options.window, "score_delay", delay, f"less than the window, {options.window}")
+    if scores is None:
+        return None
+    checks.check_tensor("scores", scores, v.shape[:3], v, checks.FLOATS)
+    checks.want(inputs.expiry is None, "expiry", inputs.expiry, "None with scores, which say when keys expire")
+    checks.want(options.kept_keys is not None, "kept_keys", options.kept_keys, "a number >= 1 with scores")
+    checks.check_count("kept_keys", options.kept_keys, 1)
+    checks.want(options.gate_form != "absorbed", "gate_form", options.gate_form, '"stable" with scores')
+    if checks.may_read(scores) and (mask is None or checks.has_values(mask)):
+        real = scores.detach() if mask is None else scores.detach()[mask]
+        unordered = int(real.isnan().sum())
+        checks.want(not unordered, "scores", unordered, "scores that are not NaN (this many are)")
+    return scores.detach().float()
+
+
+def check_kept_positions(state: AttentionState | None, window: int) -> None:
+    """Kept keys have left the window."""
+    if state is None or state.kept_positions is None or not checks.may_read(state.kept_positions):
+        return
+    held = state.kept_positions
+    inside = int(((held >= 0) & (held >= (state.position - window).view(-1, 1, 1))).sum())
+    wanted = "keys that have left the window (this many have not)"
+    checks.want(not inside, "initial_state.kept_positions", inside, wanted)
 
 
 def check_expiry(inputs: HybridInputs, options: HybridOptions) -> None:
@@ -121,8 +190,8 @@ def check_expiry(inputs: HybridInputs, options: HybridOptions) -> None:
         return
     checks.check_tensor("expiry", expiry, v.shape[:3], v, (torch.int64,))
     state, final = inputs.initial_state, options.output_final_state
-    checks.want(state is None, "initial_state", type(state).__name__, "None with expiry, which carries no state yet")
-    checks.want(not final, "output_final_state", final, "False with expiry, which carries no state yet")
+    checks.want(state is None, "initial_state", type(state).__name__, "None with expiry; scores carry a state")
+    checks.want(not final, "output_final_state", final, "False with expiry; scores leave a state")
     checks.want(options.gate_form != "absorbed", "gate_form", options.gate_form, '"stable" with expiry')
     if options.kept_keys is not None:
         checks.check_count("kept_keys", options.kept_keys, 0)
@@ -167,7 +236,11 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
     shapes |= checks.linear_state_shapes(
         sequences, q, fk.shape[3], v, g, options.offset, features, options.feature_map
     )  # fmt: skip
+    scores = check_scores(inputs, options)
+    if scores is not None:
+        shapes |= scored_state_shapes(inputs._replace(g=g), options, sequences)
     state = checks.check_state(inputs.initial_state, q, shapes)
+    check_kept_positions(state, options.window)
     inputs = inputs._replace(
         g=g,
         sinks=checks.check_sinks(inputs.sinks, q, options.sink_form),
@@ -176,6 +249,7 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
         initial_state=inputs.initial_state if options.inplace else state,  # what is overwritten is the caller's own
         cu_seqlens=cu_seqlens,
         padding_mask=mask,
+        scores=scores,
     )
     options = options._replace(
         scale=checks.check_scale("scale", options.scale, q.shape[3] ** -0.5),

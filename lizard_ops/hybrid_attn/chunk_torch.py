@@ -11,6 +11,7 @@ from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import layout_of
 from lizard_ops.gated_attn.chunk_torch import linear_rows
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, linear_inputs
+from lizard_ops.hybrid_attn.expiring import with_expiries
 from lizard_ops.hybrid_attn.mix import mixed
 from lizard_ops.window_attn.chunk_torch import window_rows
 from lizard_ops.window_attn.expiring import most_living
@@ -22,13 +23,14 @@ def chunk_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tuple[Te
     def op(x, lengths):
         if x.expiry is not None and checks.may_read(x.expiry):
             check_places(x.expiry, lengths, options)
+        x, scored = with_expiries(x, lengths, options)
         o_lin, log_mass, linear = linear_rows(linear_inputs(x, options), lengths, options.linear)
         o_win, lse, row_max, local = window_rows(x.local, lengths, options.local)
         o = mixed(
             o_lin, log_mass, o_win, lse, row_max, mix=options.mix, weight=x.weight, merge_mass=options.merge_mass
         )  # fmt: skip
         position = layout_of(x.q, x.initial_state, None, lengths).end
-        return [o], AttentionState(position, **(local | linear)) if options.output_final_state else None
+        return [o], AttentionState(position, **(local | linear | scored)) if options.output_final_state else None
 
     (o,), state = over_rows(op, inputs, (0.0,), options.offset)
     return o.to(inputs.q.dtype), state

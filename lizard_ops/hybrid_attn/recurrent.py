@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizard_ops.common.checks import window_state_shapes
+from lizard_ops.common.checks import window_state_shapes, work_dtype
 from lizard_ops.common.numerics import tied_to
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState, overwrite_state
 from lizard_ops.common.steps import blank_state, take_at, token, where_active
 from lizard_ops.gated_attn.recurrent import blank_linear_state, linear_step
-from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
+from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, scored_state_shapes
+from lizard_ops.hybrid_attn.keeping import Fields, keep_step
 from lizard_ops.hybrid_attn.mix import mixed
 from lizard_ops.window_attn.recurrent import window_step
 
@@ -30,16 +31,21 @@ def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tupl
         outputs = []
         for t in range(inputs.q.shape[1]):
             x = token(inputs, t)
+            scored: Fields = {}
+            kept = joining = None
+            if x.scores is not None:
+                scored, joining = keep_step(x, state, options, inplace=direct)
+                kept = scored["kept_k"], scored["kept_v"], scored["kept_positions"]
             leaving_v = take_at(state.ring_v, state.position % window) if options.offset else None
-            o_win, lse, row_max, local = window_step(x.local, state, options.local, inplace=direct)
+            o_win, lse, row_max, local = window_step(x.local, state, options.local, direct, kept)
             shared = (local["ring_v"], leaving_v) if options.offset else None
-            o_lin, log_mass, linear = linear_step(x.linear, state, options.linear, shared, inplace=direct)
+            o_lin, log_mass, linear = linear_step(x.linear, state, options.linear, shared, direct, joining)
             o = mixed(
                 o_lin, log_mass, o_win, lse, row_max, mix=options.mix, weight=x.weight, merge_mass=options.merge_mass
             )  # fmt: skip
             active = None if lengths is None else t < lengths
             position = state.position.add_(1) if direct else state.position + 1
-            new = state._replace(position=position, **(local | linear))
+            new = state._replace(position=position, **(local | linear | scored))
             state = where_active(active, new, state)
             outputs.append(o)
         blank = inputs.q.new_zeros(*inputs.q.shape[:3], inputs.v.shape[3])
@@ -55,6 +61,11 @@ def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tupl
 def blank_hybrid_state(inputs: HybridInputs, options: HybridOptions) -> AttentionState:
     """The state of both branches before the first token of rows [B, T, ...]."""
     k, v = inputs.k, inputs.v
-    local = blank_state(k, window_state_shapes(k.shape[0], k, v, options.window, options.anchors), {})
+    n, work = k.shape[0], work_dtype(v)
+    shapes = window_state_shapes(n, k, v, options.window, options.anchors)
+    if inputs.scores is not None:
+        shapes |= scored_state_shapes(inputs, options, n)
+    dtypes = {"kept_fk": inputs.fk.dtype, "kept_g": work, "log_scale": work}
+    rest = blank_state(k, shapes, dtypes)
     linear = blank_linear_state(inputs.linear, options.offset, options.feature_map)
-    return linear._replace(**{name: field for name, field in local._asdict().items() if field is not None})
+    return linear._replace(**{name: field for name, field in rest._asdict().items() if field is not None})

@@ -72,6 +72,7 @@ class Left(NamedTuple):
     kept_positions: Tensor | None = None
     ring_scores: Tensor | None = None
     carried: Tensor | None = None
+    kept_numbers: Tensor | None = None  # [N, P, Hk] of the kept keys, as ``stream`` numbers them, -1 in empty places
 
     @property
     def state(self) -> ExpiryState | None:

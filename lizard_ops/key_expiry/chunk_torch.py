@@ -16,13 +16,18 @@ def expiry_torch(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor, 
     """(expiry [B, T, Hk], what is left of each sequence) of checked arguments."""
 
     def op(inputs, lengths):
-        stream, layout = ranked_stream(inputs, lengths, options)
-        found = unkept(stream, options) if options.kept_keys == 0 else tiled(stream, options)
-        expiry, left = told(stream, layout, inputs, options, found)
+        expiry, left = expiry_rows(inputs, lengths, options)
         return [expiry], left
 
     (expiry,), left = over_rows(op, inputs, (NEVER,))
     return expiry, left
+
+
+def expiry_rows(inputs: ExpiryInputs, lengths: Tensor | None, options: ExpiryOptions) -> tuple[Tensor, Left]:
+    """The same of right-padded rows, ``lengths`` [B] of each (None: all)."""
+    stream, layout = ranked_stream(inputs, lengths, options)
+    found = unkept(stream, options) if options.kept_keys == 0 else tiled(stream, options)
+    return told(stream, layout, inputs, options, found)
 
 
 def tiled(stream: RankedStream, options: ExpiryOptions) -> Found:

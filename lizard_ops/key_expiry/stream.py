@@ -141,7 +141,9 @@ def told(
         position, order = position.sort(1)
         scores = score_of(kept).masked_fill(~real, -torch.inf).gather(1, order)
         ring_scores = final_ring(inputs.scores, None if state is None else state.ring_scores, window, layout)
+        empty = position == NEVER
         left = left._replace(
-            kept_scores=scores, kept_positions=position.masked_fill(position == NEVER, -1), ring_scores=ring_scores
-        )
+            kept_scores=scores, kept_positions=position.masked_fill(empty, -1), ring_scores=ring_scores,
+            kept_numbers=number.gather(1, order).masked_fill(empty, -1),
+        )  # fmt: skip
     return expiry(new, stream.first[owner]), left

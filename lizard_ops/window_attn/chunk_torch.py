@@ -13,7 +13,7 @@ from lizard_ops.common.numerics import logistic, soft_capped
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.sizes import is_known
 from lizard_ops.common.state import AttentionState
-from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, window_fields
+from lizard_ops.common.streams import anchor_rows, gather_rows, key_stream, layout_of, window_fields, with_kept
 from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
 from lizard_ops.window_attn.expiring import living, rows_at
 
@@ -56,17 +56,23 @@ def window_rows(
         size = max(1, min(size, length)) if is_known(length) else size
     blocks, back = -(-length // size), -(-(window - 1) // size)
     stream_k, stream_v = key_stream(k, state and state.ring_k, layout), key_stream(v, state and state.ring_v, layout)
+    if expiry is not None:
+        if state is None:
+            row = torch.arange(length, device=q.device).view(1, -1, 1)
+            is_key = row >= anchors if lengths is None else (row >= anchors) & (row < lengths.view(-1, 1, 1))
+            expiry = expiry.masked_fill(~is_key, 0)
+        stream_k, stream_v = with_kept(stream_k, state and state.kept_k), with_kept(stream_v, state and state.kept_v)
+        prefix = stream_k.shape[1] - length
+    if inputs.kept_rows is not None:
+        fields |= {"kept_k": gather_rows(stream_k, inputs.kept_rows), "kept_v": gather_rows(stream_v, inputs.kept_rows)}
     keys = _reach(stream_k.to(work), anchor_k.to(work), size, back, blocks, prefix)  # [B, Hk, n, A + S, D]
     values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)
     seen = near = _visible(layout.position, anchors, window, size, back, blocks)[:, None]  # [B, 1, n, C, A + S]
     if expiry is not None:
-        row = torch.arange(length, device=q.device).view(1, -1, 1)
-        is_key = row >= anchors if lengths is None else (row >= anchors) & (row < lengths.view(-1, 1, 1))
-        expiry = expiry.masked_fill(~is_key, 0)
-        alive = living(expiry, blocks, size, back, places)
-        keys = torch.cat([keys, rows_at(k.to(work), alive)], 3)
-        values = torch.cat([values, rows_at(v.to(work), alive)], 3)
-        seen = torch.cat([near | _kept(expiry, anchors, size, back, blocks), _listed(expiry, alive, size)], -1)
+        alive = living(expiry, blocks, size, back, places, prefix)
+        keys = torch.cat([keys, rows_at(stream_k.to(work), alive)], 3)
+        values = torch.cat([values, rows_at(stream_v.to(work), alive)], 3)
+        seen = torch.cat([near | _kept(expiry, anchors, size, back, blocks, prefix), _listed(expiry, alive, size)], -1)
     queries = F.pad(q.to(work) * options.scale, (0, 0, 0, 0, 0, blocks * size - length))
     queries = queries.unflatten(2, (key_heads, group)).unflatten(1, (-1, size)).permute(0, 3, 1, 4, 2, 5)
     queries = queries.contiguous().flatten(3, 4)  # [B, Hk, n, G C, D]
@@ -159,10 +165,10 @@ def _visible(position: Tensor, anchors: int, window: int, size: int, back: int, 
     return torch.cat([far, near], -1)
 
 
-def _kept(expiry: Tensor, anchors: int, size: int, back: int, blocks: int) -> Tensor:
+def _kept(expiry: Tensor, anchors: int, size: int, back: int, blocks: int, prefix: int) -> Tensor:
     """Which of the keys that ``_reach`` lays out have not expired at each query: bool [B, Hk, n, C, A + S]."""
     none = expiry.new_zeros(expiry.shape[0], anchors, expiry.shape[2], 1)
-    ends = _reach(expiry.unsqueeze(-1), none, size, back, blocks, 0).squeeze(-1).unsqueeze(3)
+    ends = _reach(expiry.unsqueeze(-1), none, size, back, blocks, prefix).squeeze(-1).unsqueeze(3)
     block = size * torch.arange(blocks, device=expiry.device).view(-1, 1, 1)
     query = torch.arange(size, device=expiry.device).view(-1, 1)
     key = torch.arange(-back * size - anchors, size, device=expiry.device)  # beside the anchors, which have expired

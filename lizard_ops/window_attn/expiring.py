@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 
-def living(expiry: Tensor, blocks: int, size: int, back: int, places: int) -> Tensor:
+def living(expiry: Tensor, blocks: int, size: int, back: int, places: int, prefix: int = 0) -> Tensor:
     """[B, Hk, blocks, places]: keys before those that a block of queries reaches, but alive at its first; -1 for none.
 
-    expiry [B, T, Hk], 0 for what is no such key ever. Block n has queries n size and later, and reaches the keys from
-    (n - back) size on. A key is in the list of an interval of blocks: every pair of key and block has a number, the
-    pairs are sorted by block, and no list is longer than ``places``.
+    expiry [B, T, Hk], counted from the first query, 0 or less for what is no such key ever; the first ``prefix`` keys
+    are before it. Block n has queries n size and later, and reaches the keys from (n - back) size on. A key is in the
+    list of an interval of blocks: every pair of key and block has a number, the pairs are sorted by block, and no list
+    is longer than ``places``.
     """
     batch, length, heads = expiry.shape
     ends, device = expiry.clamp(max=blocks * size).movedim(2, 1), expiry.device  # [B, Hk, T]
-    first = torch.arange(length, device=device) // size + back + 1  # block
+    first = (torch.arange(-prefix, length - prefix, device=device) // size + back + 1).clamp(min=0)  # block
     stays = ((ends + size - 1) // size - first).clamp(min=0)  # blocks that start before the key expires
     last = stays.cumsum(-1)
     pair = torch.arange(blocks * places, device=device).expand(batch, heads, -1).contiguous()

@@ -11,9 +11,12 @@ from lizard_ops.common.checks import work_dtype
 from lizard_ops.common.numerics import soft_capped
 from lizard_ops.common.sequences import (
     anchors_after,
+    expiring_rows,
     one_sequence,
+    positions_of,
     put_rows,
     ring_after,
+    rows_by_head,
     sequence_slices,
     stack_states,
     with_ring,
@@ -81,7 +84,8 @@ def window_branch(
     """One sequence: (o [T, Hq, V], lse [T, Hq], row maximum of the scores [T, Hq], state without the leading N).
 
     o_i = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + c) over i - window < j <= i and j < anchors, s_ij = scale q_i.k_j, or
-    softcap tanh(scale q_i.k_j / softcap); with an expiry over j <= i < expiry_j too, which the maximum leaves out.
+    softcap tanh(scale q_i.k_j / softcap); with an expiry over j <= i < expiry_j too, kept keys of the state among them,
+    which the maximum leaves out.
     """
     q, k, v, sinks, past = inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.initial_state
     window, anchors = options.window, options.anchors
@@ -93,24 +97,32 @@ def window_branch(
     )
     k, v = with_ring(old.ring_k, k, position), with_ring(old.ring_v, v, position)
     first = position + length - len(k)  # position of row 0
+    if inputs.expiry is not None:
+        far = min(anchors, first)  # anchors that are no longer among the rows
+        at = positions_of(old.kept_positions, first, position + length, k)  # [J, Hk]
+        at = torch.cat([torch.arange(far, device=k.device).unsqueeze(1).expand(-1, at.shape[1]), at])
+        ends = torch.cat([inputs.expiry.new_full((far, at.shape[1]), -1), inputs.expiry])
+        all_k = torch.cat([anchor_k[:far], expiring_rows(old.kept_k, k)])
+        all_v = torch.cat([anchor_v[:far], expiring_rows(old.kept_v, v)])
     outputs, masses, maxima = [], [], []
     for i in range(length):
         end = i + 1 + len(k) - length  # rows up to and with the query's own key
         begin = max(0, end - window)
         far = min(anchors, first + begin)  # anchors that the window has left behind
         keys, values, near = torch.cat([anchor_k[:far], k[begin:end]]), torch.cat([anchor_v[:far], v[begin:end]]), None
-        if inputs.expiry is not None:  # without a state, so that row j stands at position j
-            j = torch.arange(end, device=k.device)
-            seen = (j > i - window) | (j < anchors)
-            alive = (inputs.expiry[:end] > i) | seen.unsqueeze(1)  # [j, Hk]
+        if inputs.expiry is not None:
+            come = (at >= 0) & (at <= position + i)
+            seen = come & ((at > position + i - window) | (at < anchors))
+            alive = seen | (come & (ends > i))  # [J, Hk]
             rows = alive.any(1).nonzero().squeeze(1)
-            keys, values, near, alive = k[rows], v[rows], seen[rows], alive[rows].repeat_interleave(group, 1)
+            keys, values = all_k[rows], all_v[rows]
+            near, alive = (x[rows].repeat_interleave(group, 1) for x in (seen, alive))
         keys, values = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
         scores = soft_capped(options.scale * (q[i].to(work) * keys).sum(-1), options.softcap)  # [j, Hq]
         if near is not None:
             scores = scores.masked_fill(~alive, -math.inf)
         largest = scores.amax(0)
-        top = largest if near is None else scores[near].amax(0)
+        top = largest if near is None else scores.masked_fill(~near, -math.inf).amax(0)
         if sinks is None:
             lse = scores.logsumexp(0)
         elif options.sink_form == "exp":
@@ -131,4 +143,9 @@ def window_branch(
         anchor_k=anchor_k if anchors else None,
         anchor_v=anchor_v if anchors else None,
     )
+    if inputs.kept_rows is not None:
+        state = state._replace(
+            kept_k=rows_by_head(expiring_rows(old.kept_k, k), inputs.kept_rows),
+            kept_v=rows_by_head(expiring_rows(old.kept_v, v), inputs.kept_rows),
+        )
     return o, lse, row_max, state

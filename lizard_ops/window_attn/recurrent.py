@@ -20,10 +20,13 @@ def window_step(
     state: AttentionState,
     options: WindowOptions,
     inplace: bool = False,
+    kept: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None]]:
     """One token per row: (o [B, Hq, V], lse [B, Hq], row maximum [B, Hq], the fields that changed).
 
     inplace: the fields are those of ``state``, overwritten.
+    kept: keys [B, P, Hk, D] and values [B, P, Hk, V] of other places, seen but for the maximum, positions [B, P, Hk] of
+    the keys, -1 for none.
     """
     q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
     window, anchors, softcap = options.window, options.anchors, options.softcap
@@ -45,11 +48,16 @@ def window_step(
             anchor_k, anchor_v = state.anchor_k.copy_(anchor_k), state.anchor_v.copy_(anchor_v)
         fields |= {"anchor_k": anchor_k, "anchor_v": anchor_v}
         scores = torch.cat([scores, _scores(queries, anchor_k, place <= position - window, softcap)], -1)
-    row_max, weights = scores.amax(-1).flatten(1), scores.softmax(-1)
+    row_max = scores.amax(-1).flatten(1)
+    if kept is not None:
+        scores = torch.cat([scores, _scores(queries, kept[0], kept[2] >= 0, softcap)], -1)
+    weights = scores.softmax(-1)
     lse = scores.logsumexp(-1).flatten(1)
     o = weights[..., :window] @ ring_v.to(work).transpose(1, 2)
     if anchors:
-        o = o + weights[..., window:] @ anchor_v.to(work).transpose(1, 2)
+        o = o + weights[..., window : window + anchors] @ anchor_v.to(work).transpose(1, 2)
+    if kept is not None:
+        o = o + weights[..., window + anchors :] @ kept[1].to(work).transpose(1, 2)
     o = o.flatten(1, 2)
     if sinks is not None:
         o, lse = with_sinks(o, lse, row_max, sinks.to(work), options.sink_form)
@@ -57,6 +65,7 @@ def window_step(
 
 
 def _scores(queries: Tensor, keys: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
-    """[B, Hk, G, M]: queries [B, Hk, G, D] against keys [B, M, Hk, D], -inf where not seen [B, M]."""
+    """[B, Hk, G, M]: queries [B, Hk, G, D] against keys [B, M, Hk, D], -inf where not seen [B, M] or [B, M, Hk]."""
     scores = soft_capped(queries @ keys.to(queries.dtype).permute(0, 2, 3, 1), softcap)
-    return scores.masked_fill(~seen[:, None, None], -math.inf)
+    seen = seen.unsqueeze(1) if seen.ndim == 2 else seen.transpose(1, 2)
+    return scores.masked_fill(~seen.unsqueeze(2), -math.inf)

@@ -123,7 +123,7 @@ def test_operator_is_well_formed():
     checks = ("test_schema", "test_faketensor")  # its state changes with every call
     torch.library.opcheck(
         decode.hybrid_decode,
-        (*arguments(x, "", {})[0], None, None, *state, *tail),
+        (*arguments(x, "", {})[0], None, None, *(getattr(state, name) for name in decode.FIELDS), *tail),
         test_utils=checks,
     )
 

@@ -29,6 +29,9 @@ def config_for(q: Tensor, features: int, v_dim: int) -> Launch:
     return Launch(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
 
 
+FIELDS = AttentionState._fields[: AttentionState._fields.index("kept_k")]  # those of a step without kept keys
+
+
 def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o [B, 1, Hq, V], state) of one token per row for ``recurrent_hybrid_attn``, whose arguments come here checked.
 
@@ -47,7 +50,7 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         g=inputs.g,
         sinks=inputs.sinks,
         weight=inputs.weight,
-        **state._asdict(),
+        **{name: getattr(state, name) for name in FIELDS},
         window=options.window,
         anchors=options.anchors,
         merge=options.mix == "merge",
@@ -62,7 +65,7 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
     return o, state if options.output_final_state else None
 
 
-@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=AttentionState._fields)
+@torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=FIELDS)
 def hybrid_decode(
     q: Tensor,
     k: Tensor,
