@@ -285,8 +285,11 @@ class LizardCache(Cache):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LizardCache:
         """Move every layer, as ``Module.to`` does, and return itself. dtype is that of keys and values.
 
-        Sums and gates stay float32, or become float64 with it. Raises ValueError while the past is recorded.
+        Sums and gates stay float32, or become float64 with it. Raises ValueError, before anything moves, while the past
+        is recorded.
         """
+        for layer in self.lizard_layers():
+            layer.check_move()
         for layer in self.layers:
             if isinstance(layer, LizardCacheLayer):
                 layer.to(device, dtype)

@@ -193,6 +193,22 @@ def test_moves_to_another_dtype(kept):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kept", [(0,), (1,)])
+def test_a_move_that_is_refused_moves_nothing(kept):
+    """Also the layers before the first that records its past stay as they are."""
+    model, ids = student(softmax_layers=kept), tokens(2, 9)
+    cache, untouched = (model(ids).past_key_values for _ in range(2))
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="records its past cannot be moved"):
+        cache.to("cpu", torch.bfloat16)
+    (layer,) = (cache.layers[i] for i in kept)
+    assert layer.dtype == layer.keys.dtype == layer.values.dtype == torch.float32
+    more = tokens(2, 3, seed=3)
+    found, wanted = (model(more, past_key_values=c).logits for c in (cache, untouched))
+    assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
 def test_another_number_of_rows_is_refused():
     model = student()
     cache = model(tokens(2, 9)).past_key_values
