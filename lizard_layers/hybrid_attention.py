@@ -22,6 +22,7 @@ from lizard_ops import (
     overwrite_state,
     recurrent_hybrid_attn,
     window_attn,
+    without_autocast,
 )
 
 
@@ -127,7 +128,7 @@ class HybridAttention(nn.Module):
         inplace: bool,
     ) -> tuple[Tensor, AttentionState | None]:
         config = self.config
-        with torch.autocast(tokens.x.device.type, enabled=False):
+        with without_autocast(tokens.x):
             shared: dict[str, Any] = dict(
                 anchors=config.anchors,
                 sinks=None if self.sinks is None else self.sinks(),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_layers.parameters import Float32Module, float32_parameter
-from lizard_ops import Compaction, compact, compaction, restore
+from lizard_ops import Compaction, compact, compaction, packed_cumsum, restore, without_autocast
 
 LOOK_AHEAD = 2
 """The score of a key is known this many tokens after it."""
@@ -134,11 +134,11 @@ class KeyScore(Float32Module):
                 that do not rise from 0 to T (values on a CPU alone); a state of another module or number of sequences.
         """
         self._check(x, k, v, padding_mask, cu_seqlens)
-        count = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = self.empty_state(count, x.device) if state is None else self._checked(state, count, x.device)
         if x.shape[1] == 0:
             return x.new_zeros(*x.shape[:2], self.num_key_heads, dtype=self.bias.dtype), state if use_state else None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x, k, v = (t.to(self.bias.dtype) for t in (x, k, v))
             if padding_mask is not None:  # a padded token may hold NaN, which zero gradients would not cancel
                 x, k, v = (t.masked_fill(~_wide(padding_mask, t), 0.0) for t in (x, k, v))
@@ -198,7 +198,7 @@ class KeyScore(Float32Module):
         if cu_seqlens is None:
             return
         integers = cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.device == x.device
-        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or not integers:
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or not integers:
             _refuse("cu_seqlens", cu_seqlens, f"an int32 or int64 tensor [N + 1] on {x.device}, N >= 1")
         if batch != 1:
             _refuse("x", x, "one row (B = 1) with cu_seqlens")
@@ -255,24 +255,21 @@ class _Order(NamedTuple):
 
     def before(self, z: Tensor, first: Tensor) -> Tensor:
         """z [B, T, ...] one token later; ``first`` [N, ...] in the place of each sequence's first token."""
-        if self.sequence is None:
-            return torch.cat([first[:, None], z[:, :-1]], 1)
-        return torch.where(_wide(self.rank == 0, z), first[self.sequence][None], z.roll(1, 1))
+        start = first[:, None] if self.sequence is None else first[self.sequence][None]
+        return torch.where(_wide(self.rank == 0, z), start, z.roll(1, 1))  # a slice would ask whether T is 2
 
     def running_sum(self, z: Tensor, start: Tensor) -> Tensor:
         """Sums over each sequence up to each token, its own included, from ``start`` [N, ...] on."""
-        sums = z.cumsum(1)
-        if self.sequence is None or self.ends is None:
-            return sums + start[:, None]
-        outside = torch.cat([torch.zeros_like(sums[0, :1]), sums[0]])[self.ends[:-1]]  # of the sequences before
-        return sums + (start - outside)[self.sequence][None]
+        if self.sequence is None:
+            return z.cumsum(1) + start[:, None]
+        return packed_cumsum(z, self.rank) + start[self.sequence][None]
 
     def last(self, z: Tensor, otherwise: Tensor) -> Tensor:
         """z at the last new token of each sequence, [N, ...]; ``otherwise`` for a sequence that has none."""
         if self.ends is None and self.plan is None:
             return z[:, -1]
         if self.ends is None:
-            rows = z[torch.arange(len(z), device=z.device), (self.counts - 1).clamp(min=0)]
+            rows = z[torch.arange(z.shape[0], device=z.device), (self.counts - 1).clamp(min=0)]
         else:
             rows = z[0, (self.ends[1:] - 1).clamp(min=0)]
         return torch.where((self.counts > 0).view(-1, *[1] * (rows.ndim - 1)), rows, otherwise)

@@ -1,8 +1,9 @@
 """Gated linear attention, window attention with sinks and anchors, both in one pass, and what stands around them."""
 
+from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
-from lizard_ops.common.padding import Compaction, compact, compaction, restore
+from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
 from lizard_ops.common.state import AttentionState, overwrite_state
 from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
@@ -37,6 +38,7 @@ __all__ = [
     "naive_key_expiry",
     "naive_window_attn",
     "overwrite_state",
+    "packed_cumsum",
     "project_heads",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
@@ -45,4 +47,5 @@ __all__ = [
     "tune",
     "use_tuned",
     "window_attn",
+    "without_autocast",
 ]

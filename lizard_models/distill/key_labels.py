@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lizard_ops import without_autocast
+
 LEAST = 1e-12  # labels end at its logarithm: below it a key is not missed, and float32 has no squares of less
 
 
@@ -58,7 +60,7 @@ def key_labels(
     weight = attention.output_weight.float()
     bias = None if attention.output_bias is None else attention.output_bias.float()
     found = q.new_zeros(batch, key_heads, heads // key_heads, keys)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         for start in range(0, length, block):
             stop = min(start + block, length)
             seen = stop - window  # keys that these queries see after they left

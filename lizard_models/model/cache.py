@@ -285,16 +285,20 @@ class LizardCache(Cache):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LizardCache:
         """Move every layer, as ``Module.to`` does, and return itself. dtype is that of keys and values.
 
-        Sums and gates stay float32, or become float64 with it. Raises ValueError while the past is recorded.
+        Sums and gates stay float32, or become float64 with it. Raises ValueError, before anything moves, while the past
+        is recorded.
         """
+        for layer in self.lizard_layers():
+            layer.check_move()
         for layer in self.layers:
             if isinstance(layer, LizardCacheLayer):
                 layer.to(device, dtype)
             elif layer.is_initialized:
-                layer.keys, layer.values = (t.to(device=device, dtype=dtype) for t in (layer.keys, layer.values))
-                layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+                move_kept(layer, device, dtype)
         if self.seen.on_device is not None and device is not None:
             self.seen.live_on(torch.device(device))
+        if self.read_mask is not None:
+            self.read_mask = self.read_mask.to(device=device)
         return self
 
     def state_bytes(self) -> int:
@@ -306,6 +310,16 @@ class LizardCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def move_kept(layer: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """Move all tensors of a kept softmax layer; dtype is that of keys and values alone, not of counters."""
+    for name, t in vars(layer).items():
+        if isinstance(t, Tensor):
+            setattr(layer, name, t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+            if isinstance(layer, StaticLayer):
+                mark_static(getattr(layer, name))
+    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
 
 
 def copy_kept(layer: Any) -> Any:

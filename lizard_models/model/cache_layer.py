@@ -223,10 +223,17 @@ class LizardCacheLayer(CacheLayerMixin):
             raise ValueError("a cache that records its past cannot be pickled: crop(0) and record_past=False first")
         return self.__dict__
 
-    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Move the state; dtype is that of keys and values, sums and gates stay float32 (float64 with it)."""
+    def check_move(self) -> None:
+        """Raises ValueError where ``to`` could not move the layer."""
         if self._rollback is not None:
             raise ValueError("a cache that records its past cannot be moved: crop(0) and record_past=False first")
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move the state; dtype is that of keys and values, sums and gates stay float32 (float64 with it).
+
+        Raises as ``check_move``.
+        """
+        self.check_move()
         if self.state is None:
             return
         work = torch.float64 if dtype == torch.float64 else torch.float32

@@ -151,9 +151,7 @@ class LizardDecoder(LizardModelMixin):
         use_cache: bool | None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        reached = None if self.mode == "teacher" else self.position_range
-        if self.rotary_emb.range != reached:
-            self.rotary_emb.range = reached
+        self.rotary_emb.reach(None if self.mode == "teacher" else self.position_range)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if position_ids is None and tokens is not None:
             position_ids = positions_of_documents(kwargs, tokens.shape[1])
@@ -232,6 +230,7 @@ class LizardDecoder(LizardModelMixin):
             if padding_mask is not None:
                 attention_mask = packed_mask(packing, padding_mask, self.dtype, self.config)
         if self.mode == "distill":
+            self._refuse_rescaled(position_ids, length)
             if plain and self.causal_without_mask:
                 attention_mask, plan = placeholder_mask(tokens), plan._replace(without_mask=True)
             plan = plan._replace(with_gradients=torch.is_grad_enabled())
@@ -254,6 +253,20 @@ class LizardDecoder(LizardModelMixin):
         if padding_mask is not None and length > 1:
             outputs.last_hidden_state = repeat_over_padding(outputs.last_hidden_state, padding_mask)
         return outputs
+
+    def _refuse_rescaled(self, position_ids: Tensor | None, length: int) -> None:
+        """Raises ValueError where the teacher would rescale its frequencies and the student keeps them."""
+        context = self.rotary_emb.rescales_past()
+        if context is None:
+            return
+        context = max(context, self.position_range.limit)  # up to the limit a student's are the family's
+        reached = length if position_ids is None else int(position_ids.max()) + 1
+        if reached > context:
+            raise ValueError(
+                f"input_ids: got {reached} positions, wanted at most {context} in mode "
+                '"distill": past them dynamic RoPE rescales the frequencies of the teacher, and a student keeps its '
+                "own, so there is nothing to compare"
+            )
 
     def _cache_and_packing(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,41 @@ class FarRotary:
     """
 
     range: PositionRange | None  # None leaves everything to the family
+
+    def reach(self, limits: PositionRange | None) -> None:
+        """Be exact past these limits; None leaves everything to the family.
+
+        A dynamic kind keeps the frequencies that it rescaled for the last long text, also for a text of exactly its
+        context: what it did for a teacher is taken back here.
+        """
+        if limits == self.range:
+            return
+        self.range, module = limits, cast(Any, self)
+        for kind in self.kinds() if limits is not None else []:
+            if "dynamic" in self.type_of(kind):
+                prefix = "" if kind is None else f"{kind}_"
+                frequencies, original = (getattr(self, f"{prefix}{name}") for name in ("inv_freq", "original_inv_freq"))
+                setattr(self, f"{prefix}inv_freq", original.to(frequencies.device, copy=True))
+                setattr(self, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+    def rescales_past(self) -> int | None:
+        """The length past which the family's frequencies depend on the length; None if they never do."""
+        module: Any = self
+        return module.original_max_seq_len if any("dynamic" in self.type_of(kind) for kind in self.kinds()) else None
+
+    def type_of(self, kind: str | None) -> str:
+        """The kind of RoPE of a layer type."""
+        types: Any = getattr(self, "rope_type", "default")
+        return types if isinstance(types, str) else types[kind]
+
+    def choose(self, positions: Tensor) -> None:
+        """Let kinds that choose their frequencies by the last position do so, before ``turn`` reads them.
+
+        positions: those of the next forward, of any shape.
+        """
+        for kind in self.kinds():
+            if self.type_of(kind) == "longrope":
+                self.forward(positions.new_empty(0, dtype=torch.float32), positions, *([] if kind is None else [kind]))
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """x: for its device and dtype. position_ids [B or 1, T] -> cos, sin [B or 1, T, D] in x's dtype."""
@@ -134,6 +169,7 @@ def anchor_blocks(
     shifts = shift[:, :1] if whole else shift[:, starts]  # [B or 1, blocks]; a slice needs no index on the device
     moved = shifts > 0
     blocks: dict[str | None, list[AnchorBlock]] = {}
+    rotary.choose(positions)
     for kind in rotary.kinds():
         cos, sin = rotary.turn(shifts, kind)
         blocks[kind] = [

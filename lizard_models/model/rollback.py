@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 
@@ -16,14 +14,15 @@ class Rollback:
     """The state before the last tokens, and those tokens as the layer read them.
 
     A state cannot forget a token, but the layer can read the kept ones again: one attention call a layer on at most
-    2 ``limit`` tokens, without projections or MLPs. The last ``limit`` of those recorded can be taken back.
+    2 ``limit`` tokens, without projections or MLPs. The last ``limit`` of those recorded can be taken back. The
+    layer is kept as long as its tokens are: the model may be gone, and the cache go on in another of its weights.
     """
 
     def __init__(self, state: AttentionState | None, limit: int = LIMIT) -> None:
         self.limit = limit
         self.base = snapshot(state)
         self.read: tuple[Tensor, ...] | None = None
-        self.attention: weakref.ref[HybridAttention] | None = None
+        self.attention: HybridAttention | None = None
 
     def tokens(self) -> int:
         """Tokens that can be taken back."""
@@ -42,7 +41,7 @@ class Rollback:
         if mask is None:
             mask = x.new_ones(x.shape[:2], dtype=torch.bool)
         new = tuple(t.expand(x.shape[0], *t.shape[1:]) for t in (*inputs[:-1], mask) if t is not None)
-        self.attention = weakref.ref(attention)
+        self.attention = attention
         if self._held() + x.shape[1] > 2 * self.limit and self.read is not None:
             kept = max(0, self.limit - x.shape[1])
             self.base = snapshot(self._after(self._held() - kept))
@@ -57,10 +56,9 @@ class Rollback:
         """The state after the first ``kept`` tokens of those held."""
         if kept == 0:
             return snapshot(self.base)
-        attention = None if self.attention is None else self.attention()
-        assert self.read is not None and attention is not None
+        assert self.read is not None and self.attention is not None
         x, q, k, v, *rope, mask = (t[:, :kept] for t in self.read)
-        return attention(x, q, k, v, tuple(rope) if rope else None, self.base, True, mask)[1]
+        return self.attention(x, q, k, v, tuple(rope) if rope else None, self.base, True, mask)[1]
 
     def select(self, indices: Tensor) -> None:
         """Keep the rows ``indices``."""

@@ -1,4 +1,4 @@
-"""Padding out of the way: real tokens to the left of each row, and back, without asking the device for a number."""
+"""Padding out of the way and back, and sums of packed rows, without asking the device for a number."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+
+from lizard_ops.common.sizes import is_known
+
+MOST = 2**31  # tokens of a row whose length an export leaves open
 
 
 class Compaction(NamedTuple):
@@ -50,3 +54,18 @@ def _take(x: Tensor, index: Tensor, valid: Tensor, fill: float) -> Tensor:
     flat = index + length * torch.arange(batch, device=x.device).unsqueeze(1)
     rows = x.flatten(0, 1).index_select(0, flat.flatten()).view_as(x)
     return rows.masked_fill(~valid.view(batch, length, *[1] * (x.ndim - 2)), fill)
+
+
+def packed_cumsum(x: Tensor, rank: Tensor) -> Tensor:
+    """Sums of x [B, T, ...] over each packed sequence up to each token, its own included.
+
+    rank [B, T]: how many tokens of its sequence come before a token. After the step with ``ahead`` a row holds the sum
+    of the last 2 ``ahead`` tokens of its sequence, so log T steps do. No sum holds a token of another sequence, as
+    differences of one running sum would: neither NaN nor rounding passes from one to the next, nor do gradients.
+    """
+    ahead, longest = 1, x.shape[1] if is_known(x.shape[1]) else MOST
+    while ahead < longest:
+        there = (rank >= ahead).view(*rank.shape, *[1] * (x.ndim - 2))
+        x = torch.where(there, x + x.roll(ahead, 1), x)
+        ahead *= 2
+    return x

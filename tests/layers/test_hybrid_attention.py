@@ -17,6 +17,19 @@ def test_equals_its_formulas(form):
     torch.testing.assert_close(o, as_formulas_read(made, x, q, k, v, rope), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "absorbed"])  # whose decays are read first
+def test_shapes_are_known_without_data(form):
+    """On the meta device, where there is no autocast to turn off."""
+    made, (x, q, k, v, rope) = layer(form), inputs(13)
+    o, state = made(x, q, k, v, rope, use_state=True)
+    made, (x, q, k, v, *rope) = made.to("meta"), (t.to("meta") for t in (x, q, k, v, *rope))
+    found, left = made(x, q, k, v, tuple(rope), use_state=True)
+    for have, wanted in zip((found, *left), (o, *state), strict=True):
+        assert (have is None) == (wanted is None)
+        assert have is None or (have.is_meta and have.shape == wanted.shape and have.dtype == wanted.dtype)
+    assert made(x, q, k, v, tuple(rope), left)[0].shape == o.shape
+
+
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "liger"])  # liger has none
 def test_every_parameter_gets_a_gradient(form):
     made, (x, q, k, v, rope) = layer(form), inputs(13)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lizard_ops.tiles.sums import add_product
+
 
 @triton.jit
 def token_offsets(n, tokens, length, stride_b, stride_t):
@@ -117,7 +119,7 @@ def weight_gradient_kernel(
         b_x = tl.load(x + rows_x[None, :] + h * x_h + d[:, None], mask=here[None, :] & (d < D)[:, None], other=0.0)
         p_dy = dy + (rows_y * YU)[:, None] + h * y_h * YU + f[None, :]
         b_dy = tl.load(p_dy, mask=here[:, None] & (f < F)[None, :], other=0.0)
-        acc = tl.dot(b_x, b_dy, acc, input_precision=PRECISION)
+        acc = add_product(acc, b_x, b_dy, tokens > 0, PRECISION)
     of_w = ((split * H + h) * D).to(tl.int64) * F + d[:, None] * F + f[None, :]
     tl.store(parts + of_w, acc, mask=(d < D)[:, None] & (f < F)[None, :])
 

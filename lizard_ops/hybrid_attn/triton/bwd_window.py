@@ -25,6 +25,7 @@ from lizard_ops.tiles.strided import (
     strided_heads,
     time_step,
 )
+from lizard_ops.tiles.sums import add_product
 from lizard_ops.window_attn.triton.bwd_keys import RowStats, key_gradients
 from lizard_ops.window_attn.triton.config import WindowCall, WindowNumbers
 
@@ -117,7 +118,7 @@ def window_query_kernel(
         seen = in_window(own, c, valid, W)
         p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None]) * slope
-        b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
+        b_dq = add_product(b_dq, ds.to(DTYPE), b_k, inside[:, None], PRECISION)
     for j in tl.range(0, ANCHORS, 16):
         c = j + tl.arange(0, 16)
         b_k = load_tile(p_ak, time_step(anchor_k), n * 0 + j, kept, 16, D, BD)
@@ -125,7 +126,7 @@ def window_query_kernel(
         seen = anchor_seen(c, t + i, n, stream, W, ANCHORS)
         p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None]) * slope
-        b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
+        b_dq = add_product(b_dq, ds.to(DTYPE), b_k, inside[:, None], PRECISION)
     if RELATIVE:
         top_key = tl.load(top_key_in + out, mask=inside, other=0)
         of_k = p_k + top_key.to(tl.int64) * time_step(k)

@@ -9,6 +9,7 @@ from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import FAR, locate_in_rows, stream_bounds
 from lizard_ops.tiles.softcap import cap_slope, capped, units
 from lizard_ops.tiles.strided import load_rows, store_rows
+from lizard_ops.tiles.sums import add_product
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def window_backward_queries_kernel(
         b_dsa = score_gradient(
             b_sa, b_do, b_va, b_lse, b_term, b_arg + 1 + o_a[None, :], b_dmax, scale_log2, HAS_MAX, PRECISION
         )
-        b_dq = tl.dot((b_dsa * slope_a).to(b_ka.dtype), b_ka, b_dq, input_precision=PRECISION)
+        b_dq = add_product(b_dq, (b_dsa * slope_a).to(b_ka.dtype), b_ka, m_f[:, None], PRECISION)
 
     first_row = i_block * BM // HB + P  # stream rows of the first and the last query
     last_row = (i_block * BM + BM - 1) // HB + P
@@ -126,5 +127,5 @@ def window_backward_queries_kernel(
         b_ds = score_gradient(
             b_s, b_do, b_v, b_lse, b_term, b_arg - (r + o_c)[None, :], b_dmax, scale_log2, HAS_MAX, PRECISION
         )
-        b_dq = tl.dot((b_ds * slope).to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_dq = add_product(b_dq, (b_ds * slope).to(b_k.dtype), b_k, m_f[:, None], PRECISION)
     store_rows(dq + o_out * D, b_dq * scale, m_f, D, BD)

@@ -13,6 +13,7 @@ from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import FAR, block_count, locate_in_rows, stream_bounds
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
 from lizard_ops.tiles.strided import load_rows, store_rows
+from lizard_ops.tiles.sums import add_product
 from lizard_ops.window_attn.triton.config import (
     WindowCall,
     WindowNumbers,
@@ -166,14 +167,14 @@ def window_backward_keys_kernel(
             b_share = tl.load(share + p_row + o_row, mask=m_n, other=0.0)
             b_dp *= b_share[None, :]
             b_pv = b_p * b_share[None, :]
-        b_dv = tl.dot(b_pv.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dv = add_product(b_dv, b_pv.to(b_do.dtype), b_do, m_k[:, None], PRECISION)
         b_ds = b_p * (b_dp - b_term[None, :])
         if d_max is not None:
             b_arg = tl.load(arg_max + p_row + o_row, mask=m_n, other=-FAR)
             b_dmax = tl.load(d_max + p_row + o_row, mask=m_n, other=0.0)
             b_largest = (b_arg[None, :] == o_r[:, None]) & (b_p > 0.0)
             b_ds += tl.where(b_largest, b_dmax[None, :], 0.0)
-        b_dk = tl.dot((b_ds * slope).to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_dk = add_product(b_dk, (b_ds * slope).to(b_q.dtype), b_q, m_k[:, None], PRECISION)
 
     b_dk *= scale
     if A > 0:

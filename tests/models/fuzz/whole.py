@@ -202,7 +202,11 @@ class Fuzz(Calls):
         elif kind == "token":
             half = new.mask()
             half[0, : 1 + seed % 2] = int(self.of.sliding)
-            refuse("", IndexError, input_ids=new.ids() + 97, attention_mask=torch.cat([held.mask(), half], 1))
+            whole = torch.cat([held.mask(), half], 1)
+            if self.of.sliding and any(runs(r) > 1 for r in whole.tolist()):  # a past that ends in padding
+                refuse("padding between the real", input_ids=new.ids() + 97, attention_mask=whole)
+            else:
+                refuse("", IndexError, input_ids=new.ids() + 97, attention_mask=whole)
         elif kind == "paged":
             refuse("no continuous batching", cache=DynamicCache())
 

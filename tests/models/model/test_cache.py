@@ -193,6 +193,42 @@ def test_moves_to_another_dtype(kept):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("options", [{}, {"family": "mistral", "sliding_window": 12}])
+def test_every_tensor_moves(options, static):
+    """Also what kept layers count their positions and windows by."""
+    model = student(softmax_layers=(1,), **options)
+    cache = LizardCache(model.config, static=static, max_cache_len=16 if static else None)
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    model(tokens(2, 9), attention_mask=mask, past_key_values=cache)
+    cache.to("meta", torch.float64)
+    assert cache.read_mask.device.type == cache.mask_of_the_past().device.type == "meta"
+    for layer in cache.layers:
+        state = getattr(layer, "state", None)
+        held = dict(vars(layer)) if state is None else state._asdict()
+        tensors = {name: t for name, t in held.items() if isinstance(t, torch.Tensor)}
+        assert tensors and {t.device.type for t in tensors.values()} == {"meta"}
+        for name, t in tensors.items():
+            assert not t.is_floating_point() or t.dtype == torch.float64, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [(0,), (1,)])
+def test_a_move_that_is_refused_moves_nothing(kept):
+    """Also the layers before the first that records its past stay as they are."""
+    model, ids = student(softmax_layers=kept), tokens(2, 9)
+    cache, untouched = (model(ids).past_key_values for _ in range(2))
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="records its past cannot be moved"):
+        cache.to("cpu", torch.bfloat16)
+    (layer,) = (cache.layers[i] for i in kept)
+    assert layer.dtype == layer.keys.dtype == layer.values.dtype == torch.float32
+    more = tokens(2, 3, seed=3)
+    found, wanted = (model(more, past_key_values=c).logits for c in (cache, untouched))
+    assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
 def test_another_number_of_rows_is_refused():
     model = student()
     cache = model(tokens(2, 9)).past_key_values

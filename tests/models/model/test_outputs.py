@@ -34,3 +34,19 @@ def test_a_config_of_tuples_generates():
     model.config.return_dict = False
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), wanted)
     assert type(teacher(num_hidden_layers=1)(ids, return_dict=False)) is type(model(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"softmax_layers": (1,)}, {"family": "gemma3_text"}])
+@pytest.mark.parametrize("preset", ["recommended", "paper", "liger"])
+def test_shapes_are_known_without_data(preset, options):
+    """A whole model on the meta device: a prompt and a step."""
+    model, ids = student(preset, **options), tokens(2, 20)
+    wanted = model(ids)
+    found = model.to("meta")(ids.to("meta"))
+    assert found.logits.is_meta and found.logits.shape == wanted.logits.shape
+    assert found.past_key_values.state_bytes() == wanted.past_key_values.state_bytes()
+    assert model(ids[:, :1].to("meta"), past_key_values=found.past_key_values).logits.shape == (
+        *ids[:, :1].shape,
+        wanted.logits.shape[-1],
+    )

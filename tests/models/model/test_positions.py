@@ -184,6 +184,52 @@ def test_far_angles_are_those_of_float64(rope):
     torch.testing.assert_close(sin[..., half:].double(), angles.sin() * scaling, rtol=0, atol=2e-6 * scaling)
 
 
+LONG_ROPE = dict(
+    rope_type="longrope", rope_theta=10_000.0, short_factor=[1.0] * 8, long_factor=[4.0] * 8, factor=8.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+DYNAMIC = dict(rope_type="dynamic", factor=10.0, rope_theta=10_000.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [DYNAMIC, LONG_ROPE], ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("preset", ["recommended", "lolcats"])
+def test_angles_are_the_same_whatever_was_read_before(preset, rope):
+    """Kinds that change their frequencies: in the first forward, in the next, after a short text and after a teacher's.
+
+    LIMIT tokens are the case that transformers does not take its rescaled frequencies back for.
+    """
+    fresh = [student_of(preset, rope) for _ in range(2)]
+    long, short = tokens(1, LIMIT + 16), tokens(1, LIMIT + 16)[:, :LIMIT]
+    for model, ids in zip(fresh, (long, short), strict=True):
+        wanted = model(ids, use_cache=False).logits
+        for mode, before in (("student", ids), ("student", ids[:, :8]), ("teacher", long)):
+            model.set_attention_mode(mode)
+            model(before, use_cache=False)
+            model.set_attention_mode("student")
+            assert torch.equal(model(ids, use_cache=False).logits, wanted), (mode, before.shape)
+
+
+@torch.no_grad()
+def test_a_teacher_that_rescales_is_not_distilled_past_its_context():
+    model, family = student_of("recommended", DYNAMIC), teacher(max_position_embeddings=LIMIT, rope_parameters=DYNAMIC)
+    ids = tokens(1, LIMIT + 1)
+    model.set_attention_mode("distill")
+    hidden = model.model(ids[:, :LIMIT]).last_hidden_state
+    torch.testing.assert_close(hidden, family.model(ids[:, :LIMIT]).last_hidden_state, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=f"got {LIMIT + 1} positions, wanted at most {LIMIT}"):
+        model(ids)
+    packed = torch.cat([torch.arange(LIMIT), torch.arange(5)])[None]
+    model(torch.cat([ids, ids[:, :4]], 1), position_ids=packed)
+
+
+def student_of(preset, rope):
+    family = teacher(max_position_embeddings=LIMIT, rope_parameters=rope)
+    model = linearize(family, LizardConfig.preset(preset, attention={"window": 8}))
+    disturb(model)
+    return model
+
+
 def test_a_teacher_keeps_its_own_angles():
     family = teacher(max_position_embeddings=LIMIT)
     model = linearize(family, LizardConfig.preset("recommended", attention={"window": 8}))

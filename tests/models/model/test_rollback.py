@@ -1,6 +1,7 @@
 """Tokens to take back: always the last 128, and drafts of any length."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def test_pieces_of_any_size_leave_the_last_128():
     cache.crop(-128)
     found = model(ids[:, at - 128 :], past_key_values=cache).logits
     torch.testing.assert_close(found, whole[:, at - 128 :], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_of_a_model_that_is_gone_can_be_taken_back():
+    """A cache goes on in another model of the same weights, as after loading them again."""
+    model, ids = student(softmax_layers=(1,)), tokens(1, 20)
+    other, cache = copy.deepcopy(model), model.new_cache()
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    del model
+    gc.collect()
+    cache.crop(-3)
+    found = other(ids[:, 17:], past_key_values=cache).logits
+    torch.testing.assert_close(found, other(ids).logits[:, 17:], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
