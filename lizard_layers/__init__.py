@@ -1,15 +1,27 @@
 """Modules of hybrid attention: feature maps, gates, meta memory and the layer they make. No transformers."""
 
-from lizard_layers.anchor_block import AnchorBlock
-from lizard_layers.config import AttentionChoices, AttentionConfig
+from lizard_layers.anchor_block import AnchorBlock, turn_by
+from lizard_layers.config import LOOK_AHEAD, AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
 from lizard_layers.hybrid_attention import HybridAttention
-from lizard_layers.key_score import LOOK_AHEAD, KeyScore, ScoreState
+from lizard_layers.key_score import KeyScore, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
-from lizard_layers.state import empty_state, map_state, select_sequences, state_bytes
+from lizard_layers.state import (
+    LayerState,
+    State,
+    clear_state,
+    empty_state,
+    map_state,
+    moved_state,
+    overwrite_layer_state,
+    select_sequences,
+    state_bytes,
+    state_of,
+    tensors_of,
+)
 from lizard_ops import AttentionState
 
 __all__ = [
@@ -25,15 +37,23 @@ __all__ = [
     "HybridAttention",
     "Mamba2Gate",
     "KeyScore",
+    "LayerState",
     "MergeMix",
     "MetaMemory",
     "PoolingGate",
     "ScoreState",
     "SigmoidGate",
     "SumMix",
+    "State",
     "build_gate",
+    "clear_state",
     "empty_state",
     "map_state",
+    "moved_state",
+    "overwrite_layer_state",
     "select_sequences",
     "state_bytes",
+    "state_of",
+    "tensors_of",
+    "turn_by",
 ]

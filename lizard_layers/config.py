@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from lizard_layers.field_types import check_fields
 
+LOOK_AHEAD = 2
+"""The score of a key is known this many tokens after it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionChoices:
@@ -29,6 +32,14 @@ class AttentionChoices:
     anchors: int = 0
     """First positions kept exactly in the window branch and left out of the linear one. Teachers put much of their
     attention on the first tokens: 4 anchors cut the stage 1 error of a 135M teacher thirtyfold. The paper has none."""
+
+    kept_keys: int = 0
+    """P: keys per key head that stay exact beyond window and anchors, the best so far by a learned score
+    (``KeyScore``), in constant memory still. The others enter the linear branch when they leave the window or are
+    displaced. The paper has none."""
+
+    score_dim: int = 128
+    """Width of the score's inner layer."""
 
     window_rope: bool = True
     """RoPE in the window. The paper's equations have none: without it the window explains about 60% of the teacher at
@@ -146,10 +157,10 @@ class AttentionChoices:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("window", "gate_rank"):
+        for name in ("window", "gate_rank", "score_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("anchors", "num_sinks", "sink_spread"):
+        for name in ("anchors", "kept_keys", "num_sinks", "sink_spread"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("position_limit", "position_step"):
@@ -167,6 +178,8 @@ class AttentionChoices:
             raise ValueError(
                 f"sink_spread=0 starts all {self.num_sinks} sinks equal: they get equal gradients and act as one"
             )
+        if self.kept_keys:
+            self._check_kept_keys()
         if self.linear_branch:
             self._check_linear_branch()
 
@@ -179,6 +192,18 @@ class AttentionChoices:
             )
         if step is not None and not 1 <= step <= (limit or step):
             raise ValueError(f"position_step={step} must be at least 1 and at most position_limit={limit}")
+
+    def _check_kept_keys(self) -> None:
+        kept = f"kept_keys={self.kept_keys}"
+        if not self.linear_branch:
+            raise ValueError(f"{kept} leaves the other keys to the linear branch: linear_branch=False has none")
+        if self.gate_form == "absorbed":
+            raise ValueError(f'{kept} needs gate_form="stable": a key enters the sums long after it came')
+        if self.window <= LOOK_AHEAD:
+            raise ValueError(
+                f"{kept} needs a window of at least {LOOK_AHEAD + 1}, got {self.window}: the score of a key is known "
+                f"{LOOK_AHEAD} tokens after it"
+            )
 
     def _check_linear_branch(self) -> None:
         if self.feature_dim is not None and self.two_sided and self.feature_dim_counts == "features":

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lizard_layers.anchor_block import AnchorBlock
+from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on
 from lizard_layers.config import AttentionConfig
 from lizard_layers.feature_map import FeatureMaps
 from lizard_layers.gate import build_gate
+from lizard_layers.key_score import LOOK_AHEAD, KeyScore
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import full_precision
+from lizard_layers.state import LayerState, State, overwrite_layer_state
 from lizard_ops import (
     AttentionState,
     apply_rotary,
@@ -35,12 +37,14 @@ class _Tokens(NamedTuple):
     v: Tensor
     rope: tuple[Tensor, Tensor] | None
     padding_mask: Tensor | None
+    scores: Tensor | None  # [B, T, Hk], each of the key LOOK_AHEAD tokens earlier
 
     def part(self, where: slice) -> _Tokens:
         """Those at the positions ``where`` alone."""
         x, q, k, v = (t[:, where] for t in (self.x, self.q, self.k, self.v))
         rope = None if self.rope is None else (self.rope[0][:, where], self.rope[1][:, where])
-        return _Tokens(x, q, k, v, rope, None if self.padding_mask is None else self.padding_mask[:, where])
+        mask, scores = (None if t is None else t[:, where] for t in (self.padding_mask, self.scores))
+        return _Tokens(x, q, k, v, rope, mask, scores)
 
 
 class HybridAttention(nn.Module):
@@ -57,6 +61,9 @@ class HybridAttention(nn.Module):
         if config.num_sinks:
             heads = config.num_heads if config.sinks_per_head else None
             self.sinks = MetaMemory(config.num_sinks, heads, config.sink_init, config.sink_spread)
+        self.key_score = None
+        if config.kept_keys:
+            self.key_score = KeyScore(config.hidden_size, config.num_key_heads, config.head_dim, config.score_dim)
         if config.linear_branch:
             self.feature_maps = FeatureMaps(config)
             self.gate = build_gate(config)
@@ -71,26 +78,53 @@ class HybridAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        state: AttentionState | None = None,
+        state: State | None = None,
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         anchor_blocks: Sequence[AnchorBlock] | None = None,
         inplace: bool = False,
-    ) -> tuple[Tensor, AttentionState | None]:
+    ) -> tuple[Tensor, State | None]:
         """Attend over the new positions and what ``state`` remembers.
 
         x [B, T, hidden]: the layer's normalised input, for gate and merge bias. q [B, T, Hq, D], k and v [B, T, Hk, D]:
         projected heads before RoPE. rope: (cos, sin), each [B or 1, T, D], of these positions. padding_mask [B, T]
         bool, True at real tokens; cu_seqlens [N+1] packs N sequences into one row. anchor_blocks: for
-        positions="clamped", how far the anchors have moved on, block by block of the new positions; None: not at all.
+        positions="clamped", how far anchors and kept keys have moved on, block by block of the new positions; None: not
+        at all.
         inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
-        else None. Raises ValueError for shapes that do not fit the config, or a choice of RoPE without ``rope``.
+        else None: an ``AttentionState``, with kept keys a ``LayerState``. No gradient reaches the parameters of the
+        score. Raises ValueError for shapes that do not fit the config, a state of another kind, or a choice of RoPE
+        without ``rope``.
         """
-        self._check(x, q, k, v, rope)
-        tokens = _Tokens(x, q, k, v, rope, padding_mask)
+        self._check(x, q, k, v, rope, state)
+        tokens = _Tokens(x, q, k, v, rope, padding_mask, None)
+        if self.key_score is None:
+            assert not isinstance(state, LayerState)
+            return self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
+        assert not isinstance(state, AttentionState)
+        with torch.no_grad():
+            past = None if state is None else state.score
+            scores, score = self.key_score(x, k, v, past, use_state, padding_mask, cu_seqlens)
+        held = None if state is None else state.attention
+        o, new = self._in_blocks(tokens._replace(scores=scores), held, use_state, cu_seqlens, anchor_blocks, inplace)
+        if new is None or score is None:
+            return o, None
+        both = LayerState(new, score)
+        return o, overwrite_layer_state(state, both) if inplace and state is not None else both
+
+    def _in_blocks(
+        self,
+        tokens: _Tokens,
+        state: AttentionState | None,
+        use_state: bool,
+        cu_seqlens: Tensor | None,
+        anchor_blocks: Sequence[AnchorBlock] | None,
+        inplace: bool,
+    ) -> tuple[Tensor, AttentionState | None]:
+        x = tokens.x
         if anchor_blocks is None:
             return self._attend(tokens, state, use_state, cu_seqlens, inplace)
         lengths = [block.length for block in anchor_blocks]
@@ -109,15 +143,14 @@ class HybridAttention(nn.Module):
     def _attend_moved(
         self, block: AnchorBlock, tokens: _Tokens, state: AttentionState | None, use_state: bool, inplace: bool
     ) -> tuple[Tensor, AttentionState | None]:
-        """``_attend`` with the anchors turned on; the state keeps them as they were, so that nothing adds up."""
-        if state is None or state.anchor_k is None:
+        """``_attend`` with anchors and kept keys moved on; the state keeps them as they were."""
+        if state is None or (state.anchor_k is None and state.kept_k is None):
             return self._attend(tokens, state, use_state, None, inplace)
-        moved = state._replace(anchor_k=apply_rotary(state.anchor_k, block.cos, block.sin))
-        o, new = self._attend(tokens, moved, use_state, None, inplace)
-        if new is not None and new.anchor_k is not None:
-            kept = torch.where(block.moved[:, None, None, None], state.anchor_k, new.anchor_k)
-            new = new._replace(anchor_k=state.anchor_k.copy_(kept) if inplace else kept)
-        return o, new
+        o, new = self._attend(tokens, moved_on(state, block), use_state, None, inplace)
+        if new is None:
+            return o, None
+        new = moved_back(new, state, block)
+        return o, overwrite_state(state, new) if inplace else new
 
     def _attend(
         self,
@@ -152,7 +185,7 @@ class HybridAttention(nn.Module):
         self, tokens: _Tokens, shared: dict[str, Any], inplace: bool
     ) -> tuple[Tensor, AttentionState | None]:
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
-        config, (x, q, k, v, rope, _) = self.config, tokens
+        config, (x, q, k, v, rope, _, scores) = self.config, tokens
         if self.reads_input:
             x = full_precision(x)  # once for all that read it
         g = None if self.gate is None else self.gate(x, k)
@@ -161,6 +194,7 @@ class HybridAttention(nn.Module):
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
             if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                 g = g.repeat_interleave(group, 2)
+            scores = None if scores is None else scores.repeat_interleave(group, 2)
         if config.linear_rope and not config.window_rope:
             _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
         else:
@@ -172,6 +206,9 @@ class HybridAttention(nn.Module):
             feature_map=self.feature_maps.op_feature_map,
             normalize=config.normalize,
             feature_scale=config.feature_scale,
+            scores=scores,
+            score_delay=0 if scores is None else LOOK_AHEAD,
+            kept_keys=config.kept_keys,
             **self.mix(x),
             **shared,
         )
@@ -183,8 +220,16 @@ class HybridAttention(nn.Module):
     def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         return (apply_rotary(q, *rope), apply_rotary(k, *rope)) if wanted and rope is not None else (q, k)
 
-    def _check(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
+    def _check(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, state: State | None
+    ) -> None:
         config = self.config
+        kind = LayerState if config.kept_keys else AttentionState
+        if state is not None and not isinstance(state, kind):
+            raise ValueError(
+                f"state: got a {type(state).__name__}, wanted a {kind.__name__} or None with "
+                f"kept_keys={config.kept_keys}"
+            )
         batch, length = x.shape[:2] if x.ndim == 3 else (-1, -1)
         key_shape = (batch, length, config.num_key_heads, config.head_dim)
         wanted = {

@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lizard_layers.config import LOOK_AHEAD
 from lizard_layers.parameters import Float32Module, float32_parameter
 from lizard_ops import Compaction, compact, compaction, packed_cumsum, restore, without_autocast
-
-LOOK_AHEAD = 2
-"""The score of a key is known this many tokens after it."""
 
 STATISTICS = 3  # log norm of the key, log norm of the value, likeness to the mean key
 INPUTS = LOOK_AHEAD + 2  # x at j - 1, j, j + 1 and j + 2
@@ -30,6 +28,27 @@ class ScoreState(NamedTuple):
     inner: Tensor  # [N, 3, S] float32, sums over the inputs seen so far of keys p - 2, p - 1 and p
     linear: Tensor  # [N, 2, Hk] float32, linear terms of keys p - 2 and p - 1
     key_sum: Tensor  # [N, Hk, D] float64, sum of the keys seen, each of length one
+
+
+def empty_score_state(
+    num_sequences: int,
+    score_dim: int,
+    num_key_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> ScoreState:
+    """The state of scores of ``num_sequences`` sequences before their first token; dtype is that of the parameters."""
+
+    def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(num_sequences, *shape, dtype=of, device=device)
+
+    return ScoreState(
+        zeros(of=torch.int64),
+        zeros(LOOK_AHEAD + 1, score_dim),
+        zeros(LOOK_AHEAD, num_key_heads),
+        zeros(num_key_heads, head_dim, of=torch.float64),
+    )
 
 
 class KeyScore(Float32Module):
@@ -87,16 +106,9 @@ class KeyScore(Float32Module):
 
     def empty_state(self, num_sequences: int, device: torch.device | str | None = None) -> ScoreState:
         """The state of sequences before their first token."""
-        n, where = num_sequences, self.bias.device if device is None else device
-
-        def zeros(*shape: int, dtype: torch.dtype = self.bias.dtype) -> Tensor:
-            return torch.zeros(n, *shape, dtype=dtype, device=where)
-
-        return ScoreState(
-            zeros(dtype=torch.int64),
-            zeros(LOOK_AHEAD + 1, self.score_dim),
-            zeros(LOOK_AHEAD, self.num_key_heads),
-            zeros(self.num_key_heads, self.head_dim, dtype=torch.float64),
+        where = self.bias.device if device is None else device
+        return empty_score_state(
+            num_sequences, self.score_dim, self.num_key_heads, self.head_dim, self.bias.dtype, where
         )
 
     def forward(

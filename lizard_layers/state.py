@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lizard_layers.config import AttentionConfig
+from lizard_layers.key_score import LOOK_AHEAD, ScoreState, empty_score_state
 from lizard_ops import AttentionState
+
+OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v", "kept_k", "kept_v", "kept_fk")
+"""Tensors of a state in the dtype of keys and values."""
+
+OF_SCORES = ("kept_scores", "ring_scores", "score.key_sum")
+"""Tensors of a state that keep their dtype, whatever that of keys and values."""
+
+FIRST = {"log_scale": -torch.inf, "kept_scores": -torch.inf, "kept_positions": -1}
+"""What stands in a state before the first token, where it is not zero."""
+
+
+class LayerState(NamedTuple):
+    """The state of a layer that keeps keys by their scores: what its op and what its score carry."""
+
+    attention: AttentionState
+    score: ScoreState
+
+    @property
+    def position(self) -> Tensor:
+        """[N] int64, tokens seen."""
+        return self.attention.position
+
+
+State = AttentionState | LayerState
 
 
 def empty_state(
@@ -16,10 +42,11 @@ def empty_state(
     num_sequences: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-) -> AttentionState:
+) -> State:
     """The state of ``num_sequences`` sequences before their first token, every tensor at its final size.
 
-    dtype is that of keys and values; sums and gates are float32, or float64 with float64 keys.
+    dtype is that of keys and values; sums and gates are float32, or float64 with float64 keys, and so are the scores'
+    parts but for the sums of keys, which are float64. An ``AttentionState``, in a ``LayerState`` with ``kept_keys``.
     """
     n, work = num_sequences, torch.float64 if dtype == torch.float64 else torch.float32
     key_heads, dim = config.linear_key_heads, config.head_dim
@@ -33,29 +60,85 @@ def empty_state(
     for name in ("anchor_k", "anchor_v") if config.anchors else ():
         fields[name] = zeros(config.anchors, key_heads, dim)
     if config.linear_branch:
-        features = config.num_features
+        features, outside = config.num_features, config.coverage == "outside"
         fields["s"] = zeros(key_heads, features, dim, of=work)
         fields["z"] = zeros(key_heads, features, of=work)
-        if config.feature_activation == "exp":
-            fields["log_scale"] = zeros(key_heads, of=work).fill_(-torch.inf)
-        if config.coverage == "outside":
+        if config.feature_activation == "exp" or (config.kept_keys and outside):
+            fields["log_scale"] = zeros(key_heads, of=work)
+        if outside:
             fields["ring_fk"] = zeros(config.window, key_heads, config.projection_dim)
-            if config.gate != "none":
-                widths = {"scalar": (1,), "channel": (key_heads, features)}
-                fields["ring_g"] = zeros(config.window, *widths.get(config.gate, (key_heads,)), of=work)
-    return AttentionState(**fields)
+            if config.kept_keys:
+                fields["kept_fk"] = zeros(config.kept_keys, key_heads, config.projection_dim)
+        if outside and config.gate != "none":
+            each = (key_heads, features) if config.gate == "channel" else (key_heads,)
+            fields["ring_g"] = zeros(config.window, *((1,) if config.gate == "scalar" else each), of=work)
+            if config.kept_keys:
+                fields["kept_g"] = zeros(config.kept_keys, *each, of=work)
+    if config.kept_keys:
+        places = (config.kept_keys, key_heads)
+        fields |= {name: zeros(*places, dim) for name in ("kept_k", "kept_v")}
+        fields |= {"kept_scores": zeros(*places, of=torch.float32), "kept_positions": zeros(*places, of=torch.int64)}
+        fields["ring_scores"] = zeros(config.window - LOOK_AHEAD, key_heads, of=torch.float32)
+    for name, value in FIRST.items():
+        if name in fields:
+            fields[name].fill_(value)
+    if not config.kept_keys:
+        return AttentionState(**fields)
+    score = empty_score_state(num_sequences, config.score_dim, config.num_key_heads, dim, work, device)
+    return LayerState(AttentionState(**fields), score)
 
 
-def map_state(state: AttentionState, fn: Callable[[Tensor], Tensor]) -> AttentionState:
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """Every tensor of a state by its name; those of a score begin with "score."."""
+    if isinstance(state, AttentionState):
+        return {name: t for name, t in state._asdict().items() if t is not None}
+    return tensors_of(state.attention) | {f"score.{name}": t for name, t in state.score._asdict().items()}
+
+
+def state_of(tensors: dict[str, Tensor]) -> State:
+    """The inverse of ``tensors_of``. Raises TypeError for names that no state has, or a score that lacks some."""
+    score = {name.removeprefix("score."): t for name, t in tensors.items() if name.startswith("score.")}
+    attention = AttentionState(**{name: t for name, t in tensors.items() if not name.startswith("score.")})
+    return LayerState(attention, ScoreState(**score)) if score else attention
+
+
+def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:
     """The state with ``fn`` applied to every tensor it holds, e.g. ``lambda t: t.to(device)`` or ``Tensor.detach``."""
-    return AttentionState(**{name: fn(t) for name, t in state._asdict().items() if t is not None})
+    return state_of({name: fn(t) for name, t in tensors_of(state).items()})
 
 
-def select_sequences(state: AttentionState, indices: Tensor) -> AttentionState:
+def moved_state(state: State, device: torch.device | str | None, dtype: torch.dtype | None) -> State:
+    """The state elsewhere; dtype is that of keys and values, sums and gates stay float32 (float64 with it)."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def kind(name: str, t: Tensor) -> torch.dtype:
+        if dtype is None or not t.is_floating_point() or name in OF_SCORES:
+            return t.dtype
+        return dtype if name in OF_KEYS else work
+
+    return state_of({name: t.to(device=device, dtype=kind(name, t)) for name, t in tensors_of(state).items()})
+
+
+def overwrite_layer_state(state: State, new: State) -> State:
+    """``state`` with the values of ``new``, which holds the same tensors, in the memory and dtypes it has."""
+    values = tensors_of(new)
+    for name, kept in tensors_of(state).items():
+        if kept is not values[name]:
+            kept.copy_(values[name])
+    return state
+
+
+def clear_state(state: State) -> None:
+    """Put the state back in front of its first token, where its tensors lie."""
+    for name, t in tensors_of(state).items():
+        t.fill_(FIRST.get(name, 0))
+
+
+def select_sequences(state: State, indices: Tensor) -> State:
     """The states of the sequences ``indices`` [M] int64, in that order, repeats allowed: beam search, batch changes."""
     return map_state(state, lambda t: t.index_select(0, indices.to(t.device)))
 
 
-def state_bytes(state: AttentionState) -> int:
+def state_bytes(state: State) -> int:
     """Bytes of every tensor the state holds."""
-    return sum(t.numel() * t.element_size() for t in state if t is not None)
+    return sum(t.numel() * t.element_size() for t in tensors_of(state).values())

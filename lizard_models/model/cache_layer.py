@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from lizard_layers import AnchorBlock, AttentionState, HybridAttention, map_state, select_sequences
+from lizard_layers import (
+    AnchorBlock,
+    HybridAttention,
+    State,
+    clear_state,
+    map_state,
+    moved_state,
+    overwrite_layer_state,
+    select_sequences,
+    tensors_of,
+)
 from lizard_models.model.graphs import SeenPositions, is_graphed, mark_static, outside_inference_mode
 from lizard_models.model.rollback import LIMIT, Rollback
-from lizard_ops import overwrite_state
-
-OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v")  # in the dtype of keys and values
 
 
 class LizardCacheLayer(CacheLayerMixin):
@@ -29,7 +36,7 @@ class LizardCacheLayer(CacheLayerMixin):
 
     def __init__(self, seen: SeenPositions | None = None, static: bool = False) -> None:
         super().__init__()
-        self.state: AttentionState | None = None
+        self.state: State | None = None
         self.seen = seen or SeenPositions()
         self.is_compileable = static
         self._rollback: Rollback | None = None
@@ -66,7 +73,7 @@ class LizardCacheLayer(CacheLayerMixin):
     def _read(
         self,
         attention: HybridAttention,
-        state: AttentionState | None,
+        state: State | None,
         inputs: tuple[Tensor | None, ...],
         anchor_blocks: list[AnchorBlock] | None,
     ) -> Tensor:
@@ -82,24 +89,24 @@ class LizardCacheLayer(CacheLayerMixin):
             self.set_state(state)
         return o
 
-    def _to_read(self) -> AttentionState | None:
+    def _to_read(self) -> State | None:
         """The state, or None where it is known to be empty."""
         if not is_graphed(self.seen.on_device) and self._blank and self.seen.on_host == 0:
             return None
         return self.state
 
-    def set_state(self, state: AttentionState) -> None:
+    def set_state(self, state: State) -> None:
         """Keep this state: in the memory of the one before where it fits, in memory of its own elsewhere."""
         self._blank = False
-        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in state)
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(state).values())
         if recorded:
             self.state = state
         elif self.state is not None and is_writable(self.state) and fits(self.state, state):
-            overwrite_state(self.state, state)
+            overwrite_layer_state(self.state, state)
         else:
             with outside_inference_mode():
                 self.state = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format))
-            for t in self.state:
+            for t in tensors_of(self.state).values():
                 mark_static(t)
         self.is_initialized = True
 
@@ -129,9 +136,7 @@ class LizardCacheLayer(CacheLayerMixin):
         """Forget every sequence. The tensors stay where they are."""
         self._blank = True
         if self.state is not None and is_writable(self.state):
-            for name, t in self.state._asdict().items():
-                if t is not None:
-                    t.fill_(-torch.inf) if name == "log_scale" else t.zero_()
+            clear_state(self.state)
         else:
             self.forget()
         if self._rollback is not None:
@@ -236,14 +241,9 @@ class LizardCacheLayer(CacheLayerMixin):
         self.check_move()
         if self.state is None:
             return
-        work = torch.float64 if dtype == torch.float64 else torch.float32
-        moved = {}
-        for name, t in self.state._asdict().items():
-            if t is not None:
-                kind = t.dtype if dtype is None or name == "position" else dtype if name in OF_KEYS else work
-                moved[name] = t.to(device=device, dtype=kind)
+        state = moved_state(self.state, device, dtype)
         self.forget()
-        self.set_state(AttentionState(**moved))
+        self.set_state(state)
 
     def offload(self) -> None:
         raise ValueError("the cache of a Lizard model is small and stays on its device: offloading is not supported")
@@ -251,9 +251,9 @@ class LizardCacheLayer(CacheLayerMixin):
     prefetch = offload
 
 
-def fits(kept: AttentionState, new: AttentionState) -> bool:
+def fits(kept: State, new: State) -> bool:
     """Whether ``new`` has the fields and shapes of ``kept``, on its device."""
-    held, wanted = ({name: t for name, t in state._asdict().items() if t is not None} for state in (kept, new))
+    held, wanted = tensors_of(kept), tensors_of(new)
     return held.keys() == wanted.keys() and all(
         t.shape == wanted[name].shape and t.device == wanted[name].device for name, t in held.items()
     )
@@ -277,10 +277,10 @@ def split_blocks(
     return first, second
 
 
-def is_writable(state: AttentionState) -> bool:
+def is_writable(state: State) -> bool:
     """Whether the tensors may be overwritten: in no graph of gradients, and not left by inference mode to the world."""
-    if any(t is not None and t.requires_grad for t in state):
+    if any(t.requires_grad for t in tensors_of(state).values()):
         return False
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return True
-    return not any(t is not None and t.is_inference() for t in state)
+    return not any(t.is_inference() for t in tensors_of(state).values())

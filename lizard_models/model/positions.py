@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lizard_layers import AnchorBlock
+from lizard_layers import AnchorBlock, turn_by
 from lizard_models.model.layer_configs import lizard_config
 
 
@@ -41,9 +41,9 @@ def position_range(config: PreTrainedConfig) -> PositionRange:
 
 
 def moves_anchors(config: PreTrainedConfig) -> bool:
-    """Whether the layers turn their anchors on past the limit."""
+    """Whether the layers turn their anchors and kept keys on past the limit."""
     choices = lizard_config(config).attention
-    return choices.positions == "clamped" and choices.anchors > 0 and choices.window_rope
+    return choices.positions == "clamped" and choices.anchors + choices.kept_keys > 0 and choices.window_rope
 
 
 class FarRotary:
@@ -110,10 +110,11 @@ class FarRotary:
 
         kind: the layer type, in families that have frequencies for each.
         """
-        frequencies = getattr(self, "inv_freq" if kind is None else f"{kind}_inv_freq")
-        angles = positions.to(frequencies.device)[..., None].double() * frequencies.double()
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos().float(), angles.sin().float()
+        return turn_by(positions, self.frequencies(kind))
+
+    def frequencies(self, kind: str | None = None) -> Tensor:
+        """[D / 2] radians a position; kind as for ``turn``."""
+        return getattr(self, "inv_freq" if kind is None else f"{kind}_inv_freq")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: the class is made at run time, so a copy is made from the family's."""
@@ -173,7 +174,9 @@ def anchor_blocks(
     for kind in rotary.kinds():
         cos, sin = rotary.turn(shifts, kind)
         blocks[kind] = [
-            AnchorBlock(end - start, cos[:, n : n + 1], sin[:, n : n + 1], moved[:, n])
+            AnchorBlock(
+                end - start, cos[:, n : n + 1], sin[:, n : n + 1], moved[:, n], shifts[:, n], rotary.frequencies(kind)
+            )
             for n, (start, end) in enumerate(zip(starts, ends, strict=True))
         ]
     return blocks

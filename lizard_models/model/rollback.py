@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizard_layers import AttentionState, HybridAttention, map_state, select_sequences
+from lizard_layers import HybridAttention, State, map_state, select_sequences
 
 LIMIT = 128  # tokens a layer can take back unless more are drafted; more cost memory without a reader
 
@@ -18,7 +18,7 @@ class Rollback:
     layer is kept as long as its tokens are: the model may be gone, and the cache go on in another of its weights.
     """
 
-    def __init__(self, state: AttentionState | None, limit: int = LIMIT) -> None:
+    def __init__(self, state: State | None, limit: int = LIMIT) -> None:
         self.limit = limit
         self.base = snapshot(state)
         self.read: tuple[Tensor, ...] | None = None
@@ -48,11 +48,11 @@ class Rollback:
             self.read = tuple(t[:, t.shape[1] - kept :] for t in self.read)
         self.read = new if self.read is None else tuple(torch.cat(pair, 1) for pair in zip(self.read, new, strict=True))
 
-    def without(self, removed: int) -> AttentionState | None:
+    def without(self, removed: int) -> State | None:
         """The state without the last ``removed`` tokens; None before the first."""
         return self._after(self._held() - removed)
 
-    def _after(self, kept: int) -> AttentionState | None:
+    def _after(self, kept: int) -> State | None:
         """The state after the first ``kept`` tokens of those held."""
         if kept == 0:
             return snapshot(self.base)
@@ -73,6 +73,6 @@ class Rollback:
         return new
 
 
-def snapshot(state: AttentionState | None) -> AttentionState | None:
+def snapshot(state: State | None) -> State | None:
     """The state in memory of its own."""
     return None if state is None else map_state(state, torch.clone)

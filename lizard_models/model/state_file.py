@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from lizard_layers import AttentionState, empty_state
+from lizard_layers import empty_state, state_of, tensors_of
 from lizard_models.config import RETIRED
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.cache_layer import LizardCacheLayer
@@ -29,6 +29,7 @@ ANY_CONFIG = {
     "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "quantization_config",
     "return_dict", "output_hidden_states", "output_attentions", "tie_word_embeddings", "id2label", "label2id",
 }  # fmt: skip
+ADDED = {"attention.kept_keys": 0, "attention.score_dim": 128}  # fields that earlier versions did not write
 ANY_ATTENTION = {"impl", "positions", "position_limit", "position_step"}
 PIECE = 1 << 20  # numbers summed at a time
 
@@ -49,12 +50,12 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, LizardCacheLayer):
-            fields = {} if layer.state is None else layer.state._asdict()
+            fields: dict[str, Any] = {} if layer.state is None else tensors_of(layer.state)
         elif isinstance(layer, DynamicLayer):
             fields = {"keys": layer.keys, "values": layer.values}
         else:
             raise ValueError(f"cache: layer {i} is a {type(layer).__name__}; a static cache cannot be saved")
-        tensors |= {f"layers.{i}.{name}": t.detach().contiguous() for name, t in fields.items() if t is not None}
+        tensors |= {f"layers.{i}.{name}": t.detach().contiguous() for name, t in fields.items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -167,7 +168,7 @@ def _check_metadata(file: Path, metadata: dict[str, str], model: Any) -> None:
             "update lizard-attn"
         )
     theirs, ours = json.loads(metadata["config"]), _comparable(model.config)
-    theirs, ours = RETIRED | theirs, RETIRED | ours  # what an earlier config says and a later one leaves out
+    theirs, ours = RETIRED | ADDED | theirs, RETIRED | ADDED | ours  # what configs of other versions leave out
     different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
     if different:
         shown = ", ".join(f"{key}={theirs.get(key)!r}, here {ours.get(key)!r}" for key in different[:3])
@@ -182,19 +183,17 @@ def _check_metadata(file: Path, metadata: dict[str, str], model: Any) -> None:
 def _fill(cache: LizardCache, tensors: dict[str, Tensor], seen: int) -> None:
     fields: list[dict[str, Tensor]] = [{} for _ in cache.layers]
     for name, t in tensors.items():
-        _, at, field = name.split(".")
+        _, at, field = name.split(".", 2)
         fields[int(at)][field] = t
     rows = next(iter(tensors.values())).shape[0]
     for i, (layer, held) in enumerate(zip(cache.layers, fields, strict=True)):
         if isinstance(layer, LizardCacheLayer):
-            state = AttentionState(**held)
+            state = state_of(held)
             blank = empty_state(attention_config(cache.lizard_config, i), rows, device="meta")
-            for name in state._fields:
-                shapes = tuple(
-                    None if t is None else tuple(t.shape) for t in (getattr(blank, name), getattr(state, name))
-                )
-                if shapes[0] != shapes[1]:
-                    raise ValueError(f"{name} has shape {shapes[1]}, wanted {shapes[0]}")
+            came, wanted = ({name: tuple(t.shape) for name, t in tensors_of(x).items()} for x in (state, blank))
+            for name in sorted({*came, *wanted}):
+                if came.get(name) != wanted.get(name):
+                    raise ValueError(f"{name} has shape {came.get(name)}, wanted {wanted.get(name)}")
             layer.set_state(state)
         else:
             layer.lazy_initialization(held["keys"], held["values"])
