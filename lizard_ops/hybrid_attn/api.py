@@ -89,8 +89,8 @@ def chunk_hybrid_attn(
             None is the key's position + window. A key is in the window branch of the queries before it and, with
             coverage="outside", in the linear branch of those from it on, decayed as ever; with "all" the linear branch
             covers every key. The largest score m stays that of window and anchors: were a kept key's among them, the
-            linear share would rise where such a key is found. Anchors never expire, whatever theirs says. PyTorch alone
-            ("auto" takes it), and not yet with initial_state or output_final_state.
+            linear share would rise where such a key is found. Anchors never expire, whatever theirs says. "auto" takes
+            PyTorch; impl="triton" has no gate per channel. Not yet with initial_state or output_final_state.
         kept_keys: with expiry, the most keys of a head that it keeps alive beyond window and anchors at any query.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
@@ -120,8 +120,10 @@ def chunk_hybrid_attn(
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
     checks.want((kept_keys is None) == (expiry is None), "kept_keys", kept_keys, "a number with expiry, None without")
-    beyond = None if expiry is None else "keys with an expiry"
-    chosen = choose_impl(impl, q, beyond or linear_sinks_of(inputs, options) or float64_of(q))
+    beyond = linear_sinks_of(inputs, options) or float64_of(q) or beyond_kept(inputs)
+    if expiry is not None and impl == "auto":  # until its kernels have run on a GPU
+        impl = "torch"
+    chosen = choose_impl(impl, q, beyond)
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         form = naive_hybrid
@@ -136,6 +138,12 @@ def chunk_hybrid_attn(
 def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
     """The paper's printed sinks are beyond the Triton kernels."""
     return 'sink_form="linear"' if inputs.sinks is not None and options.sink_form == "linear" else None
+
+
+def beyond_kept(inputs: HybridInputs) -> str | None:
+    """What the Triton kernels of keys with an expiry leave out."""
+    channels = inputs.expiry is not None and inputs.g is not None and inputs.g.ndim == 4
+    return "a gate per channel with an expiry" if channels else None
 
 
 def recurrent_hybrid_attn(
