@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.hybrid_attn.triton.bwd_linear import KeyTerms
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.kept_index import Index
 from lizard_ops.hybrid_attn.triton.units import FLOOR, SCAN, larger, unit_gate_kernel, unit_scan_kernel
@@ -160,3 +161,67 @@ def entering_gates(fk: Tensor, g: Tensor | None, index: Index, stream: Stream, s
     unit_scan_kernel[(sequences,)](chunk_decay, chunk_top, before, None, end, stream, heads, chunk, SCAN, num_warps=2)
     unit_gate_kernel[(slots * heads,)](decay, weight, before, gates, gates, slots, heads, heads, chunk, num_warps=4)
     return gates
+
+
+@triton.jit
+def received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, HS: tl.constexpr, HK: tl.constexpr,
+             C: tl.constexpr):  # fmt: skip
+    """What the key of each row receives of all queries, less what row r's own does once it has expired; float64."""
+    here = ((slot_zero + r // C).to(tl.int64) * HS + head) * C + r % C
+    b_sum = tl.load(near + here, mask=r < length, other=0.0) + tl.load(far + here, mask=r < length, other=0.0)
+    p_ends = ends + (batch.to(tl.int64) * HK + head // (HS // HK)) * tokens + first
+    end = tl.load(p_ends + r, mask=r < length, other=0)
+    inside = (end > 0) & (end < length)
+    there = ((slot_zero + end // C).to(tl.int64) * HS + head) * C + end % C
+    b_own = tl.load(near + there, mask=inside, other=0.0) + tl.load(far + there, mask=inside, other=0.0)
+    return b_sum.to(tl.float64) - b_own.to(tl.float64)
+
+
+@triton.jit
+def held_sum_kernel(
+    near, far, ends, sums, tokens, stream, HS: tl.constexpr, HK: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """The sum of a chunk's ``received``."""
+    slot, head = tl.program_id(0) // HS, tl.program_id(0) % HS
+    n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
+    r = i_chunk * C + tl.arange(0, C)
+    slot_zero = first_slot(n, first, stream, C)
+    b_diff = received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, HS, HK, C)
+    tl.store(sums + slot.to(tl.int64) * HS + head, tl.sum(b_diff, 0))
+
+
+@triton.jit
+def held_kernel(
+    near, far, ends, sums, dg, tokens, stream, HS: tl.constexpr, HK: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Gate l scales what key j receives once it has expired at r, for j < l <= r: sums from l on of ``received``."""
+    slot, head = tl.program_id(0) // HS, tl.program_id(0) % HS
+    n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
+    r = i_chunk * C + tl.arange(0, C)
+    slot_zero = first_slot(n, first, stream, C)
+    b_diff = received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, HS, HK, C)
+    chunks = tl.cdiv(length, C)
+    later = tl.zeros([BLOCK], tl.float64)
+    for i in range(i_chunk + 1, chunks, BLOCK):
+        c = i + tl.arange(0, BLOCK)
+        later += tl.load(sums + (slot_zero + c).to(tl.int64) * HS + head, mask=c < chunks, other=0.0)
+    b_dg = tl.cumsum(b_diff, 0, reverse=True) + tl.sum(later, 0)
+    p_dg = at(dg, batch, first, head) + r.to(tl.int64) * dg.time
+    tl.store(p_dg, b_dg.to(tl.float32), mask=r < length)
+
+
+def held_gradients(g: Tensor, keys: KeyTerms, index: Index, stream: Stream, shape: FusedShape) -> Tensor:
+    """What g gets for the decays of keys until they expire, float32."""
+    heads, slots = shape.state_heads, slot_count(stream, shape.chunk)
+    dg = torch.empty(*g.shape[:2], heads, dtype=torch.float32, device=g.device)
+    sums = torch.empty(slots, heads, dtype=torch.float64, device=g.device)
+    if slots:
+        given = keys.near, keys.far, index.ends, sums
+        held_sum_kernel[(slots * heads,)](
+            *given, g.shape[1], stream, heads, shape.key_heads, shape.chunk, num_warps=4
+        )  # fmt: skip
+        held_kernel[(slots * heads,)](
+            *given, strided_heads(dg), g.shape[1], stream, heads, shape.key_heads, shape.chunk, 128, num_warps=4
+        )
+    gate_heads = g.shape[2]
+    return dg.unflatten(2, (gate_heads, heads // gate_heads)).sum(-1) if gate_heads != heads else dg

@@ -165,6 +165,10 @@ def empty_index(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) 
     return Index(rows, torch.empty_like(rows), *lists)
 
 
+def segment_size() -> int:
+    return SEGMENT
+
+
 def block_size(shape: FusedShape) -> int:
     """Queries that share a list: a block of the output kernel."""
     return shape.stack(shape.config("output").rows)[0]
