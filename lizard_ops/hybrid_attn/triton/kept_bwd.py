@@ -49,8 +49,8 @@ def sort_kernel(
     newest = tl.minimum(t + SIZE, length) - W  # the first key that is still in the window at the end
     count = t * 0
     for c in tl.static_range(CLASSES):
-        most: tl.constexpr = SIZE >> (2 * c - 1) if c > 0 else SIZE + 1
-        least: tl.constexpr = SIZE >> (2 * c + 1) if c < CLASSES - 1 else 0
+        most = SIZE >> (2 * c - 1) if c > 0 else SIZE + 1
+        least = SIZE >> (2 * c + 1) if c < CLASSES - 1 else 0
         for i in range(0, there, BLOCK):
             place = i + tl.arange(0, BLOCK)
             j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
