@@ -205,9 +205,10 @@ def window_queries(
             strided(q), strided(k), strided(v), strided(anchor_k), strided(anchor_v), strided(do), strided(dq),
             None if weight is None else strided_heads(weight), x.sink, masses.window, masses.top_key, terms.share,
             terms.shift, terms.flow, average, tokens, stream, options.scale, cap_of(options.scale, options.softcap),
-            None if index is None else index.kept, shape.window, shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block,
-            shape.value, shape.value_block, count, stacked, c.columns, shape.merge, shape.merge and shape.relative,
-            shape.exact, shape.compute_dtype, shape.precision, c.stages, **c.launch,
+            None if index is None else index.kept, shape.window, shape.anchors, x.kept_anchors is None, heads,
+            shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, count, stacked, c.columns,
+            shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype, shape.precision, c.stages,
+            **c.launch,
         )  # fmt: skip
     return dq, average
 

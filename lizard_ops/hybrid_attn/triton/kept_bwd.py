@@ -17,7 +17,7 @@ from lizard_ops.hybrid_attn.triton.call import FusedOptions
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.kept_index import Index, append, segment_size
 from lizard_ops.tiles.log2 import LOG2E
-from lizard_ops.tiles.places import FAR, Stream, locate_in_stream, stream_blocks
+from lizard_ops.tiles.places import FAR, Stream, locate_in_stream
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
 from lizard_ops.tiles.strided import at, head_step, load_rows, store_rows, strided, time_step
 from lizard_ops.window_attn.triton.bwd_keys import RowStats, key_block
@@ -102,6 +102,7 @@ def kept_key_kernel(
     lives = there & (start < stop)
     low = tl.min(tl.where(lives, start, FAR), 0)
     high = tl.max(tl.where(lives, stop, 0), 0)
+    all_from, all_to = tl.max(tl.where(lives, start, 0), 0), tl.min(tl.where(lives, stop, 0), 0)
     stop = tl.where(lives, stop, 0)
     row = j.to(tl.int64)
     b_k = load_rows(at(k, batch, first, head) + row * time_step(k), there, D, BD)  # [BM, BD]
@@ -134,8 +135,10 @@ def kept_key_kernel(
         b_term = tl.load(row_term + p_row, mask=m_n, other=0.0)
         b_s = capped(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), cap)  # [BM, BN]
         slope = cap_slope(b_s, cap)
-        keep = (t + o_t >= start[:, None]) & (t + o_t < stop[:, None]) & m_n[None, :]
-        b_p = tl.exp2(tl.where(keep, b_s * scale_log2 - b_lse[None, :], float("-inf")))
+        if (t < all_from) | (t + TOKENS > all_to):  # else the queries see all keys
+            keep = (t + o_t >= start[:, None]) & (t + o_t < stop[:, None])
+            b_s = tl.where(keep, b_s, float("-inf"))
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_pv = b_p
         if share is not None:

@@ -58,6 +58,15 @@ def append(pointer, keys, chosen, count, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def end_list(pointer, p_count, count, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    """Note how many keys a list has; -1 in the places behind them."""
+    for j in range(count, PLACES, BLOCK):
+        place = j + tl.arange(0, BLOCK)
+        tl.store(pointer + place, tl.full([BLOCK], -1, tl.int32), mask=place < PLACES)
+    tl.store(p_count, tl.minimum(count, PLACES))
+
+
+@triton.jit
 def carried_kernel(
     ends, carried, count_out, tokens, stream, W: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr,
     PLACES: tl.constexpr, BLOCK: tl.constexpr,
@@ -75,7 +84,7 @@ def carried_kernel(
             c = j + tl.arange(0, BLOCK)
             end = tl.load(p_ends + c, mask=c <= t - W, other=0)
             count = append(carried + entry * PLACES, c, end > t, count, PLACES)
-    tl.store(count_out + entry, tl.minimum(count, PLACES))
+    end_list(carried + entry * PLACES, count_out + entry, count, PLACES, BLOCK)
 
 
 @triton.jit
@@ -109,7 +118,7 @@ def alive_kernel(
             c = j + tl.arange(0, BLOCK)
             end = tl.load(p_ends + c, mask=c <= t - W, other=0)
             count = append(out, c, end > t, count, PLACES)
-    tl.store(count_out + entry, tl.minimum(count, PLACES))
+    end_list(out, count_out + entry, count, PLACES, BLOCK)
 
 
 @triton.jit
