@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 from kernel_checks import DEVICE, check_against_naive
 from test_triton_hybrid import EXP, MERGE, SUM, make, run
 
-from lizard_ops import NEVER, chunk_hybrid_attn, naive_hybrid_attn, naive_key_expiry
+from lizard_ops import NEVER, checked, chunk_hybrid_attn, naive_hybrid_attn, naive_key_expiry
 
 pytest.importorskip("lizard_ops.hybrid_attn.triton.kept_chunk")
 
@@ -164,11 +164,12 @@ def test_empty_input():
     o.sum().backward()
 
 
-@pytest.mark.parametrize("rows", [None, {"cu_seqlens": torch.tensor([0, 4, 12])}], ids=["plain", "packed"])
-def test_more_alive_than_there_are_places_is_refused_by_name(rows):
-    x = make(1, 12, 1, 1, 16, 16, 8)
-    with pytest.raises(ValueError, match="^kept_keys: got 1, wanted at least"):
-        fast(x, 2, torch.full((1, 12, 1), NEVER), 1, rows=rows, **MERGE)
+@pytest.mark.parametrize("ends", [None, [0, 4, 12]], ids=["plain", "packed"])
+def test_more_alive_than_there_are_places_is_refused_by_name(ends):
+    x = {name: t.to(DEVICE) for name, t in make(1, 12, 1, 1, 16, 16, 8).items()}
+    rows = {} if ends is None else {"cu_seqlens": torch.tensor(ends, device=DEVICE)}
+    with checked(), pytest.raises(ValueError, match="^kept_keys: got 1, wanted at least"):
+        fast(x, 2, torch.full((1, 12, 1), NEVER, device=DEVICE), 1, rows=rows, **MERGE)
 
 
 def test_second_derivatives_are_refused_by_name():

@@ -43,7 +43,7 @@ def ends_kernel(
     j = block * BLOCK + tl.arange(0, BLOCK)
     is_key = (j >= ANCHORS) & (j < length)
     p_expiry = at(expiry, batch, first, head) + j.to(tl.int64) * expiry.time
-    end = tl.minimum(tl.load(p_expiry, mask=is_key, other=0), FAR).to(tl.int32)
+    end = tl.maximum(tl.minimum(tl.load(p_expiry, mask=is_key, other=0), FAR), 0).to(tl.int32)
     row = (batch.to(tl.int64) * HK + head) * tokens + first
     tl.store(ends + row + j, end, mask=j < length)
     tl.store(source + row + end, j, mask=is_key & (end < length))
@@ -154,7 +154,7 @@ def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) -> 
             strided_heads(expiry), ends, source, tokens, stream, shape.anchors, heads, 256, num_warps=4
         )
         carried_kernel[(segments * heads,)](
-            ends, carried, carried_count, tokens, stream, shape.window, heads, SEGMENT, places, 1024, num_warps=4
+            ends, carried, carried_count, tokens, stream, shape.window, heads, SEGMENT, places, 2048, num_warps=8
         )
         alive_kernel[(blocks * heads,)](
             ends, carried, carried_count, alive, count, tokens, stream, shape.window, heads, size, SEGMENT, places, 256,
