@@ -16,6 +16,7 @@ from lizard_ops import NEVER, checked, chunk_hybrid_attn, naive_hybrid_attn, nai
 pytest.importorskip("lizard_ops.hybrid_attn.triton.kept_chunk")
 
 OUTSIDE = {"coverage": "outside"}
+ABSOLUTE = MERGE | {"merge_mass": "absolute"}
 UNNORMALISED = SUM | OUTSIDE | {"feature_map": "identity", "normalize": False}
 
 
@@ -66,7 +67,7 @@ def check(x, window, places, dtype=torch.float32, expiry=None, anchors=0, rows=N
     "shape, window, anchors, places, options, dtype",
     [
         (dict(t=70, hq=2, hk=1, gate=1, weight=True), 9, 3, 7, MERGE, torch.float32),
-        (dict(t=36, hq=4, hk=2, value=20, pre=12, gate=4), 5, 1, 6, MERGE | {"merge_mass": "absolute"}, torch.float32),
+        (dict(t=36, hq=4, hk=2, value=20, pre=12, gate=4, sinks=1), 5, 1, 6, ABSOLUTE, torch.float32),
         (dict(t=50, hq=2, hk=1, gate=1, sinks=2, weight=True), 7, 2, 17, SUM, torch.float32),
         (dict(t=70, hq=1, hk=1, positive=True), 9, 3, 5, UNNORMALISED, torch.float32),
         (dict(t=40, hq=2, hk=2, gate=1), 6, 0, 4, MERGE | EXP, torch.float32),
@@ -119,7 +120,7 @@ def test_padding_adds_nothing_and_leftovers_are_never_read(monkeypatch):
 def test_rising_scores_make_a_wider_window():
     x = {name: t.to(DEVICE) for name, t in make(1, 60, 2, 1, 16, 16, 8, 1).items()}
     expiry = (torch.arange(60, device=DEVICE) + 5 + 11).view(1, -1, 1)
-    options = MERGE | {"merge_mass": "absolute", "anchors": 1}
+    options = ABSOLUTE | {"anchors": 1}
     with torch.no_grad():
         found = fast(x, 5, expiry, 11, **options)["o"]
         wider = run(naive_hybrid_attn, x, 16, **options)["o"]
