@@ -94,13 +94,13 @@ def chunk_hybrid_attn(
             as ever; with "all" the linear branch covers every key. The largest score m stays that of window and
             anchors: were a kept key's among them, the linear share would rise where such a key is found. ``key_expiry``
             gives the same expiries. States hold kept keys (``AttentionState``), so that chunks of any size, single
-            tokens and one pass agree, ties included. PyTorch alone ("auto" takes it).
+            tokens and one pass agree, ties included. With states PyTorch alone ("auto" takes it).
         score_delay: place t of ``scores`` is the score of the key at position t - score_delay of its sequence, one that
             is known a few tokens late; 0 <= score_delay < window. The first score_delay places of a sequence score
             nothing.
         expiry: [B, T, Hk] int64, in place of scores the first query that no longer sees each key exactly, as
             ``key_expiry`` gives it; None without scores is the key's position + window. Anchors never expire, whatever
-            theirs says. PyTorch alone ("auto" takes it), without initial_state and output_final_state.
+            theirs says. Without initial_state and output_final_state. The kernels have no gate per channel with either.
         kept_keys: with scores, how many keys of a head they keep, >= 1; with expiry, the most that it keeps alive
             beyond window and anchors at any query, >= 0; None or 0 without either.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
@@ -132,7 +132,10 @@ def chunk_hybrid_attn(
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
     check_kept_keys(inputs, options)
-    chosen = choose_impl(impl, q, kept_keys_of(inputs) or linear_sinks_of(inputs, options) or float64_of(q))
+    beyond = beyond_kept(inputs, options) or linear_sinks_of(inputs, options) or float64_of(q)
+    if impl == "auto" and (inputs.expiry is not None or inputs.scores is not None):
+        impl = "torch"  # until its kernels have run on a GPU
+    chosen = choose_impl(impl, q, beyond)
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         form = naive_hybrid
@@ -151,16 +154,18 @@ def check_kept_keys(inputs: HybridInputs, options: HybridOptions) -> None:
     checks.want(kept_keys is not None if given else kept_keys in (None, 0), "kept_keys", kept_keys, wanted)
 
 
-def kept_keys_of(inputs: HybridInputs) -> str | None:
-    """Keys that outlive their window are beyond the Triton kernels."""
-    if inputs.scores is not None:
-        return "kept keys"
-    return None if inputs.expiry is None else "keys with an expiry"
-
-
 def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
     """The paper's printed sinks are beyond the Triton kernels."""
     return 'sink_form="linear"' if inputs.sinks is not None and options.sink_form == "linear" else None
+
+
+def beyond_kept(inputs: HybridInputs, options: HybridOptions) -> str | None:
+    """What the Triton kernels of keys that outlive their window leave out."""
+    if inputs.scores is None and inputs.expiry is None:
+        return None
+    if inputs.initial_state is not None or options.output_final_state:
+        return "kept keys with a state"
+    return "a gate per channel with kept keys" if inputs.g is not None and inputs.g.ndim == 4 else None
 
 
 def recurrent_hybrid_attn(

@@ -18,10 +18,10 @@ def load_gates(gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr,
 
 @triton.jit
 def load_key_gates(
-    gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, MAP: tl.constexpr
+    gates, slot, slots, head, row, HG: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, KEYED: tl.constexpr
 ):  # fmt: skip
-    """The same of keys, which differ from those of queries where features are exponential (see ``units.py``)."""
-    if MAP == "exp":
+    """The same of keys, which differ from those of queries if KEYED (see ``units.py``)."""
+    if KEYED:
         gates += 3 * tl.cast(slots, tl.int64) * HG * C
     return load_gates(gates, slot, slots, head, row, HG, C, SPLIT)
 

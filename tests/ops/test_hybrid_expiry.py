@@ -278,7 +278,10 @@ def test_bad_expiries_are_refused_by_name(form, changes, message):
             "expiry: got 2, wanted",
         ),
         ({"gate_form": "absorbed", "g": torch.zeros(2, 6)}, "gate_form: got 'absorbed', wanted \"stable\" with expiry"),
-        ({"impl": "triton"}, 'impl: got \'triton\', wanted "torch" or "auto" for keys with an expiry'),
+        (
+            {"impl": "triton", "g": torch.zeros(2, 6, 2, 3)},
+            'impl: got \'triton\', wanted "torch" or "auto" for a gate per channel with an expiry',
+        ),
     ],
 )
 def test_what_does_not_fit_an_expiry_is_refused_by_name(changes, message):

@@ -66,8 +66,9 @@ def linear_query_kernel(
     shift_out, flow_out, entered_out, slots, tokens, stream, feature_scale,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr,
-    BN: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr,
-    NORMALIZE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr, KEYED: tl.constexpr, MERGE: tl.constexpr,
+    RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of fq and row terms of BT queries of GH heads; the blocks are those of the output kernel."""
     F: tl.constexpr = 2 * FP if MAP != "identity" else FP
@@ -118,7 +119,7 @@ def linear_query_kernel(
                 own, mass = linear_sums(
                     b_do, load_stack(fq, batch, first, head, t, i, member, inside, BM, FP, BF), v, phi, s, z, gates,
                     batch, key_row, linear_row, head_k, slot, slots, head_g, slot.to(tl.int64) * HS + head_s, r, i,
-                    behind, length, stream, HG, V, BV, FP, BF, C, BT, BN, MAP, SPLIT, PRECISION, STAGES,
+                    behind, length, stream, HG, V, BV, FP, BF, C, BT, BN, MAP, SPLIT, KEYED, PRECISION, STAGES,
                 )  # fmt: skip
                 mass = tl.where(some, mass, 1.0)
                 slope = tl.where(some, tl.div_rn(1.0, mass), 0.0)
@@ -156,7 +157,7 @@ def linear_query_kernel(
             c = row + tl.arange(0, BN)
             b_phi = load_tile(p_phi, time_step(phi), row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
             b_v = load_tile(p_v, time_step(v), row, length - stream.shift, BN, V, BV)
-            key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, MAP)
+            key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, KEYED)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
             decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
             decay = tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
@@ -187,8 +188,8 @@ def linear_sums(
     b_do, b_fq, v, phi, s, z, gates, batch, key_row, linear_row, head_k, slot, slots, head_g, entry, r, i, behind,
     length, stream,
     HG: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr, KEYED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of each query of float32 weights times d_ij, and of the weights alone.
 
@@ -220,7 +221,7 @@ def linear_sums(
         if MAP != "identity":
             b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
             a = tl.dot(minus, tl.trans(b_phi), a, input_precision=PRECISION)
-        key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, MAP)
+        key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, KEYED)
         key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
         decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
         a *= tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
@@ -279,8 +280,8 @@ def linear_key_kernel(
     tokens, stream,
     ANCHORS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, HG: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    MAP: tl.constexpr, SPLIT: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    MAP: tl.constexpr, SPLIT: tl.constexpr, KEYED: tl.constexpr, LINEAR_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BT linear rows of one key head over its query heads: dfk, and dv but for what the window adds.
 
@@ -312,7 +313,7 @@ def linear_key_kernel(
         head_g = head_s // (HS // HG)
         entry = slot.to(tl.int64) * HS + head_s
         p_s, p_z = ds + entry * F * V, dz + entry * F + f
-        whole, part = load_key_gates(gates, slot, slots, head_g, r - start + j, HG, C, SPLIT, MAP)
+        whole, part = load_key_gates(gates, slot, slots, head_g, r - start + j, HG, C, SPLIT, KEYED)
         whole = tl.where(known, whole, float("inf"))
 
         # through the state that leaves the chunk
@@ -404,8 +405,8 @@ def linear_queries(
             average, terms.slope, terms.offset, terms.share, terms.shift, terms.flow, terms.entered, gates.shape[1],
             tokens, stream, options.feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
             gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked,
-            c.columns, shape.feature_map, shape.split, shape.merge, shape.merge and shape.relative, shape.normalize,
-            shape.linear_dtype, shape.precision, c.stages, **c.launch,
+            c.columns, shape.feature_map, shape.split, shape.keyed, shape.merge, shape.merge and shape.relative,
+            shape.normalize, shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dfq
 
@@ -451,6 +452,6 @@ def linear_keys(
             gates.shape[1], fq.shape[1], stream,
             shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.feature_map,
-            shape.split, shape.linear_dtype, shape.precision, c.stages, **c.launch,
+            shape.split, shape.keyed, shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     return dv, dfk, found

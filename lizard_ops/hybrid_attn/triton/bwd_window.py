@@ -11,6 +11,9 @@ from lizard_ops.hybrid_attn.triton.bwd_linear import RowTerms
 from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, anchor_seen, in_window
+from lizard_ops.hybrid_attn.triton.kept import kept_keys, kept_list, outlives
+from lizard_ops.hybrid_attn.triton.kept_bwd import kept_key_gradients
+from lizard_ops.hybrid_attn.triton.kept_index import Index
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, first_rows, locate_in_stream, stream_blocks
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
@@ -18,6 +21,7 @@ from lizard_ops.tiles.strided import (
     at,
     at_anchors,
     head_step,
+    load_rows,
     load_stack,
     load_tile,
     rows_last,
@@ -33,7 +37,7 @@ from lizard_ops.window_attn.triton.config import WindowCall, WindowNumbers
 @triton.jit
 def window_query_kernel(
     q, k, v, anchor_k, anchor_v, do, dq, weight, sink, window, top_key_in, share_io, shift_io, flow_io, average_out,
-    tokens, stream, scale, cap,
+    tokens, stream, scale, cap, living,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
     MERGE: tl.constexpr, RELATIVE: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,7 +47,7 @@ def window_query_kernel(
 
     The weights of a row sum up to one but for the rounding of its log-sum-exp, 2^-24 of its size. Where one key has
     nearly all the weight, its gradient is a difference that this would be the whole of: so do . o_window is divided
-    by the sum of the weights, sinks included.
+    by the sum of the weights, sinks included. living: the keys that outlive their window.
     """
     BM: tl.constexpr = BT * GH
     head = tl.program_id(0) % (HQ // GH) * GH
@@ -78,6 +82,9 @@ def window_query_kernel(
             p_weight = at(weight, batch, first + t, head) + i * weight.time + member * weight.head
             share = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
         tl.store(share_io + out, share, mask=inside)
+    if living is not None:
+        p_ends = living.ends + (batch.to(tl.int64) * HK + head_k) * tokens + first
+        p_alive, alive = kept_list(living, tl.program_id(0) // (HQ // GH), head_k, HK)
     if EXACT:
         average = tl.zeros([BM], tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -90,6 +97,8 @@ def window_query_kernel(
             b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
             b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
             seen = in_window(own, c, valid, W)
+            if living is not None:
+                seen = seen | outlives(own, c, p_ends, keys)
             p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
             total += tl.sum(p, 1)
@@ -101,6 +110,15 @@ def window_query_kernel(
             p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
             average += tl.sum(p * dp, 1)
             total += tl.sum(p, 1)
+        if living is not None:
+            for j in tl.range(0, alive, BN, num_stages=STAGES):
+                c, there, ends = kept_keys(p_alive, p_ends, j, alive, BN)
+                b_k = load_rows(p_k + c * time_step(k), there, D, BD)
+                b_v = load_rows(p_v + c * time_step(v), there, V, BV)
+                seen = own[:, None] < ends[None, :]
+                p, dp, unused = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
+                average += tl.sum(p * dp, 1)
+                total += tl.sum(p, 1)
         average = tl.where(total > 0.0, average / total, 0.0)
         if MERGE:  # flow is share (do.o_linear - do.o) too, which loses its digits where the linear branch has the mass
             flow = tl.where(share < 0.5, -shift - share * average, flow)
@@ -116,6 +134,8 @@ def window_query_kernel(
         b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
         b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
         seen = in_window(own, c, valid, W)
+        if living is not None:
+            seen = seen | outlives(own, c, p_ends, keys)
         p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None]) * slope
         b_dq = add_product(b_dq, ds.to(DTYPE), b_k, inside[:, None], PRECISION)
@@ -127,6 +147,15 @@ def window_query_kernel(
         p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
         ds = p * (share[:, None] * dp + shift[:, None]) * slope
         b_dq = add_product(b_dq, ds.to(DTYPE), b_k, inside[:, None], PRECISION)
+    if living is not None:
+        for j in tl.range(0, alive, BN, num_stages=STAGES):
+            c, there, ends = kept_keys(p_alive, p_ends, j, alive, BN)
+            b_k = load_rows(p_k + c * time_step(k), there, D, BD)
+            b_v = load_rows(p_v + c * time_step(v), there, V, BV)
+            seen = own[:, None] < ends[None, :]
+            p, dp, slope = weights(b_q, b_do, b_k, b_v, seen, log_window, score_scale, cap, PRECISION)
+            ds = p * (share[:, None] * dp + shift[:, None]) * slope
+            b_dq = tl.dot(ds.to(DTYPE), b_k, b_dq, input_precision=PRECISION)
     if RELATIVE:
         top_key = tl.load(top_key_in + out, mask=inside, other=0)
         of_k = p_k + top_key.to(tl.int64) * time_step(k)
@@ -159,13 +188,16 @@ def window_queries(
     terms: RowTerms,
     stream: Stream,
     shape: FusedShape,
+    index: Index | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dq, in a sum do . o_window [B, Hq, T]); a sum's share and shift go to ``terms``."""
+    """(dq, in a sum do . o_window [B, Hq, T]); a sum's share and shift go to ``terms``. index: of kept keys."""
     q, k, v, weight = x.q, x.k, x.v, x.weight
     batch, tokens, heads = q.shape[:3]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     average = None if shape.merge else torch.empty_like(terms.share)
     c = shape.config("window_query")
+    if index is not None:
+        c = c._replace(rows=shape.config("output").rows)  # of whose blocks it has lists
     count, stacked = shape.stack(c.rows)
     blocks = stream_blocks(stream, 0, count)
     if blocks and tokens:
@@ -174,19 +206,20 @@ def window_queries(
             strided(q), strided(k), strided(v), strided(anchor_k), strided(anchor_v), strided(do), strided(dq),
             None if weight is None else strided_heads(weight), x.sink, masses.window, masses.top_key, terms.share,
             terms.shift, terms.flow, average, tokens, stream, options.scale, cap_of(options.scale, options.softcap),
-            shape.window, shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block,
-            shape.value, shape.value_block, count, stacked, c.columns, shape.merge, shape.merge and shape.relative,
-            shape.exact, shape.compute_dtype, shape.precision, c.stages, **c.launch,
+            None if index is None else index.kept, shape.window, shape.anchors, x.kept_anchors is None, heads,
+            shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, count, stacked, c.columns,
+            shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype, shape.precision, c.stages,
+            **c.launch,
         )  # fmt: skip
     return dq, average
 
 
 def window_keys(
     x: FusedInputs, options: FusedOptions, do: Tensor, dv: Tensor, masses: Masses, terms: RowTerms, stream: Stream,
-    shape: FusedShape,
+    shape: FusedShape, index: Index | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v; adds to the dv of
-    ``linear_keys``."""
+    ``linear_keys``. index: of kept keys."""
     tokens = x.q.shape[1]
     relative = shape.merge and shape.relative
     log_window, term, share = masses.window, -terms.shift, terms.share
@@ -206,6 +239,9 @@ def window_keys(
         window=shape.window, anchors=shape.anchors, prefix=stream.prefix, scale=options.scale, softcap=options.softcap
     )
     dk, _, *of_anchors = key_gradients(
-        call, numbers, do, stats, beyond=True, there=(dv, stream.start, stream.shift)
+        call, numbers, do, stats, beyond=True, there=(dv, stream.start, stream.shift),
+        ends=None if index is None else index.ends,
     )  # fmt: skip
+    if index is not None:
+        kept_key_gradients(call, options, do, stats, (dk, dv), index, stream, shape)
     return dk, *of_anchors

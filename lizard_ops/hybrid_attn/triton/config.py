@@ -48,9 +48,14 @@ class FusedShape:
         return 1 if self.feature_map == "identity" else 2
 
     @property
+    def keyed(self) -> bool:
+        """Whether keys have running gates of their own (see ``units.py``)."""
+        return self.feature_map == "exp"
+
+    @property
     def split(self) -> bool:
         """Whether running gates keep more digits than one float32."""
-        return self.dtype == torch.float32 or self.feature_map == "exp"
+        return self.dtype == torch.float32 or self.keyed
 
     @property
     def group(self) -> int:

@@ -11,13 +11,24 @@ from torch import Tensor
 
 from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions
 from lizard_ops.hybrid_attn.triton.config import FusedShape
+from lizard_ops.hybrid_attn.triton.kept import Kept, kept_keys, kept_list, largest, outlives
 from lizard_ops.hybrid_attn.triton.state import States
 from lizard_ops.tiles.decays import decay_between, decay_since_start, load_ahead, load_gates, load_key_gates
 from lizard_ops.tiles.features import exponential_log2, features
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, first_rows, first_slot, head_lead, locate_in_stream, stream_blocks
 from lizard_ops.tiles.softcap import cap_of, capped, units_of
-from lizard_ops.tiles.strided import at, at_anchors, head_step, load_stack, load_tile, strided, strided_heads, time_step
+from lizard_ops.tiles.strided import (
+    at,
+    at_anchors,
+    head_step,
+    load_rows,
+    load_stack,
+    load_tile,
+    strided,
+    strided_heads,
+    time_step,
+)
 from lizard_ops.window_attn.triton.fwd import scaled_above
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # a mass below is none: float32 keeps too few digits of it
@@ -73,16 +84,18 @@ def anchor_step(
 @triton.jit
 def output_kernel(
     q, k, v, fq, phi, anchor_k, anchor_v, o, s, z, gates, weight, sink, linear, window, spread_out, top_key_out,
-    slots, tokens, stream, score_scale, cap, feature_scale,
+    slots, tokens, stream, score_scale, cap, feature_scale, linear_v, living,
     W: tl.constexpr, ANCHORS: tl.constexpr, OWN: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr,
     HS: tl.constexpr, HG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, GH: tl.constexpr, BN: tl.constexpr,
-    MAP: tl.constexpr, SPLIT: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
-    DTYPE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MAP: tl.constexpr, SPLIT: tl.constexpr, KEYED: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr,
+    NORMALIZE: tl.constexpr, DTYPE: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and masses of BT queries of GH heads that share their keys, stacked as rows of one tile.
 
-    Blocks are aligned on linear rows, so that one never spans two chunks: query t meets linear row t - shift.
+    Blocks are aligned on linear rows, so that one never spans two chunks: query t meets linear row t - shift. linear_v:
+    the values of the linear rows, if not those of the keys. living: the keys that outlive their window.
     """
     F: tl.constexpr = 2 * FP if MAP != "identity" else FP
     BM: tl.constexpr = BT * GH
@@ -127,7 +140,10 @@ def output_kernel(
         acc *= entered[:, None]
         mass *= entered
         p_phi = at(phi, batch, linear_row, head_k)
-        p_v = at(v, batch, key_row + stream.start, head_k)
+        if linear_v is None:
+            p_v = at(v, batch, key_row + stream.start, head_k)
+        else:
+            p_v = at(linear_v, batch, key_row + stream.start, head_k)
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
             row = start + j
             c = row + tl.arange(0, BN)
@@ -137,7 +153,7 @@ def output_kernel(
             if MAP != "identity":
                 b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
                 a = tl.dot(minus, tl.trans(b_phi), a, input_precision=PRECISION)
-            key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, MAP)
+            key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, KEYED)
             key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
             decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
             a *= tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
@@ -171,16 +187,36 @@ def output_kernel(
                 b_q, p_ak, p_av, time_step(anchor_k), time_step(anchor_v), a, t + i, kept, n, stream, top, top_key,
                 total, acc, score_scale, cap, W, ANCHORS, D, BD, V, BV, DTYPE, PRECISION, RELATIVE,
             )  # fmt: skip
+    if living is not None:
+        near_top = top
+        p_ends = living.ends + (batch.to(tl.int64) * HK + head_k) * tokens + first
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)
         b_k = load_tile(p_k, time_step(k), row, keys, BN, D, BD)
         b_v = load_tile(p_v, time_step(v), row, keys, BN, V, BV)
         score = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
-        score = tl.where(in_window(own, c, valid, W), score, float("-inf"))
+        seen = in_window(own, c, valid, W)
+        if living is not None:
+            if RELATIVE:
+                near_top, top_key = largest(tl.where(seen, score, float("-inf")), c, near_top, top_key)
+            seen = seen | outlives(own, c, p_ends, keys)
+        score = tl.where(seen, score, float("-inf"))
         top, top_key, total, acc = softmax_step(
-            score, b_v, c, top, top_key, total, acc, score_scale, DTYPE, PRECISION, RELATIVE, False
+            score, b_v, c, top, top_key, total, acc, score_scale, DTYPE, PRECISION, RELATIVE and living is None, False
         )
+    if living is not None:
+        p_alive, alive = kept_list(living, tl.program_id(0) // (HQ // GH), head_k, HK)
+        for j in tl.range(0, alive, BN, num_stages=STAGES):
+            c, there, ends = kept_keys(p_alive, p_ends, j, alive, BN)
+            b_k = load_rows(p_k + c * time_step(k), there, D, BD)
+            b_v = load_rows(p_v + c * time_step(v), there, V, BV)
+            score = capped(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), cap)
+            score = tl.where(own[:, None] < ends[None, :], score, float("-inf"))
+            top, top_key, total, acc = softmax_step(
+                score, b_v, ends, top, top_key, total, acc, score_scale, DTYPE, PRECISION, False, False
+            )
+        near_top = (top - near_top) * score_scale  # by how much a kept key's score is the largest
     top *= score_scale
     log_window = top + tl.log2(total)
     if sink is not None:
@@ -189,6 +225,8 @@ def output_kernel(
         log_window = larger + tl.log2(tl.exp2(log_window - larger) + tl.exp2(b_sink - larger))
         total += tl.exp2(b_sink - top)
     spread = tl.log2(total)
+    if living is not None:
+        spread += near_top
     weight_window = 1.0 / total  # not exp2(top - log_window), which large scores leave few digits
 
     # mix
@@ -245,9 +283,10 @@ def shares(log_linear, ahead, feature_scale, log_window, bias):
 
 
 def hybrid_output(
-    x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, stream: Stream, shape: FusedShape
-) -> tuple[Tensor, Masses]:
-    """Output [B, T, Hq, V] and masses."""
+    x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, stream: Stream, shape: FusedShape,
+    linear_v: Tensor | None = None, kept: Kept | None = None,
+) -> tuple[Tensor, Masses]:  # fmt: skip
+    """Output [B, T, Hq, V] and masses. linear_v: of the linear rows, those of the keys if None."""
     batch, tokens, heads = x.q.shape[:3]
     o = torch.empty(batch, tokens, heads, shape.value, dtype=x.q.dtype, device=x.q.device)
     masses = empty_masses(x.q, shape)
@@ -262,11 +301,12 @@ def hybrid_output(
             None if x.weight is None else strided_heads(x.weight), x.sink, masses.linear, masses.window,
             masses.spread, masses.top_key, gates.shape[1], tokens, stream,
             units_of(options.scale, options.softcap) * LOG2E.value, cap_of(options.scale, options.softcap),
-            options.feature_scale, shape.window, shape.anchors, x.kept_anchors is None, heads,
-            shape.key_heads, shape.state_heads, gates.shape[2], shape.dim, shape.dim_block, shape.value,
-            shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked, c.columns, shape.feature_map,
-            shape.split, shape.merge, shape.merge and shape.relative, shape.normalize, shape.compute_dtype,
-            shape.linear_dtype, shape.precision, c.stages, **c.launch,
+            options.feature_scale, None if linear_v is None else strided(linear_v), kept, shape.window,
+            shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.state_heads, gates.shape[2],
+            shape.dim, shape.dim_block, shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count,
+            stacked, c.columns, shape.feature_map, shape.split, shape.keyed, shape.merge,
+            shape.merge and shape.relative, shape.normalize, shape.compute_dtype, shape.linear_dtype, shape.precision,
+            c.stages, **c.launch,
         )  # fmt: skip
     return o, masses
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,15 @@ from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
 from lizard_ops.hybrid_attn.triton.bwd_linear import empty_terms, linear_keys, linear_queries, query_states
 from lizard_ops.hybrid_attn.triton.bwd_window import window_keys, window_queries
-from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, describe, pair
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, Pair, describe, pair
+from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
+from lizard_ops.hybrid_attn.triton.kept_gates import held_gradients
+from lizard_ops.hybrid_attn.triton.kept_index import Index, entering, from_entering
 from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
 from lizard_ops.tiles.log2 import LOG2E
-from lizard_ops.tiles.places import slot_count
+from lizard_ops.tiles.places import Stream, slot_count
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,6 +97,69 @@ def _(
     )  # fmt: skip
 
 
+class Found(NamedTuple):
+    """What a forward call leaves for its backward, and the gradients that come in."""
+
+    o: Tensor
+    gates: Tensor
+    masses: Masses
+    d_o: Tensor
+    d_end: Pair | None  # of the final sums
+
+
+def gradients(
+    x: FusedInputs, options: FusedOptions, found: Found, shape: FusedShape, stream: Stream, gate_gradient: bool,
+    index: Index | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What ``hybrid_backward`` returns. index: of keys with an expiry."""
+    q, fq, g, s = x.q, x.fq, x.g, x.s
+    _, gates, masses, d_o, d_end = found
+    enters = index is not None and options.outside
+    rows = x
+    with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
+        if index is not None and enters:
+            rows = x._replace(fk=entering(x.fk, index.source, stream), v=entering(x.v, index.source, stream))
+        states = chunk_states(rows.fk, rows.v, gates, x.start, stream, shape, end=False)
+        terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
+
+        def of_queries(terms):
+            return window_queries(x, options, d_o, masses, terms, stream, shape, index)
+
+        if not shape.merge:
+            dq, average = of_queries(terms)
+        dfq = linear_queries(rows, options, states, gates, found.o, d_o, masses, average, terms, stream, shape)
+        states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
+        if shape.merge and shape.exact:
+            dq, _ = of_queries(terms)
+        d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
+        dv, dfk, key_terms = linear_keys(
+            rows.v, fq, rows.fk, d_o, gates, terms, d_states, stream, shape, gate_gradient
+        )  # fmt: skip
+        del rows
+        dg = empty(q, 0)
+        if key_terms is not None:
+            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
+            if index is not None and enters:
+                dg += held_gradients(g, key_terms, index, stream, shape)
+        d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
+        del states, d_states, key_terms
+        terms = terms._replace(slope=None, offset=None, entered=None)
+        if index is not None and enters:
+            dfk, dv = from_entering(dfk, index.ends, stream), from_entering(dv, index.ends, stream)
+        dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index)
+        if not shape.exact:
+            dq, _ = of_queries(terms)
+        d_sink = empty(q, 0)
+        if x.sink is not None:  # p_sink times the shift that every score shares
+            there = masses.window.isfinite()
+            part = torch.exp2(x.sink[:, None] * LOG2E.value - masses.window) * terms.shift
+            d_sink = part.where(there, 0.0).sum((0, 2)).to(x.sink.dtype)
+    d_weight = terms.flow if average is None else average
+    del terms, average
+    d_weight = empty(q, 0) if x.weight is None else d_weight.transpose(1, 2).contiguous()
+    return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
+
+
 @torch.library.custom_op("lizard_ops::hybrid_attn_backward", mutates_args=())
 def hybrid_backward(
     q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, g: Tensor | None, weight: Tensor | None,
@@ -105,42 +173,9 @@ def hybrid_backward(
     """Gradients of the first twelve arguments of ``hybrid_forward``; those of absent ones are empty."""
     given = locals()
     x, options = taken(FusedInputs, given), taken(FusedOptions, given)
+    row = Found(o, gates, Masses(linear=linear, window=log_window, spread=spread, top_key=top_key), d_o, pair(d_s, d_z))
     del given
-    shape, stream = describe(x, options)
-    masses, d_end = Masses(linear=linear, window=log_window, spread=spread, top_key=top_key), pair(d_s, d_z)
-    with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
-        states = chunk_states(fk, v, gates, x.start, stream, shape, end=False)
-        terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
-
-        def of_queries(terms):
-            return window_queries(x, options, d_o, masses, terms, stream, shape)
-
-        if not shape.merge:
-            dq, average = of_queries(terms)
-        dfq = linear_queries(x, options, states, gates, o, d_o, masses, average, terms, stream, shape)
-        states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
-        if shape.merge and shape.exact:
-            dq, _ = of_queries(terms)
-        d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
-        dv, dfk, key_terms = linear_keys(v, fq, fk, d_o, gates, terms, d_states, stream, shape, gate_gradient)
-        dg = empty(q, 0)
-        if key_terms is not None:
-            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
-        d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
-        del states, d_states, key_terms
-        terms = terms._replace(slope=None, offset=None, entered=None)
-        dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape)
-        if not shape.exact:
-            dq, _ = of_queries(terms)
-        d_sink = empty(q, 0)
-        if sink is not None:  # p_sink times the shift that every score shares
-            there = log_window.isfinite()
-            part = torch.exp2(sink[:, None] * LOG2E.value - log_window) * terms.shift
-            d_sink = part.where(there, 0.0).sum((0, 2)).to(sink.dtype)
-    d_weight = terms.flow if average is None else average
-    del terms, average
-    d_weight = empty(q, 0) if weight is None else d_weight.transpose(1, 2).contiguous()
-    return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
+    return gradients(x, options, row, *describe(x, options), gate_gradient)
 
 
 @hybrid_backward.register_fake

@@ -83,7 +83,7 @@ def chunk_state_kernel(
     fk, v, phi, gates, s, z, slots, stream,
     ANCHORS: tl.constexpr, HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BJ: tl.constexpr, MAP: tl.constexpr, SPLIT: tl.constexpr,
-    LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    KEYED: tl.constexpr, LINEAR_DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to one half of the state: sum_j exp(G_end - G_j) phi_k(k_j) [v_j, 1]; and phi_k itself."""
     HALVES: tl.constexpr = 2 if MAP != "identity" else 1
@@ -103,7 +103,7 @@ def chunk_state_kernel(
         r = row + tl.arange(0, BJ)
         b_fk = load_tile_transposed(p_fk, time_step(fk), row, seen, BJ, FP, BF)  # [BF, BJ]
         b_v = load_tile(p_v, time_step(v), row, seen, BJ, V, BV).to(LINEAR_DTYPE)  # [BJ, BV]
-        whole, part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C, SPLIT, MAP)
+        whole, part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BJ), HG, C, SPLIT, KEYED)
         decay = tl.exp2(decay_between(end_whole, end_part, whole, part, SPLIT))
         decay = tl.where((r < seen) & (r + stream.start >= behind), decay, 0.0)
         b_phi = half_features(b_fk, 1.0 - 2.0 * half, FP, BF, 0, MAP)
@@ -227,8 +227,8 @@ def chunk_states(
         chunk_state_kernel[(slots * shape.state_heads * shape.halves,)](
             strided(fk), strided(v), strided(states.phi), gates, states.s, states.z, slots, stream,
             shape.anchors, shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block,
-            shape.value, shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype,
-            shape.precision, c.stages, **c.launch,
+            shape.value, shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.keyed,
+            shape.linear_dtype, shape.precision, c.stages, **c.launch,
         )  # fmt: skip
     scan_states(states, start, gates, stream, shape, reverse=False)
     return states

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import FAR, block_count, locate_in_rows, stream_bounds
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
@@ -41,7 +42,7 @@ def window_backward_keys_kernel(
     q, k, v, anchor_k, anchor_v, first, cu_seqlens, lengths, d_o, lse, row_term, share, arg_max, d_max,
     dk, dv, part_k, part_v,
     q_sn, q_st, q_sh, k_sn, k_st, k_sh, v_sn, v_st, v_sh, ak_sn, ak_st, ak_sh, av_sn, av_st, av_sh, o_sn, o_st, o_sh,
-    row_sn, row_st, row_sh, T, N, STEPS, there_from, there_less, scale, cap,
+    row_sn, row_st, row_sh, T, N, STEPS, there_from, there_less, scale, cap, ends,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     W: tl.constexpr, A: tl.constexpr, P: tl.constexpr, HB: tl.constexpr, AB: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, CARRIED: tl.constexpr,
@@ -57,7 +58,9 @@ def window_backward_keys_kernel(
 
     With w a row's share (1 without) and p = exp(s - lse): dv += w p do, ds = p (w do.v - row term), plus d max at the
     largest score. BEYOND: anchors are window rows like others until the window has left them behind. ADD: dv has
-    something already in the stream rows from there_from on, as many as there are tokens less there_less.
+    something already in the stream rows from there_from on, as many as there are tokens less there_less. ends
+    [B, HK, T]: the first query that no longer sees a key, where that is behind its window; of the queries from then on
+    the program takes those that it goes through anyway, up to row i_block KB + KB - 1 + W.
     """
     KB: tl.constexpr = BM - AB
     PARTS: tl.constexpr = (A + AB - 1) // AB if A > 0 else 1
@@ -97,6 +100,9 @@ def window_backward_keys_kernel(
     oldest = o_r  # first and last row that sees the key
     m_open = m_r & (o_r >= low)
     newest = tl.where(m_open, o_r + W - 1, -1)
+    if ends is not None:
+        p_ends = ends + (bos * 0 + i_h) * T + bos if PACKED else ends + (i_row * HK + i_h) * T
+        newest = tl.maximum(newest, tl.load(p_ends + o_r, mask=m_open, other=0) - 1)
     p_k = k + o_r.to(tl.int64) * k_st
     p_v = v + o_r.to(tl.int64) * v_st
     m_k = m_r
@@ -237,14 +243,20 @@ def window_backward_anchors_kernel(
     tl.store(p_dx, b_x.to(dx.dtype.element_ty), mask=o_x < DIM)
 
 
+def key_block(config: Launch, anchors: int) -> int:
+    """Keys of a block, whose tile has anchors in its other rows."""
+    return config.rows - min(anchors, config.rows // 2)
+
+
 def key_gradients(
     x: WindowCall, numbers: WindowNumbers, d_o: Tensor, stats: RowStats, beyond: bool,
-    there: tuple[Tensor, int, int] | None = None,
+    there: tuple[Tensor, int, int] | None = None, ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, dv, d anchor_k, d anchor_v); the last two are empty unless anchors are kept apart (``first`` given).
 
     Of right-padded rows (``lengths``) gradients past the end are left unwritten. beyond: see the kernel. there: a dv to
-    add to, its first stream row that holds something, and by how many rows fewer than tokens there are.
+    add to, its first stream row that holds something, and by how many rows fewer than tokens there are. ends: see the
+    kernel.
     """
     q, k, v, first, cu_seqlens, lengths = x.q, x.k, x.v, x.first, x.cu_seqlens, x.lengths
     anchors, prefix, scale = numbers.anchors, numbers.prefix, numbers.scale
@@ -257,15 +269,15 @@ def key_gradients(
         q.new_empty(0) if t is None else make(t.shape, dtype=t.dtype, device=t.device) for t in (x.anchor_k, x.anchor_v)
     )
     config = config_for("keys", q, v, heads // key_heads)
-    kept = min(anchors, config.rows // 2)  # anchors in a key block
-    size = config.rows - kept
+    size = key_block(config, anchors)
+    kept = config.rows - size
     blocks = block_count(length, n, prefix, size, packed) * key_heads
     part_k, part_v = (stats.lse.new_empty(blocks, anchors, size) for size in (dim, v_dim))
     if blocks:
         window_backward_keys_kernel[(blocks * max(1, triton.cdiv(anchors, max(kept, 1))),)](
             q, k, v, x.anchor_k, x.anchor_v, first, cu_seqlens, lengths, d_o, stats.lse, stats.term, stats.share,
             stats.arg_max, stats.d_max, dk, dv, part_k, part_v, *x.strides, *strides(d_o), *stats.strides, length, n,
-            (n - 1).bit_length(), there_from, there_less, scale, cap_of(scale, numbers.softcap), HB=config.heads,
+            (n - 1).bit_length(), there_from, there_less, scale, cap_of(scale, numbers.softcap), ends, HB=config.heads,
             AB=kept, PACKED=packed, CARRIED=carried, BEYOND=beyond, ADD=there is not None, TO_LOG2=stats.to_log2,
             TOKENS_FIRST=stats.strides[1] == 1, **shape_arguments(x, numbers, config),
         )  # fmt: skip

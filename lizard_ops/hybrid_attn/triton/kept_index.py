@@ -1,0 +1,208 @@
+"""Which keys live where: built once a call, and what moves rows into the order in which keys expire."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lizard_ops.hybrid_attn.triton.config import FusedShape
+from lizard_ops.hybrid_attn.triton.kept import Kept
+from lizard_ops.tiles.places import FAR, Stream, locate_in_stream, stream_blocks
+from lizard_ops.tiles.strided import at, strided, strided_heads
+from lizard_ops.tiles.widths import power_of_two
+
+SEGMENT = 1024  # queries between two of the lists that are made by going through all keys
+
+
+class Index(NamedTuple):
+    """What every kernel of a call reads of its expiries."""
+
+    ends: Tensor  # [B, Hk, T] int32, as ``Kept.ends``
+    source: Tensor  # [B, Hk, T] int32 the key that expires at each row, -1 for none
+    alive: Tensor  # [blocks, Hk, places] int32 of blocks of queries, as ``Kept.alive``
+    count: Tensor  # [blocks, Hk] int32
+    carried: Tensor  # [segments, Hk, places] int32 the same of segments
+    carried_count: Tensor  # [segments, Hk] int32
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.ends, self.alive, self.count, tl.constexpr(self.alive.shape[2]))
+
+
+@triton.jit
+def ends_kernel(
+    expiry, ends, source, tokens, stream, ANCHORS: tl.constexpr, HK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The end of each key, and the key of each end."""
+    head = tl.program_id(0) % HK
+    _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, BLOCK)
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    is_key = (j >= ANCHORS) & (j < length)
+    p_expiry = at(expiry, batch, first, head) + j.to(tl.int64) * expiry.time
+    end = tl.maximum(tl.minimum(tl.load(p_expiry, mask=is_key, other=0), FAR), 0).to(tl.int32)
+    row = (batch.to(tl.int64) * HK + head) * tokens + first
+    tl.store(ends + row + j, end, mask=j < length)
+    tl.store(source + row + end, j, mask=is_key & (end < length))
+
+
+@triton.jit
+def append(pointer, keys, chosen, count, LIMIT: tl.constexpr):
+    """Put the chosen keys behind the ``count`` that a list has; its length then."""
+    place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(pointer + place, keys, mask=chosen & (place < LIMIT))
+    return count + tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def end_list(pointer, p_count, count, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    """Note how many keys a list has; -1 in the places behind them."""
+    for j in range(count, PLACES, BLOCK):
+        place = j + tl.arange(0, BLOCK)
+        tl.store(pointer + place, tl.full([BLOCK], -1, tl.int32), mask=place < PLACES)
+    tl.store(p_count, tl.minimum(count, PLACES))
+
+
+@triton.jit
+def carried_kernel(
+    ends, carried, count_out, tokens, stream, W: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr,
+    PLACES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The keys that a segment of SIZE queries finds alive and out of the window."""
+    head = tl.program_id(0) % HK
+    segment = tl.program_id(0) // HK
+    _, block, batch, first, length = locate_in_stream(segment, stream, 0, SIZE)
+    t = block * SIZE
+    entry = segment.to(tl.int64) * HK + head
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * tokens + first
+    count = t * 0
+    if t < length:
+        for j in range(0, t - W + 1, BLOCK):
+            c = j + tl.arange(0, BLOCK)
+            end = tl.load(p_ends + c, mask=c <= t - W, other=0)
+            count = append(carried + entry * PLACES, c, end > t, count, PLACES)
+    end_list(carried + entry * PLACES, count_out + entry, count, PLACES, BLOCK)
+
+
+@triton.jit
+def alive_kernel(
+    ends, carried, carried_count, alive, count_out, tokens, stream, W: tl.constexpr, HK: tl.constexpr,
+    SIZE: tl.constexpr, SEGMENT: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same of a block of SIZE queries: who is left of its segment's, and who has left the window since."""
+    head = tl.program_id(0) % HK
+    pid = tl.program_id(0) // HK
+    n, block, batch, first, length = locate_in_stream(pid, stream, 0, SIZE)
+    t = block * SIZE
+    entry = tl.cast(pid, tl.int64) * HK + head
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * tokens + first
+    out = alive + entry * PLACES
+    count = t * 0
+    if t < length:
+        start = t // SEGMENT
+        if stream.cu_seqlens is not None:
+            before = first // SEGMENT + n + start
+        else:
+            before = n * tl.cdiv(stream.length, SEGMENT) + start
+        from_segment = tl.cast(before, tl.int64) * HK + head
+        there = tl.load(carried_count + from_segment)
+        for j in range(0, there, BLOCK):
+            i = j + tl.arange(0, BLOCK)
+            c = tl.load(carried + from_segment * PLACES + i, mask=i < there, other=0)
+            end = tl.load(p_ends + c, mask=i < there, other=0)
+            count = append(out, c, end > t, count, PLACES)
+        for j in range(tl.maximum(start * SEGMENT - W + 1, 0), t - W + 1, BLOCK):
+            c = j + tl.arange(0, BLOCK)
+            end = tl.load(p_ends + c, mask=c <= t - W, other=0)
+            count = append(out, c, end > t, count, PLACES)
+    end_list(out, count_out + entry, count, PLACES, BLOCK)
+
+
+@triton.jit
+def move_kernel(
+    x, out, index, tokens, stream, LEAST: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[row] = x[index[row]], zeros where that is not in [LEAST, length)."""
+    head = tl.program_id(0) % HK
+    _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, BLOCK)
+    r, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
+    row = tl.load(index + (batch.to(tl.int64) * HK + head) * tokens + first + r, mask=r < length, other=-1)
+    there = (row >= LEAST) & (row < length)
+    p_x = at(x, batch, first, head) + row.to(tl.int64)[:, None] * (x.time * x.unit) + d[None, :]
+    moved = tl.load(p_x, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+    p_out = at(out, batch, first, head) + r.to(tl.int64)[:, None] * (out.time * out.unit) + d[None, :]
+    tl.store(p_out, moved, mask=(r < length)[:, None] & (d < DIM)[None, :])
+
+
+def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) -> Index:
+    """Of expiries [B, T, Hk] that keep at most ``places`` keys of a head alive beyond window and anchors."""
+    batch, tokens, heads = expiry.shape
+    size, places = block_size(shape), list_length(places)
+    make = {"dtype": torch.int32, "device": expiry.device}
+    ends = torch.zeros(batch, heads, tokens, **make)
+    source = torch.full((batch, heads, tokens), -1, **make)
+    blocks, segments = stream_blocks(stream, 0, size), stream_blocks(stream, 0, SEGMENT)
+    alive, count = torch.empty(blocks, heads, places, **make), torch.empty(blocks, heads, **make)
+    carried, carried_count = torch.empty(segments, heads, places, **make), torch.empty(segments, heads, **make)
+    programs = stream_blocks(stream, 0, 256) * heads
+    if programs and tokens:
+        ends_kernel[(programs,)](
+            strided_heads(expiry), ends, source, tokens, stream, shape.anchors, heads, 256, num_warps=4
+        )
+        carried_kernel[(segments * heads,)](
+            ends, carried, carried_count, tokens, stream, shape.window, heads, SEGMENT, places, 2048, num_warps=8
+        )
+        alive_kernel[(blocks * heads,)](
+            ends, carried, carried_count, alive, count, tokens, stream, shape.window, heads, size, SEGMENT, places, 256,
+            num_warps=2,
+        )  # fmt: skip
+    return Index(ends, source, alive, count, carried, carried_count)
+
+
+def empty_index(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) -> Index:
+    """The shapes of ``index_of``, for tracing."""
+    (batch, tokens, heads), make = expiry.shape, {"dtype": torch.int32, "device": expiry.device}
+    rows = torch.empty(batch, heads, tokens, **make)
+    lists = []
+    for size in (block_size(shape), SEGMENT):
+        blocks = stream_blocks(stream, 0, size)
+        lists += [torch.empty(blocks, heads, list_length(places), **make), torch.empty(blocks, heads, **make)]
+    return Index(rows, torch.empty_like(rows), *lists)
+
+
+def segment_size() -> int:
+    return SEGMENT
+
+
+def block_size(shape: FusedShape) -> int:
+    """Queries that share a list: a block of the output kernel."""
+    return shape.stack(shape.config("output").rows)[0]
+
+
+def list_length(places: int) -> int:
+    return max(16, triton.cdiv(places, 16) * 16)
+
+
+def entering(x: Tensor, source: Tensor, stream: Stream) -> Tensor:
+    """Rows of x [B, T, Hk, dim] in the order in which their keys expire; zeros where none does."""
+    return _moved(x, source, stream, 0)
+
+
+def from_entering(x: Tensor, ends: Tensor, stream: Stream) -> Tensor:
+    """The way back; zeros for keys that do not expire."""
+    return _moved(x, ends, stream, 1)
+
+
+def _moved(x: Tensor, index: Tensor, stream: Stream, least: int) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    heads, dim = x.shape[2:]
+    blocks = stream_blocks(stream, 0, 32)
+    if blocks and x.numel():
+        move_kernel[(blocks * heads,)](
+            strided(x), strided(out), index, x.shape[1], stream, least, heads, dim, power_of_two(dim), 32, num_warps=4
+        )
+    return out
