@@ -28,7 +28,8 @@ def kept_hybrid(inputs: HybridInputs, weight: Tensor | None, options: HybridOpti
     assert expiry is not None
     if scored:
         expiry = of_keys(expiry, lengths, options.score_delay)
-    check_kept(expiry, lengths, inputs.cu_seqlens, options)
+    else:
+        check_kept(expiry, lengths, inputs.cu_seqlens, options)
     g, sinks = inputs.g, inputs.sinks
     o, *_ = kept_forward(
         q=inputs.q,
