@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from op_cases import GATES, HYBRID, call, cases, state_in
 from op_checks import examples, judge, one_of, with_gradients
 from target_cases import in_segments, rows_of
+from test_regressions import NoReadBack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lizard_ops import chunk_hybrid_attn, recurrent_hybrid_attn
@@ -298,6 +299,56 @@ def test_steps_in_place_keep_the_addresses(gate, fixed):
     found = in_order({f"state.{n}": x for n, x in state._asdict().items() if x is not None})
     for name, x in found.items():
         torch.testing.assert_close(x, wanted[name])
+
+
+def test_nothing_is_read_back(monkeypatch):
+    """Checks of values apart, which a GPU tensor has in checked mode only: a step in place could not be captured."""
+    monkeypatch.setattr(importlib.import_module("lizard_ops.common.checks"), "may_read", lambda x: False)
+    case = scored(one_of(cases("hybrid", T=17, B=2, gate="query", coverage="outside", sink_form="exp")))
+    more, mask = {"kept_keys": 3, "score_delay": 1}, torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) > 0.3
+    leaves = {name: x.requires_grad_() for name, x in case.leaves().items() if name != "scores"}
+    first, rest, last = (case.part(slice(None), slice(a, b)) for a, b in ((0, 7), (7, 16), (16, 17)))
+    with NoReadBack():
+        state = state_in(call(first, "chunk", **more))
+        out = call(rest, "chunk", state, padding_mask=mask, **more)
+        torch.autograd.grad(out["o"].sum() + out["state.s"].sum(), list(leaves.values()), allow_unused=True)
+        with torch.no_grad():
+            state = state_in({name: x.detach().contiguous() for name, x in out.items()})
+            call(last, "recurrent", state, inplace=True, **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["key", "query", "channel"])
+def test_a_captured_step_goes_on_by_itself(gate):
+    fixed = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "anchors": 1, "sinks": False}
+    case = scored(one_of(cases("hybrid", T=40, B=2, window=5, gate=gate, **fixed))).cast(torch.float32)
+    more = {"kept_keys": 3, "score_delay": 1}
+    wanted = run(case, "naive", **more)
+    there = case.cast(torch.float32, "cuda")
+    state = state_in(call(there.part(slice(None), slice(0, 20)), "chunk", **more))
+    state = state._replace(**{n: x.contiguous() for n, x in state._asdict().items() if x is not None})
+    token = there.part(slice(None), slice(20, 21)).map(lambda _, x: x.clone())
+    before = [None if x is None else x.clone() for x in state]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(token, "recurrent", state, inplace=True, **more)  # compiles and warms up
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = call(token, "recurrent", state, inplace=True, **more)["o"]
+    for x, then in zip(state, before, strict=True):
+        if x is not None:
+            x.copy_(then)
+    for t in range(20, 40):
+        for name, x in token.tokens.items():
+            None if x is None else x.copy_(there.tokens[name][:, t : t + 1])
+        graph.replay()
+        torch.testing.assert_close(o.cpu(), wanted["o"][:, t : t + 1], rtol=1e-4, atol=1e-5)
+    found = in_order({f"state.{n}": x.cpu() for n, x in state._asdict().items() if x is not None})
+    for name, x in found.items():
+        torch.testing.assert_close(x, wanted[name], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
