@@ -115,6 +115,20 @@ def test_resets_and_strong_decays_in_pieces():
                 torch.testing.assert_close(x, wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: name + m)
 
 
+@pytest.mark.parametrize("gate", ["key", "query", "channel"])
+def test_a_key_of_before_a_reset_leaves_the_sums_of_after_it(gate):
+    """Key 0 stays until key 5 leaves the window at 7, when the sums hold keys that no reset came after."""
+    fixed = {"window": 2, "anchors": 0, "coverage": "outside", "mix": "sum", "normalize": True, "gate": gate}
+    case = scored(one_of(cases("hybrid", T=9, B=1, Hk=2, **fixed)))
+    case.tokens["g"][:, 2] = -torch.inf
+    case.tokens["scores"] = torch.tensor([5.0, 0, 0, 0, 0, 9, 0, 0, 0]).view(1, 9, 1).expand(1, 9, 2)
+    wanted = call(case, "naive", kept_keys=1)
+    for form, cut in [(form, cut) for form in ("chunk", "recurrent", "naive") for cut in (5, 6, 7, 8)]:
+        found = in_segments(case, [cut], lambda part, state, form=form: call(part, form, state, kept_keys=1))
+        for name, x in found.items():
+            torch.testing.assert_close(x, wanted[name])
+
+
 @pytest.mark.parametrize("form", ["chunk", "recurrent"])
 def test_gradients_come_back_through_states(form):
     """Of the outputs of all pieces and of every field that the last one leaves."""
@@ -270,20 +284,27 @@ def test_gradients_of_a_state_are_those_of_differences(gate, coverage):
         assert torch.autograd.gradcheck(lambda *xs, form=form: step(form, *xs), leaves, fast_mode=True)
 
 
+def holds(state, wanted, **tolerance):
+    """A state, on whatever device, is that among the outputs of a call."""
+    found = in_order({f"state.{n}": x.cpu() for n, x in state._asdict().items() if x is not None})
+    for name, x in found.items():
+        torch.testing.assert_close(x, wanted[name], **tolerance)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "gate, fixed",
+    "gate, places, fixed",
     [
-        ("key", {"coverage": "outside", "feature_map": "softmax", "mix": "merge"}),
-        ("channel", {"coverage": "outside", "feature_map": "exp"}),
-        ("query", {"coverage": "outside"}),
-        (None, {"coverage": "all"}),
+        ("key", 3, {"coverage": "outside", "feature_map": "softmax", "mix": "merge"}),
+        ("channel", 3, {"coverage": "outside", "feature_map": "exp"}),
+        ("query", 20, {"coverage": "outside"}),  # some stay empty
+        (None, 3, {"coverage": "all"}),
     ],
 )
-def test_steps_in_place_keep_the_addresses(gate, fixed):
+def test_steps_in_place_keep_the_addresses(gate, places, fixed):
     """One token per row, then several with padding among them, which another way of working overwrites."""
     case = scored(one_of(cases("hybrid", T=15, B=2, Hk=2, window=3, anchors=1, gate=gate, **fixed)))
-    more = {"kept_keys": 3, "score_delay": 1}
+    more = {"kept_keys": places, "score_delay": 1}
     wanted = run(case, "naive", **more)
     state = state_in(call(case.part(slice(None), slice(0, 4)), "chunk", **more))
     state = state._replace(**{n: x.contiguous() for n, x in state._asdict().items() if x is not None})
@@ -291,14 +312,13 @@ def test_steps_in_place_keep_the_addresses(gate, fixed):
     for t in range(4, 12):
         out = call(case.part(slice(None), slice(t, t + 1)), "recurrent", state, inplace=True, **more)
         torch.testing.assert_close(out["o"], wanted["o"][:, t : t + 1])
+    holds(state, run(case.part(slice(None), slice(0, 12)), "naive", **more))
     mask = torch.tensor([[True, False, True, True], [True, True, True, False]])
     rest = case.map(lambda _, x: torch.stack([x[0, [12, 12, 13, 14]], x[1, [12, 13, 14, 14]]]))
     out = call(rest, "recurrent", state, inplace=True, padding_mask=mask, **more)
     torch.testing.assert_close(out["o"][mask].flatten(), wanted["o"][:, 12:].flatten())
     assert [None if x is None else x.data_ptr() for x in state] == addresses
-    found = in_order({f"state.{n}": x for n, x in state._asdict().items() if x is not None})
-    for name, x in found.items():
-        torch.testing.assert_close(x, wanted[name])
+    holds(state, wanted)
 
 
 def test_nothing_is_read_back(monkeypatch):
@@ -346,9 +366,7 @@ def test_a_captured_step_goes_on_by_itself(gate):
             None if x is None else x.copy_(there.tokens[name][:, t : t + 1])
         graph.replay()
         torch.testing.assert_close(o.cpu(), wanted["o"][:, t : t + 1], rtol=1e-4, atol=1e-5)
-    found = in_order({f"state.{n}": x.cpu() for n, x in state._asdict().items() if x is not None})
-    for name, x in found.items():
-        torch.testing.assert_close(x, wanted[name], rtol=1e-4, atol=1e-5)
+    holds(state, wanted, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
