@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -78,8 +79,8 @@ def test_pieces_are_the_whole(form, coverage, gate):
     @examples(count, scored_cases(coverage=coverage, gate=gate, lengths=lengths), CUTS)
     def check(drawn, cuts):
         case, more = drawn
-        pieces = in_segments(case, cuts, lambda part, state: call(part, form, state, **more))
-        for found in (in_order(pieces), *([run(case, "chunk", **more)] if form == "naive" else [])):
+        pieces = in_order(in_segments(case, cuts, lambda part, state: call(part, form, state, **more)))
+        for found in (pieces, *([run(case, "chunk", **more)] if form == "naive" else [])):
             judge(found, case, torch.float64, lambda c: call(c, "naive", **more))
 
 
@@ -123,7 +124,7 @@ def test_a_key_of_before_a_reset_leaves_the_sums_of_after_it(gate):
     case.tokens["g"][:, 2] = -torch.inf
     case.tokens["scores"] = torch.tensor([5.0, 0, 0, 0, 0, 9, 0, 0, 0]).view(1, 9, 1).expand(1, 9, 2)
     wanted = call(case, "naive", kept_keys=1)
-    for form, cut in [(form, cut) for form in ("chunk", "recurrent", "naive") for cut in (5, 6, 7, 8)]:
+    for form, cut in itertools.product(("chunk", "recurrent", "naive"), (5, 6, 7, 8)):
         found = in_segments(case, [cut], lambda part, state, form=form: call(part, form, state, kept_keys=1))
         for name, x in found.items():
             torch.testing.assert_close(x, wanted[name])
@@ -205,10 +206,8 @@ def test_scores_that_rise_make_a_wider_window():
         def step(form):
             return lambda part, state: call(part, form, state, **more)
 
-        plain = dataclasses.replace(
-            case.map(lambda _, x: x), options=case.options | {"window": case.options["window"] + more["kept_keys"]}
-        )
-        del plain.tokens["scores"]
+        wider = case.options | {"window": case.options["window"] + more["kept_keys"]}
+        plain = dataclasses.replace(case, tokens=case.tokens | {"scores": None}, options=wider)
         wanted = call(plain, "chunk")
         for form in ("chunk", "recurrent"):
             torch.testing.assert_close(in_segments(case, cuts, step(form))["o"], wanted["o"])
@@ -286,8 +285,7 @@ def test_gradients_of_a_state_are_those_of_differences(gate, coverage):
 
 def holds(state, wanted, **tolerance):
     """A state, on whatever device, is that among the outputs of a call."""
-    found = in_order({f"state.{n}": x.cpu() for n, x in state._asdict().items() if x is not None})
-    for name, x in found.items():
+    for name, x in in_order({f"state.{n}": x.cpu() for n, x in state._asdict().items() if x is not None}).items():
         torch.testing.assert_close(x, wanted[name], **tolerance)
 
 
