@@ -9,7 +9,7 @@ from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
-from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
+from lizard_ops.hybrid_attn.arguments import PLACES, HybridInputs, HybridOptions, hybrid_arguments
 from lizard_ops.hybrid_attn.naive import naive_hybrid
 
 
@@ -131,11 +131,8 @@ def chunk_hybrid_attn(
         ),
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
-    check_kept_keys(inputs, options)
-    beyond = beyond_kept(inputs, options) or linear_sinks_of(inputs, options) or float64_of(q)
-    if impl == "auto" and (inputs.expiry is not None or inputs.scores is not None):
-        impl = "torch"  # until its kernels have run on a GPU
-    chosen = choose_impl(impl, q, beyond)
+    checks.want(expiry is None or kept_keys is not None, "kept_keys", kept_keys, PLACES)
+    chosen = choose_impl(impl, q, beyond_kept(inputs, options) or linear_sinks_of(inputs, options) or float64_of(q))
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         form = naive_hybrid
@@ -145,13 +142,6 @@ def chunk_hybrid_attn(
         from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch as form
     with without_autocast(q):
         return form(inputs, options)
-
-
-def check_kept_keys(inputs: HybridInputs, options: HybridOptions) -> None:
-    """A number of places belongs to what fills them."""
-    given, kept_keys = inputs.expiry is not None or inputs.scores is not None, options.kept_keys
-    wanted = "a number with expiry, None without (or a number with scores, or 0)"
-    checks.want(kept_keys is not None if given else kept_keys in (None, 0), "kept_keys", kept_keys, wanted)
 
 
 def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
@@ -227,7 +217,6 @@ def recurrent_hybrid_attn(
         ),
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
-    check_kept_keys(inputs, options)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
     if inplace:
         check_inplace(inputs, gradients, impl)

@@ -14,6 +14,8 @@ from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
 from lizard_ops.key_expiry.arguments import ExpiryOptions, ExpiryState
 from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions
 
+PLACES = "a number with expiry, None without (or a number with scores, or 0)"  # what kept_keys is
+
 
 class HybridInputs(NamedTuple):
     """The tensors of a call. ``linear`` and ``local`` are those of either branch."""
@@ -160,6 +162,8 @@ def check_scores(inputs: HybridInputs, options: HybridOptions) -> Tensor | None:
     checks.check_count("score_delay", delay, 0)
     checks.want(delay < options.window, "score_delay", delay, f"less than the window, {options.window}")
     if scores is None:
+        fits = inputs.expiry is not None or options.kept_keys in (None, 0)
+        checks.want(fits, "kept_keys", options.kept_keys, PLACES)
         return None
     checks.check_tensor("scores", scores, v.shape[:3], v, checks.FLOATS)
     checks.want(inputs.expiry is None, "expiry", inputs.expiry, "None with scores, which say when keys expire")

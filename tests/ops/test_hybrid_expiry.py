@@ -280,7 +280,7 @@ def test_bad_expiries_are_refused_by_name(form, changes, message):
         ({"gate_form": "absorbed", "g": torch.zeros(2, 6)}, "gate_form: got 'absorbed', wanted \"stable\" with expiry"),
         (
             {"impl": "triton", "g": torch.zeros(2, 6, 2, 3)},
-            'impl: got \'triton\', wanted "torch" or "auto" for a gate per channel with an expiry',
+            'impl: got \'triton\', wanted "torch" or "auto" for a gate per channel with kept keys',
         ),
     ],
 )

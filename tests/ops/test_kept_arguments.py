@@ -22,6 +22,7 @@ NONE_OF_SCORES = {"scores": None, "kept_keys": None}
         ({"scores": torch.full((B, T, HK), torch.nan)}, f"scores: got {B * T * HK}, wanted scores that are not NaN"),
         ({"kept_keys": None}, "kept_keys: got None, wanted a number >= 1 with scores"),
         ({"kept_keys": 0}, "kept_keys: got 0, wanted an integer >= 1"),
+        ({"scores": None}, "kept_keys: got 2, wanted a number with expiry, None without"),
         ({"kept_keys": 2.0}, "kept_keys: got 2.0, wanted an integer >= 1"),
         ({"score_delay": -1}, "score_delay: got -1, wanted an integer >= 0"),
         ({"score_delay": 2}, "score_delay: got 2, wanted less than the window, 2"),
@@ -38,11 +39,13 @@ def test_bad_scores_are_refused_by_name(form, changes, message):
 @pytest.mark.parametrize(
     "form, changes, message",
     [
-        ("chunk_hybrid_attn", {"scores": None}, "kept_keys: got 2, wanted a number with expiry, None without"),
-        ("recurrent_hybrid_attn", {"scores": None}, "kept_keys: got 2, wanted a number with expiry, None without"),
         ("chunk_hybrid_attn", {"expiry": torch.full((B, T, HK), 9)}, "expiry: got shape"),
         ("chunk_hybrid_attn", {"gate_form": "absorbed"}, "gate_form: got 'absorbed', wanted \"stable\" with scores"),
-        ("chunk_hybrid_attn", {"impl": "triton"}, 'impl: got \'triton\', wanted "torch" or "auto" for kept keys'),
+        (
+            "chunk_hybrid_attn",
+            {"impl": "triton", "output_final_state": True},
+            'impl: got \'triton\', wanted "torch" or "auto" for kept keys with a state',
+        ),
         ("recurrent_hybrid_attn", {"impl": "triton"}, 'impl: got \'triton\', wanted "torch" or "auto" for kept keys'),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from op_cases import GATES, HYBRID, call, cases, state_in
 from op_checks import examples, judge, one_of, with_gradients
 from target_cases import in_segments, rows_of
+from test_regressions import NoReadBack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lizard_ops import chunk_hybrid_attn, recurrent_hybrid_attn
@@ -77,8 +79,8 @@ def test_pieces_are_the_whole(form, coverage, gate):
     @examples(count, scored_cases(coverage=coverage, gate=gate, lengths=lengths), CUTS)
     def check(drawn, cuts):
         case, more = drawn
-        pieces = in_segments(case, cuts, lambda part, state: call(part, form, state, **more))
-        for found in (in_order(pieces), *([run(case, "chunk", **more)] if form == "naive" else [])):
+        pieces = in_order(in_segments(case, cuts, lambda part, state: call(part, form, state, **more)))
+        for found in (pieces, *([run(case, "chunk", **more)] if form == "naive" else [])):
             judge(found, case, torch.float64, lambda c: call(c, "naive", **more))
 
 
@@ -112,6 +114,20 @@ def test_resets_and_strong_decays_in_pieces():
             assert found.keys() == wanted.keys()
             for name, x in found.items():
                 torch.testing.assert_close(x, wanted[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: name + m)
+
+
+@pytest.mark.parametrize("gate", ["key", "query", "channel"])
+def test_a_key_of_before_a_reset_leaves_the_sums_of_after_it(gate):
+    """Key 0 stays until key 5 leaves the window at 7, when the sums hold keys that no reset came after."""
+    fixed = {"window": 2, "anchors": 0, "coverage": "outside", "mix": "sum", "normalize": True, "gate": gate}
+    case = scored(one_of(cases("hybrid", T=9, B=1, Hk=2, **fixed)))
+    case.tokens["g"][:, 2] = -torch.inf
+    case.tokens["scores"] = torch.tensor([5.0, 0, 0, 0, 0, 9, 0, 0, 0]).view(1, 9, 1).expand(1, 9, 2)
+    wanted = call(case, "naive", kept_keys=1)
+    for form, cut in itertools.product(("chunk", "recurrent", "naive"), (5, 6, 7, 8)):
+        found = in_segments(case, [cut], lambda part, state, form=form: call(part, form, state, kept_keys=1))
+        for name, x in found.items():
+            torch.testing.assert_close(x, wanted[name])
 
 
 @pytest.mark.parametrize("form", ["chunk", "recurrent"])
@@ -190,10 +206,8 @@ def test_scores_that_rise_make_a_wider_window():
         def step(form):
             return lambda part, state: call(part, form, state, **more)
 
-        plain = dataclasses.replace(
-            case.map(lambda _, x: x), options=case.options | {"window": case.options["window"] + more["kept_keys"]}
-        )
-        del plain.tokens["scores"]
+        wider = case.options | {"window": case.options["window"] + more["kept_keys"]}
+        plain = dataclasses.replace(case, tokens=case.tokens | {"scores": None}, options=wider)
         wanted = call(plain, "chunk")
         for form in ("chunk", "recurrent"):
             torch.testing.assert_close(in_segments(case, cuts, step(form))["o"], wanted["o"])
@@ -269,20 +283,26 @@ def test_gradients_of_a_state_are_those_of_differences(gate, coverage):
         assert torch.autograd.gradcheck(lambda *xs, form=form: step(form, *xs), leaves, fast_mode=True)
 
 
+def holds(state, wanted, **tolerance):
+    """A state, on whatever device, is that among the outputs of a call."""
+    for name, x in in_order({f"state.{n}": x.cpu() for n, x in state._asdict().items() if x is not None}).items():
+        torch.testing.assert_close(x, wanted[name], **tolerance)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "gate, fixed",
+    "gate, places, fixed",
     [
-        ("key", {"coverage": "outside", "feature_map": "softmax", "mix": "merge"}),
-        ("channel", {"coverage": "outside", "feature_map": "exp"}),
-        ("query", {"coverage": "outside"}),
-        (None, {"coverage": "all"}),
+        ("key", 3, {"coverage": "outside", "feature_map": "softmax", "mix": "merge"}),
+        ("channel", 3, {"coverage": "outside", "feature_map": "exp"}),
+        ("query", 20, {"coverage": "outside"}),  # some stay empty
+        (None, 3, {"coverage": "all"}),
     ],
 )
-def test_steps_in_place_keep_the_addresses(gate, fixed):
+def test_steps_in_place_keep_the_addresses(gate, places, fixed):
     """One token per row, then several with padding among them, which another way of working overwrites."""
     case = scored(one_of(cases("hybrid", T=15, B=2, Hk=2, window=3, anchors=1, gate=gate, **fixed)))
-    more = {"kept_keys": 3, "score_delay": 1}
+    more = {"kept_keys": places, "score_delay": 1}
     wanted = run(case, "naive", **more)
     state = state_in(call(case.part(slice(None), slice(0, 4)), "chunk", **more))
     state = state._replace(**{n: x.contiguous() for n, x in state._asdict().items() if x is not None})
@@ -290,14 +310,61 @@ def test_steps_in_place_keep_the_addresses(gate, fixed):
     for t in range(4, 12):
         out = call(case.part(slice(None), slice(t, t + 1)), "recurrent", state, inplace=True, **more)
         torch.testing.assert_close(out["o"], wanted["o"][:, t : t + 1])
+    holds(state, run(case.part(slice(None), slice(0, 12)), "naive", **more))
     mask = torch.tensor([[True, False, True, True], [True, True, True, False]])
     rest = case.map(lambda _, x: torch.stack([x[0, [12, 12, 13, 14]], x[1, [12, 13, 14, 14]]]))
     out = call(rest, "recurrent", state, inplace=True, padding_mask=mask, **more)
     torch.testing.assert_close(out["o"][mask].flatten(), wanted["o"][:, 12:].flatten())
     assert [None if x is None else x.data_ptr() for x in state] == addresses
-    found = in_order({f"state.{n}": x for n, x in state._asdict().items() if x is not None})
-    for name, x in found.items():
-        torch.testing.assert_close(x, wanted[name])
+    holds(state, wanted)
+
+
+def test_nothing_is_read_back(monkeypatch):
+    """Checks of values apart, which a GPU tensor has in checked mode only: a step in place could not be captured."""
+    monkeypatch.setattr(importlib.import_module("lizard_ops.common.checks"), "may_read", lambda x: False)
+    case = scored(one_of(cases("hybrid", T=17, B=2, gate="query", coverage="outside", sink_form="exp")))
+    more, mask = {"kept_keys": 3, "score_delay": 1}, torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) > 0.3
+    leaves = {name: x.requires_grad_() for name, x in case.leaves().items() if name != "scores"}
+    first, rest, last = (case.part(slice(None), slice(a, b)) for a, b in ((0, 7), (7, 16), (16, 17)))
+    with NoReadBack():
+        state = state_in(call(first, "chunk", **more))
+        out = call(rest, "chunk", state, padding_mask=mask, **more)
+        torch.autograd.grad(out["o"].sum() + out["state.s"].sum(), list(leaves.values()), allow_unused=True)
+        with torch.no_grad():
+            state = state_in({name: x.detach().contiguous() for name, x in out.items()})
+            call(last, "recurrent", state, inplace=True, **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["key", "query", "channel"])
+def test_a_captured_step_goes_on_by_itself(gate):
+    fixed = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "anchors": 1, "sinks": False}
+    case = scored(one_of(cases("hybrid", T=40, B=2, window=5, gate=gate, **fixed))).cast(torch.float32)
+    more = {"kept_keys": 3, "score_delay": 1}
+    wanted = run(case, "naive", **more)
+    there = case.cast(torch.float32, "cuda")
+    state = state_in(call(there.part(slice(None), slice(0, 20)), "chunk", **more))
+    state = state._replace(**{n: x.contiguous() for n, x in state._asdict().items() if x is not None})
+    token = there.part(slice(None), slice(20, 21)).map(lambda _, x: x.clone())
+    before = [None if x is None else x.clone() for x in state]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(token, "recurrent", state, inplace=True, **more)  # compiles and warms up
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = call(token, "recurrent", state, inplace=True, **more)["o"]
+    for x, then in zip(state, before, strict=True):
+        if x is not None:
+            x.copy_(then)
+    for t in range(20, 40):
+        for name, x in token.tokens.items():
+            None if x is None else x.copy_(there.tokens[name][:, t : t + 1])
+        graph.replay()
+        torch.testing.assert_close(o.cpu(), wanted["o"][:, t : t + 1], rtol=1e-4, atol=1e-5)
+    holds(state, wanted, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
