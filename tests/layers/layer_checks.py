@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lizard_layers import AttentionConfig, HybridAttention
+from lizard_layers import AttentionConfig, HybridAttention, State, tensors_of
 from lizard_ops import apply_rotary
 
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -34,6 +34,8 @@ FORMS = {
     "linear_rope": dict(linear_rope=True, gate="pooling", anchors=1),
     "tied": dict(tie_features=True),
     "window_only": dict(linear_branch=False, anchors=2, num_sinks=2),
+    "kept": dict(kept_keys=3, anchors=2, merge_bias="head_and_token", score_dim=6),
+    "kept_beside_all": dict(kept_keys=2, coverage="all", mix="sum", gate="scalar", key_map="query_head", score_dim=6),
 }  # fmt: skip
 
 
@@ -85,7 +87,9 @@ def as_formulas_read(made: HybridAttention, x, q, k, v, rope) -> torch.Tensor:
 
 def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     config = made.config
-    window_keys = [j for j in range(i + 1) if j > i - config.window or j < config.anchors]
+    near = [j for j in range(i + 1) if j > i - config.window or j < config.anchors]
+    kept = kept_keys(made, x, k, v, b, hk, i)
+    window_keys = near + kept
     scores = torch.stack([wq[b, i, h] @ wk[b, j, hk] for j in window_keys]) / math.sqrt(config.head_dim)
     sinks = ZERO[None][:0]
     if config.num_sinks:
@@ -98,6 +102,8 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     last = i - config.window if config.coverage == "outside" else i
     weights, values = [], []
     for j in range(config.anchors, last + 1):
+        if j in kept and config.coverage == "outside":
+            continue
         decay = sum((log_decay(made, x, k, b, l, h, hk) for l in range(j + 1, i + 1)), ZERO).exp()
         query, key = features(made, lq[b, i, h], h, hk, "query"), features(made, lk[b, j, hk], h, hk, "key")
         weights.append((query * key * decay).sum())
@@ -117,7 +123,7 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
         alpha = made.mix.alpha
         alpha = config.alpha_init if alpha is None else alpha if alpha.ndim == 0 else alpha[h]
         return o_linear + alpha * o_window
-    mass_window = mass_window / scores.max().exp()
+    mass_window = mass_window / scores[: len(near)].max().exp()
     bias = ZERO
     if made.mix.bias is not None:
         bias = bias + made.mix.bias[h]
@@ -125,6 +131,43 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
         bias = bias + made.mix.weight[h] @ x[b, i]
     share = mass_linear * bias.exp() / (mass_linear * bias.exp() + mass_window)
     return share * o_linear + (1 - share) * o_window
+
+
+def kept_keys(made, x, k, v, b, hk, i) -> list[int]:
+    """The best of the keys that have left the window of query i, larger score first, then the earlier position."""
+    config = made.config
+    gone = range(config.anchors, i - config.window + 1) if config.kept_keys else []
+    best = sorted(gone, key=lambda j: (-key_score(made.key_score, x[b], k[b, :, hk], v[b, :, hk], hk, j).item(), j))
+    return best[: config.kept_keys]
+
+
+def key_score(made, x, k, v, hk, j):
+    """The score of key j of one row and key head, as the docstring of ``KeyScore`` has it, rounded to float32."""
+    around = [x[j + o] if j + o >= 0 else torch.zeros_like(x[0]) for o in (-1, 0, 1, 2)]
+    inner = sum(w @ y for w, y in zip(made.inner_weight, around, strict=True)) + made.inner_bias
+    inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+    mean = sum(y / y.norm() for y in k[: j + 1])
+    facts = torch.stack([k[j].norm().log(), v[j].norm().log(), k[j] @ mean / (k[j].norm() * mean.norm())])
+    return (made.outer_weight[hk] @ inner + made.linear_weight[hk] @ facts + made.bias[hk]).float()
+
+
+def assert_same_state(found: State, wanted: State, **tolerance: float) -> None:
+    """Field by field; kept keys in the order of their positions, which is not that of their places after a step."""
+    found, wanted = (in_order_of_position(tensors_of(state)) for state in (found, wanted))
+    assert found.keys() == wanted.keys()
+    for name, field in found.items():
+        torch.testing.assert_close(field, wanted[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def in_order_of_position(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if "kept_positions" not in tensors:
+        return tensors
+    order = tensors["kept_positions"].sort(1)[1]  # [N, P, heads], empty places first
+
+    def sorted_places(t: torch.Tensor) -> torch.Tensor:
+        return t.gather(1, order.view(*order.shape, *[1] * (t.ndim - 3)).expand_as(t))
+
+    return {name: sorted_places(t) if name.startswith("kept_") else t for name, t in tensors.items()}
 
 
 def features(made, vector, h, hk, side):

@@ -4,16 +4,18 @@ import pytest
 import torch
 from layer_checks import angles, inputs, layer
 
-from lizard_layers import AnchorBlock
+from lizard_layers import AnchorBlock, map_state
 from lizard_ops import apply_rotary
 
 FIRST, BLOCKS = 8, (3, 2)  # tokens read before, and of the blocks after
+FREQUENCIES = 100.0 ** -(torch.arange(4, dtype=torch.float64) / 4)  # those of ``angles``
 
 
 def turned(by: tuple[int, int], moved: tuple[bool, bool], length: int) -> AnchorBlock:
     """The anchors of row i moved on by ``by[i]`` positions."""
     cos, sin = angles(torch.tensor(by))
-    return AnchorBlock(length, cos.transpose(0, 1), sin.transpose(0, 1), torch.tensor(moved))
+    shift = torch.where(torch.tensor(moved), torch.tensor(by), 0)
+    return AnchorBlock(length, cos.transpose(0, 1), sin.transpose(0, 1), torch.tensor(moved), shift, FREQUENCIES)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -66,3 +68,39 @@ def test_blocks_must_add_up():
     *heads, rope = inputs(FIRST)
     with pytest.raises(ValueError, match=r"anchor_blocks have lengths \[3\], wanted .* the 8 new positions"):
         attention(*heads, rope, anchor_blocks=[turned((4, 0), (True, False), 3)])
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7])
+@torch.no_grad()
+def test_kept_keys_are_seen_no_further_back_than_the_anchors(piece):
+    """So many places that nothing expires: softmax over every key, each turned as its query sees it."""
+    attention, length, window = layer("kept", kept_keys=40, window=4, disturbed=False), 29, 4
+    x, q, k, v, _ = inputs(length)
+    shifts = torch.tensor([0] * 11 + [5] * 7 + [12] * 11)
+    ends = [11, 18, length]
+    group, o = 2, torch.zeros_like(q)
+    for i in range(length):
+        shift = int(shifts[i])
+        behind = [j + shift if j < 2 else max(j, shift) for j in range(max(0, i - window + 1))]
+        seen = torch.tensor([*behind, *range(len(behind), i + 1)])
+        keys = apply_rotary(k[:, : i + 1], *angles(seen)).repeat_interleave(group, 2)
+        query = apply_rotary(q[:, i : i + 1], *angles(torch.tensor([i])))
+        weights = torch.einsum("bihd,bjhd->bhj", query, keys).mul(8**-0.5).softmax(-1)
+        o[:, i] = torch.einsum("bhj,bjhd->bhd", weights, v[:, : i + 1].repeat_interleave(group, 2))
+
+    state, pieces = None, []
+    cuts = sorted({*range(0, length, piece), *ends})
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        block = turned((int(shifts[a]),) * 2, (bool(shifts[a]),) * 2, b - a)
+        here = (*(t[:, a:b] for t in (x, q, k, v)), tuple(t for t in angles(torch.arange(a, b))))
+        inplace = b - a == 1 and state is not None
+        given = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format)) if inplace else state
+        found, state = attention(*here, given, use_state=True, anchor_blocks=[block], inplace=inplace)
+        assert not inplace or state.attention.kept_k.data_ptr() == given.attention.kept_k.data_ptr()
+        pieces.append(found)
+    torch.testing.assert_close(torch.cat(pieces, 1), o, rtol=1e-6, atol=1e-6)  # cos and sin are float32
+    true = apply_rotary(k, *angles(torch.arange(length)))
+    held = state.attention.kept_positions
+    at = held.clamp(min=0).unsqueeze(-1).expand_as(state.attention.kept_k)
+    kept = torch.where((held >= 0).unsqueeze(-1), true.gather(1, at), 0.0)
+    torch.testing.assert_close(state.attention.kept_k, kept, rtol=1e-12, atol=1e-12)
