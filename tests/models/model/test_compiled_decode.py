@@ -6,6 +6,7 @@ from tiny import student, teacher, tokens
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig
 
+from lizard_layers import tensors_of
 from lizard_models.model.padding import new_columns
 
 CLAMPED = {"positions": "clamped", "position_limit": 24, "position_step": 10}
@@ -34,7 +35,12 @@ class Backend:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "options", [{"num_hidden_layers": 2, "softmax_layers": (1,)}, {"num_hidden_layers": 1, "attention": CLAMPED}]
+    "options",
+    [
+        {"num_hidden_layers": 2, "softmax_layers": (1,)},
+        {"num_hidden_layers": 1, "attention": CLAMPED},
+        {"num_hidden_layers": 1, "attention": CLAMPED | {"kept_keys": 5}},
+    ],
 )
 def test_the_step_is_one_graph_for_every_position(options):
     model, ids = student(**options), tokens(2, 32)
@@ -42,14 +48,14 @@ def test_the_step_is_one_graph_for_every_position(options):
     cache, backend = model.new_cache(static=True, max_cache_len=40), Backend()
     step = torch.compile(model, fullgraph=True, backend=backend)
     logits = [model(ids[:, :10], past_key_values=cache).logits]
-    addresses = [t.data_ptr() for layer in cache.lizard_layers() for t in layer.state if t is not None]
+    addresses = [t.data_ptr() for layer in cache.lizard_layers() for t in tensors_of(layer.state).values()]
     for t in range(10, 30):
         logits.append(step(ids[:, t : t + 1], past_key_values=cache).logits)
     assert backend.graphs == 1
     assert cache.get_seq_length() == 30
     logits.append(model(ids[:, 30:], past_key_values=cache).logits)  # eager again, and a snapshot of it
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-4)
-    assert [t.data_ptr() for layer in cache.lizard_layers() for t in layer.state if t is not None] == addresses
+    assert [t.data_ptr() for layer in cache.lizard_layers() for t in tensors_of(layer.state).values()] == addresses
     assert cache.copy().get_seq_length() == cache.get_seq_length() == 32
     cache.reset()
     assert cache.get_seq_length() == 0

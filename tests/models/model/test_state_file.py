@@ -18,8 +18,14 @@ from lizard_models.model.state_file import checksum
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",
-    [{}, {"softmax_layers": (1,)}, {"family": "mistral", "sliding_window": 12, "softmax_layers": (1,)}, {"bf16": True}],
-    ids=["lizard", "kept", "sliding", "bf16"],
+    [
+        {},
+        {"softmax_layers": (1,)},
+        {"family": "mistral", "sliding_window": 12, "softmax_layers": (1,)},
+        {"bf16": True},
+        {"attention": {"kept_keys": 5}},
+    ],
+    ids=["lizard", "kept", "sliding", "bf16", "kept keys"],
 )
 def test_prompts_go_on_from_the_file(options, tmp_path):
     options = dict(options)
@@ -99,6 +105,18 @@ def test_files_of_before_fields_were_retired(saved):
     rewrite(path, config=json.dumps(config | {"attention.memory": "delta"}))
     with pytest.raises(ValueError, match="made by another model: attention.memory='delta', here 'sum'"):
         load_state(path, model)
+
+
+def test_files_of_before_keys_were_kept(saved):
+    model, path = saved
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    for name in ("attention.kept_keys", "attention.score_dim"):
+        del config[name]
+    rewrite(path, config=json.dumps(config))
+    assert load_state(path, model).get_seq_length() == 20
+    with pytest.raises(ValueError, match="made by another model: attention.kept_keys=0, here 5"):
+        load_state(path, student(attention={"kept_keys": 5}))
 
 
 def test_bad_files_are_refused_by_name(saved):
