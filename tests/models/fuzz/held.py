@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lizard_layers import tensors_of
 from lizard_models import LizardCache
 
 
@@ -93,7 +94,8 @@ def fingerprint(cache: Any) -> list[Any]:
     for layer in cache.layers:
         if hasattr(layer, "state"):
             back = layer._rollback
-            found += [*(layer.state or ()), layer._blank, layer.recall, None if back is None else back.tokens()]
+            held = [] if layer.state is None else tensors_of(layer.state).values()
+            found += [*held, layer._blank, layer.recall, None if back is None else back.tokens()]
         else:
             found += [layer.keys, layer.values, getattr(layer, "cumulative_length", None)]
     return [t.clone() if isinstance(t, Tensor) else t for t in found]

@@ -23,6 +23,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recommended": dict(attention=MOVING),
     "untrained": dict(attention=SMALL, seed=None, window=24),
     "kept": dict(attention=MOVING, softmax_layers=(1,)),
+    "keys": dict(attention=MOVING | dict(kept_keys=3, score_dim=6)),
+    "keys beside all": dict(
+        preset="paper", attention=dict(feature_dim=8, kept_keys=4, score_dim=6, gate="key_head"), softmax_layers=(1,)
+    ),
     "wide": dict(attention=SMALL, wide_layers=(1,), wide_window=21, wide_gate_stretch=4.0),
     "true positions": dict(attention=SMALL | dict(positions="true", gate="channel")),
     "sinks": dict(preset="paper", attention=dict(feature_dim=8, num_sinks=2, sinks_per_head=True)),
@@ -43,6 +47,7 @@ CHUNKS = (
     ("gated_attn.chunk_torch", "CHANNEL_GATE_CHUNK", 4),
     ("gated_attn.chunk_torch_tiles", "SCAN", 2),
     ("window_attn.chunk_torch", "BLOCK", 4),
+    ("key_expiry.chunk_torch", "TILE", 8),
 )  # as tests/ops/conftest.py has them: short texts meet every boundary
 
 

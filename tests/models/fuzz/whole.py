@@ -166,7 +166,9 @@ class Fuzz(Calls):
                 self.refused(match, held, lambda: model(**{"input_ids": new.ids(), **past, **inputs}), error)
 
         if kind == "rows":
-            refuse(f"holds {rows} rows, but the inputs have {rows + 1}", input_ids=piece(rows + 1, 1, seed).ids())
+            full = "make a longer one"  # of a static cache whose kept layers have no position left
+            named = f"holds {rows} rows, but the inputs have {rows + 1}|{full}"
+            refuse(named, input_ids=piece(rows + 1, 1, seed).ids())
         elif kind == "columns":
             refuse("attention_mask has shape", attention_mask=mask[:, 1 + seed % 3 :] if seed % 2 else mask[:, :1])
         elif kind in ("counts", "places"):
