@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import student, tokens
 from torch import Tensor
+from transformers import masking_utils
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from lizard_models.model.cache_layer import LizardCacheLayer
@@ -89,3 +90,17 @@ def test_a_state_has_no_largest_length():
     wanted = (theirs.get_max_length if hasattr(theirs, "get_max_length") else theirs.get_max_cache_shape)()
     ours = LizardCacheLayer()
     assert ours.get_max_length() == ours.get_max_cache_shape() == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_masks_are_those_of_the_kept_layers_whichever_layer_is_named(monkeypatch, static):
+    """transformers up to 5.20 name the first layer that does not slide, later ones the first kept."""
+    monkeypatch.setattr(masking_utils, "find_first_full_attention_index", lambda cache: 0, raising=False)
+    model, ids = student(softmax_layers=(1, 2)), tokens(2, 12)
+    cache = model.new_cache(static=static, max_cache_len=12)
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 4], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    theirs = cache.layers[1].get_mask_sizes(3)
+    assert {cache.get_mask_sizes(3, i) for i in range(3)} == {theirs} and theirs[0] >= 12
+    assert {int(cache.get_query_offset(i)) for i in range(3)} == {12}
