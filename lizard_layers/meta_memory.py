@@ -23,7 +23,7 @@ class MetaMemory(Float32Module):
     def reset_parameters(self) -> None:
         with torch.no_grad():
             count = self.logits.shape[-1]
-            steps = torch.arange(count, dtype=self.logits.dtype, device=self.logits.device) - (count - 1) / 2
+            steps = torch.arange(count, dtype=self.logits.dtype) - (count - 1) / 2
             self.logits.copy_((self.init + self.spread * steps).expand_as(self.logits))
 
     def forward(self) -> Tensor:

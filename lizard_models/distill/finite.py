@@ -83,7 +83,7 @@ class FiniteWatch:
         """
         self.settle()
         named = dict(parameters)
-        held = {name: p.detach() for name, p in named.items()}
+        held: dict[str, Tensor] = {**named}
         for name, p in named.items():
             averages = optimizer.state.get(p, {})
             held |= {f"{key} of {name}": v for key, v in averages.items() if isinstance(v, Tensor) and v.ndim}

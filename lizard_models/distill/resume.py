@@ -61,7 +61,6 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
         if parallel.is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(record, indent=2) + "\n")
-        parallel.wait_for_all()
         return None
     if not resume:
         raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")

@@ -174,7 +174,19 @@ class LizardCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Positions before the queries, as masks of the kept softmax layers count them: a tensor in a static cache."""
-        return self.layers[layer_idx].get_seq_length()
+        return self.layers[self._masked_with(layer_idx)].get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask covers, of a kept softmax layer wherever there is one."""
+        return super().get_mask_sizes(query_length, self._masked_with(layer_idx))
+
+    def _masked_with(self, layer_idx: int) -> int:
+        """The layer whose mask is asked for: up to 5.20 transformers names the first without a sliding window, which
+        may be a converted one, and its mask is read by the kept ones."""
+        kept = (
+            i for i, layer in enumerate(self.layers) if not isinstance(layer, LizardCacheLayer) and not layer.is_sliding
+        )
+        return next(kept, layer_idx) if isinstance(self.layers[layer_idx], LizardCacheLayer) else layer_idx
 
     def inputs_for(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
         """What ``generate`` or a forward takes to go on from this cache with new tokens [B, T].

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from layer_checks import FORMS, SHAPE, angles, as_formulas_read, assert_same_state, inputs, layer
 
-from lizard_layers import AttentionConfig, HybridAttention, empty_state, map_state, tensors_of
-from lizard_ops import apply_rotary
+from lizard_layers import AttentionConfig, HybridAttention, empty_state, hybrid_attention, map_state, tensors_of
+from lizard_ops import apply_rotary, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -128,6 +128,25 @@ def test_equals_softmax_attention_up_to_the_window_before_training(form):
         is_causal=True,
     ).transpose(1, 2)
     torch.testing.assert_close(made(x, q, k, v, rope)[0], full, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["naive", "torch"])
+def test_every_op_is_asked_for_the_implementation_of_the_config(monkeypatch, impl):
+    asked = []
+
+    def watched(op):
+        return lambda *args, **options: asked.append((op.__name__, options["impl"])) or op(*args, **options)
+
+    for op in (chunk_hybrid_attn, recurrent_hybrid_attn, window_attn):
+        monkeypatch.setattr(hybrid_attention, op.__name__, watched(op))
+    x, q, k, v, rope = inputs(5)
+    step = [t[:, :1] for t in (x, q, k, v)]
+    for form in ("recommended", "window_only"):
+        made = layer(form, impl=impl)
+        state = made(x, q, k, v, rope, use_state=True)[1]
+        made(*step, angles(torch.tensor([5])), state)
+    names = ["chunk_hybrid_attn", "recurrent_hybrid_attn", "window_attn", "window_attn"]
+    assert asked == [(name, impl) for name in names]
 
 
 @pytest.mark.parametrize("linear_branch", [True, False])

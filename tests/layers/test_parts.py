@@ -216,7 +216,9 @@ def test_state_bytes_by_hand():
     made = config(window=16, anchors=4, gate="key_head")
     kv, ring_features, gates = 2 * (16 + 4) * 2 * 8 * 2, 16 * 2 * 8 * 2, 16 * 2 * 4
     sums = 2 * 16 * (8 + 1) * 4
-    assert state_bytes(empty_state(made, 1, torch.bfloat16, device="meta")) == 8 + kv + ring_features + gates + sums
+    empty = empty_state(made, 1, torch.bfloat16, device="meta")
+    assert state_bytes(empty) == 8 + kv + ring_features + gates + sums
+    assert {t.device.type for t in empty if t is not None} == {"meta"}
 
 
 def test_select_sequences_reorders_and_repeats():

@@ -81,6 +81,10 @@ def test_update_against_float64(dtype):
         leaves = [t.requires_grad_() for t in leaves]
         out = apply(*leaves)
         found.append([out, *torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)])
+    # The products in the dtype of x, nothing rounded to it after them.
+    inner, outer = ((weight @ up.to(dtype)) * 0.7).flatten(0, 1), (x @ down.to(dtype).mT).flatten(0, 1)
+    torch.testing.assert_close(found[2][3], (inner.mT @ x.flatten(0, 1)).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[2][4], 0.7 * (weight.flatten(0, 1).mT @ outer).float(), rtol=1e-6, atol=0)
     for i, (exact, simple, ours) in enumerate(zip(*found, strict=True)):
         allowed = 2 * (simple.double() - exact).norm() + 1e-6 * exact.norm()
         assert (ours.double() - exact).norm() <= allowed, i

@@ -1,5 +1,6 @@
 """A checkpoint that is not what was written is refused, by file, and the older one goes on to the same weights."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 from training import Sequences, arguments, fresh, moved, recipes, snapshot
 
 from lizard_models.distill import train_stage1, train_stage2, trainer
-from lizard_models.distill.checkpoint_files import OPTIMIZER, SCHEDULER, SUMS
+from lizard_models.distill.checkpoint_files import OPTIMIZER, SCHEDULER, SUMS, write_sums
 
 FILES = [trainer.TRAINED, OPTIMIZER, SCHEDULER, "rng_state_0.safetensors", "trainer_state.json"]
 
@@ -65,6 +66,21 @@ def test_missing_files_and_broken_sums_are_seen(finished, tmp_path, file):
     (run / "checkpoint-6" / file).unlink()
     with pytest.raises(ValueError, match=f"checkpoint-6/{file} is missing; delete this checkpoint, .*checkpoint-3"):
         train(run, resume=True)
+
+
+def test_sums_are_the_same_bytes_in_whichever_order_a_folder_lists_its_files(tmp_path, monkeypatch):
+    written = []
+    for order in (sorted, lambda paths: sorted(paths, reverse=True)):
+        folder = tmp_path / str(len(written))
+        folder.mkdir()
+        for name in ("b", "c", "a"):
+            (folder / name).write_text(name)
+        with monkeypatch.context() as patched:
+            listed = order(folder.iterdir())
+            patched.setattr(type(folder), "iterdir", lambda path, listed=listed: iter(listed))
+            write_sums(folder)
+        written.append((folder / SUMS).read_bytes())
+    assert written[0] == written[1] and json.loads(written[0])["a"] == hashlib.sha256(b"a").hexdigest()
 
 
 def test_checkpoints_of_before_there_were_sums_are_read(finished, tmp_path):

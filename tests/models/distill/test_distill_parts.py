@@ -1,5 +1,7 @@
 """Schedule, losses, parameter groups: the parts of distillation against their formulas."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
@@ -8,11 +10,13 @@ import torch.nn.functional as F
 from tiny import student
 from torch import nn
 
+from lizard_models.cli import linearize
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.losses import IGNORED, distillation_loss, next_tokens, position_losses
 from lizard_models.distill.schedule import cosine_schedule, rate_at
-from lizard_models.distill.trainer import parameter_groups
+from lizard_models.distill.trainer import StageResult, parameter_groups
 from lizard_models.recipes import Stage1Config
+from lizard_models.runs.linearize_run import Plan
 
 
 def test_the_rate_rises_then_falls_to_a_tenth():
@@ -33,6 +37,23 @@ def test_every_group_keeps_its_own_peak():
         optimizer.step()
         schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-2, 1e-3])
+
+
+@pytest.mark.parametrize(("entries", "counted"), [(1, 1), (9, 1), (19, 1), (20, 2), (27, 2), (30, 3)])
+def test_the_final_loss_is_the_mean_of_the_last_tenth(entries, counted):
+    losses = [(step, 1.0 / step) for step in range(1, entries + 1)]
+    wanted = sum(1.0 / step for step in range(entries - counted + 1, entries + 1)) / counted
+    assert StageResult(entries, 1.0, losses).final_loss == pytest.approx(wanted)
+
+
+def test_the_command_a_plan_and_a_run_train_alike_unless_told():
+    """What stands in the help is what a caller from Python gets."""
+    told = {name: p.default for name, p in inspect.signature(linearize.command).parameters.items()}
+    plan, run = ({field.name: field.default for field in dataclasses.fields(kind)} for kind in (Plan, RunArguments))
+    shared = told.keys() & run.keys()
+    assert {"save_steps", "compile", "resume"} < shared
+    for name in shared:
+        assert told[name] == plan[name] == run[name], name
 
 
 def test_only_weights_that_read_the_input_get_the_gate_rate():
@@ -160,5 +181,6 @@ def test_steps_and_batches(tmp_path):
     run = RunArguments(output_dir=tmp_path, device="cpu", micro_batch_size=2)
     arguments = training_arguments(recipe, run, 6)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (2, 4)
+    assert training_arguments(Stage1Config(max_grad_norm=0.3), run, 6).max_grad_norm == 0.3
     with pytest.raises(ValueError, match="batch_size=8 is not a multiple of micro_batch_size=3"):
         training_arguments(recipe, RunArguments(output_dir=tmp_path, device="cpu", micro_batch_size=3), 6)

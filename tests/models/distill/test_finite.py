@@ -165,30 +165,36 @@ def test_readings_that_are_still_on_their_way_are_waited_for(tmp_path):
     """As on a GPU, whose copies to the host end later: a step is looked at when it is there, and before any saving."""
 
     class Event:
-        def __init__(self, there: bool) -> None:
-            self.there = there
+        """Until it is there, the memory on the host holds something else."""
+
+        def __init__(self, readings: torch.Tensor) -> None:
+            self.there, self.readings, self.host = False, readings, torch.zeros(2)
 
         def query(self) -> bool:
             return self.there
 
         def synchronize(self) -> None:
             self.there = True
+            self.host.copy_(self.readings)
 
     def step(number: int, norms: list[float]) -> finite._Step:
         all_norms = torch.tensor(norms)
-        return finite._Step(
-            number, ["a", "b"], all_norms, torch.stack([torch.ones(()), all_norms.norm()]), Event(False)
-        )
+        ready = Event(torch.stack([torch.ones(()), all_norms.norm()]))
+        return finite._Step(number, ["a", "b"], all_norms, ready.host, ready)
 
     watch = finite.FiniteWatch("test", "KL", tmp_path)
     watch.waiting.extend([step(3, [1.0, 2.0]), step(4, [1.0, torch.inf]), step(5, [torch.nan, torch.nan])])
     watch.look()
     assert len(watch.waiting) == 3
-    watch.waiting[0].ready.there = True
+    watch.waiting[0].ready.synchronize()
     watch.look()
     assert len(watch.waiting) == 2
     with pytest.raises(FloatingPointError, match="test: KL is 1.0 at step 4, its gradient is not finite in b;"):
         watch.state(5, [], None)
+    watch.waiting.clear()
+    watch.waiting.append(step(6, [1.0, 2.0]))
+    watch.settle()
+    assert not watch.waiting
 
 
 def test_a_stage_that_does_harm_is_warned_of(tmp_path, capfd):

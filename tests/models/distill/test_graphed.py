@@ -7,6 +7,7 @@ import torch
 from tiny import student, tokens
 
 from lizard_models.distill import RunArguments, train_stage2
+from lizard_models.distill import graphed as graphed_module
 from lizard_models.distill.graphed import GraphedForward, _HandOut, graphed
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.recipes import Stage2Config
@@ -49,13 +50,51 @@ def test_what_is_captured_are_the_objectives_own_numbers(monkeypatch):
     wanted = torch.autograd.grad(loss, list(parameters.values()))
     for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+    seen = []
+    made.register_forward_pre_hook(lambda module, args: seen.append(dict(module.named_parameters())))
     with graphed(made):
         captured = made.forward._capture(ids, parameters)
         assert not made.forward.capturing
+    for read in seen:  # others with the same values, whose nodes for gradients are of the capture's stream
+        assert all(read[name] is not p and read[name].data_ptr() == p.data_ptr() for name, p in parameters.items())
+    assert len(seen) == graphed_module.WARM_UP + 1
     assert captured.loss.item() == loss.item()
     for a, b in zip(captured.gradients, wanted, strict=True):
         assert torch.equal(a, b)
     assert all(p.grad is None and p.requires_grad for p in parameters.values())
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU; what is made of it does not."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def test_a_graph_is_captured_once_for_a_shape_and_replayed_where_gradients_are_asked(monkeypatch):
+    """The fake graph runs nothing: what is launched again are the numbers of the capture."""
+    made, ids = objective(), tokens(2, 40)
+    parameters = [p for p in made.parameters() if p.requires_grad]
+    loss = made(ids)["loss"]
+    wanted = torch.autograd.grad(loss, parameters)
+    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    calls, on_gpu = [], ids.as_subclass(OnGpu)
+    plain = made.forward
+    made.forward = lambda *args: calls.append(1) or plain(*args)
+    with graphed(made):
+        for launches in (1, 2):
+            made.zero_grad()
+            found = made(on_gpu)["loss"]
+            found.backward()
+            assert len(calls) == graphed_module.WARM_UP + 1 and found.item() == loss.item()
+            assert torch.cuda.CUDAGraph.return_value.replay.call_count == launches
+            assert all(torch.equal(p.grad, g) for p, g in zip(parameters, wanted, strict=True))
+        calls.clear()
+        with torch.no_grad():
+            made(on_gpu)
+        made(on_gpu, torch.ones(2, 40, dtype=torch.long))
+        assert len(calls) == 2  # these ask the objective itself
 
 
 def test_a_graph_is_refused_where_it_would_change_the_numbers(tmp_path):

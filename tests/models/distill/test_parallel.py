@@ -10,8 +10,12 @@ import pytest
 import torch
 from parallel_run import one_run
 from safetensors.torch import load_file
+from training import fresh
 
 from lizard_models.distill import parallel
+from lizard_models.distill.parallel import sharded
+from lizard_models.distill.resume import RUN, checkpoint_to_resume
+from lizard_models.distill.stage1 import AttentionTransfer
 
 
 def launch(*command: str, processes: int = 2) -> list[subprocess.CompletedProcess]:
@@ -110,6 +114,28 @@ def test_a_sharded_run_may_go_on_in_one_process(found, tmp_path):
     for name, value in found["stage 1, ddp"][1].items():
         torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-4)
     assert [step for step, _ in losses] == [1, 2, 3, 4]
+
+
+def test_shards_lie_on_the_device_of_the_run(monkeypatch):
+    """On one mesh, the layers before the whole: torch's own choice would be a GPU wherever there is one."""
+    meshes, wrapped = [], []
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, shape: meshes.append((kind, shape)) or "mesh")
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, mesh=None: wrapped.append((module, mesh)))
+    objective = AttentionTransfer(fresh())
+    for device in ("cpu", "cuda:1"):
+        copied = sharded(objective, device)
+        assert meshes.pop() == (device.partition(":")[0], (1,)) and not meshes
+        layers = list(copied.model.model.layers)
+        assert [module for module, _ in wrapped] == [*layers, copied] and {mesh for _, mesh in wrapped} == {"mesh"}
+        wrapped.clear()
+
+
+def test_only_the_main_process_writes_the_record_of_a_run(monkeypatch, tmp_path):
+    record = {"recipe": {}, "steps": 1, "data": "", "model": ""}
+    for rank, files in (("1", []), ("0", [RUN])):
+        monkeypatch.setenv("RANK", rank)
+        assert checkpoint_to_resume(tmp_path / "run", False, record) is None
+        assert [path.name for path in tmp_path.glob("run/*")] == files
 
 
 def test_what_the_launcher_must_not_ask(monkeypatch, tmp_path):

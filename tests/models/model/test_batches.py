@@ -5,7 +5,7 @@ import torch
 from tiny import student, teacher, tokens
 from transformers import DataCollatorWithFlattening
 
-from lizard_models.model.packing import find_packing
+from lizard_models.model.packing import find_packing, positions_of_documents
 
 LENGTHS = (17, 9, 3, 0)  # a row without a token as well
 LAYOUTS = ["left", "right", "mixed"]
@@ -109,6 +109,13 @@ FORMS = {
         | {"seq_idx": torch.tensor([[0] * 11 + [1] * 7 + [2] * 14], dtype=torch.int32)}
     ),
 }
+
+
+@pytest.mark.parametrize("form", ["boundaries", "seq_idx"])
+def test_boundaries_stand_for_the_position_ids_that_transformers_makes(form):
+    batch = packed(11, 7, 14)
+    found = positions_of_documents(FORMS[form](batch), 32)
+    assert torch.equal(found, batch["position_ids"]) and found[0, :13].tolist() == [*range(11), 0, 1]
 
 
 @torch.no_grad()

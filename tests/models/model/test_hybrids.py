@@ -200,6 +200,8 @@ def test_static_caches_leave_inference_mode():
         cache = model(ids[:, :8], past_key_values=model.new_cache(static=True, max_cache_len=16)).past_key_values
     cache.reset()
     assert cache.get_seq_length() == 0
+    held = [t for t in vars(cache.layers[1]).values() if isinstance(t, torch.Tensor)]
+    assert len(held) >= 2 and all(hasattr(t, "_dynamo_static_input_type") for t in held)  # compiled steps write there
 
 
 @torch.no_grad()

@@ -182,6 +182,10 @@ def test_far_angles_are_those_of_float64(rope):
     half = angles.shape[-1]
     torch.testing.assert_close(cos[..., :half].double(), angles.cos() * scaling, rtol=0, atol=2e-6 * scaling)
     torch.testing.assert_close(sin[..., half:].double(), angles.sin() * scaling, rtol=0, atol=2e-6 * scaling)
+    for found, wanted in zip(rotary(x.bfloat16(), far), (cos, sin), strict=True):
+        assert found.dtype == torch.bfloat16 and torch.equal(found, wanted.bfloat16())
+    for found, wanted in zip(rotary.turn(far), (angles.cos(), angles.sin()), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found[..., :half], wanted.float())
 
 
 LONG_ROPE = dict(
