@@ -42,6 +42,20 @@ def test_crossed_derivatives_of_a_low_rank_update():
     assert torch.autograd.gradgradcheck(lambda *inputs: low_rank_update(*inputs, 0.7), inputs)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, where half precision sums in float32")
+def test_a_low_rank_update_in_half_precision_on_a_gpu():
+    """float32 factors beside bfloat16 tokens, as stage 2 has them."""
+    y, x, down, up = (t.cuda() for t in leaves((40, 64), (40, 32), (8, 32), (64, 8)))
+    exact = curvature(lambda a: (y + 0.7 * (x @ a.mT) @ up.mT).pow(3).sum(), down)
+    half = lambda t: t.bfloat16()  # noqa: E731
+    found = curvature(
+        lambda a: low_rank_update(half(y), half(x), a, up.float(), 0.7).float().pow(3).sum(), down.float()
+    )
+    for one, wanted in zip(found, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - wanted).norm() < 0.02 * wanted.norm()
+
+
 STUDENT, TARGET = leaves((1, 3, 2, 4), (1, 3, 2, 4))
 HEAD = nn.Linear(4, 7, dtype=torch.float64).requires_grad_(False)
 REFUSED = {
