@@ -350,6 +350,7 @@ def test_a_captured_step_goes_on_by_itself(gate):
     token = there.part(slice(None), slice(20, 21)).map(lambda _, x: x.clone())
     before = [None if x is None else x.clone() for x in state]
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # the step overwrites what is cloned above
     with torch.cuda.stream(side):
         call(token, "recurrent", state, inplace=True, **more)  # compiles and warms up
     torch.cuda.current_stream().wait_stream(side)
