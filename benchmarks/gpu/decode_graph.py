@@ -23,6 +23,7 @@ from environment import environment
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lizard_layers import tensors_of
 from lizard_models import LizardCache, LizardConfig, linearize, load_state, save_state
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -106,7 +107,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def fields(cache: LizardCache) -> list[Tensor]:
-    return [t for layer in cache.lizard_layers() for t in layer.state if t is not None]
+    return [t for layer in cache.lizard_layers() for t in tensors_of(layer.state).values()]
 
 
 @torch.no_grad()

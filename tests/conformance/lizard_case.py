@@ -15,7 +15,7 @@ from tests.causal_lm_tester import CausalLMModelTester
 from transformers import GenerationMixin
 from variants import SHORT, Variant
 
-from lizard_layers import empty_state
+from lizard_layers import empty_state, tensors_of
 from lizard_models import LizardCache, LizardConfig
 from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.causal_lm import LizardCausalLM
@@ -81,9 +81,8 @@ class LizardCase(TransformersCase):
             self.assertEqual(isinstance(layer, LizardCacheLayer), i in converted)
             if i in converted:
                 self.assertEqual(layer.get_seq_length(), seq_length)
-                state = layer.state._asdict()
-                wanted = empty_state(attention_config(config, i), batch_size)._asdict()
-                shapes = [{n: t.shape for n, t in s.items() if t is not None} for s in (state, wanted)]
+                states = (layer.state, empty_state(attention_config(config, i), batch_size))
+                shapes = [{name: t.shape for name, t in tensors_of(state).items()} for state in states]
                 self.assertEqual(*shapes)
             else:
                 for t, shape in zip(

@@ -35,6 +35,7 @@ VARIANTS: dict[str, Variant] = {
     "Gemma3Text": Variant("gemma3_text", fields=GEMMA, pads_left=True),
     "LlamaHybrid": Variant("llama", changes={"softmax_layers": [1]}),
     "LlamaWide": Variant("llama", changes={"wide_layers": [1], "wide_window": 6, "wide_gate_stretch": 1.5}),
+    "LlamaKeys": Variant("llama", changes={"attention": {"window": 4, "kept_keys": 3}}),
     "LlamaPaper": Variant("llama", preset="paper"),
     "LlamaLolcats": Variant("llama", preset="lolcats"),
     "LlamaLiger": Variant("llama", preset="liger"),
