@@ -64,6 +64,7 @@ class HybridAttention(nn.Module):
         self.key_score = None
         if config.kept_keys:
             self.key_score = KeyScore(config.hidden_size, config.num_key_heads, config.head_dim, config.score_dim)
+            self.key_score.requires_grad_(False)  # no gradient goes through the choice of keys
         if config.linear_branch:
             self.feature_maps = FeatureMaps(config)
             self.gate = build_gate(config)

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lizard_layers import KeyScore
 from lizard_models.files.weights import name_some, nonfinite, read_shards, refuse_pickled_adapter
 
 PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -48,6 +49,9 @@ class SafeLoading(PreTrainedModel):
             ) from error
         model, info = loaded
         refuse_other_keys(info, f"checkpoint {source or ''}", cls.head_keys)
+        for module in model.modules():
+            if isinstance(module, KeyScore):
+                module.requires_grad_(False)  # as the layer has it, and loading does not
         return (model, info) if output_loading_info else model
 
 

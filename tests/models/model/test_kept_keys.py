@@ -118,6 +118,7 @@ def test_a_saved_model_keeps_its_scores(tmp_path):
     model, ids = kept(), tokens(1, 40)
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(p.requires_grad != (".key_score." in name) for name, p in loaded.named_parameters())
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     save_state(tmp_path / "text.state", model, model(ids).past_key_values)
     wanted = model.generate(torch.cat([ids, tokens(1, 3)], 1), max_new_tokens=5, do_sample=False)[:, 43:]
