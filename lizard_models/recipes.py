@@ -105,7 +105,7 @@ class Stage0Config(Recipe):
     """Rows, as passes over the text."""
 
     max_steps: int | None = 240
-    """Optimizer steps. Text with fewer rows than they take gives its rows again, with other things asked for in them."""
+    """Optimizer steps. Text with fewer rows than they take gives its rows again, with other things asked for."""
 
     sequence_length: int = 4096
     """Tokens of a row. A label sees no use of a key beyond its row: rows of 1024 teach nothing about later use."""

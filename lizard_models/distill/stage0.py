@@ -112,7 +112,7 @@ def train_stage0(
     fit = score_fit(model, scores, sample if held_out is None else held_out, recipe)
     r2 = [layer.tolist() for layer in fit]
     save_scores(folder, scores, r2)
-    return Stage0Result(**vars(done), r2=r2)
+    return Stage0Result(**vars(done), r2=load_scores(folder, scores))  # the same bits in every process
 
 
 class Labels(NamedTuple):
