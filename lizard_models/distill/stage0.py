@@ -147,21 +147,28 @@ class ScoreTransfer(nn.Module):
 
     def __init__(self, model: LizardCausalLM, scores: nn.ModuleList, labels: Labels) -> None:
         super().__init__()
-        self.model, self.scores, self.labels = model, scores, labels
+        self.model, self.labels = model, labels
+        own = list(scores) == list(model.key_scores())
+        self.apart = None if own else scores  # the model's own are in it already, and sharded with its layers
         self.means: list[Tensor] = []
         self.deviations: list[Tensor] = []
+
+    @property
+    def scores(self) -> nn.ModuleList:
+        """One for each converted layer."""
+        return self.model.key_scores() if self.apart is None else self.apart
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """input_ids [B, T] -> {"loss": float32 scalar}. Raises ValueError for rows with padding."""
         if attention_mask is not None:
             raise ValueError("attention_mask: got a mask, wanted None: stage 0 reads whole rows without padding")
-        wanted, losses = torch.is_grad_enabled(), []
+        wanted, scores, losses = torch.is_grad_enabled(), self.scores, []
 
         def learn(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
             labels = self.labels.made(attention, keys)
             mean, deviation = (t[number].to(labels.device) for t in (self.means, self.deviations))
             labels = (labels - mean) / deviation  # sharded layers are elsewhere than where they were measured
-            score: Any = self.scores[number]
+            score: Any = scores[number]
 
             def error() -> tuple[Tensor, Tensor]:
                 found = predicted(score, attention, keys, self.labels)
