@@ -65,11 +65,12 @@ def write_model_card(folder: Path, teacher_folder: str | Path | None = None) -> 
         license=licence,
         tags=["lizard-attn", "linear-attention", config.get("model_type", "lizard")],
     )
+    made = _made(training, evaluation.get("environment") or environment())
     text = TEXT.format(
         metadata=metadata.to_yaml(),
         name=Path(teacher).name,
         teacher=teacher,
-        made="\n".join([*_made(training, evaluation.get("environment") or environment()), *_state(folder)]),
+        made="\n".join([*made[:1], *_state(folder), *made[1:]]),
         measured="\n".join(_measured(evaluation)),
         licence=f" ({licence})" if licence else ", which its card names",
     )
