@@ -14,13 +14,20 @@ import lizard_models.model.families  # noqa: F401  registers
 
 if TYPE_CHECKING:
     from lizard_models.config import LizardConfig
-    from lizard_models.distill import RunArguments, StageResult, TrainingInterrupted, train_stage1, train_stage2
+    from lizard_models.distill import (
+        RunArguments,
+        StageResult,
+        TrainingInterrupted,
+        train_stage0,
+        train_stage1,
+        train_stage2,
+    )
     from lizard_models.evaluation.neediest_layers import neediest_layers
     from lizard_models.model.cache import LizardCache
     from lizard_models.model.linearize import linearize
     from lizard_models.model.state_file import load_state, save_state
     from lizard_models.model.widen import widen
-    from lizard_models.recipes import Stage1Config, Stage2Config
+    from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
     from lizard_models.runs.convert_folder import linearize_folder
     from lizard_models.teachers.find import load_teacher
     from lizard_models.teachers.loading import load_model
@@ -29,6 +36,7 @@ _HOMES = {
     "LizardCache": "model.cache",
     "LizardConfig": "config",
     "RunArguments": "distill",
+    "Stage0Config": "recipes",
     "Stage1Config": "recipes",
     "Stage2Config": "recipes",
     "StageResult": "distill",
@@ -40,6 +48,7 @@ _HOMES = {
     "load_teacher": "teachers.find",
     "neediest_layers": "evaluation.neediest_layers",
     "save_state": "model.state_file",
+    "train_stage0": "distill",
     "train_stage1": "distill",
     "train_stage2": "distill",
     "widen": "model.widen",
@@ -49,6 +58,7 @@ __all__ = [
     "LizardCache",
     "LizardConfig",
     "RunArguments",
+    "Stage0Config",
     "Stage1Config",
     "Stage2Config",
     "StageResult",
@@ -60,6 +70,7 @@ __all__ = [
     "load_teacher",
     "neediest_layers",
     "save_state",
+    "train_stage0",
     "train_stage1",
     "train_stage2",
     "widen",

@@ -10,7 +10,7 @@ from typing import Any
 from lizard_layers import AttentionChoices
 from lizard_layers.field_types import check_fields
 from lizard_models.presets import PRESETS
-from lizard_models.recipes import Stage1Config, Stage2Config, check_finite
+from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config, check_finite
 
 CONFIG_VERSION = 1
 
@@ -40,7 +40,7 @@ LAST_WITH_RETIRED = "lizard-attn 0.1.0 (commit a286720)"
 
 @dataclass(frozen=True, kw_only=True)
 class LizardConfig:
-    """Attention choices, layers kept softmax, and the recipe of both stages."""
+    """Attention choices, layers kept softmax, and the recipes of the stages."""
 
     name: str = "custom"
     """What reports call it: the preset it started from."""
@@ -72,6 +72,9 @@ class LizardConfig:
     """Keep the teacher's sliding-window layers as they are; their cache has a constant size already. None keeps them
     where the teacher has layers of both kinds (Gemma, some Qwen2) and converts them where every layer slides
     (Mistral 0.1)."""
+
+    stage0: Stage0Config = field(default_factory=Stage0Config)
+    """Recipe of stage 0, which fits the scores of ``attention.kept_keys``; without kept keys there is no such stage."""
 
     stage1: Stage1Config = field(default_factory=Stage1Config)
     """Recipe of stage 1, its target and inputs included (A12)."""
@@ -144,7 +147,12 @@ class LizardConfig:
                 f"this Lizard config has version {version}, this lizard-attn reads version {CONFIG_VERSION}: "
                 "update lizard-attn"
             )
-        nested = {"attention": AttentionChoices, "stage1": Stage1Config, "stage2": Stage2Config}
+        nested = {
+            "attention": AttentionChoices,
+            "stage0": Stage0Config,
+            "stage1": Stage1Config,
+            "stage2": Stage2Config,
+        }
         for key, kind in nested.items():
             if isinstance(values.get(key), dict):
                 values[key] = _from_dict(kind, values[key], f"{key}.")

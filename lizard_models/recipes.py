@@ -30,7 +30,7 @@ def _is_finite(number: float) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What both training stages have in common. The defaults are the paper's (arXiv 2507.09025, its Table 13)."""
+    """What the training stages have in common. The defaults are the paper's (arXiv 2507.09025, its Table 13)."""
 
     dataset: str = "yahma/alpaca-cleaned"
     """Training text: a data set of the hub, or a file or folder."""
@@ -98,8 +98,14 @@ class Recipe:
 class Stage0Config(Recipe):
     """Scores of keys: what the teacher's later queries lose without each key, foretold when it leaves the window."""
 
-    epochs: float | None = 1.0
-    """Passes over the rows."""
+    examples: int | None = None
+    """Examples taken from the data set; None takes all, or as many as the rows need where the data are streamed."""
+
+    epochs: float | None = None
+    """Rows, as passes over the text."""
+
+    max_steps: int | None = 240
+    """Optimizer steps. Text with fewer rows than they take gives its rows again, with other things asked for."""
 
     sequence_length: int = 4096
     """Tokens of a row. A label sees no use of a key beyond its row: rows of 1024 teach nothing about later use."""

@@ -27,7 +27,7 @@ def small_student(preset: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(1)
     model = linearize(teacher, LizardConfig.preset(preset)).to(dtype)
     model.requires_grad_(False)
-    for _, parameter in model.lizard_parameters():
+    for _, parameter in model.stage_parameters():
         parameter.requires_grad_(True)
     model.set_attention_mode("distill")
     return model

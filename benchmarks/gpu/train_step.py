@@ -60,7 +60,7 @@ def objective_of(stage: str, device: str, layers: int) -> tuple[nn.Module, Any]:
     """The module the Trainer would train, and its recipe."""
     config = LizardConfig.preset("recommended")
     student = linearize(teacher(device, layers), config).requires_grad_(False)
-    new = dict(student.lizard_parameters())
+    new = dict(student.stage_parameters())
     if stage == "stage 1":
         student.set_attention_mode("distill", config.stage1)
         objective: nn.Module = AttentionTransfer(student)

@@ -31,12 +31,15 @@ def run(
     data: Data = None,
     eval_data: EvalData = None,
     budget: BudgetName = "quick",
+    stage0_steps: Annotated[
+        int | None, typer.Option(help="Instead of the budget's, of rows with kept keys.", min=0)
+    ] = None,
     stage1_steps: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=1)] = None,
     seq_len: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=2)] = None,
     measures: Annotated[
-        str, typer.Option(help="Of loss, kl, branches, restore, length, passkey, passkeys5, tasks.")
+        str, typer.Option(help="Of loss, kl, branches, restore, length, passkey, passkeys5, found, tasks.")
     ] = "loss,kl,branches",
     seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own, e.g. 0,1,2.")] = "0",
     controls: Annotated[bool, typer.Option(help="The teacher and window control that each row needs, too.")] = True,
@@ -50,6 +53,7 @@ def run(
         "256,512,1024,2048,4096,8192,16384"
     ),
     passkey_trials: Annotated[int, typer.Option(help="Passkeys a length.", min=1)] = 20,
+    found_lengths: Annotated[str, typer.Option(help="Lengths of the measure found.")] = "512,1024,2048,4096,8192",
     requests: Annotated[
         Path | None, typer.Option(help="File from `python -m benchmarks.quality requests`, for the measure tasks.")
     ] = None,
@@ -113,6 +117,7 @@ def run(
             budget=dataclasses.replace(
                 read_budget(budget),
                 **given(
+                    stage0_steps=stage0_steps,
                     stage1_steps=stage1_steps,
                     stage2_steps=stage2_steps,
                     batch_size=batch_size,
@@ -127,6 +132,7 @@ def run(
             long_length=long_length,
             passkey_lengths=read_numbers(passkey_lengths, "--passkey-lengths"),
             passkey_trials=passkey_trials,
+            found_lengths=read_numbers(found_lengths, "--found-lengths"),
             requests=requests,
             device=read_device(device),
             cuda_graph=cuda_graph,

@@ -33,6 +33,8 @@ class Bench:
     passkey_lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16_384])
     passkey_trials: int = 20
     """Keys a length. Lengths that cannot hold five keys of five to eight digits are left out of ``passkeys5``."""
+    found_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192])
+    """Of the measure ``found``, which reads a prompt once and takes no cache."""
     requests: Path | None = None
     """File of task requests, for the measure ``tasks``."""
     device: str = "cpu"
@@ -140,12 +142,15 @@ def _completed(settings: dict[str, Any]) -> Any:
     """Settings with the defaults of fields that did not exist when they were written; None for unreadable ones.
 
     Of the row what its configuration does not say: which preset with which changes that is does not matter. A stage
-    that the row leaves out is left out, what converted layers would compute for a teacher, which has none, and what the
-    linear branch of a window alone would be.
+    that the row leaves out is left out, and stage 0 where no keys are kept; so is what converted layers would compute
+    for a teacher, which has none, and what the linear branch of a window alone would be.
     """
     try:
         config = LizardConfig.from_dict(settings["config"]).to_dict()
         row = dataclasses.asdict(RowSpec(**settings["row"]))
+        budget = dataclasses.asdict(Budget(**settings["budget"]))
+        if row["preset"] == TEACHER or not config["attention"]["kept_keys"] or not budget["stage0_steps"]:
+            del budget["stage0_steps"], config["stage0"]
         if row["preset"] == TEACHER:
             del config["attention"]
         elif not config["attention"]["linear_branch"]:
@@ -156,7 +161,7 @@ def _completed(settings: dict[str, Any]) -> Any:
         row = {key: value for key, value in row.items() if key not in ("name", "preset", "changes", "longer")}
     except (TypeError, ValueError):
         return None
-    return json.loads(json.dumps({**settings, "config": config, "row": row}))
+    return json.loads(json.dumps({**settings, "config": config, "row": row, "budget": budget}))
 
 
 def applies(measure: str, spec: RowSpec, config: LizardConfig) -> bool:

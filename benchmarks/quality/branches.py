@@ -20,11 +20,11 @@ Branch = Literal["linear", "window"]
 def switched_off(model: LizardModelMixin, branch: Branch) -> Iterator[None]:
     """Within: every converted layer without one branch, the other as it was.
 
-    "linear" leaves alpha times the window of a sum, and the window alone of a merge. "window" leaves the linear branch;
-    positions that have no key outside the window keep it in a merge, as they have nothing else. Layers kept softmax
-    stay.
+    "linear" leaves alpha times the window of a sum, and of a merge the window alone, with the keys that are kept.
+    "window" leaves the linear branch; positions that have no key in it keep the rest of a merge, as they have nothing
+    else. Layers kept softmax stay.
 
-    Raises ValueError for another branch, or a model without a linear branch.
+    Raises ValueError for another branch, a model without a linear branch, or "linear" of a sum that keeps keys.
     """
     if branch not in ("linear", "window"):
         raise ValueError(f"branch must be linear or window, got {branch!r}")
@@ -33,7 +33,12 @@ def switched_off(model: LizardModelMixin, branch: Branch) -> Iterator[None]:
         raise ValueError("the model has no linear branch, so there are no branches to switch off")
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_without_linear(layer) if branch == "linear" else _without_window(layer))
+            if branch == "window":
+                stack.enter_context(_without_window(layer))
+            elif layer.config.kept_keys:  # which are exact where the linear branch is to say nothing
+                stack.enter_context(_biased(layer, -1e4))
+            else:
+                stack.enter_context(_without_linear(layer))
         yield
 
 
@@ -74,12 +79,27 @@ class _Fixed(nn.Module):
 
 @contextlib.contextmanager
 def _without_window(layer: HybridAttention) -> Iterator[None]:
-    mix = layer.mix
     if layer.config.mix == "sum":
-        fixed: dict[str, Tensor | float] = {"alpha": 0.0}
+        with _mixed(layer, {"alpha": 0.0}):
+            yield
     else:
-        device = next(layer.parameters()).device
-        fixed = {"merge_bias": torch.full((layer.config.num_heads,), 1e4, device=device)}
+        with _biased(layer, 1e4):
+            yield
+
+
+@contextlib.contextmanager
+def _biased(layer: HybridAttention, bias: float) -> Iterator[None]:
+    """A merge with ``bias`` as the log-odds of the linear branch, whatever the masses are."""
+    if layer.config.mix == "sum":
+        raise ValueError('mix="sum" with kept_keys has no exact branch alone to show: wanted mix="merge"')
+    device = next(layer.parameters()).device
+    with _mixed(layer, {"merge_bias": torch.full((layer.config.num_heads,), bias, device=device)}):
+        yield
+
+
+@contextlib.contextmanager
+def _mixed(layer: HybridAttention, fixed: dict[str, Tensor | float]) -> Iterator[None]:
+    mix = layer.mix
     layer.mix = _Fixed(fixed)  # type: ignore[assignment]
     try:
         yield

@@ -65,6 +65,8 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _tasks(results, compared),
         _passkeys(results, compared, "passkey", "Passkey, one key of five digits, by length"),
         _passkeys(results, compared, "passkeys5", "Passkey, five keys of five to eight digits, by length"),
+        _passkeys(results, compared, "found", "Passkey in filler, every digit of the answer the likeliest", "filler"),
+        _passkeys(results, compared, "found", "Passkey in novels, the same", "novel"),
         _length(results, compared),
         draw.length(results, compared, figures / f"quality-{name}-length.png", f"{link}/quality-{name}-length.png"),
         _branches(results, compared),
@@ -161,20 +163,27 @@ def _metric(task: str, metric: str) -> Callable[[Record], float | None]:
     return value
 
 
-def _passkeys(results: Results, names: list[str], measure: str, title: str) -> str:
+def _passkeys(results: Results, names: list[str], measure: str, title: str, kind: str = "") -> str:
+    """kind: of a measure that has several texts, which of them."""
     names = [name for name in names if results.has(name, measure)]
     if not names:
         return ""
     lengths = sorted({int(n) for name in names for r in results.records[name].values()
-                      for n in r.values["measures"].get(measure, {})})  # fmt: skip
+                      for n in _shares(r, measure, kind)})  # fmt: skip
     rows = [
-        [name, *(_show(results.number(name, _found(measure, length)), 0, True) for length in lengths)] for name in names
+        [name, *(_show(results.number(name, _found(measure, length, kind)), 0, True) for length in lengths)]
+        for name in names
     ]
     return f"**{title}.**\n\n" + markdown(["", *map(short, lengths)], rows)
 
 
-def _found(measure: str, length: int) -> Callable[[Record], float | None]:
-    return lambda record: record.values["measures"].get(measure, {}).get(str(length))
+def _shares(record: Record, measure: str, kind: str) -> dict[str, float]:
+    found = record.values["measures"].get(measure, {})
+    return found.get(kind, {}) if kind else found
+
+
+def _found(measure: str, length: int, kind: str) -> Callable[[Record], float | None]:
+    return lambda record: _shares(record, measure, kind).get(str(length))
 
 
 def _length(results: Results, names: list[str]) -> str:
@@ -229,6 +238,7 @@ def _ablation(results: Results, table: Table) -> str:
     if not {row.name for row in table.rows} & set(names):
         return ""
     rows = []
+    scored = any(results.number(name, _fit) for name in names)
     for name in names:
         row = ROWS[name]
         change = results.beside(name, row.reference) if row.reference else None
@@ -236,9 +246,15 @@ def _ablation(results: Results, table: Table) -> str:
         error = results.number(name, lambda r: r.values.get("after_stage1", {}).get("relative_error"))
         share, kl = _show(results.share(name), 0, True), _show(results.kl(name))
         cells = [_show(results.past(name)), beside, share, kl, _show(error, 4), f"{memory(name):.1f}"]
+        cells += [_show(results.number(name, _fit))] * scored
         rows.append([name, row.about, *cells, str(len(results.records[name]))])
-    header = ["", "what it is", "loss past 2048", "beside", "share", "KL", "stage 1 error", "MiB", "seeds"]
+    header = ["", "what it is", "loss past 2048", "beside", "share", "KL", "stage 1 error", "MiB"]
+    header += ["R2 of the scores"] * scored + ["seeds"]
     return f"**{table.title}.**\n\n" + markdown(header, rows)
+
+
+def _fit(record: Record) -> float | None:
+    return record.values["stages"].get("stage0", {}).get("r2")
 
 
 def _wide(results: Results) -> str:

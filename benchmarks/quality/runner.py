@@ -25,8 +25,15 @@ from lizard_models.distill.progress import clock
 
 STARTING, MEASURE = 15.0, 4.0  # seconds, until rows of this run have shown better
 STEP, BUSY = (0.22, 0.35), (0.018, 0.032)  # of a step of each stage at least, and of the GPU alone for 4096 tokens
+SCORES = 0.55  # of a step of stage 0, which reads 2 rows of 4096 tokens and labels them
 CAPTURE = 20.0  # seconds for the graphs of both stages, whose steps have no such least
-MEASURES_TOO = {"tasks": 10.0, "passkey": 3.0, "passkeys5": 3.0, "restore": 3.0}  # as multiples of MEASURE
+MEASURES_TOO = {
+    "tasks": 10.0,
+    "passkey": 3.0,
+    "passkeys5": 3.0,
+    "found": 2.0,
+    "restore": 3.0,
+}  # as multiples of MEASURE
 ROOT = Path(__file__).parents[2]  # of the repository, where a worker finds this package
 GRACE = 20.0  # seconds a row has for its checkpoint when the time is up
 
@@ -137,6 +144,8 @@ class Runner:
             converts = row.preset not in (TEACHER, "window_only")
             least = (0.0, 0.0) if self.bench.cuda_graph else STEP
             seconds += CAPTURE * self.bench.cuda_graph
+            if row.config(budget, self.num_layers).attention.kept_keys:
+                seconds += SCORES * beside * budget.stage0_steps
             seconds += max(least[0], scale * BUSY[0]) * budget.stage1_steps * (row.stage1 and converts)
             seconds += max(least[1], scale * BUSY[1]) * budget.stage2_steps * row.stage2
         return seconds * (statistics.median(self.ratios) if self.ratios else 1.0)

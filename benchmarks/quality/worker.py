@@ -18,9 +18,9 @@ from benchmarks.quality.branches import switched_off
 from benchmarks.quality.records import write_json
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import TEACHER, RowSpec
-from lizard_models.distill import RunArguments, held_out_errors, train_stage1, train_stage2
+from lizard_models.distill import RunArguments, held_out_errors, train_stage0, train_stage1, train_stage2
 from lizard_models.evaluation import PositionLoss, divergence_by_position, loss_by_position, passkey_accuracy
-from lizard_models.evaluation.passkey import shortest_length
+from lizard_models.evaluation.passkey import passkeys_found, shortest_length
 from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.files.environment import environment
 from lizard_models.files.folders import appear_whole
@@ -28,6 +28,7 @@ from lizard_models.files.sources import Say
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.runs.linearize_run import precision
+from lizard_models.runs.score_rows import score_rows
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import load_model
 from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
@@ -86,7 +87,10 @@ class _Row:
             return self.reference
         config = self.config.replace(wide_layers=[]) if spec.widened else self.config
         model: Any = linearize(self.teacher.model, config).requires_grad_(False)
-        trains = any(True for _ in model.lizard_parameters())
+        scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0
+        if scored:
+            self._fit_scores(model)
+        trains = any(True for _ in model.stage_parameters())
         if spec.stage1 and trains and self.bench.budget.stage1_steps:
             result = train_stage1(model, self._sequences("stage1"), self._run_arguments("stage1"))
             self._trained("stage1", result)
@@ -102,10 +106,18 @@ class _Row:
         if spec.stage2 and self.bench.budget.stage2_steps:
             model, result = train_stage2(model, self._sequences("stage2"), self._run_arguments("stage2"))
             self._trained("stage2", result)
-        if spec.stage1 or spec.stage2:
+        if spec.stage1 or spec.stage2 or scored:
             with appear_whole(finished) as draft:
                 model.save_pretrained(draft)
         return model
+
+    def _fit_scores(self, model: Any) -> None:
+        rows = score_rows(self.bench.data, self.teacher, model, self.config.stage0)
+        self.record["hashes"]["stage0"] = rows.training.digest
+        run = self._run_arguments("stage0")
+        run.cuda_graph = False  # its steps are long, and launches are the least of them
+        result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
+        self._trained("stage0", result, r2=result.mean_r2, r2_by_layer=result.r2)
 
     def _sequences(self, stage: str) -> Any:
         recipe = getattr(self.config, stage)
@@ -136,13 +148,14 @@ class _Row:
             title=f"{self.spec.stem} {stage}",
         )
 
-    def _trained(self, stage: str, result: Any) -> None:
+    def _trained(self, stage: str, result: Any, **more: Any) -> None:
         self.record["stages"][stage] = {
             "steps": result.steps,
             "seconds": result.seconds,
             "parameters": result.parameters,
             "final_loss": result.final_loss,
             "losses": result.losses[:: max(1, len(result.losses) // 40)],
+            **more,
         }
         self._write()
 
@@ -200,6 +213,19 @@ class _Row:
         lengths = [length for length in lengths if length >= least]
         found = passkey_accuracy(model, tokenizer, lengths, trials=trials, keys=keys, batch_tokens=1 << 15)
         return {str(length): share for length, share in found.items()}
+
+    def _found_of(self, model: Any) -> dict[str, dict[str, float]]:
+        lengths, trials = self.bench.found_lengths, self.bench.passkey_trials
+        documents = self._documents(max(lengths), self.bench.eval_documents)
+        self.record["hashes"]["found"] = documents.digest
+        tokenizer = self.teacher.tokenizer
+        if tokenizer is None:
+            raise ValueError("measures: passkeys need the teacher's tokenizer")
+        found = {}
+        for kind, texts in (("filler", None), ("novel", documents.tokens)):
+            shares = passkeys_found(model, tokenizer, lengths, trials=trials, texts=texts, batch_tokens=1 << 14)
+            found[kind] = {str(length): share for length, share in shares.items()}
+        return found
 
     def _tasks_of(self, model: Any) -> None:
         from benchmarks.quality.tasks.requests import Requests, score

@@ -12,11 +12,13 @@ from lizard_models.cli.options import (
     Cache,
     DType,
     KeepSliding,
+    KeptKeys,
     Settings,
     SoftmaxLayers,
     SoftmaxShare,
     read_dtype,
     read_kept,
+    read_kept_keys,
     read_settings,
 )
 
@@ -28,6 +30,7 @@ def command(
         str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
+    kept_keys: KeptKeys = None,
     softmax_layers: SoftmaxLayers = None,
     softmax_share: SoftmaxShare = None,
     keep_sliding: KeepSliding = None,
@@ -44,6 +47,9 @@ def command(
     --out my-lizard[/cyan]
 
     A quarter of the layers kept softmax: [cyan]lizard-attn convert my-teacher --softmax-share 0.25 --out hybrid[/cyan]
+
+    With 256 kept keys, the keys least like the mean key until stage 0 has fitted their scores:
+    [cyan]lizard-attn convert my-teacher --kept-keys 256 --out kept[/cyan]
     """
     with one_line_errors():
         from rich.console import Console
@@ -54,5 +60,6 @@ def command(
         console = Console(soft_wrap=True, highlight=False)
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
+        chosen = chosen.replace(**read_kept_keys(kept_keys))
         folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
         console.print(f"saved, untrained: {folder}")

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, Settings, read_numbers, read_settings
+from lizard_models.cli.options import (
+    Cache,
+    KeptKeys,
+    Settings,
+    merged,
+    read_kept_keys,
+    read_numbers,
+    read_settings,
+)
 
 
 def command(
@@ -16,6 +24,7 @@ def command(
         str | None, typer.Option(help="For a teacher: the preset it would be linearized with; default recommended.")
     ] = None,
     settings: Settings = None,
+    kept_keys: KeptKeys = None,
     lengths: Annotated[
         str | None, typer.Option(help="Lengths of sequences in tokens.", show_default="8192,32768,131072")
     ] = None,
@@ -34,6 +43,8 @@ def command(
     Up to a million tokens: [cyan]lizard-attn info smollm2-135m --lengths 1024,131072,1048576[/cyan]
 
     A wider window: [cyan]lizard-attn info smollm2-135m --set attention.window=256[/cyan]
+
+    What kept keys take: [cyan]lizard-attn info smollm2-135m --kept-keys 256[/cyan]
     """
     with one_line_errors():
         from rich.console import Console
@@ -44,7 +55,7 @@ def command(
         for part in describe(
             model,
             preset=preset,
-            changes=read_settings(settings),
+            changes=merged(read_settings(settings), read_kept_keys(kept_keys)),
             lengths=read_numbers(lengths, "--lengths") or LENGTHS,
             cache=cache,
         ):

@@ -15,12 +15,14 @@ from lizard_models.cli.options import (
     Device,
     DType,
     KeepSliding,
+    KeptKeys,
     Settings,
     SoftmaxLayers,
     SoftmaxShare,
     read_device,
     read_dtype,
     read_kept,
+    read_kept_keys,
     read_numbers,
     read_settings,
 )
@@ -40,6 +42,7 @@ def command(
         str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
+    kept_keys: KeptKeys = None,
     softmax_layers: SoftmaxLayers = None,
     softmax_share: SoftmaxShare = None,
     keep_sliding: KeepSliding = None,
@@ -47,10 +50,15 @@ def command(
         int,
         typer.Option(help="Layers that get a window of wide_window after stage 1: those that need it most.", min=0),
     ] = 0,
+    stage0_steps: Annotated[
+        int | None, typer.Option(help="Steps of stage 0, which fits the scores of kept keys; 0 leaves it out.", min=0)
+    ] = None,
     stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step, in both stages.", min=1)] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a training sequence, in both stages.", min=2)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step, in stages 1 and 2.", min=1)] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a training sequence, in stages 1 and 2.", min=2)
+    ] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Sequences that go through at a time; less memory, same result.", min=1)
     ] = None,
@@ -85,6 +93,8 @@ def command(
 ) -> None:
     """Turn a teacher into a Lizard: stage 1 imitates its attention, stage 2 fine-tunes with LoRA.
 
+    With kept keys, stage 0 before them learns which keys to keep.
+
     [bold]Examples[/bold]
 
     The defaults, on a data set of the hub:
@@ -97,10 +107,13 @@ def command(
     [cyan]lizard-attn linearize smollm2-135m --data books/ --eval-data held-out/ --stage1-steps 400 --stage2-steps 0
     --out my-lizard[/cyan]
 
-    Untrained, for a teacher larger than memory: [cyan]lizard-attn convert[/cyan], or no steps in both stages.
+    Untrained, for a teacher larger than memory: [cyan]lizard-attn convert[/cyan], or no steps in any stage.
 
     Nearer to the teacher in constant memory: a window of 1024 in the eight layers that need it most:
     [cyan]--widen 8[/cyan]
+
+    Exact recall in constant memory, 256 keys a key head chosen by a learned score: [cyan]--kept-keys 256[/cyan]; with
+    little text also [cyan]--set stage0.sequence_length=1024[/cyan]
 
     A quarter of the layers kept as they are: [cyan]--softmax-share 0.25[/cyan], or by number:
     [cyan]--softmax-layers 3,11,19,27[/cyan]
@@ -124,7 +137,13 @@ def command(
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
+        chosen = chosen.replace(**read_kept_keys(kept_keys))
+        if stage0_steps and not chosen.attention.kept_keys:
+            raise ValueError(
+                "--stage0-steps: stage 0 fits the scores of kept keys, and there are none; give --kept-keys"
+            )
         chosen = chosen.replace(
+            stage0=_recipe(stage0_steps, None, None, seed),
             stage1=_recipe(stage1_steps, batch_size, seq_len, seed),
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
         )
@@ -138,7 +157,9 @@ def command(
             for part in parts:
                 console.print(part, highlight=False)
             return
-        if stage1_steps == 0 and stage2_steps == 0 and not eval_data and not passkey and not widen:
+        scored = chosen.attention.kept_keys > 0 and stage0_steps != 0
+        untrained = stage1_steps == 0 and stage2_steps == 0 and not scored
+        if untrained and not eval_data and not passkey and not widen:
             # Nothing is trained or measured, so the teacher need not fit into memory.
             folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
             console.print(f"saved, untrained: {folder}")
@@ -153,6 +174,7 @@ def command(
                 eval_length=eval_length,
                 eval_documents=eval_documents,
                 passkey_lengths=read_numbers(passkey, "--passkey"),
+                stage0=stage0_steps != 0,
                 stage1=stage1_steps != 0,
                 stage2=stage2_steps != 0,
                 widen=widen,

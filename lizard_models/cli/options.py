@@ -39,6 +39,15 @@ SoftmaxLayers = Annotated[
 SoftmaxShare = Annotated[
     float | None, typer.Option(help="Share of the layers that keep it, evenly placed, e.g. 0.25; instead of a list.")
 ]
+KeptKeys = Annotated[
+    int | None,
+    typer.Option(
+        help="Keys per key head that stay exact beyond the window, chosen by a learned score, e.g. 256; default: the "
+        "preset's.",
+        min=0,
+        show_default=False,
+    ),
+]
 KeepSliding = Annotated[
     bool | None,
     typer.Option(
@@ -91,6 +100,17 @@ def read_kept(layers: str | None, share: float | None, sliding: bool | None) -> 
         raise ValueError(f"--softmax-layers is {layers!r}, wanted layer numbers from 0 such as 3,11,19,27") from None
     changes = {"softmax_layers": indices, "softmax_share": share, "keep_sliding_layers": sliding}
     return {name: value for name, value in changes.items() if value is not None}
+
+
+def read_kept_keys(number: int | None) -> dict[str, Any]:
+    """What ``--kept-keys`` changes in a ``LizardConfig``; None changes nothing."""
+    return {} if number is None else {"attention": {"kept_keys": number}}
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Changes of a ``LizardConfig``: the second's, and the first's where it has none, one level down as well."""
+    inner = {key: first[key] | second[key] for key in first.keys() & second.keys() if isinstance(second[key], dict)}
+    return first | second | inner
 
 
 def read_settings(pairs: list[str] | None) -> dict[str, Any]:

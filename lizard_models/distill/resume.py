@@ -17,7 +17,13 @@ from lizard_models.files.folders import write_whole
 from lizard_models.files.weights import content_digest
 
 RUN = "run.json"
-OF_TRAINING = ("version", "name", "stage1", "stage2")  # what a Lizard's own record holds beside what it computes
+OF_TRAINING = (
+    "version",
+    "name",
+    "stage0",
+    "stage1",
+    "stage2",
+)  # what a Lizard's own record holds beside what it computes
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from lizard_layers import LOOK_AHEAD, KeyScore
-from lizard_models.distill.arguments import RunArguments
+from lizard_models.distill.arguments import RunArguments, total_steps
 from lizard_models.distill.key_labels import TeacherAttention, key_labels
+from lizard_models.distill.score_files import SCORES, load_scores, save_scores
 from lizard_models.distill.stream import endless
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.layer_loss import gradients_at_once
 from lizard_models.recipes import Stage0Config
 from lizard_ops import apply_rotary
@@ -33,6 +36,12 @@ class Stage0Result(StageResult):
 
     r2: list[list[float]] = field(default_factory=list)
     """Of each layer's key heads: 1 - squared errors / squared deviations of the labels from their mean."""
+
+    @property
+    def mean_r2(self) -> float:
+        """Mean over layers and key heads."""
+        heads = [value for layer in self.r2 for value in layer]
+        return sum(heads) / len(heads) if heads else float("nan")
 
 
 class LayerKeys(NamedTuple):
@@ -64,35 +73,46 @@ def train_stage0(
     recipe: Stage0Config | None = None,
     held_out: Tensor | None = None,
 ) -> Stage0Result:
-    """Fits ``scores`` (from ``key_scores``) to the labels that the teacher's attention gives; the model stays as it is.
+    """Fits ``scores`` to the labels that the teacher's attention gives; the rest of the model stays as it is.
 
     Each starts from its own start and from the linear term that is best on the first rows of ``dataset``. It learns the
     labels less their mean, over their deviation, per key head of those rows; afterwards it is scaled back, so that
     scores are estimates of the labels themselves (natural logarithms) and can be compared between heads and layers.
     Anchors, and keys with fewer than ``recipe.label_queries`` later queries, count for nothing.
 
-    model: its other weights the teacher's; left in the mode it had, eval and frozen. dataset: items {"input_ids": [T]},
-    best from ``text.look_ups.look_up_rows``. held_out: rows [N, T] on which ``r2`` is measured; None takes the first
-    rows of ``dataset``, which were trained on.
+    model: its other weights the teacher's; left in the mode it had, eval and frozen. scores: the model's own
+    (``model.key_scores()``) or others of its shapes (``key_scores``). dataset: items {"input_ids": [T]}, best from
+    ``text.look_ups.look_up_rows``. recipe: default the model's own. held_out: rows [N, T] on which ``r2`` is measured;
+    None takes the first rows of ``dataset``, which were trained on. A finished run is only loaded with ``run.resume``:
+    its scores and ``r2`` are in a file beside its checkpoints.
 
     Raises what ``run_stage`` does; ValueError for scores of another model, a window of LOOK_AHEAD keys or fewer, or
     rows with no key that counts.
     """
-    recipe = recipe or Stage0Config()
+    recipe = recipe or lizard_config(model.config).stage0
     check_scores(model, scores)
+    folder = Path(run.output_dir)
+    last = folder / f"checkpoint-{total_steps(recipe, dataset)}"
+    finished = run.resume and last.is_dir() and (folder / SCORES).is_file()
     sample = first_rows(dataset, SAMPLE)
     transfer = ScoreTransfer(model, scores, labels_of(recipe))
+    learned = set(scores.parameters())
     mode = model.mode
     model.set_attention_mode("teacher")
     try:
-        with only_training(transfer, {name for name, _ in transfer.named_parameters() if name.startswith("scores.")}):
-            transfer.start(sample)
+        with only_training(transfer, {name for name, p in transfer.named_parameters() if p in learned}):
+            if not finished:
+                transfer.start(sample)
             done = run_stage(transfer, dataset, recipe, run, quantity="squared error")
+        if finished:
+            return Stage0Result(**vars(done), r2=load_scores(folder, scores))
         transfer.scale_back()
     finally:
         model.set_attention_mode(mode)
-    r2 = score_fit(model, scores, sample if held_out is None else held_out, recipe)
-    return Stage0Result(**vars(done), r2=[layer.tolist() for layer in r2])
+    fit = score_fit(model, scores, sample if held_out is None else held_out, recipe)
+    r2 = [layer.tolist() for layer in fit]
+    save_scores(folder, scores, r2)
+    return Stage0Result(**vars(done), r2=load_scores(folder, scores))  # the same bits in every process
 
 
 class Labels(NamedTuple):
@@ -127,19 +147,28 @@ class ScoreTransfer(nn.Module):
 
     def __init__(self, model: LizardCausalLM, scores: nn.ModuleList, labels: Labels) -> None:
         super().__init__()
-        self.model, self.scores, self.labels = model, scores, labels
+        self.model, self.labels = model, labels
+        own = list(scores) == list(model.key_scores())
+        self.apart = None if own else scores  # the model's own are in it already, and sharded with its layers
         self.means: list[Tensor] = []
         self.deviations: list[Tensor] = []
+
+    @property
+    def scores(self) -> nn.ModuleList:
+        """One for each converted layer."""
+        return self.model.key_scores() if self.apart is None else self.apart
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """input_ids [B, T] -> {"loss": float32 scalar}. Raises ValueError for rows with padding."""
         if attention_mask is not None:
             raise ValueError("attention_mask: got a mask, wanted None: stage 0 reads whole rows without padding")
-        wanted, losses = torch.is_grad_enabled(), []
+        wanted, scores, losses = torch.is_grad_enabled(), self.scores, []
 
         def learn(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
-            labels = (self.labels.made(attention, keys) - self.means[number]) / self.deviations[number]
-            score: Any = self.scores[number]
+            labels = self.labels.made(attention, keys)
+            mean, deviation = (t[number].to(labels.device) for t in (self.means, self.deviations))
+            labels = (labels - mean) / deviation  # sharded layers are elsewhere than where they were measured
+            score: Any = scores[number]
 
             def error() -> tuple[Tensor, Tensor]:
                 found = predicted(score, attention, keys, self.labels)
@@ -203,7 +232,7 @@ def score_fit(
     Raises ValueError for scores of another model.
     """
     check_scores(model, scores)
-    wanted, mode = labels_of(recipe or Stage0Config()), model.mode
+    wanted, mode = labels_of(recipe or lizard_config(model.config).stage0), model.mode
     sums: list[Any] = [0.0] * len(scores)
 
     def look(number: int, attention: LizardAttention, keys: LayerKeys) -> None:

@@ -28,7 +28,8 @@ class AttentionTransfer(nn.Module):
 def train_stage1(
     model: LizardCausalLM, dataset: Dataset, run: RunArguments, recipe: Stage1Config | None = None
 ) -> StageResult:
-    """Trains maps, gates, sinks and mixes to imitate the teacher's attention; every other weight is left alone.
+    """Trains maps, gates, sinks and mixes to imitate the teacher's attention; every other weight is left alone, scores
+    of keys too (stage 0 fits them).
 
     model: fresh from ``linearize``, so that its other weights are the teacher's. dataset: items {"input_ids": [T]}.
     recipe: default the model's own. The error it names (relative or mse, before or after the output projection) is
@@ -37,7 +38,7 @@ def train_stage1(
     Raises what ``run_stage`` does.
     """
     recipe = recipe or lizard_config(model.config).stage1
-    new = {name for name, _ in model.lizard_parameters()}
+    new = {name for name, _ in model.stage_parameters()}
     model.set_attention_mode("distill", recipe)
     try:
         with only_training(model, new):

@@ -70,6 +70,8 @@ def train_stage2(
 ) -> tuple[LizardCausalLM, StageResult]:
     """Fine-tunes with LoRA on the recipe's projections, or these as a whole, and new parameters; merges the result.
 
+    Scores of keys are left alone.
+
     model: after stage 1, its other weights still the teacher's. dataset: items {"input_ids": [T]}. recipe: default
     the model's own. Returns the same model without adapters, an ordinary Lizard, in eval mode and frozen.
 
@@ -85,7 +87,7 @@ def train_stage2(
         raise ValueError('fsdp: trained="full" is not sharded; train adapters (trained="lora"), or without fsdp')
     if run.cuda_graph and (recipe.lora_dropout or run.gradient_checkpointing):
         raise ValueError("cuda_graph: a graph holds neither lora_dropout nor gradient_checkpointing; leave one out")
-    new = {name for name, _ in model.lizard_parameters()} if recipe.train_new_parameters else set()
+    new = {name for name, _ in model.stage_parameters()} if recipe.train_new_parameters else set()
     torch.manual_seed(recipe.seed)  # LoRA's random half
     model.requires_grad_(False)
     adapted, prefix = _adapted(model, recipe)

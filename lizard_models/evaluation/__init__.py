@@ -1,7 +1,7 @@
 """Evaluation of a Lizard model beside its teacher and the window control."""
 
 from lizard_models.evaluation.attention_error import AttentionErrors, attention_errors
-from lizard_models.evaluation.passkey import passkey_accuracy
+from lizard_models.evaluation.passkey import passkey_accuracy, passkeys_found
 from lizard_models.evaluation.position_loss import (
     PositionLoss,
     bucket_edges,
@@ -26,6 +26,7 @@ __all__ = [
     "loss_by_position",
     "measure_stream",
     "passkey_accuracy",
+    "passkeys_found",
     "recovered_share",
     "stream_losses",
 ]

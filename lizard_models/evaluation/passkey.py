@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 # Worded so that SmolLM2-135M finds a key at 2048 tokens every time; without a word of the question to come, 4 in 10.
@@ -33,12 +34,13 @@ MANY_DIGITS = (5, 8)
 
 
 def passkey_prompt(
-    tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: str
+    tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: str, text: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer, ``length`` ids together.
 
-    depth: where the key stands in the filler, from 0 (start) to 1 (end). Raises ValueError if ``length`` cannot hold
-    the question.
+    depth: where the key stands in the text around it, from 0 (start) to 1 (end). text: ids of that text, of which the
+    first are taken; None is a filler of four sentences again and again. Raises ValueError if ``length`` cannot hold the
+    question, or is more than ``text`` fills.
     """
 
     def encode(text: str) -> list[int]:
@@ -49,7 +51,9 @@ def passkey_prompt(
     room = length - len(opening) - len(needle) - len(question) - len(answer)
     if room < 0:
         raise ValueError(f"passkey length {length} is too short, the question alone takes {length - room} tokens")
-    filler = filler * (room // len(filler) + 1)
+    filler = filler * (room // len(filler) + 1) if text is None else list(text)
+    if len(filler) < room:
+        raise ValueError(f"passkey length {length} takes {room} tokens of text around the key, got {len(filler)}")
     before = round(depth * room)
     return opening + filler[:before] + needle + filler[before:room] + question, answer
 
@@ -98,13 +102,26 @@ def shortest_length(tokenizer: PreTrainedTokenizerBase, keys: int) -> int:
 
 
 def passkey_examples(
-    tokenizer: PreTrainedTokenizerBase, length: int, count: int, *, keys: int = 1, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    *,
+    keys: int = 1,
+    seed: int = 0,
+    texts: Tensor | None = None,
 ) -> list[tuple[list[int], list[int]]]:
-    """``count`` prompts with their answers, ``length`` ids together; ``keys`` as in ``passkey_accuracy``."""
+    """``count`` prompts with their answers, ``length`` ids together; ``keys`` as in ``passkey_accuracy``.
+
+    texts: of one key, rows [N, T] of ids to hide it in, each in turn; None is the filler.
+    """
     if keys == 1:
         draw = np.random.default_rng((seed, length))
         drawn = ["".join(map(str, draw.integers(0, 10, DIGITS))) for _ in range(count)]
-        return [passkey_prompt(tokenizer, length, (i + 0.5) / count, key) for i, key in enumerate(drawn)]
+        around = [None] if texts is None else texts.tolist()
+        return [
+            passkey_prompt(tokenizer, length, (i + 0.5) / count, key, around[i % len(around)])
+            for i, key in enumerate(drawn)
+        ]
     draw = np.random.default_rng((seed, length, keys))
     pairs = []
     for trial in range(count):
@@ -156,6 +173,44 @@ def passkey_accuracy(
                 advance(len(batch))
         accuracy[length] = right / trials
     return accuracy
+
+
+@torch.no_grad()
+def passkeys_found(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    *,
+    trials: int = 10,
+    texts: Tensor | None = None,
+    seed: int = 0,
+    batch_tokens: int = 4096,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[int, float]:
+    """Share of keys of five digits of whose answers every token is the likeliest, by length in tokens.
+
+    A prompt is read with its answer in one forward, so that no cache is needed: a greedy continuation is right in just
+    these cases, but for the rounding of another form of the same attention. texts: rows [N, T] of ids to hide the keys
+    in, each in turn, such as novels; None is the filler of ``passkey_accuracy``, with the keys that it draws. advance:
+    called with the number of prompts done.
+
+    Raises ValueError for a length that ``texts`` do not fill, or that cannot hold the question.
+    """
+    device = next(model.parameters()).device
+    shares = {}
+    for length in lengths:
+        pairs = passkey_examples(tokenizer, length, trials, seed=seed, texts=texts)
+        right, batch_size = 0, max(1, batch_tokens // length)
+        for group in _by_length(pairs):
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                read = torch.tensor([prompt + answer[:-1] for prompt, answer in batch], device=device)
+                answers = torch.tensor([answer for _, answer in batch], device=device)
+                logits = model(input_ids=read, use_cache=False, logits_to_keep=answers.shape[1]).logits
+                right += int((logits.argmax(-1) == answers).all(1).sum())
+                advance(len(batch))
+        shares[length] = right / trials
+    return shares
 
 
 def _by_length(pairs: list[tuple[list[int], list[int]]]) -> list[list[tuple[list[int], list[int]]]]:

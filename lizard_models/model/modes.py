@@ -32,6 +32,17 @@ class LizardModelMixin(SafeLoading):
         """Names and values of the parameters the teacher does not have. All are float32."""
         return ((n, p) for n, p in self.named_parameters() if ".lizard." in n)
 
+    def stage_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of ``lizard_parameters`` that stages 1 and 2 train: all but those of the scores of keys.
+
+        No gradient reaches a score, which only chooses keys; stage 0 fits it.
+        """
+        return ((n, p) for n, p in self.lizard_parameters() if ".lizard.key_score." not in n)
+
+    def key_scores(self) -> nn.ModuleList:
+        """The layers' own scores of keys (``KeyScore``), first to last; none where no layer keeps keys."""
+        return nn.ModuleList(a.lizard.key_score for a in self.lizard_attentions() if a.lizard.key_score is not None)
+
     def set_attention_mode(self, mode: AttentionMode, stage1: Stage1Config | None = None) -> None:
         """Choose what converted layers do: "student", "teacher" (softmax) or "distill" (both, with losses).
 

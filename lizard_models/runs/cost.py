@@ -92,6 +92,7 @@ class RunCost:
     new_parameters: int
     adapters: int
     shapes: dict[str, tuple[int, ...]]  # of the new parameters of one layer
+    stage0: StageCost | None  # without kept keys there is none
     stage1: StageCost
     stage2: StageCost
 
@@ -101,11 +102,13 @@ def run_cost(
 ) -> RunCost:
     """Shapes exactly, from a model without memory; arithmetic and bytes by counting, in bf16 with float32 moments.
 
-    Arithmetic counts matrix products. Stage 1 is a forward of the teacher and, in every converted layer, the student's
-    attention forward and twice that backward. Stage 2 is a forward, a backward to the inputs, a second forward with
-    checkpointing, and the teacher's forward for KL. Bytes: weights, new parameters and adapters with gradient and two
-    moments, activations of ``micro_batch`` sequences (default the recipe's batch): of one layer in stage 1, of all, or
-    of one and every layer's input with checkpointing, in stage 2; logits of a chunk.
+    Arithmetic counts matrix products. Stage 0, with kept keys, is a forward of the teacher and, in every converted
+    layer, its attention once more for the labels, and the score's forward and twice that backward. Stage 1 is a forward
+    of the teacher and, in every converted layer, the student's attention forward and twice that backward. Stage 2 is a
+    forward, a backward to the inputs, a second forward with checkpointing, and the teacher's forward for KL. Bytes:
+    weights, new parameters and adapters with gradient and two moments, activations of ``micro_batch`` sequences
+    (default the recipe's batch): of one layer in stages 0 and 1, of all, or of one and every layer's input with
+    checkpointing, in stage 2; attention matrices of a block of labels; logits of a chunk.
 
     Raises ValueError as the student's configuration does.
     """
@@ -120,25 +123,31 @@ def run_cost(
     shape = _Shape(config)
     base = total - added
     stages = {}
-    for name, recipe in (("stage1", lizard.stage1), ("stage2", lizard.stage2)):
+    scores = sum(p.numel() for p in model.key_scores().parameters())
+    recipes = {"stage0": lizard.stage0} if scores else {}
+    for name, recipe in {**recipes, "stage1": lizard.stage1, "stage2": lizard.stage2}.items():
         steps = _steps(recipe)
         tokens = steps * recipe.batch_size * recipe.sequence_length
         rows = (micro_batch or recipe.batch_size) * recipe.sequence_length
         kept = shape.layer_bytes * rows
-        if name == "stage1":
+        if name == "stage0":
+            length = recipe.sequence_length
+            flop = shape.teacher_flop(length) + shape.converted * 2 * shape.width * length + 6 * scores
+            trained, activations = scores, kept + 2 * 4 * rows * config.num_attention_heads * lizard.stage0.label_block
+        elif name == "stage1":
             flop = shape.teacher_flop(recipe.sequence_length) + 3 * shape.converted * shape.student_flop
-            trained, activations = added, kept
+            trained, activations = added - scores, kept
         else:
             forward = shape.student_forward
             flop = forward * (3 if checkpointing else 2)
             flop += shape.teacher_flop(recipe.sequence_length) * bool(lizard.stage2.kl_weight)
-            trained = adapters + added * lizard.stage2.train_new_parameters
+            trained = adapters + (added - scores) * lizard.stage2.train_new_parameters
             activations = kept * (1 if checkpointing else shape.layers)
             activations += 2 * config.hidden_size * rows * shape.layers
             activations += 3 * 4 * LOSS_CHUNK * config.vocab_size
         size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (name == "stage2") + activations
         stages[name] = StageCost(steps, tokens, flop * tokens, size)
-    return RunCost(total, added, adapters, shapes, stages["stage1"], stages["stage2"])
+    return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"])
 
 
 def tuned_numbers(model: Any, recipe: Stage2Config) -> int:
@@ -170,7 +179,8 @@ class _Shape:
         weights = d * dim * (2 * queries + 2 * keys) + 3 * d * inner
         self.dense = 2.0 * self.layers * weights + 2.0 * d * config.vocab_size
         self.dense_without_head = 2.0 * self.layers * weights
-        window = 2 * 2 * (sum(windows) / max(1, len(windows)) + attention.anchors) * self.width
+        seen = sum(windows) / max(1, len(windows)) + attention.anchors + attention.kept_keys
+        window = 2 * 2 * seen * self.width
         maps = 2 * (queries + attention.linear_key_heads) * dim * attention.projection_dim
         sums = 2 * 2 * queries * features * dim
         self.student_flop = float(window + (maps + sums) * attention.linear_branch)
@@ -226,7 +236,9 @@ def describe_run(
     stages = Table(title=f"estimate at {achieved:g} TFLOP/s on each of {devices} devices", title_justify="left")
     for column in ("stage", "steps", "tokens", "arithmetic", "time", "memory in all"):
         stages.add_column(column, justify="right")
-    for stage, part in (("1", cost.stage1), ("2", cost.stage2)):
+    for stage, part in (("0", cost.stage0), ("1", cost.stage1), ("2", cost.stage2)):
+        if part is None:
+            continue
         minutes = part.seconds(achieved, devices) / 60
         sizes = f"{part.flop / 1e15:,.1f} PFLOP", f"{minutes:,.1f} min", f"{part.bytes / 2**30:,.1f} GiB"
         stages.add_row(stage, f"{part.steps:,}", f"{part.tokens / 1e6:.1f}M", *sizes)

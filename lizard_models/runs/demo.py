@@ -136,7 +136,7 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
     stage 2 gets its least. Where too few would fit, fewer tales are measured, then sequences are shorter."""
     teacher = load_teacher(DEMO_TEACHER, cache=cache, say=say)
     student = linearize(teacher.model, LizardConfig.preset("recommended")).requires_grad_(False)
-    for _, parameter in student.lizard_parameters():
+    for _, parameter in student.stage_parameters():
         parameter.requires_grad_(True)
     student.train()
     student.set_attention_mode("distill")

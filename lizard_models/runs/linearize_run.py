@@ -1,11 +1,11 @@
-"""The whole way from a teacher to a saved Lizard model: measure, stage 1, measure, stage 2, measure, save."""
+"""The whole way from a teacher to a saved Lizard model: measure, stages 0 and 1, measure, stage 2, measure, save."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lizard_models.config import LizardConfig
-from lizard_models.distill import RunArguments, StageResult, train_stage1, train_stage2
+from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.control import window_control
@@ -22,74 +22,24 @@ from lizard_models.evaluation.neediest_layers import check_widen, neediest_layer
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums, write_whole
+from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
-from lizard_models.recipes import Recipe
+from lizard_models.recipes import Recipe, Stage0Config
 from lizard_models.runs.cost import tuned_numbers
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.teachers.find import Teacher, load_teacher, save_tokenizer, teacher_digest
+from lizard_models.runs.plan import Outcome, Plan, check_folders, work_folder
+from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 from lizard_models.text.sequences import Documents, load_documents, load_sequences
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
 CHOSEN_ON = 4  # sequences of the training text on which layers are chosen
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What to make of which teacher with which text."""
-
-    teacher: str
-    config: LizardConfig
-    out: Path
-    data: list[str]
-    eval_data: list[str] = field(default_factory=list)
-    eval_length: int = 2048
-    """Positions of an evaluation document."""
-    eval_documents: int = 8
-    passkey_lengths: list[int] = field(default_factory=list)
-    passkey_trials: int = 10
-    stage1: bool = True
-    stage2: bool = True
-    widen: int = 0
-    """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
-    text, see ``evaluation.neediest_layers``."""
-    text_field: str | None = None
-    dtype: torch.dtype | None = None
-    """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""
-    device: str | None = None
-    """"cpu" or "cuda"; None takes CUDA if there is one."""
-    micro_batch_size: int | None = None
-    gradient_checkpointing: bool = False
-    fsdp: bool = False
-    """Share the weights among the processes that torchrun or accelerate started."""
-    cuda_graph: bool = False
-    """Each training step as one CUDA graph: faster for small models, same numbers."""
-    compile: bool = False
-    """MLPs and norms through torch.compile while training."""
-    save_steps: int = 50
-    resume: bool = False
-    cache: str | None = None
-
-
-@dataclass
-class Outcome:
-    """The finished model, where it was saved and what was measured."""
-
-    model: LizardCausalLM
-    teacher: Teacher
-    folder: Path
-    report: Report
-    stages: dict[str, StageResult]
-
-
-def work_folder(out: Path) -> Path:
-    """Where a run keeps checkpoints and measurements until the model is finished."""
-    return out.with_name(out.name + ".training")
 
 
 def run(plan: Plan, console: Console) -> Outcome:
@@ -100,10 +50,10 @@ def run(plan: Plan, console: Console) -> Outcome:
 
     Several processes train together, each on its part of the batch; all measure, the main one writes and speaks.
 
-    Raises ValueError for a bad plan, before any training; what ``train_stage1`` and ``train_stage2`` raise.
+    Raises ValueError for a bad plan, before any training; what the stages' functions raise.
     """
     work = work_folder(plan.out)
-    _check_folders(plan, work)
+    check_folders(plan, work)
     return _Run(plan, console, work).outcome()
 
 
@@ -127,9 +77,7 @@ class _Run:
         total = sum(p.numel() for p in self.model.parameters())
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
-        self.sequences = {
-            stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages(added).items()
-        }
+        self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
         if plan.widen:
             self._check_widen()
         self.results: dict[str, StageResult] = {}
@@ -145,6 +93,8 @@ class _Run:
         """Measures, trains, saves."""
         plan, model = self.plan, self.model
         self._measure_starts(model)
+        if "stage0" in self.sequences:
+            self._fit_scores(model, self.sequences["stage0"])
         if "stage1" in self.sequences:
             run = self._run_arguments("stage1", "stage 1, attention approximation")
             self.results["stage1"] = train_stage1(model, self.sequences["stage1"], run)
@@ -160,10 +110,14 @@ class _Run:
         self._save(model, report)
         return Outcome(model, self.teacher, plan.out, report, self.results)
 
-    def _stages(self, new_parameters: int) -> dict[str, Recipe]:
+    def _stages(self) -> dict[str, Recipe]:
         config = self.plan.config
         stages: dict[str, Recipe] = {}
-        if self.plan.stage1 and new_parameters:
+        if self.plan.stage0 and self.model.key_scores():
+            stages["stage0"] = config.stage0
+        elif self.model.key_scores():
+            self.say("stage 0 is left out: the keys least like the mean key are kept")
+        if self.plan.stage1 and any(True for _ in self.model.stage_parameters()):
             stages["stage1"] = config.stage1
         elif self.plan.stage1:
             self.say(f"stage 1 is left out: preset {config.name} has no new parameters to train")
@@ -213,7 +167,20 @@ class _Run:
             self._measure(WIDE_CONTROL, window_control(self.teacher, self.config))
             self._measure(WIDENED, model)
 
+    def _fit_scores(self, model: LizardCausalLM, rows: ScoreRows) -> None:
+        run = self._run_arguments("stage0", "stage 0, scores of keys")
+        run.cuda_graph = False  # its steps are long, and launches are the least of them
+        run.micro_batch_size = rows.micro_batch_size(self.plan.micro_batch_size)
+        result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
+        self.results["stage0"] = result
+        layers = " ".join(f"{sum(heads) / len(heads):.2f}" for heads in result.r2)
+        self.say(f"scores: R2 {result.mean_r2:.3f} on {len(rows.held_out)} held-out rows, by layer {layers}")
+
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
+        if isinstance(recipe, Stage0Config):
+            rows = score_rows(self.plan.data, self.teacher, self.model, recipe, self.plan.text_field)
+            self.say(f"data of {stage}: {rows.told}")
+            return rows
         sequences = load_sequences(
             self.plan.data,
             self.teacher.tokenizer,
@@ -296,8 +263,15 @@ class _Run:
             cuda_graph=self.plan.cuda_graph,
             compile=self.plan.compile,
             title=title,
-            frozen=self.digest,
+            frozen=self._frozen(stage),
         )
+
+    def _frozen(self, stage: str) -> str:
+        """Digest of what a stage trains against: the teacher, and after stage 0 the scores that choose keys."""
+        scores = dict(self.model.key_scores().named_parameters())
+        if stage == "stage0" or not scores:
+            return self.digest
+        return agreed(content_digest(scores, {"teacher": self.digest}) if is_main_process() else None)
 
     def _settings(self) -> dict[str, Any]:
         plan = self.plan
@@ -324,6 +298,8 @@ class _Run:
         path = self.work / "plan.json"
         if path.is_file():
             before = {"widen": 0, **json.loads(path.read_text())}  # runs from before there was this choice lack it
+            with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
+                before["config"] = LizardConfig.from_dict(before["config"]).to_dict()
             if (known := before.setdefault("teacher_sha256", self.digest)) != self.digest:
                 raise ValueError(
                     f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.work)!r} began with: its "
@@ -364,9 +340,13 @@ def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) 
 
     A checkpoint holds the parameters that train and two moments of each, in float32; two are kept, one is written.
     """
-    new = sum(p.numel() for _, p in model.lizard_parameters())
+    new = sum(p.numel() for _, p in model.stage_parameters())
     tuned = tuned_numbers(model, config.stage2)
-    trained = {"stage1": new, "stage2": tuned + new * config.stage2.train_new_parameters}
+    trained = {
+        "stage0": sum(p.numel() for p in model.key_scores().parameters()),
+        "stage1": new,
+        "stage2": tuned + new * config.stage2.train_new_parameters,
+    }
     finished = sum(p.nbytes for p in model.parameters())
     return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
 
@@ -374,15 +354,3 @@ def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) 
 def precision(recipe: Recipe, device: str) -> torch.dtype:
     """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
     return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32
-
-
-def _check_folders(plan: Plan, work: Path) -> None:
-    if plan.out.exists():
-        raise ValueError(f"out: {str(plan.out)!r} exists already; give another folder, or delete it")
-    if work.exists() and not plan.resume:
-        raise ValueError(f"out: {str(work)!r} holds an unfinished run; go on with resume=True, or delete it")
-    if plan.resume and not work.exists():
-        raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave `resume` out")
-    parent = next(p for p in plan.out.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise ValueError(f"out: {str(parent)!r} is not a folder")

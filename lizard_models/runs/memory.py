@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ def lizard_bytes(config: PreTrainedConfig, length: int, dtype: torch.dtype) -> i
     converted, kept = converted_layers(config), kept_layers(config)
     states = (empty_state(attention_config(config, i), 1, dtype, device="meta") for i in converted)
     return sum(map(state_bytes, states)) + cache_bytes(config, length, dtype, kept)
+
+
+def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Of ``lizard_bytes``, those that kept keys and their scores take."""
+    plain = copy.deepcopy(config)
+    plain.lizard = lizard_config(config).replace(attention={"kept_keys": 0}).to_dict()
+    return lizard_bytes(config, 0, dtype) - lizard_bytes(plain, 0, dtype)
 
 
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
@@ -99,6 +107,9 @@ def describe(
         f"{name}: preset {chosen.name}, {converted} of {config.num_hidden_layers} layers linearized",
         f"parameters: {everything:,}, of which {new:,} are new ({new / everything:.2%})",
     ]
+    if kept := chosen.attention.kept_keys:
+        size = kept_bytes(config, dtype) / 2**20
+        lines.append(f"kept keys: {kept:,} of each key head in every linearized layer, {size:,.1f} MiB of the state")
     return [*lines, memory_table(config, lengths, [dtype])]
 
 

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoConfig
 
 from lizard_models.files.environment import environment
+from lizard_models.runs.memory import kept_bytes, lizard_bytes
 from lizard_models.teachers.loading import TRAINING
 
 CARD, EVALUATION = "README.md", "evaluation.json"
@@ -62,11 +65,12 @@ def write_model_card(folder: Path, teacher_folder: str | Path | None = None) -> 
         license=licence,
         tags=["lizard-attn", "linear-attention", config.get("model_type", "lizard")],
     )
+    made = _made(training, evaluation.get("environment") or environment())
     text = TEXT.format(
         metadata=metadata.to_yaml(),
         name=Path(teacher).name,
         teacher=teacher,
-        made="\n".join(_made(training, evaluation.get("environment") or environment())),
+        made="\n".join([*made[:1], *_state(folder), *made[1:]]),
         measured="\n".join(_measured(evaluation)),
         licence=f" ({licence})" if licence else ", which its card names",
     )
@@ -81,9 +85,10 @@ def _made(training: dict[str, Any], made_on: dict[str, Any]) -> list[str]:
     wide = f"; window {config['wide_window']} in layers {config['wide_layers']}" if config.get("wide_layers") else ""
     stretch = config.get("wide_gate_stretch", 1)
     wide += f", decays slower by {stretch:g}" if wide and stretch != 1 else ""
+    keys = f", {attention['kept_keys']} kept keys" if attention.get("kept_keys") else ""
     lines = [
         f"- preset `{config.get('name', 'unknown')}`: window {attention.get('window')}, {attention.get('anchors')} "
-        f"anchors, gate `{attention.get('gate')}`, coverage `{attention.get('coverage')}`, mix "
+        f"anchors{keys}, gate `{attention.get('gate')}`, coverage `{attention.get('coverage')}`, mix "
         f"`{attention.get('mix')}`; layers kept softmax: {kept}{wide}",
         f"- data: {', '.join(training.get('data', [])) or 'none, the new parameters are untrained'}",
     ]
@@ -95,10 +100,25 @@ def _made(training: dict[str, Any], made_on: dict[str, Any]) -> list[str]:
             f"- {name}: {stage['steps']} steps of {recipe.get('batch_size')} x {recipe.get('sequence_length')} tokens, "
             f"{stage['parameters']:,} parameters trained{course}; hash of the data `{stage['data'] or 'none'}`"
         )
+        if heads := [value for layer in stage.get("r2", []) for value in layer]:
+            lines[-1] += f"; R2 of the scores {sum(heads) / len(heads):.3f} on held-out rows"
     versions = ", ".join(f"{name} {version}" for name, version in made_on["versions"].items() if version)
     lines.append(f"- with Python {made_on['python']}, {versions}, on {made_on['device']}, {made_on['date']}")
     lines.append(f"- everything else: `{TRAINING}` and `config.json` in this folder")
     return lines
+
+
+def _state(folder: Path) -> list[str]:
+    """What a sequence takes, of models that keep keys."""
+    if not _read(folder / "config.json").get("lizard", {}).get("attention", {}).get("kept_keys"):
+        return []
+    config = AutoConfig.from_pretrained(folder)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    size, kept = lizard_bytes(config, 8192, dtype), kept_bytes(config, dtype)
+    return [
+        f"- state of a sequence of 8,192 tokens: {size:,} bytes with keys in {str(dtype).removeprefix('torch.')}, of "
+        f"which kept keys take {kept:,}"
+    ]
 
 
 def _measured(evaluation: dict[str, Any]) -> list[str]:

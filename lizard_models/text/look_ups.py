@@ -59,7 +59,7 @@ def look_up_rows(
     """
     if count < 1 or gap < 0:
         raise ValueError(f"count must be at least 1 and gap at least 0, got {count} and {gap}")
-    rows = [item["input_ids"].numpy() for item in islice(_items(dataset), count)]
+    rows = [item["input_ids"].numpy() for item in islice(items(dataset), count)]
     if not rows:
         raise ValueError("data: the data set gave no row; wanted text for at least one sequence")
     length = len(rows[0])
@@ -143,5 +143,6 @@ def _outside(one: Inserted, taken: np.ndarray) -> Inserted:
     return Inserted(at, one.ids)
 
 
-def _items(dataset: PackedTokens | StreamedTokens) -> Iterable[dict]:
+def items(dataset: PackedTokens | StreamedTokens) -> Iterable[dict]:
+    """The items of either kind of data set, in its order; of a stream those of one epoch."""
     return iter(dataset) if isinstance(dataset, StreamedTokens) else (dataset[i] for i in range(len(dataset)))

@@ -23,20 +23,28 @@ STREAM_FROM_BYTES = 1 << 28  # local files beyond this are not held in memory
 TOKENISED_AT_ONCE = 1 << 22  # characters
 
 
+class TooLittleText(ValueError):
+    """Text shorter than one sequence, of so many ``tokens``."""
+
+    def __init__(self, tokens: int, seq_len: int) -> None:
+        super().__init__(
+            f"data: {tokens} tokens are fewer than one sequence of seq_len={seq_len}; "
+            "give more text or a smaller seq_len"
+        )
+        self.tokens = tokens
+
+
 class PackedTokens(Dataset):
     """Sequences of ``seq_len`` tokens cut from documents laid end to end, in an order that ``seed`` fixes.
 
     tokens: ids [T], any integer dtype; the remainder of T / seq_len is dropped. An item is {"input_ids": int64
-    [seq_len]}. ``digest`` is the sha256 of the ids. Raises ValueError if there is not one whole sequence.
+    [seq_len]}. ``digest`` is the sha256 of the ids. Raises TooLittleText, a ValueError, if there is not one sequence.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, seed: int = 0) -> None:
         count = len(tokens) // seq_len
         if count == 0:
-            raise ValueError(
-                f"data: {len(tokens)} tokens are fewer than one sequence of seq_len={seq_len}; "
-                "give more text or a smaller seq_len"
-            )
+            raise TooLittleText(len(tokens), seq_len)
         self.sequences = tokens[: count * seq_len].reshape(count, seq_len)
         self.order = np.random.default_rng(seed).permutation(count)
         self.digest = hashlib.sha256(np.ascontiguousarray(self.sequences, dtype="<i4").tobytes()).hexdigest()

@@ -56,9 +56,9 @@ def train(model: Any, config: Any, tokens: Any, options: argparse.Namespace, res
     steps = recipe.max_steps
     data = PackedTokens(tokens.reshape(-1), recipe.sequence_length, seed=recipe.seed)
     model.set_attention_mode("distill", recipe)
-    for _, parameter in model.lizard_parameters():
+    for _, parameter in model.stage_parameters():
         parameter.requires_grad_(True)
-    parameters = [p for _, p in model.lizard_parameters()]
+    parameters = [p for _, p in model.stage_parameters()]
     objective = AttentionTransfer(model).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(objective, recipe.learning_rate, recipe.gate_learning_rate),

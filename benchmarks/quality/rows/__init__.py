@@ -3,6 +3,7 @@
 from benchmarks.quality.rows import (
     choices,
     gates,
+    kept,
     lora,
     parts,
     presets,
@@ -36,6 +37,7 @@ TABLES: dict[str, Table] = {
         timescales.TABLE,
         softmax.TABLE,
         wide.TABLE,
+        kept.TABLE,
         choices.TABLE,
         retrieval.TABLE,
     )

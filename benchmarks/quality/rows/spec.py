@@ -8,7 +8,7 @@ from typing import Any
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.report import TEACHER
 
-MEASURES = ("loss", "kl", "branches", "restore", "length", "passkey", "passkeys5", "tasks")
+MEASURES = ("loss", "kl", "branches", "restore", "length", "passkey", "passkeys5", "found", "tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class Budget:
     stage2_steps: int
     batch_size: int
     sequence_length: int
+    stage0_steps: int = 0
+    """Of rows with kept keys, in rows of the recipe's own length; 0 leaves their scores at the start."""
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -31,8 +33,8 @@ class Budget:
 BUDGETS = {
     budget.name: budget
     for budget in (
-        Budget(name="quick", stage1_steps=400, stage2_steps=150, batch_size=4, sequence_length=1024),
-        Budget(name="full", stage1_steps=1221, stage2_steps=1221, batch_size=8, sequence_length=2048),
+        Budget(name="quick", stage1_steps=400, stage2_steps=150, batch_size=4, sequence_length=1024, stage0_steps=240),
+        Budget(name="full", stage1_steps=1221, stage2_steps=1221, batch_size=8, sequence_length=2048, stage0_steps=480),
     )
 }
 """quick: 1.6M and 0.6M tokens. full: the paper's 20M tokens a stage."""
@@ -69,10 +71,12 @@ class RowSpec:
             "batch_size": max(1, budget.batch_size // self.longer),
             "sequence_length": budget.sequence_length * self.longer,
         }
-        recipes = {
+        recipes: dict[str, dict[str, Any]] = {
             "stage1": {**shared, "max_steps": budget.stage1_steps, "seed": self.seed},
             "stage2": {**shared, "max_steps": budget.stage2_steps, "seed": self.seed},
         }
+        if budget.stage0_steps:
+            recipes["stage0"] = {"epochs": None, "max_steps": budget.stage0_steps, "seed": self.seed}
         if self.preset == TEACHER:
             config = LizardConfig.preset("window_only", softmax_layers=list(range(num_layers)))
         else:

@@ -15,13 +15,21 @@ from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.recipes import Stage0Config
 
 torch.set_num_threads(1)
+KEPT = {"kept_keys": 5, "score_dim": 6}
 
 
-def one_run(stage: int, folder: Path, dtype: torch.dtype = torch.float32, stop_at: int | None = None, **changes):
-    """Losses and parameters after four steps of one stage."""
-    model = fresh().to(dtype)
+def one_run(
+    stage: int,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    stop_at: int | None = None,
+    kept: bool = False,
+    **changes,
+):
+    """Losses and parameters after four steps of one stage. kept: of a model that keeps keys, stage 0 of its own."""
+    model = fresh(attention=KEPT if kept else {}).to(dtype)
     if stage == 0:
-        scores = key_scores(model, 8)
+        scores = model.key_scores() if kept else key_scores(model, 8)
         short = Stage0Config(epochs=None, max_steps=4, batch_size=4, sequence_length=48, label_queries=8)
         done = train_stage0(model, scores, Sequences(), arguments(folder, **changes), short)
         return done.losses, {name: p.detach().clone() for name, p in scores.named_parameters()}
@@ -45,6 +53,8 @@ def main(folder: Path) -> None:
             found[f"stage {stage}, {'fsdp' if fsdp else 'ddp'}"] = one_run(
                 stage, folder / f"{stage}-{fsdp}", fsdp=fsdp, save_steps=2
             )
+    for stage in (0, 1):
+        found[f"stage {stage}, kept"] = one_run(stage, folder / f"{stage}-kept", kept=True, fsdp=True)
     objective = AttentionTransfer(fresh())
     found["held"] = sum(p.to_local().numel() for p in sharded(objective, "cpu").parameters())
     found["whole"] = sum(p.numel() for p in objective.parameters())

@@ -68,11 +68,12 @@ def found(tmp_path_factory):
     return {**torch.load(folder / "found.pt"), "folder": folder}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("stage", "way"), [*((stage, way) for stage in (0, 1, 2) for way in ("ddp", "fsdp")), (0, "kept"), (1, "kept")]
+)
 def test_two_processes_learn_what_one_learns(found, stage, way, tmp_path):
     losses, parameters = found[f"stage {stage}, {way}"]
-    expected_losses, expected = one_run(stage, tmp_path)
+    expected_losses, expected = one_run(stage, tmp_path, kept=way == "kept")
     assert [step for step, _ in losses] == [1, 2, 3, 4]
     torch.testing.assert_close([loss for _, loss in losses], [loss for _, loss in expected_losses], rtol=1e-4, atol=0)
     for name, value in expected.items():

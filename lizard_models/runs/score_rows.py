@@ -1,0 +1,116 @@
+"""Rows of stage 0, made of the user's text: with things to look up, and some of the text held out to measure on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lizard_models.distill.arguments import total_steps
+from lizard_models.distill.parallel import process_count
+from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.recipes import Stage0Config
+from lizard_models.teachers.find import Teacher
+from lizard_models.text.look_ups import items, look_up_rows
+from lizard_models.text.sequences import PackedTokens, StreamedTokens, TooLittleText, load_sequences
+
+HELD_OUT = 8  # rows on which R2 is measured
+PART = 4  # at most one row of the text in four is held out for them
+GAP = 256  # tokens at least between a thing and the place where it is asked for, in rows of four times as many
+
+
+class ScoreRows(NamedTuple):
+    """What stage 0 of a run reads."""
+
+    recipe: Stage0Config  # with the steps that ``training`` gives in one pass
+    training: PackedTokens
+    held_out: Tensor  # [N, T] int64, of other parts of the text
+    told: str  # how many rows of what, for people
+
+    def micro_batch_size(self, wanted: int | None) -> int | None:
+        """The largest number of rows up to ``wanted`` that divides a process's part of a batch; None for no limit."""
+        if wanted is None:
+            return None
+        share = max(1, self.recipe.batch_size // process_count())
+        return next(size for size in range(min(wanted, share), 0, -1) if share % size == 0)
+
+
+def score_rows(
+    sources: Sequence[str],
+    teacher: Teacher,
+    model: LizardCausalLM,
+    recipe: Stage0Config,
+    text_field: str | None = None,
+) -> ScoreRows:
+    """Rows of ``recipe.sequence_length`` tokens by ``text.look_ups.look_up_rows``, as many as the recipe's steps take.
+
+    sources: as ``load_sequences`` takes them. model: the student, whose windows say which keys can be learned from.
+    With ``epochs`` the text gives as many rows as it has times that, with ``max_steps`` as many as these take. Of a
+    text with fewer rows each comes again, with other things asked for in it.
+
+    Raises ValueError, before anything is trained, for rows too short for a key to count, a text of fewer than two
+    rows, a batch that the processes cannot share, and what ``load_sequences`` does.
+    """
+    length = recipe.sequence_length
+    least = check_length(model, recipe)
+    if recipe.batch_size % process_count():
+        raise ValueError(
+            f"stage0.batch_size={recipe.batch_size} must be a multiple of the {process_count()} processes that share it"
+        )
+    try:
+        sequences = load_sequences(
+            sources,
+            teacher.tokenizer,
+            length,
+            seed=recipe.seed,
+            text_field=text_field,
+            examples=recipe.examples,
+            vocab_size=teacher.model.config.vocab_size,
+        )
+    except TooLittleText as error:
+        raise too_short(f"{error.tokens} tokens give none", recipe, least) from None
+    wanted = None if recipe.max_steps is None else recipe.max_steps * recipe.batch_size + HELD_OUT
+    if wanted is None and isinstance(sequences, StreamedTokens):
+        raise ValueError("stage0.max_steps must be given: the data are streamed, so an epoch has no known length")
+    found = [item["input_ids"].numpy() for item in islice(items(sequences), wanted)]
+    if len(found) < 2:
+        raise too_short(f"the text gives {len(found)}", recipe, least)
+    apart = max(1, min(HELD_OUT, len(found) // PART))
+    held_out, text = (PackedTokens(np.concatenate(part), length) for part in (found[:apart], found[apart:]))
+    steps = total_steps(recipe, text)
+    gap, count = min(GAP, length // 4), steps * recipe.batch_size
+    training = look_up_rows(text, teacher.tokenizer, count, gap=gap, seed=recipe.seed)
+    measured = look_up_rows(held_out, teacher.tokenizer, HELD_OUT, gap=gap, seed=recipe.seed + 1)
+    return ScoreRows(
+        dataclasses.replace(recipe, epochs=None, max_steps=steps),
+        training,
+        torch.stack([measured[i]["input_ids"] for i in range(len(measured))]),
+        f"{count} rows of {length} tokens with things to look up, of {len(text)} rows of the text; {apart} held out",
+    )
+
+
+def check_length(model: LizardCausalLM, recipe: Stage0Config) -> int:
+    """The shortest rows in which some key of every layer counts. Raises ValueError if the recipe's are shorter."""
+    configs = [attention.lizard.config for attention in model.lizard_attentions()]
+    widest = max(config.window + config.anchors for config in configs)
+    if recipe.sequence_length < widest + recipe.label_queries:
+        raise ValueError(
+            f"stage0.sequence_length={recipe.sequence_length} is too short: a key counts that has left the window "
+            f"(with anchors {widest} tokens) and has stage0.label_queries={recipe.label_queries} later queries; wanted "
+            f"at least {widest + recipe.label_queries}, or fewer label_queries"
+        )
+    return widest + recipe.label_queries
+
+
+def too_short(what: str, recipe: Stage0Config, least: int) -> ValueError:
+    """The error for a text of fewer than two rows."""
+    return ValueError(
+        f"data: stage 0 takes at least 2 rows of stage0.sequence_length={recipe.sequence_length} tokens, one of them "
+        f"held out, and {what}: give more text, or a shorter stage0.sequence_length (at least {least}: window, anchors "
+        f"and stage0.label_queries={recipe.label_queries})"
+    )
