@@ -200,9 +200,9 @@ def recurrent_hybrid_attn(
     and of the dtypes that an op leaves; gradients (grad mode on, and a tensor that requires one) are refused with a
     ValueError, as they would need the state from before the step.
 
-    impl: "triton" is the one-launch decode kernel, which takes one token per row (T = 1), a
-    carried state, no padding and no packing, and has no backward; "auto" takes it for CUDA tensors wherever all that
-    holds, and PyTorch otherwise.
+    impl: "triton" is the one-launch decode kernel, which takes one token per row (T = 1), a carried state, no padding
+    and no packing, with scores no gate per channel, and has no backward; "auto" takes it for CUDA tensors wherever all
+    that holds, and PyTorch otherwise.
     """
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
     inputs, options = hybrid_arguments(
@@ -221,7 +221,7 @@ def recurrent_hybrid_attn(
     if inplace:
         check_inplace(inputs, gradients, impl)
     beyond = {
-        "kept keys": scores is not None,
+        "a gate per channel with kept keys": scores is not None and inputs.g is not None and inputs.g.ndim == 4,
         'sink_form="linear"': linear_sinks_of(inputs, options) is not None,
         "float64 tensors": float64_of(q) is not None,
         "anything but one token per row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,

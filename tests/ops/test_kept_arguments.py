@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_arguments import FORMS, HK, HQ, B, T, tensors
+from test_arguments import FORMS, HK, HQ, B, F, T, tensors
 
 import lizard_ops
 
@@ -46,7 +46,11 @@ def test_bad_scores_are_refused_by_name(form, changes, message):
             {"impl": "triton", "output_final_state": True},
             'impl: got \'triton\', wanted "torch" or "auto" for kept keys with a state',
         ),
-        ("recurrent_hybrid_attn", {"impl": "triton"}, 'impl: got \'triton\', wanted "torch" or "auto" for kept keys'),
+        (
+            "recurrent_hybrid_attn",
+            {"impl": "triton", "g": -torch.rand(B, T, HK, F)},
+            'impl: got \'triton\', wanted "torch" or "auto" for a gate per channel with kept keys',
+        ),
     ],
 )
 def test_what_does_not_fit_scores_is_refused_by_name(form, changes, message):
