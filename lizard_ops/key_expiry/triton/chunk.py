@@ -11,6 +11,19 @@ from lizard_ops.key_expiry.stream import ranked_stream, told, unkept
 from lizard_ops.key_expiry.triton.op import displaced
 
 
+def expiry_rows(inputs: ExpiryInputs, lengths: Tensor | None, options: ExpiryOptions) -> tuple[Tensor, Left]:
+    """What ``chunk_torch.expiry_rows`` gives of right-padded rows, or packed ones."""
+    stream, layout = ranked_stream(inputs, lengths, options)
+    if options.kept_keys == 0:
+        return told(stream, layout, inputs, options, unkept(stream, options))
+    ranks = stream.rows.flatten(0, 1).T
+    judged = stream.judged if options.output_final_state else None
+    by_kept, by_row, last = displaced(stream.kept.transpose(1, 2), ranks, stream.ends, judged)
+    kept = last.transpose(1, 2) if options.output_final_state else None
+    found = by_kept.transpose(1, 2), by_row.T.unflatten(0, stream.rows.shape[:2]), kept
+    return told(stream, layout, inputs, options, found)
+
+
 def expiry_triton(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor, Left]:
     """(expiry [B, T, Hk], what is left of each sequence) of checked arguments."""
     lengths, plan = None, None
@@ -18,14 +31,5 @@ def expiry_triton(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor,
         plan = compaction(inputs.padding_mask)
         inputs = changed_rows(inputs, lambda x: compact(x, plan), padding_mask=None)
         lengths = plan.lengths
-    stream, layout = ranked_stream(inputs, lengths, options)
-    if options.kept_keys == 0:
-        found = unkept(stream, options)
-    else:
-        ranks = stream.rows.flatten(0, 1).T
-        judged = stream.judged if options.output_final_state else None
-        by_kept, by_row, last = displaced(stream.kept.transpose(1, 2), ranks, stream.ends, judged)
-        kept = last.transpose(1, 2) if options.output_final_state else None
-        found = by_kept.transpose(1, 2), by_row.T.unflatten(0, stream.rows.shape[:2]), kept
-    expiry, left = told(stream, layout, inputs, options, found)
+    expiry, left = expiry_rows(inputs, lengths, options)
     return expiry if plan is None else restore(expiry, plan, NEVER), left
