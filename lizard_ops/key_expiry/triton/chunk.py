@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lizard_ops.common.padding import compact, compaction, restore
 from lizard_ops.common.rows import changed_rows
 from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs, ExpiryOptions, Left
 from lizard_ops.key_expiry.stream import ranked_stream, told, unkept
-from lizard_ops.key_expiry.triton.op import displaced
+from lizard_ops.key_expiry.triton.op import displaced, fresh
 
 
 def expiry_rows(inputs: ExpiryInputs, lengths: Tensor | None, options: ExpiryOptions) -> tuple[Tensor, Left]:
@@ -31,5 +32,10 @@ def expiry_triton(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor,
         plan = compaction(inputs.padding_mask)
         inputs = changed_rows(inputs, lambda x: compact(x, plan), padding_mask=None)
         lengths = plan.lengths
-    expiry, left = expiry_rows(inputs, lengths, options)
+    carried = inputs.initial_state is not None or options.output_final_state
+    if carried or inputs.cu_seqlens is not None or options.kept_keys == 0:
+        expiry, left = expiry_rows(inputs, lengths, options)
+    else:
+        expiry = fresh(inputs.scores, lengths, options.window, options.anchors, options.kept_keys)
+        left = Left(torch.full((len(expiry),), expiry.shape[1], device=expiry.device) if lengths is None else lengths)
     return expiry if plan is None else restore(expiry, plan, NEVER), left
