@@ -1,11 +1,11 @@
 """Check and time the layer whose keys expire, beside the same layer without kept keys and full attention.
 
-    python benchmarks/gpu/kept.py [--check] [--time] [--profile] [--graph] [--dims 128,64] [--out FILE.json]
+    python benchmarks/gpu/kept.py [--check] [--time] [--profile] [--decode] [--graph] [--dims 128,64] [--out FILE.json]
 
-Without a choice all three run. Checks: outputs and gradients against PyTorch in float64, beside the errors of PyTorch
+Without a choice all four run. Checks: outputs and gradients against PyTorch in float64, beside the errors of PyTorch
 in the dtype under test, and two runs bit for bit. Times: medians of CUDA-event times (--graph: of replays of a CUDA
 graph), memory the peak above the inputs. Scores: "random" (few keys outlive the window, for long), "rising" (every key
-does, for as many queries as there are places) and "drift" (both).
+does, for as many queries as there are places) and "drift" (both). Decode steps and prefill in pieces: kept_decode.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from environment import environment
+from kept_decode import measure, print_table
 from rows import full_attention
 from shapes import ANCHORS, LENGTHS, WINDOW, LayerInputs, make_layer
 from timing import median_ms
@@ -154,7 +155,7 @@ def preparation(x: LayerInputs, scores: Tensor, expiry: Tensor, milliseconds: in
     for impl in ("torch", "triton"):
         try:
             run = partial(lizard_ops.key_expiry, scores, WINDOW, ANCHORS, PLACES, impl=impl)
-            found[f"key_expiry {impl}"] = median_ms(run, milliseconds)
+            found[f"key_expiry {impl}"] = median_ms(run, milliseconds, graph and impl == "triton")
         except Exception:
             traceback.print_exc()
     return found
@@ -204,13 +205,13 @@ def timed(dim: int, milliseconds: int, graph: bool) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("check", "time", "profile", "graph"):
+    for name in ("check", "time", "profile", "decode", "graph"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--dims", default="128", help="head dims to time: 128, 64 or both")
     parser.add_argument("--milliseconds", type=int, default=100, help="time spent on each median")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    every = not (options.check or options.time or options.profile)
+    every = not (options.check or options.time or options.profile or options.decode)
     results: dict = {"environment": environment(), "checks": {}, "times": [], "profiles": {}}
 
     def write() -> None:
@@ -233,6 +234,9 @@ def main() -> None:
             results["profiles"][f"{length} {kind}"] = profile(length, kind)
         except Exception:
             traceback.print_exc()
+        write()
+    if options.decode or every:
+        results["decode"] = measure(options.milliseconds)
         write()
     print_tables(results)
 
@@ -257,6 +261,8 @@ def print_tables(results: dict) -> None:
                 more = f"  {row['training_ms'] / base['training_ms']:.2f} times kept_keys=0" if base else ""
                 print(f"  {name:28s} {row['forward_ms']:7.2f} {row['training_ms']:7.2f} {row['peak_GiB']:6.2f}{more}")
         print("  beside: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in entry["preparation_ms"].items()))
+    if "decode" in results:
+        print_table(results["decode"])
 
 
 if __name__ == "__main__":

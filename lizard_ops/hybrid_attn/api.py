@@ -94,7 +94,8 @@ def chunk_hybrid_attn(
             as ever; with "all" the linear branch covers every key. The largest score m stays that of window and
             anchors: were a kept key's among them, the linear share would rise where such a key is found. ``key_expiry``
             gives the same expiries. States hold kept keys (``AttentionState``), so that chunks of any size, single
-            tokens and one pass agree, ties included. With states PyTorch alone ("auto" takes it).
+            tokens and one pass agree, ties included. The kernels have no gradients of calls with both scores and a
+            state ("auto" takes PyTorch).
         score_delay: place t of ``scores`` is the score of the key at position t - score_delay of its sequence, one that
             is known a few tokens late; 0 <= score_delay < window. The first score_delay places of a sequence score
             nothing.
@@ -153,8 +154,9 @@ def beyond_kept(inputs: HybridInputs, options: HybridOptions) -> str | None:
     """What the Triton kernels of keys that outlive their window leave out."""
     if inputs.scores is None and inputs.expiry is None:
         return None
-    if inputs.initial_state is not None or options.output_final_state:
-        return "kept keys with a state"
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
+    if gradients and (inputs.initial_state is not None or options.output_final_state):
+        return "gradients of kept keys with a state"
     return "a gate per channel with kept keys" if inputs.g is not None and inputs.g.ndim == 4 else None
 
 
@@ -200,9 +202,9 @@ def recurrent_hybrid_attn(
     and of the dtypes that an op leaves; gradients (grad mode on, and a tensor that requires one) are refused with a
     ValueError, as they would need the state from before the step.
 
-    impl: "triton" is the one-launch decode kernel, which takes one token per row (T = 1), a
-    carried state, no padding and no packing, and has no backward; "auto" takes it for CUDA tensors wherever all that
-    holds, and PyTorch otherwise.
+    impl: "triton" is the one-launch decode kernel, which takes one token per row (T = 1), a carried state, no padding
+    and no packing, with scores no gate per channel, and has no backward; "auto" takes it for CUDA tensors wherever all
+    that holds, and PyTorch otherwise.
     """
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
     inputs, options = hybrid_arguments(
@@ -221,7 +223,7 @@ def recurrent_hybrid_attn(
     if inplace:
         check_inplace(inputs, gradients, impl)
     beyond = {
-        "kept keys": scores is not None,
+        "a gate per channel with kept keys": scores is not None and inputs.g is not None and inputs.g.ndim == 4,
         'sink_form="linear"': linear_sinks_of(inputs, options) is not None,
         "float64 tensors": float64_of(q) is not None,
         "anything but one token per row": q.shape[1] != 1 or cu_seqlens is not None or padding_mask is not None,

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import gather_rows, layout_of, ring_in_order
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, expiry_options, kept_places, scored_state
-from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs
+from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs, ExpiryOptions, Left
 from lizard_ops.key_expiry.chunk_torch import expiry_rows
 
+ExpiryRows = Callable[[ExpiryInputs, Tensor | None, ExpiryOptions], tuple[Tensor, Left]]
 PLACED = ("kept_k", "kept_v", "kept_fk", "kept_g", "kept_scores", "kept_positions")
 
 
 def with_expiries(
-    x: HybridInputs, lengths: Tensor | None, options: HybridOptions
+    x: HybridInputs, lengths: Tensor | None, options: HybridOptions, expiries: ExpiryRows = expiry_rows
 ) -> tuple[HybridInputs, dict[str, Tensor | None]]:
     """Right-padded rows with expiries in place of their scores, and the fields of the final state that scores decide.
 
     The rows of ``expiry`` and ``kept_rows`` are described with ``WindowInputs``; the kept keys of the state come back
-    in the order of their positions, which is that of their rows.
+    in the order of their positions, which is that of their rows. expiries: the form of ``key_expiry`` to ask.
     """
     if x.scores is None:
         return x, {}
@@ -29,7 +32,7 @@ def with_expiries(
     layout = layout_of(x.q, state, None, lengths)
     if state is not None:
         state = in_order_of_position(state)
-    found, left = expiry_rows(ExpiryInputs(x.scores, scored_state(state, options)), lengths, expiry_options(options))
+    found, left = expiries(ExpiryInputs(x.scores, scored_state(state, options)), lengths, expiry_options(options))
     unscored = found.new_full((batch, delay, heads), NEVER)  # keys whose scores are yet to come are in the window
     if left.carried is None:
         ends, prefix = torch.cat([found, unscored], 1)[:, delay:], 0

@@ -218,12 +218,15 @@ def test_registered_as_torch_wants_them():
     from lizard_ops.key_expiry.chunk_torch import displaced as tiles
     from lizard_ops.key_expiry.stream import LOWEST, ranks_of
     from lizard_ops.key_expiry.triton.op import displaced as kernels
+    from lizard_ops.key_expiry.triton.op import fresh
 
     ranks = ranks_of(scores_of("ties", 2, 9, 2).to(DEVICE), torch.arange(3, 12, device=DEVICE).view(1, -1, 1))
     kept, ends = torch.full((2, 3, 2), LOWEST, device=DEVICE), torch.tensor([0, 4, 18], device=DEVICE)
     torch.library.opcheck(tiles, (kept, ranks, 4))
     flat, judged = ranks.flatten(0, 1).T, torch.tensor([2, 7], device=DEVICE)
     torch.library.opcheck(kernels, (kept.transpose(1, 2), flat, ends, judged))
+    for lengths in (None, torch.tensor([4, 9], device=DEVICE)):
+        torch.library.opcheck(fresh, (scores_of("ties", 2, 9, 2).to(DEVICE), lengths, 3, 1, 4))
 
 
 @pytest.mark.parametrize("impl", FAST)

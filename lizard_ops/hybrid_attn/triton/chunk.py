@@ -11,6 +11,7 @@ from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, offset
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.composed import composed_hybrid
 from lizard_ops.hybrid_attn.triton.kept_chunk import kept_hybrid
+from lizard_ops.hybrid_attn.triton.kept_state import kept_between_states
 from lizard_ops.hybrid_attn.triton.op import hybrid_forward
 
 
@@ -26,6 +27,8 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
     if weight is not None:
         weight = weight.float().expand(inputs.q.shape[:3])
     initial_state, cu_seqlens, lengths = inputs.initial_state, inputs.cu_seqlens, None
+    if inputs.scores is not None and (initial_state is not None or options.output_final_state):
+        return kept_between_states(inputs, options)
     if inputs.expiry is not None or inputs.scores is not None:
         return kept_hybrid(inputs, weight, options), None
     if inputs.padding_mask is not None:

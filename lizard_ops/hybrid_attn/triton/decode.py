@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lizard_ops.common import checks
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
 from lizard_ops.common.state import AttentionState, map_fields
@@ -29,7 +30,12 @@ def config_for(q: Tensor, features: int, v_dim: int) -> Launch:
     return Launch(32, 64, 4, 2, 128 if q.dtype == torch.bfloat16 else None)
 
 
-FIELDS = AttentionState._fields[: AttentionState._fields.index("kept_k")]  # those of a step without kept keys
+FIELDS = AttentionState._fields
+
+
+def in_sixteens(x: Tensor) -> bool:
+    """Whether every row of a contiguous tensor begins at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
 
 
 def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
@@ -41,6 +47,10 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
     state = inputs.initial_state
     if not options.inplace:
         state = map_fields(lambda x: x.clone(memory_format=torch.contiguous_format), state)
+    for name in ("k", "v", "fk"):
+        kept, ring = getattr(state, f"kept_{name}"), getattr(state, f"ring_{name}")
+        fits = kept is None or kept.dtype == ring.dtype
+        checks.want(fits, f"initial_state.kept_{name}", kept, f"the dtype of ring_{name} in a step of the kernel")
     o = hybrid_decode(
         q=inputs.q,
         k=inputs.k,
@@ -61,6 +71,7 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         scale=options.scale,
         feature_scale=options.feature_scale,
         softcap=options.softcap,
+        scores=inputs.scores,
     )
     return o, state if options.output_final_state else None
 
@@ -85,6 +96,13 @@ def hybrid_decode(
     ring_g: Tensor | None,
     anchor_k: Tensor | None,
     anchor_v: Tensor | None,
+    kept_k: Tensor | None,
+    kept_v: Tensor | None,
+    kept_fk: Tensor | None,
+    kept_g: Tensor | None,
+    kept_scores: Tensor | None,
+    kept_positions: Tensor | None,
+    ring_scores: Tensor | None,
     window: int,
     anchors: int,
     merge: bool,
@@ -95,16 +113,17 @@ def hybrid_decode(
     scale: float,
     feature_scale: float,
     softcap: float | None = None,
+    scores: Tensor | None = None,
 ) -> Tensor:
-    """One step, in place on the fields of the state; returns o [B, 1, Hq, V]."""
+    """One step, in place on the fields of the state; returns o [B, 1, Hq, V]. scores [B, 1, Hk] where keys are kept."""
     k, v = k.to(ring_k.dtype), v.to(ring_v.dtype)
     fk = fk if ring_fk is None else fk.to(ring_fk.dtype)
     q, k, v, fq, fk = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, fq, fk))
-    g, sinks, weight = (None if x is None else x.contiguous() for x in (g, sinks, weight))
+    g, sinks, weight, scores = (None if x is None else x.contiguous() for x in (g, sinks, weight, scores))
     batch, _, heads, dim = q.shape
     key_heads, v_dim, pre = v.shape[2], v.shape[3], fq.shape[3]
     features, group = feature_dim(pre, feature_map), heads // v.shape[2]
-    channel = g is not None and g.ndim == 4
+    channel, places = g is not None and g.ndim == 4, 0 if kept_scores is None else kept_scores.shape[1]
     o = q.new_empty(batch, 1, heads, v_dim)
     if batch == 0:
         return o
@@ -113,6 +132,7 @@ def hybrid_decode(
         hybrid_decode_kernel[(batch * key_heads,)](
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
+            kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores,
             *(step for x in (q, k, v, fq, fk) for step in (x.stride(0), x.stride(2))),
             heads if weight is not None and weight.ndim == 3 else 0, units_of(scale, softcap) / math.log(2),
             cap_of(scale, softcap), math.log(feature_scale),
@@ -126,6 +146,9 @@ def hybrid_decode(
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
+            P=places, SLOTS=window if ring_scores is None else ring_scores.shape[1],
+            BK=triton.next_power_of_2(max(places, 1)),
+            ALIGNED=places > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
             **config.options,
         )  # fmt: skip
     return o

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lizard_ops.hybrid_attn.triton.decode_places import absorb_places, choose_place, pass_gate
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.softcap import capped
 from lizard_ops.tiles.strided import load_rows
@@ -60,6 +61,7 @@ def features_at(
 def hybrid_decode_kernel(
     q, k, v, fq, fk, g, sinks, weight, o,
     position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
+    kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores,
     q_sn, q_sh, k_sn, k_sh, v_sn, v_sh, fq_sn, fq_sh, fk_sn, fk_sh, weight_sn, scale_log2, cap,
     log_feature_scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FP: tl.constexpr, F: tl.constexpr,
@@ -68,15 +70,18 @@ def hybrid_decode_kernel(
     BF: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, OUTSIDE: tl.constexpr,
     MAP: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    P: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the batch and one key head with the G query heads that read it.
 
     GATES numbers per token (0: none, CHANNEL: F per key head), STATES linear sums per key head (1 or G); weight:
-    alpha, or the merge bias. Every load of a state tensor precedes the barrier before its stores. What the programs of
-    a row share (its position, one gate for all heads) is written by the last of them: each adds a ticket above the bits
-    of the position once it needs them no more.
+    alpha, or the merge bias; P places of kept keys, SLOTS scores in their ring. Every load of a state tensor precedes
+    the barrier before its stores. What the programs of a row share (its position, one gate for all heads) is written
+    by the last of them: each adds a ticket above the bits of the position once it needs them no more.
     """
     HQ: tl.constexpr = HK * G
+    EXPIRING: tl.constexpr = P > 0 and OUTSIDE  # keys join the sums when they lose their place, not the window
+    SCALED: tl.constexpr = MAP == "exp" or EXPIRING
     i_h = tl.program_id(0) % HK
     i_n = (tl.program_id(0) // HK).to(tl.int64)
     o_g = tl.arange(0, BG)
@@ -127,8 +132,26 @@ def hybrid_decode_kernel(
         m_c = (c + o_c < W) & (age > 0) & (age + A <= newest)
         b_s = tl.where(m_c[None, :], b_s, float("-inf"))
         b_m, b_l, b_win, b_arg = absorb(b_s, b_v, b_m, b_l, b_win, b_arg, 0, 1, scale_log2, False, PRECISION)
-    b_m *= scale_log2
-    b_max = b_m
+    if P > 0:
+        if OUTSIDE:
+            kept_fk += (i_n * P * HK + i_h) * FP
+        kept_k += (i_n * P * HK + i_h) * D
+        kept_v += (i_n * P * HK + i_h) * V
+        kept_scores += i_n * P * HK + i_h
+        kept_positions += i_n * P * HK + i_h
+        p_score = ring_scores + (i_n * SLOTS + p % SLOTS) * HK + i_h
+        leaving_score = tl.load(p_score)
+        place, expires = choose_place(kept_positions, kept_scores, leaving_score, newest >= W + A, HK, P, BK)
+        b_near = b_m
+        b_m, b_l, b_win = absorb_places(
+            b_q, kept_positions, kept_k, kept_v, ring_k + slot * (HK * D), ring_v + slot * (HK * V), place, b_m, b_l,
+            b_win, b_arg, scale_log2, cap, HK, D, V, P, BN, BD, BV, PRECISION, ALIGNED,
+        )  # fmt: skip
+        b_max = b_near * scale_log2
+        b_m *= scale_log2
+    else:
+        b_m *= scale_log2
+        b_max = b_m
     if M > 0:
         o_m = tl.arange(0, BM)
         m_m = m_g[:, None] & (o_m < M)[None, :]
@@ -140,11 +163,15 @@ def hybrid_decode_kernel(
         b_m = b_top
     b_win = b_win / b_l[:, None]
 
-    # the key that joins the sums: the one that leaves the window, or the new one
+    # the key that joins the sums: the one that leaves the window or is displaced, or the new one
     if OUTSIDE:
         p_key = ring_fk + ((i_n * W + slot) * HK + i_h) * FP
         p_value = ring_v + slot * (HK * V)
         joined = newest - W
+        if P > 0:
+            p_key = tl.where(place < 0, p_key, kept_fk + place * (HK * FP))
+            p_value = tl.where(place < 0, p_value, kept_v + place * (HK * V))
+            joined = tl.where(expires, A, A - 1)
     else:
         p_key = fk + i_n * fk_sn + i_h * fk_sh
         p_value = v
@@ -178,14 +205,20 @@ def hybrid_decode_kernel(
                 far = tl.load(p_gate_now + i_gate) + tl.sum(b_held)
         kept_log = 0.0
         key_scale = 1.0
-        if MAP == "exp":
+        joined_log = key_log
+        if EXPIRING and GATES > 0:
+            gate = tl.load(p_gate_now + i_gate)
+            p_kept_g = kept_g + (i_n * P * HK + i_h) * STATES + i_s
+            joined_log += pass_gate(p_kept_g, kept_positions, place, gate, far, HK, STATES, P, BK)
+            far = 0.0
+        if SCALED:
             if CHANNEL:
                 gate = tl.max(tl.load(p_gate + i_gate + o_x, mask=o_x < F, other=float("-inf")))
             log_old = tl.load(log_scale + i_state)
-            log_new = tl.maximum(log_old + gate, key_log)
+            log_new = tl.maximum(log_old + gate, joined_log)
             log_safe = tl.where(log_new == float("-inf"), 0.0, log_new)
             kept_log = log_old - log_safe
-            key_scale = exp(key_log - log_safe)
+            key_scale = exp(joined_log - log_safe)
             b_log = tl.where(m_s, b_log + log_new, b_log)
             tl.debug_barrier()
             tl.store(log_scale + i_state, log_new)
@@ -254,7 +287,22 @@ def hybrid_decode_kernel(
     # the new token takes its slots
     b_k = tl.load(k + o_d, mask=m_d, other=0.0)
     b_v = tl.load(v + o_v, mask=m_v, other=0.0)
+    if P > 0:  # and the key that leaves them its place
+        b_leaving_k = tl.load(ring_k + slot * (HK * D) + o_d, mask=m_d, other=0.0)
+        b_leaving_v = tl.load(ring_v + slot * (HK * V) + o_v, mask=m_v, other=0.0)
+        if OUTSIDE:
+            p_key = ring_fk + ((i_n * W + slot) * HK + i_h) * FP
+            b_leaving_fk = tl.load(p_key + o_x, mask=o_x < FP, other=0.0)
     tl.debug_barrier()
+    if P > 0:
+        tl.store(p_score, tl.load(scores + i_n * HK + i_h))
+        if place >= 0:
+            tl.store(kept_scores + place * HK, leaving_score)
+            tl.store(kept_positions + place * HK, p - W)
+            tl.store(kept_k + place * (HK * D) + o_d, b_leaving_k, mask=m_d)
+            tl.store(kept_v + place * (HK * V) + o_v, b_leaving_v, mask=m_v)
+            if OUTSIDE:
+                tl.store(kept_fk + place * (HK * FP) + o_x, b_leaving_fk, mask=o_x < FP)
     tl.store(ring_k + slot * (HK * D) + o_d, b_k, mask=m_d)
     tl.store(ring_v + slot * (HK * V) + o_v, b_v, mask=m_v)
     if A > 0:

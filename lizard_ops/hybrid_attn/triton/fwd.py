@@ -143,7 +143,7 @@ def output_kernel(
         if linear_v is None:
             p_v = at(v, batch, key_row + stream.start, head_k)
         else:
-            p_v = at(linear_v, batch, key_row + stream.start, head_k)
+            p_v = at(linear_v, batch, linear_row, head_k)
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
             row = start + j
             c = row + tl.arange(0, BN)
@@ -154,7 +154,8 @@ def output_kernel(
                 b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
                 a = tl.dot(minus, tl.trans(b_phi), a, input_precision=PRECISION)
             key_whole, key_part = load_key_gates(gates, slot, slots, head_g, j + tl.arange(0, BN), HG, C, SPLIT, KEYED)
-            key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
+            if linear_v is None:  # else the gates say where no key enters
+                key_whole = tl.where(c + stream.start >= behind, key_whole, float("inf"))
             decay = decay_between(whole[:, None], part[:, None], key_whole[None, :], key_part[None, :], SPLIT)
             a *= tl.exp2(tl.where((r + i)[:, None] >= c[None, :], decay, float("-inf")))
             mass += tl.sum(a, 1)
@@ -189,7 +190,7 @@ def output_kernel(
             )  # fmt: skip
     if living is not None:
         near_top = top
-        p_ends = living.ends + (batch.to(tl.int64) * HK + head_k) * tokens + first
+        p_ends = living.ends + (batch.to(tl.int64) * HK + head_k) * (tokens + stream.prefix) + key_row
     for j in tl.range(0, BT + W - 1, BN, num_stages=STAGES):
         row = t + stream.prefix - W + 1 + j
         c = row + tl.arange(0, BN)

@@ -10,14 +10,15 @@ from torch import Tensor
 
 
 class Kept(NamedTuple):
-    """Which keys live on. Rows and positions count from the start of the sequence; there is no carried state.
+    """Which keys live on. Rows are those of the keys: of a carried state its kept keys in order of position
+    and its ring, then the new ones. An end is the row of the first query that no longer sees the key exactly.
 
     Of a block of queries (``size`` of them, as ``locate_in_stream`` numbers blocks) the list holds the keys that have
     left the window of its first query and are alive there, in order of position. Those that leave it later in the block
     are among the rows that its window loads anyway.
     """
 
-    ends: Tensor  # [B, Hk, T] int32 first query that no longer sees the key exactly; 0 for anchors and padding
+    ends: Tensor  # [B, Hk, rows] int32; 0 for anchors, padding and what is no key
     alive: Tensor  # [blocks, Hk, places] int32
     count: Tensor  # [blocks, Hk] int32 keys in the list
     places: tl.constexpr

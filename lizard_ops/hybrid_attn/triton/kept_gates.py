@@ -41,13 +41,13 @@ def chunk_decay_kernel(
     r = i_chunk * C + tl.arange(0, C)
     b_decay, b_reset = row_decays(g, batch, first, head // (HS // HG), r, length)
     p_source = source + (batch.to(tl.int64) * HK + head // (HS // HK)) * tokens + first
-    newest = tl.load(p_source + r, mask=r < length, other=-1)
+    newest = tl.load(p_source + r, mask=r < length, other=-1) - stream.prefix  # below 0: of before the first query
     b_decay = tl.cumsum(b_decay, 0)
     entry = slot.to(tl.int64) * HS + head
     tl.store(decay + entry * C + tl.arange(0, C), b_decay)
     tl.store(chunk_decay + entry, tl.sum(tl.where(tl.arange(0, C) == C - 1, b_decay, 0.0), 0))
     tl.store(chunk_reset + entry, tl.max(b_reset, 0))
-    tl.store(chunk_newest + entry, tl.max(newest, 0))
+    tl.store(chunk_newest + entry, tl.maximum(tl.max(newest, 0), -1))
 
 
 @triton.jit
@@ -94,13 +94,14 @@ def decay_scan_kernel(
 
 @triton.jit
 def entering_weight_kernel(
-    fk, g, source, decay, decay_before, reset_before, newest_before, weight, chunk_top, gates, slots, tokens, stream,
-    HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
+    fk, g, source, past, decay, decay_before, reset_before, newest_before, weight, chunk_top, gates, slots, tokens,
+    stream, HS: tl.constexpr, HK: tl.constexpr, HG: tl.constexpr, FP: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
     MAP: tl.constexpr,
 ):  # fmt: skip
     """L of a chunk's rows, -inf where no key enters, and its largest; whether each query has linear keys, as log mass.
 
-    fk: the rows of the keys that enter, of which exponential features have a log.
+    fk: the rows of the keys that enter, of which exponential features have a log. past [B, Hs, prefix]: log-decays from
+    keys of before the first query up to it.
     """
     slot, head = tl.program_id(0) // HS, tl.program_id(0) % HS
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
@@ -109,15 +110,22 @@ def entering_weight_kernel(
     entry, slot_zero = slot.to(tl.int64) * HS + head, first_slot(n, first, stream, C)
     _, b_reset = row_decays(g, batch, first, head // (HS // HG), r, length)
     p_source = source + (batch.to(tl.int64) * HK + head // (HS // HK)) * tokens + first
-    key = tl.load(p_source + r, mask=r < length, other=-1)
+    row = tl.load(p_source + r, mask=r < length, other=-1)
+    key = row - stream.prefix
     reset = tl.maximum(tl.associative_scan(b_reset, 0, larger), tl.load(reset_before + entry))
     newest = tl.maximum(tl.associative_scan(key, 0, larger), tl.load(newest_before + entry))
     left = tl.where(newest >= reset, 0.0, float("-inf"))
     tl.store(gates + (2 * tl.cast(slots, tl.int64) * HS + entry) * C + i, left)
-    is_key = (key >= 0) & (key >= reset)
+    is_key = (row >= 0) & (tl.maximum(key, -1) >= reset)
+    of_past, is_new = is_key & (key < 0), is_key & (key >= 0)
     of_key = (slot_zero + key // C).to(tl.int64) * HS + head
-    since = tl.load(decay_before + of_key, mask=is_key, other=0.0)
-    since += tl.load(decay + of_key * C + key % C, mask=is_key, other=0.0)
+    since = tl.load(decay_before + of_key, mask=is_new, other=0.0)
+    since += tl.load(decay + of_key * C + key % C, mask=is_new, other=0.0)
+    if past is not None:
+        p_past = past + (batch.to(tl.int64) * HS + head) * stream.prefix
+        b_past = tl.load(p_past + row, mask=of_past, other=0.0) * LOG2E
+        is_key = is_key & (b_past > float("-inf"))
+        since -= tl.maximum(b_past, FLOOR)
     log = tl.load(decay_before + entry) - since  # the decay since the key less that in the chunk
     if MAP == "exp":
         p_fk = at(fk, batch, first, head // (HS // HK)) + r.to(tl.int64)[:, None] * time_step(fk)
@@ -132,8 +140,15 @@ def entering_weight_kernel(
     tl.store(chunk_top + entry, tl.max(log, 0))
 
 
-def entering_gates(fk: Tensor, g: Tensor | None, index: Index, stream: Stream, shape: FusedShape) -> Tensor:
-    """[5, slots, Hs, C] float32 for ``load_gates`` and ``load_key_gates``; fk as it enters."""
+def entering_gates(
+    fk: Tensor, g: Tensor | None, index: Index, stream: Stream, shape: FusedShape, past: Tensor | None = None,
+    log_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """([5, slots, Hs, C] float32 for ``load_gates`` and ``load_key_gates``, log scale [N, Hs] after the last chunk).
+
+    fk as it enters. past [B, Hs, prefix] float64: log-decays of a carried state's keys up to the first query; its sums
+    have this log_scale [N, Hs].
+    """
     slots, heads, chunk = slot_count(stream, shape.chunk), shape.state_heads, shape.chunk
     tokens, gate_heads = fk.shape[1], 1 if g is None else g.shape[2]
     gates = torch.empty(5, slots, heads, chunk, dtype=torch.float32, device=fk.device)
@@ -141,8 +156,9 @@ def entering_gates(fk: Tensor, g: Tensor | None, index: Index, stream: Stream, s
     chunk_decay, decay_before, chunk_top, before = (fk.new_empty(slots, heads, dtype=torch.float64) for _ in range(4))
     whole = [fk.new_empty(slots, heads, dtype=torch.int32) for _ in range(4)]
     end = torch.empty(stream.ends - 1, heads, dtype=torch.float32, device=fk.device)
+    start = None if log_scale is None else log_scale.float().contiguous()
     if not slots:
-        return gates
+        return gates, end.fill_(-torch.inf) if start is None else end.copy_(start)
     rows, sequences = None if g is None else strided_heads(g), (stream.ends - 1) * heads
     chunk_reset, chunk_newest, reset_before, newest_before = whole
     chunk_decay_kernel[(slots * heads,)](
@@ -154,13 +170,13 @@ def entering_gates(fk: Tensor, g: Tensor | None, index: Index, stream: Stream, s
         num_warps=2,
     )  # fmt: skip
     entering_weight_kernel[(slots * heads,)](
-        strided(fk), rows, index.source, decay, decay_before, reset_before, newest_before, weight, chunk_top, gates,
-        slots, tokens, stream, heads, shape.key_heads, gate_heads, shape.pre, min(64, shape.pre_block), chunk,
+        strided(fk), rows, index.source, past, decay, decay_before, reset_before, newest_before, weight, chunk_top,
+        gates, slots, tokens, stream, heads, shape.key_heads, gate_heads, shape.pre, min(64, shape.pre_block), chunk,
         shape.feature_map, num_warps=4,
     )  # fmt: skip
-    unit_scan_kernel[(sequences,)](chunk_decay, chunk_top, before, None, end, stream, heads, chunk, SCAN, num_warps=2)
+    unit_scan_kernel[(sequences,)](chunk_decay, chunk_top, before, start, end, stream, heads, chunk, SCAN, num_warps=2)
     unit_gate_kernel[(slots * heads,)](decay, weight, before, gates, gates, slots, heads, heads, chunk, num_warps=4)
-    return gates
+    return gates, end
 
 
 @triton.jit

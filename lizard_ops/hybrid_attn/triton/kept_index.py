@@ -21,8 +21,8 @@ SEGMENT = 1024  # queries between two of the lists that are made by going throug
 class Index(NamedTuple):
     """What every kernel of a call reads of its expiries."""
 
-    ends: Tensor  # [B, Hk, T] int32, as ``Kept.ends``
-    source: Tensor  # [B, Hk, T] int32 the key that expires at each row, -1 for none
+    ends: Tensor  # [B, Hk, rows] int32, as ``Kept.ends``
+    source: Tensor  # [B, Hk, T] int32 the row of the key that expires at each query, -1 for none
     alive: Tensor  # [blocks, Hk, places] int32 of blocks of queries, as ``Kept.alive``
     count: Tensor  # [blocks, Hk] int32
     carried: Tensor  # [segments, Hk, places] int32 the same of segments
@@ -37,16 +37,21 @@ class Index(NamedTuple):
 def ends_kernel(
     expiry, ends, source, tokens, stream, ANCHORS: tl.constexpr, HK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The end of each key, and the key of each end."""
+    """The end of each key, and the key of each end. Expiries count from the first query; below 0 is no key."""
     head = tl.program_id(0) % HK
-    _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, BLOCK)
+    _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, stream.prefix, BLOCK)
     j = block * BLOCK + tl.arange(0, BLOCK)
-    is_key = (j >= ANCHORS) & (j < length)
+    rows = length + stream.prefix
+    is_key = j < rows
+    if stream.position is None:
+        is_key = is_key & (j >= ANCHORS)
     p_expiry = at(expiry, batch, first, head) + j.to(tl.int64) * expiry.time
-    end = tl.maximum(tl.minimum(tl.load(p_expiry, mask=is_key, other=0), FAR), 0).to(tl.int32)
-    row = (batch.to(tl.int64) * HK + head) * tokens + first
-    tl.store(ends + row + j, end, mask=j < length)
-    tl.store(source + row + end, j, mask=is_key & (end < length))
+    end = tl.load(p_expiry, mask=is_key, other=-1)
+    is_key = is_key & (end >= 0)
+    end = tl.where(is_key, tl.minimum(end, FAR) + stream.prefix, 0).to(tl.int32)
+    head_row = batch.to(tl.int64) * HK + head
+    tl.store(ends + head_row * (tokens + stream.prefix) + first + j, end, mask=j < rows)
+    tl.store(source + head_row * tokens + first + end - stream.prefix, j, mask=is_key & (end < rows))
 
 
 @triton.jit
@@ -75,11 +80,11 @@ def carried_kernel(
     head = tl.program_id(0) % HK
     segment = tl.program_id(0) // HK
     _, block, batch, first, length = locate_in_stream(segment, stream, 0, SIZE)
-    t = block * SIZE
+    t = block * SIZE + stream.prefix
     entry = segment.to(tl.int64) * HK + head
-    p_ends = ends + (batch.to(tl.int64) * HK + head) * tokens + first
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     count = t * 0
-    if t < length:
+    if t < length + stream.prefix:
         for j in range(0, t - W + 1, BLOCK):
             c = j + tl.arange(0, BLOCK)
             end = tl.load(p_ends + c, mask=c <= t - W, other=0)
@@ -96,13 +101,13 @@ def alive_kernel(
     head = tl.program_id(0) % HK
     pid = tl.program_id(0) // HK
     n, block, batch, first, length = locate_in_stream(pid, stream, 0, SIZE)
-    t = block * SIZE
+    t = block * SIZE + stream.prefix
     entry = tl.cast(pid, tl.int64) * HK + head
-    p_ends = ends + (batch.to(tl.int64) * HK + head) * tokens + first
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     out = alive + entry * PLACES
     count = t * 0
-    if t < length:
-        start = t // SEGMENT
+    if t < length + stream.prefix:
+        start = block * SIZE // SEGMENT
         if stream.cu_seqlens is not None:
             before = first // SEGMENT + n + start
         else:
@@ -114,7 +119,7 @@ def alive_kernel(
             c = tl.load(carried + from_segment * PLACES + i, mask=i < there, other=0)
             end = tl.load(p_ends + c, mask=i < there, other=0)
             count = append(out, c, end > t, count, PLACES)
-        for j in range(tl.maximum(start * SEGMENT - W + 1, 0), t - W + 1, BLOCK):
+        for j in range(tl.maximum(start * SEGMENT + stream.prefix - W + 1, 0), t - W + 1, BLOCK):
             c = j + tl.arange(0, BLOCK)
             end = tl.load(p_ends + c, mask=c <= t - W, other=0)
             count = append(out, c, end > t, count, PLACES)
@@ -126,12 +131,12 @@ def move_kernel(
     x, out, index, tokens, stream, LEAST: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x[index[row]], zeros where that is not in [LEAST, length)."""
+    """out[row] = x[index[row]], zeros where that is not in [LEAST, rows of x)."""
     head = tl.program_id(0) % HK
     _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, BLOCK)
     r, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
     row = tl.load(index + (batch.to(tl.int64) * HK + head) * tokens + first + r, mask=r < length, other=-1)
-    there = (row >= LEAST) & (row < length)
+    there = (row >= LEAST) & (row < length + stream.prefix)
     p_x = at(x, batch, first, head) + row.to(tl.int64)[:, None] * (x.time * x.unit) + d[None, :]
     moved = tl.load(p_x, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
     p_out = at(out, batch, first, head) + r.to(tl.int64)[:, None] * (out.time * out.unit) + d[None, :]
@@ -139,16 +144,17 @@ def move_kernel(
 
 
 def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) -> Index:
-    """Of expiries [B, T, Hk] that keep at most ``places`` keys of a head alive beyond window and anchors."""
-    batch, tokens, heads = expiry.shape
+    """Of expiries [B, rows, Hk] that keep at most ``places`` keys of a head alive beyond window and anchors."""
+    batch, rows, heads = expiry.shape
+    tokens = rows - stream.prefix
     size, places = block_size(shape), list_length(places)
     make = {"dtype": torch.int32, "device": expiry.device}
-    ends = torch.zeros(batch, heads, tokens, **make)
+    ends = torch.zeros(batch, heads, rows, **make)
     source = torch.full((batch, heads, tokens), -1, **make)
     blocks, segments = stream_blocks(stream, 0, size), stream_blocks(stream, 0, SEGMENT)
     alive, count = torch.empty(blocks, heads, places, **make), torch.empty(blocks, heads, **make)
     carried, carried_count = torch.empty(segments, heads, places, **make), torch.empty(segments, heads, **make)
-    programs = stream_blocks(stream, 0, 256) * heads
+    programs = stream_blocks(stream, stream.prefix, 256) * heads
     if programs and tokens:
         ends_kernel[(programs,)](
             strided_heads(expiry), ends, source, tokens, stream, shape.anchors, heads, 256, num_warps=4
@@ -188,7 +194,7 @@ def list_length(places: int) -> int:
 
 
 def entering(x: Tensor, source: Tensor, stream: Stream) -> Tensor:
-    """Rows of x [B, T, Hk, dim] in the order in which their keys expire; zeros where none does."""
+    """Rows of x [B, rows, Hk, dim] in the order in which their keys expire; zeros where none does."""
     return _moved(x, source, stream, 0)
 
 
@@ -198,11 +204,11 @@ def from_entering(x: Tensor, ends: Tensor, stream: Stream) -> Tensor:
 
 
 def _moved(x: Tensor, index: Tensor, stream: Stream, least: int) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    heads, dim = x.shape[2:]
+    (batch, _, heads, dim), tokens = x.shape, index.shape[2]
+    out = torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=x.device)
     blocks = stream_blocks(stream, 0, 32)
     if blocks and x.numel():
         move_kernel[(blocks * heads,)](
-            strided(x), strided(out), index, x.shape[1], stream, least, heads, dim, power_of_two(dim), 32, num_warps=4
+            strided(x), strided(out), index, tokens, stream, least, heads, dim, power_of_two(dim), 32, num_warps=4
         )
     return out

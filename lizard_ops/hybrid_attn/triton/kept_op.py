@@ -78,7 +78,7 @@ def linear_rows(
     """(gates, fk and v of the linear rows), v None where it is that of the keys."""
     if options.outside:
         fk, v = entering(x.fk, index.source, stream), entering(x.v, index.source, stream)
-        return entering_gates(fk, x.g, index, stream, shape), fk, v
+        return entering_gates(fk, x.g, index, stream, shape)[0], fk, v
     exp = options.feature_map == "exp"
     return unit_gates(x.fk, x.g, None, stream, shape)[0] if exp else running_gates(x.g, stream, shape), x.fk, None
 

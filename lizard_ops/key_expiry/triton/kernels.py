@@ -19,6 +19,7 @@ from lizard_ops.tiles.places import locate_in_rows
 
 LOWEST = tl.constexpr(-(2**63 - 1))
 LAST = tl.constexpr(2**31 - 1)
+NEVER = tl.constexpr(2**62)
 
 
 @triton.jit
@@ -30,6 +31,42 @@ def first_block(n, ends, length, C: tl.constexpr, PACKED: tl.constexpr):
         return (bos // C).to(tl.int32) + n, bos, rows
     else:
         return n * tl.cdiv(length, C), n.to(tl.int64) * length, length + n * 0
+
+
+@triton.jit
+def rank_kernel(
+    scores, ranks, by_row, lengths, R, length, n_step, t_step, h_step,
+    ANCHORS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Ranks of rows [N, T, H] that nothing came before, as ``key_expiry.stream`` gives them, and by_row for no row."""
+    i_n, i_block = tl.program_id(0) // tl.cdiv(length, BLOCK), tl.program_id(0) % tl.cdiv(length, BLOCK)
+    t, h = i_block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BH)
+    rows = length
+    if lengths is not None:
+        rows = tl.load(lengths + i_n).to(tl.int32)
+    there = (t < length)[:, None] & (h < H)[None, :]
+    p_scores = scores + i_n.to(tl.int64) * n_step + t.to(tl.int64)[:, None] * t_step + h[None, :] * h_step
+    b_score = tl.load(p_scores, mask=there, other=0.0)
+    bits = tl.where(b_score == 0.0, 0.0, b_score).to(tl.int32, bitcast=True)  # -0 is 0
+    bits = tl.where(bits < 0, bits ^ LAST, bits)
+    rank = bits.to(tl.int64) * (1 << 32) + ((t + P) ^ LAST)[:, None]  # LAST less its number
+    rank = tl.where(((t >= ANCHORS) & (t < rows))[:, None], rank, LOWEST)
+    out = h.to(tl.int64)[None, :] * R + i_n.to(tl.int64) * length + t[:, None]
+    tl.store(ranks + out, rank, mask=there)
+    tl.store(by_row + out, tl.full([BLOCK, BH], -1, tl.int32), mask=there)
+
+
+@triton.jit
+def tell_kernel(
+    by_row, expiry, R, length, W: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Expiries [N, T, H] of the rows that displace each key [H, N T]."""
+    i_n, i_block = tl.program_id(0) // tl.cdiv(length, BLOCK), tl.program_id(0) % tl.cdiv(length, BLOCK)
+    t, h = i_block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BH)
+    there = (t < length)[:, None] & (h < H)[None, :]
+    row = i_n.to(tl.int64) * length + t
+    b_row = tl.load(by_row + h.to(tl.int64)[None, :] * R + row[:, None], mask=there, other=-1).to(tl.int64)
+    tl.store(expiry + row[:, None] * H + h[None, :], tl.where(b_row < 0, NEVER, b_row + W), mask=there)
 
 
 @triton.jit
@@ -59,7 +96,9 @@ def scan_kernel(
     i_n, h = tl.program_id(0) // H, tl.program_id(0) % H
     block, _, rows = first_block(i_n, ends, length, C, PACKED)
     o = tl.arange(0, BP)
-    b_kept = tl.load(kept + (i_n.to(tl.int64) * H + h) * P + o, mask=o < P, other=LOWEST)
+    b_kept = tl.full([BP], LOWEST, tl.int64)
+    if kept is not None:
+        b_kept = tl.load(kept + (i_n.to(tl.int64) * H + h) * P + o, mask=o < P, other=LOWEST)
     at = (block.to(tl.int64) * H + h) * BP + o
     for _ in range(tl.cdiv(rows, C)):
         tl.store(before + at, b_kept)
@@ -95,7 +134,8 @@ def displaced_kernel(
         ranks += h.to(tl.int64) * R + bos
         before += (block.to(tl.int64) * H + h) * BP
         by_row += h.to(tl.int64) * R + bos
-        by_kept += (i_n.to(tl.int64) * H + h) * P
+        if by_kept is not None:
+            by_kept += (i_n.to(tl.int64) * H + h) * P
         b_new = tl.load(ranks + first + c, mask=first + c < rows, other=LOWEST)
         for start in range(0, P, X):  # the best before the block, P - place better ones short of being displaced
             place = start + x
@@ -103,7 +143,8 @@ def displaced_kernel(
             b_at = come_to(b_x, b_new, P - place, C)
             gone = (b_x != LOWEST) & (b_at < C)
             number = ((b_x & LAST) ^ LAST).to(tl.int32)  # LAST less it
-            tl.store(by_kept + number, first + b_at, mask=gone & (number < P))
+            if by_kept is not None:
+                tl.store(by_kept + number, first + b_at, mask=gone & (number < P))
             tl.store(by_row + (number - P), first + b_at, mask=gone & (number >= P))
         b_kept = tl.load(before + o)
         for start in range(0, C, X):

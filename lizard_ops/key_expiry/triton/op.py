@@ -8,7 +8,14 @@ from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.key_expiry.stream import LOWEST
-from lizard_ops.key_expiry.triton.kernels import best_kernel, displaced_kernel, last_kernel, scan_kernel
+from lizard_ops.key_expiry.triton.kernels import (
+    best_kernel,
+    displaced_kernel,
+    last_kernel,
+    rank_kernel,
+    scan_kernel,
+    tell_kernel,
+)
 from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.places import block_count
 
@@ -63,3 +70,41 @@ def displaced(
 def _(kept, ranks, ends, judged):
     by_kept, by_row = kept.new_empty(kept.shape, dtype=torch.int32), ranks.new_empty(ranks.shape, dtype=torch.int32)
     return by_kept, by_row, kept.new_empty((0,) if judged is None else kept.shape)
+
+
+@torch.library.custom_op("lizard_ops::key_expiry_fresh", mutates_args=())
+def fresh(scores: Tensor, lengths: Tensor | None, window: int, anchors: int, places: int) -> Tensor:
+    """Expiries [N, T, H] of float32 scores [N, T, H] that nothing came before, right-padded to ``lengths`` [N].
+
+    Five launches: called once a layer, what PyTorch takes to rank and to tell would be most of the time.
+    """
+    n, length, heads = scores.shape
+    expiry = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
+    if not expiry.numel():
+        return expiry
+    config, rows = config_for(places), n * length
+    block, wide, tile = config.columns, triton.next_power_of_2(places), 128
+    steps, blocks, programs = (n - 1).bit_length(), n * triton.cdiv(length, block), n * triton.cdiv(length, tile)
+    ranks = torch.empty(heads, rows, dtype=torch.int64, device=scores.device)
+    by_row = torch.empty(heads, rows, dtype=torch.int32, device=scores.device)
+    best = torch.empty(blocks, heads, wide, dtype=torch.int64, device=scores.device)
+    before = torch.empty_like(best)
+    of_rows = {"H": heads, "BH": triton.next_power_of_2(heads), "BLOCK": tile}
+    sizes = {"H": heads, "BP": wide, "C": block, "PACKED": False}
+    with on_device(scores, kept_keys=places):
+        rank_kernel[(programs,)](
+            scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows
+        )
+        best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **sizes, **config.launch)
+        scan_kernel[(n * heads,)](None, best, before, None, length, P=places, **sizes, **config.launch)
+        displaced_kernel[(blocks * heads,)](
+            ranks, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows, **sizes,
+            **config.launch,
+        )  # fmt: skip
+        tell_kernel[(programs,)](by_row, expiry, rows, length, W=window, **of_rows)
+    return expiry
+
+
+@fresh.register_fake
+def _(scores, lengths, window, anchors, places):
+    return scores.new_empty(scores.shape, dtype=torch.int64)
