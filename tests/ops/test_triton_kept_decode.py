@@ -60,7 +60,7 @@ def agree(case, dtype=torch.float32, inplace=True, **more):
     "fixed, places, delay, dtype",
     [
         (MERGE | {"gate": "key", "weight": "head", "B": 2, "Hk": 2}, 3, 0, torch.float32),
-        (ABSOLUTE | {"gate": "token", "sinks": True, "weight": "token", "Hk": 2}, 4, 2, torch.float32),
+        (ABSOLUTE | {"gate": "token", "sinks": True, "weight": "token", "Hk": 2}, 20, 2, torch.float32),  # some stay empty
         (MERGE | EXP | {"gate": "query", "anchors": 0, "G": 3}, 3, 2, torch.float32),
         (SUM | {"gate": "query", "weight": "token", "Hk": 2, "G": 1}, 1, 1, torch.float32),
         (SUM | EXP | {"gate": None, "normalize": True, "window": 1, "anchors": 3}, 4, 0, torch.float32),
