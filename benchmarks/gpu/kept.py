@@ -1,6 +1,7 @@
-"""Check and time the layer whose keys expire, beside the same layer without kept keys and full attention.
+r"""Check and time the layer whose keys expire, beside the same layer without kept keys and full attention.
 
-    python benchmarks/gpu/kept.py [--check] [--time] [--profile] [--decode] [--graph] [--dims 128,64] [--out FILE.json]
+    python benchmarks/gpu/kept.py [--check] [--time] [--profile] [--decode [--variants]] [--graph] \
+        [--dims 128,64] [--out FILE.json]
 
 Without a choice all four run. Checks: outputs and gradients against PyTorch in float64, beside the errors of PyTorch
 in the dtype under test, and two runs bit for bit. Times: medians of CUDA-event times (--graph: of replays of a CUDA
@@ -205,7 +206,7 @@ def timed(dim: int, milliseconds: int, graph: bool) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("check", "time", "profile", "decode", "graph"):
+    for name in ("check", "time", "profile", "decode", "variants", "graph"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--dims", default="128", help="head dims to time: 128, 64 or both")
     parser.add_argument("--milliseconds", type=int, default=100, help="time spent on each median")
@@ -236,7 +237,7 @@ def main() -> None:
             traceback.print_exc()
         write()
     if options.decode or every:
-        results["decode"] = measure(options.milliseconds)
+        results["decode"] = measure(options.milliseconds, options.variants)
         write()
     print_tables(results)
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 import lizard_ops
 from lizard_ops import AttentionState
+from lizard_ops.hybrid_attn.triton import decode
+from lizard_ops.tiles.launch import Launch
 
 MERGE: dict[str, Any] = {"mix": "merge", "coverage": "outside", "feature_map": "softmax"}
 CHECKS: dict[str, tuple[torch.dtype, int, dict[str, Any]]] = {  # name: (dtype, gates, options)
@@ -143,6 +145,18 @@ def timed_step(batch: int, places: int, speed: float, milliseconds: int) -> dict
     return {"batch": batch, "kept": places, "us": ms * 1e3, "MB": moved / 1e6, "times_copy": ms / (moved / speed)}
 
 
+def variants(speed: float, milliseconds: int) -> dict[str, Any]:
+    """The step of batch 64 with other launch configurations than the table's."""
+    table, found = decode.config_for, {}
+    for columns, stages, registers in ((64, 2, 128), (64, 2, 168), (64, 3, 128), (32, 2, 128), (32, 3, 128)):
+        config = Launch(32, columns, 4, stages, registers)
+        decode.config_for = lambda *_, config=config: config
+        name = f"columns {columns}, stages {stages}, registers {registers}"
+        found[name] = guarded(partial(timed_step, 64, PLACES, speed, milliseconds))
+    decode.config_for = table
+    return found
+
+
 @torch.no_grad()
 def timed_prefill(places: int, piece: int, milliseconds: int) -> float:
     """Milliseconds of LENGTH tokens in pieces that hand a state on."""
@@ -163,8 +177,8 @@ def timed_prefill(places: int, piece: int, milliseconds: int) -> float:
     return median_ms(pieces, milliseconds, graph=True)
 
 
-def measure(milliseconds: int) -> dict[str, Any]:
-    """Everything; what fails shows its error in its place."""
+def measure(milliseconds: int, others: bool) -> dict[str, Any]:
+    """Everything; what fails shows its error in its place. others: launch configurations too."""
     found: dict[str, Any] = {"checks": {}, "steps": [], "prefill_ms": {}}
     for name in CHECKS:
         found["checks"][name] = guarded(partial(check, name))
@@ -174,6 +188,7 @@ def measure(milliseconds: int) -> dict[str, Any]:
         for places in (0, PLACES):
             found["steps"].append(guarded(partial(timed_step, batch, places, speed, milliseconds)))
             torch.cuda.empty_cache()
+    found["variants"] = variants(speed, milliseconds) if others else {}
     for places in (0, PLACES):
         for piece in (LENGTH, PIECE):
             run = partial(timed_prefill, places, piece, milliseconds)
@@ -201,5 +216,7 @@ def print_table(found: dict[str, Any]) -> None:
     for row in found["steps"]:
         numbers = "  ".join(f"{x:8.2f}" for n, x in row.items() if n in ("us", "MB", "times_copy"))
         print(row["error"] if "error" in row else f"batch {row['batch']:3d} kept {row['kept']:3d}  {numbers}")
+    for name, row in found["variants"].items():
+        print(f"batch 64 kept {PLACES}, {name}: {row.get('us', row)}")
     for name, ms in found["prefill_ms"].items():
         print(f"prefill {LENGTH} {name}: {ms if isinstance(ms, dict) else f'{ms:.2f} ms'}")

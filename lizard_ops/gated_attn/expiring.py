@@ -80,12 +80,17 @@ def decays_of(g: Tensor, state: AttentionState, layout: Layout) -> Decays:
     ring = state.ring_g
     gates = key_stream(g, None if ring is None else ring.expand(-1, -1, *g.shape[2:]), layout)
     resets = gates == -math.inf
-    sums, counts = gates.double().masked_fill(resets, 0.0).clamp(min=LEAST).cumsum(1), resets.cumsum(1)
+    sums, counts = _row_sums(gates.double().masked_fill(resets, 0.0).clamp(min=LEAST)), _row_sums(resets.long())
     if state.kept_g is None or ring is None:
         return Decays(sums, counts)
     newest, reset = slice(ring.shape[1] - 1, ring.shape[1]), state.kept_g == -math.inf
     before = sums[:, newest] - state.kept_g.double().masked_fill(reset, 0.0)
     return Decays(torch.cat([before, sums], 1), torch.cat([counts[:, newest] - reset.long(), counts], 1))
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Running sums along the rows of x [B, M, ...], which a GPU adds up in parallel only if they are its last axis."""
+    return x.movedim(1, -1).contiguous().cumsum(-1).movedim(-1, 1)
 
 
 def surviving(g: Tensor, decayed: Tensor, log_scale: Tensor | None) -> Tensor:

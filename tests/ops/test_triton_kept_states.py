@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
@@ -145,3 +146,20 @@ def test_gradients_are_refused_by_name():
         ValueError, match='got .triton., wanted "torch" or "auto" for gradients of kept keys with a state'
     ):
         call(case, "chunk", impl="triton", kept_keys=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["chunk", "recurrent"])
+def test_compiles_to_one_graph(form):
+    case = make(12, gate="key", **MERGE).cast(torch.float32, DEVICE)
+    more = {"kept_keys": 2, "impl": "triton"}
+    state = state_in(call(case.part(slice(None), slice(0, 8)), "chunk", **more))
+    rest = case.part(slice(None), slice(8, 12 if form == "chunk" else 9))
+
+    def step(tokens, state):
+        return call(dataclasses.replace(rest, tokens=tokens), form, state, **more)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for wanted, found in zip(step(rest.tokens, state).values(), compiled(rest.tokens, state).values(), strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -1,4 +1,4 @@
-"""The hybrid kernels for keys with an expiry, as operators of torch.library. There is no state yet.
+"""The hybrid kernels for keys with an expiry, as operators of torch.library, without a state.
 
 The window branch is that of every call, and each block of queries goes on over the keys that it has kept. The linear
 branch of coverage="outside" runs the kernels of coverage="all" on the keys in the order in which they expire, with the

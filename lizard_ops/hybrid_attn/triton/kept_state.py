@@ -16,17 +16,7 @@ from torch import Tensor
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
-from lizard_ops.common.streams import (
-    Layout,
-    anchor_rows,
-    gather_rows,
-    key_stream,
-    layout_of,
-    offset_fields,
-    per_head,
-    window_fields,
-    with_kept,
-)
+from lizard_ops.common.streams import Layout, anchor_rows, final_ring, gather_rows, layout_of, per_head
 from lizard_ops.gated_attn.expiring import Decays, decays_of
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.expiring import with_expiries
@@ -65,11 +55,10 @@ def of_rows(
     if options.anchors:
         anchor_k = anchor_rows(k, held.anchor_k, options.anchors, layout)
         anchor_v = anchor_rows(v, held.anchor_v, options.anchors, layout)
-    all_k = with_kept(key_stream(k, held.ring_k, layout), held.kept_k)
-    all_v = with_kept(key_stream(v, held.ring_v, layout), held.kept_v)
-    all_fk, decays = fk, None
+    rows = KeyRows(state, options, layout, k.shape[1])
+    all_k, all_v, all_fk, decays = rows.of(k, "k"), rows.of(v, "v"), fk, None
     if options.outside:
-        all_fk = with_kept(key_stream(fk, held.ring_fk, layout), held.kept_fk)
+        all_fk = rows.of(fk, "fk")
         decays = None if x.g is None else decays_of(to_heads(x.g, v.shape[2]), held, layout)
     weight = x.weight
     o, s, z, log_scale = kept_prefill(
@@ -86,7 +75,7 @@ def of_rows(
         s=held.s,
         z=held.z,
         log_scale=held.log_scale,
-        past=None if decays is None else past_of(decays, all_k.shape[1] - k.shape[1]),
+        past=None if decays is None else past_of(decays, rows.prefix),
         position=layout.position if carried else None,
         lengths=lengths,
         expiry=x.expiry,
@@ -104,15 +93,44 @@ def of_rows(
     )
     if not final:
         return o, None
-    fields = window_fields(k, v, anchor_k, anchor_v, state, options.window, layout)
-    fields |= offset_fields(fk, v, x.g, state, options.offset, layout)
-    fields |= {"kept_k": gather_rows(all_k, x.kept_rows), "kept_v": gather_rows(all_v, x.kept_rows)}
-    if options.outside:
-        fields |= {"kept_fk": gather_rows(all_fk, x.kept_rows)}
-        fields |= {"kept_g": None if decays is None else kept_gates(decays, x.kept_rows, x.g)}
+    fields: Fields = {"anchor_k": anchor_k, "anchor_v": anchor_v}
+    for name, x_all in {"k": all_k, "v": all_v, **({"fk": all_fk} if options.outside else {})}.items():
+        fields |= {f"ring_{name}": rows.ring(x_all), f"kept_{name}": gather_rows(x_all, x.kept_rows)}
+    if decays is not None:
+        fields["ring_g"] = final_ring(x.g, held.ring_g, options.window, layout)
+        fields["kept_g"] = kept_gates(decays, x.kept_rows, x.g)
     logs = options.outside or options.feature_map == "exp"
     fields |= {"s": s, "z": z, "log_scale": log_scale if logs else None}
     return o, AttentionState(layout.end, **(fields | scored))
+
+
+class KeyRows:
+    """The rows of the keys, kept | ring | new, and the final ring among them: indices that all fields share."""
+
+    def __init__(self, state: AttentionState | None, options: HybridOptions, layout: Layout, length: int) -> None:
+        window, batch, device = options.window, layout.start.shape[0], layout.start.device
+        self.state, self.prefix = state, 0 if state is None else (options.kept_keys or 0) + window
+        slot, row = torch.arange(window, device=device), torch.arange(batch, device=device).unsqueeze(1)
+        self.order = ((layout.position.unsqueeze(1) + slot) % window + row * window).flatten()
+        back = (layout.end.unsqueeze(1) - 1 - slot) % window  # rows between the slot's position and the newest
+        last = layout.length.unsqueeze(1) + (self.prefix - 1) - back
+        self.unseen = None if self.prefix else last < 0
+        self.last = last.clamp(min=0) + row * (self.prefix + length)
+
+    def of(self, x: Tensor, name: str) -> Tensor:
+        """Rows [B, rows, Hk, dim] of the new ones x [B, T, Hk, dim] and the fields of this name."""
+        if self.state is None:
+            return x
+        kept, ring = getattr(self.state, f"kept_{name}"), getattr(self.state, f"ring_{name}")
+        ring = ring.flatten(0, 1).index_select(0, self.order).view_as(ring)
+        return torch.cat([kept.to(x.dtype), ring.to(x.dtype), x], 1)
+
+    def ring(self, rows: Tensor) -> Tensor:
+        """The ring [B, W, Hk, dim] after them: slot t % W holds position t, slots never written are zero."""
+        if not rows.shape[1]:
+            return rows.new_zeros(*self.last.shape, *rows.shape[2:])
+        found = rows.flatten(0, 1).index_select(0, self.last.flatten()).unflatten(0, self.last.shape)
+        return found if self.unseen is None else found.masked_fill(self.unseen[..., None, None], 0.0)
 
 
 def to_heads(g: Tensor, heads: int) -> Tensor:
