@@ -194,6 +194,9 @@ class KeyScore(Float32Module):
             x, k, v = (t.to(self.bias.dtype) for t in (x, k, v))
             if padding_mask is not None:  # a padded token may hold NaN, which zero gradients would not cancel
                 x, k, v = (t.masked_fill(~wide(padding_mask, t), 0.0) for t in (x, k, v))
+                if seen is not None:
+                    q, turned = (t.masked_fill(~wide(padding_mask, t), 0.0) for t in seen[:2])
+                    seen = seen._replace(q=q, k=turned)
             scores, new = self._read(x, k, v, state, TokenOrder.of(x, padding_mask, cu_seqlens), seen, use_state)
         return scores, new if use_state else None
 

@@ -197,30 +197,35 @@ def _weights(
     heads = torch.arange(key_heads, device=k.device)[:, None]
     keys = bank.flatten(0, 1)[index.unsqueeze(2) * key_heads + heads]  # [B, m, Hk, W + n, D]
     queries = q[row, at].unflatten(2, (key_heads, -1))  # [B, m, Hk, G, D]
-    return _shares(queries, keys, there, form)
+    return torch.stack(_shares(queries, keys, ~there, form), -1)
 
 
-def _shares(q: Tensor, k: Tensor, there: Tensor, form: WindowForm) -> Tensor:
-    """q [..., Hk, G, D], k [..., Hk, W + n, D], there [..., W + n] -> [..., W, Hk, 2]."""
+def _shares(q: Tensor, k: Tensor, hidden: Tensor, form: WindowForm) -> tuple[Tensor, Tensor]:
+    """q [..., Hk, G, D], k [..., Hk, L, D], hidden [..., L] -> weights of the first W of L keys [..., W, Hk].
+
+    Summed over the group, and the largest.
+    """
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = q.to(work) @ k.to(work).transpose(-1, -2) * form.scale
+    logits = (q.to(work) * form.scale) @ k.to(work).transpose(-1, -2)
     if form.softcap is not None:
         logits = form.softcap * torch.tanh(logits / form.softcap)
-    shares = logits.masked_fill(~there[..., None, None, :], -torch.inf).softmax(-1)[..., : form.window]
-    return torch.stack([shares.sum(-2), shares.amax(-2)], -1).transpose(-3, -2)
+    shares = logits.masked_fill(hidden[..., None, None, :], -torch.inf).softmax(-1)[..., : form.window]
+    return shares.sum(-2).transpose(-1, -2), shares.amax(-2).transpose(-1, -2)
 
 
 @torch.no_grad()
-def step_received(seen: InWindow, form: WindowForm, position: Tensor, back: Tensor) -> Tensor:
-    """What one new token gives to the keys of the ring, [N, W, Hk, 2]; ``back`` [N, W] of each place from the token.
+def step_received(seen: InWindow, form: WindowForm, position: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+    """What one new token gives to the keys of the ring, weights summed over the group and the largest, [N, W, Hk] each.
 
-    seen: of one token, with a ring.
+    seen: of one token, with a ring. age [N, W]: tokens between the key in a place and the new one. Where that is W - 1
+    the new key will stand, and gets 0.
     """
     assert seen.ring_k is not None
-    there = back <= position[:, None]
-    k = torch.where(wide(back == 0, seen.ring_k), seen.k.to(seen.ring_k.dtype), seen.ring_k)
+    hidden, keys = [age >= position[:, None].clamp(max=form.window - 1)], [seen.ring_k]
     if seen.anchor_k is not None:
-        anchor = torch.arange(form.anchors, device=k.device)
-        there = torch.cat([there, position[:, None] - anchor >= form.window], 1)
-        k = torch.cat([k, seen.anchor_k], 1)
-    return _shares(seen.q[:, 0].unflatten(1, (k.shape[2], -1)), k.transpose(1, 2), there, form)
+        hidden.append(torch.arange(form.anchors, device=age.device) > position[:, None] - form.window)
+        keys.append(seen.anchor_k)
+    hidden.append(position[:, None] < 0)
+    keys.append(seen.k.to(seen.ring_k.dtype))
+    k = torch.cat([t.transpose(1, 2) for t in keys], 2)
+    return _shares(seen.q[:, 0].unflatten(1, (k.shape[1], -1)), k, torch.cat(hidden, 1), form)

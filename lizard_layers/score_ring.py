@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
@@ -95,19 +94,25 @@ def _after(new: NewFacts, got: Received, form: WindowForm, order: TokenOrder, po
 def _step(
     new: NewFacts, seen: InWindow, form: WindowForm, order: TokenOrder, position: Tensor, ring: Tensor
 ) -> tuple[Leaving, Tensor]:
-    """One token of each sequence, or none where it is padding."""
-    window = form.window
-    back = (position[:, None] - torch.arange(window, device=ring.device)) % window  # [N, W]
-    came = order.counts[:, None] > 0
-    fresh = F.pad(new.statistics[:, 0], (0, RING - STATISTICS))[:, None]  # [N, 1, Hk, 7]
-    ring = torch.where(wide((back == 0) & came, ring), fresh, ring)
-    counts = came & ((position + 1) % form.stride == 0)[:, None] & (back >= LOOK_AHEAD)
-    got = step_received(seen, form, position, back).to(ring.dtype)
-    got = got.masked_fill(~wide(counts, got), 0.0)  # [N, W, Hk, 2]
-    late = got[..., :1] * wide(back >= late_from(window), ring)
-    base = torch.where(wide((back == LOOK_AHEAD) & came, new.base), new.base, ring[..., STATISTICS])
-    sums = _joined(ring[..., -SUMS:], torch.cat([got[..., :1], late, got[..., 1:]], -1))
-    ring = torch.cat([ring[..., :STATISTICS], base.unsqueeze(-1), sums], -1)
+    """One token of each sequence, or none where it is padding. As few operations as it can be: each is a launch."""
+    window, at = form.window, position[:, None]
+    age = (at + torch.arange(window - 1, -1, -1, device=ring.device)) % window  # [N, W]; 0: the key just before
+    total, largest = step_received(seen, form, position, age)  # [N, W, Hk], 0 for the new key's place
+    newest, waiting, sampled = age == window - 1, age == LOOK_AHEAD - 1, (at + 1) % form.stride == 0
+    if order.plan is not None:
+        came = order.counts[:, None] > 0
+        newest, waiting, sampled = newest & came, waiting & came, sampled & came
+    counted = (age + 1) * sampled
+    counts, late = (wide(counted >= least, total) for least in (LOOK_AHEAD, late_from(window)))
+    ring = ring.masked_fill(wide(newest, ring), 0.0)
+    statistics = torch.where(wide(newest, ring), new.statistics, ring[..., :STATISTICS])
+    others = [
+        torch.where(wide(waiting, new.base), new.base, ring[..., STATISTICS]),
+        ring[..., -3] + total * counts,
+        ring[..., -2] + total * late,
+        torch.maximum(ring[..., -1], largest * counts),
+    ]
+    ring = torch.cat([statistics, *(t.unsqueeze(-1) for t in others)], -1)
     place = ((position + 1) % window).view(-1, 1, 1, 1).expand(-1, -1, *ring.shape[2:])
     old = ring.gather(1, place)
     return Leaving(old[..., :STATISTICS], old[..., STATISTICS], old[..., -SUMS:]), ring
