@@ -118,17 +118,15 @@ def attention_received(seen: InWindow, form: WindowForm, order: TokenOrder, posi
     (rows, length), stride = positions.shape, form.stride
     sampled = order.real() & (positions % stride == stride - 1)
     before = F.pad(sampled.cumsum(1), (1, 0))  # sampled tokens of the row before each place
-    most = (length + (1 if order.ends is None else order.counts.shape[0]) * (stride - 1)) // stride
+    texts = 1 if order.ends is None else order.counts.shape[0]  # of a row
+    most = length // stride + texts + 1  # one more than there can be, and so never one, which an export would ask for
     slots = torch.arange(1, most + 1, device=q.device).expand(rows, -1).contiguous()
     places = torch.searchsorted(before[:, 1:].contiguous(), slots)  # [B, M] of the sampled tokens, T behind the last
-    block = most
-    if not torch.compiler.is_compiling():
-        block = max(NUMBERS // max(rows * (form.window + form.anchors) * k.shape[2] * k.shape[3], 1), 1)
-    parts = [
-        _weights(q, k, seen, form, order, positions, places[:, start : start + block])
-        for start in range(0, most, block)
-    ]
-    return Received(before, places, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    given = (q, k, seen, form, order, positions)
+    if torch.compiler.is_compiling():  # one graph for every length
+        return Received(before, places, _weights(*given, places))
+    block = max(NUMBERS // max(rows * (form.window + form.anchors) * k.shape[2] * k.shape[3], 1), 1)
+    return Received(before, places, torch.cat([_weights(*given, part) for part in places.split(block, 1)], 1))
 
 
 class Received(NamedTuple):
@@ -194,14 +192,15 @@ def _weights(
             banks.append(seen.anchor_k.flatten(0, 1).to(k.dtype))
         index, there = torch.cat([index, anchor_index], -1), torch.cat([there, outside], -1)
     bank = banks[0] if len(banks) == 1 else torch.cat(banks)  # [keys, Hk, D]
-    heads = torch.arange(key_heads, device=k.device)[:, None]
-    keys = bank.flatten(0, 1)[index.unsqueeze(2) * key_heads + heads]  # [B, m, Hk, W + n, D]
-    queries = q[row, at].unflatten(2, (key_heads, -1))  # [B, m, Hk, G, D]
-    return torch.stack(_shares(queries, keys, ~there, form), -1)
+    heads = torch.arange(key_heads, device=k.device)[:, None, None]
+    keys = bank.flatten(0, 1)[index.unsqueeze(1) * key_heads + heads]  # [B, Hk, m, W + n, D]
+    queries = q[row, at].unflatten(2, (key_heads, -1)).transpose(1, 2)  # [B, Hk, m, G, D]
+    shares = _shares(queries, keys, ~there[:, None, :, None], form)
+    return torch.stack([t.permute(0, 2, 3, 1) for t in shares], -1)
 
 
 def _shares(q: Tensor, k: Tensor, hidden: Tensor, form: WindowForm) -> tuple[Tensor, Tensor]:
-    """q [..., Hk, G, D], k [..., Hk, L, D], hidden [..., L] -> weights of the first W of L keys [..., W, Hk].
+    """q [..., G, D], k [..., L, D], hidden [..., 1, L] -> weights of the first W of L keys, [..., W].
 
     Summed over the group, and the largest.
     """
@@ -209,8 +208,8 @@ def _shares(q: Tensor, k: Tensor, hidden: Tensor, form: WindowForm) -> tuple[Ten
     logits = (q.to(work) * form.scale) @ k.to(work).transpose(-1, -2)
     if form.softcap is not None:
         logits = form.softcap * torch.tanh(logits / form.softcap)
-    shares = logits.masked_fill(hidden[..., None, None, :], -torch.inf).softmax(-1)[..., : form.window]
-    return shares.sum(-2).transpose(-1, -2), shares.amax(-2).transpose(-1, -2)
+    shares = logits.masked_fill(hidden, -torch.inf).softmax(-1)[..., : form.window]
+    return shares.sum(-2), shares.amax(-2)
 
 
 @torch.no_grad()
@@ -228,4 +227,6 @@ def step_received(seen: InWindow, form: WindowForm, position: Tensor, age: Tenso
     hidden.append(position[:, None] < 0)
     keys.append(seen.k.to(seen.ring_k.dtype))
     k = torch.cat([t.transpose(1, 2) for t in keys], 2)
-    return _shares(seen.q[:, 0].unflatten(1, (k.shape[1], -1)), k, torch.cat(hidden, 1), form)
+    q = seen.q[:, 0].unflatten(1, (k.shape[1], -1))
+    total, largest = _shares(q, k, torch.cat(hidden, 1)[:, None, None], form)
+    return total.transpose(1, 2), largest.transpose(1, 2)

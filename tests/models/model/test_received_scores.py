@@ -29,13 +29,8 @@ def positions_of(cache):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "choices",
-    [{}, {"positions": "clamped", "position_limit": 24, "position_step": 10}, {"key_map": "query_head"}],
-    ids=["recommended", "clamped", "query heads"],
-)
-def test_pieces_steps_and_crops_equal_one_shot(choices):
-    model, ids = reading(**choices), tokens(2, 50)
+def test_pieces_steps_and_crops_equal_one_shot():
+    model, ids = reading(positions="clamped", position_limit=24, position_step=10), tokens(2, 50)
     whole = model(ids, use_cache=False).logits
     for sizes in ([1] * 50, [3, 17, 1, 29]):
         cache = model.new_cache()
