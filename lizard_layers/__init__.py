@@ -5,10 +5,11 @@ from lizard_layers.config import LOOK_AHEAD, AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
 from lizard_layers.hybrid_attention import HybridAttention
-from lizard_layers.key_score import KeyScore, ScoreState
+from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
+from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.state import (
     LayerState,
     State,
@@ -35,16 +36,19 @@ __all__ = [
     "Float32Module",
     "HedgehogFeatureMap",
     "HybridAttention",
+    "InWindow",
     "Mamba2Gate",
     "KeyScore",
     "LayerState",
     "MergeMix",
     "MetaMemory",
     "PoolingGate",
+    "ReceivingState",
     "ScoreState",
     "SigmoidGate",
     "SumMix",
     "State",
+    "WindowForm",
     "build_gate",
     "clear_state",
     "empty_state",

@@ -12,10 +12,11 @@ from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on
 from lizard_layers.config import AttentionConfig
 from lizard_layers.feature_map import FeatureMaps
 from lizard_layers.gate import build_gate
-from lizard_layers.key_score import LOOK_AHEAD, KeyScore
+from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import full_precision
+from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.state import LayerState, State, overwrite_layer_state
 from lizard_ops import (
     AttentionState,
@@ -37,14 +38,13 @@ class _Tokens(NamedTuple):
     v: Tensor
     rope: tuple[Tensor, Tensor] | None
     padding_mask: Tensor | None
-    scores: Tensor | None  # [B, T, Hk], each of the key LOOK_AHEAD tokens earlier
 
     def part(self, where: slice) -> _Tokens:
         """Those at the positions ``where`` alone."""
         x, q, k, v = (t[:, where] for t in (self.x, self.q, self.k, self.v))
         rope = None if self.rope is None else (self.rope[0][:, where], self.rope[1][:, where])
-        mask, scores = (None if t is None else t[:, where] for t in (self.padding_mask, self.scores))
-        return _Tokens(x, q, k, v, rope, mask, scores)
+        mask = None if self.padding_mask is None else self.padding_mask[:, where]
+        return _Tokens(x, q, k, v, rope, mask)
 
 
 class HybridAttention(nn.Module):
@@ -63,7 +63,9 @@ class HybridAttention(nn.Module):
             self.sinks = MetaMemory(config.num_sinks, heads, config.sink_init, config.sink_spread)
         self.key_score = None
         if config.kept_keys:
-            self.key_score = KeyScore(config.hidden_size, config.num_key_heads, config.head_dim, config.score_dim)
+            received = WindowForm.of(config) if config.score_received else None
+            sizes = (config.hidden_size, config.num_key_heads, config.head_dim, config.score_dim)
+            self.key_score = KeyScore(*sizes, received=received)
             self.key_score.requires_grad_(False)  # no gradient goes through the choice of keys
         if config.linear_branch:
             self.feature_maps = FeatureMaps(config)
@@ -101,30 +103,19 @@ class HybridAttention(nn.Module):
         without ``rope``.
         """
         self._check(x, q, k, v, rope, state)
-        tokens = _Tokens(x, q, k, v, rope, padding_mask, None)
-        if self.key_score is None:
-            assert not isinstance(state, LayerState)
-            return self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
-        assert not isinstance(state, AttentionState)
-        with torch.no_grad():
-            past = None if state is None else state.score
-            scores, score = self.key_score(x, k, v, past, use_state, padding_mask, cu_seqlens)
-        held = None if state is None else state.attention
-        o, new = self._in_blocks(tokens._replace(scores=scores), held, use_state, cu_seqlens, anchor_blocks, inplace)
-        if new is None or score is None:
-            return o, None
-        both = LayerState(new, score)
-        return o, overwrite_layer_state(state, both) if inplace and state is not None else both
+        tokens = _Tokens(x, q, k, v, rope, padding_mask)
+        o, new = self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
+        return o, overwrite_layer_state(state, new) if inplace and state is not None and new is not None else new
 
     def _in_blocks(
         self,
         tokens: _Tokens,
-        state: AttentionState | None,
+        state: State | None,
         use_state: bool,
         cu_seqlens: Tensor | None,
         anchor_blocks: Sequence[AnchorBlock] | None,
         inplace: bool,
-    ) -> tuple[Tensor, AttentionState | None]:
+    ) -> tuple[Tensor, State | None]:
         x = tokens.x
         if anchor_blocks is None:
             return self._attend(tokens, state, use_state, cu_seqlens, inplace)
@@ -142,26 +133,31 @@ class HybridAttention(nn.Module):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 
     def _attend_moved(
-        self, block: AnchorBlock, tokens: _Tokens, state: AttentionState | None, use_state: bool, inplace: bool
-    ) -> tuple[Tensor, AttentionState | None]:
+        self, block: AnchorBlock, tokens: _Tokens, state: State | None, use_state: bool, inplace: bool
+    ) -> tuple[Tensor, State | None]:
         """``_attend`` with anchors and kept keys moved on; the state keeps them as they were."""
-        if state is None or (state.anchor_k is None and state.kept_k is None):
+        if state is None:
+            return self._attend(tokens, None, use_state, None, inplace)
+        held = _attention_of(state)
+        if held.anchor_k is None and held.kept_k is None:
             return self._attend(tokens, state, use_state, None, inplace)
-        o, new = self._attend(tokens, moved_on(state, block), use_state, None, inplace)
+        o, new = self._attend(tokens, _with_attention(state, moved_on(held, block)), use_state, None, inplace)
         if new is None:
             return o, None
-        new = moved_back(new, state, block)
-        return o, overwrite_state(state, new) if inplace else new
+        back = moved_back(_attention_of(new), held, block)
+        return o, _with_attention(new, overwrite_state(held, back) if inplace else back)
 
     def _attend(
         self,
         tokens: _Tokens,
-        state: AttentionState | None,
+        state: State | None,
         use_state: bool,
         cu_seqlens: Tensor | None,
         inplace: bool,
-    ) -> tuple[Tensor, AttentionState | None]:
+    ) -> tuple[Tensor, State | None]:
         config = self.config
+        held = None if state is None else _attention_of(state)
+        past = state.score if isinstance(state, LayerState) else None
         with without_autocast(tokens.x):
             shared: dict[str, Any] = dict(
                 anchors=config.anchors,
@@ -169,24 +165,28 @@ class HybridAttention(nn.Module):
                 sink_form=config.sink_form,
                 scale=config.scale,
                 softcap=config.softcap,
-                initial_state=state,
+                initial_state=held,
                 output_final_state=use_state,
                 padding_mask=tokens.padding_mask,
                 cu_seqlens=cu_seqlens,
                 impl=config.impl,
             )
+            score: ScoreState | ReceivingState | None = None
             if config.linear_branch:
-                o, new = self._both_branches(tokens, shared, inplace)
+                o, new, score = self._both_branches(tokens, past, shared, inplace)
             else:
                 q, k = self._turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
                 o, new = window_attn(q, k, tokens.v, config.window, **shared)[:2]
-            return o, overwrite_state(state, new) if inplace and state is not None and new is not None else new
+            if new is None:
+                return o, None
+            new = overwrite_state(held, new) if inplace and held is not None else new
+            return o, new if score is None else LayerState(new, score)
 
     def _both_branches(
-        self, tokens: _Tokens, shared: dict[str, Any], inplace: bool
-    ) -> tuple[Tensor, AttentionState | None]:
+        self, tokens: _Tokens, past: ScoreState | ReceivingState | None, shared: dict[str, Any], inplace: bool
+    ) -> tuple[Tensor, AttentionState | None, ScoreState | ReceivingState | None]:
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
-        config, (x, q, k, v, rope, _, scores) = self.config, tokens
+        config, (x, q, k, v, rope, _) = self.config, tokens
         if self.reads_input:
             x = full_precision(x)  # once for all that read it
         g = None if self.gate is None else self.gate(x, k)
@@ -195,12 +195,12 @@ class HybridAttention(nn.Module):
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
             if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                 g = g.repeat_interleave(group, 2)
-            scores = None if scores is None else scores.repeat_interleave(group, 2)
         if config.linear_rope and not config.window_rope:
             _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
         else:
             q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
             q, k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
+        scores, score = self._scores(tokens, q, k, past, shared)
         choices: dict[str, Any] = dict(
             mix=config.mix,
             coverage=config.coverage,
@@ -208,14 +208,35 @@ class HybridAttention(nn.Module):
             normalize=config.normalize,
             feature_scale=config.feature_scale,
             scores=scores,
-            score_delay=0 if scores is None else LOOK_AHEAD,
+            score_delay=0 if scores is None else config.score_delay,
             kept_keys=config.kept_keys,
             **self.mix(x),
             **shared,
         )
         if q.shape[1] == 1 and shared["initial_state"] is not None:
-            return recurrent_hybrid_attn(q, k, v, fq, fk, g, config.window, **choices, inplace=inplace)
-        return chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
+            o, new = recurrent_hybrid_attn(q, k, v, fq, fk, g, config.window, **choices, inplace=inplace)
+        else:
+            o, new = chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
+        return o, new, score
+
+    @torch.no_grad()
+    def _scores(
+        self, tokens: _Tokens, q: Tensor, k: Tensor, past: ScoreState | ReceivingState | None, shared: dict[str, Any]
+    ) -> tuple[Tensor | None, ScoreState | ReceivingState | None]:
+        """Scores of keys for the op, before it overwrites the ring that they read. q, k: as the window sees them."""
+        if self.key_score is None:
+            return None, None
+        config, held, seen = self.config, shared["initial_state"], None
+        group = config.linear_key_heads // config.num_key_heads
+        if config.score_received:
+            rings = (None, None) if held is None else (held.ring_k, held.anchor_k)
+            of_heads = (t if t is None or group == 1 else t[:, :, ::group] for t in (k, *rings))
+            seen = InWindow(q, *of_heads)
+        scores, new = self.key_score(
+            tokens.x, tokens.k, tokens.v, past, shared["output_final_state"], tokens.padding_mask,
+            shared["cu_seqlens"], seen,
+        )  # fmt: skip
+        return scores if group == 1 else scores.repeat_interleave(group, 2), new
 
     @staticmethod
     def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -250,3 +271,11 @@ class HybridAttention(nn.Module):
                 f"rope has shapes {tuple(rope[0].shape)} and {tuple(rope[1].shape)}, "
                 f"wanted two of [{batch} or 1, {length}, {config.head_dim}]"
             )
+
+
+def _attention_of(state: State) -> AttentionState:
+    return state.attention if isinstance(state, LayerState) else state
+
+
+def _with_attention(state: State, attention: AttentionState) -> State:
+    return state._replace(attention=attention) if isinstance(state, LayerState) else attention

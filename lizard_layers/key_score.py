@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
 from lizard_layers.parameters import Float32Module, float32_parameter
-from lizard_ops import Compaction, compact, compaction, packed_cumsum, restore, without_autocast
+from lizard_layers.received import InWindow, ReceivedTerm, WindowForm, attention_received, facts_of
+from lizard_layers.score_ring import RING, STATISTICS, NewFacts, through_ring
+from lizard_layers.token_order import TokenOrder, wide
+from lizard_ops import without_autocast
 
-STATISTICS = 3  # log norm of the key, log norm of the value, likeness to the mean key
 INPUTS = LOOK_AHEAD + 2  # x at j - 1, j, j + 1 and j + 2
 LEAST_NORM = 1e-6
 
@@ -30,6 +32,16 @@ class ScoreState(NamedTuple):
     key_sum: Tensor  # [N, Hk, D] float64, sum of the keys seen, each of length one
 
 
+class ReceivingState(NamedTuple):
+    """A ``ScoreState`` where scores read what keys receive in their window of W keys."""
+
+    position: Tensor
+    inner: Tensor
+    linear: Tensor
+    key_sum: Tensor
+    ring: Tensor  # [N, W, Hk, 7] float32, of the key at position p in place p % W: see ``score_ring``
+
+
 def empty_score_state(
     num_sequences: int,
     score_dim: int,
@@ -37,18 +49,23 @@ def empty_score_state(
     head_dim: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-) -> ScoreState:
-    """The state of scores of ``num_sequences`` sequences before their first token; dtype is that of the parameters."""
+    window: int | None = None,
+) -> ScoreState | ReceivingState:
+    """The state of scores of ``num_sequences`` sequences before their first token; dtype is that of the parameters.
+
+    window: of the keys, where scores read what they receive there; else None.
+    """
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.zeros(num_sequences, *shape, dtype=of, device=device)
 
-    return ScoreState(
+    state = ScoreState(
         zeros(of=torch.int64),
         zeros(LOOK_AHEAD + 1, score_dim),
         zeros(LOOK_AHEAD, num_key_heads),
         zeros(num_key_heads, head_dim, of=torch.float64),
     )
+    return state if window is None else ReceivingState(*state, zeros(window, num_key_heads, RING))
 
 
 class KeyScore(Float32Module):
@@ -60,19 +77,28 @@ class KeyScore(Float32Module):
         s_jh = u_h . gelu(sum_{o = -1..2} W_o x_{j+o} + b) + a_h . (log |k_jh|, log |v_jh|, cos(k_jh, m_jh)) + c_h
         m_jh = mean over i <= j of k_ih / |k_ih|
 
-    so a score reads the text up to LOOK_AHEAD = 2 tokens after its key and no further. Attention received inside the
-    window is no input. Before training u = 0 and a = (0, 0, -1): the keys least like the mean key score highest
-    (KeyDiff, arXiv 2504.15364).
+    so a score reads the text up to LOOK_AHEAD = 2 tokens after its key and no further. With ``received`` it also reads
+    what the key receives from the queries that see it in the window, and is known when the key leaves it: the
+    statistics above and three of those (``lizard_layers.received``) add a ``ReceivedTerm`` to s_jh. Before training
+    u = 0, a = (0, 0, -1) and the term is 0: the keys least like the mean key score highest (KeyDiff, arXiv 2504.15364).
 
     Parameters and arithmetic are float32 (float64 in a model of that dtype), the running sums of keys float64. Scores
     are differentiable in x, k, v and the parameters, also through a carried state. hidden_size: of x. score_dim: width
-    S of the inner layer. seed: of W, a normal of variance 1 / (4 hidden_size).
+    S of the inner layer. seed: of W, a normal of variance 1 / (4 hidden_size). received: the window in which keys
+    receive; None leaves the term out. ``delay``: how many tokens after its key a score is known. No gradient goes
+    through what a key receives.
 
-    Raises ValueError for sizes that are no positive integers.
+    Raises ValueError for sizes that are no positive integers, and a window of LOOK_AHEAD keys or fewer.
     """
 
     def __init__(
-        self, hidden_size: int, num_key_heads: int, head_dim: int, score_dim: int = 128, seed: int = 0
+        self,
+        hidden_size: int,
+        num_key_heads: int,
+        head_dim: int,
+        score_dim: int = 128,
+        seed: int = 0,
+        received: WindowForm | None = None,
     ) -> None:
         super().__init__()
         sizes = dict(hidden_size=hidden_size, num_key_heads=num_key_heads, head_dim=head_dim, score_dim=score_dim)
@@ -86,6 +112,12 @@ class KeyScore(Float32Module):
         self.outer_weight = float32_parameter(num_key_heads, score_dim)
         self.linear_weight = float32_parameter(num_key_heads, STATISTICS)
         self.bias = float32_parameter(num_key_heads)
+        self.window_form, self.received, self.delay = received, None, LOOK_AHEAD
+        if received is not None:
+            if received.window <= LOOK_AHEAD:
+                raise ValueError(f"received: got a window of {received.window}, wanted at least {LOOK_AHEAD + 1}")
+            self.received = ReceivedTerm(num_key_heads, seed=seed)
+            self.delay = received.window - 1
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,12 +135,15 @@ class KeyScore(Float32Module):
             self.outer_weight.mul_(scale[:, None])
             self.linear_weight.mul_(scale[:, None])
             self.bias.copy_(self.bias * scale + shift)
+            if self.received is not None:
+                self.received.outer_weight.mul_(scale[:, None])
 
-    def empty_state(self, num_sequences: int, device: torch.device | str | None = None) -> ScoreState:
+    def empty_state(self, num_sequences: int, device: torch.device | str | None = None) -> ScoreState | ReceivingState:
         """The state of sequences before their first token."""
         where = self.bias.device if device is None else device
+        window = None if self.window_form is None else self.window_form.window
         return empty_score_state(
-            num_sequences, self.score_dim, self.num_key_heads, self.head_dim, self.bias.dtype, where
+            num_sequences, self.score_dim, self.num_key_heads, self.head_dim, self.bias.dtype, where, window
         )
 
     def forward(
@@ -116,18 +151,19 @@ class KeyScore(Float32Module):
         x: Tensor,
         k: Tensor,
         v: Tensor,
-        state: ScoreState | None = None,
+        state: ScoreState | ReceivingState | None = None,
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, ScoreState | None]:
-        """The scores that become known with the new tokens: in the place of token t stands that of key t - LOOK_AHEAD.
+        seen: InWindow | None = None,
+    ) -> tuple[Tensor, ScoreState | ReceivingState | None]:
+        """The scores that become known with the new tokens: in the place of token t stands that of key t - ``delay``.
 
-        Where there is no such key, at the first two tokens of a sequence, stands 0, and so at padding. Laid end to end,
+        Where there is no such key, at the first tokens of a sequence, stands 0, and so at padding. Laid end to end,
         the scores of a text read in pieces are those of the whole: equal but for the rounding of matrix products of
-        other shapes. As ``lizard_ops.key_expiry`` counts its keys, ``key_expiry(scores, window - LOOK_AHEAD, anchors +
-        LOOK_AHEAD, kept_keys)`` gives, in the place of token t, the query that first misses key t - LOOK_AHEAD of a
-        window of ``window`` keys; it takes the same padding_mask and cu_seqlens, and the two states go together.
+        other shapes. As ``lizard_ops.key_expiry`` counts its keys, ``key_expiry(scores, window - delay, anchors +
+        delay, kept_keys)`` gives, in the place of token t, the query that first misses key t - delay of a window of
+        ``window`` keys; it takes the same padding_mask and cu_seqlens, and the two states go together.
 
         Args:
             x: [B, T, hidden_size], the layer's normalised input, any floating dtype.
@@ -137,15 +173,19 @@ class KeyScore(Float32Module):
             use_state: return the state after the last token.
             padding_mask: [B, T] bool, True at real tokens, anywhere in a row; padding does not exist.
             cu_seqlens: [N + 1] int32 or int64, the ends of N sequences packed into one row (B = 1), from 0 to T.
+            seen: with ``received`` alone, queries and keys as the window branch sees them; its ring_k and anchor_k are
+                those of the layer's state before these tokens.
 
         Returns:
-            scores [B, T, Hk] in the parameters' dtype, and a ``ScoreState`` of N (or B) sequences if it was asked for.
+            scores [B, T, Hk] in the parameters' dtype, and a ``ScoreState`` (with ``received`` a ``ReceivingState``) of
+            N (or B) sequences if it was asked for.
 
         Raises:
             ValueError: a tensor of another shape, dtype or device than the above; padding_mask beside cu_seqlens; ends
                 that do not rise from 0 to T (values on a CPU alone); a state of another module or number of sequences.
         """
         self._check(x, k, v, padding_mask, cu_seqlens)
+        self._check_seen(k, seen, state is not None)
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = self.empty_state(count, x.device) if state is None else self._checked(state, count, x.device)
         if x.shape[1] == 0:
@@ -153,8 +193,11 @@ class KeyScore(Float32Module):
         with without_autocast(x):
             x, k, v = (t.to(self.bias.dtype) for t in (x, k, v))
             if padding_mask is not None:  # a padded token may hold NaN, which zero gradients would not cancel
-                x, k, v = (t.masked_fill(~_wide(padding_mask, t), 0.0) for t in (x, k, v))
-            scores, new = self._read(x, k, v, state, _Order.of(x, padding_mask, cu_seqlens))
+                x, k, v = (t.masked_fill(~wide(padding_mask, t), 0.0) for t in (x, k, v))
+                if seen is not None:
+                    q, turned = (t.masked_fill(~wide(padding_mask, t), 0.0) for t in seen[:2])
+                    seen = seen._replace(q=q, k=turned)
+            scores, new = self._read(x, k, v, state, TokenOrder.of(x, padding_mask, cu_seqlens), seen, use_state)
         return scores, new if use_state else None
 
     def statistics(self, k: Tensor, v: Tensor) -> Tensor:
@@ -165,13 +208,36 @@ class KeyScore(Float32Module):
         k, v = k.to(self.bias.dtype), v.to(self.bias.dtype)
         return _statistics(k, v, F.normalize(k, dim=-1, eps=LEAST_NORM).double().cumsum(1))
 
-    def _read(self, x: Tensor, k: Tensor, v: Tensor, state: ScoreState, order: _Order) -> tuple[Tensor, ScoreState]:
+    def facts(self, k: Tensor, v: Tensor, seen: InWindow) -> Tensor:
+        """What the ``ReceivedTerm`` reads, [B, T, Hk, 6], of texts given from their start; no gradient.
+
+        The last window - 1 keys have not received all yet.
+        """
+        assert self.window_form is not None
+        order = TokenOrder.of(k, None, None)
+        with torch.no_grad(), without_autocast(k):
+            got = attention_received(seen, self.window_form, order, order.counts * 0)
+            row = torch.arange(k.shape[0], device=k.device)[:, None]
+            sums = got.collected(row, order.rank, order.rank, order.counts[:, None] - 1, self.window_form.stride)
+            return facts_of(self.statistics(k, v), sums.to(self.bias.dtype))
+
+    def _read(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: ScoreState | ReceivingState,
+        order: TokenOrder,
+        seen: InWindow | None,
+        use_state: bool,
+    ) -> tuple[Tensor, ScoreState | ReceivingState]:
         inner = F.linear(x, self.inner_weight.flatten(0, 1))  # [B, T, 4 S]: one product for all inputs
         k, v, inner = order.arrange(k), order.arrange(v), order.arrange(inner)
         first, second, third, fourth = inner.unflatten(-1, (INPUTS, -1)).unbind(-2)
 
         sums = order.running_sum(F.normalize(k, dim=-1, eps=LEAST_NORM).double(), state.key_sum)
-        linear = torch.einsum("bthf,hf->bth", _statistics(k, v, sums), self.linear_weight)
+        statistics = _statistics(k, v, sums)
+        linear = torch.einsum("bthf,hf->bth", statistics, self.linear_weight)
         earlier = order.before(linear, state.linear[:, 1])  # in the place of token t: of key t - 1
         known = order.before(earlier, state.linear[:, 0])  # of key t - 2
 
@@ -181,15 +247,47 @@ class KeyScore(Float32Module):
         four = order.before(three, state.inner[:, 0]) + fourth  # of key t - 2
 
         scores = F.linear(F.gelu(four + self.inner_bias), self.outer_weight) + known + self.bias
-        there = order.positions(state.position) >= LOOK_AHEAD
-        scores = order.restore(scores.masked_fill(~_wide(there, scores), 0.0))
+        positions = order.positions(state.position)
+        scores = scores.masked_fill(~wide(positions >= LOOK_AHEAD, scores), 0.0)
         new = ScoreState(
             state.position + order.counts,
             torch.stack([order.last(t, state.inner[:, i]) for i, t in enumerate((three, two, one))], 1),
             torch.stack([order.last(t, state.linear[:, i]) for i, t in enumerate((earlier, linear))], 1),
             order.last(sums, state.key_sum),
         )
-        return scores, new
+        if isinstance(state, ReceivingState):
+            assert self.received is not None and self.window_form is not None and seen is not None
+            facts, form = NewFacts(statistics, scores), self.window_form
+            leaving, ring = through_ring(facts, seen, form, order, state.position, state.ring, use_state)
+            scores = leaving.base + self.received(facts_of(leaving.statistics, leaving.sums))
+            scores = scores.masked_fill(~wide(positions >= self.delay, scores), 0.0)
+            return order.restore(scores), ReceivingState(*new, ring)
+        return order.restore(scores), new
+
+    def _check_seen(self, k: Tensor, seen: InWindow | None, later: bool) -> None:
+        form = self.window_form
+        if form is None or seen is None:
+            if (form is None) != (seen is None):
+                raise ValueError(
+                    "seen: got None, wanted queries and keys of the window: scores read what keys receive there"
+                    if seen is None
+                    else "seen: got queries and keys, wanted None: received=None reads nothing of the window"
+                )
+            return
+        heads = seen.q.shape[2] if seen.q.ndim == 4 else -1
+        if heads < 1 or heads % self.num_key_heads:
+            _refuse("seen.q", seen.q, f"[B, T, a multiple of {self.num_key_heads}, {self.head_dim}]")
+        shapes = ("q", seen.q, (*k.shape[:2], heads, self.head_dim)), ("k", seen.k, tuple(k.shape))
+        for name, tensor, shape in shapes:
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point() or tensor.device != k.device:
+                _refuse(f"seen.{name}", tensor, f"a floating tensor of shape {shape} on {k.device}")
+        rings = ("ring_k", seen.ring_k, form.window), ("anchor_k", seen.anchor_k, form.anchors)
+        for name, ring, size in rings:
+            if ring is None:
+                if later and size:
+                    raise ValueError(f"seen.{name}: got None, wanted that of the layer's state beside a state")
+            elif tuple(ring.shape[1:]) != (size, *k.shape[2:]) or ring.device != k.device:
+                _refuse(f"seen.{name}", ring, f"[N, {size}, {self.num_key_heads}, {self.head_dim}] on {k.device}")
 
     def _check(self, x: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         batch, length = x.shape[:2] if x.ndim == 3 else (-1, -1)
@@ -219,83 +317,22 @@ class KeyScore(Float32Module):
             if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
                 raise ValueError(f"cu_seqlens: got {ends}, wanted 0 first, never falling, {length} last")
 
-    def _checked(self, state: ScoreState, count: int, device: torch.device) -> ScoreState:
-        if not isinstance(state, ScoreState):
-            raise ValueError(f"state: got a {type(state).__name__}, wanted a ScoreState or None")
+    def _checked(
+        self, state: ScoreState | ReceivingState, count: int, device: torch.device
+    ) -> ScoreState | ReceivingState:
+        kind = ScoreState if self.received is None else ReceivingState
+        if not isinstance(state, kind):
+            raise ValueError(f"state: got a {type(state).__name__}, wanted a {kind.__name__} or None")
         for name, came, wanted in zip(state._fields, state, self.empty_state(count, "meta"), strict=True):
             if came.shape != wanted.shape or came.dtype != wanted.dtype or came.device != device:
                 _refuse(f"state.{name}", came, f"a {wanted.dtype} tensor of shape {tuple(wanted.shape)} on {device}")
         return state
 
 
-class _Order(NamedTuple):
-    """How the tokens of a call follow each other: each row's real ones, or those of each packed sequence.
-
-    Padded rows are read with their real tokens to the left, in order (``arrange``), and put back (``restore``). What
-    stands behind them is read by nothing that is kept.
-    """
-
-    counts: Tensor  # [N] int64, new tokens of each sequence
-    rank: Tensor  # [1, T] int64, how many tokens of its sequence and this call come before
-    plan: Compaction | None = None  # of padded rows
-    ends: Tensor | None = None  # [N + 1] int64
-    sequence: Tensor | None = None  # [T] int64, the packed sequence of each token
-
-    @staticmethod
-    def of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Order:
-        batch, length = x.shape[:2]
-        places = torch.arange(length, device=x.device)
-        if cu_seqlens is not None:
-            ends = cu_seqlens.long()
-            sequence = torch.searchsorted(ends[1:], places, right=True)
-            return _Order(ends.diff(), (places - ends[sequence])[None], ends=ends, sequence=sequence)
-        if mask is None:
-            return _Order(torch.full((batch,), length, device=x.device), places[None])
-        plan = compaction(mask)
-        return _Order(plan.lengths, places[None], plan)
-
-    def arrange(self, z: Tensor) -> Tensor:
-        return z if self.plan is None else compact(z, self.plan)
-
-    def restore(self, z: Tensor) -> Tensor:
-        """Undo ``arrange``, with zeros at padding."""
-        return z if self.plan is None else restore(z, self.plan)
-
-    def positions(self, seen: Tensor) -> Tensor:
-        """Of each token in its sequence [B, T], after ``seen`` [N] tokens of earlier calls."""
-        return self.rank + (seen[:, None] if self.sequence is None else seen[self.sequence][None])
-
-    def before(self, z: Tensor, first: Tensor) -> Tensor:
-        """z [B, T, ...] one token later; ``first`` [N, ...] in the place of each sequence's first token."""
-        start = first[:, None] if self.sequence is None else first[self.sequence][None]
-        return torch.where(_wide(self.rank == 0, z), start, z.roll(1, 1))  # a slice would ask whether T is 2
-
-    def running_sum(self, z: Tensor, start: Tensor) -> Tensor:
-        """Sums over each sequence up to each token, its own included, from ``start`` [N, ...] on."""
-        if self.sequence is None:
-            return z.cumsum(1) + start[:, None]
-        return packed_cumsum(z, self.rank) + start[self.sequence][None]
-
-    def last(self, z: Tensor, otherwise: Tensor) -> Tensor:
-        """z at the last new token of each sequence, [N, ...]; ``otherwise`` for a sequence that has none."""
-        if self.ends is None and self.plan is None:
-            return z[:, -1]
-        if self.ends is None:
-            rows = z[torch.arange(z.shape[0], device=z.device), (self.counts - 1).clamp(min=0)]
-        else:
-            rows = z[0, (self.ends[1:] - 1).clamp(min=0)]
-        return torch.where((self.counts > 0).view(-1, *[1] * (rows.ndim - 1)), rows, otherwise)
-
-
 def _statistics(k: Tensor, v: Tensor, sums: Tensor) -> Tensor:
     """[B, T, H, 3] of keys and values, given the running sums [B, T, H, D] of keys of length one."""
     norms = [torch.linalg.vector_norm(t, dim=-1).clamp(min=LEAST_NORM).log() for t in (k, v)]
     return torch.stack([*norms, F.cosine_similarity(k, sums.to(k.dtype), dim=-1, eps=LEAST_NORM)], -1)
-
-
-def _wide(t: Tensor, like: Tensor) -> Tensor:
-    """t [B, T] with as many axes as ``like``."""
-    return t.view(*t.shape, *[1] * (like.ndim - t.ndim))
 
 
 def _refuse(name: str, came: Tensor, wanted: str) -> None:

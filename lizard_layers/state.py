@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lizard_layers.config import AttentionConfig
-from lizard_layers.key_score import LOOK_AHEAD, ScoreState, empty_score_state
+from lizard_layers.key_score import ReceivingState, ScoreState, empty_score_state
 from lizard_ops import AttentionState
 
 OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v", "kept_k", "kept_v", "kept_fk")
@@ -26,7 +26,7 @@ class LayerState(NamedTuple):
     """The state of a layer that keeps keys by their scores: what its op and what its score carry."""
 
     attention: AttentionState
-    score: ScoreState
+    score: ScoreState | ReceivingState
 
     @property
     def position(self) -> Tensor:
@@ -78,13 +78,14 @@ def empty_state(
         places = (config.kept_keys, key_heads)
         fields |= {name: zeros(*places, dim) for name in ("kept_k", "kept_v")}
         fields |= {"kept_scores": zeros(*places, of=torch.float32), "kept_positions": zeros(*places, of=torch.int64)}
-        fields["ring_scores"] = zeros(config.window - LOOK_AHEAD, key_heads, of=torch.float32)
+        fields["ring_scores"] = zeros(config.window - config.score_delay, key_heads, of=torch.float32)
     for name, value in FIRST.items():
         if name in fields:
             fields[name].fill_(value)
     if not config.kept_keys:
         return AttentionState(**fields)
-    score = empty_score_state(num_sequences, config.score_dim, config.num_key_heads, dim, work, device)
+    window = config.window if config.score_received else None
+    score = empty_score_state(num_sequences, config.score_dim, config.num_key_heads, dim, work, device, window)
     return LayerState(AttentionState(**fields), score)
 
 
@@ -99,7 +100,9 @@ def state_of(tensors: dict[str, Tensor]) -> State:
     """The inverse of ``tensors_of``. Raises TypeError for names that no state has, or a score that lacks some."""
     score = {name.removeprefix("score."): t for name, t in tensors.items() if name.startswith("score.")}
     attention = AttentionState(**{name: t for name, t in tensors.items() if not name.startswith("score.")})
-    return LayerState(attention, ScoreState(**score)) if score else attention
+    if not score:
+        return attention
+    return LayerState(attention, ReceivingState(**score) if "ring" in score else ScoreState(**score))
 
 
 def map_state(state: State, fn: Callable[[Tensor], Tensor]) -> State:

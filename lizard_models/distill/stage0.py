@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from lizard_layers import LOOK_AHEAD, KeyScore
+from lizard_layers import LOOK_AHEAD, InWindow, KeyScore, WindowForm
 from lizard_models.distill.arguments import RunArguments, total_steps
 from lizard_models.distill.key_labels import TeacherAttention, key_labels
 from lizard_models.distill.score_files import SCORES, load_scores, save_scores
@@ -26,6 +26,7 @@ from lizard_models.model.layer_loss import gradients_at_once
 from lizard_models.recipes import Stage0Config
 from lizard_ops import apply_rotary
 
+STATISTICS = 3  # of keys and values, of which the linear term is made
 SAMPLE = 4  # rows by which labels are standardised and the linear term starts
 RIDGE = 1e-3
 
@@ -52,15 +53,21 @@ class LayerKeys(NamedTuple):
     v: Tensor  # [B, T, Hk, D]
     attention: TeacherAttention
 
+    def seen(self, score: Any) -> InWindow | None:
+        """What ``score`` reads of the window, if it does: the teacher's own queries and keys."""
+        return None if score.received is None else InWindow(self.attention.q, self.attention.k)
+
 
 def key_scores(model: LizardCausalLM, score_dim: int = 128) -> nn.ModuleList:
-    """A fresh ``KeyScore`` for each converted layer, first to last, on the device of the layer."""
+    """A fresh ``KeyScore`` for each converted layer, first to last, on the device of the layer.
+
+    It reads what keys receive in their window where the layer's ``score_received`` says so.
+    """
     made = []
     for attention in model.lizard_attentions():
         shape = attention.lizard.config
-        score = KeyScore(
-            shape.hidden_size, shape.num_key_heads, shape.head_dim, score_dim=score_dim, seed=attention.layer_idx
-        )
+        sizes = (shape.hidden_size, shape.num_key_heads, shape.head_dim, score_dim, attention.layer_idx)
+        score = KeyScore(*sizes, received=WindowForm.of(shape) if shape.score_received else None)
         made.append(score.to(attention.q_proj.weight.device))
     return nn.ModuleList(made)
 
@@ -188,18 +195,21 @@ class ScoreTransfer(nn.Module):
 
         def look(number: int, attention: LizardAttention, keys: LayerKeys) -> None:
             score: Any = self.scores[number]
-            facts = score.statistics(keys.k, keys.v)[:, self.labels.counted(attention, keys)]
+            seen = keys.seen(score)
+            facts = score.statistics(keys.k, keys.v) if seen is None else score.facts(keys.k, keys.v, seen)
+            facts = facts[:, self.labels.counted(attention, keys)]
             found[number].append((facts.flatten(0, 1), self.labels.made(attention, keys).flatten(0, 1)))
 
         for row in rows.split(1):
             read_teacher(self.model, row, self.labels, look)
         self.means, self.deviations = [], []
         for score, parts in zip(self.scores, found, strict=True):
-            facts, labels = (torch.cat(part) for part in zip(*parts, strict=True))  # [n, Hk, 3], [n, Hk]
+            facts, labels = (torch.cat(part) for part in zip(*parts, strict=True))  # [n, Hk, 3 or 6], [n, Hk]
             mean, deviation = labels.mean(0), labels.std(0, correction=0).clamp(min=1e-6)
             self.means.append(mean)
             self.deviations.append(deviation)
-            start_linear(score, facts, (labels - mean) / deviation)
+            start_linear(score, facts[..., :STATISTICS], (labels - mean) / deviation)
+            start_received(score, facts)
 
     def scale_back(self) -> None:
         """Make the scores estimates of the labels as they are."""
@@ -219,6 +229,13 @@ def start_linear(score: Any, facts: Tensor, labels: Tensor) -> None:
     score.reset_parameters()
     score.linear_weight.copy_(weight)
     score.bias.copy_(labels.mean(0) - (weight * mean).sum(-1))
+
+
+def start_received(score: Any, facts: Tensor) -> None:
+    """Reset what ``score`` adds for what keys receive, if it does, by the facts [n, Hk, 6] of a sample."""
+    if score.received is not None:
+        score.received.reset_parameters()
+        score.received.standardise(facts)
 
 
 @torch.no_grad()
@@ -252,8 +269,8 @@ def score_fit(
 
 def predicted(score: Any, attention: LizardAttention, keys: LayerKeys, labels: Labels) -> Tensor:
     """Scores [B, n, Hk] of the keys that ``labels`` counts."""
-    delayed = score(keys.x, keys.k, keys.v)[0]
-    return delayed[:, labels.counted(attention, keys, ahead=LOOK_AHEAD)]
+    delayed = score(keys.x, keys.k, keys.v, seen=keys.seen(score))[0]
+    return delayed[:, labels.counted(attention, keys, ahead=score.delay)]
 
 
 @torch.no_grad()
@@ -329,10 +346,13 @@ def check_scores(model: LizardCausalLM, scores: nn.ModuleList) -> None:
         came = tuple(getattr(score, name, None) for name in ("hidden_size", "num_key_heads", "head_dim"))
         if came != wanted:
             raise ValueError(f"scores: of layer {attention.layer_idx} got sizes {came}, wanted {wanted}")
+        form = WindowForm.of(config) if config.score_received else None
+        if score.window_form != form:
+            raise ValueError(f"scores: of layer {attention.layer_idx} read {score.window_form}, wanted {form}")
         if config.window <= LOOK_AHEAD:
             raise ValueError(
-                f"window={config.window} of layer {attention.layer_idx}: scores are known {LOOK_AHEAD} tokens after "
-                f"their keys, wanted a window of at least {LOOK_AHEAD + 1}"
+                f"window={config.window} of layer {attention.layer_idx}: scores read {LOOK_AHEAD} tokens after their "
+                f"keys, wanted a window of at least {LOOK_AHEAD + 1}"
             )
 
 

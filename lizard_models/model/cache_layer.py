@@ -66,7 +66,7 @@ class LizardCacheLayer(CacheLayerMixin):
             outputs.append(self._read(attention, before, piece, blocks))
             before, self._rollback = self.state, Rollback(self.state, self.recall)
         piece = tuple(None if t is None else t[:, early:] for t in inputs)
-        self._rollback.record(attention, piece)
+        self._rollback.record(attention, piece, late_blocks)
         outputs.append(self._read(attention, before, piece, late_blocks))
         return torch.cat(outputs, 1)
 

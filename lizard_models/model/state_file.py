@@ -29,7 +29,10 @@ ANY_CONFIG = {
     "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "quantization_config",
     "return_dict", "output_hidden_states", "output_attentions", "tie_word_embeddings", "id2label", "label2id",
 }  # fmt: skip
-ADDED = {"attention.kept_keys": 0, "attention.score_dim": 128}  # fields that earlier versions did not write
+ADDED = {  # fields that earlier versions did not write
+    "attention.kept_keys": 0, "attention.score_dim": 128,
+    "attention.score_received": False, "attention.score_stride": 8,
+}  # fmt: skip
 ANY_ATTENTION = {"impl", "positions", "position_limit", "position_step"}
 PIECE = 1 << 20  # numbers summed at a time
 

@@ -36,6 +36,13 @@ FORMS = {
     "window_only": dict(linear_branch=False, anchors=2, num_sinks=2),
     "kept": dict(kept_keys=3, anchors=2, merge_bias="head_and_token", score_dim=6),
     "kept_beside_all": dict(kept_keys=2, coverage="all", mix="sum", gate="scalar", key_map="query_head", score_dim=6),
+    "received": dict(
+        kept_keys=3, anchors=2, merge_bias="head_and_token", score_dim=6, score_received=True, score_stride=2,
+    ),
+    "received_by_each": dict(
+        kept_keys=2, coverage="all", mix="sum", gate="scalar", key_map="query_head", score_dim=6, anchors=1,
+        linear_rope=True, score_received=True, score_stride=1,
+    ),
 }  # fmt: skip
 
 
@@ -50,7 +57,17 @@ def layer(
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter += 0.3 * torch.randn_like(parameter)
+            if made.config.score_received:
+                disturb_facts(made)
     return made
+
+
+def disturb_facts(made: HybridAttention) -> None:
+    """Move the buffers off their start too, and let what keys receive say much."""
+    term = made.key_score.received
+    term.mean.copy_(torch.randn_like(term.mean) - 1)
+    term.deviation.copy_(0.5 + torch.rand_like(term.deviation))
+    term.outer_weight.mul_(4)
 
 
 def inputs(length: int, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 1):
@@ -88,7 +105,7 @@ def as_formulas_read(made: HybridAttention, x, q, k, v, rope) -> torch.Tensor:
 def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     config = made.config
     near = [j for j in range(i + 1) if j > i - config.window or j < config.anchors]
-    kept = kept_keys(made, x, k, v, b, hk, i)
+    kept = kept_keys(made, x[b], k[b], v[b], wq[b], wk[b], hk, i)
     window_keys = near + kept
     scores = torch.stack([wq[b, i, h] @ wk[b, j, hk] for j in window_keys]) / math.sqrt(config.head_dim)
     sinks = ZERO[None][:0]
@@ -133,22 +150,61 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     return share * o_linear + (1 - share) * o_window
 
 
-def kept_keys(made, x, k, v, b, hk, i) -> list[int]:
-    """The best of the keys that have left the window of query i, larger score first, then the earlier position."""
+def kept_keys(made, x, k, v, wq, wk, hk, i) -> list[int]:
+    """The best of the keys that have left the window of query i, larger score first, then the earlier position.
+
+    Of one row; wq, wk: queries and keys as the window branch sees them.
+    """
     config = made.config
     gone = range(config.anchors, i - config.window + 1) if config.kept_keys else []
-    best = sorted(gone, key=lambda j: (-key_score(made.key_score, x[b], k[b, :, hk], v[b, :, hk], hk, j).item(), j))
-    return best[: config.kept_keys]
+
+    def score(j: int) -> float:
+        found = key_score(made.key_score, x, k[:, hk], v[:, hk], hk, j)
+        return (found + received_term(made, k, v, wq, wk, hk, j)).float().item()
+
+    return sorted(gone, key=lambda j: (-score(j), j))[: config.kept_keys]
+
+
+def key_facts(k, v, j):
+    """Log norms of key j and its value, and its likeness to the mean key."""
+    mean = sum(y / y.norm() for y in k[: j + 1])
+    return torch.stack([k[j].norm().log(), v[j].norm().log(), k[j] @ mean / (k[j].norm() * mean.norm())])
 
 
 def key_score(made, x, k, v, hk, j):
-    """The score of key j of one row and key head, as the docstring of ``KeyScore`` has it, rounded to float32."""
+    """The score of key j of one row and key head, as the docstring of ``KeyScore`` has it."""
     around = [x[j + o] if j + o >= 0 else torch.zeros_like(x[0]) for o in (-1, 0, 1, 2)]
     inner = sum(w @ y for w, y in zip(made.inner_weight, around, strict=True)) + made.inner_bias
     inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
-    mean = sum(y / y.norm() for y in k[: j + 1])
-    facts = torch.stack([k[j].norm().log(), v[j].norm().log(), k[j] @ mean / (k[j].norm() * mean.norm())])
-    return (made.outer_weight[hk] @ inner + made.linear_weight[hk] @ facts + made.bias[hk]).float()
+    return made.outer_weight[hk] @ inner + made.linear_weight[hk] @ key_facts(k, v, j) + made.bias[hk]
+
+
+def received_facts(config, wq, wk, hk, j):
+    """What key j of one row receives inside its window, by the formulas of ``lizard_layers.received``."""
+    window, group = config.window, config.num_heads // config.num_key_heads
+    total, late, largest = 0.0, 0.0, 0.0
+    for i in range(j + 2, min(j + window, len(wq))):
+        if i % config.score_stride != config.score_stride - 1:
+            continue
+        near = [l for l in range(i + 1) if l > i - window or l < config.anchors]
+        for h in range(hk * group, (hk + 1) * group):
+            logits = [(wq[i, h] @ wk[l, hk]).item() * (config.scale or config.head_dim**-0.5) for l in near]
+            if config.softcap is not None:
+                logits = [config.softcap * math.tanh(logit / config.softcap) for logit in logits]
+            weight = math.exp(logits[near.index(j)]) / sum(map(math.exp, logits))
+            total, largest = total + weight, max(largest, weight)
+            late += weight if i >= j + 3 * window // 4 else 0.0
+    return torch.tensor([math.log(max(t, 1e-7)) for t in (total, late, largest)], dtype=torch.float64)
+
+
+def received_term(made, k, v, wq, wk, hk, j):
+    """What is added to the score of key j of one row and key head where scores read what keys receive."""
+    if not made.config.score_received:
+        return ZERO
+    term = made.key_score.received
+    facts = torch.cat([key_facts(k[:, hk], v[:, hk], j), received_facts(made.config, wq, wk, hk, j)])
+    inner = term.inner_weight[hk].T @ ((facts - term.mean[hk]) / term.deviation[hk]) + term.inner_bias[hk]
+    return term.outer_weight[hk] @ (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2)
 
 
 def assert_same_state(found: State, wanted: State, **tolerance: float) -> None:

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from layer_checks import SHAPE, as_formulas_read, assert_same_state, inputs
+from layer_checks import SHAPE, as_formulas_read, assert_same_state, disturb_facts, inputs
 
 from lizard_layers import AttentionConfig, HybridAttention
 
@@ -11,6 +11,8 @@ CHOICES = dict(
     window=st.integers(1, 9),
     anchors=st.integers(0, 3),
     kept_keys=st.sampled_from([0, 0, 2, 5]),
+    score_received=st.booleans(),
+    score_stride=st.integers(1, 4),
     window_rope=st.booleans(),
     linear_rope=st.booleans(),
     num_sinks=st.integers(0, 2),
@@ -47,6 +49,8 @@ def test_any_sound_choices(choices, length, data):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
+        if made.key_score is not None and config.score_received:
+            disturb_facts(made)
         x, q, k, v, rope = inputs(length, batch=1)
         whole, end = made(x, q, k, v, rope, use_state=True)
         torch.testing.assert_close(whole, as_formulas_read(made, x, q, k, v, rope), rtol=1e-8, atol=1e-8)

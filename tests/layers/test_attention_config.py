@@ -15,6 +15,7 @@ REFUSED = {
     "anchors must not be negative": dict(anchors=-1),
     "kept_keys must not be negative": dict(kept_keys=-1),
     "score_dim must be at least 1": dict(score_dim=0),
+    "score_stride must be at least 1": dict(score_stride=0),
     "kept_keys=3 leaves the other keys to the linear branch": dict(kept_keys=3, linear_branch=False),
     'kept_keys=3 needs gate_form="stable"': dict(kept_keys=3, gate_form="absorbed", feature_activation="exp"),
     "kept_keys=3 needs a window of at least 3, got 2": dict(kept_keys=3, window=2),
@@ -60,8 +61,8 @@ def test_the_limit_of_positions_may_be_as_short_as_window_and_anchors():
 def test_what_is_chosen_where_nothing_is_said():
     """A default that changes would change every saved configuration that does not name it."""
     assert dataclasses.asdict(AttentionChoices()) == dict(
-        window=128, anchors=0, kept_keys=0, score_dim=128, window_rope=True, positions="true", position_limit=None,
-            position_step=None,
+        window=128, anchors=0, kept_keys=0, score_dim=128, score_received=False, score_stride=8, window_rope=True,
+            positions="true", position_limit=None, position_step=None,
         linear_rope=False, num_sinks=0, sinks_per_head=False, sink_form="exp", sink_init=0.0, sink_spread=1.0,
         linear_branch=True, coverage="outside", normalize=True, feature_activation="softmax",
         feature_projection="per_head", tie_features=False, key_map="key_head", feature_dim=None,

@@ -74,7 +74,10 @@ def test_empty_state_has_the_shape_of_every_later_one(form):
         assert a.shape == first[name].shape and a.dtype == first[name].dtype, name
 
 
-@pytest.mark.parametrize("form", ["recommended", "paper", "channel", "one_sided", "linear_rope", "window_only", "kept"])
+PADDED = ["recommended", "paper", "channel", "one_sided", "linear_rope", "window_only", "kept", "received"]
+
+
+@pytest.mark.parametrize("form", PADDED)
 def test_padding_anywhere_changes_nothing(form):
     made = layer(form)
     mask = torch.ones(4, 12, dtype=torch.bool)
@@ -95,7 +98,7 @@ def test_padding_anywhere_changes_nothing(form):
         assert state.position.tolist() == [7, 7, 8, 0]
 
 
-@pytest.mark.parametrize("form", ["recommended", "paper", "one_sided", "linear_rope", "window_only"])
+@pytest.mark.parametrize("form", ["recommended", "paper", "one_sided", "linear_rope", "window_only", "received"])
 def test_packed_sequences_do_not_meet(form):
     made, (x, q, k, v, _) = layer(form), inputs(14, batch=1)
     ends = torch.tensor([0, 6, 7, 14])

@@ -98,6 +98,53 @@ def test_what_the_input_says_is_learned(tmp_path, monkeypatch):
     assert min(result.r2[0]) > 0.7
 
 
+def test_what_a_key_receives_is_learned(tmp_path, monkeypatch):
+    """Labels that are a bent function of it, on rows that were not trained on, beside scores that do not read it."""
+
+    def labels(self, attention, keys):
+        config, a = attention.lizard.config, keys.attention
+        length, group = a.q.shape[1], config.num_heads // config.num_key_heads
+        logits = torch.einsum("bihd,bjhd->bhij", a.q, a.k.repeat_interleave(group, 2)) * a.scale
+        queries, behind = torch.arange(length)[:, None], torch.arange(length)[:, None] - torch.arange(length)
+        seen = (behind >= 0) & ((behind < config.window) | (torch.arange(length) < config.anchors))
+        weights = torch.where(seen, logits, -torch.inf).softmax(-1)
+        counted = (behind >= 2) & (behind < config.window) & (queries % 2 == 1)
+        total = (weights * counted).sum(2).unflatten(1, (-1, group)).sum(2).transpose(1, 2)  # [B, j, Hk]
+        return 2 * (total[:, config.anchors : length - config.window - 7].clamp(min=1e-4).log() + 2).abs() + 5
+
+    monkeypatch.setattr(stage0.Labels, "made", labels)
+    recipe, r2 = dataclasses.replace(RECIPE, max_steps=120, batch_size=8, learning_rate=1e-2), {}
+    for received in (False, True):
+        model = fresh(num_hidden_layers=1, attention=dict(score_received=received, score_stride=2))
+        run = arguments(tmp_path / str(received))
+        r2[received] = train_stage0(model, key_scores(model, 8), Sequences(64), run, recipe, tokens(8, 48, seed=9)).r2
+    assert min(r2[True][0]) > 0.8 and max(r2[False][0]) < 0.5
+
+
+def test_scores_are_those_of_the_trained_term_in_use(tmp_path):
+    """Scores that stage 0 fits are the ones a layer has of the same text: they choose the same keys, step by step."""
+    choices = dict(score_received=True, score_stride=2, kept_keys=4, score_dim=8)
+    model = fresh(num_hidden_layers=1, attention=choices)
+    scores, row = key_scores(model, 8), tokens(1, 48, seed=9)
+    train_stage0(model, scores, Sequences(16), arguments(tmp_path), dataclasses.replace(RECIPE, max_steps=10))
+    (attention,), given = model.lizard_attentions(), {}
+    attention.lizard.key_score.load_state_dict(scores[0].state_dict())
+    model.set_attention_mode("teacher")
+    read_teacher(model, row, labels_of(RECIPE), lambda number, attention, keys: given.update({"keys": keys}))
+    model.set_attention_mode("student")
+    keys, config = given["keys"], attention.lizard.config
+    known = scores[0](keys.x, keys.k, keys.v, seen=keys.seen(scores[0]))[0][0, config.window - 1 :]  # of keys 0 to 40
+    gone = known[config.anchors : 48 - config.window]  # keys that have left the window of the last token
+    with torch.no_grad():
+        cache = model(row[:, :30]).past_key_values
+        for t in range(30, 48):
+            cache = model(row[:, t : t + 1], past_key_values=cache).past_key_values
+    held = cache.layers[0].state.attention
+    best, places = gone.topk(4, 0)
+    assert torch.equal(held.kept_positions[0].sort(0)[0], (places + config.anchors).sort(0)[0])
+    torch.testing.assert_close(held.kept_scores[0].sort(0, descending=True)[0], best, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_are_of_the_teachers_own_attention(family):
     """The tensors that labels are made of give each layer's output, whatever the family does to its heads."""
@@ -179,6 +226,9 @@ def test_what_is_refused(tmp_path):
         score_fit(model, nn.ModuleList(list(key_scores(model))[:2]), tokens(1, 48))
     with pytest.raises(ValueError, match=r"scores: of layer 0 got sizes \(64, 2, 8\), wanted \(64, 2, 16\)"):
         score_fit(model, nn.ModuleList(KeyScore(64, 2, 8) for _ in range(3)), tokens(1, 48))
+    received = fresh(attention=dict(score_received=True))
+    with pytest.raises(ValueError, match=r"scores: of layer 0 read None, wanted WindowForm\(window=\d+, .*stride=8"):
+        score_fit(received, key_scores(model), tokens(1, 48))
     with pytest.raises(ValueError, match="rows of 19 tokens, wanted at least 20, .* label_queries=8"):
         score_fit(model, key_scores(model), tokens(1, 19), RECIPE)
     assert model.mode == "student"

@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "recommended": dict(attention=MOVING),
     "untrained": dict(attention=SMALL, seed=None, window=24),
     "kept": dict(attention=MOVING, softmax_layers=(1,)),
-    "keys": dict(attention=MOVING | dict(kept_keys=3, score_dim=6)),
+    "keys": dict(attention=MOVING | dict(kept_keys=3, score_dim=6, score_received=True, score_stride=3)),
     "keys beside all": dict(
         preset="paper", attention=dict(feature_dim=8, kept_keys=4, score_dim=6, gate="key_head"), softmax_layers=(1,)
     ),

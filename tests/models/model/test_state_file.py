@@ -111,8 +111,8 @@ def test_files_of_before_keys_were_kept(saved):
     model, path = saved
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
-    for name in ("attention.kept_keys", "attention.score_dim"):
-        del config[name]
+    for name in ("kept_keys", "score_dim", "score_received", "score_stride"):
+        del config[f"attention.{name}"]
     rewrite(path, config=json.dumps(config))
     assert load_state(path, model).get_seq_length() == 20
     with pytest.raises(ValueError, match="made by another model: attention.kept_keys=0, here 5"):
