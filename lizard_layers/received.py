@@ -66,12 +66,10 @@ class ReceivedTerm(Float32Module):
 
         t_jh = c_h . gelu(A_h (f_jh - m_h) / d_h + b_h)
 
-    f are the statistics of ``KeyScore`` and those of what the key received. m and d, mean and deviation, are buffers
-    that stage 0 sets by its first rows. c = 0 at the start. ``seed``: of A, a normal of variance 1 / facts.
+    f are the statistics of ``KeyScore`` and those of what the key received. m and d, mean and deviation, are set by
+    stage 0 from its first rows (``standardise``) and not learned: no gradient reaches them. They are parameters, so
+    that whatever keeps parameters keeps them. c = 0 at the start. ``seed``: of A, a normal of variance 1 / facts.
     """
-
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(self, num_key_heads: int, facts: int = FACTS, width: int = NET_WIDTH, seed: int = 0) -> None:
         super().__init__()
@@ -79,8 +77,7 @@ class ReceivedTerm(Float32Module):
         self.inner_weight = float32_parameter(num_key_heads, facts, width)
         self.inner_bias = float32_parameter(num_key_heads, width)
         self.outer_weight = float32_parameter(num_key_heads, width)
-        for name in ("mean", "deviation"):
-            self.register_buffer(name, self.inner_weight.detach()[..., 0].clone())
+        self.mean, self.deviation = (float32_parameter(num_key_heads, facts) for _ in range(2))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -93,14 +90,14 @@ class ReceivedTerm(Float32Module):
             self.deviation.fill_(1.0)
 
     def standardise(self, facts: Tensor) -> None:
-        """Set mean and deviation to those of facts [n, Hk, F]."""
+        """Set mean and deviation to those of facts [n, Hk, F]; at least 0.01, for what does not vary here may later."""
         with torch.no_grad():
             self.mean.copy_(facts.mean(0))
-            self.deviation.copy_(facts.std(0, correction=0).clamp(min=1e-6))
+            self.deviation.copy_(facts.std(0, correction=0).clamp(min=0.01))
 
     def forward(self, facts: Tensor) -> Tensor:
         """facts [B, T, Hk, F] -> [B, T, Hk]."""
-        plain = (facts - self.mean) / self.deviation
+        plain = (facts - self.mean.detach()) / self.deviation.detach()
         inner = F.gelu(torch.einsum("bthf,hfw->bthw", plain, self.inner_weight) + self.inner_bias)
         return (inner * self.outer_weight).sum(-1)
 

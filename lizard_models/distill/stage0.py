@@ -27,6 +27,7 @@ from lizard_models.recipes import Stage0Config
 from lizard_ops import apply_rotary
 
 STATISTICS = 3  # of keys and values, of which the linear term is made
+MEASURED = (".received.mean", ".received.deviation")  # parameters of scores that ``start`` sets and nothing trains
 SAMPLE = 4  # rows by which labels are standardised and the linear term starts
 RIDGE = 1e-3
 
@@ -107,7 +108,8 @@ def train_stage0(
     mode = model.mode
     model.set_attention_mode("teacher")
     try:
-        with only_training(transfer, {name for name, p in transfer.named_parameters() if p in learned}):
+        names = {name for name, p in transfer.named_parameters() if p in learned and not name.endswith(MEASURED)}
+        with only_training(transfer, names):
             if not finished:
                 transfer.start(sample)
             done = run_stage(transfer, dataset, recipe, run, quantity="squared error")

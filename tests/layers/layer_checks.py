@@ -63,7 +63,7 @@ def layer(
 
 
 def disturb_facts(made: HybridAttention) -> None:
-    """Move the buffers off their start too, and let what keys receive say much."""
+    """Move mean and deviation far off their start, and let what keys receive say much."""
     term = made.key_score.received
     term.mean.copy_(torch.randn_like(term.mean) - 1)
     term.deviation.copy_(0.5 + torch.rand_like(term.deviation))

@@ -126,7 +126,15 @@ def test_scores_are_those_of_the_trained_term_in_use(tmp_path):
     choices = dict(score_received=True, score_stride=2, kept_keys=4, score_dim=8)
     model = fresh(num_hidden_layers=1, attention=choices)
     scores, row = key_scores(model, 8), tokens(1, 48, seed=9)
-    train_stage0(model, scores, Sequences(16), arguments(tmp_path), dataclasses.replace(RECIPE, max_steps=10))
+    recipe = dataclasses.replace(RECIPE, max_steps=10, weight_decay=0.5)
+    train_stage0(model, scores, Sequences(16), arguments(tmp_path), recipe)
+    other = key_scores(model, 8)
+    transfer = ScoreTransfer(model, other, labels_of(RECIPE))
+    model.set_attention_mode("teacher")
+    transfer.start(first_rows(Sequences(16), 4))
+    measured = other[0].received
+    assert torch.equal(scores[0].received.mean, measured.mean) and measured.mean.all()
+    assert torch.equal(scores[0].received.deviation, measured.deviation) and (measured.deviation != 1).all()
     (attention,), given = model.lizard_attentions(), {}
     attention.lizard.key_score.load_state_dict(scores[0].state_dict())
     model.set_attention_mode("teacher")

@@ -11,15 +11,15 @@ from lizard_models.runs.memory import lizard_bytes
 
 
 def reading(**attention):
-    """A student whose choice of keys depends on what they receive, its buffers as after a stage 0."""
+    """A student whose choice of keys depends on what they receive, its measures as after a stage 0."""
     choices = dict(kept_keys=5, score_dim=12, score_received=True, score_stride=2)
     model = student(attention=choices | attention)
     draw = torch.Generator().manual_seed(7)
     for attention in model.lizard_attentions():
         term = attention.lizard.key_score.received
-        term.mean.copy_(torch.randn(term.mean.shape, generator=draw) - 2)
-        term.deviation.copy_(0.5 + torch.rand(term.mean.shape, generator=draw))
         with torch.no_grad():
+            term.mean.copy_(torch.randn(term.mean.shape, generator=draw) - 2)
+            term.deviation.copy_(0.5 + torch.rand(term.mean.shape, generator=draw))
             term.outer_weight.mul_(20)
     return model
 
