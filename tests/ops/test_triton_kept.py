@@ -158,6 +158,42 @@ def test_operator_is_well_formed():
     torch.library.opcheck(kept_forward, (*inputs, 4, 2, True, "relative", True, "softmax", 0.25, 1.0, None))
 
 
+@pytest.mark.parametrize("given", ["expiry", "scores", "final"])
+def test_any_layout_of_every_argument(given):
+    """Rows between those of the other sequences, and channels that lie apart; "final": the kernels of states."""
+    x = make(b=2, t=40, hq=2, hk=1, dim=16, value=16, pre=16, gate=1, weight=True)
+    x = {name: t.to(DEVICE) for name, t in x.items()}
+    scores = torch.randn(x["k"].shape[:3], generator=torch.Generator().manual_seed(0)).round().to(DEVICE)
+    kept = {"expiry": expiry_of(x, 6, 1, 5)} if given == "expiry" else {"scores": scores, "score_delay": 2}
+
+    def between(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def apart(t):
+        wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
+        wide[..., ::2] = t
+        return wide[..., ::2]
+
+    def results(layout):
+        leaves = {name: t.clone().requires_grad_(given != "final") for name, t in x.items()}
+        laid = {name: layout(t) for name, t in leaves.items()}
+        more = {name: layout(t) if isinstance(t, torch.Tensor) else t for name, t in kept.items()}
+        weight = {"merge_bias": laid.pop("weight")}
+        o, state = chunk_hybrid_attn(
+            **laid, window=6, anchors=1, kept_keys=5, impl="triton", output_final_state=given == "final",
+            **more, **weight, **MERGE,
+        )  # fmt: skip
+        if state is not None:
+            return [o, *(t for t in state if t is not None)]
+        return [o, *torch.autograd.grad(o.square().sum(), list(leaves.values()))]
+
+    wanted = results(torch.Tensor.clone)
+    for layout in (between, apart):
+        for found, one in zip(results(layout), wanted, strict=True):
+            exact = DEVICE != "cuda"
+            torch.testing.assert_close(found, one, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+
+
 def test_empty_input():
     x = leaves_of(2, 0, 2, 1, 16, 16, 8, 1, weight=True)
     expiry = torch.zeros(2, 0, 1, dtype=torch.int64, device=DEVICE)

@@ -142,13 +142,15 @@ def output_kernel(
         p_phi = at(phi, batch, linear_row, head_k)
         if linear_v is None:
             p_v = at(v, batch, key_row + stream.start, head_k)
+            v_step = time_step(v)
         else:
             p_v = at(linear_v, batch, linear_row, head_k)
+            v_step = time_step(linear_v)
         for j in tl.range(0, r - start + BT, BN, num_stages=STAGES):
             row = start + j
             c = row + tl.arange(0, BN)
             b_phi = load_tile(p_phi, time_step(phi), row, length - stream.shift, BN, FP, BF).to(LINEAR_DTYPE)
-            b_v = load_tile(p_v, time_step(v), row, length - stream.shift, BN, V, BV).to(LINEAR_DTYPE)
+            b_v = load_tile(p_v, v_step, row, length - stream.shift, BN, V, BV).to(LINEAR_DTYPE)
             a = tl.dot(plus, tl.trans(b_phi), input_precision=PRECISION)
             if MAP != "identity":
                 b_phi = load_tile(p_phi + FP, time_step(phi), row, length - stream.shift, BN, FP, BF)
