@@ -10,16 +10,13 @@ from torch import Tensor
 
 from lizard_layers.config import AttentionConfig
 from lizard_layers.key_score import ReceivingState, ScoreState, empty_score_state
-from lizard_ops import AttentionState
+from lizard_ops import EMPTY_VALUES, AttentionState
 
 OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v", "kept_k", "kept_v", "kept_fk")
 """Tensors of a state in the dtype of keys and values."""
 
 OF_SCORES = ("kept_scores", "ring_scores", "score.key_sum")
 """Tensors of a state that keep their dtype, whatever that of keys and values."""
-
-FIRST = {"log_scale": -torch.inf, "kept_scores": -torch.inf, "kept_positions": -1}
-"""What stands in a state before the first token, where it is not zero."""
 
 
 class LayerState(NamedTuple):
@@ -79,7 +76,7 @@ def empty_state(
         fields |= {name: zeros(*places, dim) for name in ("kept_k", "kept_v")}
         fields |= {"kept_scores": zeros(*places, of=torch.float32), "kept_positions": zeros(*places, of=torch.int64)}
         fields["ring_scores"] = zeros(config.window - config.score_delay, key_heads, of=torch.float32)
-    for name, value in FIRST.items():
+    for name, value in EMPTY_VALUES.items():
         if name in fields:
             fields[name].fill_(value)
     if not config.kept_keys:
@@ -134,7 +131,7 @@ def overwrite_layer_state(state: State, new: State) -> State:
 def clear_state(state: State) -> None:
     """Put the state back in front of its first token, where its tensors lie."""
     for name, t in tensors_of(state).items():
-        t.fill_(FIRST.get(name, 0))
+        t.fill_(EMPTY_VALUES.get(name, 0))
 
 
 def select_sequences(state: State, indices: Tensor) -> State:

@@ -4,7 +4,7 @@ from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
-from lizard_ops.common.state import AttentionState, overwrite_state
+from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
 from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
@@ -20,6 +20,7 @@ from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
 
 __all__ = [
+    "EMPTY_VALUES",
     "NEVER",
     "AttentionState",
     "Compaction",

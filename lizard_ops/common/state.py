@@ -69,7 +69,11 @@ class AttentionState(NamedTuple):
     ring_scores: Tensor | None = None  # [N, W - score_delay, Hk] float32; slot t % (W - score_delay): what came with t
 
 
-EMPTY = {"log_scale": -math.inf, "kept_scores": -math.inf, "kept_positions": -1}  # fields that do not begin as zeros
+EMPTY_VALUES = {
+    "log_scale": -math.inf,
+    "kept_scores": -math.inf,
+    "kept_positions": -1,
+}  # fields that do not begin as zeros
 
 
 def overwrite_state(state: AttentionState, new: AttentionState) -> AttentionState:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lizard_ops.common.checks import STATE_DTYPES, work_dtype
 from lizard_ops.common.rows import Inputs, changed_rows
-from lizard_ops.common.state import EMPTY, AttentionState, map_fields
+from lizard_ops.common.state import EMPTY_VALUES, AttentionState, map_fields
 
 Step = Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]
 
@@ -44,7 +44,7 @@ def blank_state(like: Tensor, shapes: dict[str, tuple[int, ...]], dtypes: dict[s
     n = next(iter(shapes.values()))[0]
     dtypes = {name: kinds[0] for name, kinds in STATE_DTYPES.items()} | dtypes
     fields = {
-        name: like.new_full(shape, EMPTY.get(name, 0), dtype=dtypes.get(name, like.dtype))
+        name: like.new_full(shape, EMPTY_VALUES.get(name, 0), dtype=dtypes.get(name, like.dtype))
         for name, shape in shapes.items()
     }
     return AttentionState(torch.zeros(n, dtype=torch.int64, device=like.device), **fields)
