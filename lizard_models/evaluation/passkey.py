@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,22 +155,20 @@ def passkey_accuracy(
     accuracy = {}
     for length in lengths:
         pairs = passkey_examples(tokenizer, length, trials, keys=keys, seed=seed)
-        right, batch_size = 0, max(1, batch_tokens // length)
-        for group in _by_length(pairs):
-            for start in range(0, len(group), batch_size):
-                batch = group[start : start + batch_size]
-                prompts = torch.tensor([prompt for prompt, _ in batch], device=device)
-                answers = torch.tensor([answer for _, answer in batch], device=device)
-                generated = model.generate(
-                    prompts,
-                    attention_mask=torch.ones_like(prompts),
-                    max_new_tokens=answers.shape[1],
-                    min_new_tokens=answers.shape[1],
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id or 0,
-                )
-                right += int((generated[:, prompts.shape[1] :] == answers).all(1).sum())
-                advance(len(batch))
+        right = 0
+        for batch in _batches(pairs, max(1, batch_tokens // length)):
+            prompts = torch.tensor([prompt for prompt, _ in batch], device=device)
+            answers = torch.tensor([answer for _, answer in batch], device=device)
+            generated = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=answers.shape[1],
+                min_new_tokens=answers.shape[1],
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or 0,
+            )
+            right += int((generated[:, prompts.shape[1] :] == answers).all(1).sum())
+            advance(len(batch))
         accuracy[length] = right / trials
     return accuracy
 
@@ -200,21 +198,22 @@ def passkeys_found(
     shares = {}
     for length in lengths:
         pairs = passkey_examples(tokenizer, length, trials, seed=seed, texts=texts)
-        right, batch_size = 0, max(1, batch_tokens // length)
-        for group in _by_length(pairs):
-            for start in range(0, len(group), batch_size):
-                batch = group[start : start + batch_size]
-                read = torch.tensor([prompt + answer[:-1] for prompt, answer in batch], device=device)
-                answers = torch.tensor([answer for _, answer in batch], device=device)
-                logits = model(input_ids=read, use_cache=False, logits_to_keep=answers.shape[1]).logits
-                right += int((logits.argmax(-1) == answers).all(1).sum())
-                advance(len(batch))
+        right = 0
+        for batch in _batches(pairs, max(1, batch_tokens // length)):
+            read = torch.tensor([prompt + answer[:-1] for prompt, answer in batch], device=device)
+            answers = torch.tensor([answer for _, answer in batch], device=device)
+            logits = model(input_ids=read, use_cache=False, logits_to_keep=answers.shape[1]).logits
+            right += int((logits.argmax(-1) == answers).all(1).sum())
+            advance(len(batch))
         shares[length] = right / trials
     return shares
 
 
-def _by_length(pairs: list[tuple[list[int], list[int]]]) -> list[list[tuple[list[int], list[int]]]]:
+def _batches(pairs: list[tuple[list[int], list[int]]], size: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """At most ``size`` prompts with answers of one length at a time."""
     groups: dict[int, list[tuple[list[int], list[int]]]] = {}
     for pair in pairs:
         groups.setdefault(len(pair[1]), []).append(pair)
-    return list(groups.values())
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
