@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lizard_ops.hybrid_attn.arguments import HybridOptions
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.tiles.places import Stream
 
@@ -55,6 +56,12 @@ class FusedOptions(NamedTuple):
     scale: float
     feature_scale: float
     softcap: float | None
+
+
+def chosen(options: HybridOptions) -> dict[str, Any]:
+    """The arguments of an operator that are ``FusedOptions``."""
+    mix = options.merge_mass if options.mix == "merge" else options.mix
+    return {name: mix if name == "mix" else getattr(options, name) for name in FusedOptions._fields}
 
 
 def describe(x: FusedInputs, options: FusedOptions) -> tuple[FusedShape, Stream]:

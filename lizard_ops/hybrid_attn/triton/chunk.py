@@ -9,6 +9,7 @@ from lizard_ops.common.rows import changed_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, offset_fields, window_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
+from lizard_ops.hybrid_attn.triton.call import chosen
 from lizard_ops.hybrid_attn.triton.composed import composed_hybrid
 from lizard_ops.hybrid_attn.triton.kept_chunk import kept_hybrid
 from lizard_ops.hybrid_attn.triton.kept_state import kept_between_states
@@ -60,16 +61,8 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         position=layout.position if carried else None,
         cu_seqlens=cu_seqlens,
         lengths=lengths,
-        window=options.window,
-        anchors=options.anchors,
-        outside=options.outside,
-        mix=options.merge_mass if options.mix == "merge" else options.mix,
-        normalize=options.normalize,
-        feature_map=options.feature_map,
-        scale=options.scale,
-        feature_scale=options.feature_scale,
+        **chosen(options),
         final=options.output_final_state,
-        softcap=options.softcap,
         log_scale=state.log_scale,
     )
     final = None

@@ -10,6 +10,7 @@ from lizard_ops.common.padding import compact, compaction, restore
 from lizard_ops.common.rows import changed_rows
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, expiry_options
 from lizard_ops.hybrid_attn.chunk_torch import check_places
+from lizard_ops.hybrid_attn.triton.call import chosen
 from lizard_ops.hybrid_attn.triton.kept_op import kept_forward
 from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs
 from lizard_ops.key_expiry.triton.chunk import expiry_triton
@@ -44,15 +45,7 @@ def kept_hybrid(inputs: HybridInputs, weight: Tensor | None, options: HybridOpti
         lengths=lengths,
         expiry=expiry,
         kept_keys=options.kept_keys or 0,
-        window=options.window,
-        anchors=options.anchors,
-        outside=options.outside,
-        mix=options.merge_mass if options.mix == "merge" else options.mix,
-        normalize=options.normalize,
-        feature_map=options.feature_map,
-        scale=options.scale,
-        feature_scale=options.feature_scale,
-        softcap=options.softcap,
+        **chosen(options),
     )
     return o if mask is None else restore(o, plan)
 

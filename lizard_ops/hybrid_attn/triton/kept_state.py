@@ -20,6 +20,7 @@ from lizard_ops.common.streams import Layout, anchor_rows, final_ring, gather_ro
 from lizard_ops.gated_attn.expiring import Decays, decays_of
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.expiring import with_expiries
+from lizard_ops.hybrid_attn.triton.call import chosen
 from lizard_ops.hybrid_attn.triton.fwd import hybrid_output
 from lizard_ops.hybrid_attn.triton.kept_gates import entering_gates
 from lizard_ops.hybrid_attn.triton.kept_index import entering, index_of
@@ -80,15 +81,7 @@ def of_rows(
         lengths=lengths,
         expiry=x.expiry,
         kept_keys=options.kept_keys or 0,
-        window=options.window,
-        anchors=options.anchors,
-        outside=options.outside,
-        mix=options.merge_mass if options.mix == "merge" else options.mix,
-        normalize=options.normalize,
-        feature_map=options.feature_map,
-        scale=options.scale,
-        feature_scale=options.feature_scale,
-        softcap=options.softcap,
+        **chosen(options),
         final=final,
     )
     if not final:
