@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.arguments import PLACES, HybridInputs, HybridOptions, hybrid_arguments
 from lizard_ops.hybrid_attn.naive import naive_hybrid
+from lizard_ops.hybrid_attn.places import on_padded_places
 
 
 def chunk_hybrid_attn(
@@ -43,7 +46,7 @@ def chunk_hybrid_attn(
     scores: Tensor | None = None,
     score_delay: int = 0,
     expiry: Tensor | None = None,
-    kept_keys: int | None = None,
+    kept_keys: int | Sequence[int] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
     """A gated linear branch and a window branch over the same values, mixed: a Lizard layer's attention.
@@ -103,7 +106,8 @@ def chunk_hybrid_attn(
             ``key_expiry`` gives it; None without scores is the key's position + window. Anchors never expire, whatever
             theirs says. Without initial_state and output_final_state. The kernels have no gate per channel with either.
         kept_keys: with scores, how many keys of a head they keep, >= 1; with expiry, the most that it keeps alive
-            beyond window and anchors at any query, >= 0; None or 0 without either.
+            beyond window and anchors at any query, >= 0; None or 0 without either. A number for every key head, or one
+            for each: with scores some may be 0, and a state holds as many keys as they are together.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
 
     Under autocast q, k, v, fq and fk take its dtype; sums, gates, weights and states stay float32.
@@ -143,7 +147,7 @@ def chunk_hybrid_attn(
     else:
         from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch as form
     with without_autocast(q):
-        return form(inputs, options)
+        return on_padded_places(form, inputs, options)
 
 
 def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
@@ -194,7 +198,7 @@ def recurrent_hybrid_attn(
     padding_mask: Tensor | None = None,
     scores: Tensor | None = None,
     score_delay: int = 0,
-    kept_keys: int | None = None,
+    kept_keys: int | Sequence[int] | None = None,
     inplace: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
@@ -229,6 +233,7 @@ def recurrent_hybrid_attn(
     if inplace:
         check_inplace(inputs, gradients, impl)
     beyond = {
+        "different numbers of kept keys in a decode step": isinstance(options.kept_keys, tuple),
         "a gate per channel with kept keys": scores is not None and inputs.g is not None and inputs.g.ndim == 4,
         'sink_form="linear"': linear_sinks_of(inputs, options) is not None,
         "float64 tensors": float64_of(q) is not None,
@@ -238,8 +243,9 @@ def recurrent_hybrid_attn(
     }
     chosen = choose_impl(until_run(impl, inputs), q, next((what for what, holds in beyond.items() if holds), None))
     if chosen == "naive":
-        form = naive_hybrid
-    elif chosen == "triton":
+        with without_autocast(q):
+            return on_padded_places(naive_hybrid, inputs, options)
+    if chosen == "triton":
         from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton as form
     else:
         from lizard_ops.hybrid_attn.recurrent import recurrent_hybrid_torch as form

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.features import FEATURE_MAPS, feature_dim
+from lizard_ops.common.places import checked_places, most
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
 from lizard_ops.key_expiry.arguments import ExpiryOptions, ExpiryState
@@ -86,7 +87,7 @@ class HybridOptions(NamedTuple):
     output_final_state: bool = False
     gate_form: str = "stable"
     inplace: bool = False
-    kept_keys: int | None = None  # with an expiry, or scores
+    kept_keys: Any = None  # with an expiry, or scores: a number or one per key head, ``Places`` once checked
     score_delay: int = 0
 
     @property
@@ -112,7 +113,7 @@ class HybridOptions(NamedTuple):
         """The window branch's."""
         return WindowOptions(
             window=self.window, anchors=self.anchors, sink_form=self.sink_form, scale=self.scale, softcap=self.softcap,
-            output_final_state=self.output_final_state, kept_keys=self.kept_keys or 0,
+            output_final_state=self.output_final_state, kept_keys=most(self.kept_keys),
         )  # fmt: skip
 
 
@@ -124,25 +125,20 @@ def linear_inputs(inputs: HybridInputs, options: HybridOptions) -> GatedInputs:
 
 
 def kept_places(inputs: HybridInputs, options: HybridOptions) -> int:
-    """How many keys of a head the scores keep exact beyond window and anchors; 0 without scores."""
-    if inputs.scores is None:
-        return 0
-    assert options.kept_keys is not None
-    return options.kept_keys
+    """How many keys of a head, of that which has most, the scores keep exact beyond window and anchors; 0 without."""
+    return 0 if inputs.scores is None else most(options.kept_keys)
 
 
 def expiry_options(options: HybridOptions) -> ExpiryOptions:
     """Those of the key expiry of scores, for which a key stands where its score does, later by score_delay."""
     delay = options.score_delay
-    assert options.kept_keys is not None
     return ExpiryOptions(options.window - delay, options.anchors + delay, options.kept_keys, options.output_final_state)
 
 
 def scored_state_shapes(inputs: HybridInputs, options: HybridOptions, n: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the state fields that a call with scores has beyond one without; g as ``check_gate`` returns it."""
     q, k, v, g, waiting = inputs.q, inputs.k, inputs.v, inputs.g, options.window - options.score_delay
-    places = kept_places(inputs, options)
-    shapes = checks.kept_state_shapes(n, k, v, places, waiting, inputs.fk.shape[3], g, options.outside)
+    shapes = checks.kept_state_shapes(n, k, v, options.kept_keys, waiting, inputs.fk.shape[3], g, options.outside)
     return shapes | ({"log_scale": (n, checks.state_heads(q, v, g))} if options.outside else {})
 
 
@@ -156,19 +152,27 @@ def scored_state(state: AttentionState | None, options: HybridOptions) -> Expiry
     return ExpiryState(state.position, state.kept_scores, arrived, state.ring_scores)
 
 
+def places_of(inputs: HybridInputs, options: HybridOptions) -> Any:
+    """kept_keys as ``Places``: with scores one of them at least, with an expiry any number or None, else None or 0."""
+    kept_keys, heads = options.kept_keys, inputs.v.shape[2]
+    if inputs.scores is not None:
+        checks.want(kept_keys is not None, "kept_keys", kept_keys, "a number >= 1 with scores")
+        return checked_places(kept_keys, heads, 1)
+    if inputs.expiry is not None and kept_keys is not None:
+        return checked_places(kept_keys, heads, 0)
+    checks.want(kept_keys in (None, 0), "kept_keys", kept_keys, PLACES)
+    return kept_keys
+
+
 def check_scores(inputs: HybridInputs, options: HybridOptions) -> Tensor | None:
     """Scores [B, T, Hk] as float32 without a graph, and what comes with them."""
     scores, v, delay, mask = inputs.scores, inputs.v, options.score_delay, inputs.padding_mask
     checks.check_count("score_delay", delay, 0)
     checks.want(delay < options.window, "score_delay", delay, f"less than the window, {options.window}")
     if scores is None:
-        fits = inputs.expiry is not None or options.kept_keys in (None, 0)
-        checks.want(fits, "kept_keys", options.kept_keys, PLACES)
         return None
     checks.check_tensor("scores", scores, v.shape[:3], v, checks.FLOATS)
     checks.want(inputs.expiry is None, "expiry", inputs.expiry, "None with scores, which say when keys expire")
-    checks.want(options.kept_keys is not None, "kept_keys", options.kept_keys, "a number >= 1 with scores")
-    checks.check_count("kept_keys", options.kept_keys, 1)
     checks.want(options.gate_form != "absorbed", "gate_form", options.gate_form, '"stable" with scores')
     if checks.may_read(scores) and (mask is None or checks.has_values(mask)):
         real = scores.detach() if mask is None else scores.detach()[mask]
@@ -197,8 +201,6 @@ def check_expiry(inputs: HybridInputs, options: HybridOptions) -> None:
     checks.want(state is None, "initial_state", type(state).__name__, "None with expiry; scores carry a state")
     checks.want(not final, "output_final_state", final, "False with expiry; scores leave a state")
     checks.want(options.gate_form != "absorbed", "gate_form", options.gate_form, '"stable" with expiry')
-    if options.kept_keys is not None:
-        checks.check_count("kept_keys", options.kept_keys, 0)
     if not checks.may_read(expiry) or not all(x is None or checks.has_values(x) for x in (mask, ends)):
         return
     at = torch.arange(v.shape[1], device=v.device).expand(v.shape[:2])
@@ -240,6 +242,7 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
     shapes |= checks.linear_state_shapes(
         sequences, q, fk.shape[3], v, g, options.offset, features, options.feature_map
     )  # fmt: skip
+    options = options._replace(kept_keys=places_of(inputs, options))
     scores = check_scores(inputs, options)
     if scores is not None:
         shapes |= scored_state_shapes(inputs._replace(g=g), options, sequences)

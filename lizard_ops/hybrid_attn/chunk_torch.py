@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.places import each
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import layout_of
@@ -42,8 +43,11 @@ def check_places(expiry: Tensor, lengths: Tensor | None, options: HybridOptions)
     row = torch.arange(length, device=expiry.device).view(1, -1, 1)
     is_key = row >= options.anchors if lengths is None else (row >= options.anchors) & (row < lengths.view(-1, 1, 1))
     alive = most_living(expiry.masked_fill(~is_key, 0), options.window)
-    wanted = f"at least {alive}: as many keys of a head are alive beyond the window at one query"
-    checks.want(alive <= (options.kept_keys or 0), "kept_keys", options.kept_keys, wanted)
+    places = each(options.kept_keys or 0, expiry.shape[2])
+    told = alive if isinstance(options.kept_keys, tuple) else max(alive)
+    wanted = f"at least {told}: as many keys of a head are alive beyond the window at one query"
+    fits = all(n <= count for n, count in zip(alive, places, strict=True))
+    checks.want(fits, "kept_keys", options.kept_keys, wanted)
     leaving = torch.where(is_key & (expiry < length), expiry, length)
     count = expiry.new_zeros(expiry.shape[0], length + 1, expiry.shape[2])  # the last row is of none of these queries
     count.scatter_add_(1, leaving, torch.ones_like(leaving))

@@ -10,11 +10,11 @@ from torch import Tensor
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import gather_rows, layout_of, ring_in_order
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, expiry_options, kept_places, scored_state
+from lizard_ops.hybrid_attn.places import PLACED
 from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs, ExpiryOptions, Left
 from lizard_ops.key_expiry.chunk_torch import expiry_rows
 
 ExpiryRows = Callable[[ExpiryInputs, Tensor | None, ExpiryOptions], tuple[Tensor, Left]]
-PLACED = ("kept_k", "kept_v", "kept_fk", "kept_g", "kept_scores", "kept_positions")
 
 
 def with_expiries(

@@ -1,12 +1,17 @@
-"""Which keys stay exact, one position at a time: the key that leaves the window against the worst one kept."""
+"""Which keys stay exact, one position at a time: the key that leaves the window against the worst one kept.
+
+Where heads have different numbers of places they are chosen among padded scores and positions, and overwritten in the
+list of all.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lizard_ops.common.places import Places, beyond, padded, to_listed
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.steps import put_at, take_at
 from lizard_ops.gated_attn.recurrent import Joining
@@ -14,6 +19,36 @@ from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.key_expiry.arguments import NEVER
 
 Fields = dict[str, Any]
+
+
+class Taken(NamedTuple):
+    """The place of each head that a key may take, and which heads let it."""
+
+    at: tuple[Tensor, ...]  # index of what the places hold, as [B, Hk, ...]; anything where a head has none
+    takes: Tensor  # [B, Hk]
+    places: Places
+
+    def put(self, kept: Tensor, new: Tensor, inplace: bool) -> Tensor:
+        """kept [B, P, Hk, ...], or [B, S, ...], with new [B, Hk, ...] where it is taken; copies in the dtype of new."""
+        at, takes = self.at, self.takes
+        if isinstance(self.places, tuple):  # no two heads may write one place
+            at, takes, new = (at[0], self.holders(at[1])), self.holders(takes), self.holders(new)
+        return put_where(takes, kept, at, new, inplace)
+
+    def holders(self, x: Tensor) -> Tensor:
+        """Those of x [B, Hk, ...] of heads with places."""
+        assert isinstance(self.places, tuple)
+        some = [h for h, count in enumerate(self.places) if count]
+        return x if len(some) == x.shape[1] else torch.stack([x[:, h] for h in some], 1)
+
+
+def index_of(place: Tensor, places: Places) -> tuple[Tensor, ...]:
+    """Where a place [B, Hk] of each head lies in [B, P, Hk, ...], or in [B, S, ...]."""
+    row, head = (torch.arange(n, device=place.device) for n in place.shape)
+    if not isinstance(places, tuple):
+        return row.unsqueeze(1), place, head
+    first = [sum(places[:h]) if count else 0 for h, count in enumerate(places)]
+    return row.unsqueeze(1), torch.stack([place[:, h] + start for h, start in enumerate(first)], 1)
 
 
 def keep_step(
@@ -37,24 +72,29 @@ def keep_step(
     fields: Fields = {"ring_scores": put_at(state.ring_scores, arrival, x.scores, inplace)}
     leaves = (position >= window + options.anchors).unsqueeze(1)
 
-    held, kept_scores = state.kept_positions, state.kept_scores
+    places: Places = options.kept_keys
+    vacant = state.kept_positions < 0  # a step in place overwrites them
+    held, kept_scores = padded(state.kept_positions, places, -1), padded(state.kept_scores, places, torch.inf)
     empty = held < 0
+    if isinstance(places, tuple):
+        none = beyond(places, held.device)
+        empty, held = empty & ~none, held.masked_fill(none, -2)  # never the one to be taken where there are others
     worst = kept_scores.amin(1)  # of an empty place, where there is one: of these the first
     order = NEVER - torch.arange(held.shape[1], device=held.device).view(1, -1, 1)
     place = torch.where(kept_scores == worst.unsqueeze(1), torch.where(empty, order, held), -1).argmax(1)  # [B, Hk]
-    row, head = (torch.arange(n, device=held.device) for n in place.shape)
-    at = (row.unsqueeze(1), place, head)
-    free = empty[at]
+    free = empty.gather(1, place.unsqueeze(1)).squeeze(1)
     takes = leaves & (free | (score > worst))  # an equal one that is kept is earlier
+    at = index_of(place, places)
+    taken = Taken(at, takes, places)
 
     leaving_v, expiring_v = take_at(state.ring_v, slot), state.kept_v[at]
 
     def put(kept: Tensor, new: Tensor) -> Tensor:
-        return put_where(takes, kept, at, new, inplace)
+        return taken.put(kept, new, inplace)
 
     fields |= {"kept_k": put(state.kept_k, take_at(state.ring_k, slot)), "kept_v": put(state.kept_v, leaving_v)}
-    fields["kept_scores"] = put(kept_scores, score)
-    fields["kept_positions"] = put(held, (position - window).unsqueeze(1).expand_as(place))
+    fields["kept_scores"] = put(state.kept_scores, score)
+    fields["kept_positions"] = put(state.kept_positions, (position - window).unsqueeze(1).expand_as(place))
     if not options.outside:
         return fields, None
 
@@ -64,8 +104,12 @@ def keep_step(
     if x.g is not None:
         assert state.ring_g is not None and state.kept_g is not None
         fields["ring_g"] = put_at(state.ring_g, slot, x.g, inplace)
-        passed = fields["ring_g"].sum(1).expand(-1, *state.kept_g.shape[2:])
-        fields["kept_g"], decay = decay_step(state.kept_g, x.g, passed, takes, empty, place, inplace)
+        passed = fields["ring_g"].sum(1)
+        if isinstance(places, tuple):
+            fields["kept_g"], decay = listed_decay_step(state.kept_g, x.g, passed, taken, vacant, inplace)
+        else:
+            passed = passed.expand(-1, *state.kept_g.shape[2:])
+            fields["kept_g"], decay = decay_step(state.kept_g, x.g, passed, takes, empty, place, inplace)
     joining = Joining(
         k=torch.where(takes.unsqueeze(-1), expiring_fk.to(leaving_fk.dtype), leaving_fk),
         v=torch.where(takes.unsqueeze(-1), expiring_v.to(leaving_v.dtype), leaving_v),
@@ -98,8 +142,31 @@ def decay_step(
     return put_where(takes, kept_g, at, passed, inplace), decay
 
 
+def listed_decay_step(
+    kept_g: Tensor,  # [B, S], [B, S, G] with a gate per query head, or [B, S, F]
+    g: Tensor,  # [B, 1 or Hk or Hq] or [B, Hk, F] of the new token
+    passed: Tensor,  # the same, of the key that leaves the window, the new gate included
+    taken: Taken,
+    vacant: Tensor,  # [B, S]
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """``decay_step`` where heads have different numbers of places."""
+    heads, places = taken.takes.shape[1], taken.places
+    assert isinstance(places, tuple)
+    apart = passed.ndim == 2 and passed.shape[1] > heads
+    if apart:
+        g, passed = g.unflatten(1, (heads, -1)), passed.unflatten(1, (heads, -1))
+    g, passed = (x.expand(-1, heads, *x.shape[2:]) for x in (g, passed))
+    each, vacant = to_listed(g, places), vacant.view(*vacant.shape, *[1] * (kept_g.ndim - 2))
+    kept_g = kept_g.add_(each) if inplace else kept_g.to(each.dtype) + each
+    kept_g = kept_g.masked_fill_(vacant, 0.0) if inplace else kept_g.masked_fill(vacant, 0.0)
+    mine = taken.takes.view(*taken.takes.shape, *[1] * (passed.ndim - 2))
+    decay = torch.where(mine, kept_g[taken.at], passed)
+    return taken.put(kept_g, passed, inplace), decay.flatten(1, 2) if apart else decay
+
+
 def put_where(takes: Tensor, kept: Tensor, at: tuple[Tensor, ...], new: Tensor, inplace: bool) -> Tensor:
-    """kept [B, P, H, ...] with new [B, H, ...] at these places where takes [B, H]; copies are in the dtype of new."""
+    """kept with new [B, H, ...] at these places of its own where takes [B, H]; copies are in the dtype of new."""
     new = new.to(kept.dtype) if inplace else new
     kept = kept if inplace else kept.to(new.dtype)
     new = torch.where(takes.view(*takes.shape, *[1] * (new.ndim - 2)), new, kept[at])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from lizard_ops.hybrid_attn.arguments import (
     linear_inputs,
     scored_state,
 )
+from lizard_ops.hybrid_attn.places import on_padded_places
 from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs
 from lizard_ops.key_expiry.naive import expiry_of_one
 from lizard_ops.window_attn.naive import window_branch
@@ -62,7 +64,7 @@ def naive_hybrid_attn(
     scores: Tensor | None = None,
     score_delay: int = 0,
     expiry: Tensor | None = None,
-    kept_keys: int | None = None,
+    kept_keys: int | Sequence[int] | None = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """The reference of ``chunk_hybrid_attn``, whose docstring says what every argument is.
 
@@ -80,7 +82,7 @@ def naive_hybrid_attn(
             output_final_state=output_final_state, kept_keys=kept_keys, score_delay=score_delay,
         ),
     )  # fmt: skip
-    return naive_hybrid(inputs, options)
+    return on_padded_places(naive_hybrid, inputs, options)
 
 
 def naive_hybrid(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lizard_ops.common.checks import window_state_shapes, work_dtype
 from lizard_ops.common.numerics import tied_to
+from lizard_ops.common.places import padded
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState, overwrite_state
 from lizard_ops.common.steps import blank_state, take_at, token, where_active
@@ -15,6 +16,8 @@ from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, scored
 from lizard_ops.hybrid_attn.keeping import Fields, keep_step
 from lizard_ops.hybrid_attn.mix import mixed
 from lizard_ops.window_attn.recurrent import window_step
+
+SEEN = (("kept_k", 0), ("kept_v", 0), ("kept_positions", -1))  # by the window branch; what is no place
 
 
 def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
@@ -35,7 +38,7 @@ def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tupl
             kept = joining = None
             if x.scores is not None:
                 scored, joining = keep_step(x, state, options, inplace=direct)
-                kept = scored["kept_k"], scored["kept_v"], scored["kept_positions"]
+                kept = tuple(padded(scored[name], options.kept_keys, fill) for name, fill in SEEN)
             leaving_v = take_at(state.ring_v, state.position % window) if options.offset else None
             o_win, lse, row_max, local = window_step(x.local, state, options.local, direct, kept)
             shared = (local["ring_v"], leaving_v) if options.offset else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lizard_ops.common.dispatch import choose_impl
@@ -13,7 +15,7 @@ def key_expiry(
     scores: Tensor,
     window: int,
     anchors: int,
-    kept_keys: int,
+    kept_keys: int | Sequence[int],
     *,
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
@@ -44,7 +46,7 @@ def key_expiry(
         scores: [B, T, Hk], any floating dtype, compared as float32; infinities are scores like others (-0 equals 0).
         window: keys a query sees, its own included, >= 1.
         anchors: keys at the start of the sequence that never expire and take no place.
-        kept_keys: places per key head, >= 0.
+        kept_keys: places per key head, >= 0: a number, or one for each.
         cu_seqlens: [N + 1] int32 or int64, the ends of N sequences packed into one row (B = 1), from 0 to T.
         padding_mask: [B, T] bool, True at real tokens, anywhere in a row; padding is no key, and its expiry is NEVER.
         initial_state: what an earlier call left (``output_final_state``) with the same options.
@@ -62,7 +64,7 @@ def key_expiry(
             a state of other options; an impl that cannot do what was asked.
     """
     options = ExpiryOptions(window, anchors, kept_keys, output_final_state)
-    inputs = expiry_arguments(ExpiryInputs(scores, initial_state, cu_seqlens, padding_mask), options)
+    inputs, options = expiry_arguments(ExpiryInputs(scores, initial_state, cu_seqlens, padding_mask), options)
     chosen = choose_impl("torch" if impl == "auto" else impl, scores, None)
     if chosen == "naive":
         form = naive_expiry

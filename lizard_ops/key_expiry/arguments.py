@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.places import Places, checked_places, most
 from lizard_ops.common.state import map_fields
 
 NEVER = 2**62  # the expiry of a key that stays: later than every position, and a window can be added to it
@@ -20,7 +21,8 @@ class ExpiryState(NamedTuple):
     keys that some query below p has seen leave the window, those at positions anchors <= j < p - W. Ring slot
     ``t % W`` holds the score of position t; slots never written are zero.
 
-    An op leaves the kept keys in the order of their positions, empty places last; it takes them in any order.
+    An op leaves the kept keys in the order of their positions, empty places last; it takes them in any order. Where
+    heads have different numbers of places P is the largest, and those beyond a head's own stay empty.
     """
 
     position: Tensor  # [N] int64, tokens seen
@@ -60,7 +62,7 @@ class ExpiryOptions(NamedTuple):
 
     window: int
     anchors: int
-    kept_keys: int
+    kept_keys: Any  # a number or one per key head as given, ``Places`` once checked
     output_final_state: bool = False
 
 
@@ -82,15 +84,15 @@ class Left(NamedTuple):
         return ExpiryState(self.position, self.kept_scores, self.kept_positions, self.ring_scores)
 
 
-def expiry_arguments(inputs: ExpiryInputs, options: ExpiryOptions) -> ExpiryInputs:
-    """Raise ValueError for what does not fit; return the scores as float32, cut off from their graph."""
+def expiry_arguments(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[ExpiryInputs, ExpiryOptions]:
+    """Raise ValueError for what does not fit; return the scores as float32, cut off from their graph, and places."""
     scores, mask = inputs.scores, inputs.padding_mask
     fits = isinstance(scores, Tensor) and scores.ndim == 3 and scores.dtype in checks.FLOATS
     checks.want(fits, "scores", scores, "a floating tensor [B, T, Hk]")
     checks.want(scores.shape[0] > 0 and scores.shape[2] > 0, "scores", scores, "at least one row and head")
     checks.check_count("window", options.window, 1)
     checks.check_count("anchors", options.anchors, 0)
-    checks.check_count("kept_keys", options.kept_keys, 0)
+    options = options._replace(kept_keys=checked_places(options.kept_keys, scores.shape[2], 0))
     checks.check_flag("output_final_state", options.output_final_state)
     sequences, cu_seqlens, mask = checks.check_sequences(scores, inputs.cu_seqlens, mask, "scores")
     if checks.may_read(scores) and (mask is None or checks.has_values(mask)):
@@ -98,7 +100,7 @@ def expiry_arguments(inputs: ExpiryInputs, options: ExpiryOptions) -> ExpiryInpu
         unordered = int(real.isnan().sum())
         checks.want(not unordered, "scores", unordered, "scores that are not NaN (this many are)")
     state = checked_state(inputs.initial_state, scores, sequences, options)
-    return ExpiryInputs(scores.detach().float(), state, cu_seqlens, mask)
+    return ExpiryInputs(scores.detach().float(), state, cu_seqlens, mask), options
 
 
 def checked_state(
@@ -108,7 +110,7 @@ def checked_state(
     if state is None:
         return None
     checks.want(isinstance(state, ExpiryState), "initial_state", type(state).__name__, "an ExpiryState or None")
-    places = (sequences, options.kept_keys, scores.shape[2])
+    places = (sequences, most(options.kept_keys), scores.shape[2])
     ring = (sequences, options.window, scores.shape[2])
     checks.check_tensor("initial_state.position", state.position, (sequences,), scores, (torch.int64,))
     checks.check_tensor("initial_state.kept_scores", state.kept_scores, places, scores, (torch.float32,))
@@ -122,4 +124,12 @@ def checked_state(
         inside = int(((held >= 0) & (held >= (state.position - options.window).view(-1, 1, 1))).sum())
         wanted = "keys that have left the window (this many have not)"
         checks.want(not inside, "initial_state.kept_positions", inside, wanted)
+        check_fill(held, options.kept_keys)
     return map_fields(Tensor.contiguous, state)
+
+
+def check_fill(held: Tensor, places: Places) -> None:
+    """No head of positions [N, P, Hk] holds more keys than it has places."""
+    if isinstance(places, tuple):
+        more = [int((held[:, :, h] >= 0).sum(1).max()) > count for h, count in enumerate(places)]
+        checks.want(not any(more), "initial_state.kept_positions", held, f"at most {list(places)} keys in a key head")

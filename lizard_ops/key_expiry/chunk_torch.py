@@ -38,7 +38,7 @@ def tiled(stream: RankedStream, options: ExpiryOptions) -> Found:
     row = torch.arange(stream.rows.shape[1], device=stream.rows.device)
     gone = (row < stream.judged.unsqueeze(1)).unsqueeze(-1)
     every = torch.cat([stream.kept, torch.where(gone, stream.rows, LOWEST)], 1)
-    return by_kept, by_row, every.topk(options.kept_keys, 1)[0]
+    return by_kept, by_row, every.topk(stream.kept.shape[1], 1)[0]
 
 
 @torch.library.custom_op("lizard_ops::key_expiry_tiles", mutates_args=())

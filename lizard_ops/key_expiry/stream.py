@@ -6,6 +6,9 @@ found (tile by tile, or all at once) cannot matter.
 
 A key is numbered by its place in the stream of its sequence: the P kept keys that the call began with in the order of
 their positions (empty places last), then the rows of ``common.streams.key_stream``, ring first.
+
+Where heads have different numbers of places P is the largest, and the last of a head with fewer hold keys that are
+better than any: of its P best the rest are the best of as many as it has.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lizard_ops.common.places import Places, beyond, most
 from lizard_ops.common.streams import Layout, final_ring, key_stream, layout_of, stream_seqlens
 from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs, ExpiryOptions, Left
 
 LOWEST = -(2**63 - 1)  # the rank of what is no key: below that of a score of -inf
 LAST = 2**31 - 1  # the number that no key has
+BLOCKED = (LAST << 32) + LAST  # less its number the rank of a place that a head does not have: above that of any score
 
 
 def ranks_of(scores: Tensor, number: Tensor) -> Tensor:
@@ -27,6 +32,13 @@ def ranks_of(scores: Tensor, number: Tensor) -> Tensor:
     bits = (scores + 0.0).view(torch.int32)
     in_order = torch.where(bits < 0, bits ^ LAST, bits)  # negative floats rise with their magnitude's bits
     return (in_order.long() << 32) + (LAST - number)
+
+
+def blocked_ranks(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """[P, Hk] ranks of the places that heads do not have, ``LOWEST`` for those that they have."""
+    none = beyond(places, device)
+    number = torch.arange(none.shape[0], device=device).unsqueeze(1)
+    return torch.where(none, BLOCKED - number, LOWEST)
 
 
 def number_of(ranks: Tensor) -> Tensor:
@@ -68,9 +80,10 @@ def ranked_stream(inputs: ExpiryInputs, lengths: Tensor | None, options: ExpiryO
         owner = torch.searchsorted(ends, at, right=True) - 1
         local, begin, stop = (x.unsqueeze(0) for x in (at - ends[owner], first[owner], end[owner]))
     is_key = (begin + local >= options.anchors) & (begin + local >= 0) & (local < stop)
-    ranks = ranks_of(rows, (options.kept_keys + local).unsqueeze(-1)).masked_fill(~is_key.unsqueeze(-1), LOWEST)
+    places: Places = options.kept_keys
+    ranks = ranks_of(rows, (most(places) + local).unsqueeze(-1)).masked_fill(~is_key.unsqueeze(-1), LOWEST)
 
-    shape = (layout.start.shape[0], options.kept_keys, scores.shape[2])
+    shape = (layout.start.shape[0], most(places), scores.shape[2])
     place = torch.arange(shape[1], device=rows.device).view(1, -1, 1).expand(shape)
     if state is None:
         kept = torch.full(shape, LOWEST, dtype=torch.int64, device=rows.device)
@@ -79,6 +92,9 @@ def ranked_stream(inputs: ExpiryInputs, lengths: Tensor | None, options: ExpiryO
         positions, order = torch.where(state.kept_positions < 0, NEVER, state.kept_positions).sort(1)
         place = torch.zeros_like(order).scatter(1, order, place)
         kept = ranks_of(state.kept_scores, place).masked_fill(state.kept_positions < 0, LOWEST)
+    if isinstance(places, tuple):  # the last numbers of a head are those of its empty places
+        kept = torch.cat([kept, blocked_ranks(places, rows.device).expand_as(kept)], 1).topk(shape[1], 1)[0]
+    elif state is not None:
         kept = kept.sort(1, descending=True)[0]
     judged = (end - options.window).clamp(min=0)
     return RankedStream(ranks, kept, positions, place, first, judged, prefix, ends), layout
@@ -134,10 +150,10 @@ def told(
         carried = torch.cat([expiry(by_kept.gather(1, stream.place), one), expiry(in_ring, one)], 1)
     left = Left(layout.end, carried=carried)
     if kept is not None:
-        number, real = number_of(kept), kept != LOWEST
-        before = stream.positions.gather(1, number.clamp(0, max(options.kept_keys - 1, 0)))
-        position = stream.first.view(-1, 1, 1) + number - options.kept_keys
-        position = torch.where(number < options.kept_keys, before, position).masked_fill(~real, NEVER)
+        number, real, places = number_of(kept), (kept != LOWEST) & (kept <= BLOCKED - LAST), kept.shape[1]
+        before = stream.positions.gather(1, number.clamp(0, max(places - 1, 0)))
+        position = stream.first.view(-1, 1, 1) + number - places
+        position = torch.where(number < places, before, position).masked_fill(~real, NEVER)
         position, order = position.sort(1)
         scores = score_of(kept).masked_fill(~real, -torch.inf).gather(1, order)
         ring_scores = final_ring(inputs.scores, None if state is None else state.ring_scores, window, layout)

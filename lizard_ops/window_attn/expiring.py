@@ -31,15 +31,15 @@ def living(expiry: Tensor, blocks: int, size: int, back: int, places: int, prefi
     return found.masked_fill(slot >= begin[..., 1:, None], -1)
 
 
-def most_living(expiry: Tensor, window: int) -> int:
-    """The most keys of a head that are alive beyond the window at one query; expiry as for ``living``."""
+def most_living(expiry: Tensor, window: int) -> list[int]:
+    """The most keys of each head that are alive beyond the window at one query; expiry as for ``living``."""
     length = expiry.shape[1]
     begin = (torch.arange(length, device=expiry.device) + window).view(1, -1, 1).expand_as(expiry)
     lives = expiry > begin
     change = expiry.new_zeros(expiry.shape[0], length + 1, expiry.shape[2])
     change = change.scatter_add(1, begin.clamp(max=length), lives.long())
     change = change.scatter_add(1, expiry.clamp(max=length), -lives.long())
-    return int(change.cumsum(1)[:, :length].max()) if length else 0
+    return change.cumsum(1)[:, :length].amax((0, 1)).tolist() if length else [0] * expiry.shape[2]
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.padding import compact, compaction, restore
+from lizard_ops.common.places import most
 from lizard_ops.common.rows import changed_rows
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, expiry_options
 from lizard_ops.hybrid_attn.chunk_torch import check_places
@@ -44,7 +45,7 @@ def kept_hybrid(inputs: HybridInputs, weight: Tensor | None, options: HybridOpti
         cu_seqlens=inputs.cu_seqlens,
         lengths=lengths,
         expiry=expiry,
-        kept_keys=options.kept_keys or 0,
+        kept_keys=most(options.kept_keys),
         **chosen(options),
     )
     return o if mask is None else restore(o, plan)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.places import most
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, anchor_rows, final_ring, gather_rows, layout_of, per_head
@@ -80,7 +81,7 @@ def of_rows(
         position=layout.position if carried else None,
         lengths=lengths,
         expiry=x.expiry,
-        kept_keys=options.kept_keys or 0,
+        kept_keys=most(options.kept_keys),
         **chosen(options),
         final=final,
     )
@@ -102,7 +103,7 @@ class KeyRows:
 
     def __init__(self, state: AttentionState | None, options: HybridOptions, layout: Layout, length: int) -> None:
         window, batch, device = options.window, layout.start.shape[0], layout.start.device
-        self.state, self.prefix = state, 0 if state is None else (options.kept_keys or 0) + window
+        self.state, self.prefix = state, 0 if state is None else most(options.kept_keys) + window
         slot, row = torch.arange(window, device=device), torch.arange(batch, device=device).unsqueeze(1)
         self.order = ((layout.position.unsqueeze(1) + slot) % window + row * window).flatten()
         back = (layout.end.unsqueeze(1) - 1 - slot) % window  # rows between the slot's position and the newest

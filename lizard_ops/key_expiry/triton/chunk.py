@@ -33,7 +33,7 @@ def expiry_triton(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor,
         inputs = changed_rows(inputs, lambda x: compact(x, plan), padding_mask=None)
         lengths = plan.lengths
     carried = inputs.initial_state is not None or options.output_final_state
-    if carried or inputs.cu_seqlens is not None or options.kept_keys == 0:
+    if carried or inputs.cu_seqlens is not None or options.kept_keys == 0 or isinstance(options.kept_keys, tuple):
         expiry, left = expiry_rows(inputs, lengths, options)
     else:
         expiry = fresh(inputs.scores, lengths, options.window, options.anchors, options.kept_keys)
