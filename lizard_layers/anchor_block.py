@@ -37,25 +37,38 @@ def moved_on(state: AttentionState, block: AnchorBlock) -> AttentionState:
     if state.anchor_k is not None:
         state = state._replace(anchor_k=apply_rotary(state.anchor_k, block.cos, block.sin))
     if state.kept_k is not None and state.kept_positions is not None:
-        behind = (block.shift.view(-1, 1, 1) - state.kept_positions).clamp(min=0)
-        cos, sin = turn_by(behind.masked_fill(state.kept_positions < 0, 0).flatten(1), block.frequencies)
-        turned = apply_rotary(state.kept_k.flatten(1, 2).unsqueeze(2), cos, sin)
-        held = state.kept_positions.clone()  # a step in place overwrites those it is given, and ``moved_back`` compares
+        held = state.kept_positions
+        behind = (block.shift.view(-1, *[1] * (held.ndim - 1)) - held).clamp(min=0)
+        cos, sin = turn_by(behind.masked_fill(held < 0, 0).flatten(1), block.frequencies)
+        turned = apply_rotary(state.kept_k.flatten(1, -2).unsqueeze(2), cos, sin)
+        held = held.clone()  # a step in place overwrites those it is given, and ``moved_back`` compares
         state = state._replace(kept_k=turned.view_as(state.kept_k), kept_positions=held)
     return state
 
 
-def moved_back(new: AttentionState, old: AttentionState, block: AnchorBlock) -> AttentionState:
+def moved_back(
+    new: AttentionState, old: AttentionState, block: AnchorBlock, places: int | tuple[int, ...]
+) -> AttentionState:
     """``new``, which a call left of ``moved_on(old)``, with the keys that ``old`` had as it had them.
 
-    Nothing is turned back, so that no rounding adds up.
+    Nothing is turned back, so that no rounding adds up. places: of each key head, where they differ.
     """
     if new.anchor_k is not None and old.anchor_k is not None:
         new = new._replace(anchor_k=torch.where(block.moved[:, None, None, None], old.anchor_k, new.anchor_k))
-    if new.kept_k is None or old.kept_k is None or new.kept_positions is None or old.kept_positions is None:
+    fields = [x for x in (new.kept_k, new.kept_positions, old.kept_k, old.kept_positions) if x is not None]
+    if len(fields) < 4:
         return new
-    same = new.kept_positions.unsqueeze(2) == old.kept_positions.unsqueeze(1)  # [N, P, P, Hk]
-    same = same & (old.kept_positions >= 0).unsqueeze(1)
+    if isinstance(places, int):
+        return new._replace(kept_k=as_they_were(*fields))
+    by_head = zip(*(x.unsqueeze(2).split(places, 1) for x in fields), strict=True)
+    parts = [as_they_were(*head).squeeze(2) for head in by_head if head[0].shape[1]]
+    return new._replace(kept_k=torch.cat(parts, 1))
+
+
+def as_they_were(new_k: Tensor, new_positions: Tensor, old_k: Tensor, old_positions: Tensor) -> Tensor:
+    """new_k [N, P, H, D] with the keys of old_k that stand at the same positions [N, P, H]."""
+    same = new_positions.unsqueeze(2) == old_positions.unsqueeze(1)  # [N, P, P, H]
+    same = same & (old_positions >= 0).unsqueeze(1)
     held, place = same.max(2)  # of the place in ``old``, where it had the key
-    before = old.kept_k.gather(1, place.unsqueeze(-1).expand_as(new.kept_k))
-    return new._replace(kept_k=torch.where(held.unsqueeze(-1), before, new.kept_k))
+    before = old_k.gather(1, place.unsqueeze(-1).expand_as(new_k))
+    return torch.where(held.unsqueeze(-1), before, new_k)

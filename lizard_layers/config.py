@@ -12,6 +12,16 @@ LOOK_AHEAD = 2
 """The score of a key reads the layer's input up to this many tokens after it."""
 
 
+def tuples(value: Any) -> Any:
+    """Lists as tuples, those in them too."""
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def numbers(kept_keys: Any) -> list[int]:
+    """The numbers in ``kept_keys``, one or in lists."""
+    return [n for part in kept_keys for n in numbers(part)] if isinstance(kept_keys, tuple) else [kept_keys]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionChoices:
     """What a layer computes, whatever its shape. The paper (arXiv 2507.09025) leaves many of these open.
@@ -33,10 +43,11 @@ class AttentionChoices:
     """First positions kept exactly in the window branch and left out of the linear one. Teachers put much of their
     attention on the first tokens: 4 anchors cut the stage 1 error of a 135M teacher thirtyfold. The paper has none."""
 
-    kept_keys: int = 0
+    kept_keys: int | tuple[int, ...] | tuple[tuple[int, ...], ...] = 0
     """P: keys per key head that stay exact beyond window and anchors, the best so far by a learned score
     (``KeyScore``), in constant memory still. The others enter the linear branch when they leave the window or are
-    displaced. The paper has none."""
+    displaced. A number for all key heads, one for each of them, or, of a model, a list of these for each of its layers:
+    memory goes where it pays. The paper has none."""
 
     score_dim: int = 128
     """Width of the score's inner layer."""
@@ -165,13 +176,16 @@ class AttentionChoices:
     """Implementation the ops use."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kept_keys", tuples(self.kept_keys))
         check_fields(self)
         for name in ("window", "gate_rank", "score_dim", "score_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("anchors", "kept_keys", "num_sinks", "sink_spread"):
+        for name in ("anchors", "num_sinks", "sink_spread"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if min(numbers(self.kept_keys), default=-1) < 0:
+            raise ValueError(f"kept_keys must not be negative or empty, got {self.kept_keys}")
         for name in ("position_limit", "position_step"):
             if getattr(self, name) is not None and self.positions == "true":
                 raise ValueError(f'{name} belongs to positions="clamped", got {name}={getattr(self, name)} with "true"')
@@ -187,7 +201,7 @@ class AttentionChoices:
             raise ValueError(
                 f"sink_spread=0 starts all {self.num_sinks} sinks equal: they get equal gradients and act as one"
             )
-        if self.kept_keys:
+        if self.keeps_keys:
             self._check_kept_keys()
         if self.linear_branch:
             self._check_linear_branch()
@@ -243,6 +257,16 @@ class AttentionChoices:
                 raise ValueError('gate_form="absorbed" takes one gate per head, but gate="channel" has one per feature')
 
     @property
+    def keeps_keys(self) -> bool:
+        """Whether any key head keeps keys."""
+        return any(numbers(self.kept_keys))
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether ``kept_keys`` has a list for each layer of a model."""
+        return isinstance(self.kept_keys, tuple) and any(isinstance(part, tuple) for part in self.kept_keys)
+
+    @property
     def two_sided(self) -> bool:
         """Whether the activation joins phi(x) and phi(-x)."""
         return self.feature_activation in ("softmax", "exp")
@@ -285,8 +309,32 @@ class AttentionConfig(AttentionChoices):
                 raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
         if self.num_heads % self.num_key_heads:
             raise ValueError(f"num_key_heads={self.num_key_heads} must divide num_heads={self.num_heads}")
+        object.__setattr__(self, "kept_keys", self._kept_by_head())
         if (self.window_rope or self.linear_rope) and self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of channels: head_dim must be even, got {self.head_dim}")
+
+    def _kept_by_head(self) -> int | tuple[int, ...]:
+        """``kept_keys`` as a number if every key head has as many."""
+        kept: Any = self.kept_keys
+        if not isinstance(kept, tuple):
+            return kept
+        if self.by_layer or len(kept) != self.num_key_heads:
+            wanted = f"a number or one for each of its {self.num_key_heads} key heads"
+            raise ValueError(f"kept_keys of a layer must be {wanted}, got {kept}")
+        return kept[0] if len(set(kept)) == 1 else kept
+
+    @property
+    def places(self) -> int | tuple[int, ...]:
+        """``kept_keys`` of the key heads of the linear branch, which are query heads with ``key_map="query_head"``."""
+        kept: Any = self.kept_keys
+        group = self.linear_key_heads // self.num_key_heads
+        return tuple(n for n in kept for _ in range(group)) if isinstance(kept, tuple) else kept
+
+    @property
+    def kept_by_head(self) -> tuple[int, ...]:
+        """``kept_keys`` of each key head."""
+        kept: Any = self.kept_keys
+        return kept if isinstance(kept, tuple) else (kept,) * self.num_key_heads
 
     @classmethod
     def from_choices(

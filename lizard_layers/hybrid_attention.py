@@ -144,7 +144,7 @@ class HybridAttention(nn.Module):
         o, new = self._attend(tokens, _with_attention(state, moved_on(held, block)), use_state, None, inplace)
         if new is None:
             return o, None
-        back = moved_back(_attention_of(new), held, block)
+        back = moved_back(_attention_of(new), held, block, self.config.places)
         return o, _with_attention(new, overwrite_state(held, back) if inplace else back)
 
     def _attend(
@@ -209,7 +209,7 @@ class HybridAttention(nn.Module):
             feature_scale=config.feature_scale,
             scores=scores,
             score_delay=0 if scores is None else config.score_delay,
-            kept_keys=config.kept_keys,
+            kept_keys=config.places,
             **self.mix(x),
             **shared,
         )

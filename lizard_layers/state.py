@@ -46,7 +46,8 @@ def empty_state(
     parts but for the sums of keys, which are float64. An ``AttentionState``, in a ``LayerState`` with ``kept_keys``.
     """
     n, work = num_sequences, torch.float64 if dtype == torch.float64 else torch.float32
-    key_heads, dim = config.linear_key_heads, config.head_dim
+    key_heads, dim, kept = config.linear_key_heads, config.head_dim, config.places
+    places = (sum(kept),) if isinstance(kept, tuple) else (kept, key_heads)  # one list where heads differ
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.zeros(n, *shape, dtype=of, device=device)
@@ -65,14 +66,13 @@ def empty_state(
         if outside:
             fields["ring_fk"] = zeros(config.window, key_heads, config.projection_dim)
             if config.kept_keys:
-                fields["kept_fk"] = zeros(config.kept_keys, key_heads, config.projection_dim)
+                fields["kept_fk"] = zeros(*places, config.projection_dim)
         if outside and config.gate != "none":
             each = (key_heads, features) if config.gate == "channel" else (key_heads,)
             fields["ring_g"] = zeros(config.window, *((1,) if config.gate == "scalar" else each), of=work)
             if config.kept_keys:
-                fields["kept_g"] = zeros(config.kept_keys, *each, of=work)
+                fields["kept_g"] = zeros(*places, *each[1:], of=work)
     if config.kept_keys:
-        places = (config.kept_keys, key_heads)
         fields |= {name: zeros(*places, dim) for name in ("kept_k", "kept_v")}
         fields |= {"kept_scores": zeros(*places, of=torch.float32), "kept_positions": zeros(*places, of=torch.int64)}
         fields["ring_scores"] = zeros(config.window - config.score_delay, key_heads, of=torch.float32)

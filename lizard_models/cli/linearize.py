@@ -138,7 +138,7 @@ def command(
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
         chosen = chosen.replace(**read_kept_keys(kept_keys))
-        if stage0_steps and not chosen.attention.kept_keys:
+        if stage0_steps and not chosen.attention.keeps_keys:
             raise ValueError(
                 "--stage0-steps: stage 0 fits the scores of kept keys, and there are none; give --kept-keys"
             )
@@ -157,7 +157,7 @@ def command(
             for part in parts:
                 console.print(part, highlight=False)
             return
-        scored = chosen.attention.kept_keys > 0 and stage0_steps != 0
+        scored = chosen.attention.keeps_keys and stage0_steps != 0
         untrained = stage1_steps == 0 and stage2_steps == 0 and not scored
         if untrained and not eval_data and not passkey and not widen:
             # Nothing is trained or measured, so the teacher need not fit into memory.

@@ -43,7 +43,7 @@ def position_range(config: PreTrainedConfig) -> PositionRange:
 def moves_anchors(config: PreTrainedConfig) -> bool:
     """Whether the layers turn their anchors and kept keys on past the limit."""
     choices = lizard_config(config).attention
-    return choices.positions == "clamped" and choices.anchors + choices.kept_keys > 0 and choices.window_rope
+    return choices.positions == "clamped" and (choices.anchors > 0 or choices.keeps_keys) and choices.window_rope
 
 
 class FarRotary:

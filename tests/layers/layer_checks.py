@@ -35,6 +35,11 @@ FORMS = {
     "tied": dict(tie_features=True),
     "window_only": dict(linear_branch=False, anchors=2, num_sinks=2),
     "kept": dict(kept_keys=3, anchors=2, merge_bias="head_and_token", score_dim=6),
+    "kept_by_head": dict(kept_keys=(4, 0), anchors=2, merge_bias="head_and_token", score_dim=6),
+    "kept_by_head_beside_all": dict(
+        kept_keys=[1, 3], coverage="all", mix="sum", gate="channel", gate_rank=3, key_map="query_head", score_dim=6,
+        score_received=True,
+    ),
     "kept_beside_all": dict(kept_keys=2, coverage="all", mix="sum", gate="scalar", key_map="query_head", score_dim=6),
     "received": dict(
         kept_keys=3, anchors=2, merge_bias="head_and_token", score_dim=6, score_received=True, score_stride=2,
@@ -162,7 +167,8 @@ def kept_keys(made, x, k, v, wq, wk, hk, i) -> list[int]:
         found = key_score(made.key_score, x, k[:, hk], v[:, hk], hk, j)
         return (found + received_term(made, k, v, wq, wk, hk, j)).float().item()
 
-    return sorted(gone, key=lambda j: (-score(j), j))[: config.kept_keys]
+    places = config.kept_keys[hk] if isinstance(config.kept_keys, tuple) else config.kept_keys
+    return sorted(gone, key=lambda j: (-score(j), j))[:places]
 
 
 def key_facts(k, v, j):
@@ -218,10 +224,11 @@ def assert_same_state(found: State, wanted: State, **tolerance: float) -> None:
 def in_order_of_position(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "kept_positions" not in tensors:
         return tensors
-    order = tensors["kept_positions"].sort(1)[1]  # [N, P, heads], empty places first
+    # [N, P, heads], empty places first; or [N, P] of all heads, of the same position in the order of the heads
+    order = tensors["kept_positions"].sort(dim=1, stable=True)[1]
 
     def sorted_places(t: torch.Tensor) -> torch.Tensor:
-        return t.gather(1, order.view(*order.shape, *[1] * (t.ndim - 3)).expand_as(t))
+        return t.gather(1, order.view(*order.shape, *[1] * (t.ndim - order.ndim)).expand_as(t))
 
     return {name: sorted_places(t) if name.startswith("kept_") else t for name, t in tensors.items()}
 

@@ -10,7 +10,7 @@ from lizard_layers import AttentionConfig, HybridAttention
 CHOICES = dict(
     window=st.integers(1, 9),
     anchors=st.integers(0, 3),
-    kept_keys=st.sampled_from([0, 0, 2, 5]),
+    kept_keys=st.sampled_from([0, 0, 2, 5, (3, 0), (1, 4)]),
     score_received=st.booleans(),
     score_stride=st.integers(1, 4),
     window_rope=st.booleans(),

@@ -14,6 +14,14 @@ REFUSED = {
     "window must be at least 1": dict(window=0),
     "anchors must not be negative": dict(anchors=-1),
     "kept_keys must not be negative": dict(kept_keys=-1),
+    "kept_keys must not be negative or empty, got .3, -1.": dict(kept_keys=[3, -1]),
+    "kept_keys must not be negative or empty, got ..": dict(kept_keys=()),
+    "kept_keys of a layer must be a number or one for each of its 2 key heads, got .3, 1, 2.": dict(
+        kept_keys=(3, 1, 2)
+    ),
+    "kept_keys of a layer must be a number or one .* got ..3, 1.": dict(kept_keys=[[3, 1], [2, 2]]),
+    "kept_keys must be int .* got .3, 1.5.": dict(kept_keys=(3, 1.5)),
+    "kept_keys=.0, 3. leaves the other keys to the linear branch": dict(kept_keys=(0, 3), linear_branch=False),
     "score_dim must be at least 1": dict(score_dim=0),
     "score_stride must be at least 1": dict(score_stride=0),
     "kept_keys=3 leaves the other keys to the linear branch": dict(kept_keys=3, linear_branch=False),
@@ -106,6 +114,17 @@ def test_derived_sizes(choices, projection, features, key_heads):
     config = AttentionConfig(**SHAPE, **choices)
     assert (config.projection_dim, config.num_features) == (projection, features)
     assert config.linear_key_heads == key_heads
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "places"),
+    [([3, 1], (3, 1), (3, 1)), ((2, 2), 2, 2), ([0, 0], 0, 0), ([0, 5], (0, 5), (0, 5))],
+)
+def test_as_many_kept_keys_for_each_key_head_are_one_number(given, kept, places):
+    config = AttentionConfig(**SHAPE, kept_keys=given)
+    assert (config.kept_keys, config.places) == (kept, places) and config.keeps_keys == bool(kept)
+    config = AttentionConfig(**SHAPE, kept_keys=given, key_map="query_head")
+    assert config.places == (places if isinstance(places, int) else tuple(n for n in places for _ in range(2)))
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap"])
