@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -187,7 +187,7 @@ class ScoreTransfer(nn.Module):
             with torch.set_grad_enabled(wanted):  # the teacher around it runs without
                 losses.append(gradients_at_once(error, trained)[0])
 
-        read_teacher(self.model, input_ids, self.labels, learn)
+        read_teacher(self.model, input_ids, self.labels, learn, scored_layers(self.model, self.scores))
         return {"loss": torch.stack([loss.to(losses[0].device) for loss in losses]).mean()}
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ class ScoreTransfer(nn.Module):
             found[number].append((facts.flatten(0, 1), self.labels.made(attention, keys).flatten(0, 1)))
 
         for row in rows.split(1):
-            read_teacher(self.model, row, self.labels, look)
+            read_teacher(self.model, row, self.labels, look, scored_layers(self.model, self.scores))
         self.means, self.deviations = [], []
         for score, parts in zip(self.scores, found, strict=True):
             facts, labels = (torch.cat(part) for part in zip(*parts, strict=True))  # [n, Hk, 3 or 6], [n, Hk]
@@ -263,7 +263,7 @@ def score_fit(
     model.set_attention_mode("teacher")
     try:
         for row in rows.split(1):
-            read_teacher(model, row, wanted, look)
+            read_teacher(model, row, wanted, look, scored_layers(model, scores))
     finally:
         model.set_attention_mode(mode)
     return [(1 - error / (squares - total.square() / count)).cpu() for count, total, squares, error in sums]
@@ -277,26 +277,33 @@ def predicted(score: Any, attention: LizardAttention, keys: LayerKeys, labels: L
 
 @torch.no_grad()
 def read_teacher(
-    model: LizardCausalLM, input_ids: Tensor, labels: Labels, look: Callable[[int, LizardAttention, LayerKeys], None]
+    model: LizardCausalLM,
+    input_ids: Tensor,
+    labels: Labels,
+    look: Callable[[int, LizardAttention, LayerKeys], None],
+    attentions: Sequence[LizardAttention] | None = None,
 ) -> None:
     """One forward of a model in mode "teacher" over whole rows [B, T]; ``look`` is called as it comes to each layer.
 
-    look(number, attention, keys): number counts converted layers from 0. Raises ValueError for rows without a
-    key that ``labels`` counts.
+    look(number, attention, keys): number counts ``attentions`` from 0, default the converted layers. Raises ValueError
+    for rows without a key that ``labels`` counts.
     """
-    for attention in model.lizard_attentions():
+    attentions = model.lizard_attentions() if attentions is None else attentions
+    for attention in attentions:
         needed = attention.lizard.config.window + attention.lizard.config.anchors + labels.queries
         if input_ids.shape[1] < needed:
             raise ValueError(
                 f"input_ids: got rows of {input_ids.shape[1]} tokens, wanted at least {needed}, window and anchors and "
                 f"label_queries={labels.queries}: no key of a shorter one has as many later queries"
             )
-    with _watched(model, look):
+    with _watched(attentions, look):
         model.model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
 
 
 @contextlib.contextmanager
-def _watched(model: LizardCausalLM, look: Callable[[int, LizardAttention, LayerKeys], None]) -> Iterator[None]:
+def _watched(
+    attentions: Sequence[LizardAttention], look: Callable[[int, LizardAttention, LayerKeys], None]
+) -> Iterator[None]:
     def hook(number: int) -> Callable[..., None]:
         def before(attention: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             look(number, attention, layer_keys(attention, *args, **kwargs))
@@ -305,7 +312,7 @@ def _watched(model: LizardCausalLM, look: Callable[[int, LizardAttention, LayerK
 
     handles = [
         attention.register_forward_pre_hook(hook(number), with_kwargs=True)
-        for number, attention in enumerate(model.lizard_attentions())
+        for number, attention in enumerate(attentions)
     ]
     try:
         yield
@@ -337,11 +344,23 @@ def layer_keys(
     )
 
 
-def check_scores(model: LizardCausalLM, scores: nn.ModuleList) -> None:
-    """Raises ValueError unless there is one score for each converted layer, of its shape, and a window to leave."""
+def scored_layers(model: LizardCausalLM, scores: nn.ModuleList) -> list[LizardAttention]:
+    """The layers that ``scores`` are for: the converted ones, or as many that keep keys.
+
+    Raises ValueError for another number of scores.
+    """
     attentions = model.lizard_attentions()
-    if len(scores) != len(attentions):
+    keeping = [attention for attention in attentions if attention.lizard.key_score is not None]
+    if len(scores) == len(attentions):
+        return attentions
+    if len(scores) != len(keeping):
         raise ValueError(f"scores: got {len(scores)}, wanted one for each of the {len(attentions)} converted layers")
+    return keeping
+
+
+def check_scores(model: LizardCausalLM, scores: nn.ModuleList) -> None:
+    """Raises ValueError unless each is of its layer's shape (``scored_layers``), with a window to leave."""
+    attentions = scored_layers(model, scores)
     for score, attention in zip(scores, attentions, strict=True):
         config = attention.lizard.config
         wanted = (config.hidden_size, config.num_key_heads, config.head_dim)

@@ -53,7 +53,31 @@ def kept_layers(config: PreTrainedConfig) -> list[int]:
     kept = sorted({*chosen.softmax_layers, *sliding, *shared})
     if both := sorted(set(kept) & set(chosen.wide_layers)):
         raise ValueError(f"wide_layers: layers {both} are kept softmax or sliding, which have no window of this kind")
+    by_layer = kept_by_layer(config)
+    if chosen.attention.by_layer and (both := [i for i in kept if any_places(by_layer[i])]):
+        raise ValueError(
+            f"attention.kept_keys: layers {both} are kept softmax or sliding, which keep every key they have"
+        )
     return kept
+
+
+def kept_by_layer(config: PreTrainedConfig) -> list[int | tuple[int, ...]]:
+    """``attention.kept_keys`` of every layer of the model, converted or not: a number, or one per key head.
+
+    Raises ValueError for a list of another number of layers than the model has.
+    """
+    choices, layers = lizard_config(config).attention, config.num_hidden_layers
+    kept: Any = choices.kept_keys
+    if not choices.by_layer:
+        return [kept] * layers
+    if len(kept) != layers:
+        raise ValueError(f"attention.kept_keys has lists for {len(kept)} layers, but the model has {layers}")
+    return [places or 0 for places in kept]
+
+
+def any_places(kept_keys: int | tuple[int, ...]) -> bool:
+    """Whether a layer keeps keys."""
+    return any(kept_keys) if isinstance(kept_keys, tuple) else kept_keys > 0
 
 
 def evenly_placed(layers: list[int], share: float) -> list[int]:
@@ -85,7 +109,8 @@ def attention_config(
     softcap: float | None = None,
     rope: bool = True,
 ) -> AttentionConfig:
-    """Shape and choices of a converted layer; without an index, those of layers that are not wide.
+    """Shape and choices of a converted layer; without an index, those of layers that are not wide, and without kept
+    keys where each layer has its own.
 
     scale: factor of the scores, None for the usual head_dim**-0.5. softcap: their bound, None for none. rope: False for
     a layer without positions (NoPE). Raises ValueError for a window wider than the layer's own.
@@ -95,6 +120,8 @@ def attention_config(
     if layer_idx in chosen.wide_layers:
         slower = stretched_gate(choices, chosen.wide_gate_stretch)
         choices, name = dataclasses.replace(choices, window=chosen.wide_window, **slower), "wide_window"
+    if choices.by_layer:
+        choices = dataclasses.replace(choices, kept_keys=0 if layer_idx is None else kept_by_layer(config)[layer_idx])
     own = None if layer_idx is None else sliding_windows(config)[layer_idx]
     if own is not None and choices.window > own:
         raise ValueError(

@@ -174,12 +174,13 @@ class _Shape:
         features = attention.num_features
         converted = converted_layers(config)
         self.layers, self.converted = config.num_hidden_layers, len(converted)
-        windows = [attention_config(config, i).window for i in converted]
+        layers = [attention_config(config, i) for i in converted]
         self.width = queries * dim
         weights = d * dim * (2 * queries + 2 * keys) + 3 * d * inner
         self.dense = 2.0 * self.layers * weights + 2.0 * d * config.vocab_size
         self.dense_without_head = 2.0 * self.layers * weights
-        seen = sum(windows) / max(1, len(windows)) + attention.anchors + attention.kept_keys
+        near = sum(layer.window + layer.anchors for layer in layers)
+        seen = (near + sum(sum(layer.kept_by_head) for layer in layers) / keys) / max(1, len(layers))
         window = 2 * 2 * seen * self.width
         maps = 2 * (queries + attention.linear_key_heads) * dim * attention.projection_dim
         sums = 2 * 2 * queries * features * dim

@@ -55,6 +55,17 @@ def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return lizard_bytes(config, 0, dtype) - lizard_bytes(plain, 0, dtype)
 
 
+def told_places(config: PreTrainedConfig) -> str:
+    """How many keys are kept where, in words. config: of a Lizard model."""
+    kept = [attention_config(config, i) for i in converted_layers(config)]
+    counts = [n for layer in kept for n in layer.kept_by_head]
+    if len(set(counts)) == 1:
+        return f"{counts[0]:,} of each key head in every linearized layer"
+    some = sum(1 for layer in kept if layer.keeps_keys)
+    spread = f"{min(counts):,} to {max(counts):,} of a key head, {sum(counts):,} in all"
+    return f"{spread}, in {some} of {len(kept)} linearized layers"
+
+
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """(all, new) parameters of a Lizard model, tied ones once. No memory is taken."""
     with torch.device("meta"):
@@ -107,9 +118,9 @@ def describe(
         f"{name}: preset {chosen.name}, {converted} of {config.num_hidden_layers} layers linearized",
         f"parameters: {everything:,}, of which {new:,} are new ({new / everything:.2%})",
     ]
-    if kept := chosen.attention.kept_keys:
+    if chosen.attention.keeps_keys:
         size = kept_bytes(config, dtype) / 2**20
-        lines.append(f"kept keys: {kept:,} of each key head in every linearized layer, {size:,.1f} MiB of the state")
+        lines.append(f"kept keys: {told_places(config)}, {size:,.1f} MiB of the state")
     return [*lines, memory_table(config, lengths, [dtype])]
 
 

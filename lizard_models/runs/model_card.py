@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
 
 from lizard_models.files.environment import environment
-from lizard_models.runs.memory import kept_bytes, lizard_bytes
+from lizard_models.model.layer_configs import attention_config, converted_layers
+from lizard_models.runs.memory import kept_bytes, lizard_bytes, told_places
 from lizard_models.teachers.loading import TRAINING
 
 CARD, EVALUATION = "README.md", "evaluation.json"
@@ -85,7 +86,8 @@ def _made(training: dict[str, Any], made_on: dict[str, Any]) -> list[str]:
     wide = f"; window {config['wide_window']} in layers {config['wide_layers']}" if config.get("wide_layers") else ""
     stretch = config.get("wide_gate_stretch", 1)
     wide += f", decays slower by {stretch:g}" if wide and stretch != 1 else ""
-    keys = f", {attention['kept_keys']} kept keys" if attention.get("kept_keys") else ""
+    places = attention.get("kept_keys")
+    keys = f", {'kept keys by head' if isinstance(places, list) else f'{places} kept keys'}" if places else ""
     lines = [
         f"- preset `{config.get('name', 'unknown')}`: window {attention.get('window')}, {attention.get('anchors')} "
         f"anchors{keys}, gate `{attention.get('gate')}`, coverage `{attention.get('coverage')}`, mix "
@@ -115,10 +117,15 @@ def _state(folder: Path) -> list[str]:
     config = AutoConfig.from_pretrained(folder)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     size, kept = lizard_bytes(config, 8192, dtype), kept_bytes(config, dtype)
-    return [
+    lines = [
         f"- state of a sequence of 8,192 tokens: {size:,} bytes with keys in {str(dtype).removeprefix('torch.')}, of "
         f"which kept keys take {kept:,}"
     ]
+    layers = {i: attention_config(config, i).kept_by_head for i in converted_layers(config)}
+    if len({n for heads in layers.values() for n in heads}) > 1:
+        shown = "; ".join(f"layer {i}: {' '.join(map(str, heads))}" for i, heads in layers.items())
+        lines.append(f"- kept keys: {told_places(config)}: {shown}")
+    return lines
 
 
 def _measured(evaluation: dict[str, Any]) -> list[str]:

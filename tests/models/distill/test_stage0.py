@@ -250,3 +250,17 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             Stage0Config(**{name: 0})
     assert stage0.SAMPLE == len(first_rows(Sequences(), stage0.SAMPLE)) and len(first_rows(Sequences(2), 4)) == 2
+
+
+def test_layers_without_places_have_no_score_to_fit(tmp_path):
+    """The scores of the others start from their own layers' labels."""
+    some, every = (fresh(attention=dict(kept_keys=kept, score_dim=8)) for kept in ([[3, 0], [0, 0], [1, 2]], 3))
+    for model in (some, every):
+        model.set_attention_mode("teacher")
+        ScoreTransfer(model, model.key_scores(), labels_of(RECIPE)).start(tokens(2, 48))
+    first, _, third = every.key_scores()
+    for found, wanted in zip(some.key_scores(), (first, third), strict=True):
+        assert torch.equal(found.linear_weight, wanted.linear_weight) and torch.equal(found.bias, wanted.bias)
+    some.set_attention_mode("student")
+    recipe = dataclasses.replace(RECIPE, max_steps=2)
+    assert len(train_stage0(some, some.key_scores(), Sequences(), arguments(tmp_path), recipe).r2) == 2

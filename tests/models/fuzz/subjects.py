@@ -25,7 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kept": dict(attention=MOVING, softmax_layers=(1,)),
     "keys": dict(attention=MOVING | dict(kept_keys=3, score_dim=6, score_received=True, score_stride=3)),
     "keys beside all": dict(
-        preset="paper", attention=dict(feature_dim=8, kept_keys=4, score_dim=6, gate="key_head"), softmax_layers=(1,)
+        preset="paper",
+        attention=dict(feature_dim=8, kept_keys=[4, 1], score_dim=6, gate="key_head"),
+        softmax_layers=(1,),
     ),
     "wide": dict(attention=SMALL, wide_layers=(1,), wide_window=21, wide_gate_stretch=4.0),
     "true positions": dict(attention=SMALL | dict(positions="true", gate="channel")),

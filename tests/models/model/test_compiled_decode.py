@@ -40,6 +40,7 @@ class Backend:
         {"num_hidden_layers": 2, "softmax_layers": (1,)},
         {"num_hidden_layers": 1, "attention": CLAMPED},
         {"num_hidden_layers": 1, "attention": CLAMPED | {"kept_keys": 5}},
+        {"num_hidden_layers": 1, "attention": CLAMPED | {"kept_keys": [5, 0]}},
     ],
 )
 def test_the_step_is_one_graph_for_every_position(options):
