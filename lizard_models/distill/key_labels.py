@@ -66,7 +66,7 @@ def key_labels(
             seen = stop - window  # keys that these queries see after they left
             if seen < 1:
                 continue
-            a = _attention(attention, q[:, start:stop], k[:, :stop], start)  # [B, Hk, G, i, j]
+            a = teacher_weights(attention, q[:, start:stop], k[:, :stop], start)  # [B, Hk, G, i, j]
             later = torch.arange(start, stop, device=q.device)[:, None] >= torch.arange(seen, device=q.device) + window
             past = a[..., :seen].masked_fill(~later, 0.0)
             if kind == "attention":
@@ -86,7 +86,7 @@ def key_labels(
     return labels
 
 
-def _attention(attention: TeacherAttention, q: Tensor, k: Tensor, start: int) -> Tensor:
+def teacher_weights(attention: TeacherAttention, q: Tensor, k: Tensor, start: int) -> Tensor:
     """a [B, Hk, G, i, j] of the queries ``start`` to ``start`` + i and the keys from the first on."""
     grouped = q.unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bihgd,bjhd->bhgij", grouped, k) * attention.scale
