@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from lizard_models.evaluation.neediest_layers import neediest_layers
     from lizard_models.model.cache import LizardCache
+    from lizard_models.model.keep_places import keep_places
     from lizard_models.model.linearize import linearize
     from lizard_models.model.state_file import load_state, save_state
     from lizard_models.model.widen import widen
@@ -41,6 +42,7 @@ _HOMES = {
     "Stage2Config": "recipes",
     "StageResult": "distill",
     "TrainingInterrupted": "distill",
+    "keep_places": "model.keep_places",
     "linearize": "model.linearize",
     "linearize_folder": "runs.convert_folder",
     "load_model": "teachers.loading",
@@ -63,6 +65,7 @@ __all__ = [
     "Stage2Config",
     "StageResult",
     "TrainingInterrupted",
+    "keep_places",
     "linearize",
     "linearize_folder",
     "load_model",
