@@ -43,6 +43,14 @@ def command(
     ] = "recommended",
     settings: Settings = None,
     kept_keys: KeptKeys = None,
+    state_mib: Annotated[
+        float | None,
+        typer.Option(
+            help="MiB that one sequence's state may take with float32 keys, in place of --kept-keys: after stage 0 the "
+            "layers and heads where kept keys save most get them.",
+            min=0,
+        ),
+    ] = None,
     softmax_layers: SoftmaxLayers = None,
     softmax_share: SoftmaxShare = None,
     keep_sliding: KeepSliding = None,
@@ -115,6 +123,8 @@ def command(
     Exact recall in constant memory, 256 keys a key head chosen by a learned score: [cyan]--kept-keys 256[/cyan]; with
     little text also [cyan]--set stage0.sequence_length=1024[/cyan]
 
+    The same in as much memory as you say, where it pays most: [cyan]--state-mib 25[/cyan]
+
     A quarter of the layers kept as they are: [cyan]--softmax-share 0.25[/cyan], or by number:
     [cyan]--softmax-layers 3,11,19,27[/cyan]
 
@@ -138,7 +148,7 @@ def command(
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
         chosen = chosen.replace(**read_kept_keys(kept_keys))
-        if stage0_steps and not chosen.attention.keeps_keys:
+        if stage0_steps and not chosen.attention.keeps_keys and state_mib is None:
             raise ValueError(
                 "--stage0-steps: stage 0 fits the scores of kept keys, and there are none; give --kept-keys"
             )
@@ -153,13 +163,13 @@ def command(
 
             devices = parallel.process_count()
             parts = describe_run(teacher, chosen, devices=devices, micro_batch=micro_batch_size, widen=widen,
-                                 checkpointing=gradient_checkpointing, cache=cache)  # fmt: skip
+                                 state_mib=state_mib, checkpointing=gradient_checkpointing, cache=cache)  # fmt: skip
             for part in parts:
                 console.print(part, highlight=False)
             return
         scored = chosen.attention.keeps_keys and stage0_steps != 0
         untrained = stage1_steps == 0 and stage2_steps == 0 and not scored
-        if untrained and not eval_data and not passkey and not widen:
+        if untrained and not eval_data and not passkey and not widen and state_mib is None:
             # Nothing is trained or measured, so the teacher need not fit into memory.
             folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
             console.print(f"saved, untrained: {folder}")
@@ -178,6 +188,7 @@ def command(
                 stage1=stage1_steps != 0,
                 stage2=stage2_steps != 0,
                 widen=widen,
+                state_mib=state_mib,
                 text_field=text_field,
                 dtype=read_dtype(dtype),
                 device=read_device(device),

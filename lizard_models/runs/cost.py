@@ -16,6 +16,7 @@ from lizard_models.model.layer_configs import attention_config, converted_layers
 from lizard_models.model.linearize import student_config
 from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.memory import cache_bytes, lizard_bytes
+from lizard_models.runs.state_budget import evenly_kept
 from lizard_models.teachers.find import find_teacher
 
 ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
@@ -202,12 +203,14 @@ def describe_run(
     micro_batch: int | None = None,
     checkpointing: bool = True,
     widen: int = 0,
+    state_mib: float | None = None,
     cache: str | None = None,
 ) -> list[str | Table]:
     """What a dry run prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
 
-    widen: layers that are to get the wide window, counted as if they had it from the start. Raises ValueError for an
-    unknown teacher, and what ``check_widen`` does.
+    widen: layers that are to get the wide window, counted as if they had it from the start. state_mib: shared out
+    evenly, as it is until the scores are fitted. Raises ValueError for an unknown teacher, and what ``check_widen`` and
+    ``evenly_kept`` do.
     """
     try:
         config = AutoConfig.from_pretrained(find_teacher(name, cache=cache)[0])
@@ -215,6 +218,8 @@ def describe_run(
         if name not in known_shapes():
             raise
         config = known_shapes()[name]
+    if state_mib is not None:
+        lizard = evenly_kept(config, lizard, state_mib)
     if widen:
         plain = student_config(config, lizard)
         check_widen(plain, widen, lizard.stage1.sequence_length - 1)

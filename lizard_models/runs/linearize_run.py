@@ -24,7 +24,7 @@ from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums, write_whole
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
-from lizard_models.model.layer_configs import converted_layers
+from lizard_models.model.layer_configs import converted_layers, lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.recipes import Recipe, Stage0Config
@@ -33,6 +33,7 @@ from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
 from lizard_models.runs.plan import Outcome, Plan, check_folders, work_folder
 from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.runs.state_budget import evenly_kept, share_out, told
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 from lizard_models.text.sequences import Documents, load_documents, load_sequences
@@ -65,11 +66,16 @@ class _Run:
         self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if plan.fsdp and process_count() == 1:
             raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+        if plan.state_mib is not None and not plan.stage0:
+            raise ValueError("state_mib: keys are shared out by the scores of stage 0, which is left out")
         self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
         self.say(f"teacher: {plan.teacher}")
         self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
         self.digest = agreed(teacher_digest(self.teacher) if is_main_process() else None)
+        if plan.state_mib is not None:
+            self.config = evenly_kept(self.teacher.model.config, plan.config, plan.state_mib)
+            self.plan = plan = dataclasses.replace(plan, config=self.config)
         self.documents = self._evaluation_documents()
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
@@ -95,6 +101,8 @@ class _Run:
         self._measure_starts(model)
         if "stage0" in self.sequences:
             self._fit_scores(model, self.sequences["stage0"])
+        if plan.state_mib is not None:
+            self._share_places(model, plan.state_mib)
         if "stage1" in self.sequences:
             run = self._run_arguments("stage1", "stage 1, attention approximation")
             self.results["stage1"] = train_stage1(model, self.sequences["stage1"], run)
@@ -166,6 +174,15 @@ class _Run:
         if self.documents is not None or self.plan.passkey_lengths:
             self._measure(WIDE_CONTROL, window_control(self.teacher, self.config))
             self._measure(WIDENED, model)
+
+    def _share_places(self, model: LizardCausalLM, mib: float) -> None:
+        """Gives key heads the places that the budget holds; a run that goes on takes those it chose before."""
+        rows, path = self.sequences["stage0"].held_out, self.work / "kept_keys.json"
+        with self.console.status("sharing out kept keys"):
+            share_out(model, rows, mib, path, self.device, self.home)
+        self.config = lizard_config(model.config)
+        for line in told(model.config, mib):
+            self.say(line)
 
     def _fit_scores(self, model: LizardCausalLM, rows: ScoreRows) -> None:
         run = self._run_arguments("stage0", "stage 0, scores of keys")
@@ -280,6 +297,7 @@ class _Run:
             "teacher_sha256": self.digest,
             "config": self.config.to_dict(),
             "widen": plan.widen,
+            "state_mib": plan.state_mib,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": torch.device(self.device).type,
             "processes": process_count(),
@@ -297,7 +315,11 @@ class _Run:
         text = json.dumps(settings, sort_keys=True, indent=2)
         path = self.work / "plan.json"
         if path.is_file():
-            before = {"widen": 0, **json.loads(path.read_text())}  # runs from before there was this choice lack it
+            before = {
+                "widen": 0,
+                "state_mib": None,
+                **json.loads(path.read_text()),
+            }  # runs from before there was this choice lack it
             with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
                 before["config"] = LizardConfig.from_dict(before["config"]).to_dict()
             if (known := before.setdefault("teacher_sha256", self.digest)) != self.digest:

@@ -55,6 +55,14 @@ def kept_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return lizard_bytes(config, 0, dtype) - lizard_bytes(plain, 0, dtype)
 
 
+def constant_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Of ``lizard_bytes``, those that do not grow: all but those of layers kept softmax without a window."""
+    windows, kept = sliding_windows(config), kept_layers(config)
+    growing = [i for i in kept if windows[i] is None]
+    length = max((window or 0) for window in [*windows, 0])
+    return lizard_bytes(config, length, dtype) - cache_bytes(config, length, dtype, growing)
+
+
 def told_places(config: PreTrainedConfig) -> str:
     """How many keys are kept where, in words. config: of a Lizard model."""
     kept = [attention_config(config, i) for i in converted_layers(config)]

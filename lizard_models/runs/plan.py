@@ -35,6 +35,9 @@ class Plan:
     widen: int = 0
     """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
     text, see ``evaluation.neediest_layers``."""
+    state_mib: float | None = None
+    """MiB that the state of one sequence may take with float32 keys, in place of ``attention.kept_keys``. After stage 0
+    places go to the layers and key heads where they save most on the training text: see ``runs.state_budget``."""
     text_field: str | None = None
     dtype: torch.dtype | None = None
     """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""
