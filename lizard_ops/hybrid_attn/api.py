@@ -233,7 +233,6 @@ def recurrent_hybrid_attn(
     if inplace:
         check_inplace(inputs, gradients, impl)
     beyond = {
-        "different numbers of kept keys in a decode step": isinstance(options.kept_keys, tuple),
         "a gate per channel with kept keys": scores is not None and inputs.g is not None and inputs.g.ndim == 4,
         'sink_form="linear"': linear_sinks_of(inputs, options) is not None,
         "float64 tensors": float64_of(q) is not None,

@@ -35,7 +35,7 @@ def in_order(outputs, places):
     orders = [torch.where(x < 0, 2**62, x).argsort(dim=1, stable=True) for x in held]
     for name in [f"state.{name}" for name in KEPT if f"state.{name}" in outputs]:
         parts = outputs[name].split(list(places), 1)
-        rows = torch.arange(len(held[0])).unsqueeze(1)
+        rows = torch.arange(len(held[0]), device=held[0].device).unsqueeze(1)
         outputs[name] = torch.cat([x[rows, order] for x, order in zip(parts, orders, strict=True)], 1)
     return outputs
 

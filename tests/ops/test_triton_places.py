@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 from kernel_checks import DEVICE, worst_excess
-from op_cases import call, cases
+from op_cases import call, cases, state_in
 from op_checks import one_of, with_gradients
 from target_cases import in_segments
 from test_kept_state import scored
@@ -73,3 +73,108 @@ def test_gradients_without_a_state():
         return with_gradients(step, case.cast(dtype, DEVICE))
 
     compare(of("chunk", torch.float32, impl="triton"), of("naive", torch.float32), of("naive", torch.float64))
+
+
+def steps(case, impl, state, inplace, places, delay):
+    """One token after the other from a state: outputs, and the fields at the end, places where they lie."""
+    outputs, more = [], {"kept_keys": places, "score_delay": delay, "impl": impl, "inplace": inplace}
+    for t in range(case.length):
+        found = call(case.part(slice(None), slice(t, t + 1)), "recurrent", state, **more)
+        outputs.append(found.pop("o"))
+        state = state_in(found)
+    return {"o": torch.cat(outputs, 1), **found}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fixed, places, delay, inplace",
+    [
+        (MERGE | {"gate": "key", "weight": "head", "B": 2}, (3, 0, 17), 0, True),
+        (MERGE | {"gate": "query", "Hk": 2, "G": 2, "feature_map": "exp", "anchors": 0}, (0, 5), 2, True),
+        (SUM | {"gate": "token", "weight": "token", "Hk": 2}, (1, 9), 1, False),
+        (SUM | {"gate": None, "coverage": "all", "normalize": True, "sinks": True}, (2, 1, 0), 2, True),
+    ],
+)
+def test_steps_are_those_of_pytorch(fixed, places, delay, inplace):
+    """Places by places, from nothing to long past full: the kernel overwrites the one that PyTorch does."""
+    case = make(20, **fixed, V=8, K=8, Fp=4, window=4)
+
+    def run(dtype, impl, inplace=False):
+        there = case.cast(dtype, DEVICE)
+        nothing = call(there.part(slice(None), slice(0, 0)), "chunk", kept_keys=places, score_delay=delay, impl="torch")
+        state = state_in({name: x.contiguous() for name, x in nothing.items()})
+        return steps(there, impl, state, inplace, places, delay)
+
+    compare(run(torch.float32, "triton", inplace), run(torch.float32, "torch"), run(torch.float64, "torch"))
+
+
+@torch.no_grad()
+def test_pieces_and_steps_hand_states_on():
+    """A piece, steps in place, which leave places in no order and tensors where they were, and a piece."""
+    case, more = make(26, **MERGE | {"gate": "key"}).cast(torch.float32, DEVICE), {"kept_keys": (4, 0, 2)}
+    wanted = in_order(call(case, "naive", **more), more["kept_keys"])
+    state = state_in(call(case.part(slice(None), slice(0, 18)), "chunk", impl="triton", **more))
+    state = state._replace(**{n: x.clone() for n, x in state._asdict().items() if x is not None})
+    addresses = [None if x is None else x.data_ptr() for x in state]
+    middle = steps(case.part(slice(None), slice(18, 22)), "triton", state, True, (4, 0, 2), 0)
+    assert [None if x is None else x.data_ptr() for x in state] == addresses
+    found = call(case.part(slice(None), slice(22, 26)), "chunk", state, impl="triton", **more)
+    torch.testing.assert_close(middle["o"], wanted["o"][:, 18:22], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(found.pop("o"), wanted.pop("o")[:, 22:], rtol=2e-5, atol=2e-6)
+    for name, x in in_order(found, more["kept_keys"]).items():
+        torch.testing.assert_close(x, wanted[name], rtol=2e-5, atol=2e-6, msg=lambda m, name=name: name + m)
+
+
+def test_the_step_is_well_formed():
+    case, places = make(9, **MERGE | {"gate": "key", "window": 4, "anchors": 1}).cast(torch.float32, DEVICE), (2, 0, 1)
+    decode = importlib.import_module("lizard_ops.hybrid_attn.triton.decode")
+    with torch.no_grad():
+        state = state_in(call(case.part(slice(None), slice(0, 8)), "chunk", impl="torch", kept_keys=places))
+    x = case.part(slice(None), slice(8, 9)).tokens
+    inputs = (x["q"], x["k"], x["v"], x["fq"], x["fk"], x["g"], None, None, *state)
+    tail = (4, 1, True, True, True, "softmax", True, 0.3, 1.0, None, x["scores"].float(), places)
+    torch.library.opcheck(decode.hybrid_decode, (*inputs, *tail), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_auto_takes_the_kernel_on_a_gpu(monkeypatch):
+    case, more = make(9, **MERGE | {"gate": "key"}).cast(torch.float32, DEVICE), {"kept_keys": (2, 0, 1)}
+    with torch.no_grad():
+        state = state_in(call(case.part(slice(None), slice(0, 8)), "chunk", impl="torch", **more))
+    seen, api = [], importlib.import_module("lizard_ops.hybrid_attn.api")
+    monkeypatch.setattr(api, "choose_impl", lambda impl, like, beyond: seen.append(beyond) or "torch")
+    with torch.no_grad():
+        call(case.part(slice(None), slice(8, 9)), "recurrent", state, **more)
+        call(case, "chunk", **more)
+    assert seen == [None, None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_a_captured_step_goes_on_by_itself():
+    case, places = make(40, **MERGE | {"gate": "key", "B": 2}).cast(torch.float32, "cuda"), (3, 0, 9)
+    more = {"kept_keys": places, "impl": "triton"}
+    wanted = in_order(call(case, "naive", kept_keys=places), places)
+    state = state_in(call(case.part(slice(None), slice(0, 20)), "chunk", **more))
+    state = state._replace(**{n: x.contiguous() for n, x in state._asdict().items() if x is not None})
+    token = case.part(slice(None), slice(20, 21)).map(lambda _, x: x.clone())
+    before = [None if x is None else x.clone() for x in state]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(token, "recurrent", state, inplace=True, **more)  # compiles, and makes what is made once
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = call(token, "recurrent", state, inplace=True, **more)["o"]
+    for x, then in zip(state, before, strict=True):
+        if x is not None:
+            x.copy_(then)
+    for t in range(20, 40):
+        for name, x in token.tokens.items():
+            None if x is None else x.copy_(case.tokens[name][:, t : t + 1])
+        graph.replay()
+        torch.testing.assert_close(o, wanted["o"][:, t : t + 1], rtol=1e-4, atol=1e-5)
+    left = in_order({f"state.{n}": x for n, x in state._asdict().items() if x is not None}, places)
+    for name, x in left.items():
+        torch.testing.assert_close(x, wanted[name], rtol=1e-4, atol=1e-5)

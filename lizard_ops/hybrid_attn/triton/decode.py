@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,6 +34,15 @@ def config_for(q: Tensor, features: int, v_dim: int) -> Launch:
 
 
 FIELDS = AttentionState._fields
+
+
+@functools.lru_cache(maxsize=1024)
+def list_starts(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """[Hk + 1] int32: where the places of each head begin in the list of all, and where it ends.
+
+    Made once, and so before a CUDA graph is captured, which follows a step that is not.
+    """
+    return torch.tensor([0, *itertools.accumulate(places)], dtype=torch.int32, device=device)
 
 
 def in_sixteens(x: Tensor) -> bool:
@@ -72,6 +84,7 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         feature_scale=options.feature_scale,
         softcap=options.softcap,
         scores=inputs.scores,
+        places=options.kept_keys if isinstance(options.kept_keys, tuple) else None,
     )
     return o, state if options.output_final_state else None
 
@@ -114,8 +127,12 @@ def hybrid_decode(
     feature_scale: float,
     softcap: float | None = None,
     scores: Tensor | None = None,
+    places: Sequence[int] | None = None,
 ) -> Tensor:
-    """One step, in place on the fields of the state; returns o [B, 1, Hq, V]. scores [B, 1, Hk] where keys are kept."""
+    """One step, in place on the fields of the state; returns o [B, 1, Hq, V]. scores [B, 1, Hk] where keys are kept.
+
+    places: of each key head, where they differ.
+    """
     k, v = k.to(ring_k.dtype), v.to(ring_v.dtype)
     fk = fk if ring_fk is None else fk.to(ring_fk.dtype)
     q, k, v, fq, fk = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, fq, fk))
@@ -123,7 +140,10 @@ def hybrid_decode(
     batch, _, heads, dim = q.shape
     key_heads, v_dim, pre = v.shape[2], v.shape[3], fq.shape[3]
     features, group = feature_dim(pre, feature_map), heads // v.shape[2]
-    channel, places = g is not None and g.ndim == 4, 0 if kept_scores is None else kept_scores.shape[1]
+    channel, starts = g is not None and g.ndim == 4, None
+    most = 0 if kept_scores is None else kept_scores.shape[1]
+    if places is not None:
+        starts, most = list_starts(tuple(places), q.device), triton.next_power_of_2(max(places))  # few kernels
     o = q.new_empty(batch, 1, heads, v_dim)
     if batch == 0:
         return o
@@ -132,7 +152,7 @@ def hybrid_decode(
         hybrid_decode_kernel[(batch * key_heads,)](
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
-            kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores,
+            kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts,
             *(step for x in (q, k, v, fq, fk) for step in (x.stride(0), x.stride(2))),
             heads if weight is not None and weight.ndim == 3 else 0, units_of(scale, softcap) / math.log(2),
             cap_of(scale, softcap), math.log(feature_scale),
@@ -146,9 +166,9 @@ def hybrid_decode(
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
-            P=places, SLOTS=window if ring_scores is None else ring_scores.shape[1],
-            BK=triton.next_power_of_2(max(places, 1)),
-            ALIGNED=places > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
+            P=most, SLOTS=window if ring_scores is None else ring_scores.shape[1],
+            BK=triton.next_power_of_2(max(most, 1)),
+            ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
             **config.options,
         )  # fmt: skip
     return o

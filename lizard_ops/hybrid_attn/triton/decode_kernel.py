@@ -61,7 +61,7 @@ def features_at(
 def hybrid_decode_kernel(
     q, k, v, fq, fk, g, sinks, weight, o,
     position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
-    kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores,
+    kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts,
     q_sn, q_sh, k_sn, k_sh, v_sn, v_sh, fq_sn, fq_sh, fk_sn, fk_sh, weight_sn, scale_log2, cap,
     log_feature_scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FP: tl.constexpr, F: tl.constexpr,
@@ -75,11 +75,13 @@ def hybrid_decode_kernel(
     """One program: one row of the batch and one key head with the G query heads that read it.
 
     GATES numbers per token (0: none, CHANNEL: F per key head), STATES linear sums per key head (1 or G); weight:
-    alpha, or the merge bias; P places of kept keys, SLOTS scores in their ring. Every load of a state tensor precedes
-    the barrier before its stores. What the programs of a row share (its position, one gate for all heads) is written
-    by the last of them: each adds a ticket above the bits of the position once it needs them no more.
+    alpha, or the merge bias; P places of kept keys, SLOTS scores in their ring. starts: None, or where each head's own
+    places begin in the list of a row's, and where that ends; P is then no less than any head has. Every load of a state
+    tensor precedes the barrier before its stores. What the programs of a row share (its position, one gate for all
+    heads) is written by the last of them: each adds a ticket above the bits of the position once it needs them no more.
     """
     HQ: tl.constexpr = HK * G
+    STEP: tl.constexpr = HK if starts is None else 1  # from a head's place to its next
     EXPIRING: tl.constexpr = P > 0 and OUTSIDE  # keys join the sums when they lose their place, not the window
     SCALED: tl.constexpr = MAP == "exp" or EXPIRING
     i_h = tl.program_id(0) % HK
@@ -133,19 +135,26 @@ def hybrid_decode_kernel(
         b_s = tl.where(m_c[None, :], b_s, float("-inf"))
         b_m, b_l, b_win, b_arg = absorb(b_s, b_v, b_m, b_l, b_win, b_arg, 0, 1, scale_log2, False, PRECISION)
     if P > 0:
+        i_first = i_n * P * HK + i_h
+        if starts is not None:
+            i_first = tl.load(starts + i_h)
+            count = tl.load(starts + i_h + 1) - i_first
+            i_first += i_n * tl.load(starts + HK)
         if OUTSIDE:
-            kept_fk += (i_n * P * HK + i_h) * FP
-        kept_k += (i_n * P * HK + i_h) * D
-        kept_v += (i_n * P * HK + i_h) * V
-        kept_scores += i_n * P * HK + i_h
-        kept_positions += i_n * P * HK + i_h
+            kept_fk += i_first * FP
+        kept_k += i_first * D
+        kept_v += i_first * V
+        kept_scores += i_first
+        kept_positions += i_first
         p_score = ring_scores + (i_n * SLOTS + p % SLOTS) * HK + i_h
         leaving_score = tl.load(p_score)
-        place, expires = choose_place(kept_positions, kept_scores, leaving_score, newest >= W + A, HK, P, BK)
+        place, expires = choose_place(
+            kept_positions, kept_scores, leaving_score, newest >= W + A, STEP, P if starts is None else count, BK
+        )  # fmt: skip
         b_near = b_m
         b_m, b_l, b_win = absorb_places(
             b_q, kept_positions, kept_k, kept_v, ring_k + slot * (HK * D), ring_v + slot * (HK * V), place, b_m, b_l,
-            b_win, b_arg, scale_log2, cap, HK, D, V, P, BN, BD, BV, PRECISION, ALIGNED,
+            b_win, b_arg, scale_log2, cap, STEP, D, V, P if starts is None else count, BN, BD, BV, PRECISION, ALIGNED,
         )  # fmt: skip
         b_max = b_near * scale_log2
         b_m *= scale_log2
@@ -169,8 +178,8 @@ def hybrid_decode_kernel(
         p_value = ring_v + slot * (HK * V)
         joined = newest - W
         if P > 0:
-            p_key = tl.where(place < 0, p_key, kept_fk + place * (HK * FP))
-            p_value = tl.where(place < 0, p_value, kept_v + place * (HK * V))
+            p_key = tl.where(place < 0, p_key, kept_fk + place * (STEP * FP))
+            p_value = tl.where(place < 0, p_value, kept_v + place * (STEP * V))
             joined = tl.where(expires, A, A - 1)
     else:
         p_key = fk + i_n * fk_sn + i_h * fk_sh
@@ -208,8 +217,10 @@ def hybrid_decode_kernel(
         joined_log = key_log
         if EXPIRING and GATES > 0:
             gate = tl.load(p_gate_now + i_gate)
-            p_kept_g = kept_g + (i_n * P * HK + i_h) * STATES + i_s
-            joined_log += pass_gate(p_kept_g, kept_positions, place, gate, far, HK, STATES, P, BK)
+            p_kept_g = kept_g + i_first * STATES + i_s
+            joined_log += pass_gate(
+                p_kept_g, kept_positions, place, gate, far, STEP, STATES, P if starts is None else count, BK
+            )  # fmt: skip
             far = 0.0
         if SCALED:
             if CHANNEL:
@@ -297,12 +308,12 @@ def hybrid_decode_kernel(
     if P > 0:
         tl.store(p_score, tl.load(scores + i_n * HK + i_h))
         if place >= 0:
-            tl.store(kept_scores + place * HK, leaving_score)
-            tl.store(kept_positions + place * HK, p - W)
-            tl.store(kept_k + place * (HK * D) + o_d, b_leaving_k, mask=m_d)
-            tl.store(kept_v + place * (HK * V) + o_v, b_leaving_v, mask=m_v)
+            tl.store(kept_scores + place * STEP, leaving_score)
+            tl.store(kept_positions + place * STEP, p - W)
+            tl.store(kept_k + place * (STEP * D) + o_d, b_leaving_k, mask=m_d)
+            tl.store(kept_v + place * (STEP * V) + o_v, b_leaving_v, mask=m_v)
             if OUTSIDE:
-                tl.store(kept_fk + place * (HK * FP) + o_x, b_leaving_fk, mask=o_x < FP)
+                tl.store(kept_fk + place * (STEP * FP) + o_x, b_leaving_fk, mask=o_x < FP)
     tl.store(ring_k + slot * (HK * D) + o_d, b_k, mask=m_d)
     tl.store(ring_v + slot * (HK * V) + o_v, b_v, mask=m_v)
     if A > 0:

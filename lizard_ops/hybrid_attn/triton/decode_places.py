@@ -13,10 +13,11 @@ EMPTY = tl.constexpr(1 << 61)  # above any position: how empty places are told f
 
 
 @triton.jit
-def choose_place(p_held, p_scores, score, leaves, HK: tl.constexpr, P: tl.constexpr, BK: tl.constexpr):
+def choose_place(p_held, p_scores, score, leaves, HK: tl.constexpr, P, BK: tl.constexpr):
     """(the place that a key with this score takes or -1, whether a key expires, that one or the one it displaces).
 
-    The lowest score gives way, of equal ones the first empty place, else the last position.
+    The lowest score gives way, of equal ones the first empty place, else the last position. HK: from place to place, 1
+    where each head has its own number of places, which P then is.
     """
     o_p = tl.arange(0, BK)
     b_held = tl.load(p_held + o_p * HK, mask=o_p < P, other=-1)
@@ -33,7 +34,7 @@ def choose_place(p_held, p_scores, score, leaves, HK: tl.constexpr, P: tl.conste
 @triton.jit
 def absorb_places(
     b_q, p_held, kept_k, kept_v, p_new_k, p_new_v, place, b_m, b_l, b_o, b_arg, scale_log2, cap,
-    HK: tl.constexpr, D: tl.constexpr, V: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    HK: tl.constexpr, D: tl.constexpr, V: tl.constexpr, P, BN: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (b_m, b_l, b_o) over the places, one of which holds the new key if ``place`` is not -1.
@@ -59,7 +60,7 @@ def absorb_places(
 
 @triton.jit
 def pass_gate(
-    p_kept_g, p_held, place, gate, passed, HK: tl.constexpr, STATES: tl.constexpr, P: tl.constexpr, BK: tl.constexpr
+    p_kept_g, p_held, place, gate, passed, HK: tl.constexpr, STATES: tl.constexpr, P, BK: tl.constexpr
 ):  # fmt: skip
     """The gates of all places go on by ``gate``, that of a new key begins; the log-decay of the key that expires."""
     o_p = tl.arange(0, BK)
