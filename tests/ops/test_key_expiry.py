@@ -226,7 +226,8 @@ def test_registered_as_torch_wants_them():
     flat, judged = ranks.flatten(0, 1).T, torch.tensor([2, 7], device=DEVICE)
     torch.library.opcheck(kernels, (kept.transpose(1, 2), flat, ends, judged))
     for lengths in (None, torch.tensor([4, 9], device=DEVICE)):
-        torch.library.opcheck(fresh, (scores_of("ties", 2, 9, 2).to(DEVICE), lengths, 3, 1, 4))
+        for each in (None, (4, 0)):
+            torch.library.opcheck(fresh, (scores_of("ties", 2, 9, 2).to(DEVICE), lengths, 3, 1, 4, each))
 
 
 @pytest.mark.parametrize("impl", FAST)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common.padding import compact, compaction, restore
+from lizard_ops.common.places import most
 from lizard_ops.common.rows import changed_rows
 from lizard_ops.key_expiry.arguments import NEVER, ExpiryInputs, ExpiryOptions, Left
 from lizard_ops.key_expiry.stream import ranked_stream, told, unkept
@@ -33,9 +34,11 @@ def expiry_triton(inputs: ExpiryInputs, options: ExpiryOptions) -> tuple[Tensor,
         inputs = changed_rows(inputs, lambda x: compact(x, plan), padding_mask=None)
         lengths = plan.lengths
     carried = inputs.initial_state is not None or options.output_final_state
-    if carried or inputs.cu_seqlens is not None or options.kept_keys == 0 or isinstance(options.kept_keys, tuple):
+    if carried or inputs.cu_seqlens is not None or options.kept_keys == 0:
         expiry, left = expiry_rows(inputs, lengths, options)
     else:
-        expiry = fresh(inputs.scores, lengths, options.window, options.anchors, options.kept_keys)
+        places = options.kept_keys
+        each = places if isinstance(places, tuple) else None
+        expiry = fresh(inputs.scores, lengths, options.window, options.anchors, most(places), each)
         left = Left(torch.full((len(expiry),), expiry.shape[1], device=expiry.device) if lengths is None else lengths)
     return expiry if plan is None else restore(expiry, plan, NEVER), left

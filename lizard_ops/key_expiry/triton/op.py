@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
-from lizard_ops.key_expiry.stream import LOWEST
+from lizard_ops.key_expiry.stream import LOWEST, blocked_ranks
 from lizard_ops.key_expiry.triton.kernels import (
     best_kernel,
     displaced_kernel,
@@ -72,9 +75,19 @@ def _(kept, ranks, ends, judged):
     return by_kept, by_row, kept.new_empty((0,) if judged is None else kept.shape)
 
 
+@functools.lru_cache(maxsize=1024)
+def blocked(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """[H, P] ranks, descending, of before the first key where heads have different numbers of places."""
+    return blocked_ranks(places, device).T.sort(descending=True)[0].contiguous()
+
+
 @torch.library.custom_op("lizard_ops::key_expiry_fresh", mutates_args=())
-def fresh(scores: Tensor, lengths: Tensor | None, window: int, anchors: int, places: int) -> Tensor:
+def fresh(
+    scores: Tensor, lengths: Tensor | None, window: int, anchors: int, places: int, each: Sequence[int] | None = None
+) -> Tensor:
     """Expiries [N, T, H] of float32 scores [N, T, H] that nothing came before, right-padded to ``lengths`` [N].
+
+    each: places of every head, where they differ; ``places`` is the most of them.
 
     Five launches: called once a layer, what PyTorch takes to rank and to tell would be most of the time.
     """
@@ -89,6 +102,7 @@ def fresh(scores: Tensor, lengths: Tensor | None, window: int, anchors: int, pla
     by_row = torch.empty(heads, rows, dtype=torch.int32, device=scores.device)
     best = torch.empty(blocks, heads, wide, dtype=torch.int64, device=scores.device)
     before = torch.empty_like(best)
+    kept = None if each is None else blocked(tuple(each), scores.device).expand(n, -1, -1).contiguous()
     of_rows = {"H": heads, "BH": triton.next_power_of_2(heads), "BLOCK": tile}
     sizes = {"H": heads, "BP": wide, "C": block, "PACKED": False}
     with on_device(scores, kept_keys=places):
@@ -96,7 +110,7 @@ def fresh(scores: Tensor, lengths: Tensor | None, window: int, anchors: int, pla
             scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows
         )
         best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **sizes, **config.launch)
-        scan_kernel[(n * heads,)](None, best, before, None, length, P=places, **sizes, **config.launch)
+        scan_kernel[(n * heads,)](kept, best, before, None, length, P=places, **sizes, **config.launch)
         displaced_kernel[(blocks * heads,)](
             ranks, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows, **sizes,
             **config.launch,
@@ -106,5 +120,5 @@ def fresh(scores: Tensor, lengths: Tensor | None, window: int, anchors: int, pla
 
 
 @fresh.register_fake
-def _(scores, lengths, window, anchors, places):
+def _(scores, lengths, window, anchors, places, each=None):
     return scores.new_empty(scores.shape, dtype=torch.int64)
