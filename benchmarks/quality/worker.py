@@ -25,10 +25,13 @@ from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.files.environment import environment
 from lizard_models.files.folders import appear_whole
 from lizard_models.files.sources import Say
+from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.runs.linearize_run import precision
-from lizard_models.runs.score_rows import score_rows
+from lizard_models.runs.memory import constant_bytes, told_places
+from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.runs.state_budget import DTYPE, share_out
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import load_model
 from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
@@ -88,8 +91,12 @@ class _Row:
         config = self.config.replace(wide_layers=[]) if spec.widened else self.config
         model: Any = linearize(self.teacher.model, config).requires_grad_(False)
         scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0
+        if spec.shared and not scored:
+            raise ValueError(f"{spec.stem}: places are shared out by fitted scores, and there is no stage 0")
         if scored:
-            self._fit_scores(model)
+            rows = self._fit_scores(model)
+            if spec.shared:
+                self._share_places(model, rows)
         trains = any(True for _ in model.stage_parameters())
         if spec.stage1 and trains and self.bench.budget.stage1_steps:
             result = train_stage1(model, self._sequences("stage1"), self._run_arguments("stage1"))
@@ -111,13 +118,21 @@ class _Row:
                 model.save_pretrained(draft)
         return model
 
-    def _fit_scores(self, model: Any) -> None:
+    def _share_places(self, model: Any, rows: ScoreRows) -> None:
+        """In the bytes of the row's own number of kept keys in every head."""
+        mib = constant_bytes(model.config, DTYPE) / 2**20
+        share_out(model, rows.held_out, mib, self.folder / "kept_keys.json", self.bench.device, self.bench.device)
+        self.record["places"] = lizard_config(model.config).to_dict()["attention"]["kept_keys"]
+        self.say(f"{self.spec.stem}: {told_places(model.config)}")
+
+    def _fit_scores(self, model: Any) -> ScoreRows:
         rows = score_rows(self.bench.data, self.teacher, model, self.config.stage0)
         self.record["hashes"]["stage0"] = rows.training.digest
         run = self._run_arguments("stage0")
         run.cuda_graph = False  # its steps are long, and launches are the least of them
         result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
         self._trained("stage0", result, r2=result.mean_r2, r2_by_layer=result.r2)
+        return rows
 
     def _sequences(self, stage: str) -> Any:
         recipe = getattr(self.config, stage)

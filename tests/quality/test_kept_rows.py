@@ -1,5 +1,6 @@
 """Rows with kept keys: declared beside the same bytes, trained with a stage 0, measured by keys that are found."""
 
+import copy
 import dataclasses
 import json
 
@@ -20,6 +21,7 @@ from benchmarks.quality.runner import SCORES, Runner
 from benchmarks.quality.worker import run_row
 from lizard_models.evaluation import passkey_accuracy, passkeys_found
 from lizard_models.evaluation.passkey import passkey_examples
+from lizard_models.runs.memory import constant_bytes
 from lizard_models.teachers.loading import load_model
 
 TINY = Budget(name="tiny", stage1_steps=1, stage2_steps=1, batch_size=2, sequence_length=48, stage0_steps=2)
@@ -89,6 +91,23 @@ def test_a_row_trains_its_scores_and_says_how_they_fit(plan):
     assert list(plain["stages"]) == ["stage1", "stage2"]
     start = load_model(str(unscored.folder(spec) / "model")).model.key_scores()
     assert not any(score.outer_weight.any() for score in start)
+
+
+def test_places_are_shared_out_in_the_bytes_of_the_row(plan):
+    spec = RowSpec(name="shared", changes=CHANGES, shared=True)
+    record = run_row(spec, dataclasses.replace(plan, measures=["loss"]), lambda message: None)
+    saved = load_model(str(plan.folder(spec) / "model")).model
+    places, even = [a.lizard.config.kept_by_head for a in saved.lizard_attentions()], record["settings"]["config"]
+    assert record["places"] == [list(heads) for heads in places] and even["attention"]["kept_keys"] == 8
+    evenly = copy.deepcopy(saved.config)
+    evenly.lizard = even
+    assert constant_bytes(saved.config, torch.float32) <= constant_bytes(evenly, torch.float32)
+    assert plan.record(dataclasses.replace(spec, shared=False), 3) is None
+    unscored = dataclasses.replace(plan, budget=dataclasses.replace(TINY, name="unscored", stage0_steps=0))
+    with pytest.raises(ValueError, match="shared.s0: places are shared out by fitted scores, and there is no stage 0"):
+        run_row(spec, unscored, lambda message: None)
+    row = ROWS["recommended-shared-256"]
+    assert row.reference == "recommended-kept-256" and row.spec(None, 30).shared and not ROWS[row.reference].shared
 
 
 def test_records_from_before_kept_keys_stay(plan):

@@ -63,8 +63,9 @@ class Row:
     without: tuple[str, ...] = ()
     """Stages left out."""
     passkeys: int = 0
-    """See ``RowSpec``; so are the next two."""
+    """See ``RowSpec``; so are the next three."""
     widened: bool = False
+    shared: bool = False
     longer: int = 1
     beside: str | None = None
     """The row whose loss is taken from its loss, and which its tables show too; None is that of the name of what it
@@ -122,6 +123,7 @@ class Row:
             stage2="stage2" not in self.without,
             passkeys=self.passkeys,
             widened=self.widened,
+            shared=self.shared,
             longer=self.longer,
         )
 

@@ -56,6 +56,8 @@ class RowSpec:
     """Synthetic examples of five passkeys among the training text of both stages."""
     widened: bool = False
     """Wide layers get their window after stage 1, which trains every layer with the others' (see ``widen``)."""
+    shared: bool = False
+    """After stage 0 kept keys go to the layers and heads where they save most, within the bytes of as many in each."""
     longer: int = 1
     """Training sequences are this many times as long as the budget's, and as many times fewer a step."""
 
