@@ -21,12 +21,20 @@ from lizard_ops import AttentionState
 from lizard_ops.hybrid_attn.triton import decode
 from lizard_ops.tiles.launch import Launch
 
+
+def by_head(places: int) -> list[int]:
+    """As many places in all, where every other head has none."""
+    return [2 * places * (h % 2 == 0) for h in range(KEY_HEADS)]
+
+
 MERGE: dict[str, Any] = {"mix": "merge", "coverage": "outside", "feature_map": "softmax"}
 CHECKS: dict[str, tuple[torch.dtype, int, dict[str, Any]]] = {  # name: (dtype, gates, options)
     "merge bf16": (torch.bfloat16, KEY_HEADS, MERGE),
     "merge bf16, one gate": (torch.bfloat16, 1, MERGE),
     "sum all fp16": (torch.float16, KEY_HEADS, MERGE | {"mix": "sum", "coverage": "all"}),
     "exp fp32, gate a query head": (torch.float32, HEADS, MERGE | {"feature_map": "exp"}),
+    "places per head bf16": (torch.bfloat16, KEY_HEADS, MERGE | {"kept_keys": by_head(96)}),
+    "places per head exp fp32": (torch.float32, HEADS, MERGE | {"feature_map": "exp", "kept_keys": by_head(96)}),
 }
 WINDOW, PLACES, PIECE, LENGTH = 384, 256, 4096, 32768
 LAYERS = {1: 24, 16: 4, 64: 2}  # states for each batch
@@ -86,7 +94,7 @@ def check(name: str, length: int = 900, steps: int = 40, places: int = 96) -> di
     dtype, gates, kind = CHECKS[name]
     x = tokens(2, length, dtype, gates)
     x["scores"] = (x["scores"] + torch.arange(length, device="cuda").view(1, -1, 1) / 256).round()
-    options = kind | {"window": 128, "anchors": ANCHORS, "kept_keys": places, "score_delay": 2}
+    options = {"window": 128, "anchors": ANCHORS, "kept_keys": places, "score_delay": 2} | kind
     forms = {"exact": (torch.float64, "torch"), "torch": (dtype, "torch"), "ours": (dtype, "triton")}
     forms["again"] = forms["ours"]
     found = {}
@@ -103,7 +111,7 @@ def check(name: str, length: int = 900, steps: int = 40, places: int = 96) -> di
     return {"ours": errors("ours"), "torch": errors("torch"), "positions": torch.equal(held, wanted), "same": again}
 
 
-def filled(batch: int, places: int, options: dict[str, Any]) -> AttentionState:
+def filled(batch: int, places: int | list[int], options: dict[str, Any]) -> AttentionState:
     """A state long past full."""
     nothing = part(tokens(batch, 1, torch.bfloat16, KEY_HEADS), 0, 0)
     if not places:
@@ -113,7 +121,9 @@ def filled(batch: int, places: int, options: dict[str, Any]) -> AttentionState:
         if x is not None and x.is_floating_point():
             x.copy_(torch.rand_like(x) if "g" != name[-1] else -torch.rand_like(x) / 64)
     state.position.fill_(5000)
-    if places:
+    if isinstance(places, list):
+        state.kept_positions.copy_(torch.cat([torch.arange(n, device="cuda") for n in places]) * 8 + ANCHORS)
+    elif places:
         state.kept_positions.copy_(torch.arange(places, device="cuda").view(1, -1, 1) * 16 + ANCHORS)
     return state
 
@@ -126,7 +136,7 @@ def copy_speed() -> float:
 
 
 @torch.no_grad()
-def timed_step(batch: int, places: int, speed: float, milliseconds: int) -> dict[str, float]:
+def timed_step(batch: int, places: int | list[int], speed: float, milliseconds: int) -> dict[str, Any]:
     options = MERGE | {"window": WINDOW, "anchors": ANCHORS} | ({"kept_keys": places} if places else {})
     states = [filled(batch, places, options) for _ in range(LAYERS[batch])]
     x = tokens(batch, 1, torch.bfloat16, KEY_HEADS)
@@ -185,7 +195,7 @@ def measure(milliseconds: int, others: bool) -> dict[str, Any]:
     speed = copy_speed()
     found["copy_TB_s"] = speed / 1e9
     for batch in LAYERS:
-        for places in (0, PLACES):
+        for places in (0, PLACES, by_head(PLACES)):
             found["steps"].append(guarded(partial(timed_step, batch, places, speed, milliseconds)))
             torch.cuda.empty_cache()
     found["variants"] = variants(speed, milliseconds) if others else {}
@@ -215,7 +225,7 @@ def print_table(found: dict[str, Any]) -> None:
     print(f"copy {found['copy_TB_s']:.2f} TB/s; a step: microseconds, megabytes, times the copy's")
     for row in found["steps"]:
         numbers = "  ".join(f"{x:8.2f}" for n, x in row.items() if n in ("us", "MB", "times_copy"))
-        print(row["error"] if "error" in row else f"batch {row['batch']:3d} kept {row['kept']:3d}  {numbers}")
+        print(row["error"] if "error" in row else f"batch {row['batch']:3d} kept {row['kept']!s:>3}  {numbers}")
     for name, row in found["variants"].items():
         print(f"batch 64 kept {PLACES}, {name}: {row.get('us', row)}")
     for name, ms in found["prefill_ms"].items():
