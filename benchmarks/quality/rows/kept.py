@@ -21,22 +21,27 @@ def window(places: int) -> Row:
     )
 
 
-def kept(places: int) -> Row:
+def kept(places: int, suffix: str = "", about: str = "", **changes: object) -> Row:
     """Those bytes, spent on the keys with the best scores of all that left the window."""
     return Row(
-        name=f"recommended-kept-{places}",
-        about=f"{places} kept keys",
+        name=f"recommended-kept-{places}{suffix}",
+        about=f"{places} kept keys{about}",
         on="recommended",
-        changes={"attention": {"kept_keys": places}},
+        changes={"attention": {"kept_keys": places, **changes}},
         beside=f"recommended-w{WINDOW + places}",
         costs="a stage 0",
         compared=True,
     )
 
 
+SCORES = (
+    kept(256, "-received", ", whose score reads the attention received in the window", score_received=True),
+    kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
+)
+
 TABLE = Table(
     name="kept",
     about="Keys that stay exact because a learned score says so, beside the same bytes of a wider window.",
     title="Kept keys, beside the same bytes of window",
-    rows=tuple(row for places in PLACES for row in (window(places), kept(places))),
+    rows=tuple(row for places in PLACES for row in (window(places), kept(places))) + SCORES,
 )
