@@ -4,7 +4,9 @@ A place of either takes a key, a value, inputs of the linear branch and a gate; 
 besides, 12 bytes of about a thousand.
 """
 
-from benchmarks.quality.rows.declare import Row, Table
+from typing import Any
+
+from benchmarks.quality.rows.declare import PASSKEYS, Row, Table
 
 PLACES = (64, 128, 256, 512)
 WINDOW = 128  # of recommended
@@ -21,22 +23,46 @@ def window(places: int) -> Row:
     )
 
 
-def kept(places: int, suffix: str = "", about: str = "", **changes: object) -> Row:
-    """Those bytes, spent on the keys with the best scores of all that left the window."""
+def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
+    """Those bytes, spent on the keys with the best scores of all that left the window. more: fields of the row, and
+    of its attention."""
+    fields = {name: more.pop(name) for name in ("longer", "passkeys", "stage2") if name in more}
+    changes: dict[str, Any] = {"attention": {"kept_keys": places, **more}}
+    if "stage2" in fields:
+        changes["stage2"] = fields.pop("stage2")
     return Row(
         name=f"recommended-kept-{places}{suffix}",
         about=f"{places} kept keys{about}",
         on="recommended",
-        changes={"attention": {"kept_keys": places, **changes}},
+        changes=changes,
         beside=f"recommended-w{WINDOW + places}",
         costs="a stage 0",
         compared=True,
+        **fields,
     )
 
 
+# A sequence of 1024 tokens hardly leaves 128 + 256 exact keys: longer ones show the linear branch what it is for.
+LONG: dict[str, Any] = {"longer": 4, "score_received": True}
+RECEIVED = ", whose score reads the attention received in the window"
 SCORES = (
-    kept(256, "-received", ", whose score reads the attention received in the window", score_received=True),
+    kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
+    *(kept(places, "-received-longer-x4", RECEIVED + ", longer sequences", **LONG) for places in (256, 512)),
+    kept(
+        256,
+        "-received-longer-x4-passkeys",
+        RECEIVED + ", longer sequences with passkeys among them",
+        passkeys=PASSKEYS // 4,
+        **LONG,
+    ),
+    kept(
+        256,
+        "-received-longer-x4-no-qk",
+        RECEIVED + ", longer sequences, no adapters on q and k",
+        stage2={"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+        **LONG,
+    ),
 )
 
 TABLE = Table(
