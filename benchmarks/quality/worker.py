@@ -9,10 +9,12 @@ import json
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.quality import scores
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.branches import switched_off
 from benchmarks.quality.records import write_json
@@ -128,10 +130,17 @@ class _Row:
     def _fit_scores(self, model: Any) -> ScoreRows:
         rows = score_rows(self.bench.data, self.teacher, model, self.config.stage0)
         self.record["hashes"]["stage0"] = rows.training.digest
-        run = self._run_arguments("stage0")
-        run.cuda_graph = False  # its steps are long, and launches are the least of them
-        result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
-        self._trained("stage0", result, r2=result.mean_r2, r2_by_layer=result.r2)
+        with scores.alone(scores.shared_folder(self.bench.work, model, rows, self.bench.teacher)) as shared:
+            if told := scores.take(shared, model):
+                self.say(f"{self.spec.stem}: scores are those of {told['row']}")
+                self.record["stages"]["stage0"] = told
+                self._write()
+                return rows
+            run = self._run_arguments("stage0")
+            run.cuda_graph = False  # its steps are long, and launches are the least of them
+            result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
+            self._trained("stage0", result, r2=result.mean_r2, r2_by_layer=result.r2, row=self.spec.stem)
+            scores.give(shared, Path(run.output_dir), self.record["stages"]["stage0"])
         return rows
 
     def _sequences(self, stage: str) -> Any:

@@ -138,7 +138,7 @@ def chunk_hybrid_attn(
     checks.check_flag("output_final_state", output_final_state)
     checks.want(expiry is None or kept_keys is not None, "kept_keys", kept_keys, PLACES)
     beyond = beyond_kept(inputs, options) or linear_sinks_of(inputs, options) or float64_of(q)
-    chosen = choose_impl(until_run(impl, inputs), q, beyond)
+    chosen = choose_impl(impl, q, beyond)
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')
         form = naive_hybrid
@@ -153,11 +153,6 @@ def chunk_hybrid_attn(
 def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
     """The paper's printed sinks are beyond the Triton kernels."""
     return 'sink_form="linear"' if inputs.sinks is not None and options.sink_form == "linear" else None
-
-
-def until_run(impl: str, inputs: HybridInputs) -> str:
-    """PyTorch in place of "auto" for kept keys: their kernels have changed since a GPU ran them."""
-    return "torch" if impl == "auto" and (inputs.scores is not None or inputs.expiry is not None) else impl
 
 
 def beyond_kept(inputs: HybridInputs, options: HybridOptions) -> str | None:
@@ -240,7 +235,7 @@ def recurrent_hybrid_attn(
         "a step without a carried state": initial_state is None,
         "gradients": gradients,
     }
-    chosen = choose_impl(until_run(impl, inputs), q, next((what for what, holds in beyond.items() if holds), None))
+    chosen = choose_impl(impl, q, next((what for what, holds in beyond.items() if holds), None))
     if chosen == "naive":
         with without_autocast(q):
             return on_padded_places(naive_hybrid, inputs, options)

@@ -51,7 +51,7 @@ def key_expiry(
         padding_mask: [B, T] bool, True at real tokens, anywhere in a row; padding is no key, and its expiry is NEVER.
         initial_state: what an earlier call left (``output_final_state``) with the same options.
         output_final_state: return the state after the last token.
-        impl: "auto" (PyTorch: the kernels have changed since a GPU ran them), "triton", "torch" or "naive".
+        impl: "auto" (Triton on CUDA tensors, PyTorch elsewhere), "triton", "torch" or "naive".
 
     Returns:
         ``Expiries``: expiry [B, T, Hk] int64, position of the query in its sequence; state, an ``ExpiryState`` or None;
@@ -65,7 +65,7 @@ def key_expiry(
     """
     options = ExpiryOptions(window, anchors, kept_keys, output_final_state)
     inputs, options = expiry_arguments(ExpiryInputs(scores, initial_state, cu_seqlens, padding_mask), options)
-    chosen = choose_impl("torch" if impl == "auto" else impl, scores, None)
+    chosen = choose_impl(impl, scores, None)
     if chosen == "naive":
         form = naive_expiry
     elif chosen == "triton":

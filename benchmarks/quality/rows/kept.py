@@ -5,7 +5,9 @@ value, inputs of the linear branch and a gate; a kept key has a score and a posi
 thousand.
 """
 
-from benchmarks.quality.rows.declare import Row, Table
+from typing import Any
+
+from benchmarks.quality.rows.declare import PASSKEYS, Row, Table
 
 PLACES = (64, 128, 256, 512)
 WINDOW = 128  # of recommended
@@ -22,16 +24,22 @@ def window(places: int) -> Row:
     )
 
 
-def kept(places: int) -> Row:
-    """Those bytes, spent on the keys with the best scores of all that left the window."""
+def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
+    """Those bytes, spent on the keys with the best scores of all that left the window. more: fields of the row, and
+    of its attention."""
+    fields = {name: more.pop(name) for name in ("longer", "passkeys", "stage2") if name in more}
+    changes: dict[str, Any] = {"attention": {"kept_keys": places, **more}}
+    if "stage2" in fields:
+        changes["stage2"] = fields.pop("stage2")
     return Row(
-        name=f"recommended-kept-{places}",
-        about=f"{places} kept keys",
+        name=f"recommended-kept-{places}{suffix}",
+        about=f"{places} kept keys{about}",
         on="recommended",
-        changes={"attention": {"kept_keys": places}},
+        changes=changes,
         beside=f"recommended-w{WINDOW + places}",
         costs="a stage 0",
         compared=True,
+        **fields,
     )
 
 
@@ -48,9 +56,32 @@ def shared(places: int) -> Row:
     )
 
 
+# A sequence of 1024 tokens hardly leaves 128 + 256 exact keys: longer ones show the linear branch what it is for.
+LONG: dict[str, Any] = {"longer": 4, "score_received": True}
+RECEIVED = ", whose score reads the attention received in the window"
+SCORES = (
+    kept(256, "-received", RECEIVED, score_received=True),
+    kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
+    *(kept(places, "-received-longer-x4", RECEIVED + ", longer sequences", **LONG) for places in (256, 512)),
+    kept(
+        256,
+        "-received-longer-x4-passkeys",
+        RECEIVED + ", longer sequences with passkeys among them",
+        passkeys=PASSKEYS // 4,
+        **LONG,
+    ),
+    kept(
+        256,
+        "-received-longer-x4-no-qk",
+        RECEIVED + ", longer sequences, no adapters on q and k",
+        stage2={"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+        **LONG,
+    ),
+)
+
 TABLE = Table(
     name="kept",
     about="Keys that stay exact because a learned score says so, beside the same bytes of a wider window.",
     title="Kept keys, beside the same bytes of window",
-    rows=tuple(row for places in PLACES for row in (window(places), kept(places), shared(places))),
+    rows=tuple(row for places in PLACES for row in (window(places), kept(places), shared(places))) + SCORES,
 )
