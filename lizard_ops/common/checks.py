@@ -243,18 +243,19 @@ def kept_state_shapes(
     waiting: int,
     k_dim: int,
     g: Tensor | None,
-    outside: bool,
+    late: bool,
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the state fields of kept keys, as ``check_state`` wants them.
 
-    kept_keys: places of every key head, or of each. waiting: scores in the ring; k_dim: features as given; g as
-    ``check_gate`` returns it. A gate that the heads share has a sum for each of them, since each keeps keys of its own.
+    kept_keys: places of every key head, or of each. late: keys enter the sums when they expire. waiting: scores in the
+    ring; k_dim: features as given; g as ``check_gate`` returns it. A gate that the heads share has a sum for each of
+    them, since each keeps keys of its own.
     """
     heads = k.shape[2]
     places = (n, kept_keys, heads) if isinstance(kept_keys, int) else (n, sum(kept_keys))
     shapes: dict[str, tuple[int, ...]] = {"kept_k": (*places, k.shape[3]), "kept_v": (*places, v.shape[3])}
     shapes |= {"kept_scores": places, "kept_positions": places, "ring_scores": (n, waiting, heads)}
-    if outside:
+    if late:
         shapes["kept_fk"] = (*places, k_dim)
         if g is not None and isinstance(kept_keys, int):
             shapes["kept_g"] = (n, kept_keys, max(g.shape[2], heads), *g.shape[3:])

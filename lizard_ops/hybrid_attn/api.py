@@ -81,7 +81,7 @@ def chunk_hybrid_attn(
         alpha: weight of the window branch in a sum: a number, [], [Hq] or [B, T, Hq]; None is 1. None with "merge".
         merge_bias: [Hq] or [B, T, Hq]; None is 0. None with "sum".
         merge_mass: "relative" (LoLCATs' way) or "absolute".
-        coverage: "all" or "outside".
+        coverage: "all", "outside" or, the same but where keys are kept, "left".
         feature_map: "identity", "softmax" or "exp".
         normalize: divide the linear branch by its mass.
         scale: factor of the window scores, K ** -0.5 by default.
@@ -94,7 +94,9 @@ def chunk_hybrid_attn(
             keys that have left the window and are no anchors the best ``kept_keys`` of a head so far stay exact, larger
             score first, then the earlier position; what they displace expires. A key is in the window branch of the
             queries before it expires and, with coverage="outside", in the linear branch of those from then on, decayed
-            as ever; with "all" the linear branch covers every key. The largest score m stays that of window and
+            as ever; with "left" it is there from the window's end on, kept or not, and so has no need of a kept key's
+            features (half a place of the state, where features are as many as dims); with "all" the linear branch
+            covers every key. The largest score m stays that of window and
             anchors: were a kept key's among them, the linear share would rise where such a key is found. ``key_expiry``
             gives the same expiries. States hold kept keys (``AttentionState``), so that chunks of any size, single
             tokens and one pass agree, ties included. The kernels have no gradients of calls with both scores and a

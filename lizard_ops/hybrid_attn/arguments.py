@@ -92,7 +92,12 @@ class HybridOptions(NamedTuple):
 
     @property
     def outside(self) -> bool:
-        """Whether the linear branch covers only the keys that the window leaves out."""
+        """Whether the linear branch covers only keys that the window leaves out."""
+        return self.coverage != "all"
+
+    @property
+    def late(self) -> bool:
+        """Whether keys that outlive the window enter the linear branch when they expire, not when they leave it."""
         return self.coverage == "outside"
 
     @property
@@ -119,9 +124,28 @@ class HybridOptions(NamedTuple):
 
 def linear_inputs(inputs: HybridInputs, options: HybridOptions) -> GatedInputs:
     """The linear branch's, where it covers what is not exact, with the expiries that say so."""
-    if not options.outside:
+    if not options.outside or inputs.expiry is None:
         return inputs.linear
-    return inputs.linear._replace(expiry=inputs.expiry, kept_rows=inputs.kept_rows)
+    if options.late:
+        return inputs.linear._replace(expiry=inputs.expiry, kept_rows=inputs.kept_rows)
+    return inputs.linear._replace(expiry=leavings(inputs, options.window), initial_state=without_kept(inputs))
+
+
+def leavings(inputs: HybridInputs, window: int) -> Tensor:
+    """What expiries would be if no key outlived the window, of ring and new rows alone; -1 for what is no key."""
+    expiry, state = inputs.expiry, inputs.initial_state
+    assert expiry is not None
+    if state is not None and state.kept_positions is not None:
+        expiry = expiry.narrow(-2, state.kept_positions.shape[-2], expiry.shape[-2] - state.kept_positions.shape[-2])
+    rows, new = expiry.shape[-2], inputs.v.shape[-3]
+    leaves = torch.arange(rows, device=expiry.device).unsqueeze(-1) + (new - rows + window)
+    return torch.where(expiry < 0, -1, leaves)
+
+
+def without_kept(inputs: HybridInputs) -> AttentionState | None:
+    """The carried state as the linear branch sees it where kept keys are among its sums already."""
+    state = inputs.initial_state
+    return None if state is None else state._replace(kept_k=None, kept_v=None, kept_positions=None)
 
 
 def kept_places(inputs: HybridInputs, options: HybridOptions) -> int:
@@ -138,7 +162,7 @@ def expiry_options(options: HybridOptions) -> ExpiryOptions:
 def scored_state_shapes(inputs: HybridInputs, options: HybridOptions, n: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the state fields that a call with scores has beyond one without; g as ``check_gate`` returns it."""
     q, k, v, g, waiting = inputs.q, inputs.k, inputs.v, inputs.g, options.window - options.score_delay
-    shapes = checks.kept_state_shapes(n, k, v, options.kept_keys, waiting, inputs.fk.shape[3], g, options.outside)
+    shapes = checks.kept_state_shapes(n, k, v, options.kept_keys, waiting, inputs.fk.shape[3], g, options.late)
     return shapes | ({"log_scale": (n, checks.state_heads(q, v, g))} if options.outside else {})
 
 
@@ -221,7 +245,7 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
     checks.check_choice("feature_map", options.feature_map, FEATURE_MAPS)
     checks.check_choice("mix", mix, ("sum", "merge"))
     checks.check_choice("merge_mass", options.merge_mass, ("relative", "absolute"))
-    checks.check_choice("coverage", options.coverage, ("all", "outside"))
+    checks.check_choice("coverage", options.coverage, ("all", "outside", "left"))
     checks.check_flag("normalize", normalize)
     checks.check_count("window", options.window, 1)
     checks.check_count("anchors", options.anchors, 0)
@@ -243,6 +267,8 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
         sequences, q, fk.shape[3], v, g, options.offset, features, options.feature_map
     )  # fmt: skip
     options = options._replace(kept_keys=places_of(inputs, options))
+    if options.coverage == "left" and inputs.scores is None and inputs.expiry is None:
+        options = options._replace(coverage="outside")  # the same where no key outlives the window
     scores = check_scores(inputs, options)
     if scores is not None:
         shapes |= scored_state_shapes(inputs._replace(g=g), options, sequences)

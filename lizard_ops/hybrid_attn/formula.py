@@ -19,6 +19,7 @@ def hybrid_formula(x: HybridInputs, options: HybridOptions) -> Tensor:
     o_lin, log_mass    the gated formula of phi(fq) and phi(fk), over all keys or those outside the window
     o_win, lse, m      the window formula of q and k
     expiry e           key j is exact for queries j <= i < e_j, and outside for i >= e_j; without, e_j = j + window
+                       (coverage="left": among the linear branch's keys for i >= j + window)
     mix="sum"          o = o_lin + alpha o_win
     mix="merge"        o = share o_lin + (1 - share) o_win,  share = sigmoid(log_mass - M + merge_bias)
                        M = lse - m with merge_mass="relative", lse with "absolute"

@@ -57,7 +57,7 @@ def keep_step(
     options: HybridOptions,
     inplace: bool = False,
 ) -> tuple[Fields, Joining | None]:
-    """(the fields that changed but for the ring of keys and values, what enters the sums of coverage="outside").
+    """(the fields that changed but for the ring of keys and values, what enters the sums unless coverage="all").
 
     To be called before the steps of the branches. Nothing is asked of the device, and every shape is fixed: where no
     key leaves, or the one that does takes no place, places are overwritten by what they hold. inplace: the fields are
@@ -98,7 +98,17 @@ def keep_step(
     if not options.outside:
         return fields, None
 
-    assert state.ring_fk is not None and state.kept_fk is not None
+    assert state.ring_fk is not None
+    if not options.late:
+        leaving_fk, decay = take_at(state.ring_fk, slot), None
+        fields["ring_fk"] = put_at(state.ring_fk, slot, x.fk, inplace)
+        if x.g is not None:
+            assert state.ring_g is not None
+            fields["ring_g"] = put_at(state.ring_g, slot, x.g, inplace)
+            decay = fields["ring_g"].sum(1)
+            decay = decay.expand(-1, max(decay.shape[1], place.shape[1]), *decay.shape[2:])
+        return fields, Joining(k=leaving_fk, v=leaving_v, there=leaves.expand_as(place), decay=decay)
+    assert state.kept_fk is not None
     leaving_fk, expiring_fk, decay = take_at(state.ring_fk, slot), state.kept_fk[at], None
     fields |= {"ring_fk": put_at(state.ring_fk, slot, x.fk, inplace), "kept_fk": put(state.kept_fk, leaving_fk)}
     if x.g is not None:

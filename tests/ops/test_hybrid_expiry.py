@@ -51,7 +51,7 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("coverage", HYBRID["coverage"])
+@pytest.mark.parametrize("coverage", [*HYBRID["coverage"], "left"])
 @pytest.mark.parametrize("mix", HYBRID["mix"])
 def test_chunked_is_the_reference(mix, coverage, gate, small_chunks):
     """Outputs and gradients, of rows of every kind."""
@@ -121,13 +121,14 @@ def test_shapes_without_values(kind):
     assert found.shape == (2, 9, 2, 4) and found.dtype == torch.float32
 
 
-def dense(q, k, v, fq, fk, g, window, expiry, merge_bias, scale):
+def dense(q, k, v, fq, fk, g, window, expiry, merge_bias, scale, left):
     """One row and head of everything [T, ...], merged by relative mass, softmax features: loops over pairs alone."""
     rows = []
     phi_q, phi_k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], -1) for x in (fq, fk))
     for i in range(len(q)):
         exact = {j: scale * (q[i] @ k[j]) for j in range(i + 1) if i < expiry[j]}
-        linear = {j: (phi_q[i] @ phi_k[j]) * g[j + 1 : i + 1].sum().exp() for j in range(i + 1) if i >= expiry[j]}
+        inside = [j for j in range(i + 1) if i >= (j + window if left else expiry[j])]
+        linear = {j: (phi_q[i] @ phi_k[j]) * g[j + 1 : i + 1].sum().exp() for j in inside}
         mass = sum(s.exp() for s in exact.values())
         o_win = sum(s.exp() * v[j] for j, s in exact.items()) / mass
         if not linear:
@@ -141,8 +142,9 @@ def dense(q, k, v, fq, fk, g, window, expiry, merge_bias, scale):
     return torch.stack(rows)
 
 
-def test_two_key_heads_of_two_query_heads_by_hand():
-    fixed = {"mix": "merge", "merge_mass": "relative", "coverage": "outside", "feature_map": "softmax", "gate": "key"}
+@pytest.mark.parametrize("coverage", ["outside", "left"])
+def test_two_key_heads_of_two_query_heads_by_hand(coverage):
+    fixed = {"mix": "merge", "merge_mass": "relative", "coverage": coverage, "feature_map": "softmax", "gate": "key"}
     sizes = {"T": 13, "B": 2, "Hk": 2, "G": 2, "window": 3, "anchors": 0, "seed": 4}
     case = one_of(cases("hybrid", **sizes, **fixed, sinks=False, weight="head", scale=0.7))
     expiry = expiry_of(case)
@@ -152,12 +154,14 @@ def test_two_key_heads_of_two_query_heads_by_hand():
         for h in range(4):
             heads = [x[name][b, :, h] for name in ("q",)] + [x[name][b, :, h // 2] for name in ("k", "v")]
             heads += [x["fq"][b, :, h], x["fk"][b, :, h // 2], x["g"][b, :, h // 2]]
-            wanted = dense(*heads, 3, expiry[b, :, h // 2].tolist(), case.weights["merge_bias"][h], 0.7)
+            wanted = dense(
+                *heads, 3, expiry[b, :, h // 2].tolist(), case.weights["merge_bias"][h], 0.7, coverage == "left"
+            )
             torch.testing.assert_close(o[b, :, h], wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("coverage", HYBRID["coverage"])
+@pytest.mark.parametrize("coverage", [*HYBRID["coverage"], "left"])
 @pytest.mark.parametrize("mix", HYBRID["mix"])
 def test_hybrid_is_its_formula(mix, coverage, gate):
     kinds = st.sampled_from((expiry_of, arbitrary_expiry))

@@ -69,7 +69,7 @@ def run(case, form, state=None, **more):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("coverage", HYBRID["coverage"])
+@pytest.mark.parametrize("coverage", [*HYBRID["coverage"], "left"])
 @pytest.mark.parametrize("form", ["naive", "chunk", "recurrent"])
 def test_pieces_are_the_whole(form, coverage, gate):
     """Outputs, and every field of the state."""

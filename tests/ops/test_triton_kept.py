@@ -16,7 +16,7 @@ from lizard_ops import NEVER, checked, chunk_hybrid_attn, naive_hybrid_attn, nai
 pytest.importorskip("lizard_ops.hybrid_attn.triton.kept_chunk")
 
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter gets bfloat16 wrong
-OUTSIDE = {"coverage": "outside"}
+OUTSIDE, LEFT = {"coverage": "outside"}, {"coverage": "left"}
 ABSOLUTE = MERGE | {"merge_mass": "absolute"}
 UNNORMALISED = SUM | OUTSIDE | {"feature_map": "identity", "normalize": False}
 
@@ -75,6 +75,8 @@ def check(x, window, places, dtype=torch.float32, expiry=None, anchors=0, rows=N
         (dict(t=40, hq=3, hk=1, dim=24, gate=3), 4, 1, 0, SUM | OUTSIDE | {"softcap": 1.5}, torch.float32),
         (dict(t=40, hq=2, hk=1, gate=1, weight=True), 8, 5, 9, MERGE | {"coverage": "all"} | EXP, torch.float32),
         (dict(t=70, hq=2, hk=1, gate=1), 9, 0, 7, MERGE, HALF),
+        (dict(t=70, hq=4, hk=2, gate=2, weight=True), 9, 3, 7, MERGE | LEFT, torch.float32),
+        (dict(t=40, hq=2, hk=1, gate=2), 5, 1, 6, SUM | LEFT | EXP, torch.float32),
     ],
 )  # fmt: skip
 def test_output_and_gradients_match_the_reference(shape, window, anchors, places, options, dtype):
@@ -89,7 +91,7 @@ def test_lives_of_any_length(seed, window, places):
     check(x, window, places, expiry=any_expiry(x, window, 2, places, seed), anchors=2, **MERGE)
 
 
-@pytest.mark.parametrize("options", [MERGE, SUM | OUTSIDE, MERGE | EXP])
+@pytest.mark.parametrize("options", [MERGE, SUM | OUTSIDE, MERGE | EXP, MERGE | LEFT])
 def test_resets_and_other_extreme_gates(options):
     """A reset leaves nothing of the keys before it, whether they have expired or not; and gates that are nearly 1."""
     x = make(1, 70, 1, 1, 16, 16, 8, 1)
@@ -155,7 +157,8 @@ def test_operator_is_well_formed():
 
     x = leaves_of(1, 20, 2, 1, 16, 16, 8, 1)
     inputs = (x["q"], x["k"], x["v"], x["fq"], x["fk"], x["g"], *[None] * 4, expiry_of(x, 4, 2, 3), 3)
-    torch.library.opcheck(kept_forward, (*inputs, 4, 2, True, "relative", True, "softmax", 0.25, 1.0, None))
+    for late in (True, False):
+        torch.library.opcheck(kept_forward, (*inputs, 4, 2, True, late, "relative", True, "softmax", 0.25, 1.0, None))
 
 
 @pytest.mark.parametrize("given", ["expiry", "scores", "final"])

@@ -18,7 +18,7 @@ MERGE = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "merge
 ABSOLUTE = MERGE | {"merge_mass": "absolute"}
 SUM = {"mix": "sum", "coverage": "outside", "normalize": False, "feature_map": "identity"}
 EXP = {"feature_map": "exp"}
-ALL = {"coverage": "all"}
+ALL, LEFT = {"coverage": "all"}, {"coverage": "left"}
 SIZES = {"B": 1, "Hk": 1, "G": 2, "K": 8, "V": 5, "Fp": 4, "window": 4, "anchors": 1, "sink_form": "exp", "decay": 0.5}
 
 
@@ -66,6 +66,8 @@ def agree(case, dtype=torch.float32, inplace=True, **more):
         (SUM | EXP | {"gate": None, "normalize": True, "window": 1, "anchors": 3}, 4, 0, torch.float32),
         (SUM | ALL | {"gate": "key", "normalize": True, "sinks": True}, 3, 2, torch.float32),
         (MERGE | ALL | EXP | {"gate": "token"}, 33, 0, torch.float32),
+        (MERGE | LEFT | {"gate": "key", "weight": "head", "B": 2, "Hk": 2}, 3, 0, torch.float32),
+        (SUM | LEFT | EXP | {"gate": "query", "normalize": True, "anchors": 0}, 3, 2, torch.float32),
         (MERGE | {"gate": "key", "K": 16, "V": 16, "softcap": 1.5}, 5, 3, HALF),
     ],
 )

@@ -19,7 +19,7 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter 
 MERGE = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "merge_mass": "relative"}
 SUM = {"mix": "sum", "coverage": "outside", "normalize": False, "feature_map": "identity"}
 EXP = {"feature_map": "exp"}
-ALL = {"coverage": "all"}
+ALL, LEFT = {"coverage": "all"}, {"coverage": "left"}
 SIZES = {"B": 1, "Hk": 1, "G": 2, "K": 16, "V": 16, "Fp": 8, "window": 5, "anchors": 2, "sink_form": "exp"}
 
 
@@ -62,6 +62,8 @@ def agree(case, cuts, dtype=torch.float32, **more):
         (SUM | ALL | {"gate": "key", "normalize": True, "V": 20}, (12,), 17, 2, torch.float32),
         (MERGE | ALL | EXP | {"gate": "token"}, (12, 33), 3, 0, torch.float32),
         (MERGE | {"gate": "key"}, (23,), 5, 3, HALF),
+        (MERGE | LEFT | {"gate": "key", "weight": "head", "T": 80}, (9, 70), 7, 2, torch.float32),
+        (SUM | LEFT | EXP | {"gate": "query", "normalize": True}, (0, 20, 21), 3, 0, torch.float32),
     ],
 )
 def test_pieces_are_the_whole(fixed, cuts, places, delay, dtype):

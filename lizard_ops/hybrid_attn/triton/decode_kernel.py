@@ -82,7 +82,8 @@ def hybrid_decode_kernel(
     """
     HQ: tl.constexpr = HK * G
     STEP: tl.constexpr = HK if starts is None else 1  # from a head's place to its next
-    EXPIRING: tl.constexpr = P > 0 and OUTSIDE  # keys join the sums when they lose their place, not the window
+    EXPIRING: tl.constexpr = P > 0 and OUTSIDE  # sums are decayed up to the newest token
+    LATE: tl.constexpr = P > 0 and kept_fk is not None  # keys join them when they lose their place, not the window
     SCALED: tl.constexpr = MAP == "exp" or EXPIRING
     i_h = tl.program_id(0) % HK
     i_n = (tl.program_id(0) // HK).to(tl.int64)
@@ -140,7 +141,7 @@ def hybrid_decode_kernel(
             i_first = tl.load(starts + i_h)
             count = tl.load(starts + i_h + 1) - i_first
             i_first += i_n * tl.load(starts + HK)
-        if OUTSIDE:
+        if LATE:
             kept_fk += i_first * FP
         kept_k += i_first * D
         kept_v += i_first * V
@@ -177,7 +178,7 @@ def hybrid_decode_kernel(
         p_key = ring_fk + ((i_n * W + slot) * HK + i_h) * FP
         p_value = ring_v + slot * (HK * V)
         joined = newest - W
-        if P > 0:
+        if LATE:
             p_key = tl.where(place < 0, p_key, kept_fk + place * (STEP * FP))
             p_value = tl.where(place < 0, p_value, kept_v + place * (STEP * V))
             joined = tl.where(expires, A, A - 1)
@@ -217,10 +218,13 @@ def hybrid_decode_kernel(
         joined_log = key_log
         if EXPIRING and GATES > 0:
             gate = tl.load(p_gate_now + i_gate)
-            p_kept_g = kept_g + i_first * STATES + i_s
-            joined_log += pass_gate(
-                p_kept_g, kept_positions, place, gate, far, STEP, STATES, P if starts is None else count, BK
-            )  # fmt: skip
+            if LATE:
+                p_kept_g = kept_g + i_first * STATES + i_s
+                joined_log += pass_gate(
+                    p_kept_g, kept_positions, place, gate, far, STEP, STATES, P if starts is None else count, BK
+                )  # fmt: skip
+            else:
+                joined_log += far
             far = 0.0
         if SCALED:
             if CHANNEL:
@@ -301,7 +305,7 @@ def hybrid_decode_kernel(
     if P > 0:  # and the key that leaves them its place
         b_leaving_k = tl.load(ring_k + slot * (HK * D) + o_d, mask=m_d, other=0.0)
         b_leaving_v = tl.load(ring_v + slot * (HK * V) + o_v, mask=m_v, other=0.0)
-        if OUTSIDE:
+        if LATE:
             p_key = ring_fk + ((i_n * W + slot) * HK + i_h) * FP
             b_leaving_fk = tl.load(p_key + o_x, mask=o_x < FP, other=0.0)
     tl.debug_barrier()
@@ -312,7 +316,7 @@ def hybrid_decode_kernel(
             tl.store(kept_positions + place * STEP, p - W)
             tl.store(kept_k + place * (STEP * D) + o_d, b_leaving_k, mask=m_d)
             tl.store(kept_v + place * (STEP * V) + o_v, b_leaving_v, mask=m_v)
-            if OUTSIDE:
+            if LATE:
                 tl.store(kept_fk + place * (STEP * FP) + o_x, b_leaving_fk, mask=o_x < FP)
     tl.store(ring_k + slot * (HK * D) + o_d, b_k, mask=m_d)
     tl.store(ring_v + slot * (HK * V) + o_v, b_v, mask=m_v)

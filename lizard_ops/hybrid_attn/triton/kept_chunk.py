@@ -46,6 +46,7 @@ def kept_hybrid(inputs: HybridInputs, weight: Tensor | None, options: HybridOpti
         lengths=lengths,
         expiry=expiry,
         kept_keys=most(options.kept_keys),
+        late=options.late,
         **chosen(options),
     )
     return o if mask is None else restore(o, plan)

@@ -232,7 +232,7 @@ def held_gradients(g: Tensor, keys: KeyTerms, index: Index, stream: Stream, shap
     dg = torch.empty(*g.shape[:2], heads, dtype=torch.float32, device=g.device)
     sums = torch.empty(slots, heads, dtype=torch.float64, device=g.device)
     if slots:
-        given = keys.near, keys.far, index.ends, sums
+        given = keys.near, keys.far, index.entries, sums
         held_sum_kernel[(slots * heads,)](
             *given, g.shape[1], stream, heads, shape.key_heads, shape.chunk, num_warps=4
         )  # fmt: skip

@@ -22,11 +22,17 @@ class Index(NamedTuple):
     """What every kernel of a call reads of its expiries."""
 
     ends: Tensor  # [B, Hk, rows] int32, as ``Kept.ends``
-    source: Tensor  # [B, Hk, T] int32 the row of the key that expires at each query, -1 for none
+    source: Tensor  # [B, Hk, T] int32 the row of the key that enters the sums at each query, -1 for none
     alive: Tensor  # [blocks, Hk, places] int32 of blocks of queries, as ``Kept.alive``
     count: Tensor  # [blocks, Hk] int32
     carried: Tensor  # [segments, Hk, places] int32 the same of segments
     carried_count: Tensor  # [segments, Hk] int32
+    left: Tensor  # [B, Hk, rows] int32, the row at which each key enters the sums, as ``ends``; empty: its end
+
+    @property
+    def entries(self) -> Tensor:
+        """At which row each key enters the sums, 0 for those that never do."""
+        return self.left if self.left.numel() else self.ends
 
     @property
     def kept(self) -> Kept:
@@ -35,9 +41,12 @@ class Index(NamedTuple):
 
 @triton.jit
 def ends_kernel(
-    expiry, ends, source, tokens, stream, ANCHORS: tl.constexpr, HK: tl.constexpr, BLOCK: tl.constexpr
+    expiry, ends, source, left, tokens, stream, ANCHORS: tl.constexpr, W: tl.constexpr, HK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The end of each key, and the key of each end. Expiries count from the first query; below 0 is no key."""
+    """The end of each key, and the key that enters the sums at each query: when it expires, or, with ``left``, when it
+    leaves the window, which keys before the prefix's last W have. Expiries count from the first query; below 0 is no
+    key."""
     head = tl.program_id(0) % HK
     _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, stream.prefix, BLOCK)
     j = block * BLOCK + tl.arange(0, BLOCK)
@@ -51,6 +60,10 @@ def ends_kernel(
     end = tl.where(is_key, tl.minimum(end, FAR) + stream.prefix, 0).to(tl.int32)
     head_row = batch.to(tl.int64) * HK + head
     tl.store(ends + head_row * (tokens + stream.prefix) + first + j, end, mask=j < rows)
+    if left is not None:
+        is_key = is_key & (j >= stream.prefix - W)
+        end = tl.where(is_key, j + W, 0)
+        tl.store(left + head_row * (tokens + stream.prefix) + first + j, end, mask=j < rows)
     tl.store(source + head_row * tokens + first + end - stream.prefix, j, mask=is_key & (end < rows))
 
 
@@ -143,22 +156,27 @@ def move_kernel(
     tl.store(p_out, moved, mask=(r < length)[:, None] & (d < DIM)[None, :])
 
 
-def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) -> Index:
-    """Of expiries [B, rows, Hk] that keep at most ``places`` keys of a head alive beyond window and anchors."""
+def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape, late: bool = True) -> Index:
+    """Of expiries [B, rows, Hk] that keep at most ``places`` keys of a head alive beyond window and anchors.
+
+    late: keys enter the sums when they expire, else when they leave the window.
+    """
     batch, rows, heads = expiry.shape
     tokens = rows - stream.prefix
     size, places = block_size(shape), list_length(places)
     make = {"dtype": torch.int32, "device": expiry.device}
     ends = torch.zeros(batch, heads, rows, **make)
     source = torch.full((batch, heads, tokens), -1, **make)
+    left = torch.empty(0, **make) if late else torch.zeros(batch, heads, rows, **make)
     blocks, segments = stream_blocks(stream, 0, size), stream_blocks(stream, 0, SEGMENT)
     alive, count = torch.empty(blocks, heads, places, **make), torch.empty(blocks, heads, **make)
     carried, carried_count = torch.empty(segments, heads, places, **make), torch.empty(segments, heads, **make)
     programs = stream_blocks(stream, stream.prefix, 256) * heads
     if programs and tokens:
         ends_kernel[(programs,)](
-            strided_heads(expiry), ends, source, tokens, stream, shape.anchors, heads, 256, num_warps=4
-        )
+            strided_heads(expiry), ends, source, None if late else left, tokens, stream, shape.anchors, shape.window,
+            heads, 256, num_warps=4,
+        )  # fmt: skip
         carried_kernel[(segments * heads,)](
             ends, carried, carried_count, tokens, stream, shape.window, heads, SEGMENT, places, 2048, num_warps=8
         )
@@ -166,10 +184,10 @@ def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) -> 
             ends, carried, carried_count, alive, count, tokens, stream, shape.window, heads, size, SEGMENT, places, 256,
             num_warps=2,
         )  # fmt: skip
-    return Index(ends, source, alive, count, carried, carried_count)
+    return Index(ends, source, alive, count, carried, carried_count, left)
 
 
-def empty_index(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) -> Index:
+def empty_index(expiry: Tensor, places: int, stream: Stream, shape: FusedShape, late: bool) -> Index:
     """The shapes of ``index_of``, for tracing."""
     (batch, tokens, heads), make = expiry.shape, {"dtype": torch.int32, "device": expiry.device}
     rows = torch.empty(batch, heads, tokens, **make)
@@ -177,7 +195,7 @@ def empty_index(expiry: Tensor, places: int, stream: Stream, shape: FusedShape) 
     for size in (block_size(shape), SEGMENT):
         blocks = stream_blocks(stream, 0, size)
         lists += [torch.empty(blocks, heads, list_length(places), **make), torch.empty(blocks, heads, **make)]
-    return Index(rows, torch.empty_like(rows), *lists)
+    return Index(rows, torch.empty_like(rows), *lists, torch.empty(0, **make) if late else torch.empty_like(rows))
 
 
 def segment_size() -> int:

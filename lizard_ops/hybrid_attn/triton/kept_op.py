@@ -53,6 +53,7 @@ def kept_forward(
     window: int,
     anchors: int,
     outside: bool,
+    late: bool,  # keys enter the sums when they expire, else when they leave the window
     mix: str,  # "sum", "absolute" or "relative"
     normalize: bool,
     feature_map: str,
@@ -60,12 +61,12 @@ def kept_forward(
     feature_scale: float,
     softcap: float | None,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """(o, running gates, masses..., index...)."""
     x, options, shape, stream = described(locals())
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
-        index = index_of(expiry, kept_keys, stream, shape)
+        index = index_of(expiry, kept_keys, stream, shape, late or not outside)
         gates, fk, linear_v = linear_rows(x, options, index, stream, shape)
         states = chunk_states(fk, v if linear_v is None else linear_v, gates, None, stream, shape, end=False)
         o, masses = hybrid_output(x, options, states, gates, stream, shape, linear_v, index.kept)
@@ -85,8 +86,8 @@ def linear_rows(
 
 @kept_forward.register_fake
 def _(
-    q, k, v, fq, fk, g, weight, sink, cu_seqlens, lengths, expiry, kept_keys, window, anchors, outside, mix, normalize,
-    feature_map, scale, feature_scale, softcap,
+    q, k, v, fq, fk, g, weight, sink, cu_seqlens, lengths, expiry, kept_keys, window, anchors, outside, late, mix,
+    normalize, feature_map, scale, feature_scale, softcap,
 ):  # fmt: skip
     _, _, shape, stream = described(locals())
     full = (q.shape[0], q.shape[2], q.shape[1])
@@ -96,7 +97,7 @@ def _(
         empty(q, *q.shape[:3], v.shape[3], dtype=q.dtype),
         empty(q, 5 if shape.keyed else 3, slot_count(stream, shape.chunk), gate_heads, shape.chunk),
         empty(q, *full), empty(q, *full), empty(q, *some), empty(q, *some, dtype=torch.int32),
-        *empty_index(expiry, kept_keys, stream, shape),
+        *empty_index(expiry, kept_keys, stream, shape, late or not outside),
     )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def kept_backward(
     window: int, anchors: int, outside: bool, mix: str, normalize: bool, feature_map: str, scale: float,
     feature_scale: float, softcap: float | None,
     o: Tensor, gates: Tensor, linear: Tensor, log_window: Tensor, spread: Tensor, top_key: Tensor,
-    ends: Tensor, source: Tensor, alive: Tensor, count: Tensor, carried: Tensor, carried_count: Tensor,
+    ends: Tensor, source: Tensor, alive: Tensor, count: Tensor, carried: Tensor, carried_count: Tensor, left: Tensor,
     d_o: Tensor, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the first eight arguments of ``kept_forward``; those of absent ones are empty."""
@@ -122,7 +123,7 @@ def kept_backward(
 def _(
     q, k, v, fq, fk, g, weight, sink, cu_seqlens, lengths, window, anchors, outside, mix, normalize, feature_map, scale,
     feature_scale, softcap, o, gates, linear, log_window, spread, top_key, ends, source, alive, count, carried,
-    carried_count, d_o, gate_gradient,
+    carried_count, left, d_o, gate_gradient,
 ):  # fmt: skip
     def like(x):
         return empty(q, 0) if x is None else empty(q, *x.shape, dtype=x.dtype)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
@@ -62,6 +63,9 @@ def of_rows(
     if options.outside:
         all_fk = rows.of(fk, "fk")
         decays = None if x.g is None else decays_of(to_heads(x.g, v.shape[2]), held, layout)
+    past = None if decays is None else past_of(decays, rows.prefix if options.late or not carried else options.window)
+    if past is not None:  # kept keys are among the sums, unless they enter them late
+        past = F.pad(past, (rows.prefix - past.shape[2], 0))
     weight = x.weight
     o, s, z, log_scale = kept_prefill(
         q=x.q,
@@ -77,11 +81,12 @@ def of_rows(
         s=held.s,
         z=held.z,
         log_scale=held.log_scale,
-        past=None if decays is None else past_of(decays, rows.prefix),
+        past=past,
         position=layout.position if carried else None,
         lengths=lengths,
         expiry=x.expiry,
         kept_keys=most(options.kept_keys),
+        late=options.late,
         **chosen(options),
         final=final,
     )
@@ -89,10 +94,13 @@ def of_rows(
         return o, None
     fields: Fields = {"anchor_k": anchor_k, "anchor_v": anchor_v}
     for name, x_all in {"k": all_k, "v": all_v, **({"fk": all_fk} if options.outside else {})}.items():
-        fields |= {f"ring_{name}": rows.ring(x_all), f"kept_{name}": gather_rows(x_all, x.kept_rows)}
+        fields[f"ring_{name}"] = rows.ring(x_all)
+        if options.late or name != "fk":
+            fields[f"kept_{name}"] = gather_rows(x_all, x.kept_rows)
     if decays is not None:
         fields["ring_g"] = final_ring(x.g, held.ring_g, options.window, layout)
-        fields["kept_g"] = kept_gates(decays, x.kept_rows, x.g)
+        if options.late:
+            fields["kept_g"] = kept_gates(decays, x.kept_rows, x.g)
     logs = options.outside or options.feature_map == "exp"
     fields |= {"s": s, "z": z, "log_scale": log_scale if logs else None}
     return o, AttentionState(layout.end, **(fields | scored))
@@ -116,6 +124,8 @@ class KeyRows:
         if self.state is None:
             return x
         kept, ring = getattr(self.state, f"kept_{name}"), getattr(self.state, f"ring_{name}")
+        if kept is None:  # no row of these is read
+            kept = ring.new_zeros(len(ring), self.prefix - ring.shape[1], *ring.shape[2:])
         ring = ring.flatten(0, 1).index_select(0, self.order).view_as(ring)
         return torch.cat([kept.to(x.dtype), ring.to(x.dtype), x], 1)
 
@@ -172,6 +182,7 @@ def kept_prefill(
     window: int,
     anchors: int,
     outside: bool,
+    late: bool,
     mix: str,  # "sum", "absolute" or "relative"
     normalize: bool,
     feature_map: str,
@@ -185,7 +196,7 @@ def kept_prefill(
     prefix = expiry.shape[1] - q.shape[1]
     stream = stream._replace(prefix=prefix, start=prefix)
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
-        index = index_of(expiry, kept_keys, stream, shape)
+        index = index_of(expiry, kept_keys, stream, shape, late or not outside)
         linear_v, end_log = None, empty(q, 0)
         if outside:
             fk, linear_v = entering(fk, index.source, stream), entering(v, index.source, stream)
@@ -221,7 +232,7 @@ def lost_sums(gates: Tensor, layout: Layout, chunk: int) -> Tensor:
 @kept_prefill.register_fake
 def _(
     q, k, v, fq, fk, g, weight, sink, anchor_k, anchor_v, s, z, log_scale, past, position, lengths, expiry, kept_keys,
-    window, anchors, outside, mix, normalize, feature_map, scale, feature_scale, softcap, final,
+    window, anchors, outside, late, mix, normalize, feature_map, scale, feature_scale, softcap, final,
 ):  # fmt: skip
     _, _, shape, _ = described(locals() | {"cu_seqlens": None})
     end, logs = (q.shape[0], shape.state_heads, shape.features), final and (outside or feature_map == "exp")

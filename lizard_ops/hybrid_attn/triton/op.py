@@ -145,7 +145,7 @@ def gradients(
         del states, d_states, key_terms
         terms = terms._replace(slope=None, offset=None, entered=None)
         if index is not None and enters:
-            dfk, dv = from_entering(dfk, index.ends, stream), from_entering(dv, index.ends, stream)
+            dfk, dv = from_entering(dfk, index.entries, stream), from_entering(dv, index.entries, stream)
         dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index)
         if not shape.exact:
             dq, _ = of_queries(terms)
