@@ -104,9 +104,11 @@ class AttentionChoices:
     linear_branch: bool = True
     """False leaves the window, its anchors and its sinks: the control beside every result."""
 
-    coverage: Literal["all", "outside"] = "outside"
+    coverage: Literal["all", "outside", "left"] = "outside"
     """Keys of the linear branch: all of them as printed in the paper, or those outside window and anchors (LoLCATs).
-    With all, a key in the window counts twice. Outside and merged, prompts up to the window equal the teacher."""
+    With all, a key in the window counts twice. Outside and merged, prompts up to the window equal the teacher. A kept
+    key is outside once it has expired; with left, which is outside but for that, once it has left the window: it counts
+    twice while it is kept, and a place needs no inputs of the linear branch."""
 
     normalize: bool = True
     """Divide the linear branch by its mass, as the paper's parallel form does. Its recurrent form and its section 4

@@ -58,19 +58,19 @@ def empty_state(
     for name in ("anchor_k", "anchor_v") if config.anchors else ():
         fields[name] = zeros(config.anchors, key_heads, dim)
     if config.linear_branch:
-        features, outside = config.num_features, config.coverage == "outside"
+        features, outside, late = config.num_features, config.coverage != "all", config.coverage == "outside"
         fields["s"] = zeros(key_heads, features, dim, of=work)
         fields["z"] = zeros(key_heads, features, of=work)
         if config.feature_activation == "exp" or (config.kept_keys and outside):
             fields["log_scale"] = zeros(key_heads, of=work)
         if outside:
             fields["ring_fk"] = zeros(config.window, key_heads, config.projection_dim)
-            if config.kept_keys:
+            if config.kept_keys and late:
                 fields["kept_fk"] = zeros(*places, config.projection_dim)
         if outside and config.gate != "none":
             each = (key_heads, features) if config.gate == "channel" else (key_heads,)
             fields["ring_g"] = zeros(config.window, *((1,) if config.gate == "scalar" else each), of=work)
-            if config.kept_keys:
+            if config.kept_keys and late:
                 fields["kept_g"] = zeros(*places, *each[1:], of=work)
     if config.kept_keys:
         fields |= {name: zeros(*places, dim) for name in ("kept_k", "kept_v")}

@@ -40,6 +40,7 @@ FORMS = {
         kept_keys=[1, 3], coverage="all", mix="sum", gate="channel", gate_rank=3, key_map="query_head", score_dim=6,
         score_received=True,
     ),
+    "kept_and_left": dict(kept_keys=2, coverage="left", anchors=1, score_dim=6),
     "kept_beside_all": dict(kept_keys=2, coverage="all", mix="sum", gate="scalar", key_map="query_head", score_dim=6),
     "received": dict(
         kept_keys=3, anchors=2, merge_bias="head_and_token", score_dim=6, score_received=True, score_stride=2,
@@ -121,7 +122,7 @@ def _one_query(made, x, wq, wk, lq, lk, k, v, b, h, hk, i):
     o_window = sum(s.exp() * v[b, j, hk] for s, j in zip(scores, window_keys, strict=True)) / mass_window
     if not config.linear_branch:
         return o_window
-    last = i - config.window if config.coverage == "outside" else i
+    last = i if config.coverage == "all" else i - config.window
     weights, values = [], []
     for j in range(config.anchors, last + 1):
         if j in kept and config.coverage == "outside":

@@ -27,7 +27,9 @@ def window(places: int) -> Row:
 def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
     """Those bytes, spent on the keys with the best scores of all that left the window. more: fields of the row, and
     of its attention."""
-    fields = {name: more.pop(name) for name in ("longer", "passkeys", "stage2") if name in more}
+    fields: dict[str, Any] = {
+        name: more.pop(name) for name in ("longer", "passkeys", "stage2", "beside") if name in more
+    }
     changes: dict[str, Any] = {"attention": {"kept_keys": places, **more}}
     if "stage2" in fields:
         changes["stage2"] = fields.pop("stage2")
@@ -36,10 +38,9 @@ def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
         about=f"{places} kept keys{about}",
         on="recommended",
         changes=changes,
-        beside=f"recommended-w{WINDOW + places}",
         costs="a stage 0",
         compared=True,
-        **fields,
+        **({"beside": f"recommended-w{WINDOW + places}"} | fields),
     )
 
 
@@ -59,10 +60,15 @@ def shared(places: int) -> Row:
 # A sequence of 1024 tokens hardly leaves 128 + 256 exact keys: longer ones show the linear branch what it is for.
 LONG: dict[str, Any] = {"longer": 4, "score_received": True}
 RECEIVED = ", whose score reads the attention received in the window"
+LEFT = ", in the sums too while they are kept, longer sequences"
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
     *(kept(places, "-received-longer-x4", RECEIVED + ", longer sequences", **LONG) for places in (256, 512)),
+    *(
+        kept(places, "-left-longer-x4", LEFT, beside="recommended-kept-256-received-longer-x4", coverage="left", **LONG)
+        for places in (160, 256, 480)
+    ),
     kept(
         256,
         "-received-longer-x4-passkeys",

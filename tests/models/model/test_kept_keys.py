@@ -26,9 +26,10 @@ def kept(**attention):
         {},
         {"gate": "scalar", "coverage": "all", "mix": "sum", "merge_bias": "none"},
         {"gate": "channel", "feature_activation": "exp", "key_map": "query_head"},
+        {"coverage": "left", "positions": "clamped", "position_limit": 24, "position_step": 10},
         {"positions": "clamped", "position_limit": 24, "position_step": 10},
     ],
-    ids=["recommended", "beside all", "channel", "clamped"],
+    ids=["recommended", "beside all", "channel", "left, clamped", "clamped"],
 )
 def test_prefill_in_pieces_and_steps_equals_one_shot(choices):
     model, ids = kept(**choices), tokens(2, 50)
