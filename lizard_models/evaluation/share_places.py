@@ -82,10 +82,9 @@ def _shared(
     while heap:
         _, n, h, corner = heapq.heappop(heap)
         hull = hulls[n][h]
-        wanted = (hull[corner][0] - table[n][h]) // step
-        given = max(0, min(wanted, left // (step * place_bytes[n])))
+        given = max(0, min((hull[corner][0] - table[n][h]) // step, left // (step * place_bytes[n])))
         table[n][h] += given * step
         left -= given * step * place_bytes[n]
-        if given == wanted and corner + 1 < len(hull):
+        if corner + 1 < len(hull):
             heapq.heappush(heap, (-_slope(hull[corner], hull[corner + 1]) / place_bytes[n], n, h, corner + 1))
     return table

@@ -66,8 +66,6 @@ class _Run:
         self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if plan.fsdp and process_count() == 1:
             raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
-        if plan.state_mib is not None and not plan.stage0:
-            raise ValueError("state_mib: keys are shared out by the scores of stage 0, which is left out")
         self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
         self.say(f"teacher: {plan.teacher}")
@@ -84,6 +82,8 @@ class _Run:
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
         self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
+        if plan.state_mib is not None and "stage0" not in self.sequences:
+            raise ValueError("state_mib: keys are shared out by the scores of stage 0, which is left out")
         if plan.widen:
             self._check_widen()
         self.results: dict[str, StageResult] = {}

@@ -63,7 +63,7 @@ def test_an_even_start_fills_the_budget():
 
 def test_places_fill_the_budget_and_leave_softmax_layers_out():
     config = student(attention=WINDOW | {"kept_keys": 1}, softmax_layers=(1,)).config
-    errors = torch.linspace(1, 0, 8, dtype=torch.float64) * torch.tensor([[1.0, 9.0], [0.2, 0.0]])[..., None]
+    errors = torch.linspace(1, 0, 9, dtype=torch.float64) * torch.tensor([[1.0, 9.0], [0.2, 0.0]])[..., None]
     mib = (prices(config).without + prices(config).layers[0] + 40 * prices(config).places[0]) / 2**20
     assert places_within(config, errors, mib) == [[0, 40], [], [0, 0]]
     assert places_within(config, errors, 1000.0) == [[1024, 1024], [], [1024, 0]]
@@ -105,6 +105,16 @@ def test_a_run_shares_places_out_once_and_goes_on_with_them(world, tmp_path, mon
     assert f"kept keys: {told_places(model.config)}" in info.replace("\n", " ")
     assert call("generate", out, "the wind", "-n", "3", "--device", "cpu").stdout.startswith("the wind")
     assert AutoConfig.from_pretrained(out).lizard == model.config.lizard
+
+
+def test_lists_come_from_the_command_line_too(world, tmp_path):
+    by_layer = "attention.kept_keys=[[5, 0], [0, 0], [2, 7]]"
+    call("convert", world / "teacher", "--out", tmp_path / "model", "--set", "attention.window=16", "--set", by_layer)
+    info = call("info", tmp_path / "model").output.replace("\n", " ")
+    assert "kept keys: 0 to 7 of a key head, 14 in all, in 2 of 3 linearized layers" in info
+    assert call("generate", tmp_path / "model", "the wind", "-n", "3", "--device", "cpu").stdout.startswith("the wind")
+    wrong = ["--out", tmp_path / "wrong", "--set", "attention.kept_keys=[[5, 0]]"]
+    assert "kept_keys has lists for 1 layers, but the model has 3" in error("convert", world / "teacher", *wrong)
 
 
 def test_what_does_not_fit_is_refused_by_name(world, tmp_path):
