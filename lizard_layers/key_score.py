@@ -213,8 +213,9 @@ class KeyScore(Float32Module):
             if single:
                 scores, new = self._step(x, k, v, state, seen, padding_mask, inplace, impl)
             else:
-                scores, new = self._read(x, k, v, state, TokenOrder.of(x, padding_mask, cu_seqlens), seen, use_state)
-                new = overwritten(state, new) if inplace and use_state else new
+                order = TokenOrder.of(x, padding_mask, cu_seqlens)
+                scores, new = self._read(x, k, v, state, order, seen, use_state or inplace)
+                new = overwritten(state, new) if inplace else new
         return scores, new if use_state else None
 
     def statistics(self, k: Tensor, v: Tensor) -> Tensor:

@@ -8,14 +8,17 @@ from lizard_layers import map_state, tensors_of
 
 pytest.importorskip("triton")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run
+
 
 @pytest.mark.parametrize("form", ["kept", "received_by_each"])
 @torch.no_grad()
 def test_steps_of_the_kernels_are_those_of_pytorch(form):
     """Two key heads, which with ``received_by_each`` lie among repeated ones; float32."""
-    plain, quick = (layer(form, torch.float32, impl=impl) for impl in ("torch", "triton"))
+    plain, quick = (layer(form, torch.float32, impl=impl).to(DEVICE) for impl in ("torch", "triton"))
     length, start = 11, 6
     *tokens, rope = inputs(length, dtype=torch.float32)
+    tokens, rope = [t.to(DEVICE) for t in tokens], tuple(t.to(DEVICE) for t in rope)
     first = (t[:, :start] for t in tokens)
     wanted = plain(*first, tuple(t[:, :start] for t in rope), use_state=True)[1]
     state = map_state(wanted, lambda t: t.clone(memory_format=torch.contiguous_format))

@@ -13,8 +13,6 @@ import triton.language as tl
 from lizard_ops.tiles.softcap import capped
 from lizard_ops.tiles.strided import load_rows
 
-ALL = tl.constexpr(tl.PropagateNan.ALL)
-
 
 @triton.jit
 def gelu(x):
@@ -25,6 +23,12 @@ def gelu(x):
 def at_least(x, bound):
     """The larger of both; NaN stays."""
     return tl.where(x < bound, bound, x)
+
+
+@triton.jit
+def larger(x, y):
+    """The larger of both, NaN where one is."""
+    return tl.where((x > y) | (x != x), x, y)
 
 
 @triton.jit
@@ -57,14 +61,14 @@ def score_kernel(
         b_k = tl.load(k + i_n * k_sn + (o_h * k_sh)[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32)
         b_v = tl.load(v + i_n * v_sn + (o_h * v_sh)[:, None] + o_v[None, :], mask=m_v, other=0.0).to(tl.float32)
         p_sum = key_sum + ((i_n * HK + o_h) * D)[:, None] + o_d[None, :]
-        b_norm = at_least(tl.sqrt(tl.sum(b_k * b_k, 1)), least)  # [BH]
-        b_unit = b_k / b_norm[:, None]
+        b_norm = at_least(tl.sqrt_rn(tl.sum(b_k * b_k, 1)), least)  # [BH]
+        b_unit = tl.div_rn(b_k, b_norm[:, None])
         b_sum = tl.load(p_sum, mask=m_d, other=0.0) + b_unit.to(tl.float64)
         b_mean = b_sum.to(tl.float32)
-        b_length = at_least(tl.sqrt(tl.sum(b_mean * b_mean, 1)), least)
+        b_length = at_least(tl.sqrt_rn(tl.sum(b_mean * b_mean, 1)), least)
         b_like = tl.sum(b_unit * (b_mean / b_length[:, None]), 1)
         b_key = tl.log(b_norm)
-        b_value = tl.log(at_least(tl.sqrt(tl.sum(b_v * b_v, 1)), least))
+        b_value = tl.log(at_least(tl.sqrt_rn(tl.sum(b_v * b_v, 1)), least))
         p_a = linear_weight + o_h * 3
         b_linear = b_key * tl.load(p_a, mask=m_h, other=0.0) + b_value * tl.load(p_a + 1, mask=m_h, other=0.0)
         b_linear += b_like * tl.load(p_a + 2, mask=m_h, other=0.0)
@@ -159,10 +163,10 @@ def received_kernel(
         if A > 0:
             p_k = tl.where(o_a < A, anchor_k + i_n * anchor_sn + i_h * anchor_sh + o_a.to(tl.int64) * anchor_sa, p_k)
         b_ka = load_rows(p_k, m_a, D, BD).to(b_q.dtype)  # [BA, BD]
-        b_s = capped(tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION), cap)
-        b_s = tl.where(m_a[None, :], b_s, float("-inf"))
-        b_m = tl.max(b_s, 1)
-        b_l = tl.sum(tl.exp2((b_s - b_m[:, None]) * scale_log2), 1)
+        b_near = capped(tl.dot(b_q, tl.trans(b_ka), input_precision=PRECISION), cap)
+        b_near = tl.where(m_a[None, :], b_near, float("-inf"))
+        b_m = tl.max(b_near, 1)
+        b_l = tl.sum(tl.exp2((b_near - b_m[:, None]) * scale_log2), 1)
         for c in range(0, W, BN):
             b_s, _, _ = window_scores(b_q, ring_k, ring_sw, c, slot, newest, cap, D, W, BN, BD, PRECISION)
             b_m, b_l = absorb_mass(b_s, b_m, b_l, scale_log2)
@@ -181,11 +185,11 @@ def received_kernel(
             tl.debug_barrier()
             tl.store(p_sums, old_total + b_total, mask=counted)
             tl.store(p_sums + 1, old_late + b_total, mask=counted & (age + 1 >= W * 3 // 4))
-            tl.store(p_sums + 2, tl.maximum(old_most, b_most, propagate_nan=ALL), mask=counted)
+            tl.store(p_sums + 2, larger(old_most, b_most), mask=counted)
             left = counted & (o_w == leaving)
             total += tl.sum(tl.where(left, b_total, 0.0), 0)
             late += tl.sum(tl.where(left, b_total, 0.0), 0)  # it has long been late
-            largest = tl.maximum(largest, tl.sum(tl.where(left, b_most, 0.0), 0), propagate_nan=ALL)
+            largest = larger(largest, tl.sum(tl.where(left, b_most, 0.0), 0))
 
     o_u = tl.arange(0, BU)
     m_u = o_u < U
