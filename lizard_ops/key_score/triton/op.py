@@ -82,7 +82,7 @@ def step(
             sums, k, v, inner_bias.contiguous(), outer_weight.contiguous(), linear_weight.contiguous(),
             bias.contiguous(), position, inner, linear, key_sum, scores, statistics,
             sums.stride(0), k.stride(0), k.stride(2), v.stride(0), v.stride(2), LEAST_NORM,
-            S=units, HK=heads, D=dim, V=v_dim, BS=wide, BH=block, BD=deep, BV=values, num_warps=4,
+            S=units, HK=heads, D=dim, V=v_dim, BS=wide, BH=block, BD=deep, BV=values, num_warps=4, num_stages=1,
         )  # fmt: skip
         if ring is None:
             return scores
