@@ -171,6 +171,19 @@ def test_operator_is_well_formed():
     torch.library.opcheck(op.step, (*tensors, *tail), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("form", ["plain", "odd"])
+def test_compiles_to_one_graph_in_place(form):
+    torch.compiler.reset()
+    given, other = arguments(form), arguments(form)
+
+    def call(given):
+        return key_score_step(**given, inplace=True, impl="triton")[0] + 1
+
+    found = torch.compile(call, backend="aot_eager", fullgraph=True)(given)
+    assert torch.equal(found, call(other))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(given["state"], other["state"], strict=True))
+
+
 def test_auto_takes_the_kernel_where_it_can(monkeypatch):
     api, seen = importlib.import_module("lizard_ops.key_score.api"), []
     monkeypatch.setattr(api, "choose_impl", lambda impl, like, beyond: seen.append(beyond) or "torch")
