@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lizard_ops import AttentionState, apply_rotary
+from lizard_ops import AttentionState, apply_rotary, apply_rotary_by
 
 
 class AnchorBlock(NamedTuple):
@@ -39,8 +39,8 @@ def moved_on(state: AttentionState, block: AnchorBlock) -> AttentionState:
     if state.kept_k is not None and state.kept_positions is not None:
         held = state.kept_positions
         behind = (block.shift.view(-1, *[1] * (held.ndim - 1)) - held).clamp(min=0)
-        cos, sin = turn_by(behind.masked_fill(held < 0, 0).flatten(1), block.frequencies)
-        turned = apply_rotary(state.kept_k.flatten(1, -2).unsqueeze(2), cos, sin)
+        keys = state.kept_k.flatten(1, -2)
+        turned = apply_rotary_by(keys, behind.flatten(1), block.frequencies)  # empty places are zero, however turned
         held = held.clone()  # a step in place overwrites those it is given, and ``moved_back`` compares
         state = state._replace(kept_k=turned.view_as(state.kept_k), kept_positions=held)
     return state

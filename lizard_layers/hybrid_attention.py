@@ -200,7 +200,8 @@ class HybridAttention(nn.Module):
         else:
             q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
             q, k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
-        scores, score = self._scores(tokens, q, k, past, shared)
+        overwrites = inplace and not torch.is_grad_enabled()  # else the op may refuse, and nothing must have changed
+        scores, score = self._scores(tokens._replace(x=x), q, k, past, shared, overwrites)
         choices: dict[str, Any] = dict(
             mix=config.mix,
             coverage=config.coverage,
@@ -221,20 +222,26 @@ class HybridAttention(nn.Module):
 
     @torch.no_grad()
     def _scores(
-        self, tokens: _Tokens, q: Tensor, k: Tensor, past: ScoreState | ReceivingState | None, shared: dict[str, Any]
+        self,
+        tokens: _Tokens,
+        q: Tensor,
+        k: Tensor,
+        past: ScoreState | ReceivingState | None,
+        shared: dict[str, Any],
+        inplace: bool,
     ) -> tuple[Tensor | None, ScoreState | ReceivingState | None]:
         """Scores of keys for the op, before it overwrites the ring that they read. q, k: as the window sees them."""
         if self.key_score is None:
             return None, None
-        config, held, seen = self.config, shared["initial_state"], None
+        config, held, seen, wanted = self.config, shared["initial_state"], None, shared["output_final_state"]
         group = config.linear_key_heads // config.num_key_heads
         if config.score_received:
             rings = (None, None) if held is None else (held.ring_k, held.anchor_k)
             of_heads = (t if t is None or group == 1 else t[:, :, ::group] for t in (k, *rings))
             seen = InWindow(q, *of_heads)
         scores, new = self.key_score(
-            tokens.x, tokens.k, tokens.v, past, shared["output_final_state"], tokens.padding_mask,
-            shared["cu_seqlens"], seen,
+            tokens.x, tokens.k, tokens.v, past, wanted, tokens.padding_mask, shared["cu_seqlens"], seen,
+            inplace and wanted and past is not None, config.impl,
         )  # fmt: skip
         return scores if group == 1 else scores.repeat_interleave(group, 2), new
 

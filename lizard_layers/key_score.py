@@ -13,7 +13,7 @@ from lizard_layers.parameters import Float32Module, float32_parameter
 from lizard_layers.received import InWindow, ReceivedTerm, WindowForm, attention_received, facts_of
 from lizard_layers.score_ring import RING, STATISTICS, NewFacts, through_ring
 from lizard_layers.token_order import TokenOrder, wide
-from lizard_ops import without_autocast
+from lizard_ops import KeyScoreState, KeyScoreWeights, ReceivedInputs, key_score_step, without_autocast
 
 INPUTS = LOOK_AHEAD + 2  # x at j - 1, j, j + 1 and j + 2
 LEAST_NORM = 1e-6
@@ -156,6 +156,8 @@ class KeyScore(Float32Module):
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         seen: InWindow | None = None,
+        inplace: bool = False,
+        impl: str = "auto",
     ) -> tuple[Tensor, ScoreState | ReceivingState | None]:
         """The scores that become known with the new tokens: in the place of token t stands that of key t - ``delay``.
 
@@ -175,6 +177,8 @@ class KeyScore(Float32Module):
             cu_seqlens: [N + 1] int32 or int64, the ends of N sequences packed into one row (B = 1), from 0 to T.
             seen: with ``received`` alone, queries and keys as the window branch sees them; its ring_k and anchor_k are
                 those of the layer's state before these tokens.
+            inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
+            impl: of ``lizard_ops.key_score_step``, which reads single tokens; longer texts are PyTorch's.
 
         Returns:
             scores [B, T, Hk] in the parameters' dtype, and a ``ScoreState`` (with ``received`` a ``ReceivingState``) of
@@ -182,22 +186,36 @@ class KeyScore(Float32Module):
 
         Raises:
             ValueError: a tensor of another shape, dtype or device than the above; padding_mask beside cu_seqlens; ends
-                that do not rise from 0 to T (values on a CPU alone); a state of another module or number of sequences.
+                that do not rise from 0 to T (values on a CPU alone); a state of another module or number of sequences;
+                inplace without a state; an impl that cannot do what was asked.
         """
         self._check(x, k, v, padding_mask, cu_seqlens)
         self._check_seen(k, seen, state is not None)
+        if inplace and state is None:
+            raise ValueError("inplace: got True, wanted False without a state to overwrite")
         count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = self.empty_state(count, x.device) if state is None else self._checked(state, count, x.device)
+        single = x.shape[1] == 1 and cu_seqlens is None and (seen is None or seen.ring_k is not None)
+        if state is None:
+            state = self.empty_state(count, x.device)
+        else:
+            self._check_state(state, None if single else count, x.device)
         if x.shape[1] == 0:
             return x.new_zeros(*x.shape[:2], self.num_key_heads, dtype=self.bias.dtype), state if use_state else None
         with without_autocast(x):
-            x, k, v = (t.to(self.bias.dtype) for t in (x, k, v))
+            x = x.to(self.bias.dtype)
+            if not single:
+                k, v = (t.to(self.bias.dtype) for t in (k, v))
             if padding_mask is not None:  # a padded token may hold NaN, which zero gradients would not cancel
                 x, k, v = (t.masked_fill(~wide(padding_mask, t), 0.0) for t in (x, k, v))
                 if seen is not None:
                     q, turned = (t.masked_fill(~wide(padding_mask, t), 0.0) for t in seen[:2])
                     seen = seen._replace(q=q, k=turned)
-            scores, new = self._read(x, k, v, state, TokenOrder.of(x, padding_mask, cu_seqlens), seen, use_state)
+            if single:
+                scores, new = self._step(x, k, v, state, seen, padding_mask, inplace, impl)
+            else:
+                order = TokenOrder.of(x, padding_mask, cu_seqlens)
+                scores, new = self._read(x, k, v, state, order, seen, use_state or inplace)
+                new = overwritten(state, new) if inplace else new
         return scores, new if use_state else None
 
     def statistics(self, k: Tensor, v: Tensor) -> Tensor:
@@ -220,6 +238,35 @@ class KeyScore(Float32Module):
             row = torch.arange(k.shape[0], device=k.device)[:, None]
             sums = got.collected(row, order.rank, order.rank, order.counts[:, None] - 1, self.window_form.stride)
             return facts_of(self.statistics(k, v), sums.to(self.bias.dtype))
+
+    def _step(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: ScoreState | ReceivingState,
+        seen: InWindow | None,
+        padding_mask: Tensor | None,
+        inplace: bool,
+        impl: str,
+    ) -> tuple[Tensor, ScoreState | ReceivingState]:
+        """One token of each sequence. k and v of any dtype."""
+        sums = F.linear(x, self.inner_weight.flatten(0, 1))
+        weights = KeyScoreWeights(self.inner_bias, self.outer_weight, self.linear_weight, self.bias)
+        inputs = None
+        if seen is not None and seen.ring_k is not None and self.received is not None and self.window_form is not None:
+            form = self.window_form
+            term = self.received.weights()
+            inputs = ReceivedInputs(
+                seen.q, seen.k, seen.ring_k, seen.anchor_k, term, form.stride, form.scale, form.softcap
+            )
+        scores, new = key_score_step(
+            sums, k, v, weights, KeyScoreState(*state), received=inputs, padding_mask=padding_mask, inplace=inplace,
+            impl=impl,
+        )  # fmt: skip
+        if new.ring is None:
+            return scores, ScoreState(*new[:4])
+        return scores, ReceivingState(*new[:4], new.ring)
 
     def _read(
         self,
@@ -317,16 +364,23 @@ class KeyScore(Float32Module):
             if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
                 raise ValueError(f"cu_seqlens: got {ends}, wanted 0 first, never falling, {length} last")
 
-    def _checked(
-        self, state: ScoreState | ReceivingState, count: int, device: torch.device
-    ) -> ScoreState | ReceivingState:
+    def _check_state(self, state: ScoreState | ReceivingState, count: int | None, device: torch.device) -> None:
+        """The state is of this module and ``count`` sequences; None leaves its tensors to the op of single tokens."""
         kind = ScoreState if self.received is None else ReceivingState
         if not isinstance(state, kind):
             raise ValueError(f"state: got a {type(state).__name__}, wanted a {kind.__name__} or None")
+        if count is None:
+            return
         for name, came, wanted in zip(state._fields, state, self.empty_state(count, "meta"), strict=True):
             if came.shape != wanted.shape or came.dtype != wanted.dtype or came.device != device:
                 _refuse(f"state.{name}", came, f"a {wanted.dtype} tensor of shape {tuple(wanted.shape)} on {device}")
-        return state
+
+
+def overwritten(state: ScoreState | ReceivingState, new: ScoreState | ReceivingState) -> ScoreState | ReceivingState:
+    """``state`` with the values of ``new``."""
+    for field, value in zip(state, new, strict=True):
+        field.copy_(value)
+    return state
 
 
 def _statistics(k: Tensor, v: Tensor, sums: Tensor) -> Tensor:

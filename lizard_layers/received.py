@@ -28,6 +28,7 @@ from torch import Tensor
 from lizard_layers.config import LOOK_AHEAD, AttentionConfig
 from lizard_layers.parameters import Float32Module, float32_parameter
 from lizard_layers.token_order import TokenOrder, wide
+from lizard_ops import ReceivedWeights
 
 SUMS = 3  # sum, late sum and maximum
 FACTS = 3 + SUMS  # beside the statistics of ``KeyScore``
@@ -94,6 +95,11 @@ class ReceivedTerm(Float32Module):
         with torch.no_grad():
             self.mean.copy_(facts.mean(0))
             self.deviation.copy_(facts.std(0, correction=0).clamp(min=0.01))
+
+    def weights(self) -> ReceivedWeights:
+        """What an op of single tokens reads."""
+        mean, deviation = self.mean.detach(), self.deviation.detach()
+        return ReceivedWeights(mean, deviation, self.inner_weight, self.inner_bias, self.outer_weight)
 
     def forward(self, facts: Tensor) -> Tensor:
         """facts [B, T, Hk, F] -> [B, T, Hk]."""
@@ -207,23 +213,3 @@ def _shares(q: Tensor, k: Tensor, hidden: Tensor, form: WindowForm) -> tuple[Ten
         logits = form.softcap * torch.tanh(logits / form.softcap)
     shares = logits.masked_fill(hidden, -torch.inf).softmax(-1)[..., : form.window]
     return shares.sum(-2), shares.amax(-2)
-
-
-@torch.no_grad()
-def step_received(seen: InWindow, form: WindowForm, position: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-    """What one new token gives to the keys of the ring, weights summed over the group and the largest, [N, W, Hk] each.
-
-    seen: of one token, with a ring. age [N, W]: tokens between the key in a place and the new one. Where that is W - 1
-    the new key will stand, and gets 0.
-    """
-    assert seen.ring_k is not None
-    hidden, keys = [age >= position[:, None].clamp(max=form.window - 1)], [seen.ring_k]
-    if seen.anchor_k is not None:
-        hidden.append(torch.arange(form.anchors, device=age.device) > position[:, None] - form.window)
-        keys.append(seen.anchor_k)
-    hidden.append(position[:, None] < 0)
-    keys.append(seen.k.to(seen.ring_k.dtype))
-    k = torch.cat([t.transpose(1, 2) for t in keys], 2)
-    q = seen.q[:, 0].unflatten(1, (k.shape[1], -1))
-    total, largest = _shares(q, k, torch.cat(hidden, 1)[:, None, None], form)
-    return total.transpose(1, 2), largest.transpose(1, 2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
-from lizard_layers.received import SUMS, InWindow, Received, WindowForm, attention_received, late_from, step_received
+from lizard_layers.received import SUMS, InWindow, Received, WindowForm, attention_received
 from lizard_layers.token_order import TokenOrder, wide
 
 STATISTICS = 3  # log norm of the key, log norm of the value, likeness to the mean key
@@ -42,8 +42,6 @@ def through_ring(
 
     position [N]: tokens of earlier calls.
     """
-    if new.base.shape[1] == 1 and order.ends is None and seen.ring_k is not None:
-        return _step(new, seen, form, order, position, ring)
     got = attention_received(seen, form, order, position)
     leaving = _leaving(new, got, form, order, position, ring)
     return leaving, _after(new, got, form, order, position, ring) if wanted else ring
@@ -89,33 +87,6 @@ def _after(new: NewFacts, got: Received, form: WindowForm, order: TokenOrder, po
         _joined(torch.where(earlier, ring[..., -SUMS:], 0.0), sums.to(ring.dtype)),
     ]
     return torch.cat(parts, -1)
-
-
-def _step(
-    new: NewFacts, seen: InWindow, form: WindowForm, order: TokenOrder, position: Tensor, ring: Tensor
-) -> tuple[Leaving, Tensor]:
-    """One token of each sequence, or none where it is padding. As few operations as it can be: each is a launch."""
-    window, at = form.window, position[:, None]
-    age = (at + torch.arange(window - 1, -1, -1, device=ring.device)) % window  # [N, W]; 0: the key just before
-    total, largest = step_received(seen, form, position, age)  # [N, W, Hk], 0 for the new key's place
-    newest, waiting, sampled = age == window - 1, age == LOOK_AHEAD - 1, (at + 1) % form.stride == 0
-    if order.plan is not None:
-        came = order.counts[:, None] > 0
-        newest, waiting, sampled = newest & came, waiting & came, sampled & came
-    counted = (age + 1) * sampled
-    counts, late = (wide(counted >= least, total) for least in (LOOK_AHEAD, late_from(window)))
-    ring = ring.masked_fill(wide(newest, ring), 0.0)
-    statistics = torch.where(wide(newest, ring), new.statistics, ring[..., :STATISTICS])
-    others = [
-        torch.where(wide(waiting, new.base), new.base, ring[..., STATISTICS]),
-        ring[..., -3] + total * counts,
-        ring[..., -2] + total * late,
-        torch.maximum(ring[..., -1], largest * counts),
-    ]
-    ring = torch.cat([statistics, *(t.unsqueeze(-1) for t in others)], -1)
-    place = ((position + 1) % window).view(-1, 1, 1, 1).expand(-1, -1, *ring.shape[2:])
-    old = ring.gather(1, place)
-    return Leaving(old[..., :STATISTICS], old[..., STATISTICS], old[..., -SUMS:]), ring
 
 
 def _joined(one: Tensor, other: Tensor) -> Tensor:

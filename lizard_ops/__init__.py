@@ -13,8 +13,10 @@ from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.key_expiry.api import key_expiry
 from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
 from lizard_ops.key_expiry.naive import naive_key_expiry
+from lizard_ops.key_score.api import key_score_step
+from lizard_ops.key_score.arguments import KeyScoreState, KeyScoreWeights, ReceivedInputs, ReceivedWeights
 from lizard_ops.lm_loss.api import row_losses
-from lizard_ops.rotary.api import apply_rotary
+from lizard_ops.rotary.api import apply_rotary, apply_rotary_by
 from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
@@ -26,7 +28,12 @@ __all__ = [
     "Compaction",
     "Expiries",
     "ExpiryState",
+    "KeyScoreState",
+    "KeyScoreWeights",
+    "ReceivedInputs",
+    "ReceivedWeights",
     "apply_rotary",
+    "apply_rotary_by",
     "checked",
     "chunk_gated_attn",
     "chunk_hybrid_attn",
@@ -34,6 +41,7 @@ __all__ = [
     "compaction",
     "expand_features",
     "key_expiry",
+    "key_score_step",
     "naive_gated_attn",
     "naive_hybrid_attn",
     "naive_key_expiry",

@@ -52,3 +52,36 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> 
     first, second = x.chunk(2, -1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, D]
     return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def apply_rotary_by(x: Tensor, steps: Tensor, frequencies: Tensor, *, impl: str = "auto") -> Tensor:
+    """Turn every key by its own number of positions: ``apply_rotary`` of x with the angles ``steps * frequencies``.
+
+    Angles are computed in float64, as a long text's need it; their cosine and sine are rounded to float32.
+
+    Args:
+        x: [N, R, D] keys, D even. Any floating dtype.
+        steps: [N, R] int64, how many positions each moves on.
+        frequencies: [D / 2] float32 or float64, radians a position, of either half of D.
+        impl: "auto" (Triton on CUDA tensors, unless x is float64 or needs a gradient; PyTorch elsewhere), "triton",
+            "torch" or "naive" (which is "torch").
+
+    Returns:
+        y [N, R, D] in the dtype of x.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or an impl that cannot do what is asked.
+    """
+    fits = isinstance(x, Tensor) and x.ndim == 3 and x.dtype in checks.FLOATS and x.shape[2] % 2 == 0
+    checks.want(fits, "x", x, "a floating tensor [N, R, D] with an even D")
+    checks.check_tensor("steps", steps, x.shape[:2], x, (torch.int64,))
+    checks.check_tensor("frequencies", frequencies, (x.shape[2] // 2,), x, checks.GATE_FLOATS)
+    gradients = torch.is_grad_enabled() and x.requires_grad
+    beyond = "float64 tensors" if x.dtype == torch.float64 else "gradients" if gradients else None
+    if choose_impl(impl, x, beyond) == "triton":
+        from lizard_ops.rotary.triton_op import turn_by_steps
+
+        return turn_by_steps(x, steps, frequencies)
+    angles = steps[..., None].double() * frequencies.double()
+    angles = torch.cat([angles, angles], -1)
+    return apply_rotary(x.unsqueeze(2), angles.cos().float(), angles.sin().float(), impl="torch").squeeze(2)

@@ -109,3 +109,46 @@ def apply_rotary_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return turn(x, cos, sin, False)
     return _Turn.apply(x, cos, sin)
+
+
+@triton.jit
+def steps_kernel(
+    x, steps, frequencies, y, rows, length, x_n, x_r, HALF: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """y [rows, 2 HALF] of BR rows, each turned by its own steps; angles in float64."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    d = tl.arange(0, BD)
+    here = (row < rows)[:, None] & (d < HALF)[None, :]
+    p_x = x + (row // length * x_n + row % length * x_r)[:, None] + d[None, :]
+    b_steps = tl.load(steps + row, mask=row < rows, other=0).to(tl.float64)
+    b_frequency = tl.load(frequencies + d, mask=d < HALF, other=0.0).to(tl.float64)
+    angle = b_steps[:, None] * b_frequency[None, :]
+    cos, sin = tl.cos(angle).to(tl.float32), tl.sin(angle).to(tl.float32)
+    first = tl.load(p_x, mask=here, other=0.0).to(tl.float32)
+    second = tl.load(p_x + HALF, mask=here, other=0.0).to(tl.float32)
+    p_y = y + (row * (2 * HALF))[:, None] + d[None, :]
+    tl.store(p_y, (first * cos - second * sin).to(y.dtype.element_ty), mask=here)
+    tl.store(p_y + HALF, (second * cos + first * sin).to(y.dtype.element_ty), mask=here)
+
+
+@torch.library.custom_op("lizard_ops::apply_rotary_by", mutates_args=())
+def turn_by_steps(x: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
+    """Keys [N, R, D], each turned by its own steps [N, R]; no gradient."""
+    x, steps, frequencies = x if x.stride(-1) == 1 else x.contiguous(), steps.contiguous(), frequencies.contiguous()
+    number, length, dim = x.shape
+    y = x.new_empty(x.shape)
+    if not y.numel():
+        return y
+    deep = triton.next_power_of_2(dim // 2)
+    block = max(1, PAIRS // 4 // deep)  # cosines of float64 take many registers
+    with on_device(x):
+        steps_kernel[(triton.cdiv(number * length, block),)](
+            x, steps, frequencies, y, number * length, length, *x.stride()[:2],
+            HALF=dim // 2, BD=deep, BR=block, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+@turn_by_steps.register_fake
+def _(x, steps, frequencies):
+    return x.new_empty(x.shape)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE
 
-from lizard_ops import apply_rotary
+from lizard_ops import apply_rotary, apply_rotary_by
 
 SHAPES = [(2, 7, 3, 16), (1, 5, 1, 10), (3, 33, 4, 24), (1, 0, 2, 8)]
 
@@ -83,3 +83,45 @@ def test_angles_that_train_get_their_gradients():
 def test_bad_arguments_are_refused_by_name(name, shapes):
     with pytest.raises(ValueError, match=f"^{name}:"):
         apply_rotary(*(torch.zeros(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7, 16), (1, 300, 10), (3, 0, 8)])
+def test_keys_turned_by_steps_of_their_own(shape, dtype):
+    """As far on as a million positions, where float32 angles are off by a tenth; by the exponential of each pair."""
+    torch.manual_seed(0)
+    half = shape[2] // 2
+    x = torch.randn(shape[1], shape[0], shape[2], device=DEVICE, dtype=dtype).transpose(0, 1)
+    steps = torch.randint(0, 2**20, shape[:2], device=DEVICE)
+    frequencies = (10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)).to(DEVICE)
+    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    turned = pairs * torch.polar(torch.ones_like(frequencies), frequencies) ** steps[..., None]
+    wanted = torch.cat([turned.real, turned.imag], -1)
+    for impl in ("torch", "triton"):
+        found = apply_rotary_by(x, steps, frequencies, impl=impl)
+        assert found.dtype == dtype and found.shape == shape
+        torch.testing.assert_close(found.double(), wanted, atol=3e-6 if dtype == torch.float32 else 3e-3, rtol=0)
+
+
+def test_steps_of_their_own_have_gradients_and_are_registered():
+    from lizard_ops.rotary.triton_op import turn_by_steps
+
+    x = torch.randn(1, 4, 8, device=DEVICE, requires_grad=True)
+    steps, frequencies = torch.arange(4, device=DEVICE)[None], torch.rand(4, device=DEVICE)
+    apply_rotary_by(x, steps, frequencies).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())  # lengths stay
+    torch.library.opcheck(
+        turn_by_steps, (x.detach(), steps, frequencies), test_utils=("test_schema", "test_faketensor")
+    )
+    with pytest.raises(ValueError, match="impl: got 'triton'.*gradients"):
+        apply_rotary_by(x, steps, frequencies, impl="triton")
+
+
+@pytest.mark.parametrize(
+    "name, x, steps, frequencies",
+    [("x", (4, 7), (4,), (3,)), ("x", (1, 4, 7), (1, 4), (3,)), ("steps", (1, 4, 8), (2, 4), (4,)),
+     ("frequencies", (1, 4, 8), (1, 4), (8,))],
+)  # fmt: skip
+def test_steps_that_do_not_fit_are_refused(name, x, steps, frequencies):
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        apply_rotary_by(torch.zeros(x), torch.zeros(steps, dtype=torch.int64), torch.zeros(frequencies))

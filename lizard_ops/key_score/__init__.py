@@ -1,0 +1,1 @@
+"""Scores of keys, one token at a time."""

@@ -1,0 +1,1 @@
+"""Scores of keys on the GPU."""
