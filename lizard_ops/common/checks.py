@@ -134,7 +134,7 @@ def check_scale(name: str, scale: float | None, default: float) -> float:
     if scale is None:
         return default
     real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    want(real and math.isfinite(scale) and scale > 0, name, scale, "a positive finite number or None")
+    want(real and 0 < scale < math.inf, name, scale, "a positive finite number or None")
     return float(scale)
 
 

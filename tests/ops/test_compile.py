@@ -49,22 +49,23 @@ def test_compiles_to_one_graph(op, form, fixed):
 
 @pytest.mark.parametrize("op, fixed", [("gated", {"gate": "key", "normalize": True}), ("hybrid", RECOMMENDED)])
 def test_checks_of_arguments_compile_at_sizes_that_are_not_known(op, fixed):
-    """Sizes as symbols: messages are not written, shapes are compared, unless an argument is wrong."""
+    """Sizes and factors as symbols: messages are not written, both are compared, unless an argument is wrong."""
     from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions, gated_arguments
     from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
 
     case = one_of(cases(op, B=2, T=9, Hk=2, **fixed)).cast(torch.float32)
 
-    def check(q, k, v, g, fq, fk, merge_bias):
+    def check(q, k, v, g, fq, fk, merge_bias, scale):
         if op == "gated":
-            return q * gated_arguments(GatedInputs(q, k, v, g), GatedOptions())[1].scale
+            return q * gated_arguments(GatedInputs(q, k, v, g), GatedOptions(scale))[1].scale
         inputs = HybridInputs(q, k, v, fq, fk, g, merge_bias=merge_bias)
-        options = HybridOptions(window=4, mix="merge", coverage="outside", feature_map="softmax")
+        options = HybridOptions(4, mix="merge", coverage="outside", feature_map="softmax", scale=scale, softcap=scale)
         return q * hybrid_arguments(inputs, options)[1].scale
 
     torch.compiler.reset()
     compiled = torch.compile(check, fullgraph=True, dynamic=True, backend="aot_eager")
     given = [case.tokens.get(name) for name in ("q", "k", "v", "g", "fq", "fk")] + [case.weights.get("merge_bias")]
+    given.append(0.3)
     torch.testing.assert_close(compiled(*given), check(*given))
 
 
