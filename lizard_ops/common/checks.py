@@ -78,10 +78,14 @@ def refuse(name: str, came: object, wanted: str) -> NoReturn:
     raise ValueError(f"{name}: got {shown}, wanted {wanted}")
 
 
-def want(condition: bool, name: str, came: object, wanted: str) -> None:
-    """Refuse the argument unless the condition holds."""
+def want(condition: bool, name: str, came: object, wanted: str, *sizes: object) -> None:
+    """Refuse the argument unless the condition holds.
+
+    sizes: what the braces in ``wanted`` stand for. Sizes and options may be symbols while torch.compile traces, which
+    cannot write one: no message holds them before it is needed.
+    """
     if not condition:
-        refuse(name, came, wanted)
+        refuse(name, came, wanted.format(*sizes) if sizes else wanted)
 
 
 def check_tensor(name: str, x: object, shape: Sequence[int], like: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -117,7 +121,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_tensor("v", v, (batch, length, heads, v.shape[3]), q, (q.dtype,))
     there = all(size > 0 for size in (batch, heads, dim, v.shape[3]))  # the least of them would compare an open batch
     want(there, "k and v", tuple(v.shape), "at least one row, head and channel")
-    want(q_heads > 0 and q_heads % heads == 0, "q", q, f"a number of heads that is a multiple of the {heads} of k")
+    want(q_heads > 0 and q_heads % heads == 0, "q", q, "a number of heads that is a multiple of the {} of k", heads)
 
 
 def check_softcap(softcap: float | None) -> None:
@@ -130,7 +134,7 @@ def check_scale(name: str, scale: float | None, default: float) -> float:
     if scale is None:
         return default
     real = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    want(real and math.isfinite(scale) and scale > 0, name, scale, "a positive finite number or None")
+    want(real and 0 < scale < math.inf, name, scale, "a positive finite number or None")
     return float(scale)
 
 
@@ -174,9 +178,8 @@ def check_sequences(
     if may_read(cu_seqlens):
         ends = cu_seqlens.tolist()
         rising = all(a <= b for a, b in zip(ends[:-1], ends[1:], strict=True))
-        want(
-            ends[0] == 0 and ends[-1] == length and rising, "cu_seqlens", ends, f"0 first, never falling, {length} last"
-        )
+        whole = ends[0] == 0 and ends[-1] == length and rising
+        want(whole, "cu_seqlens", ends, "0 first, never falling, {} last", length)
     return cu_seqlens.shape[0] - 1, cu_seqlens.contiguous(), None
 
 
@@ -277,7 +280,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor, sink_form: str) -> Tensor | Non
     heads = q.shape[2]
     fits = isinstance(sinks, Tensor) and sinks.dtype in FLOATS and sinks.device == q.device and sinks.ndim in (1, 2)
     fits = fits and sinks.shape[-1] > 0 and (sinks.ndim == 1 or sinks.shape[0] == heads)
-    want(fits, "sinks", sinks, f"a floating tensor [M] or [{heads}, M] on {q.device}, M >= 1")
+    want(fits, "sinks", sinks, "a floating tensor [M] or [{}, M] on {}, M >= 1", heads, q.device)
     return sinks.expand(heads, -1) if sinks.ndim == 1 else sinks
 
 

@@ -27,6 +27,12 @@ def expand_features(x: Tensor, feature_map: str) -> tuple[Tensor, Tensor | None]
     x = x if x.dtype == torch.float64 else x.float()
     if feature_map == "softmax":
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1), None
-    both = torch.cat([x, -x], -1)
+    both = log_features(x, feature_map)
     top = both.detach().amax(-1, keepdim=True)
     return (both - top).exp(), top.squeeze(-1)
+
+
+def log_features(x: Tensor, feature_map: str) -> Tensor:
+    """log phi(x) of the maps "softmax" and "exp", [..., 2F] in the dtype of x."""
+    both = (x, -x) if feature_map == "exp" else (x.log_softmax(-1), (-x).log_softmax(-1))
+    return torch.cat(both, -1)

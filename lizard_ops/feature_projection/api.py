@@ -49,10 +49,11 @@ def project_heads(
     )
     floats = (torch.float64,) if x.dtype == torch.float64 else (torch.float32,)
     fits = isinstance(weight, Tensor) and weight.ndim == 3 and weight.dtype in floats and weight.device == x.device
-    wanted = f"a {str(floats[0]).removeprefix('torch.')} tensor [M, {x.shape[3]}, F] on {x.device}"
-    checks.want(fits and weight.shape[1] == x.shape[3] and min(weight.shape) > 0, "weight", weight, wanted)
+    fits = fits and weight.shape[1] == x.shape[3] and min(weight.shape) > 0
+    kind = str(floats[0]).removeprefix("torch.")
+    checks.want(fits, "weight", weight, "a {} tensor [M, {}, F] on {}", kind, x.shape[3], x.device)
     maps = weight.shape[0]
-    checks.want(x.shape[2] > 0 and x.shape[2] % maps == 0, "x", x, f"a number of heads that is a multiple of {maps}")
+    checks.want(x.shape[2] > 0 and x.shape[2] % maps == 0, "x", x, "a number of heads that is a multiple of {}", maps)
     if choose_impl(impl, x, float64_of(x)) == "triton":
         from lizard_ops.feature_projection.triton.op import project_heads_triton
 

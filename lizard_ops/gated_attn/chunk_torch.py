@@ -16,6 +16,7 @@ from lizard_ops.common.sizes import smaller
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, key_stream, layout_of, offset_fields, sliding_sum
 from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
+from lizard_ops.gated_attn.chunk_torch_channels import attend_channel_logs, channel_factors, key_factors
 from lizard_ops.gated_attn.chunk_torch_tiles import Attended, Sums, attend_channel_gate, attend_head_gate, finite
 from lizard_ops.gated_attn.expiring import in_order_of_expiry
 
@@ -96,40 +97,46 @@ def linear_rows(
 
     query_rows = F.pad(fq[:, skipped:].to(work), (0, 0, 0, 0, 0, chunks * size - rows))
     query_rows = query_rows.unflatten(2, (key_heads, -1)).unflatten(1, (-1, size)).permute(0, 3, 1, 4, 2, 5)
-    queries, query_log = expand_features(query_rows.contiguous(), feature_map)  # [B, Hk, n, G, C, F]
-    keys, key_log = expand_features(tiles(key_stream(fk, held.ring_fk, layout)[:, :rows].to(work)), feature_map)
-    if key_log is not None:
-        there = torch.ones(1, rows, dtype=torch.bool, device=v.device) if is_key is None else is_key
-        key_log = key_log.double().masked_fill(~tiles(there.unsqueeze(2), False), -math.inf)  # [B, Hk, n, C]
-
-    passed = None  # log-decay between a row's key and its query, [B, h, n, y, C]
+    query_rows = query_rows.contiguous()  # [B, Hk, n, G, C, Fp]
+    key_rows = tiles(key_stream(fk, held.ring_fk, layout)[:, :rows].to(work))
+    there = torch.ones(1, rows, dtype=torch.bool, device=v.device) if is_key is None else is_key
+    between = None  # log-decay from a row's key to its query, [B, rows, h] or [B, rows, Hk, F]
     if gates is not None and offset:
         between = sliding_sum(gates, offset)[:, prefix + skipped :]
-        if channels:
-            between = tiles(between)  # [B, Hk, n, C, F]
-            passed = between.detach().amax(-1)
-            queries = queries * (between - finite(passed).unsqueeze(-1)).exp().unsqueeze(3)
-            passed = passed.unsqueeze(3)
-        else:
-            passed = head_tiles(between)
-
+    passed = None  # what is a factor of the whole row of it, [B, h, n, y, C]
     if entering is not None and entering.left is not None:
         passed = head_tiles(entering.left)
-    if entering is not None and channels:
-        slowest = entering.decayed.detach().amax(-1)  # the rest goes into the features
-        keys = keys * tiles(entering.decayed - finite(slowest).unsqueeze(-1), -math.inf).to(work).exp()
-        key_log = tiles(slowest, -math.inf) if key_log is None else key_log + tiles(slowest, -math.inf)
-    if channels and row_gates is not None:
-        attended = attend_channel_gate(queries, keys, tiles(row_values), tiles(row_gates), key_log, start)
+
+    query_log = None
+    if channels and row_gates is not None and (feature_map == "exp" or entering is not None):
+        q = channel_factors(query_rows, feature_map).plus(None if between is None else tiles(between).unsqueeze(3))
+        decayed = None if entering is None else tiles(entering.decayed, -math.inf)
+        k, key_log = key_factors(key_rows, feature_map, decayed, ~tiles(there.unsqueeze(2), False))
+        attended = attend_channel_logs(q, k, tiles(row_values), tiles(row_gates), key_log, start)
     else:
-        head_gates = None if row_gates is None else head_tiles(row_gates)
-        key_log = None if key_log is None else key_log.unsqueeze(3)
-        if entering is not None:
-            own = head_tiles(entering.decayed, -math.inf)
-            key_log = own if key_log is None else key_log + own
-        absorbed = options.gate_form == "absorbed"
-        attended = attend_head_gate(queries, keys, tiles(row_values), head_gates, key_log, start, absorbed)
-    o, log_mass = _weighed(attended, query_log, passed, options.scale, options.normalize)
+        queries, query_log = expand_features(query_rows, feature_map)
+        keys, key_top = expand_features(key_rows, feature_map)
+        if between is not None and channels:
+            rest = tiles(between)
+            passed = rest.detach().amax(-1)
+            queries = queries * (rest - finite(passed).unsqueeze(-1)).exp().unsqueeze(3)
+            passed = passed.unsqueeze(3)
+        elif between is not None:
+            passed = head_tiles(between)
+        if channels and row_gates is not None:
+            attended = attend_channel_gate(queries, keys, tiles(row_values), tiles(row_gates), start)
+        else:
+            head_gates = None if row_gates is None else head_tiles(row_gates)
+            log = None
+            if key_top is not None:
+                log = key_top.double().masked_fill(~tiles(there.unsqueeze(2), False), -math.inf).unsqueeze(3)
+            if entering is not None:
+                own = head_tiles(entering.decayed, -math.inf)
+                log = own if log is None else log + own
+            absorbed = options.gate_form == "absorbed"
+            attended = attend_head_gate(queries, keys, tiles(row_values), head_gates, log, start, absorbed)
+    weighed = _weighed(attended, query_log, passed, options.scale, options.normalize)
+    o, log_mass = (x.to(work) for x in weighed)
 
     def in_order(x: Tensor, fill: float) -> Tensor:  # [B, Hk, n, G, C, ...] -> [B, T, Hq, ...]
         x = x.movedim((2, 4), (1, 2)).reshape(batch, chunks * size, q_heads, *x.shape[5:])[:, :rows]

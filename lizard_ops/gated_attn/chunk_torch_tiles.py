@@ -49,9 +49,9 @@ def attend_head_gate(
 ) -> Attended:
     """One gate per head or for all, or none: decay tiles over score tiles, one state per chunk."""
     group, size = q.shape[3:5]
-    run = q.new_zeros(1, 1, 1, 1, size, dtype=torch.float64) if g is None else _running(g, -1)
+    run = q.new_zeros(1, 1, 1, 1, size, dtype=torch.float64) if g is None else decays_inside(g, -1)
     key = -run if key_log is None else key_log - run  # log weight of a key, seen from before the chunk
-    pair = (run.unsqueeze(-1) + key.unsqueeze(-2)).masked_fill(_future(size, q.device), -math.inf)  # [B,h,n,y,C,C]
+    pair = (run.unsqueeze(-1) + key.unsqueeze(-2)).masked_fill(future_rows(size, q.device), -math.inf)  # [B,h,n,y,C,C]
     log_end = run[..., -1:] + key
     top = None if key_log is None else log_end.detach().amax(-1)  # [B, Hk, n, y]
     weight = _exp(log_end, top, v.dtype).unsqueeze(-1)
@@ -85,41 +85,31 @@ def attend_channel_gate(
     k: Tensor,  # [B, Hk, n, C, F]
     v: Tensor,  # [B, Hk, n, C, E]
     g: Tensor,  # [B, Hk, n, C, F]
-    key_log: Tensor | None,  # [B, Hk, n, C] float64, -inf where there is no key
     start: Sums | None,
 ) -> Attended:
-    """One gate per channel: every pair of a (short) chunk has its own decays, which enter the dot product."""
-    group, size = q.shape[3:5]
-    run, future = _running(g, -2), _future(size, q.device)
-    pair = (run.unsqueeze(-2) - run.unsqueeze(-3)).masked_fill(future.unsqueeze(-1), -math.inf)  # [B,Hk,n,C,C,F]
-    log_end, slow, top = run[..., -1:, :] - run, None, None
-    if key_log is not None:  # shifts follow the slowest channel of each position
-        slow = _running(g.amax(-1), -1).detach()  # [B, Hk, n, C]
-        top = (slow[..., -1:] - slow + key_log).amax(-1)
-        pair, log_end = pair + key_log.unsqueeze(-2).unsqueeze(-1), log_end + key_log.unsqueeze(-1)
-    items = (k * _exp(log_end, top, k.dtype, 2)).transpose(-1, -2) @ v  # [B, Hk, n, F, E]
-    before, final = _scan_channel_gate(items, run[..., -1, :], None if slow is None else slow[..., -1], top, start)
+    """One gate per channel: every pair of a (short) chunk has its own decays, which enter the dot product.
 
-    shift, from_start = None, run
-    if slow is not None and key_log is not None and before.log_scale is not None:
-        carried = before.log_scale.transpose(2, 3)  # [B, Hk, n, 1]
-        near_top = (slow.unsqueeze(-1) - slow.unsqueeze(-2) + key_log.unsqueeze(-2)).masked_fill(future, -math.inf)
-        shift = torch.maximum(near_top.amax(-1), slow + carried)  # [B, Hk, n, C]
-        from_start = run + carried.unsqueeze(-1)
-    keys = _exp(pair, shift, k.dtype, 2) * k.unsqueeze(-3)
+    For keys without logs: see ``chunk_torch_channels`` for others.
+    """
+    group, size = q.shape[3:5]
+    run = decays_inside(g, -2)
+    pair = run.unsqueeze(-2) - run.unsqueeze(-3)  # [B, Hk, n, C, C, F]
+    pair = pair.masked_fill(future_rows(size, q.device).unsqueeze(-1), -math.inf)
+    items = (k * _exp(run[..., -1:, :] - run, None, k.dtype)).transpose(-1, -2) @ v  # [B, Hk, n, F, E]
+    before, final = _scan_channel_gate(items, run[..., -1, :], start)
+    keys = _exp(pair, None, k.dtype) * k.unsqueeze(-3)
     scores = (keys @ q.movedim(3, -1)).movedim(-1, 3)  # [B, Hk, n, G, C, C]
     near = scores.flatten(3, 4) @ v
-    far = (q * _exp(from_start, shift, q.dtype).unsqueeze(3)).flatten(3, 4) @ before.s.squeeze(2)
-    values = (near + far).unflatten(3, (group, size))
-    return Attended(values, None if shift is None else shift.unsqueeze(3), final)
+    far = (q * _exp(run, None, q.dtype).unsqueeze(3)).flatten(3, 4) @ before.s.squeeze(2)
+    return Attended((near + far).unflatten(3, (group, size)), None, final)
 
 
-def _running(g: Tensor, dim: int) -> Tensor:
+def decays_inside(g: Tensor, dim: int) -> Tensor:
     """Log-decay from before the chunk, summed along its positions."""
     return g.double().clamp(min=RESET).cumsum(dim)
 
 
-def _future(size: int, device: torch.device) -> Tensor:
+def future_rows(size: int, device: torch.device) -> Tensor:
     """[C, C], True where the key comes after the query."""
     return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
@@ -179,7 +169,7 @@ def _linked_chunks(
     run, joined = decay.cumsum(-1), items
     log = run.unsqueeze(-1) - run.unsqueeze(-2)  # [B, h, y, m, m], from chunk to chunk
     log = log if top is None else log + top.unsqueeze(-2)
-    log = log.masked_fill(_future(run.shape[-1], log.device), -math.inf)
+    log = log.masked_fill(future_rows(run.shape[-1], log.device), -math.inf)
     if carry is not None:
         first = run if carry_log is None else run + carry_log.unsqueeze(-1)
         log, joined = torch.cat([first.unsqueeze(-1), log], -1), torch.cat([carry, joined], 3)
@@ -187,57 +177,27 @@ def _linked_chunks(
     return (_exp(log, scale, items.dtype) @ joined.flatten(4, 5)).unflatten(-1, items.shape[4:]), scale
 
 
-def _scan_channel_gate(
-    items: Tensor, decay: Tensor, slow: Tensor | None, top: Tensor | None, start: Sums | None
-) -> tuple[Sums, Sums]:
-    """The same for items [B, Hk, n, F, E] and a decay [B, Hk, n, F] per channel, chunk after chunk.
-
-    slow [B, Hk, n]: decay of the slowest channel at every position, which the log scale follows.
-    """
+def _scan_channel_gate(items: Tensor, decay: Tensor, start: Sums | None) -> tuple[Sums, Sums]:
+    """The same for items [B, Hk, n, F, E] and a decay [B, Hk, n, F] per channel, chunk after chunk."""
     if not is_known(items.shape[2]):
-        return _shifted(*_linked_channel_chunks(items, decay, slow, top, start), start)
+        return _shifted(_linked_channel_chunks(items, decay, start), None, start)
     carry = torch.zeros_like(items[:, :, 0]) if start is None else start.s.squeeze(2)
-    scale = items.new_full(items.shape[:2], -math.inf, dtype=torch.float64)
-    scale = scale if start is None or start.log_scale is None else start.log_scale.squeeze(2)
-    sums, scales = [], []
+    sums = []
     for c in range(items.shape[2]):
-        kept, item, new_scale = decay[:, :, c], items[:, :, c], None
-        if slow is not None and top is not None:
-            new_scale = torch.maximum(scale + slow[:, :, c], top[:, :, c])
-            kept, item = kept + scale.unsqueeze(-1), item * _exp(top[:, :, c, None, None], new_scale, item.dtype, 2)
-            scale = new_scale
-            scales.append(scale)
-        carry = _exp(kept, new_scale, item.dtype).unsqueeze(-1) * carry + item
+        carry = _exp(decay[:, :, c], None, items.dtype).unsqueeze(-1) * carry + items[:, :, c]
         sums.append(carry)
-    log = torch.stack(scales, 2).unsqueeze(2) if scales else None
-    return _shifted(torch.stack(sums, 2).unsqueeze(2), log, start)
+    return _shifted(torch.stack(sums, 2).unsqueeze(2), None, start)
 
 
-def _linked_channel_chunks(
-    items: Tensor, decay: Tensor, slow: Tensor | None, top: Tensor | None, start: Sums | None
-) -> tuple[Tensor, Tensor | None]:
-    """What the loop over chunks gives, [B, Hk, 1, n, F, E] and [B, Hk, 1, n], by a product of [n, n + 1] a channel."""
-
-    def links(decay: Tensor, top: Tensor | None) -> Tensor:  # [B, Hk, n, ...] -> [B, Hk, n, n + 1, ...]
-        run = decay.cumsum(2)
-        log = run.unsqueeze(3) - run.unsqueeze(2)
-        if top is not None:
-            log = log + top.view(*top.shape[:2], 1, -1, *[1] * (run.ndim - 3))
-        future = _future(run.shape[2], log.device)
-        log = log.masked_fill(future.view(*future.shape, *[1] * (run.ndim - 3)), -math.inf)
-        first = run
-        if top is not None:
-            before = None if start is None else start.log_scale
-            no_log = run.new_full((*run.shape[:2], 1), -math.inf)
-            first = run + (no_log if before is None else before).view(*run.shape[:2], *[1] * (run.ndim - 2))
-        return torch.cat([first.unsqueeze(3), log], 3)
-
-    scale = None if slow is None or top is None else links(slow, top).amax(-1)
+def _linked_channel_chunks(items: Tensor, decay: Tensor, start: Sums | None) -> Tensor:
+    """What the loop over chunks gives, [B, Hk, 1, n, F, E], by a product of [n, n + 1] a channel."""
+    run = decay.cumsum(2)
+    log = run.unsqueeze(3) - run.unsqueeze(2)  # [B, Hk, n, n, F]
+    log = log.masked_fill(future_rows(run.shape[2], log.device).unsqueeze(-1), -math.inf)
     first = torch.zeros_like(items[:, :, :1]) if start is None else start.s
-    weights = _exp(links(decay, None if scale is None else top), scale, items.dtype, 2)  # [B, Hk, n, n + 1, F]
+    weights = _exp(torch.cat([run.unsqueeze(3), log], 3), None, items.dtype)  # [B, Hk, n, n + 1, F]
     joined = torch.cat([first, items], 2).movedim(3, 2)  # [B, Hk, F, n + 1, E]
-    after = (weights.movedim(4, 2) @ joined).movedim(2, 3)  # [B, Hk, n, F, E]
-    return after.unsqueeze(2), None if scale is None else scale.unsqueeze(2)
+    return (weights.movedim(4, 2) @ joined).movedim(2, 3).unsqueeze(2)  # [B, Hk, 1, n, F, E]
 
 
 def _shifted(after: Tensor, log_after: Tensor | None, start: Sums | None) -> tuple[Sums, Sums]:

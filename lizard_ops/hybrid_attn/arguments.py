@@ -192,7 +192,7 @@ def check_scores(inputs: HybridInputs, options: HybridOptions) -> Tensor | None:
     """Scores [B, T, Hk] as float32 without a graph, and what comes with them."""
     scores, v, delay, mask = inputs.scores, inputs.v, options.score_delay, inputs.padding_mask
     checks.check_count("score_delay", delay, 0)
-    checks.want(delay < options.window, "score_delay", delay, f"less than the window, {options.window}")
+    checks.want(delay < options.window, "score_delay", delay, "less than the window, {}", options.window)
     if scores is None:
         return None
     checks.check_tensor("scores", scores, v.shape[:3], v, checks.FLOATS)
@@ -255,8 +255,8 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
     bias = inputs.merge_bias
     checks.want(mix == "merge" or bias is None, "merge_bias", bias, 'None with mix="sum"; use alpha')
     for name, x, heads in (("fq", fq, q.shape[2]), ("fk", fk, k.shape[2])):
-        wanted = f"a floating tensor [B, T, {heads}, Fp]"
-        checks.want(isinstance(x, Tensor) and x.ndim == 4 and x.shape[3] > 0, name, x, wanted)
+        fits = isinstance(x, Tensor) and x.ndim == 4 and x.shape[3] > 0
+        checks.want(fits, name, x, "a floating tensor [B, T, {}, Fp]", heads)
         checks.check_tensor(name, x, (*q.shape[:2], heads, fq.shape[3]), q, checks.FLOATS)
     checks.want(fk.dtype == fq.dtype, "fk", fk, f"the dtype of fq, {fq.dtype}")
     features = feature_dim(fk.shape[3], options.feature_map)

@@ -49,23 +49,82 @@ def test_compiles_to_one_graph(op, form, fixed):
 
 @pytest.mark.parametrize("op, fixed", [("gated", {"gate": "key", "normalize": True}), ("hybrid", RECOMMENDED)])
 def test_checks_of_arguments_compile_at_sizes_that_are_not_known(op, fixed):
-    """Sizes as symbols: messages are not written, shapes are compared, unless an argument is wrong."""
+    """Sizes and factors as symbols: messages are not written, both are compared, unless an argument is wrong."""
     from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions, gated_arguments
     from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
 
     case = one_of(cases(op, B=2, T=9, Hk=2, **fixed)).cast(torch.float32)
 
-    def check(q, k, v, g, fq, fk, merge_bias):
+    def check(q, k, v, g, fq, fk, merge_bias, scale):
         if op == "gated":
-            return q * gated_arguments(GatedInputs(q, k, v, g), GatedOptions())[1].scale
+            return q * gated_arguments(GatedInputs(q, k, v, g), GatedOptions(scale))[1].scale
         inputs = HybridInputs(q, k, v, fq, fk, g, merge_bias=merge_bias)
-        options = HybridOptions(window=4, mix="merge", coverage="outside", feature_map="softmax")
+        options = HybridOptions(4, mix="merge", coverage="outside", feature_map="softmax", scale=scale, softcap=scale)
         return q * hybrid_arguments(inputs, options)[1].scale
 
     torch.compiler.reset()
     compiled = torch.compile(check, fullgraph=True, dynamic=True, backend="aot_eager")
     given = [case.tokens.get(name) for name in ("q", "k", "v", "g", "fq", "fk")] + [case.weights.get("merge_bias")]
+    given.append(0.3)
     torch.testing.assert_close(compiled(*given), check(*given))
+
+
+class Unwritable(int):
+    """A size or an option as torch.compile holds it: a number that counts and compares, and that no string can hold."""
+
+    def refuse(self, *_):
+        raise AssertionError("a number is written where nothing is refused")
+
+    __str__ = __repr__ = __format__ = refuse
+
+
+class Sized(torch.Tensor):
+    """A tensor whose sizes are such numbers; what is computed of it is a plain one."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def shape(self):
+        with torch._C.DisableTorchFunctionSubclass():
+            return tuple(Unwritable(n) for n in self.size())
+
+
+@pytest.mark.parametrize("name", ["packed", "padded", "kept", "expiring", "channel", "merge"])
+def test_no_check_writes_a_number_unless_it_refuses(name):
+    """torch 2.11 breaks its graph where an option or a size that it does not know becomes part of a string."""
+
+    def sized(*shape):
+        return torch.rand(*shape).as_subclass(Sized)
+
+    batch, length, window = 1 if name == "packed" else 2, 9, Unwritable(4)
+    q, k, v, fq, fk = (sized(batch, length, heads, 6) for heads in (4, 2, 2, 4, 2))
+    g = -sized(batch, length, 2, *([12] if name == "channel" else []))
+    rows, more = {}, {"feature_map": "exp", "coverage": "outside"}
+    if name == "packed":
+        rows = {"cu_seqlens": torch.tensor([0, 4, length]).as_subclass(Sized)}
+    elif name == "padded":
+        rows = {"padding_mask": (torch.arange(length) > torch.tensor([[0], [2]])).as_subclass(Sized)}
+    elif name == "kept":
+        more |= {"scores": sized(batch, length, 2), "score_delay": Unwritable(1), "kept_keys": Unwritable(2)}
+    elif name == "expiring":
+        ends = (torch.arange(length) + 4).view(1, -1, 1).expand(batch, -1, 2).as_subclass(Sized)
+        more |= {"expiry": ends, "kept_keys": Unwritable(2)}
+    elif name == "merge":
+        more |= {"mix": "merge", "merge_bias": sized(4), "sinks": sized(4, 2), "scale": 0.5, "softcap": 3.0}
+    final = name not in ("padded", "expiring")
+    op = lizard_ops.chunk_hybrid_attn
+    some = {"anchors": Unwritable(1), "output_final_state": final} | rows
+    o, state = op(q, k, v, fq, fk, g, window, **some, **more)
+    if final:
+        state = state._replace(**{n: x.as_subclass(Sized) for n, x in state._asdict().items() if x is not None})
+        op(q, k, v, fq, fk, g, window, initial_state=state, **some, **more)
+    lizard_ops.window_attn(q, k, v, window, sinks=sized(4, 2), **some)
+    lizard_ops.key_expiry(sized(batch, length, 2), window, Unwritable(1), Unwritable(2), **rows)
+    if name != "channel":
+        lizard_ops.chunk_gated_attn(q, k, v, g, window_offset=window, chunk_size=Unwritable(16), **some)
+    lizard_ops.project_heads(q, sized(2, 6, 3))
+    lizard_ops.apply_rotary(q, sized(1, length, 6), sized(1, length, 6))
+    lizard_ops.row_losses(sized(5, 7).clone(), sized(5, 7), torch.zeros(5, dtype=torch.int64), 1.0, 0.5)
 
 
 def turned(x, shared):

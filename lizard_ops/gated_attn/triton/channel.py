@@ -27,6 +27,7 @@ from lizard_ops.gated_attn.triton.bwd import row_weights
 from lizard_ops.gated_attn.triton.fwd import log_of
 from lizard_ops.gated_attn.triton.state import FLOOR, LOG2E, locate_pairs, only_if, state_tile, tile
 
+LN2 = tl.constexpr(0.6931471805599453)
 BOUND = tl.constexpr(58.0)  # log2 of the decay since the chunk's start up to which keys may take inverse factors
 
 
@@ -84,7 +85,8 @@ def factor_kernel(
 
     At level b rows of odd blocks decay from their block's start, rows of even blocks to their block's end. Sums over
     rows are products with matrices of zeros and ones: exact for gates split in two float16 parts, so the sums are
-    float32's and none is a difference.
+    float32's and none is a difference. Those from the chunk's start, whose factors are inverted too, are float64's
+    where the factors are float32.
     """
     NKB: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
@@ -101,7 +103,13 @@ def factor_kernel(
     tl.store(decays + state * K + ks, tl.sum(g_t, 0), mask=ks < K)
     i = r[:, None]
     j = r[None, :]
-    since_start = masked_sums((j <= i), g_t, OPERAND)
+    if OPERAND == tl.bfloat16:
+        since_start = masked_sums((j <= i), g_t, OPERAND)
+        passed = tl.exp2(since_start)
+    else:  # a quotient of two of these is a decay, and a rounding of a sum of -50 would be 50 of a decay near 1
+        exact = tl.cumsum(g_t.to(tl.float64), 0)
+        since_start = exact.to(tl.float32)
+        passed = tl.exp2(since_start) * (1.0 + (exact - since_start.to(tl.float64)).to(tl.float32) * LN2)
     near_rows = tl.sum((tl.min(since_start, 1) > -BOUND).to(tl.int32), 0)  # sums fall: these are the first rows
     tl.store(near + state * NKB + kb, near_rows)
     for t in tl.range(tl.where(near_rows < C, 0, LEVELS), LEVELS + 2):
@@ -111,7 +119,8 @@ def factor_kernel(
         ahead = odd | (t == LEVELS)
         which = ((i >> level) == (j >> level)) & ((ahead & (j <= i)) | ((j > i) & (ahead == 0)))
         p, m = factor_tile(factors, t, LEVELS, C, K, kb * BK, BK)
-        tl.store(p, tl.exp2(masked_sums(which, g_t, OPERAND)).to(factors.dtype.element_ty), mask=m)
+        factor = tl.where(t == LEVELS, passed, tl.exp2(masked_sums(which, g_t, OPERAND)))
+        tl.store(p, factor.to(factors.dtype.element_ty), mask=m)
 
 
 @triton.jit
