@@ -142,6 +142,10 @@ class LizardCacheLayer(CacheLayerMixin):
         if self._rollback is not None:
             self._rollback = Rollback(None, self.recall)
 
+    def blank(self) -> None:
+        """Count as empty, with tensors that nobody reads until they are overwritten: not for a graph."""
+        self._blank = True
+
     def forget(self) -> None:
         """Let the tensors go as well."""
         self.state, self.is_initialized, self._blank = None, False, True
