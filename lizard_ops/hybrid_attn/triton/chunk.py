@@ -67,8 +67,8 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
     )
     final = None
     if options.output_final_state:
-        offset = offset_fields(fk, v, g, initial_state, options.offset, layout)
         fields = window_fields(k, v, anchor_k, anchor_v, initial_state, options.window, layout)
+        offset = offset_fields(fk, v, g, initial_state, options.offset, layout, fields["ring_v"])
         log_scale = log_scale.detach() if options.feature_map == "exp" else None
         final = AttentionState(position=layout.end, s=s, z=z, log_scale=log_scale, **(fields | offset))
     return (o if inputs.padding_mask is None else restore(o, plan)), final
