@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lizard_ops.common.direct import direct, nobody_looks
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.feature_projection.triton.kernels import (
@@ -162,7 +163,7 @@ class _ProjectBoth(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
         ctx.reuse_gradient = reuse_gradient
-        return x.view_as(x), project(x, weight)
+        return x.view_as(x), direct(project, x, weight)(x, weight)
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
@@ -174,7 +175,8 @@ class _ProjectBoth(torch.autograd.Function):
         if reuse and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
             dx, d_weight = d_x, project_backward_into(x, weight, dy, d_x, of_weight)
         else:
-            dx, d_weight = project_backward(x, weight, dy, d_x, of_x, of_weight)
+            backward = direct(project_backward, x, weight, dy, d_x)
+            dx, d_weight = backward(x, weight, dy, d_x, of_x, of_weight)
         return dx if of_x else None, d_weight if of_weight else None, None
 
 
@@ -182,4 +184,6 @@ def project_heads_triton(x: Tensor, weight: Tensor, reuse_gradient: bool) -> tup
     """(x, y). While torch.compile traces, the sum of x's gradients is left to the compiler."""
     if torch.compiler.is_compiling():
         return x, project(x, weight)
+    if nobody_looks(x, weight):
+        return x, direct(project)(x, weight)
     return _ProjectBoth.apply(x, weight, reuse_gradient)

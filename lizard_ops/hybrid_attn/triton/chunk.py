@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lizard_ops.common.direct import direct
 from lizard_ops.common.padding import compact, compaction, restore
 from lizard_ops.common.rows import changed_rows
 from lizard_ops.common.state import AttentionState
@@ -45,7 +46,7 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         anchor_k, anchor_v = (
             anchor_rows(x, kept, options.anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
         )
-    o, s, z, log_scale, *_ = hybrid_forward(
+    o, s, z, log_scale, *_ = direct(hybrid_forward, weight, *inputs.tensors())(
         q=q,
         k=key_stream(k, state.ring_k, layout),
         v=key_stream(v, state.ring_v, layout),

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.direct import direct
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
 from lizard_ops.common.state import AttentionState, map_fields
@@ -51,7 +52,8 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         kept, ring = getattr(state, f"kept_{name}"), getattr(state, f"ring_{name}")
         fits = kept is None or kept.dtype == ring.dtype
         checks.want(fits, f"initial_state.kept_{name}", kept, f"the dtype of ring_{name} in a step of the kernel")
-    o = hybrid_decode(
+    step = direct(hybrid_decode, *inputs.tensors())
+    o = step(
         q=inputs.q,
         k=inputs.k,
         v=inputs.v,
@@ -73,6 +75,8 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         softcap=options.softcap,
         scores=inputs.scores,
     )
+    if step is not hybrid_decode:
+        torch.autograd.graph.increment_version([x for x in state if x is not None])
     return o, state if options.output_final_state else None
 
 
