@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lizard_ops.common.direct import nobody_looks
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.sizes import cdiv, power_of_2
 
 PAIRS = 2048  # of channels that a program turns, as many as registers hold
 
@@ -54,13 +55,13 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     y = x.new_empty(x.shape)
     if not y.numel():
         return y
-    tokens, wide, deep = batch * length, triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
+    tokens, wide, deep = batch * length, power_of_2(heads), power_of_2(dim // 2)
     rows = max(1, PAIRS // (wide * deep))
     steps = [
         0 if size == 1 else stride for t in (cos, sin) for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True)
     ]
     with on_device(x):
-        turn_kernel[(triton.cdiv(tokens, rows),)](
+        turn_kernel[(cdiv(tokens, rows),)](
             x, cos, sin, y, tokens, length, *x.stride()[:3], *steps,
             H=heads, HALF=dim // 2, BH=wide, BD=deep, BN=rows,
             BACKWARD=backward, num_warps=4,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.direct import direct
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
+from lizard_ops.common.sizes import power_of_2
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
@@ -142,16 +142,16 @@ def hybrid_decode(
             cap_of(scale, softcap), math.log(feature_scale),
             HK=key_heads, G=group, D=dim, V=v_dim, FP=pre, F=features, W=window, A=anchors,
             M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
-            STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),
-            BD=max(16, triton.next_power_of_2(dim)), BV=max(16, triton.next_power_of_2(v_dim)),
-            BP=triton.next_power_of_2(pre), BX=triton.next_power_of_2(features), BF=config.rows, BN=config.columns,
-            BW=triton.next_power_of_2(window),
-            BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
+            STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, power_of_2(group)),
+            BD=max(16, power_of_2(dim)), BV=max(16, power_of_2(v_dim)),
+            BP=power_of_2(pre), BX=power_of_2(features), BF=config.rows, BN=config.columns,
+            BW=power_of_2(window),
+            BM=1 if sinks is None else power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
+            BA=max(16, power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
             P=places, SLOTS=window if ring_scores is None else ring_scores.shape[1],
-            BK=triton.next_power_of_2(max(places, 1)),
+            BK=power_of_2(max(places, 1)),
             ALIGNED=places > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
             **config.options,
         )  # fmt: skip

@@ -16,15 +16,15 @@ class Tape(TorchDispatchMode):
         self.calls, self.before = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, writes = kwargs or {}, False
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.before.append((value, value.clone()))
+                writes = True
+                self.before += [(t, t.clone()) for t in tree_leaves(value)]
         out = func(*args, **kwargs)
         places = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         made = [t if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in places else None
                 for t in tree_leaves(out)]  # fmt: skip
-        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         if writes or any(t is not None for t in made):  # views are what they were
             self.calls.append((func, args, kwargs, made))
         return out
