@@ -225,6 +225,11 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
     ) -> dict[str, Any]:
         """As transformers', without a mask where a step has none to read, with one of one shape in a static cache, and
         without what drafts find read already."""
+        steps = running_steps(self)
+        if steps is not None and not is_first_iteration:
+            made = steps.inputs(input_ids, kwargs)
+            if made is not None:
+                return made
         if read_before and is_first_iteration:
             kwargs["next_sequence_length"] = input_ids.shape[1] - read_before
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
@@ -240,6 +245,16 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             if to_come > 0 and self.model.has_softmax_layers:
                 inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), to_come)], 1)
         return inputs
+
+    def _update_model_kwargs_for_generation(
+        self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', without a mask and positions that grow with the text where no step reads them."""
+        steps = running_steps(self)
+        advanced = None if steps is None else steps.advance(model_kwargs)
+        if advanced is not None:
+            return advanced | {"past_key_values": outputs.past_key_values}
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(
         self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -25,6 +25,7 @@ LEAST_STEPS = 4  # to come, for which a capture is worth the time of one step
 POOLED = 2  # caches with their graphs that a model keeps from one call to the next
 SHARE = 16  # a state of more than a sixteenth of the memory is not kept between calls
 PLAIN = ("torch", "transformers", "lizard_layers", "lizard_models")  # packages whose modules hide no choice in Python
+GIVEN = {"next_sequence_length", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 NO_PART = ("use_cache", "return_dict", "within_causal_lm", "output_attentions", "output_hidden_states", "decode_graph")
 
 
@@ -53,17 +54,21 @@ _running: contextvars.ContextVar[DecodeSteps | None] = contextvars.ContextVar("l
 class DecodeSteps:
     """The steps of one call of ``generate``.
 
-    The first runs as it is, on the stream of the capture; from the second on one graph is replayed. Ids and positions
-    are copied into its tensors, the state lies where it lay, and the logits [B, 1, vocabulary] that come back are good
-    until the next step.
+    The first runs as it is, on the stream of the capture; from the second on one graph is replayed. Ids are copied into
+    its tensor, positions too unless it has counted them on itself, the state lies where it lay, and the logits
+    [B, 1, vocabulary] that come back are good until the next step.
     """
 
     def __init__(self, model: Any, cache: LizardCache, recorder: Recorder, to_come: int) -> None:
         self.model, self.recorder, self.to_come = model, recorder, to_come
         self.key = key_of(model)
         self.reusable = all(type(m).__module__.split(".")[0] in PLAIN for m in model.modules())
-        self.warm = self.inside = False
+        self.inside = False
+        self.warm: set[bool] = set()  # for which of the two steps, before the anchors move and after
         self.refused: str | None = None
+        self.last: _Captured | None = None  # where the last step came from
+        # peft's own way of preparing inputs reads what a step of the library's does without
+        self.prepares = "prepare_inputs_for_generation" not in vars(model)
         if not self.reusable or not _belongs(cache, model, self.key):
             _graphs.pop(cache, None)
 
@@ -72,7 +77,10 @@ class DecodeSteps:
 
         inputs: the other arguments of the forward.
         """
-        if self.inside or self.refused is not None or input_ids is None or input_ids.shape[1] != 1:
+        if self.inside:
+            return None
+        self.last = None
+        if self.refused is not None or input_ids is None or input_ids.shape[1] != 1:
             return None
         if isinstance(cache, LizardCache) and cache.seen.on_host == 0 or inputs.get("attention_mask") is not None:
             return None  # a prompt of one token
@@ -88,32 +96,56 @@ class DecodeSteps:
             self.to_come -= 1
             if self.to_come < LEAST_STEPS:
                 return None
-            if not self.warm:
+            if before_limit not in self.warm:
+                self.warm.add(before_limit)
                 return self._warm_up(cache, input_ids, position_ids)
             captured = self._capture(cache, input_ids, position_ids, before_limit)
             if captured is None:
                 return None
             _graphs[cache] = captured
         captured.input_ids.copy_(input_ids)
-        captured.position_ids.copy_(position_ids)
+        if position_ids is not captured.position_ids:
+            captured.position_ids.copy_(position_ids)
         seen = cache.seen.on_host
         logits = captured.replay()
         cache.seen.on_host = seen + 1
+        self.last = captured
         return logits
+
+    def inputs(self, input_ids: Tensor, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The forward's inputs of a step, as ``prepare_inputs_for_generation`` makes them of what it is given, without
+        copies; None where there is more to them."""
+        positions = given.get("position_ids")
+        more = {name for name, x in given.items() if x is not None} - GIVEN
+        if not self.prepares or more or positions is None or given.get("next_sequence_length") != 1:
+            return None
+        made = {"input_ids": input_ids[:, -1:], "past_key_values": given["past_key_values"]}
+        made["position_ids"] = positions if positions.shape[1] == 1 else positions[:, -1:]
+        return made | {name: given[name] for name in ("use_cache", "logits_to_keep") if name in given}
+
+    def advance(self, given: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of ``generate`` for the next step: of positions and mask only what it reads, the positions.
+
+        None where transformers is to make them.
+        """
+        positions, more = given.get("position_ids"), {name for name, x in given.items() if x is not None} - GIVEN
+        if not self.prepares or more or positions is None:
+            return None
+        after = positions[:, -1:] + 1 if self.last is None else self.last.position_ids
+        return given | {"position_ids": after, "attention_mask": None}
 
     def _step(self, cache: LizardCache, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         self.inside = True
         try:
-            return self.model(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, return_dict=True
-            ).logits
+            forward: Any = type(self.model).forward  # hooks of the model itself run around every step
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": cache}
+            return forward(self.model, **inputs, use_cache=True, return_dict=True).logits
         finally:
             self.inside = False
 
     def _warm_up(self, cache: LizardCache, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """A step as it is before the capture: kernels compile, libraries allocate, what cannot be captured shows."""
         logits, self.refused = self.recorder.warm_up(lambda: self._step(cache, input_ids, position_ids))
-        self.warm = True
         if self.refused is not None:
             tell(self.refused)
         return logits
@@ -123,8 +155,14 @@ class DecodeSteps:
     ) -> _Captured | None:
         ids, positions, seen = input_ids.clone(), position_ids.clone(), cache.seen.on_host
         held = weakref.ref(cache)
+
+        def step() -> Tensor:
+            logits = self._step(held(), ids, positions)  # type: ignore[arg-type]
+            positions.add_(1)
+            return logits
+
         try:
-            replay = self.recorder.capture(lambda: self._step(held(), ids, positions))  # type: ignore[arg-type]
+            replay = self.recorder.capture(step)
         except Exception as error:
             self.refused = f"the capture failed ({type(error).__name__}: {str(error).splitlines()[0]})"
             tell(self.refused)

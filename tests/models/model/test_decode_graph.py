@@ -104,7 +104,7 @@ def test_anchors_that_move_on_are_another_graph(recorder, kept):
     model, ids = student(num_hidden_layers=1, attention=CLAMPED | {"kept_keys": kept}), tokens(2, 9)
     plain, graphed = both(model, ids, max_new_tokens=40)
     assert_same(plain, graphed)
-    assert len(recorder.tapes) == 2 and recorder.replays == 38
+    assert len(recorder.tapes) == recorder.warm_ups == 2 and recorder.replays == 37
 
 
 def test_a_pool_serves_the_next_call(recorder):
@@ -259,6 +259,22 @@ def test_a_capture_that_fails_leaves_the_steps(recorder, told, monkeypatch):
     monkeypatch.setattr(recorder, "capture", broken)
     assert_same(*both(model, ids))
     assert told == ["the capture failed (RuntimeError: operation not permitted)"]
+
+
+def test_hooks_of_the_model_itself_run_around_every_step(recorder):
+    model, ids, seen = student(num_hidden_layers=1), tokens(2, 9), []
+    model.register_forward_hook(lambda module, args, outputs: seen.append(outputs.logits.clone()))
+    plain, graphed = both(model, ids)
+    assert_same(plain, graphed)
+    assert len(seen) == 24 and torch.equal(torch.cat(seen[1:12]), torch.cat(seen[13:]))
+    assert recorder.replays == 10
+
+
+def test_positions_that_a_caller_gives_are_counted_on(recorder):
+    model, ids = student(num_hidden_layers=1), tokens(2, 9)
+    positions = torch.arange(20, 29)[None].repeat(2, 1)  # a text that begins elsewhere, for RoPE alone
+    assert_same(*both(model, ids, position_ids=positions))
+    assert recorder.replays == 10
 
 
 def test_off_by_a_keyword_or_the_generation_config(recorder):
