@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lizard_ops.common.direct import direct
 from lizard_ops.common.padding import compact, compaction, restore
 from lizard_ops.common.rows import changed_rows
 from lizard_ops.common.state import AttentionState
@@ -14,7 +13,7 @@ from lizard_ops.hybrid_attn.triton.call import chosen
 from lizard_ops.hybrid_attn.triton.composed import composed_hybrid
 from lizard_ops.hybrid_attn.triton.kept_chunk import kept_hybrid
 from lizard_ops.hybrid_attn.triton.kept_state import kept_between_states
-from lizard_ops.hybrid_attn.triton.op import hybrid_forward
+from lizard_ops.hybrid_attn.triton.op import hybrid
 
 
 def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
@@ -46,7 +45,7 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         anchor_k, anchor_v = (
             anchor_rows(x, kept, options.anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
         )
-    o, s, z, log_scale, *_ = direct(hybrid_forward, weight, *inputs.tensors())(
+    o, s, z, log_scale, *_ = hybrid(
         q=q,
         k=key_stream(k, state.ring_k, layout),
         v=key_stream(v, state.ring_v, layout),
