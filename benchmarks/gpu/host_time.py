@@ -1,7 +1,7 @@
 """What a call costs its host: launches, operators, Python calls and time, of the teacher (SDPA) and its Lizard.
 
     python benchmarks/gpu/host_time.py --out benchmarks/results/host/NAME.json
-    python benchmarks/gpu/host_time.py --device cpu --shapes tiny --calls 30       # no GPU: operators and Python alone
+    python benchmarks/gpu/host_time.py --device cpu --no-launch --shapes tiny      # without a GPU: what it would cost
 
 For a layer (``layers[0]``) and a whole model: the forward without gradients (``prefill``, as generate reads a prompt,
 into a new cache), forward and backward of a training step (``train``) and a decode step (``decode``), random weights.
@@ -13,12 +13,15 @@ into a new cache), forward and backward of a training step (``train``) and a dec
     ops         operators called, those inside others included
     python      Python functions called, and py_us, the time in them, by cProfile
 
-On a CPU the operators compute inside the host's time, so the shape ``tiny`` has sizes that cost nothing.
+On a CPU the operators compute inside the host's time, so the shape ``tiny`` has sizes that cost little, and times are
+those of the thread. With ``--no-launch`` CPU tensors take the Triton path, whose kernels are counted (``launches``) and
+left out: what remains of the host's time is Python, operators and allocations.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import gc
 import json
@@ -31,6 +34,7 @@ from typing import Any
 
 import torch
 from decode_graph import SHAPES as MODELS
+from no_launch import Launches, without_kernels
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,19 +113,23 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(call: Call, device: str, times: int) -> dict[str, float]:
+def measure(call: Call, device: str, times: int, left_out: Launches | None) -> dict[str, float]:
+    clock = time.perf_counter if device == "cuda" else time.thread_time
     for _ in range(3):
         call()
     synchronize(device)
     host, whole = [], []
     gc.disable()
     for _ in range(times):
-        start = time.perf_counter()
+        start = clock()
         call()
-        host.append(time.perf_counter() - start)
+        host.append(clock() - start)
         synchronize(device)
-        whole.append(time.perf_counter() - start)
+        whole.append(clock() - start)
     gc.enable()
+    before = 0 if left_out is None else left_out.count()
+    call()
+    kernels = 0 if left_out is None else left_out.count() - before
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as trace:
         call()
@@ -138,7 +146,7 @@ def measure(call: Call, device: str, times: int) -> dict[str, float]:
         "host_us": 1e6 * statistics.median(host),
         "whole_us": 1e6 * statistics.median(whole),
         "gpu_us": float(sum(e.self_device_time_total for e in averages)) if device == "cuda" else 0.0,
-        "launches": sum(e.count for e in averages if e.key in LAUNCHES),
+        "launches": kernels + sum(e.count for e in averages if e.key in LAUNCHES),
         "ops": sum(e.count for e in averages if "::" in e.key),
         "python": sum(n for file, (_, n, *_) in stats.stats.items() if file[0] != "~") // 5,
         "py_us": 1e6 * sum(t for file, (_, _, t, *_) in stats.stats.items() if file[0] != "~") / 5,
@@ -156,22 +164,37 @@ def main() -> None:
     )
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-launch", action="store_true", help="on a CPU: the Triton path without its kernels")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.no_launch and args.device != "cpu":
+        parser.error("--no-launch is for --device cpu")
+    with without_kernels() if args.no_launch else contextlib.nullcontext() as left_out:
+        report = rows(args, left_out)
+    print_table(args, report)
+
+
+def rows(args: argparse.Namespace, left_out: Launches | None) -> dict[str, Any]:
+    """All measurements, written to ``--out`` as they are made."""
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     report: dict[str, Any] = {"environment": environment(), "arguments": arguments, "rows": []}
     for shape in args.shapes:
-        length, window = (8, 4) if shape == "tiny" else (args.length, 128)
+        length, window = (16, 8) if shape == "tiny" else (args.length, 128)
         for of in ("layer", "model"):
             for kind in args.kinds:
                 models = dict(zip(("teacher", "lizard"), build(shape, args.layers, args.device, window), strict=True))
                 for name, model in models.items():
                     row: dict[str, Any] = {"shape": shape, "of": of, "kind": kind, "model": name}
-                    row |= measure(calls(model, of, kind, args.batch, length), args.device, args.calls)
+                    call = calls(model, of, kind, args.batch, length)
+                    row |= measure(call, args.device, args.calls, left_out)
                     report["rows"].append(row)
                 if args.out:
                     args.out.parent.mkdir(parents=True, exist_ok=True)
                     args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def print_table(args: argparse.Namespace, report: dict[str, Any]) -> None:
     print(f"batch {args.batch}, {args.length} tokens, {args.layers} layers, medians of {args.calls} calls")
     print(f"{'':40}" + "".join(f"{name:>11}" for name in SHOWN))
     for teacher, lizard in zip(report["rows"][::2], report["rows"][1::2], strict=True):
