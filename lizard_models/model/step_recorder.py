@@ -18,7 +18,10 @@ Step = Callable[[], Tensor]
 Replay = Callable[[], Tensor]
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
-_one_at_a_time = threading.Lock()  # PyTorch captures one graph at a time
+_one_at_a_time = (
+    threading.Lock()
+)  # PyTorch captures one graph at a time, and what else the stream is given would be in it
+_streams: dict[torch.device, Any] = {}  # one a device: cuBLAS keeps a workspace for every stream that it has seen
 
 
 class Recorder(Protocol):
@@ -52,7 +55,9 @@ class CudaRecorder:
     """Captures on a stream of its own, as PyTorch wants it, in memory of the graph's own."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(device)
+        self.device, self.stream = device, _streams[device]
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -66,7 +71,7 @@ class CudaRecorder:
             current.wait_stream(self.stream)
 
     def warm_up(self, step: Step) -> tuple[Tensor, str | None]:
-        with self._on_stream(), Uncapturable() as looking:
+        with _one_at_a_time, self._on_stream(), Uncapturable() as looking:
             out = step()
         out.record_stream(torch.cuda.current_stream(self.device))
         return out, looking.found
