@@ -15,7 +15,7 @@ from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
 from lizard_ops.key_expiry.naive import naive_key_expiry
 from lizard_ops.lm_loss.api import row_losses
 from lizard_ops.norm.api import rms_norm
-from lizard_ops.rotary.api import apply_rotary
+from lizard_ops.rotary.api import apply_rotary, rotary_both
 from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
@@ -46,6 +46,7 @@ __all__ = [
     "recurrent_hybrid_attn",
     "restore",
     "rms_norm",
+    "rotary_both",
     "row_losses",
     "tune",
     "use_tuned",
