@@ -156,7 +156,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             wanted = getattr(config, "decode_graph", None)
         if wanted not in (None, True, False):
             raise ValueError(f"decode_graph: got {wanted!r}, wanted True, False, or None, which is True on a GPU")
-        wanted = wanted is not False and config.compile_config is None
+        wanted = wanted is not False and getattr(config, "compile_config", None) is None
         to_come, kept = config.max_length - input_ids.shape[1], bool(config.return_dict_in_generate)
         return decode_steps(self, wanted, input_ids.shape[0], to_come, kwargs, kept)
 
