@@ -39,7 +39,8 @@ class SigmoidGate(Float32Module):
             self.bias.fill_(self.start)
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor:
-        return F.logsigmoid(F.linear(full_precision(x), self.weight, self.bias)) / self.temperature
+        g = F.logsigmoid(F.linear(full_precision(x), self.weight, self.bias))
+        return g if self.temperature == 1 else g / self.temperature
 
 
 class ChannelGate(Float32Module):

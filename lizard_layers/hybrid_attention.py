@@ -20,10 +20,10 @@ from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.state import LayerState, State, overwrite_layer_state
 from lizard_ops import (
     AttentionState,
-    apply_rotary,
     chunk_hybrid_attn,
     overwrite_state,
     recurrent_hybrid_attn,
+    rotary_both,
     window_attn,
     without_autocast,
 )
@@ -247,7 +247,7 @@ class HybridAttention(nn.Module):
 
     @staticmethod
     def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        return (apply_rotary(q, *rope), apply_rotary(k, *rope)) if wanted and rope is not None else (q, k)
+        return rotary_both(q, k, *rope) if wanted and rope is not None else (q, k)
 
     def _check(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, state: State | None

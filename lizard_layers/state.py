@@ -122,9 +122,12 @@ def moved_state(state: State, device: torch.device | str | None, dtype: torch.dt
 def overwrite_layer_state(state: State, new: State) -> State:
     """``state`` with the values of ``new``, which holds the same tensors, in the memory and dtypes it has."""
     values = tensors_of(new)
+    pairs: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for name, kept in tensors_of(state).items():
         if kept is not values[name]:
-            kept.copy_(values[name])
+            pairs.setdefault((kept.dtype, values[name].dtype), []).append((kept, values[name]))
+    for same in pairs.values():  # one launch for each pair of dtypes
+        torch._foreach_copy_([kept for kept, _ in same], [value for _, value in same])
     return state
 
 

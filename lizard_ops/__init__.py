@@ -16,7 +16,8 @@ from lizard_ops.key_expiry.naive import naive_key_expiry
 from lizard_ops.key_score.api import key_score_step
 from lizard_ops.key_score.arguments import KeyScoreState, KeyScoreWeights, ReceivedInputs, ReceivedWeights
 from lizard_ops.lm_loss.api import row_losses
-from lizard_ops.rotary.api import apply_rotary, apply_rotary_by
+from lizard_ops.norm.api import rms_norm
+from lizard_ops.rotary.api import apply_rotary, apply_rotary_by, rotary_both
 from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
 from lizard_ops.window_attn.naive import naive_window_attn
@@ -52,6 +53,8 @@ __all__ = [
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
     "restore",
+    "rms_norm",
+    "rotary_both",
     "row_losses",
     "tune",
     "use_tuned",

@@ -63,6 +63,13 @@ class LizardCache(Cache):
         self.seen.live_on(torch.device(device or "cpu"))
         return self
 
+    def blank(self) -> None:
+        """Forget every sequence, where the next forward reads a text eagerly: it overwrites every state as it is."""
+        for layer in self.lizard_layers():
+            layer.blank()
+        self.seen.reset()
+        self.padded, self.read_mask = False, None
+
     def expect(self, batch_size: int, positions: int = 0) -> None:
         """Raises ValueError where so many rows, or so many new positions, do not fit what the cache holds."""
         seen = self.seen.on_host or 0

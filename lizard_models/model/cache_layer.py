@@ -86,8 +86,18 @@ class LizardCacheLayer(CacheLayerMixin):
         inplace = x.shape[1] == 1 and state is not None and not gradients and is_writable(state)
         o, state = attention(x, q, k, v, rope, state, True, padding_mask, None, anchor_blocks, inplace)
         if not inplace:
-            self.set_state(state)
+            self._take(state, inputs)
         return o
+
+    def _take(self, state: State, inputs: tuple[Tensor | None, ...]) -> None:
+        """``set_state`` of what the layer has made of its inputs, without a copy where the memory is nobody else's."""
+        recorded = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        if self.state is not None or recorded or not own_memory(state, inputs):
+            self.set_state(state)
+            return
+        self.state, self._blank, self.is_initialized = state, False, True
+        for t in tensors_of(state).values():
+            mark_static(t)
 
     def _to_read(self) -> State | None:
         """The state, or None where it is known to be empty."""
@@ -141,6 +151,10 @@ class LizardCacheLayer(CacheLayerMixin):
             self.forget()
         if self._rollback is not None:
             self._rollback = Rollback(None, self.recall)
+
+    def blank(self) -> None:
+        """Count as empty, with tensors that nobody reads until they are overwritten: not for a graph."""
+        self._blank = True
 
     def forget(self) -> None:
         """Let the tensors go as well."""
@@ -257,6 +271,16 @@ def fits(kept: State, new: State) -> bool:
     return held.keys() == wanted.keys() and all(
         t.shape == wanted[name].shape and t.device == wanted[name].device for name, t in held.items()
     )
+
+
+def own_memory(state: State, others: tuple[Tensor | None, ...]) -> bool:
+    """Whether every tensor of the state fills memory of its own, which none of the others lies in."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    tensors = tensors_of(state).values()
+    taken = [t.untyped_storage().data_ptr() for t in (*tensors, *(t for t in others if t is not None))]
+    whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    return whole and all(taken.count(place) == 1 for place in taken[: len(tensors)])
 
 
 def split_blocks(

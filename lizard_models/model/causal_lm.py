@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.decode_graph import decode_steps, running_steps
 from lizard_models.model.decoder import LizardDecoder
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.modes import LizardModelMixin
@@ -66,6 +67,13 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
+        steps = running_steps(self)
+        if steps is not None:
+            others = dict(inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+            del others["input_ids"], others["past_key_values"]
+            logits = steps.logits(past_key_values, input_ids, others)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         kwargs["within_causal_lm"] = True
         if self.mode != "distill":
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
@@ -131,6 +139,33 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
                 new = mask[:, read.shape[1] :]
                 model_kwargs["attention_mask"] = torch.cat([read.to(mask.device, mask.dtype), new], 1)
 
+    def _sample(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with steps from a CUDA graph where they can be: ``decode_graph=False`` of ``generate``."""
+        with self._decode_steps(input_ids, kwargs):
+            return super()._sample(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def _beam_search(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``_sample``."""
+        with self._decode_steps(input_ids, kwargs):
+            return super()._beam_search(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def _decode_steps(self: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        config = kwargs["generation_config"]
+        wanted = kwargs.pop("decode_graph", None)
+        if wanted is None:
+            wanted = getattr(config, "decode_graph", None)
+        if wanted not in (None, True, False):
+            raise ValueError(f"decode_graph: got {wanted!r}, wanted True, False, or None, which is True on a GPU")
+        wanted = wanted is not False and getattr(config, "compile_config", None) is None
+        to_come, kept = config.max_length - input_ids.shape[1], bool(config.return_dict_in_generate)
+        return decode_steps(self, wanted, input_ids.shape[0], to_come, kwargs, kept)
+
+    def _valid_auto_compile_criteria(self: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """As transformers', but for steps that come from a CUDA graph already."""
+        if running_steps(self) is not None:
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+
     def _assisted_decoding(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises ValueError for a cache that has read tokens without the whole text beside it."""
         cache, mask, new = kwargs.get("past_key_values"), kwargs.get("attention_mask"), input_ids.shape[1]
@@ -185,10 +220,16 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         inputs_embeds: Any = None,  # generate looks for it by name
         is_first_iteration: bool | None = False,
         read_before: int = 0,
+        decode_graph: bool | None = None,  # read before
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers', without a mask where a step has none to read, with one of one shape in a static cache, and
         without what drafts find read already."""
+        steps = running_steps(self)
+        if steps is not None and not is_first_iteration:
+            made = steps.inputs(input_ids, kwargs)
+            if made is not None:
+                return made
         if read_before and is_first_iteration:
             kwargs["next_sequence_length"] = input_ids.shape[1] - read_before
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
@@ -204,6 +245,16 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
             if to_come > 0 and self.model.has_softmax_layers:
                 inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), to_come)], 1)
         return inputs
+
+    def _update_model_kwargs_for_generation(
+        self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', without a mask and positions that grow with the text where no step reads them."""
+        steps = running_steps(self)
+        advanced = None if steps is None else steps.advance(model_kwargs)
+        if advanced is not None:
+            return advanced | {"past_key_values": outputs.past_key_values}
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(
         self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

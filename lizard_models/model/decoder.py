@@ -23,6 +23,7 @@ from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
+from lizard_models.model.norms import fused_norms, with_kernel
 from lizard_models.model.packing import (
     Packing,
     assert_one_text,
@@ -76,6 +77,9 @@ class LizardDecoder(LizardModelMixin):
             layers[i].self_attn = self.attention_class(config, i)
         self.position_range, self.moves_anchors = position_range(config), moves_anchors(config)
         self.rotary_emb = with_far_positions(self.rotary_emb)
+        for name, module in list(self.named_modules()):
+            if (twin := with_kernel(module)) is not module:
+                self.set_submodule(name, twin)
         self.post_init()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LizardDecoder:
@@ -235,7 +239,7 @@ class LizardDecoder(LizardModelMixin):
                 attention_mask, plan = placeholder_mask(tokens), plan._replace(without_mask=True)
             plan = plan._replace(with_gradients=torch.is_grad_enabled())
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):
-            outputs = super().forward(
+            outputs = self._family_forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -253,6 +257,12 @@ class LizardDecoder(LizardModelMixin):
         if padding_mask is not None and length > 1:
             outputs.last_hidden_state = repeat_over_padding(outputs.last_hidden_state, padding_mask)
         return outputs
+
+    def _family_forward(self, **inputs: Any) -> Any:
+        if self.mode != "student" or torch.compiler.is_compiling():
+            return super().forward(**inputs)
+        with fused_norms():
+            return super().forward(**inputs)
 
     def _refuse_rescaled(self, position_ids: Tensor | None, length: int) -> None:
         """Raises ValueError where the teacher would rescale its frequencies and the student keeps them."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,11 +73,25 @@ class SeenPositions:
         return new
 
 
+_accompanied: contextvars.ContextVar[bool] = contextvars.ContextVar("lizard_accompanied", default=False)
+
+
+@contextlib.contextmanager
+def accompanied() -> Iterator[None]:
+    """Within: what is captured will be replayed by one who counts positions along in Python, and knows the new tokens
+    for real ones, so it is captured as it would run."""
+    token = _accompanied.set(True)
+    try:
+        yield
+    finally:
+        _accompanied.reset(token)
+
+
 def is_graphed(like: Tensor | None) -> bool:
     """Whether what runs now is traced by torch.compile or captured in a CUDA graph, to be replayed without Python."""
     if torch.compiler.is_compiling():
         return True
-    return like is not None and like.is_cuda and torch.cuda.is_current_stream_capturing()
+    return like is not None and like.is_cuda and not _accompanied.get() and torch.cuda.is_current_stream_capturing()
 
 
 def is_exporting() -> bool:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from lizard_layers import AttentionChoices, AttentionConfig
 from lizard_models.config import LizardConfig
+
+MOST_READ = 64
+_read: dict[str, LizardConfig] = {}  # checking one takes longer than a layer, and every new cache asks for one
 
 
 def lizard_config(config: PreTrainedConfig) -> LizardConfig:
@@ -18,7 +22,15 @@ def lizard_config(config: PreTrainedConfig) -> LizardConfig:
             f"{type(config).__name__} has no Lizard choices (its field lizard is None): "
             "convert a teacher with lizard_models.linearize(model, LizardConfig.preset(...))"
         )
-    return LizardConfig.from_dict(config.lizard)
+    if torch.compiler.is_compiling():
+        return LizardConfig.from_dict(config.lizard)
+    written = repr(config.lizard)
+    read = _read.get(written)
+    if read is None:
+        if len(_read) >= MOST_READ:
+            _read.clear()
+        read = _read[written] = LizardConfig.from_dict(config.lizard)
+    return read
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -14,6 +14,7 @@ from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.families.support import family_of
 from lizard_models.model.modes import LizardModelMixin
+from lizard_models.model.norms import with_kernel
 from lizard_models.model.positions import with_far_positions
 
 
@@ -48,7 +49,7 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
             "module: take wrappers and parametrizations out of the teacher, and linearize then"
         )
     for name, module in leaves.items():
-        student.set_submodule(name, module)
+        student.set_submodule(name, with_kernel(module))
     teacher_rope: Any = model.model.rotary_emb  # made anew: a teacher cast to half precision has rounded frequencies
     rope = type(teacher_rope)(student.config).to(next(teacher_rope.buffers()).device)
     student.model.rotary_emb = with_far_positions(rope)

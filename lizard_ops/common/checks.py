@@ -149,11 +149,16 @@ def check_gate(g: Tensor | None, q: Tensor, heads: int, features: int, padding_m
     fits = fits and g.dtype in GATE_FLOATS and g.device == q.device
     if not fits:
         refuse("g", g, f"a float32 or float64 tensor of shape {' or '.join(map(str, shapes))} on {q.device}")
+    check_gate_values(g, padding_mask)
+    return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
+
+
+def check_gate_values(g: Tensor, padding_mask: Tensor | None) -> None:
+    """No log-decay of a real token is above 0 or NaN, where the values may be looked at."""
     if may_read(g) and (padding_mask is None or has_values(padding_mask)):
         real = g.detach() if padding_mask is None else g.detach()[padding_mask]
         largest = real.max().item() if real.numel() else 0.0
         want(largest <= 0, "g", largest, "log-decays <= 0, none of them NaN (this is the largest)")
-    return (g.unsqueeze(-1) if g.ndim == 2 else g).to(work_dtype(q))
 
 
 def check_sequences(
@@ -201,10 +206,15 @@ def check_state(
             check_tensor(f"initial_state.{name}", field, wanted[name], like, STATE_DTYPES.get(name, FLOATS))
         else:
             want(field is None, f"initial_state.{name}", field, "None: this op with these options keeps no such field")
+    check_position_values(state)
+    return map_fields(Tensor.contiguous, state)
+
+
+def check_position_values(state: AttentionState) -> None:
+    """No sequence has seen fewer than 0 tokens, where the values may be looked at."""
     if may_read(state.position) and state.position.numel():
         first = int(state.position.min())
         want(first >= 0, "initial_state.position", first, "tokens seen, >= 0 (this is the smallest)")
-    return map_fields(Tensor.contiguous, state)
 
 
 def linear_state_shapes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -15,9 +16,10 @@ def taken(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
     return kind(**{name: values[name] for name in kind._fields if name in values})  # type: ignore[attr-defined]
 
 
-def argument_names(op: torch._ops.OpOverload) -> list[str]:
+@functools.cache
+def argument_names(op: torch._ops.OpOverload) -> tuple[str, ...]:
     """The names in an operator's schema, in its order."""
-    return [argument.name for argument in op._schema.arguments]
+    return tuple(argument.name for argument in op._schema.arguments)
 
 
 def by_name(op: torch._ops.OpOverload, values: Sequence[Any]) -> dict[str, Any]:

@@ -25,3 +25,13 @@ def is_known(size: int) -> bool:
 def smaller(size: int, bound: int) -> int:
     """The minimum, by a comparison: that of an open size with a bound below all that it can be is then decided."""
     return bound if size >= bound else size
+
+
+def cdiv(n: int, d: int) -> int:
+    """n / d rounded up. ``triton.cdiv`` is for kernels too, which makes a call of it sixty times as long."""
+    return (n + d - 1) // d
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is no less than n >= 1; as ``triton.next_power_of_2``, without what kernels need."""
+    return 1 << (n - 1).bit_length()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lizard_ops.common.checks import STATE_DTYPES, work_dtype
 from lizard_ops.common.rows import Inputs, changed_rows
+from lizard_ops.common.sizes import is_known
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, map_fields
 
 Step = Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]
@@ -17,6 +18,8 @@ Step = Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]
 
 def put_at(kept: Tensor, index: Tensor, new: Tensor, inplace: bool = False) -> Tensor:
     """kept [N, M, ...] with new [N, ...] at place ``index`` [N] of each row; out of place in the dtype of new."""
+    if inplace and is_one(kept.shape[0]):
+        return kept.index_copy_(1, index, new.to(kept.dtype).unsqueeze(1))
     rows = torch.arange(kept.shape[0], device=kept.device)
     if inplace:
         return kept.index_put_((rows, index), new.to(kept.dtype))
@@ -25,7 +28,14 @@ def put_at(kept: Tensor, index: Tensor, new: Tensor, inplace: bool = False) -> T
 
 def take_at(kept: Tensor, index: Tensor) -> Tensor:
     """[N, ...]: place ``index`` [N] of each row of kept [N, M, ...]."""
+    if is_one(kept.shape[0]):
+        return kept.index_select(1, index).squeeze(1)
     return kept[torch.arange(kept.shape[0], device=kept.device), index]
+
+
+def is_one(rows: int) -> bool:
+    """Whether there is one row, for which the places alone say where: a text that is written is one."""
+    return is_known(rows) and rows == 1
 
 
 def where_active(active: Tensor | None, new: AttentionState, old: AttentionState) -> AttentionState:

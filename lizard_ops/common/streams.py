@@ -31,11 +31,12 @@ class Layout(NamedTuple):
     length: Tensor  # [N] int64, new tokens
     position: Tensor  # [N] int64, tokens seen before them
     cu_seqlens: Tensor | None  # [N + 1], as given, of packed rows
+    whole: bool = False  # full rows of the batch that begin at position 0: the host knows where everything is
 
     @property
     def end(self) -> Tensor:
         """[N] tokens seen after the new ones: the position of the final state."""
-        return self.position + self.length
+        return self.length if self.whole else self.position + self.length
 
 
 def layout_of(
@@ -43,13 +44,15 @@ def layout_of(
 ) -> Layout:
     """Describe rows [B, T, ...]: packed (cu_seqlens, B = 1), right-padded (lengths [B]) or full."""
     batch, length = rows.shape[:2]
+    # torch.compile fuses what the host saves here, and would compile again for lengths on either side of a comparison
+    whole = state is None and cu_seqlens is None and lengths is None and not torch.compiler.is_compiling()
     if cu_seqlens is not None:
         ends = cu_seqlens.long()
         start, lengths = ends[:-1], ends.diff()
     else:
         start = torch.arange(batch, device=rows.device) * length
         lengths = torch.full_like(start, length) if lengths is None else lengths
-    return Layout(start, lengths, torch.zeros_like(start) if state is None else state.position, cu_seqlens)
+    return Layout(start, lengths, torch.zeros_like(start) if state is None else state.position, cu_seqlens, whole)
 
 
 def take_rows(rows: Tensor, layout: Layout, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,13 +133,29 @@ def anchor_rows(rows: Tensor, kept: Tensor | None, anchors: int, layout: Layout)
 
     Those not seen yet are zero. The result is both what the window branch reads and what the final state keeps.
     """
+    if layout.whole:
+        return _with_zeros(rows[:, :anchors], anchors)
     index = torch.arange(anchors, device=rows.device) - layout.position.unsqueeze(1)
     new, _ = take_rows(rows, layout, index)
     return new if kept is None else torch.where(spread_to(index < 0, new), kept.to(rows.dtype), new)
 
 
+def _with_zeros(rows: Tensor, count: int) -> Tensor:
+    """rows [N, M, ...] and zeros after them, [N, count, ...] in memory of its own; M <= count."""
+    missing = count - rows.shape[1]
+    if not missing:
+        return rows.clone(memory_format=torch.contiguous_format)
+    return torch.cat([rows, rows.new_zeros(rows.shape[0], missing, *rows.shape[2:])], 1)
+
+
 def final_ring(rows: Tensor, ring: Tensor | None, window: int, layout: Layout) -> Tensor:
     """The ring [N, W, ...] after the new rows: slot t % W holds position t, slots never written are zero."""
+    length = rows.shape[1]
+    if layout.whole and length < window:
+        return _with_zeros(rows, window)
+    if layout.whole:
+        oldest = length - length % window  # of those that stay, after which come the slots from 0 on
+        return torch.cat([rows[:, oldest:], rows[:, length - window : oldest]], 1)
     slot = torch.arange(window, device=rows.device)
     back = (layout.end.unsqueeze(1) - 1 - slot) % window  # rows between the slot's position and the newest
     index = layout.length.unsqueeze(1) - 1 - back
@@ -164,16 +183,18 @@ def offset_fields(
     state: AttentionState | None,
     offset: int,
     layout: Layout,
+    ring_v: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
     """The fields of the final state that hold keys still on their way into the linear sums; none without an offset.
 
-    fk as given (pre-activations), g as ``check_gate`` returns it.
+    fk as given (pre-activations), g as ``check_gate`` returns it; ring_v: the field of that name, where a window branch
+    of this size has made it.
     """
     if not offset:
         return {}
     held = AttentionState(layout.position) if state is None else state
     return {
-        "ring_v": final_ring(v, held.ring_v, offset, layout),
+        "ring_v": final_ring(v, held.ring_v, offset, layout) if ring_v is None else ring_v,
         "ring_fk": final_ring(fk, held.ring_fk, offset, layout),
         "ring_g": None if g is None else final_ring(g, held.ring_g, offset, layout),
     }

@@ -27,8 +27,8 @@ def project_heads(
         weight: [M, D, F] float32 or float64, M a divisor of H: one matrix for all heads, or one for each of M groups.
         reuse_gradient: the gradient of the returned x may be overwritten with that of x, which saves a tensor of its
             size in the backward pass. Only where nobody else has that gradient: the returned x is read by
-            ``chunk_hybrid_attn``, ``window_attn`` or ``apply_rotary``, and neither hooks nor ``torch.autograd.grad``
-            ask for it. A sum hands its gradient to both of its terms, so it is no such reader.
+            ``chunk_hybrid_attn``, ``window_attn``, ``apply_rotary`` or ``rotary_both``, and neither hooks nor
+            ``torch.autograd.grad`` ask for it. A sum hands its gradient to both of its terms, so it is no such reader.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive" (which
             is the "torch" einsum).
 

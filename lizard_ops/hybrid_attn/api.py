@@ -11,7 +11,8 @@ from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
-from lizard_ops.hybrid_attn.arguments import PLACES, HybridInputs, HybridOptions, hybrid_arguments
+from lizard_ops.hybrid_attn.accepted import accepted_arguments
+from lizard_ops.hybrid_attn.arguments import PLACES, HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.naive import naive_hybrid
 from lizard_ops.hybrid_attn.places import on_padded_places
 
@@ -125,7 +126,7 @@ def chunk_hybrid_attn(
     Source: Lizard (arXiv 2507.09025) section 3 for the sum; LoLCATs (arXiv 2410.10254) for the merge.
     """
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
-    inputs, options = hybrid_arguments(
+    inputs, options = accepted_arguments(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
             initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, expiry=expiry, scores=scores,
@@ -214,7 +215,7 @@ def recurrent_hybrid_attn(
     that holds, and PyTorch otherwise.
     """
     q, k, v, fq, fk = autocast_inputs(q, k, v, fq, fk)
-    inputs, options = hybrid_arguments(
+    inputs, options = accepted_arguments(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
             initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, scores=scores,

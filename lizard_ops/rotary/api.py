@@ -29,23 +29,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> 
 
     Source: RoFormer (arXiv 2104.09864), in the half-split layout.
     """
-    fits = isinstance(x, Tensor) and x.ndim == 4 and x.dtype in checks.FLOATS and x.shape[3] % 2 == 0
-    checks.want(fits, "x", x, "a floating tensor [B, T, H, D] with an even D")
-    batch, length, _, dim = x.shape
-    for name, turns in (("cos", cos), ("sin", sin)):
-        fits = isinstance(turns, Tensor) and turns.ndim == 3 and turns.device == x.device
-        for have, whole in zip(turns.shape, (batch, length), strict=False) if fits else ():
-            fits = fits and (have == 1 or have == whole)  # torch.compile does not find an unknown size with ``in``
-        fits = fits and turns.shape[2] == dim
-        if not fits:  # a message that torch.compile writes makes it take every size for a constant
-            checks.refuse(name, turns, f"a tensor [{batch} or 1, {length} or 1, {dim}] on {x.device}")
-    beyond = None
-    if torch.float64 in (x.dtype, cos.dtype, sin.dtype):
-        beyond = "float64 tensors"
-    elif torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        beyond = "gradients of cos and sin"
-    fuses = impl == "auto" and torch.compiler.is_compiling()
-    if choose_impl(impl, x, beyond) == "triton" and not fuses:
+    if _chosen(x, cos, sin, impl, "x") == "triton":
         from lizard_ops.rotary.triton_op import apply_rotary_triton
 
         return apply_rotary_triton(x, cos, sin)
@@ -85,3 +69,46 @@ def apply_rotary_by(x: Tensor, steps: Tensor, frequencies: Tensor, *, impl: str 
     angles = steps[..., None].double() * frequencies.double()
     angles = torch.cat([angles, angles], -1)
     return apply_rotary(x.unsqueeze(2), angles.cos().float(), angles.sin().float(), impl="torch").squeeze(2)
+
+
+def rotary_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """``apply_rotary`` of queries and of keys, in one kernel for either direction where Triton runs both.
+
+    Args:
+        q: [B, T, Hq, D] and k: [B, T, Hk, D], otherwise as ``apply_rotary``'s x. cos, sin, impl: as there.
+
+    Returns:
+        (q, k) turned, each in its dtype and with the bits of its own call.
+
+    Raises:
+        ValueError: as ``apply_rotary``, and for batches or lengths of k that are not those of q.
+    """
+    chosen = [_chosen(x, cos, sin, impl, name) for x, name in ((q, "q"), (k, "k"))]
+    checks.check_tensor("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), q, checks.FLOATS)
+    if chosen != ["triton", "triton"]:
+        return apply_rotary(q, cos, sin, impl=impl), apply_rotary(k, cos, sin, impl=impl)
+    from lizard_ops.rotary.triton_op import rotary_both_triton
+
+    return rotary_both_triton(q, k, cos, sin)
+
+
+def _chosen(x: Tensor, cos: Tensor, sin: Tensor, impl: str, name: str) -> str:
+    """The implementation that runs; while torch.compile traces, "torch" for "auto". Raises as ``apply_rotary``."""
+    fits = isinstance(x, Tensor) and x.ndim == 4 and x.dtype in checks.FLOATS and x.shape[3] % 2 == 0
+    checks.want(fits, name, x, "a floating tensor [B, T, H, D] with an even D")
+    batch, length, _, dim = x.shape
+    for which, turns in (("cos", cos), ("sin", sin)):
+        fits = isinstance(turns, Tensor) and turns.ndim == 3 and turns.device == x.device
+        for have, whole in zip(turns.shape, (batch, length), strict=False) if fits else ():
+            fits = fits and (have == 1 or have == whole)  # torch.compile does not find an unknown size with ``in``
+        fits = fits and turns.shape[2] == dim
+        if not fits:  # a message that torch.compile writes makes it take every size for a constant
+            checks.refuse(which, turns, f"a tensor [{batch} or 1, {length} or 1, {dim}] on {x.device}")
+    beyond = None
+    if torch.float64 in (x.dtype, cos.dtype, sin.dtype):
+        beyond = "float64 tensors"
+    elif torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        beyond = "gradients of cos and sin"
+    fuses = impl == "auto" and torch.compiler.is_compiling()
+    chosen = choose_impl(impl, x, beyond)
+    return "torch" if fuses else chosen

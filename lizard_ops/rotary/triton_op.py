@@ -9,19 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.common.direct import is_watched, nobody_looks
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.sizes import cdiv, power_of_2
 
 PAIRS = 2048  # of channels that a program turns, as many as registers hold
 
 
 @triton.jit
-def turn_kernel(
-    x, cos, sin, y, tokens, length, x_b, x_t, x_h, cos_b, cos_t, sin_b, sin_t,
+def turn_rows(
+    n, x, cos, sin, y, tokens, length, x_b, x_t, x_h, cos_b, cos_t, sin_b, sin_t,
     H: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, H, 2 HALF] of BN tokens; BACKWARD: with the transposed matrix, from a gradient of y to that of x."""
+    """y [tokens, H, 2 HALF] of the BN tokens from n on; BACKWARD: with the transposed matrix, from dy to dx."""
     row = tl.arange(0, BN * BH)
-    n = tl.cast(tl.program_id(0), tl.int64) * BN + row // BH
+    n = tl.cast(n, tl.int64) + row // BH
     h = row % BH
     d = tl.arange(0, BD)
     here = ((n < tokens) & (h < H))[:, None] & (d < HALF)[None, :]
@@ -46,25 +48,83 @@ def turn_kernel(
     tl.store(p_y + HALF, turned_second.to(y.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def turn_kernel(
+    x, cos, sin, y, tokens, length, x_b, x_t, x_h, cos_b, cos_t, sin_b, sin_t,
+    H: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """``turn_rows`` of BN tokens."""
+    n = tl.program_id(0) * BN
+    turn_rows(
+        n, x, cos, sin, y, tokens, length, x_b, x_t, x_h, cos_b, cos_t, sin_b, sin_t, H, HALF, BH, BD, BN, BACKWARD
+    )
+
+
+@triton.jit
+def turn_both_kernel(
+    q, k, cos, sin, y_q, y_k, tokens, length, q_b, q_t, q_h, k_b, k_t, k_h, cos_b, cos_t, sin_b, sin_t, first,
+    HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr, BHQ: tl.constexpr, BHK: tl.constexpr, BD: tl.constexpr,
+    BNQ: tl.constexpr, BNK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """``turn_rows`` of queries by the first programs, and of keys by the others."""
+    program = tl.program_id(0)
+    if program < first:
+        turn_rows(
+            program * BNQ, q, cos, sin, y_q, tokens, length, q_b, q_t, q_h, cos_b, cos_t, sin_b, sin_t,
+            HQ, HALF, BHQ, BD, BNQ, BACKWARD,
+        )  # fmt: skip
+    else:
+        turn_rows(
+            (program - first) * BNK, k, cos, sin, y_k, tokens, length, k_b, k_t, k_h, cos_b, cos_t, sin_b, sin_t,
+            HK, HALF, BHK, BD, BNK, BACKWARD,
+        )  # fmt: skip
+
+
+def steps_of(cos: Tensor, sin: Tensor) -> list[int]:
+    """Strides of rows and positions, 0 where one serves all."""
+    return [
+        0 if size == 1 else stride for t in (cos, sin) for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True)
+    ]
+
+
+def unit_rows(*tensors: Tensor) -> list[Tensor]:
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
 def launch(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     """Turned heads [B, T, H, D] of x, or the gradient of x from that of its turned heads."""
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    x, cos, sin = unit_rows(x, cos, sin)
     batch, length, heads, dim = x.shape
     y = x.new_empty(x.shape)
     if not y.numel():
         return y
-    tokens, wide, deep = batch * length, triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
+    tokens, wide, deep = batch * length, power_of_2(heads), power_of_2(dim // 2)
     rows = max(1, PAIRS // (wide * deep))
-    steps = [
-        0 if size == 1 else stride for t in (cos, sin) for size, stride in zip(t.shape[:2], t.stride()[:2], strict=True)
-    ]
     with on_device(x):
-        turn_kernel[(triton.cdiv(tokens, rows),)](
-            x, cos, sin, y, tokens, length, *x.stride()[:3], *steps,
+        turn_kernel[(cdiv(tokens, rows),)](
+            x, cos, sin, y, tokens, length, *x.stride()[:3], *steps_of(cos, sin),
             H=heads, HALF=dim // 2, BH=wide, BD=deep, BN=rows,
             BACKWARD=backward, num_warps=4,
         )  # fmt: skip
     return y
+
+
+def launch_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """``launch`` of queries [B, T, Hq, D] and keys [B, T, Hk, D], T and B > 0, at once."""
+    q, k, cos, sin = unit_rows(q, k, cos, sin)
+    batch, length, heads, dim = q.shape
+    y_q, y_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    tokens, deep = batch * length, power_of_2(dim // 2)
+    wide = [power_of_2(heads), power_of_2(k.shape[2])]
+    rows = [max(1, PAIRS // (w * deep)) for w in wide]
+    programs = [cdiv(tokens, r) for r in rows]
+    with on_device(q):
+        turn_both_kernel[(sum(programs),)](
+            q, k, cos, sin, y_q, y_k, tokens, length, *q.stride()[:3], *k.stride()[:3], *steps_of(cos, sin),
+            programs[0], HQ=heads, HK=k.shape[2], HALF=dim // 2, BHQ=wide[0], BHK=wide[1], BD=deep, BNQ=rows[0],
+            BNK=rows[1], BACKWARD=backward, num_warps=4,
+        )  # fmt: skip
+    return y_q, y_k
 
 
 @torch.library.custom_op("lizard_ops::apply_rotary", mutates_args=())
@@ -108,6 +168,8 @@ def apply_rotary_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turned heads [B, T, H, D]; torch.compile sees the registered op."""
     if torch.compiler.is_compiling():
         return turn(x, cos, sin, False)
+    if nobody_looks(x, cos, sin):
+        return launch(x, cos, sin, False)
     return _Turn.apply(x, cos, sin)
 
 
@@ -152,3 +214,30 @@ def turn_by_steps(x: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
 @turn_by_steps.register_fake
 def _(x, steps, frequencies):
     return x.new_empty(x.shape)
+
+
+class _TurnBoth(torch.autograd.Function):
+    """``_Turn`` of queries and keys, in one launch a direction."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.set_materialize_grads(False)
+        return launch_both(q, k, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None) -> tuple[Tensor | None, ...]:
+        turns = ctx.saved_tensors
+        if d_q is None or d_k is None or torch.is_grad_enabled():  # with create_graph=True
+            again = turn if torch.is_grad_enabled() else launch
+            return (*(None if d is None else again(d, *turns, True) for d in (d_q, d_k)), None, None)
+        return (*launch_both(d_q, d_k, *turns, True), None, None)
+
+
+def rotary_both_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turned heads of queries and keys; two operators for those who look at operators."""
+    if is_watched() or not q.numel() or not k.numel():
+        return apply_rotary_triton(q, cos, sin), apply_rotary_triton(k, cos, sin)
+    if nobody_looks(q, k, cos, sin):
+        return launch_both(q, k, cos, sin, False)
+    return _TurnBoth.apply(q, k, cos, sin)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.common.sizes import cdiv
+
 FAR = tl.constexpr(1 << 30)  # beyond every row index
 
 
@@ -37,7 +39,7 @@ def block_count(tokens: int, sequences: int, extra: int, block: int, packed: boo
     """
     if packed:
         return (tokens * per_token + sequences * extra) // block + sequences
-    return sequences * max(0, triton.cdiv(tokens * per_token + extra, block))
+    return sequences * max(0, cdiv(tokens * per_token + extra, block))
 
 
 def stream_blocks(stream: Stream, extra: int, block: int) -> int:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+UNITS = {unit: tl.constexpr(unit) for unit in (1, 2, 4, 8)}  # made once: many tensors go through here in every launch
+
 
 class Strided(NamedTuple):
     """A tensor [B, T, H, dim] of any strides but a unit last one.
@@ -26,14 +28,17 @@ class Strided(NamedTuple):
 
 def strided(x: Tensor) -> Strided:
     """The tensor as kernels take it; copied if its last stride is not one."""
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-    unit = math.gcd(8, *x.stride()[:3])
-    return Strided(x, x.stride(0) // unit, x.stride(1) // unit, x.stride(2) // unit, tl.constexpr(unit))
+    batch, time, head, last = x.stride()
+    if last != 1 and x.shape[3] != 1:
+        x = x.contiguous()
+        batch, time, head, _ = x.stride()
+    unit = math.gcd(8, batch, time, head)
+    return Strided(x, batch // unit, time // unit, head // unit, UNITS[unit])
 
 
 def strided_heads(x: Tensor) -> Strided:
     """A tensor [B, T, H] as rows of one channel."""
-    return Strided(x, *x.stride(), tl.constexpr(1))
+    return Strided(x, *x.stride(), UNITS[1])
 
 
 @triton.jit

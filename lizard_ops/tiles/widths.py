@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import triton
+from lizard_ops.common.sizes import power_of_2
 
 
 def power_of_two(dim: int, *beside: int) -> int:
@@ -10,4 +10,4 @@ def power_of_two(dim: int, *beside: int) -> int:
 
     Never 16 where a dimension ``beside`` it is over 64: products of such tiles read out of bounds (docs/kernels.md).
     """
-    return max(32 if max(beside, default=0) > 64 else 16, triton.next_power_of_2(dim))
+    return max(32 if max(beside, default=0) > 64 else 16, power_of_2(dim))

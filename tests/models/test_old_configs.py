@@ -9,6 +9,7 @@ from tiny import student, tokens
 from lizard_models import LizardConfig
 from lizard_models.config import RETIRED, RETIRED_VALUES
 from lizard_models.model.families.llama import LizardLlamaForCausalLM
+from lizard_models.model.layer_configs import lizard_config
 
 OLD = {  # name: the default of before, another value of before
     "attention.memory": ("sum", "delta"),
@@ -84,3 +85,14 @@ def test_a_saved_model_of_before_loads(tmp_path):
     file.write_text(json.dumps(values))
     back = LizardLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(back(ids).logits, model(ids).logits)
+
+
+def test_a_config_is_read_once_and_anew_when_it_changes():
+    config = student(num_hidden_layers=1).config
+    first = lizard_config(config)
+    assert lizard_config(config) is first
+    config.lizard["attention"]["window"] = 9
+    assert lizard_config(config).attention.window == 9 and first.attention.window == 8
+    config.lizard["attention"]["window"] = True  # equal to 1, and no number
+    with pytest.raises(ValueError, match="window"):
+        lizard_config(config)

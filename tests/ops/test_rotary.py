@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE
 
-from lizard_ops import apply_rotary, apply_rotary_by
+from lizard_ops import apply_rotary, apply_rotary_by, rotary_both
 
 SHAPES = [(2, 7, 3, 16), (1, 5, 1, 10), (3, 33, 4, 24), (1, 0, 2, 8)]
 
@@ -125,3 +125,33 @@ def test_steps_of_their_own_have_gradients_and_are_registered():
 def test_steps_that_do_not_fit_are_refused(name, x, steps, frequencies):
     with pytest.raises(ValueError, match=f"{name}: got"):
         apply_rotary_by(torch.zeros(x), torch.zeros(steps, dtype=torch.int64), torch.zeros(frequencies))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(2, 7, 3, 16), (3, 33, 9, 24), (1, 1, 32, 8), (1, 0, 2, 8)])
+def test_queries_and_keys_at_once_are_the_same_bits(impl, shape):
+    torch.manual_seed(0)
+    batch, length, heads, dim = shape
+    q = torch.randn(batch, heads, length, dim, device=DEVICE).transpose(1, 2)
+    k = torch.randn(batch, length, 2, dim, device=DEVICE)
+    cos, sin = turns(1, length, dim)
+    weights = torch.randn(shape, device=DEVICE), torch.randn(k.shape, device=DEVICE)
+    alone = [result(impl, x, cos, sin, w) for x, w in zip((q, k), weights, strict=True)]
+    with torch.no_grad():
+        quiet = rotary_both(q, k, cos, sin, impl=impl)
+    leaves = [x.clone().requires_grad_() for x in (q, k)]
+    both = rotary_both(*leaves, cos, sin, impl=impl)
+    gradients = torch.autograd.grad([y for y in both], leaves, list(weights))
+    for (y, d), found, still, gradient in zip(alone, both, quiet, gradients, strict=True):
+        assert torch.equal(found, y) and torch.equal(still, y) and torch.equal(gradient, d)
+    one = torch.autograd.grad(rotary_both(*leaves, cos, sin, impl=impl)[1], leaves[1], weights[1])[0]
+    assert torch.equal(one, alone[1][1])  # where one of them has no gradient
+
+
+def test_queries_and_keys_must_stand_together():
+    cos, sin = turns(1, 5, 8)
+    q, k = torch.randn(2, 5, 3, 8, device=DEVICE), torch.randn(1, 5, 3, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="k: got"):
+        rotary_both(q, k, cos, sin)
+    with pytest.raises(ValueError, match="q: got"):
+        rotary_both(q[..., :7], q[..., :7], cos, sin)

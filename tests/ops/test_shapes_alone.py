@@ -36,6 +36,7 @@ WORK = {
     "hybrid steps": lambda x: ops.recurrent_hybrid_attn(*qkv(x), x["q"], x["k"], x["g"], 3, **MERGE, **FINAL),
     "rotary": lambda x: ops.apply_rotary(x["q"], x["cos"], x["cos"]),
     "projection": lambda x: ops.project_heads(x["q"], x["weight"]),
+    "norm": lambda x: ops.rms_norm(x["v"], x["v"][0, 0, 0], 1e-5),
     "losses": lambda x: ops.row_losses(x["logits"], x["logits"] + 1, x["targets"], 1.0, 0.5, 0.1),
 }
 REFUSED = {

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from lizard_ops.common.direct import direct, nobody_looks
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
+from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.feature_projection.triton.kernels import (
     both_gradients_kernel,
     input_gradient_kernel,
@@ -37,8 +38,8 @@ def config_for(kernel: str, x: Tensor, weight: Tensor) -> Launch:
 def blocks(weight: Tensor) -> dict[str, Any]:
     """Tile shapes: the whole head dim, and as many features as registers hold."""
     dim, features = weight.shape[1:]
-    wide = max(16, triton.next_power_of_2(dim))
-    columns = max(16, min(triton.next_power_of_2(features), 64 if wide > 128 else 128))
+    wide = max(16, power_of_2(dim))
+    columns = max(16, min(power_of_2(features), 64 if wide > 128 else 128))
     return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS}
 
 
@@ -59,7 +60,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(batch, length, heads, weight.shape[2])
     tokens, tile = batch * length, blocks(weight)
     if tokens:
-        count = triton.cdiv(tokens, TOKENS * STEPS) * heads * triton.cdiv(tile["F"], tile["BF"])
+        count = cdiv(tokens, TOKENS * STEPS) * heads * cdiv(tile["F"], tile["BF"])
         with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
             c = config_for("output", x, weight)
             project_kernel[(count,)](
@@ -109,8 +110,8 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
     y_strides = [step // unit for step in dy.stride()[:3]]
     common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
     strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
-    splits = max(1, min(SPLITS, triton.cdiv(tokens, TOKENS)))
-    steps = triton.cdiv(tokens, TOKENS * splits)
+    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
+    steps = cdiv(tokens, TOKENS * splits)
     of_x = dx is not None
     together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
     with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
@@ -124,14 +125,14 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
             )  # fmt: skip
         elif tokens and of_x:
             c = config_for("input", x, weight)
-            input_gradient_kernel[(triton.cdiv(tokens, TOKENS * STEPS) * heads,)](
+            input_gradient_kernel[(cdiv(tokens, TOKENS * STEPS) * heads,)](
                 dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=STEPS, num_stages=c.stages,
                 **common, **c.launch,
             )  # fmt: skip
         if of_weight and tokens:
             if not together:
                 c = config_for("weight", x, weight)
-                weight_gradient_kernel[(splits * heads * triton.cdiv(tile["F"], tile["BF"]),)](
+                weight_gradient_kernel[(splits * heads * cdiv(tile["F"], tile["BF"]),)](
                     x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, STAGES=c.stages, **common,
                     **c.launch,
                 )  # fmt: skip
@@ -162,7 +163,7 @@ class _ProjectBoth(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
         ctx.reuse_gradient = reuse_gradient
-        return x.view_as(x), project(x, weight)
+        return x.view_as(x), direct(project, x, weight)(x, weight)
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
@@ -174,7 +175,8 @@ class _ProjectBoth(torch.autograd.Function):
         if reuse and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
             dx, d_weight = d_x, project_backward_into(x, weight, dy, d_x, of_weight)
         else:
-            dx, d_weight = project_backward(x, weight, dy, d_x, of_x, of_weight)
+            backward = direct(project_backward, x, weight, dy, d_x)
+            dx, d_weight = backward(x, weight, dy, d_x, of_x, of_weight)
         return dx if of_x else None, d_weight if of_weight else None, None
 
 
@@ -182,4 +184,6 @@ def project_heads_triton(x: Tensor, weight: Tensor, reuse_gradient: bool) -> tup
     """(x, y). While torch.compile traces, the sum of x's gradients is left to the compiler."""
     if torch.compiler.is_compiling():
         return x, project(x, weight)
+    if nobody_looks(x, weight):
+        return x, direct(project)(x, weight)
     return _ProjectBoth.apply(x, weight, reuse_gradient)

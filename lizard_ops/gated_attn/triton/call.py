@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.common.sizes import cdiv
 from lizard_ops.gated_attn.triton.config import launch
 from lizard_ops.tiles.launch import Launch
 
@@ -40,7 +40,7 @@ def plan_chunks(
     batch, q_rows, k_rows = q.shape[0], q.shape[1], k.shape[1]
     place = (q_rows, k_rows, q_shift, k_shift, pairs)
     if table is None:
-        return ChunkPlan(None, None, *place, batch, batch * triton.cdiv(pairs, chunk))
+        return ChunkPlan(None, None, *place, batch, batch * cdiv(pairs, chunk))
     n, total = table.shape[0], batch * min(q_rows, k_rows)
     ends = ((table[:, 2] + chunk - 1) // chunk).cumsum(0)
     owner = torch.searchsorted(ends, torch.arange(total // chunk + n, device=q.device), right=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import triton
-
+from lizard_ops.common.sizes import power_of_2
 from lizard_ops.tiles.launch import Launch
 from lizard_ops.tuning import tunable
 
@@ -66,10 +65,10 @@ def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_
     """
     wide = TALL if chunk > 64 else LARGE if max(k_dim, v_dim) > 128 else WIDE
     block_k, block_v, queries, warps, stages = (NARROW if operand_bytes > 2 else wide)[kernel]
-    block_k, block_v = min(block_k, triton.next_power_of_2(k_dim)), min(block_v, triton.next_power_of_2(v_dim))
+    block_k, block_v = min(block_k, power_of_2(k_dim)), min(block_v, power_of_2(v_dim))
     # narrower tiles beside wider ones compile wrong, for wgmma (64 rows) and for mma: docs/kernels.md
     least = 64 if chunk >= 64 else 32 if max(block_k, block_v) >= 128 else 16
-    queries = min(queries, chunk if kernel == "key" else triton.next_power_of_2(group))
+    queries = min(queries, chunk if kernel == "key" else power_of_2(group))
     return Launch(max(least, block_k), max(least, block_v), warps, stages, heads=queries)
 
 
@@ -77,5 +76,5 @@ def launch(kernel: str, k_dim: int, v_dim: int, group: int, chunk: int, operand_
 def scan_launch(v_dim: int, operand_bytes: int) -> Launch:
     """The scan's: every column of V, and as many rows of K as keep the tile's size."""
     rows, columns, _, warps, stages = (WIDE if operand_bytes == 2 else NARROW)["scan"]
-    block_v = triton.next_power_of_2(v_dim)
+    block_v = power_of_2(v_dim)
     return Launch(max(1, rows * columns // block_v), block_v, warps, stages)

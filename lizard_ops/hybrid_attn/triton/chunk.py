@@ -13,7 +13,7 @@ from lizard_ops.hybrid_attn.triton.call import chosen
 from lizard_ops.hybrid_attn.triton.composed import composed_hybrid
 from lizard_ops.hybrid_attn.triton.kept_chunk import kept_hybrid
 from lizard_ops.hybrid_attn.triton.kept_state import kept_between_states
-from lizard_ops.hybrid_attn.triton.op import hybrid_forward
+from lizard_ops.hybrid_attn.triton.op import hybrid
 
 
 def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
@@ -45,7 +45,7 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         anchor_k, anchor_v = (
             anchor_rows(x, kept, options.anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
         )
-    o, s, z, log_scale, *_ = hybrid_forward(
+    o, s, z, log_scale, *_ = hybrid(
         q=q,
         k=key_stream(k, state.ring_k, layout),
         v=key_stream(v, state.ring_v, layout),
@@ -67,8 +67,8 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
     )
     final = None
     if options.output_final_state:
-        offset = offset_fields(fk, v, g, initial_state, options.offset, layout)
         fields = window_fields(k, v, anchor_k, anchor_v, initial_state, options.window, layout)
+        offset = offset_fields(fk, v, g, initial_state, options.offset, layout, fields["ring_v"])
         log_scale = log_scale.detach() if options.feature_map == "exp" else None
         final = AttentionState(position=layout.end, s=s, z=z, log_scale=log_scale, **(fields | offset))
     return (o if inputs.padding_mask is None else restore(o, plan)), final

@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.direct import direct
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
+from lizard_ops.common.sizes import power_of_2
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
@@ -63,7 +64,8 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         kept, ring = getattr(state, f"kept_{name}"), getattr(state, f"ring_{name}")
         fits = kept is None or kept.dtype == ring.dtype
         checks.want(fits, f"initial_state.kept_{name}", kept, f"the dtype of ring_{name} in a step of the kernel")
-    o = hybrid_decode(
+    step = direct(hybrid_decode, *inputs.tensors())
+    o = step(
         q=inputs.q,
         k=inputs.k,
         v=inputs.v,
@@ -86,6 +88,8 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         scores=inputs.scores,
         places=options.kept_keys if isinstance(options.kept_keys, tuple) else None,
     )
+    if step is not hybrid_decode:
+        torch.autograd.graph.increment_version([x for x in state if x is not None])
     return o, state if options.output_final_state else None
 
 
@@ -143,7 +147,7 @@ def hybrid_decode(
     channel, starts = g is not None and g.ndim == 4, None
     most = 0 if kept_scores is None else kept_scores.shape[1]
     if places is not None:
-        starts, most = list_starts(tuple(places), q.device), triton.next_power_of_2(max(places))  # few kernels
+        starts, most = list_starts(tuple(places), q.device), power_of_2(max(places))  # few kernels
     o = q.new_empty(batch, 1, heads, v_dim)
     if batch == 0:
         return o
@@ -158,16 +162,16 @@ def hybrid_decode(
             cap_of(scale, softcap), math.log(feature_scale),
             HK=key_heads, G=group, D=dim, V=v_dim, FP=pre, F=features, W=window, A=anchors,
             M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
-            STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, triton.next_power_of_2(group)),
-            BD=max(16, triton.next_power_of_2(dim)), BV=max(16, triton.next_power_of_2(v_dim)),
-            BP=triton.next_power_of_2(pre), BX=triton.next_power_of_2(features), BF=config.rows, BN=config.columns,
-            BW=triton.next_power_of_2(window),
-            BM=1 if sinks is None else triton.next_power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
+            STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, power_of_2(group)),
+            BD=max(16, power_of_2(dim)), BV=max(16, power_of_2(v_dim)),
+            BP=power_of_2(pre), BX=power_of_2(features), BF=config.rows, BN=config.columns,
+            BW=power_of_2(window),
+            BM=1 if sinks is None else power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            BA=max(16, triton.next_power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
+            BA=max(16, power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
             P=most, SLOTS=window if ring_scores is None else ring_scores.shape[1],
-            BK=triton.next_power_of_2(max(most, 1)),
+            BK=power_of_2(max(most, 1)),
             ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
             **config.options,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.common.sizes import cdiv
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.tiles.decays import GATE_FLOOR, decay_between, decay_since_start, load_gates, load_key_gates
 from lizard_ops.tiles.features import half_features
@@ -256,7 +257,7 @@ def scan_states(
 ) -> None:
     """Turn what each chunk adds into what enters it (leaves it, if reversed), in place."""
     c = shape.config("scan")
-    tiles = triton.cdiv(shape.features * shape.value, c.rows) + triton.cdiv(shape.features, c.rows)
+    tiles = cdiv(shape.features * shape.value, c.rows) + cdiv(shape.features, c.rows)
     start_s, start_z = (None, None) if start is None else (x.contiguous() for x in start)
     if stream.ends > 1:
         scan_kernel[((stream.ends - 1) * shape.state_heads * tiles,)](

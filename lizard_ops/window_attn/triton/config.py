@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from lizard_ops.common.sizes import power_of_2
 from lizard_ops.tiles.launch import Launch
 from lizard_ops.tuning import tunable
 
@@ -61,8 +61,8 @@ def config_for(kernel: str, q: Tensor, v: Tensor, group: int) -> Launch:
     else:
         rows, columns, warps, stages = (64, 32, 4, 2 if kernel != "keys" else 1 if dim > 64 else 3)
     if kernel == "keys":  # its tiles hold a power of two of heads
-        return Launch(rows, columns, warps, stages, heads=min(triton.next_power_of_2(group), columns))
-    few = kernel == "forward" and triton.next_power_of_2(group) == group  # other groups would spill: docs/kernels.md
+        return Launch(rows, columns, warps, stages, heads=min(power_of_2(group), columns))
+    few = kernel == "forward" and power_of_2(group) == group  # other groups would spill: docs/kernels.md
     registers = None if full or dim > 128 else 128 if few else 168
     return Launch(rows, columns, warps, stages, registers, heads=min(group, rows))
 
@@ -75,7 +75,7 @@ def shape_arguments(x: WindowCall, numbers: WindowNumbers, config: Launch) -> di
     return {
         "HK": k.shape[2], "G": q.shape[2] // k.shape[2], "D": dim, "V": value, "W": numbers.window,
         "A": numbers.anchors, "P": numbers.prefix, "BM": config.rows, "BN": config.columns,
-        "BD": max(least, triton.next_power_of_2(dim)), "BV": max(least, triton.next_power_of_2(value)),
+        "BD": max(least, power_of_2(dim)), "BV": max(least, power_of_2(value)),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     } | config.options  # fmt: skip
 

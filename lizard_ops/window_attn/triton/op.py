@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
+from lizard_ops.common.sizes import cdiv
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import block_count
 from lizard_ops.tiles.softcap import cap_of, units_of
@@ -59,7 +59,7 @@ def window_forward(
     config = config_for("forward", q, v, group)
     blocks = block_count(length, n, 0, config.rows, packed, config.heads)
     with on_device(q, dim=q.shape[3], values=v.shape[3]):
-        window_forward_kernel[(blocks * k.shape[2] * triton.cdiv(group, config.heads),)](
+        window_forward_kernel[(blocks * k.shape[2] * cdiv(group, config.heads),)](
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, spread, arg_max,
             *x.strides, length, n, (n - 1).bit_length(),
             units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap),
@@ -117,7 +117,7 @@ def window_backward(
         zeros = (q.new_empty(0) if t is None else torch.zeros_like(t) for t in (k, v, anchor_k, anchor_v))
         return dq, *zeros, d_sinks
     rows = config_for("queries", q, v, group)
-    programs = block_count(length, n, 0, rows.rows, packed, rows.heads) * key_heads * triton.cdiv(group, rows.heads)
+    programs = block_count(length, n, 0, rows.rows, packed, rows.heads) * key_heads * cdiv(group, rows.heads)
     term = torch.empty_like(lse)
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
     steps = (n - 1).bit_length()

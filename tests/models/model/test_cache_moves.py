@@ -7,7 +7,9 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.cache_utils import DynamicLayer
 
-from lizard_models.model.cache_layer import LizardCacheLayer
+from lizard_layers import HybridAttention, map_state
+from lizard_models.model.cache_layer import LizardCacheLayer, own_memory
+from lizard_ops import AttentionState
 
 
 @torch.no_grad()
@@ -84,3 +86,34 @@ def test_masks_are_those_of_the_kept_layers_whichever_layer_is_named(monkeypatch
     theirs = cache.layers[1].get_mask_sizes(3)
     assert {cache.get_mask_sizes(3, i) for i in range(3)} == {theirs} and theirs[0] >= 12
     assert {int(cache.get_query_offset(i)) for i in range(3)} == {12}
+
+
+def test_a_new_state_is_kept_without_a_copy_only_where_its_memory_is_nobodys(monkeypatch):
+    def state(**fields):
+        return AttentionState(position=torch.zeros(2, dtype=torch.int64), **fields)
+
+    x = torch.zeros(2, 3)
+    assert own_memory(state(s=torch.ones(2, 3), z=torch.ones(2, 3)), (x, None))
+    assert not own_memory(state(s=x), (x, None))  # an input of the layer
+    assert not own_memory(state(s=torch.ones(2, 3), z=torch.ones(4, 2).T), ())
+    assert not own_memory(state(s=torch.ones(4, 3)[:2]), ())
+    assert not own_memory(state(s=x, z=x), ())
+
+    model, ids = student(num_hidden_layers=1), tokens(2, 12)
+    wanted = model(ids, use_cache=False).logits
+    contiguous = HybridAttention.forward
+
+    def forward(*args, **kwargs):
+        o, new = contiguous(*args, **kwargs)
+        made.append(new if new is None else map_state(new, torch.Tensor.contiguous))
+        return o, made[-1]
+
+    made = []
+    monkeypatch.setattr(HybridAttention, "forward", forward)
+    for grad, adopted in ((False, True), (True, False)):
+        with torch.set_grad_enabled(grad):
+            cache = model(ids[:, :9], use_cache=True).past_key_values
+            assert (cache.layers[0].state is made[-1]) == adopted
+            for t in range(9, 12):
+                logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+                torch.testing.assert_close(logits[:, 0], wanted[:, t], rtol=1e-4, atol=1e-4)

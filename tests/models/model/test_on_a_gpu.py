@@ -1,15 +1,20 @@
 """What only a GPU can show of models: CUDA graphs of compiled steps, and numbers that come late from the device."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lizard_layers import tensors_of
 from lizard_models import LizardConfig, linearize
 from lizard_models.distill import RunArguments, train_stage1
+from lizard_models.model import decode_graph
 from lizard_models.model.attention import LizardAttention
+from lizard_models.model.decode_graph import free_decode_graphs
+from lizard_models.model.step_recorder import CudaRecorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -71,3 +76,86 @@ def test_a_loss_that_turns_nan_on_the_device_is_named(tmp_path, monkeypatch, cud
         train_stage1(model, Tokens(), run, recipe)
     last = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     assert last < 22  # of what was finite
+
+
+def eager_and_graphed(model, ids, **options):
+    options = dict(max_new_tokens=24, do_sample=False, return_dict_in_generate=True, output_logits=True) | options
+    torch.manual_seed(3)
+    compiled = {"cache_implementation": None}  # without a graph a static cache's step is transformers' to compile
+    plain = model.generate(ids, **options | compiled, decode_graph=False)
+    torch.manual_seed(3)
+    return plain, model.generate(ids, **options, decode_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"repetition_penalty": 1.2, "num_return_sequences": 2, "do_sample": True},
+    ],
+)
+def test_generate_replays_its_step_bit_for_bit(dtype, options, monkeypatch):
+    monkeypatch.setattr(decode_graph, "tell", pytest.fail)
+    config = LizardConfig.preset("recommended", attention={"window": 16})
+    model = linearize(llama().to(dtype), config).eval()
+    draw = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(1, 512, (3, 40), device="cuda", generator=draw)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    plain, graphed = eager_and_graphed(model, ids, attention_mask=mask, **options)
+    assert torch.equal(plain.sequences, graphed.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, graphed.logits, strict=True))
+    a, b = plain.past_key_values, graphed.past_key_values
+    for one, other in zip(a.lizard_layers(), b.lizard_layers(), strict=True):
+        for name, t in tensors_of(one.state).items():
+            assert torch.equal(t, tensors_of(other.state)[name]), name
+    assert a.get_seq_length() == b.get_seq_length() and torch.equal(a.positions(), b.positions())
+
+
+def test_a_pool_of_graphs_serves_calls_of_other_lengths(monkeypatch):
+    monkeypatch.setattr(decode_graph, "tell", pytest.fail)
+    model = linearize(llama().bfloat16(), LizardConfig.preset("recommended")).eval()
+    captures, capture = [], CudaRecorder.capture
+    monkeypatch.setattr(CudaRecorder, "capture", lambda self, step: captures.append(1) or capture(self, step))
+    for rows, length in ((2, 300), (2, 33), (5, 60), (2, 200), (5, 1)):
+        ids = torch.randint(1, 512, (rows, length), device="cuda")
+        options = dict(max_new_tokens=16, do_sample=False)
+        torch.rand(1, device="cuda")  # random numbers are drawn as before
+        before = torch.cuda.get_rng_state()
+        assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, decode_graph=False))
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert len(captures) == 2
+    free_decode_graphs(model)
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    model.generate(ids, **options)
+    free_decode_graphs(model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= held
+
+
+def test_anchors_that_move_on_are_captured_a_second_time(monkeypatch):
+    monkeypatch.setattr(decode_graph, "tell", pytest.fail)
+    choices = {"window": 8, "position_limit": 24, "position_step": 10}
+    model = linearize(llama().float(), LizardConfig.preset("recommended", attention=choices)).eval()
+    ids = torch.randint(1, 512, (2, 15), device="cuda")
+    plain, graphed = eager_and_graphed(model, ids, max_new_tokens=50)
+    assert torch.equal(plain.sequences, graphed.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, graphed.logits, strict=True))
+
+
+def test_a_step_that_waits_for_the_device_is_not_captured(monkeypatch):
+    told = []
+    monkeypatch.setattr(decode_graph, "tell", told.append)
+    model = linearize(llama().float(), LizardConfig.preset("recommended")).eval()
+    norm = type(model.model.norm)
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: forward(self, x) * float(x.isfinite().all()))
+    ids = torch.randint(1, 512, (2, 15), device="cuda")
+    plain, graphed = eager_and_graphed(model, ids)
+    assert torch.equal(plain.sequences, graphed.sequences) and len(told) == 1 and "waits for the device" in told[0]
+    torch.rand(3, device="cuda")

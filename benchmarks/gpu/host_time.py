@@ -1,0 +1,211 @@
+"""What a call costs its host: launches, operators, Python calls and time, of the teacher (SDPA) and its Lizard.
+
+    python benchmarks/gpu/host_time.py --out benchmarks/results/host/NAME.json
+    python benchmarks/gpu/host_time.py --device cpu --no-launch --shapes tiny      # without a GPU: what it would cost
+
+For a layer (``layers[0]``) and a whole model: the forward without gradients (``prefill``, as generate reads a prompt,
+into a new cache), forward and backward of a training step (``train``) and a decode step (``decode``), random weights.
+
+    host_us     median microseconds until the call returns, the device idle before
+    whole_us    the same until the device is done
+    gpu_us      sum of its kernels, by the profiler
+    launches    kernels, copies and fills launched
+    ops         operators called, those inside others included
+    python      Python functions called, and py_us, the time in them, by cProfile
+
+On a CPU the operators compute inside the host's time, so the shape ``tiny`` has sizes that cost little, and times are
+those of the thread. With ``--no-launch`` CPU tensors take the Triton path, whose kernels are counted (``launches``) and
+left out: what remains of the host's time is Python, operators and allocations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import gc
+import json
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_graph import SHAPES as MODELS
+from no_launch import Launches, without_kernels
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lizard_models import LizardConfig, linearize
+from lizard_models.files.environment import environment
+
+SHAPES: dict[str, dict[str, Any]] = MODELS | {
+    "tiny": dict(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+SHOWN = ("host_us", "whole_us", "gpu_us", "launches", "ops", "python", "py_us")
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaMemcpyAsync",
+            "cudaMemsetAsync")  # fmt: skip
+Call = Callable[[], Any]
+
+
+def build(shape: str, layers: int, device: str, window: int) -> tuple[Any, Any]:
+    """The teacher and its Lizard, which share their weights."""
+    sizes = SHAPES[shape] | {"num_hidden_layers": layers}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    with torch.device(device):
+        teacher = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=131072))
+    torch.set_default_dtype(torch.float32)
+    config = LizardConfig.preset("recommended", attention={"window": window})
+    student = linearize(teacher, config).eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False), student
+
+
+def calls(model: Any, of: str, kind: str, batch: int, length: int) -> Call:
+    """The call to be measured."""
+    device, decoder = model.device, model.model
+    ids = torch.randint(0, decoder.vocab_size, (batch, length), device=device)
+    x = torch.randn(batch, length, decoder.config.hidden_size, device=device, dtype=model.dtype)
+    layer, one = decoder.layers[0], torch.arange(length, device=device)[None]
+    rope = decoder.rotary_emb(x, one)
+
+    if kind == "decode":
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        token, last, at = ids[:, :1], x[:, :1], one[:, -1:] + 1
+        turn = decoder.rotary_emb(last, at)
+
+        @torch.no_grad()
+        def step() -> Any:
+            if of == "layer":
+                return layer(last, position_embeddings=turn, position_ids=at, past_key_values=cache, use_cache=True)
+            return model(token, position_ids=at.expand(batch, -1), past_key_values=cache, use_cache=True)
+
+        return step
+    if kind == "prefill":
+
+        @torch.no_grad()
+        def read() -> Any:
+            if of == "layer":
+                return layer(x, position_embeddings=rope, position_ids=one)
+            return model(ids, use_cache=True, logits_to_keep=1)
+
+        return read
+    for p in model.parameters():
+        p.requires_grad_(True)
+
+    def train() -> None:
+        if of == "layer":
+            layer(x.detach().requires_grad_(), position_embeddings=rope, position_ids=one)[0].sum().backward()
+        else:
+            model(ids, use_cache=False).logits.sum().backward()
+        model.zero_grad()
+
+    return train
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(call: Call, device: str, times: int, left_out: Launches | None) -> dict[str, float]:
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    for _ in range(3):
+        call()
+    synchronize(device)
+    host, whole = [], []
+    gc.disable()
+    for _ in range(times):
+        start = clock()
+        call()
+        host.append(clock() - start)
+        synchronize(device)
+        whole.append(clock() - start)
+    gc.enable()
+    before = 0 if left_out is None else left_out.count()
+    call()
+    kernels = 0 if left_out is None else left_out.count() - before
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as trace:
+        call()
+        synchronize(device)
+    averages = trace.key_averages()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(5):
+        call()
+    profiler.disable()
+    synchronize(device)
+    stats: Any = pstats.Stats(profiler)
+    return {
+        "host_us": 1e6 * statistics.median(host),
+        "whole_us": 1e6 * statistics.median(whole),
+        "gpu_us": float(sum(e.self_device_time_total for e in averages)) if device == "cuda" else 0.0,
+        "launches": kernels + sum(e.count for e in averages if e.key in LAUNCHES),
+        "ops": sum(e.count for e in averages if "::" in e.key),
+        "python": sum(n for file, (_, n, *_) in stats.stats.items() if file[0] != "~") // 5,
+        "py_us": 1e6 * sum(t for file, (_, _, t, *_) in stats.stats.items() if file[0] != "~") / 5,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["smollm2-135m", "llama-3-8b"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument(
+        "--kinds", nargs="*", choices=("prefill", "train", "decode"), default=["prefill", "train", "decode"]
+    )
+    parser.add_argument("--calls", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-launch", action="store_true", help="on a CPU: the Triton path without its kernels")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.no_launch and args.device != "cpu":
+        parser.error("--no-launch is for --device cpu")
+    with without_kernels() if args.no_launch else contextlib.nullcontext() as left_out:
+        report = rows(args, left_out)
+    print_table(args, report)
+
+
+def rows(args: argparse.Namespace, left_out: Launches | None) -> dict[str, Any]:
+    """All measurements, written to ``--out`` as they are made."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    report: dict[str, Any] = {"environment": environment(), "arguments": arguments, "rows": []}
+    for shape in args.shapes:
+        length, window = (16, 8) if shape == "tiny" else (args.length, 128)
+        for of in ("layer", "model"):
+            for kind in args.kinds:
+                models = dict(zip(("teacher", "lizard"), build(shape, args.layers, args.device, window), strict=True))
+                for name, model in models.items():
+                    row: dict[str, Any] = {"shape": shape, "of": of, "kind": kind, "model": name}
+                    call = calls(model, of, kind, args.batch, length)
+                    row |= measure(call, args.device, args.calls, left_out)
+                    report["rows"].append(row)
+                if args.out:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def print_table(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    print(f"batch {args.batch}, {args.length} tokens, {args.layers} layers, medians of {args.calls} calls")
+    print(f"{'':40}" + "".join(f"{name:>11}" for name in SHOWN))
+    for teacher, lizard in zip(report["rows"][::2], report["rows"][1::2], strict=True):
+        for row in (teacher, lizard):
+            named = f"{row['shape']} {row['of']} {row['kind']} {row['model']}"
+            print(f"{named:40}" + "".join(f"{row[name]:11.0f}" for name in SHOWN))
+        print(
+            f"{'':40}"
+            + "".join(f"{lizard[n] / max(teacher[n], 1e-9):11.2f}" if teacher[n] else f"{'':11}" for n in SHOWN)
+        )
+
+
+if __name__ == "__main__":
+    main()

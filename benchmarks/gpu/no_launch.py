@@ -1,0 +1,61 @@
+"""The host's part of the Triton path on a machine without a GPU: every launch is counted and left out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+
+import lizard_ops
+from lizard_ops.common import checks, dispatch
+
+
+class Launches:
+    """How many kernels would have run, by name."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, int] = {}
+
+    def count(self) -> int:
+        return sum(self.by_name.values())
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[Launches]:
+    """Within: CPU tensors take the Triton path as CUDA tensors do, and its kernels do nothing.
+
+    What they would have written is whatever the memory held. Values of arguments are not looked at, as on a GPU.
+    """
+    launches, jit = Launches(), triton.runtime.jit.JITFunction
+    choose, may_read, launch = dispatch.choose_impl, checks.may_read, jit.__getitem__
+
+    def chosen(impl: str, q: Any, beyond: str | None) -> str:
+        return "triton" if impl == "auto" and beyond is None else choose(impl, q, beyond)
+
+    def counted(kernel: Any, grid: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> None:
+            launches.by_name[kernel.__name__] = launches.by_name.get(kernel.__name__, 0) + 1
+
+        return run
+
+    changed = []
+    for module in _modules():
+        for name, old, new in (("choose_impl", choose, chosen), ("may_read", may_read, lambda x: False)):
+            if getattr(module, name, None) is old:
+                setattr(module, name, new)
+                changed.append((module, name, old))
+    jit.__getitem__ = counted  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        jit.__getitem__ = launch  # type: ignore[method-assign]
+        for module, name, old in changed:
+            setattr(module, name, old)
+
+
+def _modules() -> list[Any]:
+    return [importlib.import_module(m.name) for m in pkgutil.walk_packages(lizard_ops.__path__, "lizard_ops.")]

@@ -1,0 +1,41 @@
+"""Registered operators without their dispatch, which takes longer than their kernels, where nobody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def direct(op: Any, *tensors: Tensor | None) -> Callable[..., Any]:
+    """The function of an operator of ``torch.library.custom_op`` where calling it does the same, else the operator.
+
+    tensors: what it is called with. An operator that writes to some of them counts their versions up; its function
+    leaves that to the caller.
+    """
+    return getattr(op, "_init_fn", op) if nobody_looks(*tensors) else op
+
+
+def nobody_looks(*tensors: Tensor | None) -> bool:
+    """Whether an operator on these does nothing but run: no gradient is recorded, and no transform, mode, tracer or
+    class of tensors sees it."""
+    there = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in there):
+        return False
+    return not is_watched() and all(type(x) in PLAIN for x in there)
+
+
+def is_watched() -> bool:
+    """Whether a tracer, a mode or a transform sees the operators that are called now."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )

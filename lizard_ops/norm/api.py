@@ -1,0 +1,52 @@
+"""Root-mean-square norm: the function that models call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common import checks
+from lizard_ops.common.dispatch import choose_impl
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, impl: str = "auto") -> Tensor:
+    """The root-mean-square norm of the last axis, in float32, as the families of Llama and of Gemma round it::
+
+        n = x / sqrt(mean_d x[d]^2 + eps)
+        y = weight n                      n rounded to the dtype of x first
+        y = (1 + weight) n                with unit_offset, rounded once
+
+    Args:
+        x: [..., D], float32 or half precision.
+        weight: [D] in any of these dtypes; without unit_offset that of x.
+        eps: added to the mean square, a positive number.
+        unit_offset: the weight is what is beyond 1.
+        impl: "auto" (Triton on CUDA tensors where no gradient is recorded and torch.compile does not trace, which fuses
+            the formula; PyTorch elsewhere), "triton", "torch" or "naive" (which is "torch").
+
+    Returns:
+        y like x. Sums are in another order in Triton, so that a few values round otherwise.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or an impl that cannot do what is asked.
+
+    Source: RMSNorm (arXiv 1910.07467).
+    """
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    fits = isinstance(x, Tensor) and x.ndim > 0 and x.dtype in floats and x.shape[-1] > 0
+    checks.want(fits, "x", x, "a tensor [..., D] of float32 or half precision, D >= 1")
+    checks.check_tensor("weight", weight, x.shape[-1:], x, floats if unit_offset else (x.dtype,))
+    real = isinstance(eps, float) and math.isfinite(eps) and eps > 0
+    checks.want(real, "eps", eps, "a positive finite float")
+    checks.check_flag("unit_offset", unit_offset)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    fuses = impl == "auto" and torch.compiler.is_compiling()
+    if choose_impl(impl, x, "gradients" if recorded else None) == "triton" and not fuses:
+        from lizard_ops.norm.triton_op import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, unit_offset)
+    exact = x.float()
+    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)

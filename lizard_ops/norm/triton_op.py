@@ -1,0 +1,51 @@
+"""Root-mean-square norm in one kernel, and as torch.library sees it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lizard_ops.common.direct import direct
+from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.sizes import power_of_2
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, y, eps, D: tl.constexpr, BD: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    """One row [D] of y."""
+    row = tl.cast(tl.program_id(0), tl.int64) * D
+    d = tl.arange(0, BD)
+    here = d < D
+    n = tl.load(x + row + d, mask=here, other=0.0).to(tl.float32)
+    w = tl.load(weight + d, mask=here, other=0.0).to(tl.float32)
+    n = n / tl.sqrt(tl.sum(n * n, 0) / D + eps)
+    if UNIT_OFFSET:
+        n = n * (1.0 + w)
+    else:
+        n = n.to(y.dtype.element_ty).to(tl.float32) * w
+    tl.store(y + row + d, n.to(y.dtype.element_ty), mask=here)
+
+
+@torch.library.custom_op("lizard_ops::rms_norm", mutates_args=())
+def norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    """y [..., D] like x."""
+    x, weight, dim = x.contiguous(), weight.contiguous(), x.shape[-1]
+    y, rows, block = torch.empty_like(x), x.numel() // dim, power_of_2(dim)
+    if rows:
+        with on_device(x):
+            rms_norm_kernel[(rows,)](
+                x, weight, y, eps, D=dim, BD=block, UNIT_OFFSET=unit_offset, num_warps=max(1, min(16, block // 256))
+            )
+    return y
+
+
+@norm.register_fake
+def _(x, weight, eps, unit_offset):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    """The norm, where no gradient is recorded."""
+    return direct(norm, x, weight)(x, weight, eps, unit_offset)
