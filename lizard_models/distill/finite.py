@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lizard_models.distill import parallel
+from lizard_models.distill.resume import checkpoints
 from lizard_models.files.weights import name_some, nonfinite
 
 
@@ -96,7 +97,7 @@ class FiniteWatch:
 
     def remedy(self) -> str:
         """What to do, with the newest checkpoint there is; all that are written are finite."""
-        kept = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        kept = checkpoints(self.folder)
         advice = "try a smaller learning rate, or float32, in another folder"
         if not kept:
             return f"there is no checkpoint yet; {advice}"

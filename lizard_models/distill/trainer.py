@@ -29,9 +29,19 @@ from lizard_models.distill.finite import FiniteWatch
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.resume import RUN as RUN  # known by this name here too
-from lizard_models.distill.resume import checkpoint_to_resume, checkpoints, frozen_digest, older
+from lizard_models.distill.resume import (
+    SAVING,
+    checkpoint_to_resume,
+    checkpoints,
+    frozen_digest,
+    older,
+    put_in_place,
+    remove,
+)
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.stream import endless
+from lizard_models.files.folders import sync_all
+from lizard_models.files.records import read_json
 from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.recipes import Recipe
 
@@ -120,7 +130,7 @@ class DistillTrainer(StateFiles):
         run_dir = Path(self._get_output_dir(None))
         main = parallel.is_main_process()
         self.watch.state(self.state.global_step, parallel.trained(self.model), self.optimizer)
-        draft = parallel.agreed(tempfile.mkdtemp(prefix=".saving-", dir=run_dir) if main else None)
+        draft = parallel.agreed(tempfile.mkdtemp(prefix=SAVING, dir=run_dir) if main else None)
         try:
             self.saving_to = draft
             try:
@@ -131,10 +141,10 @@ class DistillTrainer(StateFiles):
             if main:
                 written = next(Path(draft).glob("checkpoint-*"))
                 write_sums(written)
-                shutil.rmtree(run_dir / written.name, ignore_errors=True)
-                written.rename(run_dir / written.name)
+                sync_all(written)
+                put_in_place(written, run_dir)
                 for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove(old)
         finally:
             if main:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -250,7 +260,7 @@ def run_stage(
     started = time.monotonic()
     if last is not None and last.name == f"checkpoint-{steps}":
         load_trained_state(objective, last)
-        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        history = read_json(last / "trainer_state.json", older(last))["log_history"]
     else:
         ways = compiled(objective, run.compile), graphed(objective, run.cuda_graph)
         with interrupt, contextlib.closing(progress), ways[0], ways[1]:
