@@ -32,8 +32,7 @@ def command(
     With more training: [cyan]lizard-attn demo --minutes 30 --out longer-demo[/cyan]
     """
     with one_line_errors(lambda: shlex.join(["lizard-attn", *sys.argv[1:]])):
-        from rich.console import Console
-
+        from lizard_models.files.streams import console
         from lizard_models.runs.demo import demo
 
-        demo(out, minutes=minutes, cache=cache, console=Console(soft_wrap=True))
+        demo(out, minutes=minutes, cache=cache, console=console())

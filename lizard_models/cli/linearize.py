@@ -24,6 +24,7 @@ from lizard_models.cli.options import (
     read_kept,
     read_kept_keys,
     read_numbers,
+    read_resume,
     read_settings,
 )
 
@@ -86,7 +87,15 @@ def command(
     dtype: DType = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
     cache: Cache = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that stopped.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on with a run that stopped; --resume auto: if there is one, else begin it, and a finished run is "
+            "no error, for schedulers that start a command again.",
+            metavar="[auto]",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show shapes, new parameters, and estimates of memory and time.")
     ] = False,
@@ -128,12 +137,12 @@ def command(
     A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
     """
     with one_line_errors(lambda: _resume_command(out)):
-        from rich.console import Console
-
         from lizard_models.config import LizardConfig
         from lizard_models.distill import parallel
+        from lizard_models.files import streams
         from lizard_models.runs.convert_folder import linearize_folder
         from lizard_models.runs.linearize_run import Plan, run
+        from lizard_models.runs.work import finished_before
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
@@ -147,7 +156,7 @@ def command(
             stage1=_recipe(stage1_steps, batch_size, seq_len, seed),
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
         )
-        console = Console(soft_wrap=True)
+        console = streams.console()
         if dry_run:
             from lizard_models.runs.cost import describe_run
 
@@ -164,34 +173,35 @@ def command(
             folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
             console.print(f"saved, untrained: {folder}")
             return
-        outcome = run(
-            Plan(
-                teacher=teacher,
-                config=chosen,
-                out=out,
-                data=data or sorted({chosen.stage1.dataset, chosen.stage2.dataset}),
-                eval_data=eval_data or [],
-                eval_length=eval_length,
-                eval_documents=eval_documents,
-                passkey_lengths=read_numbers(passkey, "--passkey"),
-                stage0=stage0_steps != 0,
-                stage1=stage1_steps != 0,
-                stage2=stage2_steps != 0,
-                widen=widen,
-                text_field=text_field,
-                dtype=read_dtype(dtype),
-                device=read_device(device),
-                micro_batch_size=micro_batch_size,
-                gradient_checkpointing=gradient_checkpointing,
-                fsdp=fsdp,
-                cuda_graph=cuda_graph,
-                compile=compile,
-                save_steps=save_steps,
-                resume=resume,
-                cache=cache,
-            ),
-            console,
+        plan = Plan(
+            teacher=teacher,
+            config=chosen,
+            out=out,
+            data=data or sorted({chosen.stage1.dataset, chosen.stage2.dataset}),
+            eval_data=eval_data or [],
+            eval_length=eval_length,
+            eval_documents=eval_documents,
+            passkey_lengths=read_numbers(passkey, "--passkey"),
+            stage0=stage0_steps != 0,
+            stage1=stage1_steps != 0,
+            stage2=stage2_steps != 0,
+            widen=widen,
+            text_field=text_field,
+            dtype=read_dtype(dtype),
+            device=read_device(device),
+            micro_batch_size=micro_batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            fsdp=fsdp,
+            cuda_graph=cuda_graph,
+            compile=compile,
+            save_steps=save_steps,
+            resume=read_resume(resume),
+            cache=cache,
         )
+        if finished_before(plan, console.print):
+            console.print(f"finished before: {out}   try: lizard-attn generate {out} 'Once upon a time'")
+            return
+        outcome = run(plan, console)
         for table in outcome.report.tables():
             console.print(table)
         for name, result in outcome.stages.items():
@@ -208,13 +218,15 @@ def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed
     return changes | ({"epochs": None} if steps else {})
 
 
-def _resume_command(out: Path) -> str | None:
+def _resume_command(out: Path) -> str:
     from lizard_models.distill.parallel import process_count
     from lizard_models.runs.linearize_run import work_folder
+    from lizard_models.runs.work import has_checkpoints
 
-    if not work_folder(out).exists():
-        return None
+    begun = out.name not in ("", "..") and has_checkpoints(work_folder(out.expanduser()))
     if process_count() > 1:
-        return "the same torchrun command and --resume"
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join(["lizard-attn", *arguments, "--resume"])
+        return "the same torchrun command" + " and --resume" * begun
+    arguments = sys.argv[1:]
+    if not any(argument.startswith("--resume") for argument in arguments) and begun:
+        arguments = [*arguments, "--resume"]
+    return shlex.join(["lizard-attn", *arguments])

@@ -92,6 +92,14 @@ def read_numbers(text: str | None, option: str) -> list[int]:
     return numbers
 
 
+def read_resume(text: str | None) -> Any:
+    """What ``--resume`` says, as a ``Plan`` has it. Raises ValueError for anything but auto after it."""
+    known = {None: False, "yes": True, "auto": "auto"}
+    if text not in known:
+        raise ValueError(f"--resume is {text!r}, wanted nothing after it, or auto")
+    return known[text]
+
+
 def read_kept(layers: str | None, share: float | None, sliding: bool | None) -> dict[str, Any]:
     """What the three options about kept layers change in a ``LizardConfig``; None changes nothing."""
     try:

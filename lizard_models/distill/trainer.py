@@ -268,7 +268,9 @@ def run_stage(
         history = trainer.state.log_history
         # In the last step too: the checkpoint is written, and what would come next was not asked for.
         if parallel.any_process(interrupt.asked, arguments.device):
-            raise TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
+            stopped = TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
+            stopped.number = interrupt.number
+            raise stopped
         if trained is not objective:
             parallel.copy_trained(trained, objective)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import shutil
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,16 @@ from rich.console import Console
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
+from lizard_models.distill.arguments import total_steps, training_arguments
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
+from lizard_models.distill.stage2 import check_stage2
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
-from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums, write_whole
+from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
+from lizard_models.files.records import write_record
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers
@@ -31,8 +32,10 @@ from lizard_models.recipes import Recipe, Stage0Config
 from lizard_models.runs.cost import tuned_numbers
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.runs.plan import Outcome, Plan, check_folders, work_folder
+from lizard_models.runs.plan import Outcome, Plan, check_folders
+from lizard_models.runs.plan import work_folder as work_folder  # known by this name here too
 from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.runs.work import ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 from lizard_models.text.sequences import Documents, load_documents, load_sequences
@@ -52,19 +55,28 @@ def run(plan: Plan, console: Console) -> Outcome:
 
     Raises ValueError for a bad plan, before any training; what the stages' functions raise.
     """
-    work = work_folder(plan.out)
-    check_folders(plan, work)
-    return _Run(plan, console, work).outcome()
+
+    def say(message: str) -> None:
+        console.print(message, highlight=False, markup=False)
+
+    console.quiet = console.quiet or not is_main_process()
+    work = Work(plan, say)
+    check_folders(plan, work.folder)
+    try:
+        return _Run(plan, console, work).outcome()
+    finally:
+        work.release()
 
 
 class _Run:
-    def __init__(self, plan: Plan, console: Console, work: Path) -> None:
-        self.plan, self.console, self.work = plan, console, work
+    def __init__(self, plan: Plan, console: Console, work: Work) -> None:
+        self.plan, self.console, self.say = plan, console, work.say
+        self.held, self.work = work, work.folder
         self.config = plan.config
-        self.console.quiet = self.console.quiet or not is_main_process()
         self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if plan.fsdp and process_count() == 1:
             raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+        self.held.hold()  # before anything is loaded, if there is something to go on with
         self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
         self.say(f"teacher: {plan.teacher}")
@@ -78,16 +90,16 @@ class _Run:
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
         self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
+        for stage, rows in self.sequences.items():
+            if stage != "stage0":
+                self._check_stage(stage, rows)
         if plan.widen:
             self._check_widen()
         self.results: dict[str, StageResult] = {}
         check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
-        self._check_same_plan()
-        self.rows = self._measured_rows()
+        self.held.begin(self._settings() | {"passkey_lengths": plan.passkey_lengths})
+        self.rows = [Row.from_dict(values) for values in self.held.read(ROWS) or []]
         wait_for_all()
-
-    def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False)
 
     def outcome(self) -> Outcome:
         """Measures, trains, saves."""
@@ -125,6 +137,13 @@ class _Run:
             stages["stage2"] = config.stage2
         return stages
 
+    def _check_stage(self, stage: str, rows: Any) -> None:
+        """What a stage cannot do is said before the first one begins."""
+        run, recipe = self._run_arguments(stage, stage), getattr(self.config, stage)
+        training_arguments(recipe, run, total_steps(recipe, rows))
+        if stage == "stage2":
+            check_stage2(self.model, run, recipe)
+
     def _check_widen(self) -> None:
         if "stage1" not in self.sequences:
             raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
@@ -140,8 +159,8 @@ class _Run:
 
     def _widen(self, model: LizardCausalLM) -> None:
         """Gives the layers that need it their wide window; a run that goes on takes those it chose before."""
-        path = self.work / "wide_layers.json"
-        if not path.is_file():
+        layers = self.held.read(WIDE)
+        if layers is None:
             tokens = torch.stack([row["input_ids"] for row in islice(self.sequences["stage1"], CHOSEN_ON)])
             both: list[torch.nn.Module] = [model, self.teacher.model]
             for one in both:
@@ -157,9 +176,9 @@ class _Run:
             for one in both:
                 one.to(self.home)
             if is_main_process():
-                write_whole(path, json.dumps(layers))
+                write_record(self.work / WIDE, layers)
         wait_for_all()
-        layers = json.loads(path.read_text())
+        layers = self.held.read(WIDE)
         widen(model, layers)
         self.config = self.config.replace(wide_layers=layers)
         self.say(f"window of {self.config.wide_window} where it is needed most: layers {layers}")
@@ -241,20 +260,16 @@ class _Run:
             return
         self.rows.append(row)
         if is_main_process():
-            write_whole(self.work / "rows.json", json.dumps([row.to_dict() for row in self.rows]))
+            write_record(self.work / ROWS, [row.to_dict() for row in self.rows])
         parts = [] if row.loss is None else [f"loss by position {' '.join(f'{m:.3f}' for m in row.loss.means)}"]
         parts += [] if row.relative_error is None else [f"relative error {row.relative_error:.4f}"]
         parts += [f"passkey {length}: {share:.0%}" for length, share in row.passkey.items()]
         self.say(f"{name}: {', '.join(parts)}")
 
-    def _measured_rows(self) -> list[Row]:
-        path = self.work / "rows.json"
-        return [Row.from_dict(values) for values in json.loads(path.read_text())] if path.is_file() else []
-
     def _run_arguments(self, stage: str, title: str) -> RunArguments:
         return RunArguments(
             output_dir=self.work / stage,
-            resume=self.plan.resume,
+            resume=bool(self.plan.resume),
             device=torch.device(self.device).type,
             micro_batch_size=self.plan.micro_batch_size,
             save_steps=self.plan.save_steps,
@@ -291,32 +306,6 @@ class _Run:
             "stages": {name: dataclasses.asdict(result) for name, result in self.results.items()},
         }
 
-    def _check_same_plan(self) -> None:
-        settings = {key: value for key, value in self._settings().items() if key not in ("stages", "processes")}
-        settings["passkey_lengths"] = self.plan.passkey_lengths
-        text = json.dumps(settings, sort_keys=True, indent=2)
-        path = self.work / "plan.json"
-        if path.is_file():
-            before = {"widen": 0, **json.loads(path.read_text())}  # runs from before there was this choice lack it
-            with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
-                before["config"] = LizardConfig.from_dict(before["config"]).to_dict()
-            if (known := before.setdefault("teacher_sha256", self.digest)) != self.digest:
-                raise ValueError(
-                    f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.work)!r} began with: its "
-                    f"weights or its configuration changed (sha256 {self.digest[:12]}, was {known[:12]}); put the old "
-                    "one back, or delete that folder and train anew"
-                )
-            changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
-            if changed:
-                raise ValueError(
-                    f"resume: {self.work} is of a run with other {', '.join(changed)}; repeat its command with "
-                    "resume=True, or delete that folder"
-                )
-        wait_for_all()
-        if is_main_process():
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text)
-
     def _save(self, model: LizardCausalLM, report: Report) -> None:
         if not is_main_process():
             return wait_for_all()
@@ -331,7 +320,7 @@ class _Run:
                 write_sums(draft)
         except KeptDraft as kept:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
-        shutil.rmtree(self.work)
+        self.held.remove()
         wait_for_all()
 
 

@@ -23,7 +23,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("moment", ["written", "placed", "renamed", "deleted"])
 def test_a_kill_while_a_checkpoint_is_put_in_place(tmp_path, whole, monkeypatch, moment):
-    """SIGKILL in a forked process: when the second checkpoint is on the disk, in its place, and while the oldest goes."""
+    """SIGKILL in a forked process: the second checkpoint on the disk, in its place; the oldest going, half gone."""
     child = os.fork()
     if child == 0:
         calls = []
