@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles, write_sums
 from lizard_models.distill.compiled import compiled
-from lizard_models.distill.finite import FiniteWatch
+from lizard_models.distill.finite import FiniteWatch, first_nonfinite
 from lizard_models.distill.graphed import graphed
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.resume import RUN as RUN  # known by this name here too
@@ -48,6 +48,17 @@ from lizard_models.recipes import Recipe
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
 TRAINED = "trained.safetensors"
 DIVERGED = 1.5  # a stage whose loss ends above its first by this factor is warned of; batches differ by less
+
+
+class UpdateCallback(TrainerCallback):
+    """Shows the watch the weights after each update."""
+
+    trainer: DistillTrainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As transformers calls it: the step that is not counted yet."""
+        trained = self.trainer.model
+        self.trainer.watch.updated(state.global_step + 1, parallel.trained(trained))
 
 
 @dataclass
@@ -78,12 +89,21 @@ class DistillTrainer(StateFiles):
     sharded = False
     watch: FiniteWatch
     loss_sum: Tensor | float = 0.0
+    inputs: Any = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's; the loss is kept for the watch."""
-        loss = super().training_step(*args, **kwargs)
+        """As Trainer's; the loss is kept for the watch, and what an op refuses for a NaN is said of the step."""
+        self.inputs = args[1]
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except ValueError as error:
+            raise self.watch.refused(self.state.global_step + 1, error) from error
         self.loss_sum = self.loss_sum + loss
         return loss
+
+    def where(self) -> str:
+        """Where the newest batch meets what is not finite: in a weight, or first after which layer."""
+        return first_nonfinite(self.model, self._prepare_inputs(self.inputs))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self._watched_norm()
@@ -252,10 +272,11 @@ def run_stage(
         args=arguments,
         train_dataset=endless(dataset),
         optimizers=(optimizer, schedule),
-        callbacks=[progress, interrupt],
+        callbacks=[progress, interrupt, update := UpdateCallback()],
     )
+    update.trainer = trainer
     trainer.sharded = run.fsdp
-    trainer.watch = FiniteWatch(run.title, quantity, folder)
+    trainer.watch = FiniteWatch(run.title, quantity, folder, trainer.where)
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     if last is not None and last.name == f"checkpoint-{steps}":
