@@ -56,6 +56,14 @@ def command(
     ] = None,
     stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Begin with the stage 1 that is finished in this folder: a model saved after it, or OUT.training.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per step, in stages 1 and 2.", min=1)] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a training sequence, in stages 1 and 2.", min=2)
@@ -131,6 +139,9 @@ def command(
     [cyan]torchrun --nproc-per-node 8 -m lizard_models linearize meta-llama/Llama-3.1-8B --preset paper
     --fsdp --out paper-8b[/cyan]
 
+    Another stage 2 after the same stage 1, from its model or from the work of a run that has passed it:
+    [cyan]lizard-attn linearize smollm2-135m --data books/ --from my-lizard --out another[/cyan]
+
     What it would take, without weights: [cyan]lizard-attn linearize meta-llama/Meta-Llama-3-8B --preset paper
     --gradient-checkpointing --dry-run --out paper-8b[/cyan]
 
@@ -167,7 +178,7 @@ def command(
                 console.print(part, highlight=False)
             return
         scored = chosen.attention.kept_keys > 0 and stage0_steps != 0
-        untrained = stage1_steps == 0 and stage2_steps == 0 and not scored
+        untrained = start is None and stage1_steps == 0 and stage2_steps == 0 and not scored
         if untrained and not eval_data and not passkey and not widen:
             # Nothing is trained or measured, so the teacher need not fit into memory.
             folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
@@ -185,6 +196,7 @@ def command(
             stage0=stage0_steps != 0,
             stage1=stage1_steps != 0,
             stage2=stage2_steps != 0,
+            start=start,
             widen=widen,
             text_field=text_field,
             dtype=read_dtype(dtype),

@@ -65,9 +65,9 @@ class _Step:
 class FiniteWatch:
     """Looks at every step's loss, gradients and updated weights without waiting for the device.
 
-    On a CPU a loss or gradient that is not finite stops the run before its update. On a GPU its readings are copied while the next steps
-    are queued, so that the run stops a few steps later; the message names the step all the same, and ``settle`` waits
-    for all of them before anything is written.
+    On a CPU a loss or gradient that is not finite stops the run before its update. On a GPU its readings are copied
+    while the next steps are queued, so that the run stops a few steps later; the message names the step all the same,
+    and ``settle`` waits for all of them before anything is written.
     """
 
     def __init__(self, title: str, quantity: str, folder: Path, where: Callable[[], str] = str) -> None:

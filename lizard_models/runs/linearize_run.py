@@ -35,6 +35,7 @@ from lizard_models.runs.model_card import write_model_card
 from lizard_models.runs.plan import Outcome, Plan, check_folders
 from lizard_models.runs.plan import work_folder as work_folder  # known by this name here too
 from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.runs.start import begin_from
 from lizard_models.runs.work import ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
@@ -85,6 +86,11 @@ class _Run:
         self.documents = self._evaluation_documents()
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
+        self.results: dict[str, StageResult] = {}
+        self.start = ""  # digest of what it begins with
+        if plan.start is not None:
+            self.results, self.start = begin_from(plan.start, self.model, self.digest)
+            self.say(f"{' and '.join(self.results)}: as trained in {plan.start}")
         added = sum(p.numel() for _, p in self.model.lizard_parameters())
         total = sum(p.numel() for p in self.model.parameters())
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
@@ -95,7 +101,6 @@ class _Run:
                 self._check_stage(stage, rows)
         if plan.widen:
             self._check_widen()
-        self.results: dict[str, StageResult] = {}
         check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
         self.held.begin(self._settings() | {"passkey_lengths": plan.passkey_lengths})
         self.rows = [Row.from_dict(values) for values in self.held.read(ROWS) or []]
@@ -124,6 +129,8 @@ class _Run:
 
     def _stages(self) -> dict[str, Recipe]:
         config = self.plan.config
+        if self.plan.start is not None:
+            return {"stage2": config.stage2}
         stages: dict[str, Recipe] = {}
         if self.plan.stage0 and self.model.key_scores():
             stages["stage0"] = config.stage0
@@ -145,8 +152,12 @@ class _Run:
             check_stage2(self.model, run, recipe)
 
     def _check_widen(self) -> None:
-        if "stage1" not in self.sequences:
+        if self.plan.start is not None:
+            self.choice = self._training_sequences("the choice of layers", self.config.stage1)
+        elif "stage1" not in self.sequences:
             raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
+        else:
+            self.choice = self.sequences["stage1"]
         check_widen(self.model.config, self.plan.widen, self.config.stage1.sequence_length - 1)
         trial = self.config.replace(wide_layers=converted_layers(self.model.config)[: self.plan.widen])
         window_control(self.teacher, trial)  # a window that does not fit shows here
@@ -161,7 +172,7 @@ class _Run:
         """Gives the layers that need it their wide window; a run that goes on takes those it chose before."""
         layers = self.held.read(WIDE)
         if layers is None:
-            tokens = torch.stack([row["input_ids"] for row in islice(self.sequences["stage1"], CHOSEN_ON)])
+            tokens = torch.stack([row["input_ids"] for row in islice(self.choice, CHOSEN_ON)])
             both: list[torch.nn.Module] = [model, self.teacher.model]
             for one in both:
                 one.to(self.device)
@@ -233,7 +244,7 @@ class _Run:
         self._measure(TEACHER, self.teacher.model)
         control = window_control(self.teacher, self.plan.config)
         self._measure(CONTROL, control)
-        self._measure(UNTRAINED, model, errors=True)
+        self._measure(STAGE1 if self.start else UNTRAINED, model, errors=True)
 
     def _measure(self, name: str, model: torch.nn.Module, errors: bool = False) -> None:
         if any(row.name == name for row in self.rows):
@@ -284,9 +295,10 @@ class _Run:
     def _frozen(self, stage: str) -> str:
         """Digest of what a stage trains against: the teacher, and after stage 0 the scores that choose keys."""
         scores = dict(self.model.key_scores().named_parameters())
-        if stage == "stage0" or not scores:
+        if stage == "stage0" or not (scores or self.start):
             return self.digest
-        return agreed(content_digest(scores, {"teacher": self.digest}) if is_main_process() else None)
+        beside = {"teacher": self.digest} | ({"start": self.start} if self.start else {})
+        return agreed(content_digest(scores, beside) if is_main_process() else None)
 
     def _settings(self) -> dict[str, Any]:
         plan = self.plan
@@ -303,6 +315,7 @@ class _Run:
             "eval_length": plan.eval_length,
             "eval_hash": self.documents.digest if self.documents else None,
             "passkey_trials": plan.passkey_trials,
+            **({"start": str(plan.start), "start_sha256": self.start} if self.start else {}),
             "stages": {name: dataclasses.asdict(result) for name, result in self.results.items()},
         }
 

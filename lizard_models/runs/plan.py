@@ -14,6 +14,7 @@ from lizard_models.distill import StageResult
 from lizard_models.distill.resume import checkpoints
 from lizard_models.evaluation import Report
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.runs.start import start_config
 from lizard_models.teachers.find import Teacher
 
 LONGEST = 220  # bytes of a name, of 255, to which a run adds those of its own folders
@@ -38,6 +39,9 @@ class Plan:
     """Fit the scores of kept keys; without ``attention.kept_keys`` there is nothing to fit."""
     stage1: bool = True
     stage2: bool = True
+    start: Path | None = None
+    """Folder of a model after stage 1, or of the work of a run that has finished it: this plan begins with what stages
+    0 and 1 left there, and takes over their recipes."""
     widen: int = 0
     """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
     text, see ``evaluation.neediest_layers``."""
@@ -61,6 +65,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.out = Path(self.out).expanduser()
+        if self.start is not None:
+            if not self.stage2:
+                raise ValueError("start: stages 0 and 1 are done there, and stage 2 is left out: nothing is left to do")
+            self.start = Path(self.start).expanduser()
+            self.config = start_config(self.start, self.config)
         if self.out.name in ("", ".."):
             raise ValueError(f"out: got {str(self.out)!r}, wanted the name of a new folder")
         if len(os.fsencode(self.out.name)) > LONGEST:
