@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, Device, DType, Positions, read_device, read_dtype, read_numbers
+from lizard_models.cli.options import Cache, Device, DType, Encoding, Positions, read_device, read_dtype, read_numbers
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
     eval_documents: Annotated[int, typer.Option(help="Documents.", min=1)] = 8,
     trials: Annotated[int, typer.Option(help="Passkeys a length.", min=1)] = 10,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
+    encoding: Encoding = "utf-8",
     task_files: Annotated[str | None, typer.Option(help="Folder of task files of your own for lm-eval.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     limit: Annotated[int | None, typer.Option(help="Documents a task; default all.", min=1)] = None,
@@ -69,7 +70,12 @@ def command(
 
             if data or lengths or tasks:
                 raise ValueError("--stream measures one model alone: leave out --data, --lengths and --tasks")
-            settings = {"chunk": stream_chunk, "max_tokens": stream_tokens, "text_field": text_field}
+            settings = {
+                "chunk": stream_chunk,
+                "max_tokens": stream_tokens,
+                "text_field": text_field,
+                "encoding": encoding,
+            }
             run_stream(model, stream, settings, positions, read_device(device), read_dtype(dtype), out, console)
             return
 
@@ -86,6 +92,7 @@ def command(
                 eval_length=eval_length,
                 eval_documents=eval_documents,
                 text_field=text_field,
+                encoding=encoding,
                 passkey_lengths=read_numbers(lengths, "--lengths"),
                 passkey_trials=trials,
                 tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],

@@ -14,6 +14,7 @@ from lizard_models.cli.options import (
     Cache,
     Device,
     DType,
+    Encoding,
     KeepSliding,
     KeptKeys,
     Settings,
@@ -85,6 +86,7 @@ def command(
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and starts.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
+    encoding: Encoding = "utf-8",
     eval_data: Annotated[
         list[str] | None, typer.Option(help="Held-out documents for the loss by position. May be repeated.")
     ] = None,
@@ -199,6 +201,7 @@ def command(
             start=start,
             widen=widen,
             text_field=text_field,
+            encoding=encoding,
             dtype=read_dtype(dtype),
             device=read_device(device),
             micro_batch_size=micro_batch_size,

@@ -19,6 +19,10 @@ Cache = Annotated[
     str | None,
     typer.Option(help="Folder for fetched and converted files; default $LIZARD_CACHE, else ~/.cache/lizard-attn."),
 ]
+Encoding = Annotated[
+    str,
+    typer.Option(help="What text files and JSON are in, e.g. latin-1; anything that is not is refused by its line."),
+]
 Positions = Annotated[
     str | None,
     typer.Option(

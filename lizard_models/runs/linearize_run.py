@@ -39,7 +39,9 @@ from lizard_models.runs.start import begin_from
 from lizard_models.runs.work import ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
-from lizard_models.text.sequences import Documents, load_documents, load_sequences
+from lizard_models.text.documents import files_left_out
+from lizard_models.text.overlap import overlap
+from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
@@ -84,6 +86,10 @@ class _Run:
         self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
         self.digest = agreed(teacher_digest(self.teacher) if is_main_process() else None)
         self.documents = self._evaluation_documents()
+        self.told: list[str] = []
+        for source in dict.fromkeys((*plan.data, *plan.eval_data)):
+            if left := files_left_out(source):
+                self.say(f"not read in {source}: {len(left)} hidden files or outputs of runs, such as {left[0]}")
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
         self.results: dict[str, StageResult] = {}
@@ -208,7 +214,9 @@ class _Run:
 
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
         if isinstance(recipe, Stage0Config):
-            rows = score_rows(self.plan.data, self.teacher, self.model, recipe, self.plan.text_field)
+            rows = score_rows(
+                self.plan.data, self.teacher, self.model, recipe, self.plan.text_field, self.plan.encoding
+            )
             self.say(f"data of {stage}: {rows.told}")
             return rows
         sequences = load_sequences(
@@ -217,12 +225,23 @@ class _Run:
             recipe.sequence_length,
             seed=recipe.seed,
             text_field=self.plan.text_field,
+            encoding=self.plan.encoding,
             examples=recipe.examples,
             vocab_size=self.teacher.model.config.vocab_size,
         )
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
         self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")
+        self._tell_overlap(sequences)
         return sequences
+
+    def _tell_overlap(self, sequences: Any) -> None:
+        """Names what is both trained on and measured on; of streamed text nobody knows."""
+        if self.documents is None or not isinstance(sequences, PackedTokens) or not is_main_process():
+            return
+        found = overlap(self.documents.tokens, sequences)
+        if found is not None and (told := found.told()) and told not in self.told:
+            self.told.append(told)
+            self.say(f"warning: {told}")
 
     def _evaluation_documents(self) -> Documents | None:
         if self.plan.passkey_lengths and self.teacher.tokenizer is None:
@@ -235,6 +254,7 @@ class _Run:
             self.plan.eval_length + 1,
             count=self.plan.eval_documents,
             text_field=self.plan.text_field,
+            encoding=self.plan.encoding,
             vocab_size=self.teacher.model.config.vocab_size,
         )
 

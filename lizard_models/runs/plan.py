@@ -46,6 +46,8 @@ class Plan:
     """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
     text, see ``evaluation.neediest_layers``."""
     text_field: str | None = None
+    encoding: str = "utf-8"
+    """Of text files and JSON."""
     dtype: torch.dtype | None = None
     """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""
     device: str | None = None
