@@ -29,8 +29,10 @@ def _allows(hint: Any, value: Any) -> bool:
     if origin is Literal:
         return value in args
     if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
         members = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return isinstance(value, tuple) and len(value) == len(members) and all(map(_allows, members, value))
+        return len(value) == len(members) and all(map(_allows, members, value))
     if args:  # a union
         return any(_allows(arg, value) for arg in args)
     if isinstance(value, bool):

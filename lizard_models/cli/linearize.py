@@ -96,6 +96,21 @@ def command(
     device: Device = None,
     dtype: DType = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Where transformers' Trainer reports to as well, e.g. tensorboard,wandb; losses, rates, speed and "
+            "memory are in the model's log.jsonl anyway.",
+            show_default=False,
+        ),
+    ] = None,
+    diverged: Annotated[
+        float,
+        typer.Option(
+            help="A loss over this times its running median is warned of, then rolled back once at half the rate, then "
+            "stops the run."
+        ),
+    ] = 3.0,
     cache: Cache = None,
     resume: Annotated[
         str | None,
@@ -210,6 +225,8 @@ def command(
             cuda_graph=cuda_graph,
             compile=compile,
             save_steps=save_steps,
+            report_to=tuple(name.strip() for name in (report_to or "").split(",") if name.strip()),
+            diverged=diverged,
             resume=read_resume(resume),
             cache=cache,
         )

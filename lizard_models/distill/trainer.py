@@ -25,8 +25,10 @@ from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles, write_sums
 from lizard_models.distill.compiled import compiled
+from lizard_models.distill.divergence import DivergenceCallback, RollBack, halve
 from lizard_models.distill.finite import FiniteWatch, first_nonfinite
 from lizard_models.distill.graphed import graphed
+from lizard_models.distill.log import LogCallback, LogFile
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.resume import RUN as RUN  # known by this name here too
 from lizard_models.distill.resume import (
@@ -87,6 +89,7 @@ class DistillTrainer(StateFiles):
     model: nn.Module
     saving_to: str | None = None
     sharded = False
+    halved = False  # whether it goes on with half the rate that the checkpoint has
     watch: FiniteWatch
     loss_sum: Tensor | float = 0.0
     inputs: Any = None
@@ -139,6 +142,11 @@ class DistillTrainer(StateFiles):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_state(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.halved:
+            halve(self.optimizer, self.lr_scheduler)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return parallel.Prepared(model) if self.sharded else super()._wrap_model(model, *args, **kwargs)
@@ -232,7 +240,8 @@ def run_stage(
 
     Raises ValueError if nothing trains, if frozen weights are not finite, if checkpoints are there and ``resume`` is
     not set, or if they are of another run or damaged; FloatingPointError if a loss, a gradient or what a checkpoint
-    would hold is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
+    would hold is not finite, or if the loss runs away twice (``DivergenceCallback``); TrainingInterrupted after Ctrl-C
+    and a checkpoint.
 
     Started by torchrun or accelerate, the batch is shared among the processes. With ``run.fsdp`` the model is sharded
     over them meanwhile; what it learned is in ``objective`` in every process afterwards.
@@ -257,27 +266,37 @@ def run_stage(
     arguments = training_arguments(recipe, run, steps)
     arguments.save_total_limit = run.keep_checkpoints
     trained = parallel.sharded(objective, run.device or "cuda") if run.fsdp else objective
-    optimizer = torch.optim.AdamW(
-        parameter_groups(trained, recipe.learning_rate, gate_learning_rate, new_learning_rate),
-        betas=recipe.betas,
-        eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
-        fused=next(objective.parameters()).is_cuda,
-    )
-    schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
     progress = ProgressCallback(run.title, quantity)
     interrupt = InterruptCallback(progress.console)
-    trainer = DistillTrainer(
-        model=trained,
-        args=arguments,
-        train_dataset=endless(dataset),
-        optimizers=(optimizer, schedule),
-        callbacks=[progress, interrupt, update := UpdateCallback()],
-    )
-    update.trainer = trainer
-    trainer.sharded = run.fsdp
-    trainer.watch = FiniteWatch(run.title, quantity, folder, trainer.where)
-    trainer.remove_callback(PrinterCallback)
+    log = LogFile(run.log, run.title)
+    rates = {"gate_learning_rate": gate_learning_rate, "new_learning_rate": new_learning_rate}
+    groups = parameter_groups(trained, recipe.learning_rate, **rates)
+    divergence = DivergenceCallback(run.title, quantity, run.diverged, folder, log)
+    divergence.rates = [group["lr"] for group in groups]
+    tokens = recipe.batch_size * recipe.sequence_length
+
+    def new_trainer(halved: bool) -> DistillTrainer:
+        optimizer = torch.optim.AdamW(
+            [dict(group) for group in groups],
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=next(objective.parameters()).is_cuda,
+        )
+        schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
+        trainer = DistillTrainer(
+            model=trained,
+            args=arguments,
+            train_dataset=endless(dataset),
+            optimizers=(optimizer, schedule),
+            callbacks=[progress, LogCallback(log, tokens), divergence, update := UpdateCallback(), interrupt],
+        )
+        update.trainer = trainer
+        trainer.sharded, trainer.halved = run.fsdp, halved
+        trainer.watch = FiniteWatch(run.title, quantity, folder, trainer.where)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
     started = time.monotonic()
     if last is not None and last.name == f"checkpoint-{steps}":
         load_trained_state(objective, last)
@@ -285,7 +304,12 @@ def run_stage(
     else:
         ways = compiled(objective, run.compile), graphed(objective, run.cuda_graph)
         with interrupt, contextlib.closing(progress), ways[0], ways[1]:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            try:
+                trainer = new_trainer(halved=False)
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            except RollBack:
+                trainer = new_trainer(halved=True)
+                trainer.train(resume_from_checkpoint=str(checkpoints(folder)[-1]))
         history = trainer.state.log_history
         # In the last step too: the checkpoint is written, and what would come next was not asked for.
         if parallel.any_process(interrupt.asked, arguments.device):

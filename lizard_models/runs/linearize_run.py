@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from lizard_models.runs.plan import Outcome, Plan, check_folders
 from lizard_models.runs.plan import work_folder as work_folder  # known by this name here too
 from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.start import begin_from
-from lizard_models.runs.work import ROWS, WIDE, Work
+from lizard_models.runs.work import LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 from lizard_models.text.documents import files_left_out
@@ -308,6 +309,9 @@ class _Run:
             fsdp=self.plan.fsdp,
             cuda_graph=self.plan.cuda_graph,
             compile=self.plan.compile,
+            log=self.work / LOG,
+            report_to=self.plan.report_to,
+            diverged=self.plan.diverged,
             title=title,
             frozen=self._frozen(stage),
         )
@@ -349,6 +353,8 @@ class _Run:
                     save_tokenizer(self.teacher.tokenizer, draft, model.config)
                 save_report(report, draft, say=self.say)
                 (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+                if (self.work / LOG).is_file():
+                    shutil.copyfile(self.work / LOG, draft / LOG)
                 write_model_card(draft, self.teacher.source)
                 write_sums(draft)
         except KeptDraft as kept:

@@ -61,6 +61,10 @@ class Plan:
     compile: bool = False
     """MLPs and norms through torch.compile while training."""
     save_steps: int = 50
+    report_to: tuple[str, ...] = ()
+    """Where transformers' Trainer reports to beside ``log.jsonl`` in the model's folder: tensorboard, wandb, ..."""
+    diverged: float = 3.0
+    """See ``RunArguments``."""
     resume: bool | Literal["auto"] = False
     """Go on with the run that ``out`` has begun; "auto": if there is one, else begin it."""
     cache: str | None = None

@@ -21,7 +21,7 @@ from lizard_models.files.sources import Say, silent
 from lizard_models.runs.plan import STAGES, Plan, check_folders, work_folder
 from lizard_models.teachers.loading import TRAINING
 
-PLAN, ROWS, WIDE = "plan.json", "rows.json", "wide_layers.json"
+PLAN, ROWS, WIDE, LOG = "plan.json", "rows.json", "wide_layers.json", "log.jsonl"
 NOT_OF_THE_PLAN = ("stages", "processes")  # of what a run records
 
 
@@ -141,7 +141,7 @@ class Work:
         """Deletes what an earlier run that trained nothing has left."""
         wait_for_all()
         if is_main_process():
-            for name in (PLAN, ROWS, WIDE, RECORD_SUMS):
+            for name in (PLAN, ROWS, WIDE, LOG, RECORD_SUMS):
                 (self.folder / name).unlink(missing_ok=True)
             for stage in STAGES:
                 shutil.rmtree(self.folder / stage, ignore_errors=True)

@@ -125,6 +125,10 @@ def test_auto_begins_goes_on_and_is_content_with_what_is_finished(command, tmp_p
     stopped_before("train_stage2", auto, monkeypatch)
     call(*auto)
     assert same(tmp_path / "out", weights)
+    told = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"][:7], line.get("event"), line["step"]) for line in told] == [
+        (f"stage {n}", *what) for n in (1, 2) for what in [("began", 0), (None, 1), ("saved", 2)]
+    ]
     monkeypatch.setattr(linearize_run, "load_teacher", fail)
     for again in ("--resume", "auto"), ("--resume",):
         assert f"finished before: {tmp_path / 'out'}" in call(*command, *again).output
