@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache
+from lizard_models.cli.options import Cache, check_folder
 
 
 def command(
@@ -35,4 +35,5 @@ def command(
         from lizard_models.files.streams import console
         from lizard_models.runs.demo import demo
 
+        check_folder(out)
         demo(out, minutes=minutes, cache=cache, console=console())

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, Device, DType, Encoding, Positions, read_device, read_dtype, read_numbers
+from lizard_models.cli.options import (
+    Cache,
+    Device,
+    DType,
+    Encoding,
+    Positions,
+    check_folder,
+    read_device,
+    read_dtype,
+    read_numbers,
+)
 
 
 def command(
@@ -65,6 +75,7 @@ def command(
         from rich.console import Console
 
         console = Console(soft_wrap=True)
+        check_folder(out)
         if stream:
             from lizard_models.cli.stream import run_stream
 
@@ -82,7 +93,9 @@ def command(
         from lizard_models.evaluation.compare import Comparison, compare
         from lizard_models.evaluation.plot import save_report
 
-        if not (data or lengths or tasks):
+        named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        numbers = read_numbers(lengths, "--lengths")
+        if not (data or numbers or named):
             raise ValueError("nothing to measure: give --data, --lengths, --tasks or --stream")
         report = compare(
             Comparison(
@@ -93,9 +106,9 @@ def command(
                 eval_documents=eval_documents,
                 text_field=text_field,
                 encoding=encoding,
-                passkey_lengths=read_numbers(lengths, "--lengths"),
+                passkey_lengths=numbers,
                 passkey_trials=trials,
-                tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+                tasks=named,
                 task_files=task_files,
                 num_fewshot=num_fewshot,
                 limit=limit,

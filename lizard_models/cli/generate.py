@@ -25,10 +25,12 @@ def command(
         Path | None,
         typer.Option(help="Text file to continue, of any length; only what is written after it is printed."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write.", min=0)] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Tokens to write.", min=0, max=1 << 40)
+    ] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the probability that is sampled from.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0, max=(1 << 63) - 1)] = 0,
     encoding: Encoding = "utf-8",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     save_state: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -94,6 +95,13 @@ def read_numbers(text: str | None, option: str) -> list[int]:
     if any(number < 1 for number in numbers):
         raise ValueError(f"{option} is {text!r}, wanted positive numbers such as 256,1024")
     return numbers
+
+
+def check_folder(out: Path | None) -> None:
+    """Raises ValueError for a folder to write that is a file, or in one."""
+    there = next((p for p in (out, *out.absolute().parents) if p.exists()), out) if out is not None else None
+    if there is not None and not there.is_dir():
+        raise ValueError(f"out: {str(there)!r} is not a folder")
 
 
 def read_resume(text: str | None) -> Any:

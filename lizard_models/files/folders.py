@@ -47,11 +47,20 @@ def _size(count: int) -> str:
 
 
 def damaged(folder: Path) -> list[str]:
-    """Files of ``folder`` that are not what ``write_sums`` found; none for a folder without sums."""
+    """Files of ``folder`` that are not what ``write_sums`` found; none for a folder without sums.
+
+    Raises ValueError for sums that cannot be read.
+    """
     sums = folder / SUMS
     if not sums.is_file():
         return []
-    recorded = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+    try:
+        recorded = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+    except UnicodeDecodeError:
+        recorded = [[]]
+    for number, line in enumerate(recorded, 1):
+        if len(line) != 2 or not re.fullmatch("[0-9a-f]{64}", line[0]) or Path(line[1]).name != line[1]:
+            raise ValueError(f"{sums} is damaged (line {number} is no sum and name of a file): copy the folder again")
     return [name for sha256, name in recorded if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
 
 

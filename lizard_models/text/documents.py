@@ -205,7 +205,18 @@ def format_chat(turns: Chat, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """A conversation as one text: in the chat template of the tokenizer, or plainly if it has none."""
     if tokenizer is None or tokenizer.chat_template is None:
         return "\n\n".join(f"### {turn['role'].capitalize()}:\n{turn['content'].strip()}" for turn in turns)
-    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    return in_template(turns, tokenizer)
+
+
+def in_template(turns: Chat, tokenizer: Any, **options: Any) -> str:
+    """Turns in a tokenizer's chat template. Raises ValueError for a template that cannot be used."""
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    except Exception as error:  # a template is a program of the model's author
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"chat: the model's chat template cannot be used ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def format_instruction(instruction: str, context: str, output: str) -> str:
