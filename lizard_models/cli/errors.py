@@ -12,11 +12,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from lizard_models.files import signals
+from lizard_models.files.streams import console
 
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 FULL_DISK = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
 
@@ -105,7 +106,14 @@ def is_full_disk(error: BaseException) -> bool:
 
 def is_of_the_system(error: BaseException) -> bool:
     """Whether the machine refused, and not the command was wrong: it can be repeated when that is mended."""
-    return type(error).__name__ != "KeptDraft" and (isinstance(error, OSError | MemoryError) or is_full_disk(error))
+    refused = isinstance(error, OSError | MemoryError) or is_full_disk(error) or refused_by(error) is not None
+    return type(error).__name__ != "KeptDraft" and refused
+
+
+def refused_by(error: BaseException) -> str | None:
+    """What the system said where safetensors could not read or write, None for another error."""
+    number = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return os.strerror(int(number[1])) if number else None
 
 
 def explanation(error: Exception) -> str | None:
@@ -119,6 +127,8 @@ def explanation(error: Exception) -> str | None:
         return "the GPU is out of memory: give a smaller --micro-batch-size or --seq-len, or --gradient-checkpointing"
     if isinstance(error, MemoryError):
         return "the machine is out of memory: give a smaller --micro-batch-size or --seq-len, or a smaller model"
+    if reason := refused_by(error):
+        return f"a file of weights: {reason}"
     if type(error).__name__ == "SafetensorError":
         return f"a file of weights is damaged or cut short ({text}): fetch or copy the model again"
     if isinstance(error, BrokenPipeError):
@@ -148,5 +158,5 @@ def _stop(message: str, code: int, everywhere: bool = False) -> None:
     process = os.environ.get("RANK", "0")
     if process == "0" or everywhere:
         start = "" if process == "0" else f"process {process}: "
-        Console(stderr=True, soft_wrap=True, highlight=False).print(start + message, markup=False)
+        console("stderr", highlight=False).print(start + message, markup=False)
     raise typer.Exit(code)
