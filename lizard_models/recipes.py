@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from lizard_layers.field_types import check_fields
 
+MOST = 1 << 48  # no count of anything reaches it, and what is computed of it still fits into 64 bits
+
 
 def check_finite(instance: Any, prefix: str = "") -> None:
-    """Raises ValueError for a number of a dataclass that is NaN, infinite, or beyond what a float holds.
+    """Raises ValueError for a number of a dataclass that is NaN, infinite, or an integer from 2**48 on.
 
     prefix: in front of the field's name. Tuples are looked through, dataclasses within are not.
     """
@@ -19,6 +21,8 @@ def check_finite(instance: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not _is_finite(number):
                 raise ValueError(f"{prefix}{field.name} must be finite, got {value!r}")
+            if isinstance(number, int) and abs(number) >= MOST:
+                raise ValueError(f"{prefix}{field.name} must be below 2**48, got {value!r}")
 
 
 def _is_finite(number: float) -> bool:
@@ -85,6 +89,8 @@ class Recipe:
         for name in ("epochs", "max_steps", "examples", "sequence_length", "batch_size", "learning_rate", "eps"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must be from 0 to below 2**32, got {self.seed}")
         for name in ("weight_decay", "warmup_ratio", "min_learning_rate_ratio", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -52,12 +52,11 @@ def command(
     [cyan]lizard-attn convert my-teacher --kept-keys 256 --out kept[/cyan]
     """
     with one_line_errors():
-        from rich.console import Console
-
         from lizard_models.config import LizardConfig
+        from lizard_models.files import streams
         from lizard_models.runs.convert_folder import linearize_folder
 
-        console = Console(soft_wrap=True, highlight=False)
+        console = streams.console(highlight=False)
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
         chosen = chosen.replace(**read_kept_keys(kept_keys))

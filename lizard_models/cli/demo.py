@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache
+from lizard_models.cli.options import Cache, check_folder
 
 
 def command(
@@ -32,8 +32,8 @@ def command(
     With more training: [cyan]lizard-attn demo --minutes 30 --out longer-demo[/cyan]
     """
     with one_line_errors(lambda: shlex.join(["lizard-attn", *sys.argv[1:]])):
-        from rich.console import Console
-
+        from lizard_models.files.streams import console
         from lizard_models.runs.demo import demo
 
-        demo(out, minutes=minutes, cache=cache, console=Console(soft_wrap=True))
+        check_folder(out)
+        demo(out, minutes=minutes, cache=cache, console=console())

@@ -6,14 +6,18 @@ import contextlib
 import errno
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
+from lizard_models.files import signals
+from lizard_models.files.streams import console
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 FULL_DISK = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
 
@@ -21,7 +25,13 @@ RUNNING: ContextVar[dict[str, str]] = ContextVar("RUNNING", default={})  # noqa:
 
 
 class Command(TyperCommand):
-    """A command whose errors know its options: ``app.command(cls=Command)``."""
+    """A command whose errors know its options: ``app.command(cls=Command)``. ``--resume`` may have a value or none."""
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        """As click's."""
+        if any("--resume" in p.opts for p in self.params):
+            args = [*_resumed(args)]
+        return super().parse_args(context, args)
 
     def invoke(self, context: Any) -> Any:
         options = {p.name: max(p.opts, key=len) for p in self.params if p.name and p.param_type_name == "option"}
@@ -32,27 +42,45 @@ class Command(TyperCommand):
             RUNNING.reset(token)
 
 
-@contextlib.contextmanager
-def one_line_errors(go_on: Callable[[], str | None] = lambda: None) -> Iterator[None]:
-    """Ends the command with one line on stderr for what a user can mend, and for Ctrl-C.
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the command to end, outside of training, where a step is finished first."""
 
-    go_on: called then, gives the command that takes up the work again, or None if there is nothing to take up.
-    Exit codes: 2 for bad input and full disks or memory, 130 for Ctrl-C. Any other error is a fault of ours and keeps
-    its traceback, as does everything if $LIZARD_TRACEBACK is set.
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextlib.contextmanager
+def one_line_errors(go_on: Callable[[], str] | None = None) -> Iterator[None]:
+    """Ends the command with one line on stderr for what a user can mend, and for Ctrl-C, SIGTERM and SIGHUP.
+
+    go_on: gives the command that takes up the work again, or begins it, where a signal or the system stopped it.
+    Exit codes: 2 for bad input, full disks and what else the system refuses, 128 and its number for a signal (130 for
+    Ctrl-C). Any other error is a fault of ours and keeps its traceback, as does everything if $LIZARD_TRACEBACK is set.
     """
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    handlers = signals.handle(stop)
     try:
-        yield
+        try:
+            yield
+        except BaseException:
+            signals.ignore(handlers)  # how it ended is said to the end
+            raise
     except KeyboardInterrupt as interrupt:
         what = str(interrupt) or "stopped"
-        again = f"; go on with: {command}" if (command := go_on()) else ""
-        _stop(f"{what}; nothing half-written is left{again}", 130)
+        again = f"; go on with: {go_on()}" if go_on else ""
+        _stop(f"{what}; nothing half-written is left{again}", 128 + getattr(interrupt, "number", signal.SIGINT))
     except Exception as error:
         line = explanation(error)
         if line is None or os.environ.get("LIZARD_TRACEBACK"):
             raise
-        full = is_full_disk(error) and type(error).__name__ != "KeptDraft"
-        again = f"; then go on with: {command}" if full and (command := go_on()) else ""
+        again = f"; then go on with: {go_on()}" if go_on and is_of_the_system(error) else ""
         _stop(f"error: {with_options(line)}{again}", 2, everywhere=not isinstance(error, ValueError))
+    finally:
+        signals.restore(handlers)
 
 
 def with_options(text: str) -> str:
@@ -76,6 +104,18 @@ def is_full_disk(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in FULL_DISK)
 
 
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether the machine refused, and not the command was wrong: it can be repeated when that is mended."""
+    refused = isinstance(error, OSError | MemoryError) or is_full_disk(error) or refused_by(error) is not None
+    return type(error).__name__ != "KeptDraft" and refused
+
+
+def refused_by(error: BaseException) -> str | None:
+    """What the system said where safetensors could not read or write, None for another error."""
+    number = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return os.strerror(int(number[1])) if number else None
+
+
 def explanation(error: Exception) -> str | None:
     """One line for an error that the user can mend, None for any other."""
     text = " ".join(str(error).split())
@@ -85,13 +125,32 @@ def explanation(error: Exception) -> str | None:
         return "the disk is full: free some space, or start again with --out (and --cache) on another disk"
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU is out of memory: give a smaller --micro-batch-size or --seq-len, or --gradient-checkpointing"
+    if isinstance(error, MemoryError):
+        return "the machine is out of memory: give a smaller --micro-batch-size or --seq-len, or a smaller model"
+    if reason := refused_by(error):
+        return f"a file of weights: {reason}"
     if type(error).__name__ == "SafetensorError":
         return f"a file of weights is damaged or cut short ({text}): fetch or copy the model again"
-    if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileNotFoundError):
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, BrokenPipeError):
+        return None  # whoever read the output has gone, and needs no word
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else text
     if isinstance(error, ValueError | FloatingPointError):
         return text
     return None
+
+
+def _resumed(args: list[str]) -> Iterator[str]:
+    """Arguments in which ``--resume`` always has a value."""
+    left = iter(args)
+    for argument in left:
+        if argument != "--resume":
+            yield argument
+            continue
+        value = next(left, None)
+        yield "--resume=auto" if value == "auto" else "--resume=yes"
+        if value not in (None, "auto"):
+            yield value
 
 
 def _stop(message: str, code: int, everywhere: bool = False) -> None:
@@ -99,5 +158,5 @@ def _stop(message: str, code: int, everywhere: bool = False) -> None:
     process = os.environ.get("RANK", "0")
     if process == "0" or everywhere:
         start = "" if process == "0" else f"process {process}: "
-        Console(stderr=True, soft_wrap=True, highlight=False).print(start + message, markup=False)
+        console("stderr", highlight=False).print(start + message, markup=False)
     raise typer.Exit(code)

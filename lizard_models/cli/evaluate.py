@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, Device, DType, Positions, read_device, read_dtype, read_numbers
+from lizard_models.cli.options import (
+    Cache,
+    Device,
+    DType,
+    Encoding,
+    Positions,
+    check_folder,
+    read_device,
+    read_dtype,
+    read_numbers,
+)
 
 
 def command(
@@ -25,6 +35,7 @@ def command(
     eval_documents: Annotated[int, typer.Option(help="Documents.", min=1)] = 8,
     trials: Annotated[int, typer.Option(help="Passkeys a length.", min=1)] = 10,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
+    encoding: Encoding = "utf-8",
     task_files: Annotated[str | None, typer.Option(help="Folder of task files of your own for lm-eval.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", min=0)] = None,
     limit: Annotated[int | None, typer.Option(help="Documents a task; default all.", min=1)] = None,
@@ -64,19 +75,27 @@ def command(
         from rich.console import Console
 
         console = Console(soft_wrap=True)
+        check_folder(out)
         if stream:
             from lizard_models.cli.stream import run_stream
 
             if data or lengths or tasks:
                 raise ValueError("--stream measures one model alone: leave out --data, --lengths and --tasks")
-            settings = {"chunk": stream_chunk, "max_tokens": stream_tokens, "text_field": text_field}
+            settings = {
+                "chunk": stream_chunk,
+                "max_tokens": stream_tokens,
+                "text_field": text_field,
+                "encoding": encoding,
+            }
             run_stream(model, stream, settings, positions, read_device(device), read_dtype(dtype), out, console)
             return
 
         from lizard_models.evaluation.compare import Comparison, compare
         from lizard_models.evaluation.plot import save_report
 
-        if not (data or lengths or tasks):
+        named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        numbers = read_numbers(lengths, "--lengths")
+        if not (data or numbers or named):
             raise ValueError("nothing to measure: give --data, --lengths, --tasks or --stream")
         report = compare(
             Comparison(
@@ -86,9 +105,10 @@ def command(
                 eval_length=eval_length,
                 eval_documents=eval_documents,
                 text_field=text_field,
-                passkey_lengths=read_numbers(lengths, "--lengths"),
+                encoding=encoding,
+                passkey_lengths=numbers,
                 passkey_trials=trials,
-                tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+                tasks=named,
                 task_files=task_files,
                 num_fewshot=num_fewshot,
                 limit=limit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,9 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Device, DType, Positions, read_device, read_dtype
+from lizard_models.cli.options import Device, DType, Encoding, Positions, read_device, read_dtype
+
+LEAST_TEMPERATURE = 1e-4  # by which logits are divided; less is the likeliest token, and then an overflow
 
 
 def command(
@@ -21,10 +25,13 @@ def command(
         Path | None,
         typer.Option(help="Text file to continue, of any length; only what is written after it is printed."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write.", min=0)] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Tokens to write.", min=0, max=1 << 40)
+    ] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the probability that is sampled from.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0, max=(1 << 63) - 1)] = 0,
+    encoding: Encoding = "utf-8",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     save_state: Annotated[
         Path | None, typer.Option(help="File for what the model remembers of the prompt; -n 0 writes no text.")
@@ -62,9 +69,14 @@ def command(
         from lizard_models.model import state_file
         from lizard_models.teachers.loading import load_model
         from lizard_models.text import prompts
+        from lizard_models.text.decoding import check_encoding
 
         if (prompt is None) == (prompt_file is None):
             raise ValueError("give one of PROMPT and --prompt-file")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"--top-p is {top_p}, wanted a share above 0, up to 1")
+        if temperature and not (math.isfinite(temperature) and temperature >= LEAST_TEMPERATURE):
+            raise ValueError(f"--temperature is {temperature}, wanted 0, or {LEAST_TEMPERATURE} and more")
         if not max_new_tokens and save_state is None:
             raise ValueError("--max-new-tokens 0 writes nothing: give --save-state with it, or at least 1")
         loaded = load_model(model, device=read_device(device), dtype=read_dtype(dtype), positions=positions)
@@ -72,7 +84,7 @@ def command(
             raise ValueError(f"model {model!r} has no tokenizer: copy the teacher's tokenizer files into it")
         torch.manual_seed(seed)
         started = time.monotonic()
-        text = _text(prompt, prompt_file, echo=not chat and prompt_file is None)
+        text = _text(prompt, prompt_file, check_encoding(encoding), echo=not chat and prompt_file is None)
         tokens = prompts.prompt_tokens(text, loaded.tokenizer, chat, goes_on=load_state is not None)
         cache = None if load_state is None else state_file.load_state(load_state, loaded.model)
         before = 0 if cache is None else cache.get_seq_length()
@@ -100,20 +112,17 @@ def command(
         report.print(f"{prefilled.length - before} tokens read, {written} written in {seconds:.1f} s{held}")
 
 
-def _text(prompt: str | None, file: Path | None, echo: bool) -> Iterator[str]:
+def _text(prompt: str | None, file: Path | None, encoding: str, echo: bool) -> Iterator[str]:
     """The prompt in pieces, printed as they are read if ``echo``."""
-    import sys
-
-    from lizard_models.text.token_stream import read_text
+    from lizard_models.text.decoding import argument_text, stream_text, text_pieces
 
     def pieces() -> Iterator[str]:
         if file is not None:
-            with file.expanduser().open(encoding="utf-8", errors="replace") as opened:
-                yield from read_text(opened)
+            yield from text_pieces(file.expanduser(), encoding, argument="prompt_file")
         elif prompt == "-":
-            yield from read_text(sys.stdin)
+            yield from stream_text(sys.stdin, encoding)
         elif prompt:
-            yield prompt
+            yield argument_text(prompt, "prompt")
 
     for piece in pieces():
         if echo:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
-from lizard_models.cli.options import Cache, Device, DType, read_device, read_dtype
+from lizard_models.cli.options import Cache, Device, DType, Encoding, read_device, read_dtype
 
 
 def command(
@@ -17,6 +17,7 @@ def command(
     eval_length: Annotated[int, typer.Option(help="Positions of a document.", min=2)] = 1024,
     eval_documents: Annotated[int, typer.Option(help="Documents.", min=1)] = 4,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
+    encoding: Encoding = "utf-8",
     device: Device = None,
     dtype: DType = None,
     cache: Cache = None,
@@ -70,6 +71,7 @@ def command(
             eval_length + 1,
             count=eval_documents,
             text_field=text_field,
+            encoding=encoding,
             vocab_size=own.model.config.vocab_size,
         )
         with console.status("measuring") as status:

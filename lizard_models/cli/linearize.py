@@ -14,6 +14,7 @@ from lizard_models.cli.options import (
     Cache,
     Device,
     DType,
+    Encoding,
     KeepSliding,
     KeptKeys,
     Settings,
@@ -24,6 +25,7 @@ from lizard_models.cli.options import (
     read_kept,
     read_kept_keys,
     read_numbers,
+    read_resume,
     read_settings,
 )
 
@@ -63,6 +65,14 @@ def command(
     ] = None,
     stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Begin with the stage 1 that is finished in this folder: a model saved after it, or OUT.training.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per step, in stages 1 and 2.", min=1)] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a training sequence, in stages 1 and 2.", min=2)
@@ -84,6 +94,7 @@ def command(
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and starts.")] = None,
     text_field: Annotated[str | None, typer.Option(help="Field of a record that holds its text.")] = None,
+    encoding: Encoding = "utf-8",
     eval_data: Annotated[
         list[str] | None, typer.Option(help="Held-out documents for the loss by position. May be repeated.")
     ] = None,
@@ -93,8 +104,31 @@ def command(
     device: Device = None,
     dtype: DType = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 50,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Where transformers' Trainer reports to as well, e.g. tensorboard,wandb; losses, rates, speed and "
+            "memory are in the model's log.jsonl anyway.",
+            show_default=False,
+        ),
+    ] = None,
+    diverged: Annotated[
+        float,
+        typer.Option(
+            help="A loss over this times its running median is warned of, then rolled back once at half the rate, then "
+            "stops the run."
+        ),
+    ] = 3.0,
     cache: Cache = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that stopped.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on with a run that stopped; --resume auto: if there is one, else begin it, and a finished run is "
+            "no error, for schedulers that start a command again.",
+            metavar="[auto]",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show shapes, new parameters, and estimates of memory and time.")
     ] = False,
@@ -132,18 +166,21 @@ def command(
     [cyan]torchrun --nproc-per-node 8 -m lizard_models linearize meta-llama/Llama-3.1-8B --preset paper
     --fsdp --out paper-8b[/cyan]
 
+    Another stage 2 after the same stage 1, from its model or from the work of a run that has passed it:
+    [cyan]lizard-attn linearize smollm2-135m --data books/ --from my-lizard --out another[/cyan]
+
     What it would take, without weights: [cyan]lizard-attn linearize meta-llama/Meta-Llama-3-8B --preset paper
     --gradient-checkpointing --dry-run --out paper-8b[/cyan]
 
     A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
     """
     with one_line_errors(lambda: _resume_command(out)):
-        from rich.console import Console
-
         from lizard_models.config import LizardConfig
         from lizard_models.distill import parallel
+        from lizard_models.files import streams
         from lizard_models.runs.convert_folder import linearize_folder
         from lizard_models.runs.linearize_run import Plan, run
+        from lizard_models.runs.work import finished_before
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
@@ -157,7 +194,7 @@ def command(
             stage1=_recipe(stage1_steps, batch_size, seq_len, seed),
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
         )
-        console = Console(soft_wrap=True)
+        console = streams.console()
         if dry_run:
             from lizard_models.runs.cost import describe_run
 
@@ -168,41 +205,46 @@ def command(
                 console.print(part, highlight=False)
             return
         scored = chosen.attention.keeps_keys and stage0_steps != 0
-        untrained = stage1_steps == 0 and stage2_steps == 0 and not scored
+        untrained = start is None and stage1_steps == 0 and stage2_steps == 0 and not scored
         if untrained and not eval_data and not passkey and not widen and state_mib is None:
             # Nothing is trained or measured, so the teacher need not fit into memory.
             folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
             console.print(f"saved, untrained: {folder}")
             return
-        outcome = run(
-            Plan(
-                teacher=teacher,
-                config=chosen,
-                out=out,
-                data=data or sorted({chosen.stage1.dataset, chosen.stage2.dataset}),
-                eval_data=eval_data or [],
-                eval_length=eval_length,
-                eval_documents=eval_documents,
-                passkey_lengths=read_numbers(passkey, "--passkey"),
-                stage0=stage0_steps != 0,
-                stage1=stage1_steps != 0,
-                stage2=stage2_steps != 0,
-                widen=widen,
-                state_mib=state_mib,
-                text_field=text_field,
-                dtype=read_dtype(dtype),
-                device=read_device(device),
-                micro_batch_size=micro_batch_size,
-                gradient_checkpointing=gradient_checkpointing,
-                fsdp=fsdp,
-                cuda_graph=cuda_graph,
-                compile=compile,
-                save_steps=save_steps,
-                resume=resume,
-                cache=cache,
-            ),
-            console,
+        plan = Plan(
+            teacher=teacher,
+            config=chosen,
+            out=out,
+            data=data or sorted({chosen.stage1.dataset, chosen.stage2.dataset}),
+            eval_data=eval_data or [],
+            eval_length=eval_length,
+            eval_documents=eval_documents,
+            passkey_lengths=read_numbers(passkey, "--passkey"),
+            stage0=stage0_steps != 0,
+            stage1=stage1_steps != 0,
+            stage2=stage2_steps != 0,
+            start=start,
+            widen=widen,
+            state_mib=state_mib,
+            text_field=text_field,
+            encoding=encoding,
+            dtype=read_dtype(dtype),
+            device=read_device(device),
+            micro_batch_size=micro_batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            fsdp=fsdp,
+            cuda_graph=cuda_graph,
+            compile=compile,
+            save_steps=save_steps,
+            report_to=tuple(name.strip() for name in (report_to or "").split(",") if name.strip()),
+            diverged=diverged,
+            resume=read_resume(resume),
+            cache=cache,
         )
+        if finished_before(plan, console.print):
+            console.print(f"finished before: {out}   try: lizard-attn generate {out} 'Once upon a time'")
+            return
+        outcome = run(plan, console)
         for table in outcome.report.tables():
             console.print(table)
         for name, result in outcome.stages.items():
@@ -219,13 +261,15 @@ def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed
     return changes | ({"epochs": None} if steps else {})
 
 
-def _resume_command(out: Path) -> str | None:
+def _resume_command(out: Path) -> str:
     from lizard_models.distill.parallel import process_count
-    from lizard_models.runs.linearize_run import work_folder
+    from lizard_models.runs.plan import work_folder
+    from lizard_models.runs.work import has_checkpoints
 
-    if not work_folder(out).exists():
-        return None
+    begun = out.name not in ("", "..") and has_checkpoints(work_folder(out.expanduser()))
     if process_count() > 1:
-        return "the same torchrun command and --resume"
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join(["lizard-attn", *arguments, "--resume"])
+        return "the same torchrun command" + " and --resume" * begun
+    arguments = sys.argv[1:]
+    if not any(argument.startswith("--resume") for argument in arguments) and begun:
+        arguments = [*arguments, "--resume"]
+    return shlex.join(["lizard-attn", *arguments])

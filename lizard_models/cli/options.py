@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,10 @@ DType = Annotated[
 Cache = Annotated[
     str | None,
     typer.Option(help="Folder for fetched and converted files; default $LIZARD_CACHE, else ~/.cache/lizard-attn."),
+]
+Encoding = Annotated[
+    str,
+    typer.Option(help="What text files and JSON are in, e.g. latin-1; anything that is not is refused by its line."),
 ]
 Positions = Annotated[
     str | None,
@@ -90,6 +95,21 @@ def read_numbers(text: str | None, option: str) -> list[int]:
     if any(number < 1 for number in numbers):
         raise ValueError(f"{option} is {text!r}, wanted positive numbers such as 256,1024")
     return numbers
+
+
+def check_folder(out: Path | None) -> None:
+    """Raises ValueError for a folder to write that is a file, or in one."""
+    there = next((p for p in (out, *out.absolute().parents) if p.exists()), out) if out is not None else None
+    if there is not None and not there.is_dir():
+        raise ValueError(f"out: {str(there)!r} is not a folder")
+
+
+def read_resume(text: str | None) -> Any:
+    """What ``--resume`` says, as a ``Plan`` has it. Raises ValueError for anything but auto after it."""
+    known = {None: False, "yes": True, "auto": "auto"}
+    if text not in known:
+        raise ValueError(f"--resume is {text!r}, wanted nothing after it, or auto")
+    return known[text]
 
 
 def read_kept(layers: str | None, share: float | None, sliding: bool | None) -> dict[str, Any]:

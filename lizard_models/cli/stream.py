@@ -27,7 +27,7 @@ def run_stream(
 ) -> None:
     """Streams ``sources`` through a model, prints and saves what ``measure_stream`` finds.
 
-    settings: chunk, max_tokens and text_field. Raises ValueError for a model or text that is not there.
+    settings: chunk, max_tokens, text_field and encoding. Raises ValueError for a model or text that is not there.
     """
     from lizard_models.evaluation.plot import save_stream
     from lizard_models.evaluation.stream import measure_stream
@@ -38,7 +38,11 @@ def run_stream(
     total = count_tokens(sources)
     limits = [n for n in (None if total is None else total - 1, settings["max_tokens"]) if n is not None]
     tokens = stream_tokens(
-        sources, loaded.tokenizer, vocab_size=loaded.model.config.vocab_size, text_field=settings["text_field"]
+        sources,
+        loaded.tokenizer,
+        vocab_size=loaded.model.config.vocab_size,
+        text_field=settings["text_field"],
+        encoding=settings["encoding"],
     )
     record = {
         "model": name,

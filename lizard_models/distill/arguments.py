@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from lizard_models.distill.parallel import process_count
 from lizard_models.recipes import Recipe
@@ -57,6 +58,16 @@ class RunArguments:
     frozen: str | None = None
     """Digest of what does not train, so that a run goes on with the same model alone; None computes it."""
 
+    log: Path | None = None
+    """File that gets a line of JSON for every entry of the log and every event; None writes none."""
+
+    report_to: tuple[str, ...] = ()
+    """Where transformers' Trainer reports to as well: tensorboard, wandb, and whatever else it knows."""
+
+    diverged: float = 3.0
+    """A loss over this times its running median is warned of, then rolled back once at half the rate, then stops the
+    stage."""
+
     title: str = ""
     """What the progress bar calls the run."""
 
@@ -71,6 +82,17 @@ def total_steps(recipe: Recipe, dataset: Dataset) -> int:
     return max(1, math.ceil(recipe.epochs * len(dataset) / recipe.batch_size))
 
 
+def check_reports(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that Trainer does not report to, or whose package is missing."""
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in there:
+            known = ", ".join(there) or "none of those that it knows"
+            raise ValueError(
+                f"report_to: transformers finds no {name!r} here, only {known}; install it, or leave it out"
+            )
+
+
 def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
     """Transformers' arguments for a recipe.
 
@@ -83,6 +105,9 @@ def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> Trainin
         raise ValueError("compile: sharded layers are not compiled; leave out one of it and fsdp")
     if run.fsdp and process_count() == 1:
         raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+    check_reports(run.report_to)
+    if not run.diverged > 1:
+        raise ValueError(f"diverged must be above 1, a factor over the usual loss, got {run.diverged}")
     devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}
     arguments = TrainingArguments(
         output_dir=str(run.output_dir),
@@ -93,7 +118,7 @@ def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> Trainin
         logging_nan_inf_filter=False,  # a loss that is not finite must show
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
-        report_to="none",
+        report_to=list(run.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=run.device != "cpu",

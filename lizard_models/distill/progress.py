@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections import deque
 from typing import Any
@@ -14,12 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lizard_models.distill.parallel import any_process, is_main_process, process_count
+from lizard_models.files import signals
+from lizard_models.files.streams import console as lasting
 
 LAUNCHERS_ECHO = 2.0  # seconds in which a launcher passes on the Ctrl-C that its processes had already
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C (or SIGTERM) in training. The step was finished and a checkpoint written; ``resume`` goes on from it."""
+    """Ctrl-C, SIGTERM or SIGHUP in training. The step was finished and a checkpoint written; ``resume`` goes on from
+    it. ``number`` is the signal's."""
+
+    number: int = signal.SIGINT
 
 
 def clock(seconds: float) -> str:
@@ -36,7 +40,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, title: str, quantity: str, console: Console | None = None, every: float = 10.0) -> None:
         self.title, self.quantity, self.every = title, quantity, every
-        self.console = console or Console(stderr=True, soft_wrap=True, quiet=not is_main_process())
+        self.console = console or lasting("stderr", quiet=not is_main_process())
         self.loss: float | None = None
         self.times: deque[float] = deque(maxlen=21)
         self.printed = -math.inf
@@ -89,32 +93,32 @@ class ProgressCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns the first Ctrl-C (or SIGTERM) into: finish this step, write a checkpoint, stop. A second one stops at once.
+    """Turns the first Ctrl-C (or SIGTERM, SIGHUP) into: finish this step, write a checkpoint, stop. A second one stops
+    at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
     A context manager around training: it holds the signal handlers only there, and only in the main thread.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=not is_main_process())
+        self.console = console or lasting("stderr", quiet=not is_main_process())
         self.asked = False
         self.asked_at = -math.inf
-        self.previous: dict[int, Any] = {}
+        self.number: int = signal.SIGINT
+        self.previous: signals.Handlers = {}
 
     def __enter__(self) -> InterruptCallback:
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = signals.handle(self._ask)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        signals.restore(self.previous)
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked:
             if process_count() > 1 and time.monotonic() - self.asked_at < LAUNCHERS_ECHO:
                 return
             raise KeyboardInterrupt
-        self.asked, self.asked_at = True, time.monotonic()
+        self.asked, self.asked_at, self.number = True, time.monotonic(), number
         self.console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
     def on_step_end(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from lizard_models.config import RETIRED
 from lizard_models.distill import parallel
 from lizard_models.distill.checkpoint_files import damaged, refuse_pickles
-from lizard_models.files.folders import write_whole
+from lizard_models.files.folders import sync, write_whole
+from lizard_models.files.records import read_json
 from lizard_models.files.weights import content_digest
 
 RUN = "run.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+SAVING, REPLACED = ".saving-", ".replaced-"  # folders that a stage writes or deletes; nothing of them is read
 OF_TRAINING = (
     "version",
     "name",
@@ -27,8 +32,35 @@ OF_TRAINING = (
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a stage's folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=step_of)
+    """The checkpoints in a stage's folder, oldest first; what else is there is nobody's."""
+    found = (path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def put_in_place(written: Path, folder: Path) -> None:
+    """Moves a checkpoint that is on the disk into a stage's folder, in place of one of its name."""
+    target = folder / written.name
+    if target.exists():
+        remove(target)
+    written.rename(target)
+    sync(folder)
+
+
+def remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint, which is gone at once: half of one never has its name."""
+    aside = checkpoint.with_name(f"{REPLACED}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a process that was killed left in a stage's folder. Nobody else may be working there."""
+    for path in (p for start in (SAVING, REPLACED) for p in folder.glob(f"{start}*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".{RUN}.*"):
+        path.unlink(missing_ok=True)
 
 
 def older(checkpoint: Path) -> str:
@@ -61,16 +93,23 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
     those of another run, and a newest one that is damaged.
     """
     path = folder / RUN
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found = checkpoints(folder)[-1:]
     parallel.wait_for_all()  # every process has looked before one writes
-    if found is None:
+    if not found:
         if parallel.is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
             write_whole(path, json.dumps(record, indent=2) + "\n")
         return None
     if not resume:
         raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")
-    before = json.loads(path.read_text())
+    (newest,) = found
+    wanted = "the record of a run, which its checkpoints need: delete the folder and train again"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: it is {wanted}")
+    before = read_json(path, f"it is {wanted}")
+    if not isinstance(before, dict) or not {"steps", "data", "recipe"} <= before.keys():
+        raise ValueError(f"{path} is damaged (it lacks steps, data or recipe): it is {wanted}")
     changed = [key for key in ("steps", "data") if before[key] != record[key]]
     changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]
     retired = {key: value for key, value in before["recipe"].items() if key not in record["recipe"]}
@@ -84,8 +123,10 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
             f"{folder} is of a run on another model: its frozen parameters differ, or its configuration; go on with "
             "the one it began with, or delete the folder"
         )
-    refuse_pickles(Path(found))
+    refuse_pickles(newest)
     sums = before.get("sums", False)  # runs of earlier versions have none
-    if wrong := parallel.agreed(damaged(Path(found), sums) if parallel.is_main_process() else None):
-        raise ValueError(f"{wrong}; {older(Path(found))}")
-    return Path(found)
+    if wrong := parallel.agreed(damaged(newest, sums) if parallel.is_main_process() else None):
+        raise ValueError(f"{wrong}; {older(newest)}")
+    if parallel.is_main_process():
+        remove_leftovers(folder)
+    return newest

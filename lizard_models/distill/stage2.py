@@ -78,15 +78,7 @@ def train_stage2(
     Raises ValueError for a projection the model does not have, and what ``run_stage`` does.
     """
     recipe = recipe or lizard_config(model.config).stage2
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if missing := sorted(set(recipe.lora_targets) - leaves):
-        raise ValueError(f"lora_targets: the model has no {', '.join(missing)}")
-    if "lm_head" in recipe.lora_targets or "embed_tokens" in recipe.lora_targets:
-        raise ValueError("lora_targets: lm_head and embed_tokens are shared with the teacher and cannot be adapted")
-    if run.fsdp and recipe.trained == "full":
-        raise ValueError('fsdp: trained="full" is not sharded; train adapters (trained="lora"), or without fsdp')
-    if run.cuda_graph and (recipe.lora_dropout or run.gradient_checkpointing):
-        raise ValueError("cuda_graph: a graph holds neither lora_dropout nor gradient_checkpointing; leave one out")
+    check_stage2(model, run, recipe)
     new = {name for name, _ in model.stage_parameters()} if recipe.train_new_parameters else set()
     torch.manual_seed(recipe.seed)  # LoRA's random half
     model.requires_grad_(False)
@@ -114,6 +106,23 @@ def train_stage2(
         if run.gradient_checkpointing:
             model.gradient_checkpointing_disable()
     return adapted.merge_and_unload(), result
+
+
+def check_stage2(model: LizardCausalLM, run: RunArguments, recipe: Stage2Config) -> None:
+    """Raises ValueError for what stage 2 cannot do with a model, before anything is trained."""
+    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    if missing := sorted(set(recipe.lora_targets) - {leaf for leaf, _ in modules}):
+        raise ValueError(f"lora_targets: the model has no {', '.join(missing)}")
+    if "lm_head" in recipe.lora_targets or "embed_tokens" in recipe.lora_targets:
+        raise ValueError("lora_targets: lm_head and embed_tokens are shared with the teacher and cannot be adapted")
+    other = {leaf for leaf, module in modules if leaf in recipe.lora_targets and not isinstance(module, nn.Linear)}
+    if other or not recipe.lora_targets:
+        named = ", ".join(sorted(other)) or "nothing is named"
+        raise ValueError(f"lora_targets: {named}; wanted projections such as q_proj and v_proj")
+    if run.fsdp and recipe.trained == "full":
+        raise ValueError('fsdp: trained="full" is not sharded; train adapters (trained="lora"), or without fsdp')
+    if run.cuda_graph and (recipe.lora_dropout or run.gradient_checkpointing):
+        raise ValueError("cuda_graph: a graph holds neither lora_dropout nor gradient_checkpointing; leave one out")
 
 
 def _adapted(model: LizardCausalLM, recipe: Stage2Config) -> tuple[Any, str]:

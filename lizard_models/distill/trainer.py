@@ -19,25 +19,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
 from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles, write_sums
 from lizard_models.distill.compiled import compiled
-from lizard_models.distill.finite import FiniteWatch
+from lizard_models.distill.divergence import DivergenceCallback, RollBack, halve
+from lizard_models.distill.finite import FiniteWatch, first_nonfinite
 from lizard_models.distill.graphed import graphed
+from lizard_models.distill.log import LogCallback, LogFile
 from lizard_models.distill.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from lizard_models.distill.resume import RUN as RUN  # known by this name here too
-from lizard_models.distill.resume import checkpoint_to_resume, checkpoints, frozen_digest, older
+from lizard_models.distill.resume import (
+    SAVING,
+    checkpoint_to_resume,
+    checkpoints,
+    frozen_digest,
+    older,
+    put_in_place,
+    remove,
+)
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.stream import endless
+from lizard_models.files.folders import sync_all
+from lizard_models.files.records import read_json
 from lizard_models.files.weights import name_some, nonfinite
 from lizard_models.recipes import Recipe
 
 INPUT_READER = re.compile(r"\.lizard\.(gate|mix)\.")
 TRAINED = "trained.safetensors"
 DIVERGED = 1.5  # a stage whose loss ends above its first by this factor is warned of; batches differ by less
+
+
+class UpdateCallback(TrainerCallback):
+    """Shows the watch the weights after each update."""
+
+    trainer: DistillTrainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As transformers calls it: the step that is not counted yet."""
+        trained = self.trainer.model
+        self.trainer.watch.updated(state.global_step + 1, parallel.trained(trained))
 
 
 @dataclass
@@ -66,14 +89,24 @@ class DistillTrainer(StateFiles):
     model: nn.Module
     saving_to: str | None = None
     sharded = False
+    halved = False  # whether it goes on with half the rate that the checkpoint has
     watch: FiniteWatch
     loss_sum: Tensor | float = 0.0
+    inputs: Any = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's; the loss is kept for the watch."""
-        loss = super().training_step(*args, **kwargs)
+        """As Trainer's; the loss is kept for the watch, and what an op refuses for a NaN is said of the step."""
+        self.inputs = args[1]
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except ValueError as error:
+            raise self.watch.refused(self.state.global_step + 1, error) from error
         self.loss_sum = self.loss_sum + loss
         return loss
+
+    def where(self) -> str:
+        """Where the newest batch meets what is not finite: in a weight, or first after which layer."""
+        return first_nonfinite(self.model, self._prepare_inputs(self.inputs))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self._watched_norm()
@@ -110,6 +143,11 @@ class DistillTrainer(StateFiles):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_state(self.model, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.halved:
+            halve(self.optimizer, self.lr_scheduler)
+
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return parallel.Prepared(model) if self.sharded else super()._wrap_model(model, *args, **kwargs)
 
@@ -120,7 +158,7 @@ class DistillTrainer(StateFiles):
         run_dir = Path(self._get_output_dir(None))
         main = parallel.is_main_process()
         self.watch.state(self.state.global_step, parallel.trained(self.model), self.optimizer)
-        draft = parallel.agreed(tempfile.mkdtemp(prefix=".saving-", dir=run_dir) if main else None)
+        draft = parallel.agreed(tempfile.mkdtemp(prefix=SAVING, dir=run_dir) if main else None)
         try:
             self.saving_to = draft
             try:
@@ -131,10 +169,10 @@ class DistillTrainer(StateFiles):
             if main:
                 written = next(Path(draft).glob("checkpoint-*"))
                 write_sums(written)
-                shutil.rmtree(run_dir / written.name, ignore_errors=True)
-                written.rename(run_dir / written.name)
+                sync_all(written)
+                put_in_place(written, run_dir)
                 for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove(old)
         finally:
             if main:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -202,7 +240,8 @@ def run_stage(
 
     Raises ValueError if nothing trains, if frozen weights are not finite, if checkpoints are there and ``resume`` is
     not set, or if they are of another run or damaged; FloatingPointError if a loss, a gradient or what a checkpoint
-    would hold is not finite; TrainingInterrupted after Ctrl-C and a checkpoint.
+    would hold is not finite, or if the loss runs away twice (``DivergenceCallback``); TrainingInterrupted after Ctrl-C
+    and a checkpoint.
 
     Started by torchrun or accelerate, the batch is shared among the processes. With ``run.fsdp`` the model is sharded
     over them meanwhile; what it learned is in ``objective`` in every process afterwards.
@@ -227,38 +266,56 @@ def run_stage(
     arguments = training_arguments(recipe, run, steps)
     arguments.save_total_limit = run.keep_checkpoints
     trained = parallel.sharded(objective, run.device or "cuda") if run.fsdp else objective
-    optimizer = torch.optim.AdamW(
-        parameter_groups(trained, recipe.learning_rate, gate_learning_rate, new_learning_rate),
-        betas=recipe.betas,
-        eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
-        fused=next(objective.parameters()).is_cuda,
-    )
-    schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
     progress = ProgressCallback(run.title, quantity)
     interrupt = InterruptCallback(progress.console)
-    trainer = DistillTrainer(
-        model=trained,
-        args=arguments,
-        train_dataset=endless(dataset),
-        optimizers=(optimizer, schedule),
-        callbacks=[progress, interrupt],
-    )
-    trainer.sharded = run.fsdp
-    trainer.watch = FiniteWatch(run.title, quantity, folder)
-    trainer.remove_callback(PrinterCallback)
+    log = LogFile(run.log, run.title)
+    rates = {"gate_learning_rate": gate_learning_rate, "new_learning_rate": new_learning_rate}
+    groups = parameter_groups(trained, recipe.learning_rate, **rates)
+    divergence = DivergenceCallback(run.title, quantity, run.diverged, folder, log)
+    divergence.rates = [group["lr"] for group in groups]
+    tokens = recipe.batch_size * recipe.sequence_length
+
+    def new_trainer(halved: bool) -> DistillTrainer:
+        optimizer = torch.optim.AdamW(
+            [dict(group) for group in groups],
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=next(objective.parameters()).is_cuda,
+        )
+        schedule = cosine_schedule(optimizer, steps, recipe.warmup_ratio, recipe.min_learning_rate_ratio)
+        trainer = DistillTrainer(
+            model=trained,
+            args=arguments,
+            train_dataset=endless(dataset),
+            optimizers=(optimizer, schedule),
+            callbacks=[progress, LogCallback(log, tokens), divergence, update := UpdateCallback(), interrupt],
+        )
+        update.trainer = trainer
+        trainer.sharded, trainer.halved = run.fsdp, halved
+        trainer.watch = FiniteWatch(run.title, quantity, folder, trainer.where)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
     started = time.monotonic()
     if last is not None and last.name == f"checkpoint-{steps}":
         load_trained_state(objective, last)
-        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        history = read_json(last / "trainer_state.json", older(last))["log_history"]
     else:
         ways = compiled(objective, run.compile), graphed(objective, run.cuda_graph)
         with interrupt, contextlib.closing(progress), ways[0], ways[1]:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            try:
+                trainer = new_trainer(halved=False)
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            except RollBack:
+                trainer = new_trainer(halved=True)
+                trainer.train(resume_from_checkpoint=str(checkpoints(folder)[-1]))
         history = trainer.state.log_history
         # In the last step too: the checkpoint is written, and what would come next was not asked for.
         if parallel.any_process(interrupt.asked, arguments.device):
-            raise TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
+            stopped = TrainingInterrupted(f"{run.title} stopped at step {trainer.state.global_step} of {steps}")
+            stopped.number = interrupt.number
+            raise stopped
         if trained is not objective:
             parallel.copy_trained(trained, objective)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]

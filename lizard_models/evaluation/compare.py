@@ -31,6 +31,7 @@ class Comparison:
     eval_length: int = 4096
     eval_documents: int = 8
     text_field: str | None = None
+    encoding: str = "utf-8"
     passkey_lengths: list[int] = field(default_factory=list)
     passkey_trials: int = 10
     tasks: list[str] = field(default_factory=list)
@@ -63,6 +64,7 @@ def compare(plan: Comparison, console: Console) -> Report:
             plan.eval_length + 1,
             count=plan.eval_documents,
             text_field=plan.text_field,
+            encoding=plan.encoding,
             vocab_size=loaded.model.config.vocab_size,
         )
     rows = []

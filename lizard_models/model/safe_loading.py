@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lizard_layers import KeyScore
 from lizard_models.files.weights import name_some, nonfinite, read_shards, refuse_pickled_adapter
 
+MOST_LAYERS = 10_000  # of a configuration that is believed
 PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 OLD_BUFFERS = "rotary_emb.inv_freq"  # in checkpoints of older transformers, and ignored by the present one
 
@@ -88,6 +89,27 @@ def _refuse_plans(kwargs: dict[str, Any]) -> None:
             )
 
 
+def read_config(source: str) -> PreTrainedConfig:
+    """The configuration of a saved model, by folder or hub name; no code of it is run, nor fetched for it.
+
+    Raises ValueError for one that is damaged, that no model of transformers fits, or that names kernels of a hub.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a value of another type than wanted gives errors of many kinds
+        if getattr(error, "errno", None) is not None:
+            raise
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{kind}{error}") from error
+    kernel = getattr(config, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel:
+        raise ValueError(f"its config.json names attention kernels of a hub ({kernel!r}), which are never fetched")
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise ValueError(f"its config.json has num_hidden_layers={layers!r}, wanted 1 to {MOST_LAYERS}")
+    return config
+
+
 def load_causal_lm(source: str, dtype: torch.dtype | str, what: str, *, config: PreTrainedConfig | None = None) -> Any:
     """Any causal language model by folder or hub name, Lizard or not, as safely as a Lizard.
 
@@ -107,10 +129,11 @@ def load_causal_lm(source: str, dtype: torch.dtype | str, what: str, *, config: 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (ValueError, SafetensorError, OSError) as error:
-        if getattr(error, "errno", None) is not None:
+    except Exception as error:  # what a configuration that fits nothing gives has no class of its own
+        if getattr(error, "errno", None) is not None or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise  # of the system: a full disk, a file that may not be read
-        raise ValueError(f"{what} {source!r} cannot be read: {error}") from error
+        kind = "" if isinstance(error, ValueError | SafetensorError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} {source!r} cannot be read: {kind}{error}") from error
     model, info = loaded
     refuse_other_keys(info, f"{what} {source!r}")
     refuse_nonfinite(model, f"{what} {source!r}", "fetch or copy it again, or load it in float32 if it was cast")

@@ -20,7 +20,8 @@ from lizard_models.evaluation import Report, Row
 from lizard_models.files.folders import appear_whole, write_whole
 from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel
 from lizard_models.model.linearize import linearize
-from lizard_models.runs.linearize_run import Plan, run, work_folder
+from lizard_models.runs.linearize_run import Plan, run
+from lizard_models.runs.plan import work_folder
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import load_model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -15,13 +14,16 @@ from rich.console import Console
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
+from lizard_models.distill.arguments import total_steps, training_arguments
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
+from lizard_models.distill.stage2 import check_stage2
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
-from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums, write_whole
+from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
+from lizard_models.files.records import write_record
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers, lizard_config
@@ -31,12 +33,16 @@ from lizard_models.recipes import Recipe, Stage0Config
 from lizard_models.runs.cost import tuned_numbers
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.runs.plan import Outcome, Plan, check_folders, work_folder
+from lizard_models.runs.plan import Outcome, Plan, check_folders
 from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.runs.start import begin_from
 from lizard_models.runs.state_budget import evenly_kept, share_out, told
+from lizard_models.runs.work import KEPT, LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
-from lizard_models.text.sequences import Documents, load_documents, load_sequences
+from lizard_models.text.documents import files_left_out
+from lizard_models.text.overlap import overlap
+from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
@@ -53,19 +59,28 @@ def run(plan: Plan, console: Console) -> Outcome:
 
     Raises ValueError for a bad plan, before any training; what the stages' functions raise.
     """
-    work = work_folder(plan.out)
-    check_folders(plan, work)
-    return _Run(plan, console, work).outcome()
+
+    def say(message: str) -> None:
+        console.print(message, highlight=False, markup=False)
+
+    console.quiet = console.quiet or not is_main_process()
+    work = Work(plan, say)
+    check_folders(plan, work.folder)
+    try:
+        return _Run(plan, console, work).outcome()
+    finally:
+        work.release()
 
 
 class _Run:
-    def __init__(self, plan: Plan, console: Console, work: Path) -> None:
-        self.plan, self.console, self.work = plan, console, work
+    def __init__(self, plan: Plan, console: Console, work: Work) -> None:
+        self.plan, self.console, self.say = plan, console, work.say
+        self.held, self.work = work, work.folder
         self.config = plan.config
-        self.console.quiet = self.console.quiet or not is_main_process()
         self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if plan.fsdp and process_count() == 1:
             raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+        self.held.hold()  # before anything is loaded, if there is something to go on with
         self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
         self.say(f"teacher: {plan.teacher}")
@@ -75,8 +90,17 @@ class _Run:
             self.config = evenly_kept(self.teacher.model.config, plan.config, plan.state_mib)
             self.plan = plan = dataclasses.replace(plan, config=self.config)
         self.documents = self._evaluation_documents()
+        self.told: list[str] = []
+        for source in dict.fromkeys((*plan.data, *plan.eval_data)):
+            if left := files_left_out(source):
+                self.say(f"not read in {source}: {len(left)} hidden files or outputs of runs, such as {left[0]}")
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
+        self.results: dict[str, StageResult] = {}
+        self.start = ""  # digest of what it begins with
+        if plan.start is not None:
+            self.results, self.start = begin_from(plan.start, self.model, self.digest)
+            self.say(f"{' and '.join(self.results)}: as trained in {plan.start}")
         added = sum(p.numel() for _, p in self.model.lizard_parameters())
         total = sum(p.numel() for p in self.model.parameters())
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
@@ -84,16 +108,15 @@ class _Run:
         self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
         if plan.state_mib is not None and "stage0" not in self.sequences:
             raise ValueError("state_mib: keys are shared out by the scores of stage 0, which is left out")
+        for stage, rows in self.sequences.items():
+            if stage != "stage0":
+                self._check_stage(stage, rows)
         if plan.widen:
             self._check_widen()
-        self.results: dict[str, StageResult] = {}
         check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
-        self._check_same_plan()
-        self.rows = self._measured_rows()
+        self.held.begin(self._settings() | {"passkey_lengths": plan.passkey_lengths})
+        self.rows = [Row.from_dict(values) for values in self.held.read(ROWS) or []]
         wait_for_all()
-
-    def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, markup=False)
 
     def outcome(self) -> Outcome:
         """Measures, trains, saves."""
@@ -120,6 +143,8 @@ class _Run:
 
     def _stages(self) -> dict[str, Recipe]:
         config = self.plan.config
+        if self.plan.start is not None:
+            return {"stage2": config.stage2}
         stages: dict[str, Recipe] = {}
         if self.plan.stage0 and self.model.key_scores():
             stages["stage0"] = config.stage0
@@ -133,9 +158,20 @@ class _Run:
             stages["stage2"] = config.stage2
         return stages
 
+    def _check_stage(self, stage: str, rows: Any) -> None:
+        """What a stage cannot do is said before the first one begins."""
+        run, recipe = self._run_arguments(stage, stage), getattr(self.config, stage)
+        training_arguments(recipe, run, total_steps(recipe, rows))
+        if stage == "stage2":
+            check_stage2(self.model, run, recipe)
+
     def _check_widen(self) -> None:
-        if "stage1" not in self.sequences:
+        if self.plan.start is not None:
+            self.choice = self._training_sequences("the choice of layers", self.config.stage1)
+        elif "stage1" not in self.sequences:
             raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
+        else:
+            self.choice = self.sequences["stage1"]
         check_widen(self.model.config, self.plan.widen, self.config.stage1.sequence_length - 1)
         trial = self.config.replace(wide_layers=converted_layers(self.model.config)[: self.plan.widen])
         window_control(self.teacher, trial)  # a window that does not fit shows here
@@ -148,9 +184,9 @@ class _Run:
 
     def _widen(self, model: LizardCausalLM) -> None:
         """Gives the layers that need it their wide window; a run that goes on takes those it chose before."""
-        path = self.work / "wide_layers.json"
-        if not path.is_file():
-            tokens = torch.stack([row["input_ids"] for row in islice(self.sequences["stage1"], CHOSEN_ON)])
+        layers = self.held.read(WIDE)
+        if layers is None:
+            tokens = torch.stack([row["input_ids"] for row in islice(self.choice, CHOSEN_ON)])
             both: list[torch.nn.Module] = [model, self.teacher.model]
             for one in both:
                 one.to(self.device)
@@ -165,9 +201,9 @@ class _Run:
             for one in both:
                 one.to(self.home)
             if is_main_process():
-                write_whole(path, json.dumps(layers))
+                write_record(self.work / WIDE, layers)
         wait_for_all()
-        layers = json.loads(path.read_text())
+        layers = self.held.read(WIDE)
         widen(model, layers)
         self.config = self.config.replace(wide_layers=layers)
         self.say(f"window of {self.config.wide_window} where it is needed most: layers {layers}")
@@ -177,7 +213,7 @@ class _Run:
 
     def _share_places(self, model: LizardCausalLM, mib: float) -> None:
         """Gives key heads the places that the budget holds; a run that goes on takes those it chose before."""
-        rows, path = self.sequences["stage0"].held_out, self.work / "kept_keys.json"
+        rows, path = self.sequences["stage0"].held_out, self.work / KEPT
         with self.console.status("sharing out kept keys"):
             share_out(model, rows, mib, path, self.device, self.home)
         self.config = lizard_config(model.config)
@@ -194,22 +230,34 @@ class _Run:
         self.say(f"scores: R2 {result.mean_r2:.3f} on {len(rows.held_out)} held-out rows, by layer {layers}")
 
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
+        plan = self.plan
         if isinstance(recipe, Stage0Config):
-            rows = score_rows(self.plan.data, self.teacher, self.model, recipe, self.plan.text_field)
+            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.text_field, plan.encoding)
             self.say(f"data of {stage}: {rows.told}")
             return rows
         sequences = load_sequences(
-            self.plan.data,
+            plan.data,
             self.teacher.tokenizer,
             recipe.sequence_length,
             seed=recipe.seed,
-            text_field=self.plan.text_field,
+            text_field=plan.text_field,
+            encoding=plan.encoding,
             examples=recipe.examples,
             vocab_size=self.teacher.model.config.vocab_size,
         )
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
         self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")
+        self._tell_overlap(sequences)
         return sequences
+
+    def _tell_overlap(self, sequences: Any) -> None:
+        """Names what is both trained on and measured on; of streamed text nobody knows."""
+        if self.documents is None or not isinstance(sequences, PackedTokens) or not is_main_process():
+            return
+        found = overlap(self.documents.tokens, sequences)
+        if found is not None and (told := found.told()) and told not in self.told:
+            self.told.append(told)
+            self.say(f"warning: {told}")
 
     def _evaluation_documents(self) -> Documents | None:
         if self.plan.passkey_lengths and self.teacher.tokenizer is None:
@@ -222,6 +270,7 @@ class _Run:
             self.plan.eval_length + 1,
             count=self.plan.eval_documents,
             text_field=self.plan.text_field,
+            encoding=self.plan.encoding,
             vocab_size=self.teacher.model.config.vocab_size,
         )
 
@@ -231,7 +280,7 @@ class _Run:
         self._measure(TEACHER, self.teacher.model)
         control = window_control(self.teacher, self.plan.config)
         self._measure(CONTROL, control)
-        self._measure(UNTRAINED, model, errors=True)
+        self._measure(STAGE1 if self.start else UNTRAINED, model, errors=True)
 
     def _measure(self, name: str, model: torch.nn.Module, errors: bool = False) -> None:
         if any(row.name == name for row in self.rows):
@@ -258,20 +307,16 @@ class _Run:
             return
         self.rows.append(row)
         if is_main_process():
-            write_whole(self.work / "rows.json", json.dumps([row.to_dict() for row in self.rows]))
+            write_record(self.work / ROWS, [row.to_dict() for row in self.rows])
         parts = [] if row.loss is None else [f"loss by position {' '.join(f'{m:.3f}' for m in row.loss.means)}"]
         parts += [] if row.relative_error is None else [f"relative error {row.relative_error:.4f}"]
         parts += [f"passkey {length}: {share:.0%}" for length, share in row.passkey.items()]
         self.say(f"{name}: {', '.join(parts)}")
 
-    def _measured_rows(self) -> list[Row]:
-        path = self.work / "rows.json"
-        return [Row.from_dict(values) for values in json.loads(path.read_text())] if path.is_file() else []
-
     def _run_arguments(self, stage: str, title: str) -> RunArguments:
         return RunArguments(
             output_dir=self.work / stage,
-            resume=self.plan.resume,
+            resume=bool(self.plan.resume),
             device=torch.device(self.device).type,
             micro_batch_size=self.plan.micro_batch_size,
             save_steps=self.plan.save_steps,
@@ -279,6 +324,9 @@ class _Run:
             fsdp=self.plan.fsdp,
             cuda_graph=self.plan.cuda_graph,
             compile=self.plan.compile,
+            log=self.work / LOG,
+            report_to=self.plan.report_to,
+            diverged=self.plan.diverged,
             title=title,
             frozen=self._frozen(stage),
         )
@@ -286,9 +334,10 @@ class _Run:
     def _frozen(self, stage: str) -> str:
         """Digest of what a stage trains against: the teacher, and after stage 0 the scores that choose keys."""
         scores = dict(self.model.key_scores().named_parameters())
-        if stage == "stage0" or not scores:
+        if stage == "stage0" or not (scores or self.start):
             return self.digest
-        return agreed(content_digest(scores, {"teacher": self.digest}) if is_main_process() else None)
+        beside = {"teacher": self.digest} | ({"start": self.start} if self.start else {})
+        return agreed(content_digest(scores, beside) if is_main_process() else None)
 
     def _settings(self) -> dict[str, Any]:
         plan = self.plan
@@ -306,38 +355,9 @@ class _Run:
             "eval_length": plan.eval_length,
             "eval_hash": self.documents.digest if self.documents else None,
             "passkey_trials": plan.passkey_trials,
+            **({"start": str(plan.start), "start_sha256": self.start} if self.start else {}),
             "stages": {name: dataclasses.asdict(result) for name, result in self.results.items()},
         }
-
-    def _check_same_plan(self) -> None:
-        settings = {key: value for key, value in self._settings().items() if key not in ("stages", "processes")}
-        settings["passkey_lengths"] = self.plan.passkey_lengths
-        text = json.dumps(settings, sort_keys=True, indent=2)
-        path = self.work / "plan.json"
-        if path.is_file():
-            before = {
-                "widen": 0,
-                "state_mib": None,
-                **json.loads(path.read_text()),
-            }  # runs from before there was this choice lack it
-            with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
-                before["config"] = LizardConfig.from_dict(before["config"]).to_dict()
-            if (known := before.setdefault("teacher_sha256", self.digest)) != self.digest:
-                raise ValueError(
-                    f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.work)!r} began with: its "
-                    f"weights or its configuration changed (sha256 {self.digest[:12]}, was {known[:12]}); put the old "
-                    "one back, or delete that folder and train anew"
-                )
-            changed = [key for key in settings if before.get(key) != json.loads(text)[key]]
-            if changed:
-                raise ValueError(
-                    f"resume: {self.work} is of a run with other {', '.join(changed)}; repeat its command with "
-                    "resume=True, or delete that folder"
-                )
-        wait_for_all()
-        if is_main_process():
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text)
 
     def _save(self, model: LizardCausalLM, report: Report) -> None:
         if not is_main_process():
@@ -349,11 +369,13 @@ class _Run:
                     save_tokenizer(self.teacher.tokenizer, draft, model.config)
                 save_report(report, draft, say=self.say)
                 (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
+                if (self.work / LOG).is_file():
+                    shutil.copyfile(self.work / LOG, draft / LOG)
                 write_model_card(draft, self.teacher.source)
                 write_sums(draft)
         except KeptDraft as kept:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
-        shutil.rmtree(self.work)
+        self.held.remove()
         wait_for_all()
 
 

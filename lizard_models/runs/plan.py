@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import StageResult
+from lizard_models.distill.resume import checkpoints
 from lizard_models.evaluation import Report
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.runs.start import start_config
 from lizard_models.teachers.find import Teacher
+
+LONGEST = 220  # bytes of a name, of 255, to which a run adds those of its own folders
+STAGES = ("stage0", "stage1", "stage2")
 
 
 @dataclass(kw_only=True)
@@ -32,6 +39,9 @@ class Plan:
     """Fit the scores of kept keys; without ``attention.kept_keys`` there is nothing to fit."""
     stage1: bool = True
     stage2: bool = True
+    start: Path | None = None
+    """Folder of a model after stage 1, or of the work of a run that has finished it: this plan begins with what stages
+    0 and 1 left there, and takes over their recipes."""
     widen: int = 0
     """As many layers get the configuration's ``wide_window`` after stage 1: those that need it most on the training
     text, see ``evaluation.neediest_layers``."""
@@ -39,6 +49,8 @@ class Plan:
     """MiB that the state of one sequence may take with float32 keys, in place of ``attention.kept_keys``. After stage 0
     places go to the layers and key heads where they save most on the training text: see ``runs.state_budget``."""
     text_field: str | None = None
+    encoding: str = "utf-8"
+    """Of text files and JSON."""
     dtype: torch.dtype | None = None
     """Of the teacher's weights; None is the recipe's on a GPU and float32 on a CPU."""
     device: str | None = None
@@ -52,8 +64,27 @@ class Plan:
     compile: bool = False
     """MLPs and norms through torch.compile while training."""
     save_steps: int = 50
-    resume: bool = False
+    report_to: tuple[str, ...] = ()
+    """Where transformers' Trainer reports to beside ``log.jsonl`` in the model's folder: tensorboard, wandb, ..."""
+    diverged: float = 3.0
+    """See ``RunArguments``."""
+    resume: bool | Literal["auto"] = False
+    """Go on with the run that ``out`` has begun; "auto": if there is one, else begin it."""
     cache: str | None = None
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out).expanduser()
+        if self.start is not None:
+            if not self.stage2:
+                raise ValueError("start: stages 0 and 1 are done there, and stage 2 is left out: nothing is left to do")
+            self.start = Path(self.start).expanduser()
+            self.config = start_config(self.start, self.config)
+        if self.out.name in ("", ".."):
+            raise ValueError(f"out: got {str(self.out)!r}, wanted the name of a new folder")
+        if len(os.fsencode(self.out.name)) > LONGEST:
+            raise ValueError(
+                f"out: the folder's name has more than {LONGEST} bytes, the most that leaves room for work"
+            )
 
 
 @dataclass
@@ -73,13 +104,23 @@ def work_folder(out: Path) -> Path:
 
 
 def check_folders(plan: Plan, work: Path) -> None:
-    """Raises ValueError unless a run of ``plan`` may write its model, and goes on with a run that there is."""
+    """Raises ValueError unless a run of ``plan`` may write its model, and goes on with a run that there is.
+
+    Work in which nothing was trained is no run to go on with.
+    """
     if plan.out.exists():
         raise ValueError(f"out: {str(plan.out)!r} exists already; give another folder, or delete it")
-    if work.exists() and not plan.resume:
+    if any(checkpoints(work / stage) for stage in STAGES) and not plan.resume:
         raise ValueError(f"out: {str(work)!r} holds an unfinished run; go on with resume=True, or delete it")
-    if plan.resume and not work.exists():
+    if plan.resume is True and not work.exists():
         raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave `resume` out")
-    parent = next(p for p in plan.out.absolute().parents if p.exists())
+    for source in (*plan.data, *plan.eval_data):
+        folder = Path(source).expanduser().resolve()
+        if folder.is_dir() and folder in plan.out.resolve().parents:
+            raise ValueError(
+                f"out: {str(plan.out)!r} lies in {source!r}, which is read as text, and the run would read its own "
+                "files; give a folder outside of it"
+            )
+    parent = next(p for p in (work, *work.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise ValueError(f"out: {str(parent)!r} is not a folder")

@@ -46,12 +46,13 @@ def score_rows(
     model: LizardCausalLM,
     recipe: Stage0Config,
     text_field: str | None = None,
+    encoding: str = "utf-8",
 ) -> ScoreRows:
     """Rows of ``recipe.sequence_length`` tokens by ``text.look_ups.look_up_rows``, as many as the recipe's steps take.
 
-    sources: as ``load_sequences`` takes them. model: the student, whose windows say which keys can be learned from.
-    With ``epochs`` the text gives as many rows as it has times that, with ``max_steps`` as many as these take. Of a
-    text with fewer rows each comes again, with other things asked for in it.
+    sources, text_field, encoding: as ``load_sequences`` takes them. model: the student, whose windows say which keys
+    can be learned from. With ``epochs`` the text gives as many rows as it has times that, with ``max_steps`` as many as
+    these take. Of a text with fewer rows each comes again, with other things asked for in it.
 
     Raises ValueError, before anything is trained, for rows too short for a key to count, a text of fewer than two
     rows, a batch that the processes cannot share, and what ``load_sequences`` does.
@@ -69,6 +70,7 @@ def score_rows(
             length,
             seed=recipe.seed,
             text_field=text_field,
+            encoding=encoding,
             examples=recipe.examples,
             vocab_size=teacher.model.config.vocab_size,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from lizard_models.config import LizardConfig
 from lizard_models.distill.parallel import is_main_process, wait_for_all
 from lizard_models.evaluation.place_errors import LEVELS, place_errors
 from lizard_models.evaluation.share_places import share_places
-from lizard_models.files.folders import write_whole
+from lizard_models.files.records import read_record, write_record
 from lizard_models.model.keep_places import keep_places
 from lizard_models.model.layer_configs import attention_config, converted_layers, lizard_config
 from lizard_models.model.linearize import student_config
@@ -87,9 +86,9 @@ def share_out(model: Any, rows: Tensor, mib: float, path: Path, device: str, hom
         model.to(home)
         chosen = {"places": places_within(model.config, errors, mib), "levels": LEVELS, "errors": errors.tolist()}
         if is_main_process():
-            write_whole(path, json.dumps(chosen))
+            write_record(path, chosen)
     wait_for_all()
-    keep_places(model, json.loads(path.read_text())["places"])
+    keep_places(model, read_record(path, f"delete {str(path)!r}, and it is made again", False)["places"])
 
 
 def told(config: PreTrainedConfig, mib: float) -> list[str]:

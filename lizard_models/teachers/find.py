@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,7 +22,7 @@ from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel, hub_an
 from lizard_models.files.weights import content_digest
 from lizard_models.model.families.support import family_of
 from lizard_models.model.layer_configs import has_context
-from lizard_models.model.safe_loading import load_causal_lm
+from lizard_models.model.safe_loading import load_causal_lm, read_config
 from lizard_models.teachers.gguf import convert_gguf, require_gguf
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -55,7 +54,7 @@ def find_teacher(
     """
     source = _smollm2(cache_dir(cache), say) if name_or_path == "smollm2-135m" else _checked_path(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = read_config(source)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -118,6 +117,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, student: Pr
 
 
 def _checked_path(name: str) -> str:
+    if not name.strip():
+        raise ValueError("teacher: the name is empty; wanted a saved model, a hub name or smollm2-135m")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 import lizard_models.model.families  # noqa: F401  registers them with the Auto classes
 from lizard_models.files.folders import SUMS, damaged
+from lizard_models.files.records import read_json
 from lizard_models.files.sources import hub_answers
 from lizard_models.model.layer_configs import lizard_config
-from lizard_models.model.safe_loading import load_causal_lm
+from lizard_models.model.safe_loading import load_causal_lm, read_config
 from lizard_models.teachers.find import find_teacher, load_tokenizer, local_snapshot
 
 TRAINING = "training.json"
@@ -59,7 +59,7 @@ def load_model(
             )
         _check_version(folder)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = read_config(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{what} {name_or_path!r} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if positions is not None:
@@ -94,7 +94,7 @@ def _check_version(folder: Path) -> None:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    record = read_json(path, "copy the model again") if path.is_file() else {}
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged (it holds no object of JSON): copy the model again")
+    return record

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import TextStreamer
 
 from lizard_models.model.cache import LizardCache, empty_cache
+from lizard_models.text.documents import in_template
 from lizard_models.text.token_stream import token_chunks, tokenise_pieces
 
 PREFILL_CHUNK = 4096  # tokens of a prompt that are read at a time, so that its length takes no memory
@@ -80,9 +81,10 @@ def prompt_tokens(
     goes_on: the text follows one that was read before, so that no start belongs before it.
     """
     if chat:
-        turns = [{"role": "user", "content": PLACE}]
-        template = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        before, _, after = template.partition(PLACE)
+        template = in_template([{"role": "user", "content": PLACE}], tokenizer, add_generation_prompt=True)
+        before, place, after = template.partition(PLACE)
+        if not place or PLACE in after:
+            raise ValueError("chat: the model's chat template does not take a user's text once; leave chat out")
         yield from tokenise_pieces(_around(before, pieces, after), tokenizer)
         return
     start, empty = [] if goes_on else tokenizer("", verbose=False)["input_ids"], True

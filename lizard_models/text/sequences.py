@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lizard_models.files.folders import sha256_of
+from lizard_models.text.decoding import UTF8, check_encoding
 from lizard_models.text.documents import Document, find_sources, format_chat, hub_version, read_file, read_hub
 from lizard_models.text.token_stream import check_ids
 
@@ -114,16 +115,18 @@ def load_sequences(
     text_field: str | None = None,
     examples: int | None = None,
     vocab_size: int | None = None,
+    encoding: str = UTF8,
 ) -> PackedTokens | StreamedTokens:
     """Training data from files, folders or hub data sets.
 
     sources: see ``documents.find_sources``; records: see ``documents.document_of``. tokenizer: may be None if every
     source holds token ids. An end-of-text token is put between documents of text. examples: documents taken at most.
-    vocab_size: ids are checked against it (default: the tokenizer's). Without ``examples``, hub data sets and local
-    files beyond 256 MB are streamed.
+    vocab_size: ids are checked against it (default: the tokenizer's). encoding: of text files and JSON. Without
+    ``examples``, hub data sets and local files beyond 256 MB are streamed.
 
     Raises ValueError naming the source: missing, unreadable, without text, shorter than one sequence, ids out of range.
     """
+    check_encoding(encoding)
     found = [(source, find_sources(source)) for source in sources]
     if not found:
         raise ValueError("data: no source given; wanted files, folders or a hub data set")
@@ -133,30 +136,36 @@ def load_sequences(
 
     def documents(epoch: int) -> Iterator[Document]:
         order = np.random.default_rng((seed, epoch)).permutation(len(local))
-        files = (document for i in order for document in read_file(local[i], text_field))
+        files = (document for i in order for document in read_file(local[i], text_field, encoding))
         streams = (document for name in hub for document in read_hub(name, text_field))
         return islice(chain(files, streams), examples)
 
     for name in hub:  # a name or a field that is wrong shows here, not in the middle of a run
         next(read_hub(name, text_field), None)
     if examples is None and (hub or sum(path.stat().st_size for path in local) > STREAM_FROM_BYTES):
-        digest = stream_digest(local, hub, tokenizer, text_field)
+        digest = stream_digest(local, hub, tokenizer, text_field, encoding)
         return StreamedTokens(lambda epoch: encode(documents(epoch)), seq_len, seed, digest=digest)
     tokens = list(encode(documents(0)))
     return PackedTokens(np.concatenate(tokens) if tokens else np.empty(0, np.int32), seq_len, seed)
 
 
 def stream_digest(
-    local: Sequence[Path], hub: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, text_field: str | None
+    local: Sequence[Path],
+    hub: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    text_field: str | None,
+    encoding: str = UTF8,
 ) -> str:
     """sha256 of what the tokens of a stream are made of.
 
     That is every byte of its files in their order, which are read once for it (about a second a gigabyte); the names
-    and versions of its hub data sets (``documents.hub_version``); the tokenizer, and the field of the text.
+    and versions of its hub data sets (``documents.hub_version``); the tokenizer, the field of the text, and its
+    encoding if it is not UTF-8.
     """
     parts = [f"file {path.suffix} {sha256_of(path)}" for path in local]
     parts += [f"hub {name} {hub_version(name, text_field)}" for name in hub]
     parts.append(f"field {text_field}")
+    parts += [f"encoding {encoding}"] if encoding != UTF8 else []
     if tokenizer is not None:
         fast = getattr(tokenizer, "backend_tokenizer", None)
         rules = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -172,17 +181,20 @@ def load_documents(
     count: int = 8,
     text_field: str | None = None,
     vocab_size: int | None = None,
+    encoding: str = UTF8,
 ) -> Documents:
     """The first ``length`` tokens of the first ``count`` documents that have as many; then their next ones, if needed.
 
     Arguments and errors as in ``load_sequences``; ValueError too if no document is as long as ``length`` tokens.
     """
+    check_encoding(encoding)
     encode = _Encoder(tokenizer, vocab_size, separate=False)
     long_enough: list[np.ndarray] = []
     longest = 0
     for source in sources:
         files = find_sources(source)
-        texts = read_hub(source, text_field) if files is None else (d for f in files for d in read_file(f, text_field))
+        local = (d for f in files or [] for d in read_file(f, text_field, encoding))
+        texts = read_hub(source, text_field) if files is None else local
         for ids in encode(texts, at_once=1):
             longest = max(longest, len(ids))
             if len(ids) >= length:

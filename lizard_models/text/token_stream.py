@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from lizard_models.text.decoding import UTF8, check_encoding, text_pieces
 from lizard_models.text.documents import find_sources, format_chat, read_file
 
 PIECE = 1 << 16  # characters, or ids, read at a time
@@ -23,18 +24,20 @@ def stream_tokens(
     vocab_size: int | None = None,
     text_field: str | None = None,
     piece: int = PIECE,
+    encoding: str = UTF8,
 ) -> Iterator[np.ndarray]:
     """Ids [n] of the documents behind ``sources``, laid end to end, a piece at a time.
 
     sources: files or folders, see ``documents.find_sources``; no hub data sets. .txt is read and tokenised by ``piece``
     characters, .npy of ids by ``piece`` ids; of .jsonl and .parquet one record or batch is held at a time, .json is
-    held whole. An end-of-text token stands between documents of text. tokenizer: may be None for ids.
+    held whole. encoding: of text and JSON. An end-of-text token stands between documents of text. tokenizer: may be
+    None for ids.
 
     Raises ValueError naming the source: missing, unreadable, text without a tokenizer, ids outside ``vocab_size``.
     """
     end = None if tokenizer is None else tokenizer.eos_token_id
     started = False
-    for document in _documents(sources, tokenizer, text_field, piece):
+    for document in _documents(sources, tokenizer, text_field, piece, check_encoding(encoding)):
         if started and end is not None and not isinstance(document, np.ndarray):
             yield np.array([end])
         if isinstance(document, np.ndarray):
@@ -105,14 +108,8 @@ def check_ids(ids: np.ndarray, vocab_size: int | None) -> np.ndarray:
     return ids
 
 
-def read_text(file: IO[str], piece: int = PIECE) -> Iterator[str]:
-    """The characters of an open text file, ``piece`` at a time."""
-    while text := file.read(piece):
-        yield text
-
-
 def _documents(
-    sources: Sequence[str], tokenizer: Any, text_field: str | None, piece: int
+    sources: Sequence[str], tokenizer: Any, text_field: str | None, piece: int, encoding: str
 ) -> Iterator[np.ndarray | Iterable[str]]:
     for source in sources:
         files = find_sources(source)
@@ -120,12 +117,11 @@ def _documents(
             raise ValueError(f"stream: {source!r} does not exist; give a file or a folder")
         for path in files:
             if path.suffix == ".txt":
-                with path.open(encoding="utf-8", errors="replace") as file:
-                    yield read_text(file, piece)
+                yield text_pieces(path, encoding, piece)
             elif path.suffix == ".npy":
                 yield from _read_ids(path, piece)
             else:
-                for document in read_file(path, text_field):
+                for document in read_file(path, text_field, encoding):
                     if isinstance(document, list):
                         document = format_chat(document, tokenizer)
                     if isinstance(document, str):
@@ -152,7 +148,7 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except ValueError as error:
+    except (ValueError, EOFError, TypeError, SyntaxError) as error:  # what a broken header gives
         raise ValueError(f"stream: {str(path)!r} is not an array of token ids: {error}") from error
     if len(shape) not in (1, 2) or not np.issubdtype(dtype, np.integer) or (fortran and len(shape) > 1):
         order = " in Fortran order" if fortran else ""

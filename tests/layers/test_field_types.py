@@ -40,6 +40,7 @@ def test_values_of_the_type_are_taken(given):
     [
         ({"rate": "2"}, "float"), ({"rate": True}, "float"), ({"count": 1.0}, "int"), ({"count": True}, "int"),
         ({"layers": (1, "2")}, r"tuple\[int, ...\]"), ({"layers": ("1", 2)}, r"tuple\[int, ...\]"),
+        ({"layers": 3}, r"tuple\[int, ...\]"), ({"layers": None}, r"tuple\[int, ...\]"),
         ({"layers": [1]}, r"tuple\[int, ...\]"), ({"pair": (1.0,)}, r"tuple\[float, str\]"),
         ({"layers": 1}, r"tuple\[int, ...\]"), ({"pair": 1.0}, r"tuple\[float, str\]"),
         ({"pair": (1.0, 2.0)}, r"tuple\[float, str\]"), ({"pair": (1.0, "a", "b")}, r"tuple\[float, str\]"),

@@ -2,7 +2,20 @@
 
 import pytest
 
-from lizard_models.cli.errors import RUNNING, with_options
+from lizard_models.cli.errors import RUNNING, explanation, is_of_the_system, with_options
+
+
+def test_what_the_system_refuses_in_a_file_of_weights_is_said():
+    class SafetensorError(Exception):
+        """Known by its name, so that no command has to import it."""
+
+    large = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    assert explanation(large) == "a file of weights: File too large" and is_of_the_system(large)
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+    assert "the disk is full" in explanation(full) and is_of_the_system(full)
+    cut = SafetensorError("Error while deserializing header: incomplete metadata")
+    assert "damaged or cut short" in explanation(cut) and not is_of_the_system(cut)
+
 
 OPTIONS = {"out": "--out", "seq_len": "--seq-len", "resume": "--resume", "text_field": "--text-field"}
 

@@ -17,7 +17,7 @@ from lizard_models.distill.checkpoint_files import SUMS, read_optimizer_state, w
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.distill.stage2 import LanguageModelling
 from lizard_models.files.weights import nonfinite
-from lizard_models.runs import linearize_run
+from lizard_models.runs.plan import work_folder
 
 WEIGHT = "model.model.layers.1.self_attn.lizard.gate.weight"
 
@@ -126,7 +126,7 @@ def test_a_rate_that_breaks_the_model_saves_none(tmp_path, steps):
     )
     assert "not finite" in line or "nan at step" in line or "inf at step" in line
     assert not (tmp_path / "out").exists()
-    assert linearize_run.work_folder(tmp_path / "out").exists()
+    assert work_folder(tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])

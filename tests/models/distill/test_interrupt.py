@@ -12,7 +12,7 @@ from training import Sequences, arguments, fresh, moved, recipes, snapshot
 from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage2, trainer
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.distill.stage2 import LanguageModelling
-from lizard_models.runs import linearize_run
+from lizard_models.runs.plan import work_folder
 
 
 def signal_in(monkeypatch, kind: type, step: int, number: int) -> None:
@@ -70,7 +70,7 @@ def test_the_command_begins_no_other_stage(tmp_path, monkeypatch, stage, kind):
         signal_in(signalled, kind, 2, signal.SIGINT)
         line = error(*command, code=130)
     assert "stopped at step 2 of 2" in line and "go on with:" in line
-    work = linearize_run.work_folder(tmp_path / "out")
+    work = work_folder(tmp_path / "out")
     assert (work / stage / "checkpoint-2").is_dir() and not (tmp_path / "out").exists()
     assert (work / "stage2").exists() == (stage == "stage2")
     assert "saved:" in call(*command, "--resume").output

@@ -13,6 +13,7 @@ from lizard_models import LizardConfig
 from lizard_models.files.folders import KeptDraft, appear_whole, damaged, write_whole
 from lizard_models.runs import demo, linearize_run
 from lizard_models.runs.convert_folder import linearize_folder
+from lizard_models.runs.plan import work_folder
 
 RECIPE = ["--stage1-steps", "2", "--stage2-steps", "1", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
 
@@ -76,9 +77,9 @@ def test_a_run_whose_folder_was_taken_keeps_model_and_checkpoints(tmp_path, monk
     line = error("linearize", tmp_path / "teacher", "--data", tmp_path / "texts", *RECIPE, "--out", out)
     (kept,) = drafts(tmp_path)
     assert line.startswith("error: --out: what was made could not be moved") and str(kept) in line
-    assert str(linearize_run.work_folder(out)) in line
+    assert str(work_folder(out)) in line
     assert damaged(kept) == [] and AutoModelForCausalLM.from_pretrained(kept).config.model_type == "lizard_llama"
-    checkpoint = linearize_run.work_folder(out) / "stage1" / "checkpoint-2"
+    checkpoint = work_folder(out) / "stage1" / "checkpoint-2"
     assert (checkpoint / "trained.safetensors").is_file() and [path.name for path in out.iterdir()] == ["notes"]
 
 

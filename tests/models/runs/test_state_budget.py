@@ -14,6 +14,7 @@ from lizard_models.evaluation.share_places import share_places
 from lizard_models.model.layer_configs import kept_by_layer
 from lizard_models.runs import linearize_run, state_budget
 from lizard_models.runs.memory import constant_bytes, kept_bytes, lizard_bytes, told_places
+from lizard_models.runs.plan import work_folder
 from lizard_models.runs.state_budget import evenly_kept, places_within, prices
 
 WINDOW = {"window": 16, "score_dim": 8}
@@ -79,7 +80,7 @@ def test_a_run_shares_places_out_once_and_goes_on_with_them(world, tmp_path, mon
     with monkeypatch.context() as stopped:
         stopped.setattr(linearize_run, "train_stage1", stop)
         first = call(*command, code=130).stdout
-    chosen = json.loads((linearize_run.work_folder(out) / "kept_keys.json").read_text())
+    chosen = json.loads((work_folder(out) / "kept_keys.json").read_text())
     places, errors, levels = chosen["places"], chosen["errors"], chosen["levels"]
     assert "of a run with other config, --state-mib;" in error(*command[:-1], 0.5, "--resume")
     with monkeypatch.context() as resumed:

@@ -10,7 +10,7 @@ from cli_calls import call, error
 from readable import byte_tokenizer, save_teacher, save_texts
 
 from lizard_models.distill.stage1 import AttentionTransfer
-from lizard_models.runs import linearize_run
+from lizard_models.runs.plan import work_folder
 from lizard_models.text import documents, sequences
 from lizard_models.text.sequences import load_sequences
 
@@ -64,7 +64,7 @@ def test_streamed_data_that_changed_are_refused_on_resume(tmp_path, monkeypatch)
     assert "of a run with other data" in error(*command, "--resume")
     (texts / "text-2.txt").write_bytes(kept)
     call(*command, "--resume")
-    assert not linearize_run.work_folder(tmp_path / "out").exists()
+    assert not work_folder(tmp_path / "out").exists()
 
 
 def stop_in_step(monkeypatch, step: int) -> None:

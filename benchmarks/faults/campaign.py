@@ -1,0 +1,231 @@
+"""Trials: one fault, then the command that goes on, until it is done; and what became of the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.faults import events
+from benchmarks.faults.world import Ended, World, end, run, start, weights
+from lizard_models.distill.checkpoint_files import damaged as damaged_checkpoint
+from lizard_models.distill.resume import checkpoints, step_of
+from lizard_models.files.folders import SUMS, damaged
+from lizard_models.runs.plan import STAGES, work_folder
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+DAMAGES = ("flipped", "truncated", "removed")
+ATTEMPTS = 3  # to go on after one fault
+
+
+class Trial(NamedTuple):
+    """A fault, and its outcome: "same" model, or what went wrong."""
+
+    kind: str
+    what: str
+    outcome: str
+    said: str
+
+
+class Campaign:
+    """Every trial of one kind of fault after the other, compared with a run that nothing happened to."""
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+        self.world, self.draw, self.say = World(folder), random.Random(seed), say
+        self.trials: list[Trial] = []
+        out = self.world.folder / "whole" / "out"
+        out.parent.mkdir()
+        first = run(self.world.command(out), self.world.folder / "said")
+        again = run(self.world.command(out.with_name("again")), self.world.folder / "said")
+        if first.code or weights(out) != weights(out.with_name("again")):
+            raise RuntimeError(f"the run is not the same twice without a fault: {first.said[-2000:]}")
+        self.wanted, self.seconds = weights(out), again.seconds
+        listed = self.world.folder / "events"
+        counted = self.world.folder / "counted"
+        counted.mkdir()
+        run(self.world.command(counted / "out"), self.world.folder / "said", events.list_into(counted, listed))
+        self.events = listed.read_text().splitlines()
+        say(f"a run takes {self.seconds:.1f} s here and has {len(self.events)} events in the file system")
+
+    def signals(self, count: int) -> None:
+        """Random signals at random moments."""
+        for n in range(count):
+            number, moment = SIGNALS[n % len(SIGNALS)], self.draw.uniform(0, self.seconds)
+            with self._folder() as (out, said):
+                started = time.monotonic()
+                child = start(self.world.command(out), said)
+                time.sleep(moment)
+                os.kill(child, number)
+                ended = end(child, said, started)
+                self._judge(f"{number.name} at a random moment", f"{moment:.2f} s", out, ended)
+
+    def kills(self, count: int) -> None:
+        """SIGKILL at events, evenly over the run, every one if there are enough trials."""
+        for number in self._events(count):
+            self._trial("SIGKILL at an event", number, events.kill_at)
+
+    def full_disks(self, count: int) -> None:
+        """A disk that is full from an event on, every other time with files cut in the middle of a write."""
+        for n, number in enumerate(self._events(count)):
+            size = self.draw.choice([0, 1, 100, 1000, 20_000])
+            cut = n % 2
+
+            def fault(folder: Path, at: int, cut: int = cut, size: int = size) -> Callable[[], None]:
+                return events.cut_at(folder, at, size) if cut else events.full_at(folder, at)
+
+            self._trial("writes cut short" if cut else "full disk", number, fault)
+
+    def files(self, count: int) -> None:
+        """Each file of the work of a run that was killed in stage 2: flipped, truncated, removed."""
+        stopped = self.world.folder / "stopped"
+        stopped.mkdir()
+        at = next(i for i, kind in enumerate(self.events, 1) if kind.startswith("os.rename") and "stage2/" in kind and
+                  "checkpoint-4" in kind)  # fmt: skip
+        run(self.world.command(stopped / "out"), self.world.folder / "said", events.kill_at(stopped, at))
+        work = work_folder(stopped / "out")
+        names = [p.relative_to(stopped) for p in sorted(work.rglob("*")) if p.is_file() and p.name != ".lock"]
+        for name in names:
+            for damage in DAMAGES:
+                for _ in range(count if damage != "removed" else 1):
+                    with self._folder() as (out, said):
+                        shutil.copytree(work, work_folder(out))
+                        what = harm(out.parent / name, damage, self.draw)
+                        ended = run(self.world.command(out, "--resume"), said)
+                        self._judge_damage(f"a file {damage}", f"{name}{what}", out, ended)
+
+    def _trial(self, kind: str, number: int, fault: Callable[[Path, int], Callable[[], None]]) -> None:
+        with self._folder() as (out, said):
+            ended = run(self.world.command(out), said, fault(out.parent, number))
+            self._judge(kind, f"{number}: {self.events[number - 1]}", out, ended)
+
+    def _events(self, count: int) -> list[int]:
+        every = range(1, len(self.events) + 1)
+        return list(every) if count >= len(every) else sorted(self.draw.sample(every, count))
+
+    def _folder(self) -> Folder:
+        return Folder(self.world.folder / "trial")
+
+    def _judge(self, kind: str, what: str, out: Path, ended: Ended) -> None:
+        wrong = half_written(out)
+        before = trained(out)
+        said = [f"[{ended.code}] {last_line(ended.said)}"]
+        unclear = ended.unclear
+        for _ in range(ATTEMPTS):
+            if ended.code == 0 and weights_of(out):
+                break
+            ended = run(self.world.command(out, "--resume", "auto"), out.parent / "said again")
+            said.append(f"[{ended.code}] {last_line(ended.said)}")
+            unclear = unclear or ended.unclear
+            wrong = wrong or half_written(out)
+            if "stopped" not in ended.said and trained(out) < before and not out.exists():
+                wrong = wrong or "lost: a checkpoint is gone"
+        self._record(kind, what, wrong, unclear, out, said)
+
+    def _judge_damage(self, kind: str, what: str, out: Path, ended: Ended) -> None:
+        """A damaged file is named, or makes no difference; the command ends in one of both."""
+        name = Path(what.split(" ")[0]).name
+        said = [f"[{ended.code}] {last_line(ended.said)}"]
+        if ended.code == 2 and name in ended.said:
+            self._add(Trial(kind, what, "named", said[0]))
+        else:
+            self._record(kind, what, half_written(out), ended.unclear, out, said)
+
+    def _record(self, kind: str, what: str, wrong: str, unclear: bool, out: Path, said: list[str]) -> None:
+        found = weights_of(out)
+        if not wrong and not found:
+            wrong = "lost: it does not go on"
+        if not wrong and found != self.wanted:
+            wrong = "different"
+        if not wrong and (rest := sorted(p.name for p in out.parent.iterdir() if not p.name.startswith("said"))) != [
+            "out"
+        ]:
+            wrong = f"left behind: {rest}"
+        self._add(Trial(kind, what, wrong or ("unclear" if unclear else "same"), " | ".join(said)))
+
+    def _add(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        if trial.outcome not in ("same", "named"):
+            self.say(f"{trial.outcome}: {trial.kind}, {trial.what}: {trial.said}")
+
+    def table(self) -> str:
+        """By kind of fault: trials, and how many ended in which way."""
+        columns = ("same", "named", "lost", "different", "half-written", "left behind", "unclear")
+        rows = ["| fault | trials | the same model | named and refused | lost | another model | half-written | left "
+                "behind | unclear |", "|---|" + "---|" * 8]  # fmt: skip
+        for kind in dict.fromkeys(trial.kind for trial in self.trials):
+            found = Counter(t.outcome.partition(":")[0] for t in self.trials if t.kind == kind)
+            rows.append(f"| {kind} | {found.total()} | " + " | ".join(str(found[name]) for name in columns) + " |")
+        return "\n".join(rows)
+
+    def save(self, path: Path) -> None:
+        """Every trial as JSON."""
+        path.write_text(json.dumps([trial._asdict() for trial in self.trials], indent=1) + "\n")
+
+
+class Folder:
+    """An empty folder for one trial, gone after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> tuple[Path, Path]:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        return self.folder / "out", self.folder / "said"
+
+    def __exit__(self, *exception: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def harm(path: Path, damage: str, draw: random.Random) -> str:
+    """Damages a file, and says where."""
+    data = bytearray(path.read_bytes())
+    if damage == "removed":
+        path.unlink()
+        return ""
+    if damage == "truncated":
+        end = draw.randrange(max(1, len(data)))
+        path.write_bytes(data[:end])
+        return f" at {end} of {len(data)}"
+    place, bit = draw.randrange(len(data)), draw.randrange(8)
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+    return f" bit {bit} of byte {place}"
+
+
+def half_written(out: Path) -> str:
+    """What looks whole and is not, empty if nothing does."""
+    if out.exists() and (not (out / SUMS).is_file() or damaged(out)):
+        return f"half-written: {out.name}"
+    for checkpoint in all_checkpoints(out):
+        if wrong := damaged_checkpoint(checkpoint, True):
+            return f"half-written: {wrong}"
+    return ""
+
+
+def all_checkpoints(out: Path) -> Iterator[Path]:
+    """Those of all stages."""
+    for stage in STAGES:
+        yield from checkpoints(work_folder(out) / stage)
+
+
+def trained(out: Path) -> list[int]:
+    """The newest step of each stage, 0 for a stage that has not begun."""
+    return [max((step_of(c) for c in checkpoints(work_folder(out) / stage)), default=0) for stage in STAGES]
+
+
+def weights_of(out: Path) -> str:
+    """The digest of a finished model, empty if there is none."""
+    return weights(out) if (out / "model.safetensors").is_file() else ""
+
+
+def last_line(text: str) -> str:
+    """The end of what a command said."""
+    return (text.strip().splitlines() or [""])[-1][-300:]

@@ -1,0 +1,212 @@
+"""The work folder of a run: held by one process, of one plan, cleared of what dead ones left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lizard_models.config import LizardConfig
+from lizard_models.distill.parallel import agreed, is_main_process, join, wait_for_all
+from lizard_models.distill.resume import checkpoints
+from lizard_models.files.folders import SUMS, damaged, drafts_of, move_whole, write_whole
+from lizard_models.files.locks import LOCK, FolderLock
+from lizard_models.files.records import RECORD_SUMS, read_json, read_record, write_record
+from lizard_models.files.sources import Say, silent
+from lizard_models.runs.plan import STAGES, Plan, check_folders, work_folder
+from lizard_models.teachers.loading import TRAINING
+
+PLAN, ROWS, WIDE, KEPT, LOG = "plan.json", "rows.json", "wide_layers.json", "kept_keys.json", "log.jsonl"
+NOT_OF_THE_PLAN = ("stages", "processes")  # of what a run records
+
+
+class Work:
+    """Where a run keeps checkpoints and measurements until its model is finished."""
+
+    def __init__(self, plan: Plan, say: Say) -> None:
+        self.plan, self.say = plan, say
+        self.folder = work_folder(plan.out)
+        self.lock = FolderLock(self.folder, say)
+        self.summed = True  # whether what is there has sums; work of earlier versions has none
+
+    def hold(self) -> None:
+        """Makes the folder this process's own, if it is there; every process must call it.
+
+        Raises ValueError where another process works in it.
+        """
+        self._refuse(agreed(self._take() if is_main_process() else ""))
+
+    def _take(self) -> str:
+        return self.lock.take() if self.folder.is_dir() else ""
+
+    def _refuse(self, holder: str) -> None:
+        if holder:
+            raise ValueError(
+                f"out: another run works in {str(self.folder)!r} ({holder}); wait for it, stop it, or give another "
+                "`out`"
+            )
+
+    def release(self) -> None:
+        """Lets others have the folder; an empty one goes."""
+        if self.lock.descriptor is not None:
+            with contextlib.suppress(OSError):
+                if [path.name for path in self.folder.iterdir()] == [LOCK]:
+                    (self.folder / LOCK).unlink()
+                    self.folder.rmdir()
+        self.lock.release()
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Makes the folder that of a plan, or goes on with what is there; every process must call it.
+
+        settings: what the run records. Raises ValueError for the work of another plan, from which it cannot go on.
+        """
+        if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.hold()
+        check_folders(self.plan, self.folder)  # again: another run may have been here meanwhile
+        kept = {key: value for key, value in settings.items() if key not in NOT_OF_THE_PLAN}
+        text = json.dumps({**kept, "sums": True}, sort_keys=True, indent=2)
+        self._compare(json.loads(text))
+        wait_for_all()
+        if is_main_process():
+            for path in (self.folder / name for name in (ROWS, WIDE, KEPT) if not self.summed):
+                if path.is_file():
+                    write_record(path, read_record(path, f"delete {str(path)!r}, and it is made again", False))
+            for draft in self.folder.glob(".*.json.*"):
+                draft.unlink(missing_ok=True)
+            shutil.rmtree(_gone(self.folder), ignore_errors=True)
+            write_whole(self.folder / PLAN, text)
+        wait_for_all()
+
+    def read(self, name: str) -> Any:
+        """What ``write_record`` wrote there, None if nothing. Raises ValueError for a file that is damaged."""
+        path = self.folder / name
+        return read_record(path, f"delete {str(path)!r}, and it is made again", True)
+
+    def remove(self) -> None:
+        """Deletes the folder, which is gone at once."""
+        gone = _gone(self.folder)
+        shutil.rmtree(gone, ignore_errors=True)
+        self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _compare(self, settings: dict[str, Any]) -> None:
+        path = self.folder / PLAN
+        trained = has_checkpoints(self.folder)
+        if not path.is_file():
+            if trained:
+                raise ValueError(f"{path} is missing, by which its checkpoints are known: delete that folder")
+            return self._clear()
+        remedy = f"delete {str(self.folder)!r}, and train anew" if trained else f"delete {str(path)!r}"
+        before = read_json(path, remedy)
+        if not isinstance(before, dict) or "config" not in before:
+            raise ValueError(f"{path} is damaged (it has no configuration): {remedy}")
+        before = {"widen": 0, "state_mib": None, **before}  # runs from before there was this choice lack it
+        self.summed = before.setdefault("sums", False)
+        before["sums"] = True
+        with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
+            before["config"] = LizardConfig.from_dict(before["config"]).to_dict()
+        known = before.setdefault("teacher_sha256", settings["teacher_sha256"])
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if not trained and (changed or not self.plan.resume):
+            self.summed = True
+            if self.plan.resume:
+                self.say(f"nothing was trained yet in {str(self.folder)!r}, so the run begins anew")
+            return self._clear()
+        if known != settings["teacher_sha256"]:
+            raise ValueError(
+                f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.folder)!r} began with: its "
+                f"weights or its configuration changed (sha256 {settings['teacher_sha256'][:12]}, was {known[:12]}); "
+                "put the old one back, or delete that folder and train anew"
+            )
+        if changed == ["config"] and _but_stage2(before["config"]) == _but_stage2(settings["config"]):
+            if not checkpoints(self.folder / "stage2"):
+                return self.say("stage 2 has another recipe than before; it has not begun, so the run goes on with it")
+            raise ValueError(
+                f"resume: {self.folder} has begun stage 2 with another recipe; repeat its command with resume=True, "
+                f"or delete {str(self.folder / 'stage2')!r}, and what was trained before it is kept"
+            )
+        if changed:
+            raise ValueError(
+                f"resume: {self.folder} is of a run with other {', '.join(changed)}; repeat its command with "
+                "resume=True, or delete that folder"
+            )
+
+    def _clear(self) -> None:
+        """Deletes what an earlier run that trained nothing has left."""
+        wait_for_all()
+        if is_main_process():
+            for name in (PLAN, ROWS, WIDE, KEPT, LOG, RECORD_SUMS):
+                (self.folder / name).unlink(missing_ok=True)
+            for stage in STAGES:
+                shutil.rmtree(self.folder / stage, ignore_errors=True)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a work folder holds anything that was trained."""
+    return any(checkpoints(folder / stage) for stage in STAGES)
+
+
+def finished_before(plan: Plan, say: Say = silent) -> bool:
+    """Whether the run that ``plan`` would go on with is finished; what a kill left of its last moves is done.
+
+    Its model is at ``plan.out``, or whole beside it, where it could not be moved from, or was killed before. Every
+    process must ask.
+    """
+    if not plan.resume:
+        return False
+    join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return agreed(_finish(Work(plan, say)) if is_main_process() else False)
+
+
+def _finish(work: Work) -> bool:
+    plan = work.plan
+    try:
+        work._refuse(work._take())
+        if plan.out.is_dir() and _is_model_of(plan, plan.out):
+            if work.folder.is_dir():
+                work.remove()
+            return True
+        if plan.out.exists() or not work.folder.is_dir():
+            return False
+        for draft in _finished_drafts(plan, work.folder):
+            move_whole(draft, plan.out)
+            work.remove()
+            return True
+        return False
+    finally:
+        work.release()
+
+
+def _finished_drafts(plan: Plan, folder: Path) -> Iterator[Path]:
+    path = folder / PLAN
+    known = read_json(path, f"delete {str(folder)!r}, and train anew") if path.is_file() else {}
+    for draft in drafts_of(plan.out):
+        if _is_model_of(plan, draft) and not damaged(draft):
+            if read_json(draft / TRAINING, "")["teacher_sha256"] == known.get("teacher_sha256"):
+                yield draft
+
+
+def _is_model_of(plan: Plan, folder: Path) -> bool:
+    """Whether a folder holds a finished model of a plan's teacher, data and configuration."""
+    if not (folder / SUMS).is_file() or not (folder / TRAINING).is_file():
+        return False
+    record = read_json(folder / TRAINING, "copy the model again")
+    config = dict(record.get("config", {}))
+    if plan.widen:
+        config["wide_layers"] = plan.config.to_dict()["wide_layers"]
+    ours = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "config": plan.config.to_dict()}
+    return {**record, "config": config} == {**record, **ours}
+
+
+def _but_stage2(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "stage2"}
+
+
+def _gone(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.gone")
