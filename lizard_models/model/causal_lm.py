@@ -84,7 +84,7 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
     def init_continuous_batching(self: Any) -> Any:
         """Not there for the student, whose layers keep no paged keys and values.
 
-        An AttributeError that says what there is: transformers' server asks ``hasattr`` whether it can batch a model so.
+        An AttributeError that says what there is: transformers' server asks ``hasattr`` whether a model can be batched.
         """
         if self.mode != "teacher":
             raise AttributeError
