@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lizard_models.evaluation.neediest_layers import neediest_layers
     from lizard_models.model.cache import LizardCache
     from lizard_models.model.linearize import linearize
+    from lizard_models.model.prefix import PrefixStates
     from lizard_models.model.state_file import load_state, save_state
     from lizard_models.model.widen import widen
     from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "LizardCache": "model.cache",
     "LizardConfig": "config",
+    "PrefixStates": "model.prefix",
     "RunArguments": "distill",
     "Stage0Config": "recipes",
     "Stage1Config": "recipes",
@@ -57,6 +59,7 @@ _HOMES = {
 __all__ = [
     "LizardCache",
     "LizardConfig",
+    "PrefixStates",
     "RunArguments",
     "Stage0Config",
     "Stage1Config",

@@ -16,6 +16,7 @@ from lizard_models.model.cache import LizardCache
 from lizard_models.model.decoder import LizardDecoder
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.modes import LizardModelMixin
+from lizard_models.model.prefix.generation import ReadsFromPrefixes
 
 NO_PAGES = (
     "{}: a Lizard model has a constant-size cache of its own and no pages: call generate with a padded batch and its "
@@ -23,7 +24,7 @@ NO_PAGES = (
 )
 
 
-class LizardCausalLM(LizardModelMixin, GenerationMixin):
+class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
     """Mixed into a family's causal language model: generation with a constant-size cache, strict loading."""
 
     decoder_class: type[LizardDecoder]
