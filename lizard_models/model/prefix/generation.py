@@ -8,11 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
 
 from lizard_models.model.cache import LizardCache, rows_of
 from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.prefix.store import PrefixStates
 from lizard_models.model.state_file import fill_cache
+
+logger = logging.get_logger(__name__)
 
 PIECE = 4096  # tokens that are read at a time
 
@@ -124,6 +127,7 @@ def _read_but_the_last(model: Any, call: _Call, ids: Tensor, cache: LizardCache,
         copies = {name: t.to(ids.device).repeat(rows, *(1,) * (t.ndim - 1)) for name, t in found.tensors.items()}
         fill_cache(cache, copies, read := len(found.tokens))
     store.count(texts=1, found_tokens=read, read_tokens=len(tokens) - read)
+    logger.info(f"prefix states: {read} of {len(tokens)} tokens were read before")
     for stop in (common, end) if read + store.least <= common < end else (end,):
         for start in range(read, stop, piece):
             model.model(input_ids=ids[:, start : min(start + piece, stop)], past_key_values=cache, use_cache=True)

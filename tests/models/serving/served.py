@@ -39,31 +39,31 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(model: Path, *options: str, seconds: float = 120) -> Iterator[str]:
-    """The base URL of ``lizard-attn serve model`` for as long as the block runs."""
+def server(model: Path, *options: str, log: Path, seconds: float = 120) -> Iterator[str]:
+    """The base URL of ``lizard-attn serve model`` for as long as the block runs. What it says goes into ``log``."""
     port = free_port()
     command = [sys.executable, "-m", "lizard_models", "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [*command, "--device", "cpu", "--dtype", "float32", *options],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--device", "cpu", "--dtype", "float32", *options],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, seconds)
+        wait_for(f"http://127.0.0.1:{port}/health", process, seconds, log)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
-def wait_for(url: str, process: subprocess.Popen, seconds: float) -> None:
+def wait_for(url: str, process: subprocess.Popen, seconds: float, log: Path) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise AssertionError(f"the server ended: {process.communicate()[0]}")
+            raise AssertionError(f"the server ended: {log.read_text()}")
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
             if urllib.request.urlopen(url, timeout=5).status == 200:
                 return

@@ -3,6 +3,7 @@
 The server's packages are the optional extra ``serve``; without them its tests are skipped by name.
 """
 
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from lizard_models import load_model
 
 NEEDS_SERVER = pytest.mark.skipif(not is_serve_available(), reason="needs pip install 'lizard-attn[serve]'")
 QUESTION = [{"role": "user", "content": "what turns the mill?"}]
+LINE = re.compile(r"prefix states: (\d+) of (\d+) tokens were read before")
 GREEDY = dict(temperature=0.0, max_tokens=12)
 
 
@@ -37,7 +39,9 @@ def test_an_openai_client_streams_what_generate_writes(tmp_path):
     folder = save_lizard(tmp_path / "lizard")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    with server(folder, "--continuous-batching") as url:  # which falls back, as for any model that cannot
+    with server(
+        folder, "--continuous-batching", log=tmp_path / "log"
+    ) as url:  # which falls back, as for any model that cannot
         client = OpenAI(base_url=url, api_key="none", max_retries=0)
         for text in ("the wind", "the river runs down"):
             answer = client.completions.create(model=str(folder), prompt=text, stream=True, **GREEDY)
@@ -52,6 +56,32 @@ def test_an_openai_client_streams_what_generate_writes(tmp_path):
         )
         assert said.returncode == 0, said.stderr
         assert "12 tokens in" in said.stdout
+
+
+@NEEDS_SERVER
+def test_a_second_turn_reads_what_is_new_and_a_restart_forgets_nothing(tmp_path):
+    from openai import OpenAI
+
+    folder, log = save_lizard(tmp_path / "lizard"), tmp_path / "log"
+    tokenizer, before = AutoTokenizer.from_pretrained(folder), 0
+    talk = [{"role": "system", "content": "the wind turns the mill " * 20}, *QUESTION]
+    for turn in range(3):
+        chat = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        with server(folder, "--prefix-folder", str(tmp_path / "states"), log=log) as url:  # a process a turn
+            client = OpenAI(base_url=url, api_key="none", max_retries=0)
+            asked = dict(model=str(folder), messages=talk, **GREEDY)
+            parts = [part.choices[0].delta.content for part in client.chat.completions.create(stream=True, **asked)]
+            answer = "".join(part or "" for part in parts)
+            assert answer == written(folder, chat)
+            again = client.chat.completions.create(**asked).choices[0].message.content
+            assert again.rstrip("\ufffd") == answer
+        read = [(int(found), int(all_of)) for found, all_of in LINE.findall(log.read_text())]
+        length = len(tokenizer(chat)["input_ids"])
+        assert [all_of for _, all_of in read] == [length, length]
+        assert read[0][0] >= before and (turn > 0 or read[0][0] == 0)
+        assert read[1][0] == length - 1
+        before = length - 1
+        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"and then? {turn}"}]
 
 
 def test_what_cannot_be_served_is_said_in_a_line(tmp_path, monkeypatch):
