@@ -89,9 +89,9 @@ def keep_states(store: PrefixStates) -> None:
 
     class Manager(model_manager.ModelManager):
         def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
-            model, processor = super().load_model_and_processor(*args, **kwargs)
-            if hasattr(model, "prefix_states"):
-                model.prefix_states = store
-            return model, processor
+            loaded: Any = super().load_model_and_processor(*args, **kwargs)
+            if hasattr(loaded[0], "prefix_states"):
+                loaded[0].prefix_states = store
+            return loaded
 
-    model_manager.ModelManager = Manager
+    model_manager.ModelManager = Manager  # type: ignore[misc]
