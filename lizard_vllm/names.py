@@ -1,0 +1,14 @@
+"""The architectures that configurations of saved Lizards name."""
+
+ARCHITECTURES = (
+    "LizardLlamaForCausalLM",
+    "LizardMistralForCausalLM",
+    "LizardQwen2ForCausalLM",
+    "LizardQwen3ForCausalLM",
+    "LizardSmolLM3ForCausalLM",
+    "LizardGemma2ForCausalLM",
+    "LizardGemma3ForCausalLM",
+)
+
+OP = "lizard_attention"
+"""The name of the operator at which vLLM cuts its graphs."""
