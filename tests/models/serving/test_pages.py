@@ -1,12 +1,17 @@
 """A layer over a pool of pages: many texts in mixed batches, each as it is alone. Without vLLM."""
 
+import ast
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import student
 
+import lizard_vllm
+from lizard_models.model.families import FAMILIES, load_family
 from lizard_models.model.positions import anchor_blocks
+from lizard_vllm.names import ARCHITECTURES
 from lizard_vllm.pages import PageLayout, Steps, read_batch
 
 KINDS = {
@@ -147,6 +152,19 @@ def test_no_other_page_is_written_to():
     assert torch.equal(pool.pages[others], before[others])
     assert torch.equal(pool.pages[4, pool.layout.nbytes :], before[4, pool.layout.nbytes :])
     assert int(pool.views["position"][4]) == 3
+
+
+def test_the_plugin_names_every_family():
+    assert {load_family(family).__name__ for family in FAMILIES} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ["__init__", "names", "pages"])
+def test_these_import_no_engine(name):
+    """What vLLM reads of a plugin before it forks, and what is tested without it."""
+    tree = ast.parse((Path(lizard_vllm.__file__).parent / f"{name}.py").read_text())
+    imported = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    imported += [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    assert not [module for module in imported if module.split(".")[0] == "vllm"]
 
 
 def test_pages_that_do_not_fit_are_refused():
