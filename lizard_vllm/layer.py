@@ -18,7 +18,7 @@ from lizard_ops import apply_rotary
 from lizard_vllm import BACKEND
 from lizard_vllm.backend import LizardMetadata
 from lizard_vllm.checks import check_blocks
-from lizard_vllm.names import OP
+from lizard_vllm.names import OP, TURN_OP
 from lizard_vllm.pages import PageLayout, read_batch
 
 
@@ -132,27 +132,46 @@ class LizardLayer(nn.Module, MambaBase):
 class OwnTurns(nn.Module):
     """In place of vLLM's rotary embedding in a kept softmax layer: the model's own, at any position, or none."""
 
-    def __init__(self, turns: Turns, kind: str | None, head_dim: int, use_rope: bool) -> None:
+    def __init__(
+        self, turns: Turns, kind: str | None, head_dim: int, use_rope: bool, vllm_config: Any, name: str
+    ) -> None:
         super().__init__()
-        self.turns, self.kind, self.head_dim, self.use_rope = turns, kind, head_dim, use_rope
+        self.turns, self.kind, self.head_dim, self.use_rope, self.name = turns, kind, head_dim, use_rope, name
+        vllm_config.compilation_config.static_forward_context[name] = self  # where the operator finds it
 
     def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T], q and k [T, heads * D] -> the same, turned."""
         if not self.use_rope:
             return q, k
-        cos, sin = (t[None] for t in self.turns.of(positions, q, self.kind))
-        turned = (apply_rotary(t.unflatten(-1, (-1, self.head_dim))[None], cos, sin)[0].flatten(1) for t in (q, k))
-        return next(turned), next(turned)
+        turned_q, turned_k = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+        getattr(torch.ops.vllm, TURN_OP)(q, k, positions, turned_q, turned_k, self.name)
+        return turned_q, turned_k
+
+    def turn(self, t: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Fill ``out`` [T, heads * D] with t, turned."""
+        cos, sin = (angle[None] for angle in self.turns.of(positions, t, self.kind))
+        out.copy_(apply_rotary(t.unflatten(-1, (-1, self.head_dim))[None], cos, sin)[0].flatten(1))
 
 
 def _attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
     get_forward_context().no_compile_layers[layer_name].attend((x, q, k, v), positions, out)
 
 
-def _nothing(x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
+def _turn(q: Tensor, k: Tensor, positions: Tensor, out_q: Tensor, out_k: Tensor, layer_name: str) -> None:
+    own = get_forward_context().no_compile_layers[layer_name]
+    own.turn(q, positions, out_q)
+    own.turn(k, positions, out_k)
+
+
+def _no_attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
     return None
 
 
-direct_register_custom_op(op_name=OP, op_func=_attend, mutates_args=["out"], fake_impl=_nothing)
+def _no_turn(q: Tensor, k: Tensor, positions: Tensor, out_q: Tensor, out_k: Tensor, layer_name: str) -> None:
+    return None
+
+
+direct_register_custom_op(op_name=OP, op_func=_attend, mutates_args=["out"], fake_impl=_no_attend)
+direct_register_custom_op(op_name=TURN_OP, op_func=_turn, mutates_args=["out_q", "out_k"], fake_impl=_no_turn)
 if f"vllm::{OP}" not in CompilationConfig._attention_ops:
     CompilationConfig._attention_ops.append(f"vllm::{OP}")  # graphs are cut there, as at every attention

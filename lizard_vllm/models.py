@@ -84,11 +84,15 @@ class LizardGemma3ForCausalLM(LizardModel, Gemma3ForCausalLM):
 
 
 def attentions(config: Any) -> dict[int, Any]:
-    """The model's own attention layers without their weights, by index: they know their scale, cap and positions."""
-    family = load_family(config.model_type.removeprefix("lizard_"))
+    """The model's own attention layers without their weights, by index: they know their scale, cap and positions.
+
+    Kept ones are the family's, as in the model: a converted one could not have their window.
+    """
+    lizard = load_family(config.model_type.removeprefix("lizard_")).decoder_class.attention_class
+    converted = converted_layers(config)
     with torch.device("meta"):
-        decoder = family.decoder_class
-        return {i: decoder.attention_class(config, i) for i in range(config.num_hidden_layers)}
+        kinds = (lizard if i in converted else lizard.__bases__[-1] for i in range(config.num_hidden_layers))
+        return {i: kind(config, i) for i, kind in enumerate(kinds)}
 
 
 def page_bytes(vllm_config: Any) -> int:
@@ -107,11 +111,12 @@ def convert(model: Any, vllm_config: Any) -> None:
     size = page_bytes(vllm_config)
     for i, layer in enumerate(model.model.layers):
         kind = config.layer_types[i] if getattr(config, "layer_types", None) and turns.by_kind else None
-        use_rope = bool(own[i].use_rope)
-        if i not in converted:
-            layer.self_attn.rotary_emb = OwnTurns(turns, kind, head_dim(config), use_rope)
-            continue
+        use_rope = bool(getattr(own[i], "use_rope", True))
         name = layer.self_attn.attn.layer_name.removesuffix(".attn")
+        if i not in converted:
+            own_turns = OwnTurns(turns, kind, head_dim(config), use_rope, vllm_config, f"{name}.rotary_emb")
+            layer.self_attn.rotary_emb = own_turns
+            continue
         attention = HybridAttention(own[i].hybrid_config()).requires_grad_(False)
         layer.self_attn = LizardLayer(layer.self_attn, attention, turns, vllm_config, name)
         layer.self_attn.use_rope, layer.self_attn.layer_type, layer.self_attn.page_bytes = use_rope, kind, size

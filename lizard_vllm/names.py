@@ -12,3 +12,6 @@ ARCHITECTURES = (
 
 OP = "lizard_attention"
 """The name of the operator at which vLLM cuts its graphs."""
+
+TURN_OP = "lizard_turns"
+"""The name of the operator that turns queries and keys of kept softmax layers, which no compiler looks into."""

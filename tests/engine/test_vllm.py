@@ -34,7 +34,7 @@ CASES = {
     "qwen2": dict(family="qwen2"),
     "qwen3": dict(family="qwen3"),
     "smollm3": dict(family="smollm3", num_hidden_layers=4),
-    "gemma2": HEADS | dict(family="gemma2"),
+    "gemma2, a window wider than its sliding one": HEADS | dict(family="gemma2", window=16),
     "gemma3": HEADS | dict(family="gemma3_text"),
     "gemma3, all converted": dict(family="gemma3_text", keep_sliding_layers=False),
     "kept softmax": HEADS | dict(softmax_layers=[1]),
