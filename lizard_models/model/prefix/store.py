@@ -123,10 +123,11 @@ class PrefixStates:
         return self._bytes
 
     def clear(self) -> None:
-        """Forget every state, those in the folder as well."""
+        """Forget every state, those in the folder as well, and who the models are: their weights are summed again."""
         with self._lock:
             self._held.clear()
             self._bytes = 0
+            self._identities = Identities()
         if self.files is not None:
             self.files.clear()
 

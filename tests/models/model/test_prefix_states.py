@@ -134,6 +134,9 @@ def test_another_model_finds_nothing():
     assert finds(model) and store.counts.found_tokens > found
     with torch.autocast("cpu", torch.bfloat16):
         assert not finds(model)
+    model.lm_head.weight.data.mul_(2)  # which torch does not count
+    store.clear()
+    assert not finds(model) and not finds(student()) and len(store) == 4
 
 
 @torch.no_grad()
