@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lizard_models.model.cache import LizardCache
     from lizard_models.model.keep_places import keep_places
     from lizard_models.model.linearize import linearize
+    from lizard_models.model.prefix import PrefixStates
     from lizard_models.model.state_file import load_state, save_state
     from lizard_models.model.widen import widen
     from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "LizardCache": "model.cache",
     "LizardConfig": "config",
+    "PrefixStates": "model.prefix",
     "RunArguments": "distill",
     "Stage0Config": "recipes",
     "Stage1Config": "recipes",
@@ -59,6 +61,7 @@ _HOMES = {
 __all__ = [
     "LizardCache",
     "LizardConfig",
+    "PrefixStates",
     "RunArguments",
     "Stage0Config",
     "Stage1Config",

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["lizard_ops", "lizard_layers", "lizard_models", "benchmarks"]  # whose functions keep to the rule
+PACKAGES = [
+    "lizard_ops",
+    "lizard_layers",
+    "lizard_models",
+    "lizard_vllm",
+    "benchmarks",
+]  # whose functions keep to the rule
 MOST_PARAMETERS, MOST_LINES = 12, 400
 FREE = ("jit", "custom_op", "register_fake", "command")  # decorators: kernels, registered operators, commands
 
@@ -89,10 +95,10 @@ def test_presets_import_nothing():
     assert all(isinstance(node, ast.ImportFrom) and node.module in ("__future__", "typing") for node in imported)
 
 
-def test_the_wheel_holds_the_three_packages_alone():
-    include = 'include = ["lizard_ops*", "lizard_layers*", "lizard_models*"]'
+def test_the_wheel_holds_the_four_packages_alone():
+    include = 'include = ["lizard_ops*", "lizard_layers*", "lizard_models*", "lizard_vllm*"]'
     assert include in (ROOT / "pyproject.toml").read_text()
-    roots = [ROOT / name for name in ("lizard_ops", "lizard_layers", "lizard_models")]
+    roots = [ROOT / name for name in ("lizard_ops", "lizard_layers", "lizard_models", "lizard_vllm")]
     folders = {path.parent for root in roots for path in root.rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]  # it would stay behind
     assert not [folder for folder in folders if {"quality", "bench"} & {*folder.parts[len(ROOT.parts) :]}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lizard_models.cli import convert, demo, evaluate, generate, info, layers, linearize, with_module
+from lizard_models.cli import convert, demo, evaluate, generate, info, layers, linearize, serve, with_module
 from lizard_models.cli.errors import Command
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("eval", cls=Command)(evaluate.command)
 app.command("demo", cls=Command)(demo.command)
 app.command("info", cls=Command)(info.command)
 app.command("layers", cls=Command)(layers.command)
+app.command("serve", cls=Command, context_settings=with_module.PASS_ON)(serve.command)
 app.command("with", cls=Command, context_settings=with_module.PASS_ON)(with_module.command)
 
 

@@ -17,9 +17,15 @@ from lizard_models.model.decode_graph import decode_steps, running_steps
 from lizard_models.model.decoder import LizardDecoder
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.modes import LizardModelMixin
+from lizard_models.model.prefix.generation import ReadsFromPrefixes
+
+NO_PAGES = (
+    "{}: a Lizard model has a constant-size cache of its own and no pages: call generate with a padded batch and its "
+    'attention_mask; cache_implementation None, "dynamic" or "static"'
+)
 
 
-class LizardCausalLM(LizardModelMixin, GenerationMixin):
+class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
     """Mixed into a family's causal language model: generation with a constant-size cache, strict loading."""
 
     decoder_class: type[LizardDecoder]
@@ -83,27 +89,34 @@ class LizardCausalLM(LizardModelMixin, GenerationMixin):
         loss = CausalLMOutputWithPast(loss=self.layer_losses().mean() * share, hidden_states=outputs.hidden_states)
         return loss if (self.config.return_dict if return_dict is None else return_dict) else loss.to_tuple()
 
-    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused for the student, whose layers keep no paged keys and values: a ValueError says what there is."""
-        self._refuse_paging("continuous batching (init_continuous_batching)")
-        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+    @property
+    def init_continuous_batching(self: Any) -> Any:
+        """Not there for the student, whose layers keep no paged keys and values.
+
+        An AttributeError that says what there is: transformers' server asks ``hasattr`` whether a model can be batched.
+        """
+        if self.mode != "teacher":
+            raise AttributeError
+        return super().init_continuous_batching  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "init_continuous_batching":  # a property's own message is lost on the way through a Module
+            raise AttributeError(NO_PAGES.format("continuous batching (init_continuous_batching)"))
+        return super().__getattr__(name)  # type: ignore[misc]
 
     def continuous_batching_context_manager(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ``init_continuous_batching``."""
+        """Refused for the student, whose layers keep no paged keys and values: a ValueError says what there is."""
         self._refuse_paging("continuous batching (continuous_batching_context_manager)")
         return super().continuous_batching_context_manager(*args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ``init_continuous_batching``."""
+        """As ``continuous_batching_context_manager``."""
         self._refuse_paging('continuous batching (generate_batch, cache_implementation="paged")')
         return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
 
     def _refuse_paging(self, what: str) -> None:
         if self.mode != "teacher":
-            raise ValueError(
-                f"{what}: a Lizard model has a constant-size cache of its own and no pages: call generate with a "
-                'padded batch and its attention_mask; cache_implementation None, "dynamic" or "static"'
-            )
+            raise ValueError(NO_PAGES.format(what))
 
     def _prepare_cache_for_generation(
         self: Any,

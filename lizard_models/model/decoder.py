@@ -183,6 +183,11 @@ class LizardDecoder(LizardModelMixin):
                 "of a Lizard model keep a state and no paged keys and values, so there is no continuous batching: use "
                 "generate with a padded batch"
             )
+        if str(self.config._attn_implementation).startswith("paged|"):
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r}: the layers of a Lizard model keep no paged "
+                'keys and values; wanted "sdpa", "eager" or another without pages'
+            )
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
                 "output_attentions=True: the layers of a Lizard model have no attention matrices to return"

@@ -50,21 +50,13 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
     target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise ValueError(f"state file {str(target)!r}: there is no folder {str(target.parent)!r}")
-    tensors: dict[str, Tensor] = {}
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, LizardCacheLayer):
-            fields: dict[str, Any] = {} if layer.state is None else tensors_of(layer.state)
-        elif isinstance(layer, DynamicLayer):
-            fields = {"keys": layer.keys, "values": layer.values}
-        else:
-            raise ValueError(f"cache: layer {i} is a {type(layer).__name__}; a static cache cannot be saved")
-        tensors |= {f"layers.{i}.{name}": t.detach().contiguous() for name, t in fields.items()}
+    tensors = {name: t.detach().contiguous() for name, t in tensors_of_cache(cache).items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "positions": str(cache.get_seq_length()),
         "dtype": _dtype(model),
-        "config": json.dumps(_comparable(model.config)),
+        "config": json.dumps(comparable(model.config)),
         "weights": checksum(model.named_parameters()),
         "data": checksum(sorted(tensors.items())),
     }
@@ -107,10 +99,27 @@ def load_state(path: str | os.PathLike[str], model: Any) -> LizardCache:
     cache, seen = LizardCache(model.config), int(metadata["positions"])
     cache.padded = True  # perhaps: the states know
     try:
-        _fill(cache, tensors, seen)
+        fill_cache(cache, tensors, seen)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state file {str(file)!r} does not hold the layers of this model: {error}") from error
     return cache
+
+
+def tensors_of_cache(cache: LizardCache) -> dict[str, Tensor]:
+    """Every tensor that a cache remembers by, "layers.<i>.<field>": the cache's own, with all its rows.
+
+    Raises ValueError for a static cache with kept softmax layers.
+    """
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, LizardCacheLayer):
+            fields: dict[str, Any] = {} if layer.state is None else tensors_of(layer.state)
+        elif isinstance(layer, DynamicLayer):
+            fields = {"keys": layer.keys, "values": layer.values}
+        else:
+            raise ValueError(f"cache: layer {i} is a {type(layer).__name__}; a static cache cannot be saved")
+        tensors |= {f"layers.{i}.{name}": t for name, t in fields.items()}
+    return tensors
 
 
 def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -146,7 +155,7 @@ def _weighted(words: Tensor, start: int) -> Tensor:
     return (words * (mixed | 1)).sum()
 
 
-def _comparable(config: PreTrainedConfig) -> dict[str, Any]:
+def comparable(config: PreTrainedConfig) -> dict[str, Any]:
     """What of a config the meaning of a state depends on, flat."""
     values = {k: v for k, v in config.to_dict().items() if k not in ANY_CONFIG}
     choices = dict(getattr(config, "lizard", None) or {}).get("attention", {})
@@ -170,7 +179,7 @@ def _check_metadata(file: Path, metadata: dict[str, str], model: Any) -> None:
             f"state file {str(file)!r} has version {metadata.get('version')}, this lizard-attn reads {VERSION}: "
             "update lizard-attn"
         )
-    theirs, ours = json.loads(metadata["config"]), _comparable(model.config)
+    theirs, ours = json.loads(metadata["config"]), comparable(model.config)
     theirs, ours = RETIRED | ADDED | theirs, RETIRED | ADDED | ours  # what configs of other versions leave out
     different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
     if different:
@@ -183,7 +192,12 @@ def _check_metadata(file: Path, metadata: dict[str, str], model: Any) -> None:
         )
 
 
-def _fill(cache: LizardCache, tensors: dict[str, Tensor], seen: int) -> None:
+def fill_cache(cache: LizardCache, tensors: dict[str, Tensor], seen: int) -> None:
+    """Give a cache that has read nothing what ``tensors_of_cache`` took of one that had read ``seen`` positions.
+
+    Kept softmax layers hold the tensors as they are, converted ones a copy. Raises KeyError, TypeError or ValueError
+    where they are not those of this cache's layers.
+    """
     fields: list[dict[str, Tensor]] = [{} for _ in cache.layers]
     for name, t in tensors.items():
         _, at, field = name.split(".", 2)

@@ -1,0 +1,84 @@
+"""vLLM's side of a batch: which page holds the state of which sequence, and where its tokens are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
+
+from lizard_models.model.positions import moves_anchors, position_range
+from lizard_vllm.pages import Steps
+
+
+@dataclass
+class LizardMetadata(BaseMambaAttentionMetadata):
+    """vLLM's metadata of layers with a state, and what anchors that move on want to know."""
+
+    prefill_lengths: list[int] = field(default_factory=list)
+    far: bool = False
+    made: dict[Any, Any] = field(default_factory=dict)  # what one layer makes for those after it
+
+    def steps(self) -> Steps:
+        """The batch as ``read_batch`` takes it."""
+        device = self.seq_lens.device
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        decodes, prefills = self.state_indices_tensor_d, self.state_indices_tensor_p
+        starts, has = self.query_start_loc_p, self.has_initial_states_p
+        return Steps(
+            decode_slots=none if decodes is None else decodes[:, 0].long(),
+            prefill_slots=none if not self.num_prefills or prefills is None else prefills.long(),
+            prefill_starts=none.new_zeros(1) if starts is None else starts,
+            has_state=none.bool() if has is None else has,
+            prefill_lengths=self.prefill_lengths,
+            far=self.far,
+        )
+
+
+class LizardMetadataBuilder(BaseMambaAttentionMetadataBuilder[LizardMetadata]):
+    """Adds to vLLM's own builder what it knows on the host."""
+
+    metadata_cls = LizardMetadata
+    needs_causal_conv1d_metadata = False
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        config = vllm_config.model_config.hf_config
+        self.limit = position_range(config).limit if moves_anchors(config) else None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any
+    ) -> LizardMetadata:
+        common = common_attn_metadata
+        made = super().build(common_prefix_len, common, fast_build, **kwargs)
+        starts = common.query_start_loc_cpu
+        first = len(starts) - 1 - made.num_prefills
+        lengths = starts.diff()[first:].tolist() if made.num_prefills else []
+        ends = common.seq_lens_cpu_upper_bound
+        far = self.limit is not None and bool((ends > self.limit).any())
+        return replace(made, prefill_lengths=lengths, far=far, made={})
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> LizardMetadata:
+        """One graph of a step must do before and past the limit."""
+        return replace(super().build_for_cudagraph_capture(common_attn_metadata), far=self.limit is not None, made={})
+
+    def update_block_table(self, metadata: LizardMetadata, *args: Any, **kwargs: Any) -> LizardMetadata:
+        return replace(super().update_block_table(metadata, *args, **kwargs), made={})
+
+
+class LizardBackend(AttentionBackend):
+    """Layers of constant-size state, one page a sequence."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "LIZARD"
+
+    @staticmethod
+    def get_builder_cls() -> type[LizardMetadataBuilder]:
+        return LizardMetadataBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        return True

@@ -1,0 +1,177 @@
+"""A converted layer in vLLM: the projections that its family has there, and our attention over pages between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CompilationConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from lizard_layers import AnchorBlock, HybridAttention
+from lizard_models.model.positions import anchor_blocks
+from lizard_ops import apply_rotary
+from lizard_vllm import BACKEND
+from lizard_vllm.backend import LizardMetadata
+from lizard_vllm.checks import check_blocks
+from lizard_vllm.names import OP, TURN_OP
+from lizard_vllm.pages import PageLayout, read_batch
+
+
+class Turns:
+    """cos and sin of a batch's positions, as the model's own rotary embedding has them. One for all layers."""
+
+    def __init__(self, rotary: Any, limits: Any) -> None:
+        self.rotary, self.limits = rotary, limits
+        self.by_kind = len(rotary.kinds()) > 1
+
+    def of(self, positions: Tensor, like: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """[T, D] each, in the dtype of ``like``. kind: the layer type, where families have frequencies for each."""
+        self._move(like.device)
+        cos, sin = self.rotary(like, positions[None], *([kind] if self.by_kind else []))
+        return cos[0], sin[0]
+
+    def blocks(self, positions: Tensor, whole: bool, kind: str | None) -> list[AnchorBlock]:
+        """How far the anchors have moved on at positions [B, T]."""
+        self._move(positions.device)
+        return anchor_blocks(self.rotary, positions, self.limits, whole)[kind if self.by_kind else None]
+
+    def _move(self, device: torch.device) -> None:
+        if next(self.rotary.buffers()).device != device:
+            self.rotary.to(device)
+
+
+class LizardLayer(nn.Module, MambaBase):
+    """Takes the place of a family's attention: its projections and head norms, and ``lizard`` where softmax was."""
+
+    qkv_proj: Any
+    o_proj: Any
+    q_norm: Any
+    k_norm: Any
+
+    def __init__(self, inner: Any, attention: HybridAttention, turns: Turns, vllm_config: Any, name: str) -> None:
+        """inner: the family's attention in vLLM, whose parts are taken over. name: its place in the model."""
+        super().__init__()
+        self.qkv_proj, self.o_proj = inner.qkv_proj, inner.o_proj
+        self.q_norm, self.k_norm = getattr(inner, "q_norm", None), getattr(inner, "k_norm", None)
+        self.q_size, self.kv_size = inner.q_size, inner.kv_size
+        self.lizard, self.name = attention, name
+        self.turns, self.use_rope, self.layer_type = turns, True, None  # set by ``convert``
+        self.layout = PageLayout(attention.config, vllm_config.model_config.dtype)
+        self.page_bytes = self.layout.nbytes
+        self.kv_cache = (torch.empty(0),)
+        self._views: dict[str, Tensor] | None = None
+        contexts = vllm_config.compilation_config.static_forward_context
+        contexts.pop(f"{name}.attn")  # that of the softmax attention which is not there any more
+        contexts[name] = self
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """positions [T], hidden_states [T, hidden] -> the same."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        dim = self.lizard.config.head_dim
+        q, k, v = (t.unflatten(-1, (-1, dim)) for t in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        getattr(torch.ops.vllm, OP)(hidden_states, q, k, v, positions, out, self.name)
+        output, _ = self.o_proj(out.flatten(1))
+        return output
+
+    def attend(self, heads: tuple[Tensor, Tensor, Tensor, Tensor], positions: Tensor, out: Tensor) -> None:
+        """Fill ``out`` [T, Hq, D]. Without a batch, when vLLM measures memory, all tokens are one text."""
+        metadata = get_forward_context().attn_metadata
+        mine: LizardMetadata | None = metadata.get(self.name) if isinstance(metadata, dict) else None
+        rope = self._rope(positions, heads[0], {} if mine is None else mine.made)
+        if mine is None:
+            row = [t[None] for t in heads]
+            turned = None if rope is None else (rope[0][None], rope[1][None])
+            out.copy_(self.lizard(*row, turned)[0][0])
+            return
+        if self._views is None:
+            self._views = self.layout.views(self.kv_cache[0])
+
+        def blocks(places: Tensor, whole: bool) -> list[AnchorBlock] | None:
+            return self.turns.blocks(places, whole, self.layer_type) if self.use_rope else None
+
+        steps = mine.steps()
+        out.copy_(read_batch(self.lizard, self.layout, self._views, heads, rope, positions, steps, blocks))
+
+    def _rope(self, positions: Tensor, like: Tensor, made: dict[Any, Any]) -> tuple[Tensor, Tensor] | None:
+        if not self.use_rope:
+            return None
+        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            made = {}  # what was made before the capture does not follow its positions
+        if self.layer_type not in made:
+            made[self.layer_type] = self.turns.of(positions, like, self.layer_type)
+        return made[self.layer_type]
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self._views = None
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        check_blocks(vllm_config)  # vLLM has chosen its sizes by now
+        return super().get_kv_cache_spec(vllm_config)
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.page_bytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return (torch.uint8,)
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return getattr(MambaAttentionBackendEnum, BACKEND)
+
+
+class OwnTurns(nn.Module):
+    """In place of vLLM's rotary embedding in a kept softmax layer: the model's own, at any position, or none."""
+
+    def __init__(
+        self, turns: Turns, kind: str | None, head_dim: int, use_rope: bool, vllm_config: Any, name: str
+    ) -> None:
+        super().__init__()
+        self.turns, self.kind, self.head_dim, self.use_rope, self.name = turns, kind, head_dim, use_rope, name
+        vllm_config.compilation_config.static_forward_context[name] = self  # where the operator finds it
+
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [T], q and k [T, heads * D] -> the same, turned."""
+        if not self.use_rope:
+            return q, k
+        turned_q, turned_k = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+        getattr(torch.ops.vllm, TURN_OP)(q, k, positions, turned_q, turned_k, self.name)
+        return turned_q, turned_k
+
+    def turn(self, t: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Fill ``out`` [T, heads * D] with t, turned."""
+        cos, sin = (angle[None] for angle in self.turns.of(positions, t, self.kind))
+        out.copy_(apply_rotary(t.unflatten(-1, (-1, self.head_dim))[None], cos, sin)[0].flatten(1))
+
+
+def _attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
+    get_forward_context().no_compile_layers[layer_name].attend((x, q, k, v), positions, out)
+
+
+def _turn(q: Tensor, k: Tensor, positions: Tensor, out_q: Tensor, out_k: Tensor, layer_name: str) -> None:
+    own = get_forward_context().no_compile_layers[layer_name]
+    own.turn(q, positions, out_q)
+    own.turn(k, positions, out_k)
+
+
+def _no_attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
+    return None
+
+
+def _no_turn(q: Tensor, k: Tensor, positions: Tensor, out_q: Tensor, out_k: Tensor, layer_name: str) -> None:
+    return None
+
+
+direct_register_custom_op(op_name=OP, op_func=_attend, mutates_args=["out"], fake_impl=_no_attend)
+direct_register_custom_op(op_name=TURN_OP, op_func=_turn, mutates_args=["out_q", "out_k"], fake_impl=_no_turn)
+if f"vllm::{OP}" not in CompilationConfig._attention_ops:
+    CompilationConfig._attention_ops.append(f"vllm::{OP}")  # graphs are cut there, as at every attention
