@@ -130,9 +130,10 @@ class Campaign:
 
     def _judge_damage(self, kind: str, what: str, out: Path, ended: Ended) -> None:
         """A damaged file is named, or makes no difference; the command ends in one of both."""
-        name = Path(what.split(" ")[0]).name
+        path = Path(what.split(" ")[0])
         said = [f"[{ended.code}] {last_line(ended.said)}"]
-        if ended.code == 2 and name in ended.said:
+        names = (path.name, f"/{path.parent.name}/") if path.name == "sums.json" else (path.name,)
+        if ended.code == 2 and any(name in ended.said for name in names):  # of sums, their folder does
             self._add(Trial(kind, what, "named", said[0]))
         else:
             self._record(kind, what, half_written(out), ended.unclear, out, said)

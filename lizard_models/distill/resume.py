@@ -16,7 +16,7 @@ from lizard_models.config import RETIRED
 from lizard_models.distill import parallel
 from lizard_models.distill.checkpoint_files import damaged, refuse_pickles
 from lizard_models.files.folders import sync, write_whole
-from lizard_models.files.records import read_json
+from lizard_models.files.records import read_json, seal_broken, sealed
 from lizard_models.files.weights import content_digest
 
 RUN = "run.json"
@@ -99,7 +99,7 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
         if parallel.is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-            write_whole(path, json.dumps(record, indent=2) + "\n")
+            write_whole(path, json.dumps(sealed(record), indent=2) + "\n")
         return None
     if not resume:
         raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")
@@ -110,18 +110,19 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
     before = read_json(path, f"it is {wanted}")
     if not isinstance(before, dict) or not {"steps", "data", "recipe"} <= before.keys():
         raise ValueError(f"{path} is damaged (it lacks steps, data or recipe): it is {wanted}")
+    damage = f", or {path} is damaged (another sha256 than when it was written)" if seal_broken(before) else ""
     changed = [key for key in ("steps", "data") if before[key] != record[key]]
     changed += [key for key in record["recipe"] if before["recipe"].get(key) != record["recipe"][key]]
     retired = {key: value for key, value in before["recipe"].items() if key not in record["recipe"]}
     changed += [key for key, value in retired.items() if value != RETIRED.get(f"stage1.{key}")]
     if changed:
         raise ValueError(
-            f"{folder} is of a run with other {', '.join(changed)}: repeat its command, or delete the folder"
+            f"{folder} is of a run with other {', '.join(changed)}{damage}: repeat its command, or delete the folder"
         )
     if before.get("model", record["model"]) != record["model"]:  # runs of earlier versions do not know it
         raise ValueError(
-            f"{folder} is of a run on another model: its frozen parameters differ, or its configuration; go on with "
-            "the one it began with, or delete the folder"
+            f"{folder} is of a run on another model{damage}: its frozen parameters differ, or its configuration; go on "
+            "with the one it began with, or delete the folder"
         )
     refuse_pickles(newest)
     sums = before.get("sums", False)  # runs of earlier versions have none

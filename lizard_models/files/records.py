@@ -10,6 +10,7 @@ from typing import Any
 from lizard_models.files.folders import write_whole
 
 RECORD_SUMS = "sums.json"
+SEAL = "sha256"
 
 
 def read_json(path: Path, remedy: str) -> Any:
@@ -48,6 +49,17 @@ def read_record(path: Path, remedy: str, required: bool) -> Any:
     if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() not in known:
         raise ValueError(f"{path} is damaged (another sha256 than when it was written): {remedy}")
     return read_json(path, remedy)
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the sha256 of all of them, under ``sha256``."""
+    text = json.dumps(values, sort_keys=True)
+    return {**values, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def seal_broken(values: dict[str, Any]) -> bool:
+    """Whether values that were sealed are not what they were; those of earlier versions were not."""
+    return SEAL in values and sealed({key: value for key, value in values.items() if key != SEAL}) != values
 
 
 def _sums(folder: Path) -> dict[str, list[str]]:

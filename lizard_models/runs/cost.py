@@ -151,6 +151,22 @@ def run_cost(
     return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"])
 
 
+def disk_needed(model: Any, config: LizardConfig, stages: list[str]) -> int:
+    """Bytes on disk at the fullest moment of a run: the finished model beside every stage's checkpoints.
+
+    A checkpoint holds the parameters that train and two moments of each, in float32; two are kept, one is written.
+    """
+    new = sum(p.numel() for _, p in model.stage_parameters())
+    tuned = tuned_numbers(model, config.stage2)
+    trained = {
+        "stage0": sum(p.numel() for p in model.key_scores().parameters()),
+        "stage1": new,
+        "stage2": tuned + new * config.stage2.train_new_parameters,
+    }
+    finished = sum(p.nbytes for p in model.parameters())
+    return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
+
+
 def tuned_numbers(model: Any, recipe: Stage2Config) -> int:
     """How many numbers of the projections stage 2 trains: of their adapters, or of their whole weights."""
     shapes = [m.weight.shape for name, m in model.named_modules() if name.rpartition(".")[2] in recipe.lora_targets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from itertools import count, islice
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lizard_models.config import LizardConfig
 from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
 from lizard_models.distill.arguments import total_steps, training_arguments
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
@@ -30,7 +30,7 @@ from lizard_models.model.layer_configs import converted_layers, lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.recipes import Recipe, Stage0Config
-from lizard_models.runs.cost import tuned_numbers
+from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
 from lizard_models.runs.plan import Outcome, Plan, check_folders
@@ -83,6 +83,9 @@ class _Run:
         self.held.hold()  # before anything is loaded, if there is something to go on with
         self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
+        if "tensorboard" in plan.report_to:  # else its files would lie in the work folder, and go with it
+            folder = os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{plan.out}.tensorboard")
+            self.say(f"tensorboard: {folder}")
         self.say(f"teacher: {plan.teacher}")
         self.teacher = load_teacher(plan.teacher, dtype=self.dtype, device=self.home, cache=plan.cache, say=self.say)
         self.digest = agreed(teacher_digest(self.teacher) if is_main_process() else None)
@@ -377,22 +380,6 @@ class _Run:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         self.held.remove()
         wait_for_all()
-
-
-def disk_needed(model: LizardCausalLM, config: LizardConfig, stages: list[str]) -> int:
-    """Bytes on disk at the fullest moment of a run: the finished model beside every stage's checkpoints.
-
-    A checkpoint holds the parameters that train and two moments of each, in float32; two are kept, one is written.
-    """
-    new = sum(p.numel() for _, p in model.stage_parameters())
-    tuned = tuned_numbers(model, config.stage2)
-    trained = {
-        "stage0": sum(p.numel() for p in model.key_scores().parameters()),
-        "stage1": new,
-        "stage2": tuned + new * config.stage2.train_new_parameters,
-    }
-    finished = sum(p.nbytes for p in model.parameters())
-    return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
 
 
 def precision(recipe: Recipe, device: str) -> torch.dtype:

@@ -16,7 +16,7 @@ from lizard_models.distill.parallel import agreed, is_main_process, join, wait_f
 from lizard_models.distill.resume import checkpoints
 from lizard_models.files.folders import SUMS, damaged, drafts_of, move_whole, write_whole
 from lizard_models.files.locks import LOCK, FolderLock
-from lizard_models.files.records import RECORD_SUMS, read_json, read_record, write_record
+from lizard_models.files.records import RECORD_SUMS, read_json, read_record, seal_broken, sealed, write_record
 from lizard_models.files.sources import Say, silent
 from lizard_models.runs.plan import STAGES, Plan, check_folders, work_folder
 from lizard_models.teachers.loading import TRAINING
@@ -70,8 +70,8 @@ class Work:
         self.hold()
         check_folders(self.plan, self.folder)  # again: another run may have been here meanwhile
         kept = {key: value for key, value in settings.items() if key not in NOT_OF_THE_PLAN}
-        text = json.dumps({**kept, "sums": True}, sort_keys=True, indent=2)
-        self._compare(json.loads(text))
+        settings = json.loads(json.dumps({**kept, "sums": True}))
+        self._compare(settings)
         wait_for_all()
         if is_main_process():
             for path in (self.folder / name for name in (ROWS, WIDE, KEPT) if not self.summed):
@@ -80,7 +80,7 @@ class Work:
             for draft in self.folder.glob(".*.json.*"):
                 draft.unlink(missing_ok=True)
             shutil.rmtree(_gone(self.folder), ignore_errors=True)
-            write_whole(self.folder / PLAN, text)
+            write_whole(self.folder / PLAN, json.dumps(sealed(settings), sort_keys=True, indent=2))
         wait_for_all()
 
     def read(self, name: str) -> Any:
@@ -106,6 +106,7 @@ class Work:
         before = read_json(path, remedy)
         if not isinstance(before, dict) or "config" not in before:
             raise ValueError(f"{path} is damaged (it has no configuration): {remedy}")
+        damage = f", or {path} is damaged (another sha256 than when it was written)" if seal_broken(before) else ""
         before = {"widen": 0, "state_mib": None, **before}  # runs from before there was this choice lack it
         self.summed = before.setdefault("sums", False)
         before["sums"] = True
@@ -121,19 +122,19 @@ class Work:
         if known != settings["teacher_sha256"]:
             raise ValueError(
                 f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.folder)!r} began with: its "
-                f"weights or its configuration changed (sha256 {settings['teacher_sha256'][:12]}, was {known[:12]}); "
-                "put the old one back, or delete that folder and train anew"
+                f"weights or its configuration changed (sha256 {settings['teacher_sha256'][:12]}, was {known[:12]})"
+                f"{damage}; put the old one back, or delete that folder and train anew"
             )
         if changed == ["config"] and _but_stage2(before["config"]) == _but_stage2(settings["config"]):
             if not checkpoints(self.folder / "stage2"):
                 return self.say("stage 2 has another recipe than before; it has not begun, so the run goes on with it")
             raise ValueError(
-                f"resume: {self.folder} has begun stage 2 with another recipe; repeat its command with resume=True, "
-                f"or delete {str(self.folder / 'stage2')!r}, and what was trained before it is kept"
+                f"resume: {self.folder} has begun stage 2 with another recipe{damage}; repeat its command with "
+                f"resume=True, or delete {str(self.folder / 'stage2')!r}, and what was trained before it is kept"
             )
         if changed:
             raise ValueError(
-                f"resume: {self.folder} is of a run with other {', '.join(changed)}; repeat its command with "
+                f"resume: {self.folder} is of a run with other {', '.join(changed)}{damage}; repeat its command with "
                 "resume=True, or delete that folder"
             )
 

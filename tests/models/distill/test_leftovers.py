@@ -79,6 +79,21 @@ def test_a_damaged_record_is_named(tmp_path, text):
         train(tmp_path, resume=True)
 
 
+def test_a_record_that_differs_is_said_to_be_damaged_only_if_it_is(tmp_path):
+    train(tmp_path)
+    path = tmp_path / trainer.RUN
+    for key, text in (("data", "random"), ("model", None), ("steps", 6)):
+        whole = json.loads(path.read_text())
+        path.write_text(json.dumps(whole | {key: "other" if text is None else 5 if key == "steps" else "randon"}))
+        with pytest.raises(ValueError, match=r", or .*run\.json is damaged \(another sha256"):
+            train(tmp_path, resume=True)
+        path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="of a run with other seed: repeat its command"):
+        model = fresh()
+        train_stage1(model, Sequences(), arguments(tmp_path, resume=True), recipes(model, steps=6, seed=3)[0])
+    train(tmp_path, resume=True)
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced, original = [], trainer.sync_all
 
