@@ -23,9 +23,13 @@ def accepted_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hy
     weights that are numbers are always checked in full, and so is what a tracer or a mode sees.
     """
     kind = _kind(inputs, options)
+    try:
+        known = kind in _accepted
+    except TypeError:  # an option that has no business being a list
+        kind = None
     if kind is None:
         return hybrid_arguments(inputs, options)
-    if kind not in _accepted:
+    if not known:
         found = hybrid_arguments(inputs, options)
         if len(_accepted) >= MOST:
             _accepted.clear()

@@ -66,6 +66,8 @@ def test_what_was_accepted_does_not_pass_in_another_guise(full):
         chunk_hybrid_attn(*given[:5], rising, 1, **OPTIONS)
     with pytest.raises(ValueError, match="window: got True"):
         chunk_hybrid_attn(*given, True, **OPTIONS)
+    with pytest.raises(ValueError, match="kept_keys: got"):
+        chunk_hybrid_attn(*given, 1, **OPTIONS, kept_keys=[3])
     with pytest.raises(ValueError, match="k: got"):
         chunk_hybrid_attn(given[0], given[1].double(), *given[2:], 1, **OPTIONS)
     step = inputs(1)
