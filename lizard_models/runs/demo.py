@@ -39,6 +39,9 @@ PASSKEY_LENGTHS = (128, 512)
 LEAST_STEPS = (20, 8)  # of the two stages: fewer show nothing
 PROMPT_TOKENS, NEW_TOKENS = 400, 60
 STAGE2_STEP = 3  # a step of stage 2, in steps of stage 1
+KEPT_KEYS = 256  # of a key head, chosen by scores, beside the window
+SCORE_TOKENS, SCORE_STEPS = 1024, 8  # of a row of stage 0, which takes a step of stage 1, and how many it learns from
+SCORE_ROWS = SCORE_STEPS + 12  # with those of its start and of its R2
 LOADING, TALE = 15, 9  # all that is not training, and what each tale adds to it, in steps of SEQUENCE tokens of stage 1
 
 
@@ -109,6 +112,13 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
     recipe: dict[str, Any] = {"sequence_length": planned["sequence"], "batch_size": 1}
     config = LizardConfig.preset(
         "recommended",
+        attention={"kept_keys": planned.get("kept_keys", 0)},  # runs of before there were any go on without
+        stage0={
+            "sequence_length": SCORE_TOKENS,
+            "batch_size": 1,
+            "max_steps": SCORE_STEPS,
+            "label_queries": SCORE_TOKENS // 4,
+        },
         stage1={**recipe, "max_steps": planned["stage1"]},
         stage2={**recipe, "max_steps": planned["stage2"]},
     )
@@ -136,7 +146,8 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
     """Steps that fit before ``deadline`` (monotonic seconds): two thirds of the time that is left for stage 1, if
     stage 2 gets its least. Where too few would fit, fewer tales are measured, then sequences are shorter."""
     teacher = load_teacher(DEMO_TEACHER, cache=cache, say=say)
-    student = linearize(teacher.model, LizardConfig.preset("recommended")).requires_grad_(False)
+    config = LizardConfig.preset("recommended", attention={"kept_keys": KEPT_KEYS})
+    student = linearize(teacher.model, config).requires_grad_(False)
     for _, parameter in student.stage_parameters():
         parameter.requires_grad_(True)
     student.train()
@@ -151,7 +162,7 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
     seconds = min(times)
     left = deadline - time.monotonic()
     for parts, documents in SIZES:
-        step, measuring = seconds / parts, seconds * (LOADING + TALE * documents)
+        step, measuring = seconds / parts, seconds * (LOADING + SCORE_ROWS + TALE * documents)
         least = step * (LEAST_STEPS[0] + STAGE2_STEP * LEAST_STEPS[1])
         if measuring + least <= left:
             break
@@ -160,12 +171,14 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
     first = max(LEAST_STEPS[0], int(fitting - STAGE2_STEP * second))
     needed = measuring + step * (first + STAGE2_STEP * second)
     say(
-        f"plan: a step takes about {step:.1f} s here, so {first} steps of stage 1 and {second} of stage 2 with "
+        f"plan: a step takes about {step:.1f} s here, so {SCORE_STEPS} steps for the scores of {KEPT_KEYS} kept keys, "
+        f"{first} steps of stage 1 and {second} of stage 2 with "
         f"{SEQUENCE // parts} tokens each and {documents} held-out tales, ready in about {needed / 60:.1f} min"
     )
     if measuring + least > left:
         say("that is the least that shows something, and more than minutes allows")
-    return {"stage1": first, "stage2": second, "sequence": SEQUENCE // parts, "documents": documents}
+    sizes = {"sequence": SEQUENCE // parts, "documents": documents}
+    return {"stage1": first, "stage2": second, "kept_keys": KEPT_KEYS, **sizes}
 
 
 @torch.no_grad()

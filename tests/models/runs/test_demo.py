@@ -48,6 +48,7 @@ def test_training_and_held_out_tales_are_apart(tales, monkeypatch):
 
 def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
     small = {"SEQUENCE": 64, "EVAL_LENGTH": 200, "PASSKEY_LENGTHS": (400,), "PROMPT_TOKENS": 50, "NEW_TOKENS": 5}
+    small |= {"SCORE_TOKENS": 200, "SCORE_STEPS": 2}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "DEMO_TEACHER", str(save_teacher(tmp_path / "teacher")))
@@ -80,10 +81,13 @@ def test_the_demo_runs_and_shows_its_result_again(tales, tmp_path, monkeypatch):
     assert set(json.loads((out / "continuations.json").read_text())) == {"prompt", "teacher", "student"}
 
 
-@pytest.mark.parametrize(("minutes", "size"), [(60, (64, 6)), (11, (64, 2)), (8, (32, 2)), (0.01, (32, 2))], ids=str)
+@pytest.mark.parametrize(
+    ("minutes", "size"), [(60, (64, 6)), (11.4, (64, 2)), (8.4, (32, 2)), (0.01, (32, 2))], ids=str
+)
 def test_the_plan_fits_the_minutes_or_says_so(tmp_path, monkeypatch, minutes, size):
     monkeypatch.setattr(module, "DEMO_TEACHER", str(save_teacher(tmp_path / "teacher")))
     monkeypatch.setattr(module, "SEQUENCE", 64)
+    monkeypatch.setattr(module, "SCORE_ROWS", 3)
     clock = iter(range(0, 1000, 8))  # a step takes 8 seconds
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     said = []
