@@ -93,7 +93,7 @@ class Campaign:
         names = [p.relative_to(stopped) for p in sorted(work.rglob("*")) if p.is_file() and p.name != ".lock"]
         for name in names:
             for damage in DAMAGES:
-                for _ in range(count if damage != "removed" else 1):
+                for _ in range(count if damage != "removed" else min(1, count)):
                     with self._folder() as (out, said):
                         shutil.copytree(work, work_folder(out))
                         what = harm(out.parent / name, damage, self.draw)

@@ -45,6 +45,8 @@ def read_record(path: Path, remedy: str, required: bool) -> Any:
         if len(sums.get(path.name, ())) > 1:  # a second version was on its way, so that the first one was there
             raise ValueError(f"{path} is missing: {remedy}")
         return None
+    if required and not (path.parent / RECORD_SUMS).is_file():
+        raise ValueError(f"{path.parent / RECORD_SUMS} is missing, and with it the sum of {path}: {remedy}")
     known = sums.get(path.name, () if required else None)
     if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() not in known:
         raise ValueError(f"{path} is damaged (another sha256 than when it was written): {remedy}")

@@ -52,8 +52,12 @@ def test_records_of_before_there_were_sums_are_read_where_they_may_be(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("[1]")
     assert read_record(path, "", False) == [1]
+    with pytest.raises(ValueError, match="sums.json is missing, and with it the sum of .*rows.json: measure again"):
+        read_record(path, "measure again", True)
+    (tmp_path / records.RECORD_SUMS).write_text("{}")
     with pytest.raises(ValueError, match="rows.json is damaged"):
         read_record(path, "", True)
+    (tmp_path / records.RECORD_SUMS).unlink()
     path.write_text("[1")
     with pytest.raises(ValueError, match=r"rows\.json is damaged \(Expecting.*: measure again"):
         read_record(path, "measure again", False)
