@@ -91,8 +91,10 @@ class LizardCacheLayer(CacheLayerMixin):
 
     def _take(self, state: State, inputs: tuple[Tensor | None, ...]) -> None:
         """``set_state`` of what the layer has made of its inputs, without a copy where the memory is nobody else's."""
-        recorded = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-        if self.state is not None or recorded or not own_memory(state, inputs):
+        if torch.compiler.is_compiling() or self.state is not None or torch.is_grad_enabled():
+            self.set_state(state)
+            return
+        if torch.is_inference_mode_enabled() or not own_memory(state, inputs):
             self.set_state(state)
             return
         self.state, self._blank, self.is_initialized = state, False, True
@@ -275,7 +277,7 @@ def fits(kept: State, new: State) -> bool:
 
 def own_memory(state: State, others: tuple[Tensor | None, ...]) -> bool:
     """Whether every tensor of the state fills memory of its own, which none of the others lies in."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         return False
     tensors = tensors_of(state).values()
     taken = [t.untyped_storage().data_ptr() for t in (*tensors, *(t for t in others if t is not None))]
