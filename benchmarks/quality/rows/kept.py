@@ -5,6 +5,7 @@ value, inputs of the linear branch and a gate; a kept key has a score and a posi
 thousand.
 """
 
+import dataclasses
 from typing import Any
 
 from benchmarks.quality.rows.declare import PASSKEYS, Row, Table
@@ -44,16 +45,16 @@ def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
     )
 
 
-def shared(places: int) -> Row:
-    """Those bytes once more, given to the layers and heads where kept keys save most."""
-    return Row(
-        name=f"recommended-shared-{places}",
-        about=f"the bytes of {places} kept keys, shared out by what they save",
-        on="recommended",
-        changes={"attention": {"kept_keys": places}},
+def shared(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
+    """Those bytes once more, given to the layers and heads where kept keys save most. more: as for ``kept``."""
+    even = kept(places, suffix, about, **more)
+    return dataclasses.replace(
+        even,
+        name=f"recommended-shared-{places}{suffix}",
+        about=f"the bytes of {places} kept keys{about}, shared out by what they save",
         shared=True,
-        beside=f"recommended-kept-{places}",
-        compared=True,
+        beside=even.name,
+        costs="",
     )
 
 
@@ -69,6 +70,7 @@ SCORES = (
         kept(places, "-left-longer-x4", LEFT, beside="recommended-kept-256-received-longer-x4", coverage="left", **LONG)
         for places in (160, 256, 480)
     ),
+    *(shared(places, "-left-longer-x4", LEFT, coverage="left", **LONG) for places in (160, 480)),
     kept(
         256,
         "-received-longer-x4-passkeys",
