@@ -23,11 +23,11 @@ def accepted_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hy
     weights that are numbers are always checked in full, and so is what a tracer or a mode sees.
     """
     kind = _kind(inputs, options)
+    if kind is None:  # torch.compile must not look at the set: it would compile again where that has grown
+        return hybrid_arguments(inputs, options)
     try:
         known = kind in _accepted
     except TypeError:  # an option that has no business being a list
-        kind = None
-    if kind is None:
         return hybrid_arguments(inputs, options)
     if not known:
         found = hybrid_arguments(inputs, options)
@@ -72,6 +72,7 @@ def _normal(inputs: HybridInputs, options: HybridOptions) -> tuple[HybridInputs,
     )
     default = 1.0 if options.normalize else features**-0.5
     return inputs, options._replace(
+        coverage="outside" if options.coverage == "left" else options.coverage,
         scale=q.shape[3] ** -0.5 if options.scale is None else float(options.scale),
         feature_scale=default if options.feature_scale is None else float(options.feature_scale),
     )

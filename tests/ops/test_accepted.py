@@ -86,3 +86,9 @@ def test_kinds_do_not_pile_up(full, monkeypatch):
     for length in range(2, 9):
         chunk_hybrid_attn(*inputs(length), 3, **OPTIONS)
     assert len(full) == 7 and len(accepted._accepted) <= 3
+
+
+def test_a_coverage_that_is_another_without_kept_keys_stays_it(full):
+    outputs = [chunk_hybrid_attn(*inputs(9), 3, **OPTIONS | {"coverage": c}) for c in ("outside", "left", "left")]
+    assert len(full) == 2 and all(torch.equal(o, outputs[0][0]) for o, _ in outputs)
+    assert all(state._fields == outputs[0][1]._fields for _, state in outputs)
