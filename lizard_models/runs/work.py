@@ -194,13 +194,20 @@ def _finished_drafts(plan: Plan, folder: Path) -> Iterator[Path]:
 
 
 def _is_model_of(plan: Plan, folder: Path) -> bool:
-    """Whether a folder holds a finished model of a plan's teacher, data and configuration."""
+    """Whether a folder holds a finished model of a plan's teacher, data, budget, start and configuration."""
     if not (folder / SUMS).is_file() or not (folder / TRAINING).is_file():
         return False
     record = read_json(folder / TRAINING, "copy the model again")
     config = dict(record.get("config", {}))
     if plan.widen:
         config["wide_layers"] = plan.config.to_dict()["wide_layers"]
+    if plan.state_mib is not None:
+        config["attention"] = {
+            **config.get("attention", {}),
+            "kept_keys": plan.config.to_dict()["attention"]["kept_keys"],
+        }
+    if record.get("state_mib") != plan.state_mib or record.get("start") != (plan.start and str(plan.start)):
+        return False
     ours = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "config": plan.config.to_dict()}
     return {**record, "config": config} == {**record, **ours}
 
