@@ -13,7 +13,7 @@ import torch
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill.parallel import agreed, is_main_process, join, wait_for_all
-from lizard_models.distill.resume import checkpoints
+from lizard_models.distill.resume import RUN, checkpoints, step_of
 from lizard_models.files.folders import SUMS, damaged, drafts_of, move_whole, write_whole
 from lizard_models.files.locks import LOCK, FolderLock
 from lizard_models.files.records import RECORD_SUMS, read_json, read_record, seal_broken, sealed, write_record
@@ -82,6 +82,20 @@ class Work:
             shutil.rmtree(_gone(self.folder), ignore_errors=True)
             write_whole(self.folder / PLAN, json.dumps(sealed(settings), sort_keys=True, indent=2))
         wait_for_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Says what an earlier run has done, which is not done again."""
+        measured = [row["name"] for row in self.read(ROWS) or []]
+        if measured:
+            self.say(f"skipped, measured before: {', '.join(measured)}")
+        for stage in STAGES:
+            last, path = checkpoints(self.folder / stage)[-1:], self.folder / stage / RUN
+            if last and path.is_file():
+                with contextlib.suppress(ValueError):  # what is damaged the stage refuses itself
+                    step, steps = step_of(last[0]), read_json(path, "").get("steps")
+                    done = f"skipped, trained before: {stage}, {steps} steps"
+                    self.say(done if step == steps else f"{stage} goes on from step {step} of {steps}")
 
     def read(self, name: str) -> Any:
         """What ``write_record`` wrote there, None if nothing. Raises ValueError for a file that is damaged."""
