@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,9 @@ class Plan:
     """Folder for the finished model; must not exist yet."""
     data: list[str]
     """Training text: .txt, .json, .jsonl, .parquet or .npy (token ids), folders of these, or data sets of the hub."""
+    weights: list[float] = field(default_factory=list)
+    """A number for each source of the training text: its share of an epoch's sequences. A source with fewer gives some
+    again (stage 0 takes each once), of one with more some are left out. Without weights each gives what it has."""
     eval_data: list[str] = field(default_factory=list)
     """Held-out documents, in the same forms, for the loss by position; none measures none."""
     eval_length: int = 2048
@@ -95,6 +99,11 @@ class Plan:
                 raise ValueError("start: stages 0 and 1 are done there, and stage 2 is left out: nothing is left to do")
             self.start = Path(self.start).expanduser()
             self.config = start_config(self.start, self.config)
+        usable = [w for w in self.weights if math.isfinite(w) and w > 0]
+        if self.weights and not len(usable) == len(self.weights) == len(self.data):
+            raise ValueError(
+                f"weights: got {self.weights}, wanted a positive number for each of {len(self.data)} sources"
+            )
         if self.out.name in ("", ".."):
             raise ValueError(f"out: got {str(self.out)!r}, wanted the name of a new folder")
         if len(os.fsencode(self.out.name)) > LONGEST:

@@ -21,7 +21,6 @@ from lizard_models.runs.recipe_keys import LEAST, SECTIONS, Key, keys, required,
 from lizard_models.runs.recipe_show import preset_data
 
 NOT_THERE = {
-    "data.weights": "sources have no weights: every one is read whole, once an epoch; leave the key out",
     "stage3": "there is no stage 3; longer rows are `sequence_length` of stage 2; leave the section out",
     "resume": "a recipe always goes on with what there is; leave the key out",
     "stage0.dataset": "the text of all stages is data.sources",
@@ -202,7 +201,7 @@ class _Reader:
             for key in keys().values()
             if not key.of_config and key.name != "preset"
         }
-        for name in ("data", "eval_data", "passkey_lengths"):
+        for name in ("data", "weights", "eval_data", "passkey_lengths"):
             values[name] = None if values[name] is None else list(values[name])
         values["data"] = preset_data(config) if values["data"] is None else values["data"]
         values["dtype"] = None if values["dtype"] is None else getattr(torch, values["dtype"])

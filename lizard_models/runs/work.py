@@ -121,7 +121,12 @@ class Work:
         if not isinstance(before, dict) or "config" not in before:
             raise ValueError(f"{path} is damaged (it has no configuration): {remedy}")
         damage = f", or {path} is damaged (another sha256 than when it was written)" if seal_broken(before) else ""
-        before = {"widen": 0, "state_mib": None, **before}  # runs from before there was this choice lack it
+        before = {
+            "widen": 0,
+            "state_mib": None,
+            "weights": [],
+            **before,
+        }  # runs from before there was this choice lack it
         self.summed = before.setdefault("sums", False)
         before["sums"] = True
         with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
@@ -208,7 +213,7 @@ def _finished_drafts(plan: Plan, folder: Path) -> Iterator[Path]:
 
 
 def _is_model_of(plan: Plan, folder: Path) -> bool:
-    """Whether a folder holds a finished model of a plan's teacher, data, budget, start and configuration."""
+    """Whether a folder holds a finished model of a plan's teacher, data, weights, budget, start and configuration."""
     if not (folder / SUMS).is_file() or not (folder / TRAINING).is_file():
         return False
     record = read_json(folder / TRAINING, "copy the model again")
@@ -221,6 +226,8 @@ def _is_model_of(plan: Plan, folder: Path) -> bool:
             "kept_keys": plan.config.to_dict()["attention"]["kept_keys"],
         }
     if record.get("state_mib") != plan.state_mib or record.get("start") != (plan.start and str(plan.start)):
+        return False
+    if record.get("weights", []) != plan.weights:
         return False
     ours = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "config": plan.config.to_dict()}
     return {**record, "config": config} == {**record, **ours}

@@ -107,6 +107,33 @@ def test_run_and_linearize_are_one(world, tmp_path, monkeypatch):
     shutil.rmtree(out)
 
 
+def test_sources_come_by_their_weights_in_every_stage(world, tmp_path, monkeypatch):
+    """A file of 3000 bytes has 46 sequences of 64 tokens, so three have 138, of which 4/7, 2/7 and 1/7 are given."""
+    out = tmp_path / "out"
+    data = {"sources": [str(world / "texts" / f"text-{n}.txt") for n in range(3)], "weights": [4, 2, 1]}
+    changes = {
+        "evaluation": {"data": []},
+        "attention": {"window": 16, "score_dim": 8},
+        "budget": {"kept_keys": 4},
+        "stage0": {"max_steps": 2, "sequence_length": 200, "label_queries": 32},
+    }
+    path = recipe_of(world, out, data=data, **changes)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(linearize_run, "train_stage2", stop)
+        output = " ".join(call("run", path, code=130).stdout.split())
+    assert "data of stage1: 138 sequences (79, 39, 20 by weight) of 64 tokens" in output
+    assert "data of stage0: 4 rows of 200 tokens" in output
+    other = recipe_of(world, out, data=data | {"weights": [4, 2, 2]}, **changes)
+    assert "of a run with other weights" in error("run", other)
+    output = call("run", recipe_of(world, out, data=data, **changes)).output
+    assert "trained before: stage0, 2 steps" in output and "trained before: stage1, 2 steps" in output
+    assert json.loads((out / "training.json").read_text())["weights"] == [4, 2, 1]
+    assert "text-2.txt, by weights of 4, 2, 1" in (out / "README.md").read_text()
+    assert "finished before" in call("run", path).output and "exists already" in error(
+        "run", recipe_of(world, out, data=data | {"weights": [4, 2, 2]}, **changes)
+    )
+
+
 def test_errors_of_a_run_name_keys(world, tmp_path):
     out = tmp_path / "out"
     mistakes = [

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -30,6 +31,7 @@ out: "made of this"
 preset: paper
 data:
   sources: [books/, "no", 'it''s']
+  weights: [2, 0.5, 1]
   encoding: latin-1
 attention: {window: 64, positions: true, gate_init: null, num_sinks: 1, sink_spread: 2}
 budget:
@@ -173,7 +175,8 @@ def test_a_file_changes_what_it_names_alone(tmp_path):
     )  # fmt: skip
     assert plan.config == expected
     changed = {
-        "teacher": "some/teacher", "data": ["books/", "no", "it's"], "encoding": "latin-1", "stage0": True,
+        "teacher": "some/teacher", "data": ["books/", "no", "it's"], "weights": [2, 0.5, 1],
+        "encoding": "latin-1", "stage0": True,
         "stage1": False, "stage2": True, "eval_data": ["held-out"], "eval_length": 4096, "eval_documents": 8,
         "passkey_lengths": [256, 1024], "passkey_trials": 10, "dtype": torch.bfloat16, "device": "cpu",
         "report_to": ("tensorboard",), "diverged": 5, "start": None, "widen": 0, "state_mib": None,
@@ -218,7 +221,8 @@ FAULTS = [
     ("budget: {softmax_layers: [1, 1]}\n", 3, "budget.softmax_layers: must be distinct indices from 0"),
     ("data: {sources: []}\n", 3, "data.sources: got [], wanted files, folders or data sets of the hub"),
     ("data: {sources: [{a: 1}]}\n", 3, "data.sources: got [{a: 1}], wanted a list of texts or null"),
-    ("data: {weights: [1, 2]}\n", 3, "data.weights: "),
+    ("data: {weights: [1, 2]}\n", 3, "data.weights: got [1, 2], wanted a positive number for each of 1 sources"),
+    ("data: {sources: [a, b], weights: [1, 0]}\n", 3, "data.weights: got [1, 0], wanted a positive number for each"),
     ("stage3: {max_steps: 5}\n", 3, "stage3: there is no stage 3"),
     ("resume: true\n", 3, "resume: a recipe always goes on"),
     ("evaluation: {passkey_lengths: [256, 0]}\n", 3, "evaluation.passkey_lengths: got [256, 0], wanted a list of "),
@@ -284,6 +288,12 @@ def test_values_are_read_as_they_were_written(value, tmp_path):
     assert yaml.safe_load(f"a: {written(value)}") == {"a": value}
     if isinstance(value, str) and value:
         assert read(LEAST_TEXT + f"training: {{cache: {written(value)}}}", tmp_path).cache == value
+
+
+def test_the_document_shows_a_recipe(tmp_path):
+    [text] = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(), re.S)
+    plan = read(text, tmp_path)
+    assert plan.weights == [3, 1] and plan.config.stage2.max_steps == 10 and plan.passkey_lengths == [256, 1024]
 
 
 def test_types_are_said_in_words():
