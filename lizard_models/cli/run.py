@@ -45,7 +45,13 @@ def command(
         if dry_run:
             return describe(plan, streams.console())
         plan.device = read_device(plan.device, "training.device")
-        carry_out(plan, streams.console())
+        try:
+            carry_out(plan, streams.console())
+        except ValueError as error:
+            if "resume=True" not in str(error):
+                raise
+            said = str(error).removeprefix("resume: ").replace("resume=True", "the recipe that it began with")
+            raise ValueError(said) from error
 
 
 def _again() -> str:

@@ -140,7 +140,7 @@ class _Reader:
                     self._read(node, f"{name}.")
                 elif self._value(name, node) is not None:
                     self._fault(name, f"got {self._came(node)}, wanted a section of keys")
-            elif name in keys():
+            elif name in keys() and keys()[name].section == prefix.rstrip("."):
                 self._check(keys()[name], node)
             else:
                 self._fault(name, _unknown(name, prefix))
@@ -167,7 +167,7 @@ class _Reader:
     def _value(self, name: str, node: yaml.Node) -> Any:
         try:
             return tuples(self.loader.construct_object(node, deep=True))
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             what = getattr(error, "problem", None) or str(error)
             self._fault(name, f"got {self._came(node)}, which cannot be read: {what}")
             return None
@@ -238,6 +238,9 @@ def _unknown(name: str, prefix: str) -> str:
     """What to say of a key that there is not."""
     if name in NOT_THERE:
         return NOT_THERE[name]
+    if name in keys():
+        section, _, last = name.rpartition(".")
+        return f"stands in its section, wanted {section}: {{{last}: ...}}"
     here = [key.name.removeprefix(prefix) for key in keys().values() if key.section == prefix.rstrip(".")]
     here += [] if prefix else [section for section in SECTIONS if section]
     last = name.removeprefix(prefix)

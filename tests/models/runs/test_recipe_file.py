@@ -196,6 +196,7 @@ def test_what_is_left_out_is_the_preset(tmp_path):
 FAULTS = [
     ("preset: papre\n", 3, "preset: got papre, wanted one of paper, "),
     ("teacher: 7\n", 3, "teacher: is given twice, first in line 1"),
+    ("stage1.seed: 3\n", 3, "stage1.seed: stands in its section, wanted stage1: {seed: ...}"),
     ("windwo: 3\n", 3, "windwo: unknown key, wanted one of preset, "),
     ("window: 3\n", 3, "window: unknown key, did you mean attention.window?"),
     ("stage1: {learning_rat: 1}\n", 3, "stage1.learning_rat: unknown key, did you mean stage1.learning_rate?"),
@@ -243,6 +244,12 @@ FAULTS = [
 def test_a_mistake_is_named_by_line_and_key(more, line, what, tmp_path):
     found = faults(LEAST_TEXT + more, tmp_path)
     assert len(found) == 1 and found[0][0] == line and found[0][1].startswith(what), found
+
+
+def test_no_depth_is_too_much(tmp_path):
+    for depth in (50, 200, 250, 300, 350, 500):
+        [fault] = faults(LEAST_TEXT + f"stage1: {{betas: {'[' * depth}{']' * depth}}}", tmp_path)
+        assert "stage1.betas: got [" in fault[1] or "is nested too deeply" in fault[1]
 
 
 def test_all_mistakes_are_named_at_once_in_their_order(tmp_path):
