@@ -24,6 +24,7 @@ from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.model.layer_configs import kept_layers, lizard_config
 from lizard_models.runs import linearize_run as pipeline
 from lizard_models.runs import memory
+from lizard_models.runs.plan import work_folder
 from lizard_models.text.sequences import load_documents
 
 RECIPE = ["--stage1-steps", "3", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
@@ -53,7 +54,7 @@ def test_linearize_saves_a_model_and_what_was_measured(model):
     assert {"model.safetensors", "tokenizer.json", "evaluation.json", "evaluation.png", "training.json"} <= {
         file.name for file in out.iterdir()
     }
-    assert not pipeline.work_folder(out).exists()
+    assert not work_folder(out).exists()
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "transformers" and "lizard_llama" in card.data.tags
     for text in ("preset `recommended`: window 16", "stage1: 3 steps of 2 x 64", "stage2: 2 steps", "Passkeys found"):
@@ -194,7 +195,7 @@ def test_mistakes_are_one_line_that_names_the_remedy(world, tmp_path, monkeypatc
         (error("generate", tmp_path / "there", "x"), "has no config.json"),
     ):
         assert line.startswith("error: ") and reason in line
-    assert not out.exists() and not pipeline.work_folder(out).exists()
+    assert not out.exists() and not work_folder(out).exists()
 
 
 def test_settings_nest_and_keep_their_types():
@@ -218,7 +219,7 @@ def test_layers_are_widened_after_stage_1_and_a_resumed_run_keeps_its_choice(wor
     with monkeypatch.context() as stopped:
         stopped.setattr(pipeline, "train_stage2", stop)
         assert "window of 32 where it is needed most: layers [" in call(*command, code=130).stdout
-    layers = json.loads((pipeline.work_folder(out) / "wide_layers.json").read_text())
+    layers = json.loads((work_folder(out) / "wide_layers.json").read_text())
     assert "other widen" in error(*command[:-2], "--resume")
     with monkeypatch.context() as resumed:
         resumed.setattr(pipeline, "neediest_layers", lambda *args, **kwargs: pytest.fail("chosen again"))
@@ -248,16 +249,16 @@ def test_an_interrupted_run_is_resumed_as_the_message_says(world, tmp_path, monk
     command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out]
     monkeypatch.setattr("sys.argv", ["lizard-attn", *map(str, command)])
     with monkeypatch.context() as stopped:
-        stopped.setattr(pipeline, "load_sequences", lambda *args, **kwargs: Sequences(stop_at=3))
+        stopped.setattr(pipeline, "load_mixture", lambda *args, **kwargs: Sequences(stop_at=3))
         line = error(*command, code=130)
     assert "stage 1, attention approximation stopped at step" in line and "nothing half-written" in line
     assert line.endswith(f"--out {out} --resume")
-    assert not out.exists() and pipeline.work_folder(out).exists()
+    assert not out.exists() and work_folder(out).exists()
     assert "holds an unfinished run; go on with --resume" in error(*command)
-    monkeypatch.setattr(pipeline, "load_sequences", lambda *args, **kwargs: Sequences())
+    monkeypatch.setattr(pipeline, "load_mixture", lambda *args, **kwargs: Sequences())
     assert "with other config" in error(*command, "--resume", "--seed", "5")
     call(*command, "--resume")
-    assert (out / "model.safetensors").exists() and not pipeline.work_folder(out).exists()
+    assert (out / "model.safetensors").exists() and not work_folder(out).exists()
 
 
 def test_a_full_disk_leaves_no_model(world, tmp_path, monkeypatch):
