@@ -14,7 +14,7 @@ def check_fields(instance: Any) -> None:
     kind: Any = type(instance)
     for name, hint in _hints(kind).items():
         value = getattr(instance, name)
-        if not _allows(hint, value):
+        if not allows(hint, value):
             wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise ValueError(f"{type(instance).__name__}.{name} must be {wanted}, got {value!r}")
 
@@ -24,7 +24,8 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)  # a millisecond, for what never changes
 
 
-def _allows(hint: Any, value: Any) -> bool:
+def allows(hint: Any, value: Any) -> bool:
+    """Whether an annotation that ``check_fields`` understands allows a value."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in args
@@ -32,9 +33,9 @@ def _allows(hint: Any, value: Any) -> bool:
         if not isinstance(value, tuple):
             return False
         members = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return len(value) == len(members) and all(map(_allows, members, value))
+        return len(value) == len(members) and all(map(allows, members, value))
     if args:  # a union
-        return any(_allows(arg, value) for arg in args)
+        return any(allows(arg, value) for arg in args)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)

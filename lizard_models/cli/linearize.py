@@ -132,6 +132,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show shapes, new parameters, and estimates of memory and time.")
     ] = False,
+    show_recipe: Annotated[
+        bool, typer.Option("--show-recipe", help="Only print these options as a recipe file for lizard-attn run.")
+    ] = False,
 ) -> None:
     """Turn a teacher into a Lizard: stage 1 imitates its attention, stage 2 fine-tunes with LoRA.
 
@@ -172,15 +175,18 @@ def command(
     What it would take, without weights: [cyan]lizard-attn linearize meta-llama/Meta-Llama-3-8B --preset paper
     --gradient-checkpointing --dry-run --out paper-8b[/cyan]
 
+    All of it as a file, which lizard-attn run carries out: [cyan]lizard-attn linearize smollm2-135m --data books/
+    --show-recipe --out my-lizard > recipe.yaml[/cyan]
+
     A variant: [cyan]--set attention.window=64 --set stage1.learning_rate=3e-3[/cyan]
     """
     with one_line_errors(lambda: _resume_command(out)):
+        from lizard_models.cli.carry_out import carry_out, describe
         from lizard_models.config import LizardConfig
-        from lizard_models.distill import parallel
         from lizard_models.files import streams
         from lizard_models.runs.convert_folder import linearize_folder
-        from lizard_models.runs.linearize_run import Plan, run
-        from lizard_models.runs.work import finished_before
+        from lizard_models.runs.linearize_run import Plan
+        from lizard_models.runs.recipe_show import preset_data
 
         chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
@@ -194,28 +200,11 @@ def command(
             stage1=_recipe(stage1_steps, batch_size, seq_len, seed),
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
         )
-        console = streams.console()
-        if dry_run:
-            from lizard_models.runs.cost import describe_run
-
-            devices = parallel.process_count()
-            parts = describe_run(teacher, chosen, devices=devices, micro_batch=micro_batch_size, widen=widen,
-                                 state_mib=state_mib, checkpointing=gradient_checkpointing, cache=cache)  # fmt: skip
-            for part in parts:
-                console.print(part, highlight=False)
-            return
-        scored = chosen.attention.keeps_keys and stage0_steps != 0
-        untrained = start is None and stage1_steps == 0 and stage2_steps == 0 and not scored
-        if untrained and not eval_data and not passkey and not widen and state_mib is None:
-            # Nothing is trained or measured, so the teacher need not fit into memory.
-            folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
-            console.print(f"saved, untrained: {folder}")
-            return
         plan = Plan(
             teacher=teacher,
             config=chosen,
             out=out,
-            data=data or sorted({chosen.stage1.dataset, chosen.stage2.dataset}),
+            data=data or preset_data(chosen),
             eval_data=eval_data or [],
             eval_length=eval_length,
             eval_documents=eval_documents,
@@ -229,7 +218,7 @@ def command(
             text_field=text_field,
             encoding=encoding,
             dtype=read_dtype(dtype),
-            device=read_device(device),
+            device=device,
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             fsdp=fsdp,
@@ -241,16 +230,22 @@ def command(
             resume=read_resume(resume),
             cache=cache,
         )
-        if finished_before(plan, console.print):
-            console.print(f"finished before: {out}   try: lizard-attn generate {out} 'Once upon a time'")
+        if show_recipe:
+            from lizard_models.runs.recipe_show import show
+
+            return typer.echo(show(plan), nl=False)
+        console = streams.console()
+        if dry_run:
+            return describe(plan, console)
+        scored = chosen.attention.keeps_keys and stage0_steps != 0
+        untrained = start is None and stage1_steps == 0 and stage2_steps == 0 and not scored
+        if untrained and not eval_data and not passkey and not widen and state_mib is None:
+            # Nothing is trained or measured, so the teacher need not fit into memory.
+            folder = linearize_folder(teacher, out, chosen, dtype=read_dtype(dtype), cache=cache, say=console.print)
+            console.print(f"saved, untrained: {folder}")
             return
-        outcome = run(plan, console)
-        for table in outcome.report.tables():
-            console.print(table)
-        for name, result in outcome.stages.items():
-            console.print(f"{name}: {result.steps} steps in {result.seconds:.0f} s, final loss {result.final_loss:.4f}")
-        parallel.leave()
-        console.print(f"saved: {out}   try: lizard-attn generate {out} 'Once upon a time'")
+        plan.device = read_device(device)
+        carry_out(plan, console)
 
 
 def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed: int | None) -> dict[str, Any]:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from lizard_models.cli import convert, demo, evaluate, generate, info, layers, linearize, serve, with_module
+from lizard_models.cli import (
+    convert,
+    demo,
+    evaluate,
+    generate,
+    info,
+    layers,
+    linearize,
+    recipe,
+    run,
+    serve,
+    with_module,
+)
 from lizard_models.cli.errors import Command
 
 app = typer.Typer(
@@ -26,6 +38,8 @@ def quiet() -> None:
 
 
 app.command("linearize", cls=Command)(linearize.command)
+app.command("run", cls=Command)(run.command)
+app.add_typer(recipe.app, name="recipe")
 app.command("convert", cls=Command)(convert.command)
 app.command("generate", cls=Command)(generate.command)
 app.command("eval", cls=Command)(evaluate.command)

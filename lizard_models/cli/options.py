@@ -73,16 +73,16 @@ def read_dtype(name: str | None) -> torch.dtype | None:
     return known[name]
 
 
-def read_device(name: str | None) -> str:
+def read_device(name: str | None, option: str = "--device") -> str:
     """A device that is there. Raises ValueError for one that is not."""
     import torch
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}, wanted cpu or cuda")
+        raise ValueError(f"{option} is {name!r}, wanted cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out, or give cpu")
+        raise ValueError(f"{option} cuda: torch finds no CUDA device here; leave it out, or give cpu")
     return name
 
 

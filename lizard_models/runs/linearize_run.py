@@ -41,8 +41,9 @@ from lizard_models.runs.work import KEPT, LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 from lizard_models.text.documents import files_left_out
+from lizard_models.text.mixture import MixedTokens, load_mixture
 from lizard_models.text.overlap import overlap
-from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
+from lizard_models.text.sequences import Documents, PackedTokens, load_documents
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
@@ -235,11 +236,12 @@ class _Run:
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
         plan = self.plan
         if isinstance(recipe, Stage0Config):
-            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.text_field, plan.encoding)
+            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.text_field, plan.encoding, plan.weights)
             self.say(f"data of {stage}: {rows.told}")
             return rows
-        sequences = load_sequences(
+        sequences = load_mixture(
             plan.data,
+            plan.weights,
             self.teacher.tokenizer,
             recipe.sequence_length,
             seed=recipe.seed,
@@ -249,6 +251,7 @@ class _Run:
             vocab_size=self.teacher.model.config.vocab_size,
         )
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
+        size += f" ({', '.join(map(str, sequences.counts))} by weight)" if isinstance(sequences, MixedTokens) else ""
         self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")
         self._tell_overlap(sequences)
         return sequences
@@ -354,6 +357,7 @@ class _Run:
             "device": torch.device(self.device).type,
             "processes": process_count(),
             "data": plan.data,
+            "weights": plan.weights,
             "eval_data": plan.eval_data,
             "eval_length": plan.eval_length,
             "eval_hash": self.documents.digest if self.documents else None,

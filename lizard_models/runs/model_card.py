@@ -88,11 +88,13 @@ def _made(training: dict[str, Any], made_on: dict[str, Any]) -> list[str]:
     wide += f", decays slower by {stretch:g}" if wide and stretch != 1 else ""
     places = attention.get("kept_keys")
     keys = f", {'kept keys by head' if isinstance(places, list) else f'{places} kept keys'}" if places else ""
+    weights = ", ".join(f"{weight:g}" for weight in training.get("weights", []))
+    weighed = f", by weights of {weights}" if weights else ""
     lines = [
         f"- preset `{config.get('name', 'unknown')}`: window {attention.get('window')}, {attention.get('anchors')} "
         f"anchors{keys}, gate `{attention.get('gate')}`, coverage `{attention.get('coverage')}`, mix "
         f"`{attention.get('mix')}`; layers kept softmax: {kept}{wide}",
-        f"- data: {', '.join(training.get('data', [])) or 'none, the new parameters are untrained'}",
+        f"- data: {', '.join(training.get('data', [])) or 'none, the new parameters are untrained'}{weighed}",
     ]
     for name, stage in training.get("stages", {}).items():
         recipe = config.get(name, {})

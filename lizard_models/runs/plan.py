@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,19 +27,32 @@ class Plan:
     """What to make of which teacher with which text."""
 
     teacher: str
+    """Name on the hub, local folder, or smollm2-135m."""
     config: LizardConfig
+    """What to make, and the recipes of the stages."""
     out: Path
+    """Folder for the finished model; must not exist yet."""
     data: list[str]
+    """Training text: .txt, .json, .jsonl, .parquet or .npy (token ids), folders of these, or data sets of the hub."""
+    weights: list[float] = field(default_factory=list)
+    """A number for each source of the training text: its share of an epoch's sequences. A source with fewer gives some
+    again (stage 0 takes each once), of one with more some are left out. Without weights each gives what it has."""
     eval_data: list[str] = field(default_factory=list)
+    """Held-out documents, in the same forms, for the loss by position; none measures none."""
     eval_length: int = 2048
     """Positions of an evaluation document."""
     eval_documents: int = 8
+    """Evaluation documents."""
     passkey_lengths: list[int] = field(default_factory=list)
+    """Lengths in tokens of passkey tests; none makes none."""
     passkey_trials: int = 10
+    """Passkey tests of each length."""
     stage0: bool = True
     """Fit the scores of kept keys; without ``attention.kept_keys`` there is nothing to fit."""
     stage1: bool = True
+    """Train the new parameters to imitate the teacher's attention."""
     stage2: bool = True
+    """Fine-tune the whole."""
     start: Path | None = None
     """Folder of a model after stage 1, or of the work of a run that has finished it: this plan begins with what stages
     0 and 1 left there, and takes over their recipes."""
@@ -49,6 +63,7 @@ class Plan:
     """MiB that the state of one sequence may take with float32 keys, in place of ``attention.kept_keys``. After stage 0
     places go to the layers and key heads where they save most on the training text: see ``runs.state_budget``."""
     text_field: str | None = None
+    """Field of a record that holds its text; None takes ``text``, or a chat as ``text.documents`` knows them."""
     encoding: str = "utf-8"
     """Of text files and JSON."""
     dtype: torch.dtype | None = None
@@ -56,7 +71,9 @@ class Plan:
     device: str | None = None
     """"cpu" or "cuda"; None takes CUDA if there is one."""
     micro_batch_size: int | None = None
+    """Sequences that go through at a time: less memory, same result. None takes a process's whole part of a batch."""
     gradient_checkpointing: bool = False
+    """Stage 2 with less memory and a quarter slower."""
     fsdp: bool = False
     """Share the weights among the processes that torchrun or accelerate started."""
     cuda_graph: bool = False
@@ -64,13 +81,16 @@ class Plan:
     compile: bool = False
     """MLPs and norms through torch.compile while training."""
     save_steps: int = 50
+    """Steps between checkpoints."""
     report_to: tuple[str, ...] = ()
     """Where transformers' Trainer reports to beside ``log.jsonl`` in the model's folder: tensorboard, wandb, ..."""
     diverged: float = 3.0
-    """See ``RunArguments``."""
+    """A loss over this times its running median is warned of, then rolled back once at half the rate, then stops the
+    run."""
     resume: bool | Literal["auto"] = False
     """Go on with the run that ``out`` has begun; "auto": if there is one, else begin it."""
     cache: str | None = None
+    """Folder for fetched and converted files; None is $LIZARD_CACHE, else ~/.cache/lizard-attn."""
 
     def __post_init__(self) -> None:
         self.out = Path(self.out).expanduser()
@@ -79,6 +99,11 @@ class Plan:
                 raise ValueError("start: stages 0 and 1 are done there, and stage 2 is left out: nothing is left to do")
             self.start = Path(self.start).expanduser()
             self.config = start_config(self.start, self.config)
+        usable = [w for w in self.weights if math.isfinite(w) and w > 0]
+        if self.weights and not len(usable) == len(self.weights) == len(self.data):
+            raise ValueError(
+                f"weights: got {self.weights}, wanted a positive number for each of {len(self.data)} sources"
+            )
         if self.out.name in ("", ".."):
             raise ValueError(f"out: got {str(self.out)!r}, wanted the name of a new folder")
         if len(os.fsencode(self.out.name)) > LONGEST:

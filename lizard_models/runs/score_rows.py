@@ -17,7 +17,8 @@ from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.recipes import Stage0Config
 from lizard_models.teachers.find import Teacher
 from lizard_models.text.look_ups import items, look_up_rows
-from lizard_models.text.sequences import PackedTokens, StreamedTokens, TooLittleText, load_sequences
+from lizard_models.text.mixture import MixedTokens, load_mixture
+from lizard_models.text.sequences import PackedTokens, StreamedTokens, TooLittleText
 
 HELD_OUT = 8  # rows on which R2 is measured
 PART = 4  # at most one row of the text in four is held out for them
@@ -47,15 +48,17 @@ def score_rows(
     recipe: Stage0Config,
     text_field: str | None = None,
     encoding: str = "utf-8",
+    weights: Sequence[float] = (),
 ) -> ScoreRows:
     """Rows of ``recipe.sequence_length`` tokens by ``text.look_ups.look_up_rows``, as many as the recipe's steps take.
 
-    sources, text_field, encoding: as ``load_sequences`` takes them. model: the student, whose windows say which keys
-    can be learned from. With ``epochs`` the text gives as many rows as it has times that, with ``max_steps`` as many as
-    these take. Of a text with fewer rows each comes again, with other things asked for in it.
+    sources, weights, text_field, encoding: as ``load_mixture`` takes them; what comes again by its weight is taken
+    once. model: the student, whose windows say which keys can be learned from. With ``epochs`` the text gives as many
+    rows as it has times that, with ``max_steps`` as many as these take. Of a text with fewer rows each comes again,
+    with other things asked for in it.
 
     Raises ValueError, before anything is trained, for rows too short for a key to count, a text of fewer than two
-    rows, a batch that the processes cannot share, and what ``load_sequences`` does.
+    rows, a batch that the processes cannot share, and what ``load_mixture`` does.
     """
     length = recipe.sequence_length
     least = check_length(model, recipe)
@@ -64,8 +67,9 @@ def score_rows(
             f"stage0.batch_size={recipe.batch_size} must be a multiple of the {process_count()} processes that share it"
         )
     try:
-        sequences = load_sequences(
+        sequences = load_mixture(
             sources,
+            weights,
             teacher.tokenizer,
             length,
             seed=recipe.seed,
@@ -76,6 +80,8 @@ def score_rows(
         )
     except TooLittleText as error:
         raise too_short(f"{error.tokens} tokens give none", recipe, least) from None
+    if isinstance(sequences, MixedTokens):
+        sequences = sequences.once()  # or a row could be held out and trained on
     wanted = None if recipe.max_steps is None else recipe.max_steps * recipe.batch_size + HELD_OUT
     if wanted is None and isinstance(sequences, StreamedTokens):
         raise ValueError("stage0.max_steps must be given: the data are streamed, so an epoch has no known length")

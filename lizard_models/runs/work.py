@@ -13,7 +13,7 @@ import torch
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill.parallel import agreed, is_main_process, join, wait_for_all
-from lizard_models.distill.resume import checkpoints
+from lizard_models.distill.resume import RUN, checkpoints, step_of
 from lizard_models.files.folders import SUMS, damaged, drafts_of, move_whole, write_whole
 from lizard_models.files.locks import LOCK, FolderLock
 from lizard_models.files.records import RECORD_SUMS, read_json, read_record, seal_broken, sealed, write_record
@@ -82,6 +82,20 @@ class Work:
             shutil.rmtree(_gone(self.folder), ignore_errors=True)
             write_whole(self.folder / PLAN, json.dumps(sealed(settings), sort_keys=True, indent=2))
         wait_for_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Says what an earlier run has done, which is not done again."""
+        measured = [row["name"] for row in self.read(ROWS) or []]
+        if measured:
+            self.say(f"skipped, measured before: {', '.join(measured)}")
+        for stage in STAGES:
+            last, path = checkpoints(self.folder / stage)[-1:], self.folder / stage / RUN
+            if last and path.is_file():
+                with contextlib.suppress(ValueError):  # what is damaged the stage refuses itself
+                    step, steps = step_of(last[0]), read_json(path, "").get("steps")
+                    done = f"skipped, trained before: {stage}, {steps} steps"
+                    self.say(done if step == steps else f"{stage} goes on from step {step} of {steps}")
 
     def read(self, name: str) -> Any:
         """What ``write_record`` wrote there, None if nothing. Raises ValueError for a file that is damaged."""
@@ -107,7 +121,12 @@ class Work:
         if not isinstance(before, dict) or "config" not in before:
             raise ValueError(f"{path} is damaged (it has no configuration): {remedy}")
         damage = f", or {path} is damaged (another sha256 than when it was written)" if seal_broken(before) else ""
-        before = {"widen": 0, "state_mib": None, **before}  # runs from before there was this choice lack it
+        before = {
+            "widen": 0,
+            "state_mib": None,
+            "weights": [],
+            **before,
+        }  # runs from before there was this choice lack it
         self.summed = before.setdefault("sums", False)
         before["sums"] = True
         with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
@@ -194,13 +213,22 @@ def _finished_drafts(plan: Plan, folder: Path) -> Iterator[Path]:
 
 
 def _is_model_of(plan: Plan, folder: Path) -> bool:
-    """Whether a folder holds a finished model of a plan's teacher, data and configuration."""
+    """Whether a folder holds a finished model of a plan's teacher, data, weights, budget, start and configuration."""
     if not (folder / SUMS).is_file() or not (folder / TRAINING).is_file():
         return False
     record = read_json(folder / TRAINING, "copy the model again")
     config = dict(record.get("config", {}))
     if plan.widen:
         config["wide_layers"] = plan.config.to_dict()["wide_layers"]
+    if plan.state_mib is not None:
+        config["attention"] = {
+            **config.get("attention", {}),
+            "kept_keys": plan.config.to_dict()["attention"]["kept_keys"],
+        }
+    if record.get("state_mib") != plan.state_mib or record.get("start") != (plan.start and str(plan.start)):
+        return False
+    if record.get("weights", []) != plan.weights:
+        return False
     ours = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "config": plan.config.to_dict()}
     return {**record, "config": config} == {**record, **ours}
 

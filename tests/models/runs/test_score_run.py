@@ -217,7 +217,7 @@ def test_rows_are_counted_from_steps_or_epochs_and_none_is_held_out_and_trained_
     assert rows.micro_batch_size(None) is None and rows.micro_batch_size(9) == 2 and rows.micro_batch_size(1) == 1
 
     stream = StreamedTokens(lambda epoch: iter([np.arange(LENGTH * 300) % 90]), LENGTH, buffer=4)
-    monkeypatch.setattr(score_rows, "load_sequences", lambda *given, **more: stream)
+    monkeypatch.setattr(score_rows, "load_mixture", lambda *given, **more: stream)
     rows = score_rows.score_rows(
         ["hub"], found, model, Stage0Config(max_steps=5, sequence_length=LENGTH, label_queries=32)
     )

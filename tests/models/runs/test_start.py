@@ -74,6 +74,9 @@ def test_it_goes_on_with_the_start_it_began_with(world, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "first")
     shutil.copytree(folder / "first", tmp_path / "first")
     call(*command, "--resume")
+    assert "finished before" in call(*command, "--resume", "auto").output
+    command[command.index("--from") + 1] = folder / "first"
+    assert "exists already" in error(*command, "--resume", "auto")
 
 
 def test_what_is_no_finished_stage_1_is_refused_before_anything_is_loaded(world, tmp_path, monkeypatch):

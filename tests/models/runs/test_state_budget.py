@@ -106,6 +106,8 @@ def test_a_run_shares_places_out_once_and_goes_on_with_them(world, tmp_path, mon
     assert f"kept keys: {told_places(model.config)}" in info.replace("\n", " ")
     assert call("generate", out, "the wind", "-n", "3", "--device", "cpu").stdout.startswith("the wind")
     assert AutoConfig.from_pretrained(out).lizard == model.config.lizard
+    assert "finished before" in call(*command, "--resume", "auto").output
+    assert "exists already" in error(*command[:-1], 0.5, "--resume", "auto")
 
 
 def test_lists_come_from_the_command_line_too(world, tmp_path):
