@@ -27,6 +27,7 @@ from benchmarks.quality.report import write_docs
 from lizard_layers import HybridAttention, state_bytes
 from lizard_ops import apply_rotary
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Recall(length=40, pairs=(4, 8), vocabulary=48, width=16, heads=2, window=16, steps=4, batch_size=8)
 
 
@@ -79,6 +80,22 @@ def test_one_pass_pieces_tokens_and_the_naive_form_agree(kind):
                 o, state = layer(*parts[:4], parts[4:], state, use_state=True)
                 found.append(o)
             torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_train_it_as_pytorch_does():
+    pytest.importorskip("triton")
+    model = small_model(recall=dataclasses.replace(SMALL, width=32, kept=KeptKeys(window=4)), sharper=3.0).to(DEVICE)
+    layer, (x, q, k, v, rope) = model.blocks[0].mixer.lizard, mixer_inputs(model, rows(count=1).to(DEVICE))[0]
+    found = []
+    for impl in ("torch", "triton"):
+        same = HybridAttention(dataclasses.replace(layer.config, impl=impl)).to(DEVICE)
+        same.load_state_dict(layer.state_dict())
+        heads = [t.clone().requires_grad_() for t in (q, k, v)]
+        o = same(x, *heads, rope)[0]
+        learned = [p for p in same.parameters() if p.requires_grad]
+        found.append((o, *torch.autograd.grad(o.sin().sum(), heads + learned)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_labels_are_the_largest_later_attention_of_the_models_own_softmax():
