@@ -308,7 +308,7 @@ def train_recall(kind: str, recall: Recall, device: str) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if lessons is not None and step % recall.kept.every == 0:
-            lesson = lessons.give(tokens, schedule.get_last_lr()[0] / recall.learning_rate)
+            lesson = lessons.give(tokens, float(schedule.get_last_lr()[0]) / recall.learning_rate)
         schedule.step()
         if (step + 1) % max(1, recall.steps // 40) == 0:
             losses.append((step + 1, loss.item()))

@@ -122,8 +122,8 @@ def layer_labels(block: Any, given: tuple[Any, ...], kind: str) -> Tensor:
     """Labels [B, n, H] of the keys of a layer that are no anchors and leave the window, by its full attention."""
     _, q, k, v, rope = given
     config = block.mixer.lizard.config
-    turned = (apply_rotary(t, *rope) for t in (q, k))
-    attention = TeacherAttention(*turned, v, block.projections[3].weight, config.head_dim**-0.5)
+    turned_q, turned_k = apply_rotary(q, *rope), apply_rotary(k, *rope)
+    attention = TeacherAttention(turned_q, turned_k, v, block.projections[3].weight, config.head_dim**-0.5)
     return key_labels(attention, config.window, kind)[:, config.anchors : q.shape[1] - config.window]
 
 
