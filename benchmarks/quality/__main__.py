@@ -244,7 +244,7 @@ def task_metrics(
 
 @app.command("mqar", cls=Command)
 def mqar(
-    mixers: Annotated[str, typer.Option(help="Of attention, lizard, gla and window.")] = "attention,lizard,gla,window",
+    mixers: Annotated[str, typer.Option(help="See MIXERS in mqar.py.")] = "attention,lizard,gla,window,kept",
     seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own.")] = "0",
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 3000,
     batch_size: Annotated[int, typer.Option(help="Rows a step.", min=1)] = 64,
@@ -253,6 +253,9 @@ def mqar(
     vocabulary: Annotated[int, typer.Option(help="Half keys, half values.", min=8)] = 8192,
     width: Annotated[int, typer.Option(help="Width of the models.", min=4)] = 128,
     window: Annotated[int, typer.Option(help="Window of the hybrid.", min=1)] = 32,
+    kept_window: Annotated[int | None, typer.Option(help="Window with kept keys; default a quarter.")] = None,
+    kept_columns: Annotated[int | None, typer.Option(help="Feature columns with kept keys; default half.")] = None,
+    score_every: Annotated[int, typer.Option(help="Steps between lessons of the scores.", min=1)] = 4,
     learning_rates: Annotated[str, typer.Option(help="Peak rates; each row keeps the best.")] = "1e-3,3e-3",
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16; default bf16 on a GPU.")] = None,
     jobs: Annotated[int, typer.Option(help="Trainings side by side.", min=1)] = 1,
@@ -260,7 +263,7 @@ def mqar(
     out: Out = RESULTS,
     device: Device = None,
 ) -> None:
-    """Associative recall from scratch: the hybrid beside attention, its linear branch alone and a window alone.
+    """Associative recall from scratch: the hybrid beside attention, its linear branch, a window, and kept keys.
 
     Memories have the same number of bytes a layer. One record a mixer and seed in OUT/mqar.jsonl; finished ones are
     kept.
@@ -272,7 +275,7 @@ def mqar(
     with one_line_errors():
         from rich.console import Console
 
-        from benchmarks.quality.mqar import MIXERS, Recall, run_recall
+        from benchmarks.quality.mqar import MIXERS, KeptKeys, Recall, memory_line, run_recall
 
         kinds = read_names(mixers)
         if unknown := sorted(set(kinds) - set(MIXERS)):
@@ -289,10 +292,13 @@ def mqar(
                 steps=steps,
                 batch_size=batch_size,
                 seed=seed,
+                kept=KeptKeys(window=kept_window, columns=kept_columns, every=score_every),
             )
             for seed in read_seeds(seeds)
         ]
         console = Console(soft_wrap=True)
+        for kind in kinds:
+            console.print(memory_line(kind, tasks[0]), highlight=False)
         run_recall(
             out / "mqar.jsonl",
             [(kind, task) for task in tasks for kind in kinds],

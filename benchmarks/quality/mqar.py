@@ -16,7 +16,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.quality.mqar_scores import KeptKeys, ScoreLessons, values_kept
 from benchmarks.quality.records import merge_records, read_record
 from lizard_layers import (
     AttentionChoices,
@@ -40,7 +41,10 @@ from lizard_models.files.environment import environment
 from lizard_models.files.sources import Say, silent
 from lizard_ops import apply_rotary, chunk_gated_attn
 
-MIXERS = ("attention", "lizard", "gla", "window")
+KEPT = {"kept": ("left", True), "kept-outside": ("outside", True), "kept-fixed": ("left", False)}
+"""Hybrids with kept keys: their coverage, and whether their scores learn or stay as they start."""
+
+MIXERS = ("attention", "lizard", "gla", "window", *KEPT)
 ROPE_BASE = 10_000.0
 
 
@@ -63,6 +67,8 @@ class Recall:
     seed: int = 0
     precision: str = "fp32"
     """fp32, or bf16: products under autocast, weights and the output layer in float32."""
+    kept: KeptKeys = field(default_factory=KeptKeys)
+    """Of the mixers with kept keys."""
 
     def __post_init__(self) -> None:
         if 3 * max(self.pairs) > self.length:
@@ -154,6 +160,32 @@ def mixer_config(recall: Recall, **changes: Any) -> AttentionConfig:
     )
 
 
+def kept_config(kind: str, recall: Recall, allowed: int) -> AttentionConfig:
+    """A layer with kept keys: fewer keys in the window, fewer features, and as many places as ``allowed`` bytes hold.
+
+    Scores do not read what keys receive in the window: nothing in it asks for them in this task.
+
+    Raises ValueError where no place fits.
+    """
+    kept, head_dim = recall.kept, recall.width // recall.heads
+
+    def having(places: int) -> AttentionConfig:
+        return mixer_config(
+            recall,
+            window=max(3, recall.window // 4) if kept.window is None else kept.window,
+            feature_dim=head_dim // 2 if kept.columns is None else kept.columns,
+            coverage=KEPT[kind][0],
+            kept_keys=places,
+            score_dim=kept.score_dim,
+            score_received=False,
+        )
+
+    one, two = (state_bytes(empty_state(having(places), 1, device="meta")) for places in (1, 2))
+    if one > allowed:
+        raise ValueError(f"{kind}: one kept key takes {one:,} bytes a layer, wanted at most the hybrid's {allowed:,}")
+    return having(1 + (allowed - one) // (two - one))
+
+
 def build_mixer(kind: str, recall: Recall) -> tuple[nn.Module, int]:
     """A mixer, and the bytes of memory a layer of it keeps for one sequence of the task's length, in float32.
 
@@ -166,6 +198,9 @@ def build_mixer(kind: str, recall: Recall) -> tuple[nn.Module, int]:
         return SoftmaxMixer(), row * recall.length
     if kind == "lizard":
         return HybridMixer(hybrid), allowed
+    if kind in KEPT:
+        config = kept_config(kind, recall, allowed)
+        return HybridMixer(config), state_bytes(empty_state(config, 1, device="meta"))
     if kind == "window":
         return SoftmaxMixer(allowed // row), allowed // row * row
     if kind == "gla":
@@ -173,6 +208,18 @@ def build_mixer(kind: str, recall: Recall) -> tuple[nn.Module, int]:
         config = mixer_config(recall, feature_dim=allowed // feature // 2)
         return LinearMixer(config), config.num_features * feature
     raise ValueError(f"mixer {kind!r}: wanted one of {', '.join(MIXERS)}")
+
+
+def memory_line(kind: str, recall: Recall) -> str:
+    """What a layer of a mixer remembers, in words."""
+    mixer, size = build_mixer(kind, recall)
+    if isinstance(mixer, HybridMixer):
+        config = mixer.lizard.config
+        places = f", {config.kept_keys} kept keys a head" if config.keeps_keys else ""
+        return f"{kind}: {size:,} bytes a layer; window {config.window}, {config.num_features} features{places}"
+    if isinstance(mixer, SoftmaxMixer):
+        return f"{kind}: {size:,} bytes a layer; window {mixer.window or recall.length}"
+    return f"{kind}: {size:,} bytes a layer"
 
 
 class Block(nn.Module):
@@ -235,11 +282,14 @@ def recall_accuracy(model: nn.Module, recall: Recall, pairs: int, batches: int =
 def train_recall(kind: str, recall: Recall, device: str) -> dict[str, Any]:
     """Trains one model and measures it: accuracy by number of pairs, bytes of memory a layer, parameters, losses.
 
-    AdamW (0.9, 0.95), decay 0.1, a tenth of the steps of warm-up, cosine to zero, clip 1.0, float32 weights.
+    AdamW (0.9, 0.95), decay 0.1, a tenth of the steps of warm-up, cosine to zero, clip 1.0, float32 weights. Of a mixer
+    with kept keys also the losses of its scores, and the share of the values that are kept at a row's end.
     """
     torch.manual_seed(recall.seed)
     model = RecallModel(recall, kind).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recall.learning_rate, betas=(0.9, 0.95), weight_decay=0.1,
+    trained = [p for p in model.parameters() if p.requires_grad]  # scores of keys have lessons of their own
+    lessons = ScoreLessons(model, recall.kept) if kind in KEPT and KEPT[kind][1] else None
+    optimizer = torch.optim.AdamW(trained, lr=recall.learning_rate, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=device != "cpu")  # fmt: skip
     warmup = max(1, recall.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -247,7 +297,7 @@ def train_recall(kind: str, recall: Recall, device: str) -> dict[str, Any]:
         lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / recall.steps))),
     )
     draw = torch.Generator(device).manual_seed(recall.seed)
-    started, losses = time.monotonic(), []
+    started, losses, lesson, score_losses = time.monotonic(), [], math.nan, []
     for step in range(recall.steps):
         pairs = recall.pairs[step % len(recall.pairs)]
         tokens, targets = recall_batch(recall, pairs, recall.batch_size, draw)
@@ -257,17 +307,29 @@ def train_recall(kind: str, recall: Recall, device: str) -> dict[str, Any]:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if lessons is not None and step % recall.kept.every == 0:
+            lesson = lessons.give(tokens, float(schedule.get_last_lr()[0]) / recall.learning_rate)
         schedule.step()
         if (step + 1) % max(1, recall.steps // 40) == 0:
             losses.append((step + 1, loss.item()))
+            score_losses.append((step + 1, lesson))
     model.eval()
     return {
+        **(_of_scores(model, recall, score_losses if lessons else []) if kind in KEPT else {}),
         "accuracy": {str(pairs): recall_accuracy(model, recall, pairs) for pairs in recall.pairs},
         "memory_bytes": build_mixer(kind, recall)[1],
         "parameters": sum(p.numel() for p in model.parameters()),
         "losses": losses,
         "seconds": time.monotonic() - started,
     }
+
+
+def _of_scores(model: RecallModel, recall: Recall, losses: list[tuple[int, float]]) -> dict[str, Any]:
+    kept = {}
+    for pairs in recall.pairs:
+        draw = torch.Generator(next(model.parameters()).device).manual_seed(1_000_003 + pairs)
+        kept[str(pairs)] = values_kept(model, recall_batch(recall, pairs, recall.batch_size, draw)[0], pairs)
+    return {"values_kept": kept, "score_losses": losses}
 
 
 def run_recall(
@@ -289,6 +351,8 @@ def run_recall(
     for kind, recall in rows:
         stem = f"{kind}.s{recall.seed}"
         settings = json.loads(json.dumps({**dataclasses.asdict(recall), "mixer": kind, "learning_rate": list(rates)}))
+        if kind not in KEPT:
+            del settings["kept"]
         finished = read_record(out, stem)
         if finished is None or finished["settings"] != settings:
             waiting[stem] = {"kind": kind, "recall": recall, "settings": settings, "results": {}}

@@ -16,6 +16,11 @@ from lizard_models.evaluation.report import past_edge, short
 
 WIDE = "wide"  # the table whose shares are taken against two controls
 HEADING = "# Tables of quality"
+MQAR_PAIRS = (
+    ("lizard", "gla", "the hybrid", "its linear branch alone"),
+    ("kept", "lizard", "the hybrid with kept keys", "the hybrid without"),
+    ("kept", "kept-fixed", "scores that learn", "those that stay as they start"),
+)
 NOTE = "Written whole by `python -m benchmarks.quality docs` from the records in [quality/](quality); not to be edited."
 
 
@@ -314,17 +319,25 @@ def _mqar_text(path: Path, figures: Path, link: str) -> str:
         "share of questions answered right, by the number of key-value pairs.\n\n"
         + markdown(["mixer", "bytes a layer", *(f"{n} pairs" for n in pairs), "seeds"], rows)
     )
-    if {"lizard", "gla"} <= set(kinds):
-        by_seed = [
-            {record["settings"].get("seed", 0): sum(record["accuracy"].values()) / len(pairs) for record in kinds[kind]}
-            for kind in ("lizard", "gla")
-        ]
-        ours, theirs = (sum(seeds.values()) / len(seeds) for seeds in by_seed)
-        both = sorted(by_seed[0].keys() & by_seed[1].keys())
-        above = sum(by_seed[0][seed] > by_seed[1][seed] for seed in both)
-        beside = "above" if ours > theirs else "not above"
-        text += (
-            f"\n\nMean accuracy of the hybrid {ours:.1%}, {beside} its linear branch alone ({theirs:.1%}); above it in "
-            f"{above} of {len(both)} seeds."
-        )
+    for ours, theirs, name, other in MQAR_PAIRS:
+        if {ours, theirs} <= set(kinds):
+            text += f"\n\n{_mqar_beside(kinds[ours], kinds[theirs], name, other)}"
+    for kind, found in kinds.items():
+        if all("values_kept" in record for record in found):
+            shares = (sum(record["values_kept"][n] for record in found) / len(found) for n in pairs)
+            shown = ", ".join(f"{n} pairs {share:.0%}" for n, share in zip(pairs, shares, strict=True))
+            text += f"\n\n`{kind}`: values that are a kept key of any head at the row's end: {shown}."
     return f"{text}\n\n{draw.recall(kinds, figures / 'quality-mqar.png', f'{link}/quality-mqar.png')}"
+
+
+def _mqar_beside(ours: list[dict], theirs: list[dict], name: str, other: str) -> str:
+    """Which of two mixers answers more, in the mean and seed by seed."""
+    by_seed = [
+        {r["settings"].get("seed", 0): sum(r["accuracy"].values()) / len(r["accuracy"]) for r in records}
+        for records in (ours, theirs)
+    ]
+    first, second = (sum(means.values()) / len(means) for means in by_seed)
+    both = sorted(by_seed[0].keys() & by_seed[1].keys())
+    above = sum(by_seed[0][seed] > by_seed[1][seed] for seed in both)
+    beside, seeds = "above" if first > second else "not above", f"above it in {above} of {len(both)} seeds."
+    return f"Mean accuracy of {name} {first:.1%}, {beside} {other} ({second:.1%}); {seeds}"
