@@ -23,7 +23,6 @@ from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.model.layer_configs import kept_layers, lizard_config
 from lizard_models.runs import linearize_run as pipeline
-from lizard_models.runs.plan import work_folder
 from lizard_models.runs import memory
 from lizard_models.runs.plan import work_folder
 from lizard_models.text.sequences import load_documents
