@@ -51,6 +51,7 @@ def test_the_command_a_plan_and_a_run_train_alike_unless_told():
     """What stands in the help is what a caller from Python gets."""
     told = {name: p.default for name, p in inspect.signature(linearize.command).parameters.items()}
     told["resume"] = read_resume(told["resume"])  # nothing after an option is None there
+    told["report_to"] = tuple(filter(None, (told["report_to"] or "").split(",")))  # names with commas between them
     plan, run = ({field.name: field.default for field in dataclasses.fields(kind)} for kind in (Plan, RunArguments))
     shared = told.keys() & run.keys()
     assert {"save_steps", "compile", "resume"} < shared
