@@ -86,7 +86,7 @@ def test_a_second_turn_reads_what_is_new_and_a_restart_forgets_nothing(tmp_path)
 
 def test_what_cannot_be_served_is_said_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
-    assert "model 'nowhere' cannot be read" in error("serve", "nowhere")
+    assert f"model '{tmp_path}/nowhere' cannot be read" in error("serve", tmp_path / "nowhere")  # asks no hub
     folder = save_teacher(tmp_path / "teacher")
     assert "'llama' model and not linearized" in error("serve", folder)
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
