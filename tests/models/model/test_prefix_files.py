@@ -126,19 +126,22 @@ def test_processes_that_share_a_folder_and_are_killed(tmp_path):
     workers = [FORK.Process(target=work, args=(tmp_path, seed, bound, 3.0)) for seed in range(4)]
     for worker in workers:
         worker.start()
-    draw, end, killed = random.Random(5), time.monotonic() + 2.0, 0
-    while time.monotonic() < end:
+    draw, killed, begun = random.Random(5), 0, 0
+    while killed < 10:
         time.sleep(0.1)
         victim = draw.randrange(4)
-        assert workers[victim].exitcode is None
-        os.kill(workers[victim].pid, signal.SIGKILL)
-        workers[victim].join()
-        killed += 1
-        workers[victim] = FORK.Process(target=work, args=(tmp_path, 100 + killed, bound, 3.0))
+        if workers[victim].exitcode is None:
+            os.kill(workers[victim].pid, signal.SIGKILL)
+            workers[victim].join()
+            killed += 1
+        else:  # on a slow machine it ended in time
+            assert workers[victim].exitcode == 0
+        begun += 1
+        workers[victim] = FORK.Process(target=work, args=(tmp_path, 100 + begun, bound, 3.0))
         workers[victim].start()
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 4 and killed >= 10
+    assert [worker.exitcode for worker in workers] == [0] * 4
     assert 0 < PrefixFiles(tmp_path, bound).size() <= bound
 
 
