@@ -57,6 +57,17 @@ def check_against_naive(
         assert excess <= 1, f"{name}: {excess:.3g} times the error that is allowed"
 
 
+def check_fields(found: Tensors, plain: Tensors, exact: Tensors, dtype: torch.dtype) -> None:
+    """Positions and scores exactly, everything else of outputs and states within ``worst_excess``."""
+    assert found.keys() == exact.keys()
+    for name, wanted in exact.items():
+        if wanted.dtype == torch.int64 or "scores" in name:
+            assert torch.equal(found[name].double(), wanted.double()), name
+        else:
+            error = worst_excess(found[name], plain[name], wanted, dtype)
+            assert error <= 1, f"{name}: {error:.3g} times the error that is allowed"
+
+
 def worst_excess(found: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, cancels: bool = False) -> float:
     """Largest and RMS error over what is allowed: twice the error of ``plain``, and a few roundings.
 

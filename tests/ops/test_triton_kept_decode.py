@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from kernel_checks import DEVICE, worst_excess
+from kernel_checks import DEVICE, check_fields
 from op_cases import call, cases, state_in
 from op_checks import one_of
 from test_kept_state import in_order, scored
@@ -46,13 +46,7 @@ def agree(case, dtype=torch.float32, inplace=True, **more):
         exact = steps(case.cast(torch.float64, DEVICE), "torch", **more)
         rounded = case.cast(dtype, DEVICE)
         plain, found = steps(rounded, "torch", **more), steps(rounded, "triton", inplace=inplace, **more)
-    assert found.keys() == exact.keys()
-    for name, wanted in exact.items():
-        if wanted.dtype == torch.int64 or "scores" in name:
-            assert torch.equal(found[name].double(), wanted.double()), name
-        else:
-            error = worst_excess(found[name], plain[name], wanted, dtype)
-            assert error <= 1, f"{name}: {error:.3g} times the error that is allowed"
+    check_fields(found, plain, exact, dtype)
     return found
 
 

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from kernel_checks import DEVICE, worst_excess
+from kernel_checks import DEVICE, check_fields
 from op_cases import call, cases, state_in
 from op_checks import one_of
 from target_cases import in_segments, rows_of
@@ -42,13 +42,7 @@ def agree(case, cuts, dtype=torch.float32, **more):
         found = in_order(
             in_segments(rounded, cuts, lambda part, state: call(part, "chunk", state, impl="triton", **more))
         )
-    assert found.keys() == exact.keys()
-    for name, wanted in exact.items():
-        if wanted.dtype == torch.int64 or "scores" in name:
-            assert torch.equal(found[name].double(), wanted.double()), name
-        else:
-            error = worst_excess(found[name], plain[name], wanted, dtype)
-            assert error <= 1, f"{name}: {error:.3g} times the error that is allowed"
+    check_fields(found, plain, exact, dtype)
 
 
 @pytest.mark.parametrize(

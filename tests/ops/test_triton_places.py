@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from kernel_checks import DEVICE, worst_excess
+from kernel_checks import DEVICE, check_fields
 from op_cases import call, cases, state_in
 from op_checks import one_of, with_gradients
 from target_cases import in_segments
@@ -33,13 +33,7 @@ def make(length, **fixed):
 
 
 def compare(found, plain, exact):
-    assert found.keys() == exact.keys()
-    for name, wanted in exact.items():
-        if wanted.dtype == torch.int64 or "scores" in name:
-            assert torch.equal(found[name].double(), wanted.double()), name
-        else:
-            error = worst_excess(found[name], plain[name], wanted, torch.float32)
-            assert error <= 1, f"{name}: {error:.3g} times the error that is allowed"
+    check_fields(found, plain, exact, torch.float32)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Models whose layers and key heads keep different numbers of keys: every move of a cache, files, and what is said."""
 
-import copy
 import io
 
 import pytest
@@ -51,33 +50,6 @@ def test_a_head_without_places_is_a_window_head():
     model, ids = kept([[0, 0], [0, 0], [0, 0]]), tokens(2, 40)
     assert not list(model.key_scores())
     torch.testing.assert_close(model(ids).logits, student().eval()(ids).logits, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_rows_move_and_tokens_come_back():
-    model, ids = kept(), tokens(3, 60)
-    whole = model(ids, use_cache=False).logits
-    cache = model.new_cache()
-    cache.activate_past_recording()
-    model(ids[:, :30], past_key_values=cache)
-    model(tokens(3, 9, seed=5), past_key_values=cache)  # displaces keys, which come back
-    cache.crop(-9)
-    model(ids[:, 30:40], past_key_values=cache)
-    cache.crop(0)
-    for layer in cache.lizard_layers():
-        layer.record_past = False
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    ids = ids[[2, 0, 0]]
-    for t in range(40, 46):
-        model(ids[:, t : t + 1], past_key_values=cache)
-    twin, deep = cache.copy(), copy.deepcopy(cache)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 3, 5]))
-    for held in (cache, twin, deep):
-        logits = model(ids[:, 46:], past_key_values=held).logits
-        torch.testing.assert_close(logits, whole[[2, 0, 0], 46:], rtol=1e-4, atol=2e-4)
-    cache.reset()
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, whole[[2, 0, 0]], rtol=1e-4, atol=2e-4)
 
 
 @torch.no_grad()

@@ -57,8 +57,11 @@ def test_scores_choose_the_keys():
 
 
 @torch.no_grad()
-def test_rows_move_and_tokens_come_back():
-    model, ids = kept(), tokens(3, 60)
+@pytest.mark.parametrize(
+    "choices", [{}, {"kept_keys": [[5, 0], [0, 0], [2, 7]]}, {"coverage": "left"}], ids=["even", "by head", "left"]
+)
+def test_rows_move_and_tokens_come_back(choices):
+    model, ids = kept(**choices), tokens(3, 60)
     whole = model(ids, use_cache=False).logits
     cache = model.new_cache()
     cache.activate_past_recording()
