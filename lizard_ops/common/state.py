@@ -35,12 +35,13 @@ class AttentionState(NamedTuple):
 
         exp(log_scale) s = sum_{expired j} exp(G_{p-1} - G_j) phi_k(k_j) v_j^T        and z as above
 
-    ``log_scale`` is there with every feature map, since a key that stayed long may have decayed by more than a float
-    holds; it is -inf before the first key has expired and after a reset that left none. An op leaves kept keys in the
-    order of their positions, empty places last, and takes them in any order: a decode step overwrites the place of the
-    key that it displaces. Empty places are zero but for their score and position. Where heads have different numbers of
-    places, P is their sum and Hk falls away: ``kept_k`` is [N, P, D], head 0 first, and the others too; ``kept_g`` is
-    [N, P], [N, P, Hq / Hk] with a gate per query head, or [N, P, F].
+    With coverage="left" they hold all keys that have left the window, kept or not, and ``kept_fk`` and ``kept_g`` are
+    None. ``log_scale`` is there with every feature map, unless coverage="all", since a key that stayed long may have
+    decayed by more than a float holds; it is -inf before the first key has expired and after a reset that left none. An
+    op leaves kept keys in the order of their positions, empty places last, and takes them in any order: a decode step
+    overwrites the place of the key that it displaces. Empty places are zero but for their score and position. Where
+    heads have different numbers of places, P is their sum and Hk falls away: ``kept_k`` is [N, P, D], head 0 first, and
+    the others too; ``kept_g`` is [N, P], [N, P, Hq / Hk] with a gate per query head, or [N, P, F].
 
     An op refuses a state that has a field too many, lacks one, or has one of another shape, as other values of
     ``window``, ``coverage``, ``window_offset``, ``feature_map="exp"``, the hybrid's and the window's ``anchors``,

@@ -72,7 +72,6 @@ def _normal(inputs: HybridInputs, options: HybridOptions) -> tuple[HybridInputs,
     )
     default = 1.0 if options.normalize else features**-0.5
     return inputs, options._replace(
-        coverage="outside" if options.coverage == "left" else options.coverage,
         scale=q.shape[3] ** -0.5 if options.scale is None else float(options.scale),
         feature_scale=default if options.feature_scale is None else float(options.feature_scale),
     )

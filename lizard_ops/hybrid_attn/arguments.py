@@ -267,8 +267,6 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
         sequences, q, fk.shape[3], v, g, options.offset, features, options.feature_map
     )  # fmt: skip
     options = options._replace(kept_keys=places_of(inputs, options))
-    if options.coverage == "left" and inputs.scores is None and inputs.expiry is None:
-        options = options._replace(coverage="outside")  # the same where no key outlives the window
     scores = check_scores(inputs, options)
     if scores is not None:
         shapes |= scored_state_shapes(inputs._replace(g=g), options, sequences)

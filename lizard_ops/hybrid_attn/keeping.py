@@ -99,26 +99,25 @@ def keep_step(
         return fields, None
 
     assert state.ring_fk is not None
-    if not options.late:
-        leaving_fk, decay = take_at(state.ring_fk, slot), None
-        fields["ring_fk"] = put_at(state.ring_fk, slot, x.fk, inplace)
-        if x.g is not None:
-            assert state.ring_g is not None
-            fields["ring_g"] = put_at(state.ring_g, slot, x.g, inplace)
-            decay = fields["ring_g"].sum(1)
-            decay = decay.expand(-1, max(decay.shape[1], place.shape[1]), *decay.shape[2:])
-        return fields, Joining(k=leaving_fk, v=leaving_v, there=leaves.expand_as(place), decay=decay)
-    assert state.kept_fk is not None
-    leaving_fk, expiring_fk, decay = take_at(state.ring_fk, slot), state.kept_fk[at], None
-    fields |= {"ring_fk": put_at(state.ring_fk, slot, x.fk, inplace), "kept_fk": put(state.kept_fk, leaving_fk)}
+    leaving_fk, decay = take_at(state.ring_fk, slot), None
+    fields["ring_fk"] = put_at(state.ring_fk, slot, x.fk, inplace)
     if x.g is not None:
-        assert state.ring_g is not None and state.kept_g is not None
+        assert state.ring_g is not None
         fields["ring_g"] = put_at(state.ring_g, slot, x.g, inplace)
-        passed = fields["ring_g"].sum(1)
+        decay = fields["ring_g"].sum(1)  # of the key that leaves the window
+        decay = decay.expand(-1, max(decay.shape[1], place.shape[1]), *decay.shape[2:])
+    if not options.late:
+        return fields, Joining(k=leaving_fk, v=leaving_v, there=leaves.expand_as(place), decay=decay)
+
+    assert state.kept_fk is not None
+    expiring_fk = state.kept_fk[at]
+    fields["kept_fk"] = put(state.kept_fk, leaving_fk)
+    if x.g is not None:
+        assert state.kept_g is not None and decay is not None
+        passed = decay
         if isinstance(places, tuple):
             fields["kept_g"], decay = listed_decay_step(state.kept_g, x.g, passed, taken, vacant, inplace)
         else:
-            passed = passed.expand(-1, *state.kept_g.shape[2:])
             fields["kept_g"], decay = decay_step(state.kept_g, x.g, passed, takes, empty, place, inplace)
     joining = Joining(
         k=torch.where(takes.unsqueeze(-1), expiring_fk.to(leaving_fk.dtype), leaving_fk),
