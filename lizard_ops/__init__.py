@@ -16,7 +16,7 @@ from lizard_ops.key_expiry.naive import naive_key_expiry
 from lizard_ops.key_score.api import key_score_step
 from lizard_ops.key_score.arguments import KeyScoreState, KeyScoreWeights, ReceivedInputs, ReceivedWeights
 from lizard_ops.lm_loss.api import row_losses
-from lizard_ops.norm.api import rms_norm
+from lizard_ops.norm.api import add_rms_norm, rms_norm
 from lizard_ops.rotary.api import apply_rotary, apply_rotary_by, rotary_both
 from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
@@ -33,6 +33,7 @@ __all__ = [
     "KeyScoreWeights",
     "ReceivedInputs",
     "ReceivedWeights",
+    "add_rms_norm",
     "apply_rotary",
     "apply_rotary_by",
     "checked",
