@@ -23,7 +23,7 @@ from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
-from lizard_models.model.norms import fused_norms, with_kernel
+from lizard_models.model.norms import fused_norms, with_kernel, with_sums
 from lizard_models.model.packing import (
     Packing,
     assert_one_text,
@@ -77,6 +77,8 @@ class LizardDecoder(LizardModelMixin):
             layers[i].self_attn = self.attention_class(config, i)
         self.position_range, self.moves_anchors = position_range(config), moves_anchors(config)
         self.rotary_emb = with_far_positions(self.rotary_emb)
+        for i, layer in enumerate(layers):
+            layers[i] = with_sums(layer)
         for name, module in list(self.named_modules()):
             if (twin := with_kernel(module)) is not module:
                 self.set_submodule(name, twin)
@@ -266,7 +268,8 @@ class LizardDecoder(LizardModelMixin):
     def _family_forward(self, **inputs: Any) -> Any:
         if self.mode != "student" or torch.compiler.is_compiling():
             return super().forward(**inputs)
-        with fused_norms():
+        this: Any = self
+        with fused_norms(this.layers, this.norm):
             return super().forward(**inputs)
 
     def _refuse_rescaled(self, position_ids: Tensor | None, length: int) -> None:
