@@ -16,6 +16,7 @@ from lizard_ops.key_expiry.naive import naive_key_expiry
 from lizard_ops.key_score.api import key_score_step
 from lizard_ops.key_score.arguments import KeyScoreState, KeyScoreWeights, ReceivedInputs, ReceivedWeights
 from lizard_ops.lm_loss.api import row_losses
+from lizard_ops.mlp.api import silu_product
 from lizard_ops.norm.api import add_rms_norm, rms_norm
 from lizard_ops.rotary.api import apply_rotary, apply_rotary_by, rotary_both
 from lizard_ops.tuning import tune, use_tuned
@@ -57,6 +58,7 @@ __all__ = [
     "rms_norm",
     "rotary_both",
     "row_losses",
+    "silu_product",
     "tune",
     "use_tuned",
     "window_attn",
