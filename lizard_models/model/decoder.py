@@ -20,6 +20,7 @@ from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
 from lizard_models.model.forward_plan import ForwardPlan
+from lizard_models.model.fused_mlp import with_product
 from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
@@ -80,7 +81,7 @@ class LizardDecoder(LizardModelMixin):
         for i, layer in enumerate(layers):
             layers[i] = with_sums(layer)
         for name, module in list(self.named_modules()):
-            if (twin := with_kernel(module)) is not module:
+            if (twin := with_kernel(with_product(module))) is not module:
                 self.set_submodule(name, twin)
         self.post_init()
 
