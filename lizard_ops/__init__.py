@@ -6,6 +6,7 @@ from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
 from lizard_ops.feature_projection.api import project_heads
+from lizard_ops.gate.api import gate_and_bias
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
@@ -43,6 +44,7 @@ __all__ = [
     "compact",
     "compaction",
     "expand_features",
+    "gate_and_bias",
     "key_expiry",
     "key_score_step",
     "naive_gated_attn",

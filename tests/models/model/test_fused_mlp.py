@@ -47,7 +47,6 @@ def test_nobody_else_takes_it(calls):
     model.double()(ids, use_cache=False)
     changed = student(hidden_act="relu")
     changed(ids, use_cache=False)
-    torch.compile(student(num_hidden_layers=1), backend="eager", fullgraph=True)(ids, use_cache=False)
     assert not calls
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES, student, teacher, tokens
 
-from lizard_models.model import norms
+from lizard_models.model import fused_mlp, norms
 from lizard_models.model.norms import KernelNorm
 from lizard_ops import add_rms_norm, rms_norm
 
@@ -44,7 +44,8 @@ def test_a_student_takes_the_kernel_of_its_familys_formula(calls, family, dtype)
     assert torch.equal(found, wanted) and len(calls) == used
 
 
-def test_nobody_else_takes_it(calls):
+def test_nobody_else_takes_it(calls, monkeypatch):
+    monkeypatch.setattr(fused_mlp, "silu_product", pytest.fail)
     model, ids = student(), tokens(2, 12)
     model.requires_grad_(True)
     model(ids, use_cache=False).logits.sum().backward()
