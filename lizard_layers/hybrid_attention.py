@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on
 from lizard_layers.config import AttentionConfig
 from lizard_layers.feature_map import FeatureMaps
-from lizard_layers.gate import build_gate
+from lizard_layers.gate import SigmoidGate, build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
@@ -21,6 +21,7 @@ from lizard_layers.state import LayerState, State, overwrite_layer_state
 from lizard_ops import (
     AttentionState,
     chunk_hybrid_attn,
+    gate_and_bias,
     overwrite_state,
     recurrent_hybrid_attn,
     rotary_both,
@@ -187,9 +188,7 @@ class HybridAttention(nn.Module):
     ) -> tuple[Tensor, AttentionState | None, ScoreState | ReceivingState | None]:
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
         config, (x, q, k, v, rope, _) = self.config, tokens
-        if self.reads_input:
-            x = full_precision(x)  # once for all that read it
-        g = None if self.gate is None else self.gate(x, k)
+        x, g, mixed = self._read_input(x, k)
         if config.linear_key_heads != k.shape[2]:
             group = config.num_heads // config.num_key_heads
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -211,7 +210,7 @@ class HybridAttention(nn.Module):
             scores=scores,
             score_delay=0 if scores is None else config.score_delay,
             kept_keys=config.places,
-            **self.mix(x),
+            **mixed,
             **shared,
         )
         if q.shape[1] == 1 and shared["initial_state"] is not None:
@@ -219,6 +218,20 @@ class HybridAttention(nn.Module):
         else:
             o, new = chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
         return o, new, score
+
+    def _read_input(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor | float | None]]:
+        """What the parts read from the layer's input: (x for the scores, log-decays, arguments of the mix)."""
+        gate, mix, impl = self.gate, self.mix, self.config.impl
+        if isinstance(gate, SigmoidGate) and isinstance(mix, MergeMix) and mix.weight is not None:
+            if not has_hooks(gate) and not has_hooks(mix):
+                g, bias = gate_and_bias(
+                    x, gate.weight, gate.bias, mix.weight, mix.bias, temperature=gate.temperature,
+                    impl=impl if impl in ("torch", "naive") else "auto",
+                )  # fmt: skip
+                return x if self.key_score is None else full_precision(x), g, {"merge_bias": bias}
+        if self.reads_input:
+            x = full_precision(x)  # once for all that read it
+        return x, None if gate is None else gate(x, k), mix(x)
 
     @torch.no_grad()
     def _scores(
@@ -278,6 +291,11 @@ class HybridAttention(nn.Module):
                 f"rope has shapes {tuple(rope[0].shape)} and {tuple(rope[1].shape)}, "
                 f"wanted two of [{batch} or 1, {length}, {config.head_dim}]"
             )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees what this module is called with."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def _attention_of(state: State) -> AttentionState:
