@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
-from lizard_layers.parameters import Float32Module, float32_parameter
-from lizard_ops import project_heads
+from lizard_layers.parameters import Float32Module, float32_parameter, has_hooks
+from lizard_ops import project_both, project_heads
 
 
 class HedgehogFeatureMap(Float32Module):
@@ -73,6 +73,9 @@ class FeatureMaps(nn.Module):
         """
         fq, fk = q, k
         if self.key_map is not None:
-            q, fq = (self.query_map or self.key_map)(q, reuse_gradient)
-            k, fk = self.key_map(k, reuse_gradient)
+            of_q, of_k = self.query_map or self.key_map, self.key_map
+            if has_hooks(of_q) or has_hooks(of_k):
+                (q, fq), (k, fk) = of_q(q, reuse_gradient), of_k(k, reuse_gradient)
+            else:
+                q, k, fq, fk = project_both(q, k, of_q.weight, of_k.weight, reuse_gradient=reuse_gradient)
         return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)

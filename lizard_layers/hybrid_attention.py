@@ -15,7 +15,7 @@ from lizard_layers.gate import SigmoidGate, build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
-from lizard_layers.parameters import full_precision
+from lizard_layers.parameters import full_precision, has_hooks
 from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.state import LayerState, State, overwrite_layer_state
 from lizard_ops import (
@@ -291,11 +291,6 @@ class HybridAttention(nn.Module):
                 f"rope has shapes {tuple(rope[0].shape)} and {tuple(rope[1].shape)}, "
                 f"wanted two of [{batch} or 1, {length}, {config.head_dim}]"
             )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody sees what this module is called with."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 def _attention_of(state: State) -> AttentionState:

@@ -5,7 +5,7 @@ from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
-from lizard_ops.feature_projection.api import project_heads
+from lizard_ops.feature_projection.api import project_both, project_heads
 from lizard_ops.gate.api import gate_and_bias
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
@@ -53,6 +53,7 @@ __all__ = [
     "naive_window_attn",
     "overwrite_state",
     "packed_cumsum",
+    "project_both",
     "project_heads",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",

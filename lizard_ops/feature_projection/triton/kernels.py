@@ -33,15 +33,14 @@ def dot_split(a, weight, acc, PRECISION: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["H", "M"])
-def project_kernel(
-    x, weight, y, tokens, length, x_b, x_t, x_h, H, M,
+@triton.jit
+def project_tiles(
+    pid, x, weight, y, tokens, length, x_b, x_t, x_h, H, M,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, H, F] of STEPS blocks of tokens, one head, BF columns."""
     NFB: tl.constexpr = (F + BF - 1) // BF
-    pid = tl.program_id(0)
     h = (pid // NFB) % H
     f = (pid % NFB) * BF + tl.arange(0, BF)
     d = tl.arange(0, BD)
@@ -55,6 +54,34 @@ def project_kernel(
         b_y = dot_split(b_x, b_w, tl.zeros([BN, BF], tl.float32), PRECISION)
         p_y = y + ((n.to(tl.int64) * H + h) * F)[:, None] + f[None, :]
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=here[:, None] & (f < F)[None, :])
+
+
+@triton.jit(do_not_specialize=["H", "M"])
+def project_kernel(
+    x, weight, y, tokens, length, x_b, x_t, x_h, H, M,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``project_tiles`` of one x."""
+    project_tiles(
+        tl.program_id(0), x, weight, y, tokens, length, x_b, x_t, x_h, H, M, D, BD, F, BF, BN, STEPS, PRECISION
+    )
+
+
+@triton.jit(do_not_specialize=["HQ", "MQ", "HK", "MK", "first"])
+def project_both_kernel(
+    q, k, weight_q, weight_k, y_q, y_k, tokens, length, q_b, q_t, q_h, k_b, k_t, k_h, HQ, MQ, HK, MK, first,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``project_tiles`` of queries by the first programs, and of keys by the others."""
+    pid = tl.program_id(0)
+    if pid < first:
+        project_tiles(pid, q, weight_q, y_q, tokens, length, q_b, q_t, q_h, HQ, MQ, D, BD, F, BF, BN, STEPS, PRECISION)
+    else:
+        project_tiles(
+            pid - first, k, weight_k, y_k, tokens, length, k_b, k_t, k_h, HK, MK, D, BD, F, BF, BN, STEPS, PRECISION
+        )
 
 
 @triton.jit
