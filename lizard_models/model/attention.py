@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention
 from lizard_models.model.forward_plan import ForwardPlan
+from lizard_models.model.joined import joined_product
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
 from lizard_models.model.layer_loss import layer_loss
 from lizard_ops import apply_rotary
@@ -37,6 +38,7 @@ class LizardAttention(nn.Module):
     scaling: float
     is_causal: bool
     softcap: float | None = None  # bound of the scores
+    joins = ("q_proj", "k_proj", "v_proj")
     use_rope: bool | int = True  # a family with layers without positions sets it per layer
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -97,7 +99,9 @@ class LizardAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, hidden] -> q [B, T, Hq, D], k and v [B, T, Hk, D] as the family has them before RoPE."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        group = [getattr(self, name) for name in self.joins]
+        parts = joined_product(group, x) or tuple(p(x) for p in group)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
     def _student(

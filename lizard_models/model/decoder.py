@@ -22,6 +22,7 @@ from lizard_models.model.checkpointing import checkpointed_layers, without_check
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.fused_mlp import with_product
 from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
+from lizard_models.model.joined import join_projections
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.norms import fused_norms, with_kernel, with_sums
@@ -91,6 +92,7 @@ class LizardDecoder(LizardModelMixin):
         for name, frequencies in self.rotary_emb.named_buffers():
             if frequencies.dtype in (torch.float16, torch.bfloat16):  # angles of far positions need every bit
                 setattr(self.rotary_emb, name, exact[name].to(frequencies.device))
+        join_projections(self.layers)  # type: ignore[arg-type]
         return self
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lizard_models.model.hooks import is_hooked
+from lizard_models.model.joined import joined_product
 from lizard_models.model.norms import blank, running_norms, twin
 from lizard_ops import silu_product
 
@@ -18,12 +19,14 @@ SILU = ("SiLUActivation", "SiLU")  # of transformers' activations
 class FusedMLP:
     """Mixed into a family's MLP by ``with_product``."""
 
+    joins = ("gate_proj", "up_proj")
+
     def forward(self, x: Tensor) -> Tensor:
         """As the family's, within ``fused_norms`` with SiLU and product in one kernel."""
         family, mlp = cast(Any, super()), cast(Any, self)
         if running_norms(x) is None or type(mlp.act_fn).__name__ not in SILU or is_hooked(mlp.act_fn):
             return family.forward(x)
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        gate, up = joined_product((mlp.gate_proj, mlp.up_proj), x) or (mlp.gate_proj(x), mlp.up_proj(x))
         recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
         if recorded or gate.dtype == torch.float64 or up.dtype != gate.dtype:
             return mlp.down_proj(mlp.act_fn(gate) * up)

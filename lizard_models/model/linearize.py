@@ -13,6 +13,7 @@ from lizard_models.config import LizardConfig
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.families.support import family_of
+from lizard_models.model.joined import join_projections
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.norms import with_kernel
 from lizard_models.model.positions import with_far_positions
@@ -55,6 +56,7 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
     student.model.rotary_emb = with_far_positions(rope)
     for attention in student.lizard_attentions():
         start_new_parameters(student, attention, attention.q_proj.weight.device)
+    join_projections(student.model.layers)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
 

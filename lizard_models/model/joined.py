@@ -1,0 +1,94 @@
+"""Projections of one input as one product: their weights lie side by side in one memory, and stay what they are.
+
+A parameter is a view of that memory, so that what changes it in place is in the product too. One that has been replaced
+or moved lies elsewhere, which every call looks for: the projections are then computed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lizard_models.model.hooks import is_hooked
+from lizard_models.model.norms import running_norms
+
+
+def wants_joined(weight: Tensor) -> bool:
+    """Where a product costs a launch."""
+    return weight.is_cuda
+
+
+def join_projections(layers: Sequence[nn.Module]) -> None:
+    """Lay the projections of one input in each of these decoder layers side by side, where they are on a GPU.
+
+    Which these are a part of a layer says in ``joins``. A group at a time is copied: that much memory more for a
+    moment, none afterwards. The parameters are the same objects with other addresses, so this is for when a model is
+    loaded, made or moved. ``torch.save`` writes the memory of a group once, a pickle without it once for each weight.
+    """
+    for layer in layers:
+        for part in (getattr(layer, "self_attn", None), getattr(layer, "mlp", None)):
+            group = [getattr(part, name) for name in getattr(part, "joins", ())]
+            if group and all(isinstance(module, nn.Linear) for module in group):
+                lay_side_by_side(group)
+
+
+def lay_side_by_side(group: Sequence[Any]) -> None:
+    """Give the weights of these Linear modules, and their biases, one memory; nothing where they cannot share one."""
+    for name in ("weight", "bias"):
+        tensors = [getattr(module, name) for module in group]
+        if all(may_move(t) for t in tensors) and alike(tensors) and adjacent(tensors) is None:
+            with torch.no_grad():
+                whole = torch.cat(tensors)
+                for t, part in zip(tensors, whole.split([len(t) for t in tensors]), strict=True):
+                    t.data = part
+
+
+def may_move(t: Tensor | None) -> bool:
+    """Whether this parameter has a memory of its own that its address may leave."""
+    if type(t) is not nn.Parameter or t.is_meta or not t.is_contiguous() or not wants_joined(t):
+        return False
+    return t.untyped_storage().nbytes() == t.nbytes and not t.is_inference() and t.numel() > 0
+
+
+def alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether they differ in their rows alone."""
+    return len({(t.dtype, t.device, t.shape[1:]) for t in tensors}) == 1 and len({id(t) for t in tensors}) == len(
+        tensors
+    )
+
+
+def adjacent(tensors: Sequence[Any]) -> Tensor | None:
+    """All of them as one tensor, where they lie side by side in one memory; None elsewhere."""
+    first = tensors[0]
+    if any(type(t) is not nn.Parameter or not t.is_contiguous() for t in tensors) or not alike(tensors):
+        return None
+    memory = first.untyped_storage().data_ptr()
+    if any(t.untyped_storage().data_ptr() != memory for t in tensors[1:]):
+        return None
+    if any(a.data_ptr() + a.nbytes != b.data_ptr() for a, b in pairwise(tensors)):
+        return None
+    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def joined_product(group: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...] | None:
+    """What each of these modules makes of x, as views of one product; None where it is to be asked itself.
+
+    As for ``running_norms``, and where weights do not lie side by side, a gradient is recorded or somebody looks.
+    """
+    if running_norms(x) is None or any(type(m) is not nn.Linear or is_hooked(m) for m in group):
+        return None
+    weights, biases = [m.weight for m in group], [m.bias for m in group]
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
+    weight, bias = adjacent(weights), None
+    if recorded or weight is None:
+        return None
+    if any(b is not None for b in biases):
+        bias = adjacent(biases)
+        if bias is None:
+            return None
+    return F.linear(x, weight, bias).split([len(w) for w in weights], -1)
