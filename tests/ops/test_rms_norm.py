@@ -37,6 +37,16 @@ def test_output_against_float64(shape, dtype, unit_offset):
         assert errors[0] <= 2 * errors[1] + 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_heads_of_one_product_are_read_where_they_lie(rows, monkeypatch):
+    joined = torch.randn(rows, 5, 6 * 8, device=DEVICE)
+    q = joined[:, :, : 4 * 8].unflatten(-1, (4, 8))
+    weight, copied = torch.randn(8, device=DEVICE), q.contiguous()
+    wanted = rms_norm(copied, weight, 0.02, impl="triton")
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("copied"))
+    assert torch.equal(rms_norm(q, weight, 0.02, impl="triton"), wanted)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("unit_offset", [False, True])
