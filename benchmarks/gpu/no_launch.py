@@ -11,6 +11,7 @@ from typing import Any
 import triton
 
 import lizard_ops
+from lizard_models.model import joined, norms
 from lizard_ops.common import checks, dispatch
 
 
@@ -48,6 +49,9 @@ def without_kernels() -> Iterator[Launches]:
             if getattr(module, name, None) is old:
                 setattr(module, name, new)
                 changed.append((module, name, old))
+    for module, name, old in ((norms, "on_gpu", norms.on_gpu), (joined, "wants_joined", joined.wants_joined)):
+        setattr(module, name, lambda x: True)
+        changed.append((module, name, old))
     jit.__getitem__ = counted  # type: ignore[method-assign]
     try:
         yield launches

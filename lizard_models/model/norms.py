@@ -57,7 +57,7 @@ def version(x: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def fused_norms(layers: Iterable[nn.Module], last: nn.Module) -> Iterator[None]:
+def fused_norms(layers: Iterable[nn.Module], last: nn.Module | None) -> Iterator[None]:
     """Within: norms that are ``with_kernel`` take it on CUDA tensors, with the sums before them in layers that are
     ``with_sums``. last: the norm behind the layers. Not for what torch.compile traces."""
     layers, readers = list(layers), {}
@@ -122,6 +122,9 @@ class SummingLayer:
         """As the family's, within ``fused_norms`` with each residual sum and the norm of it in one kernel."""
         family, layer = cast(Any, super()), cast(Any, self)
         fused = None if args else running_norms(hidden_states)
+        if fused is None and not args and reads_alone(layer, hidden_states):
+            with fused_norms([layer], None):
+                return layer.forward(hidden_states, **kwargs)
         if fused is None:
             return family.forward(hidden_states, *args, **kwargs)
         o, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
@@ -132,6 +135,13 @@ class SummingLayer:
     def __reduce__(self) -> tuple[Any, ...]:
         """As ``KernelNorm``."""
         return blank, (SummingLayer, type(self).__mro__[2]), self.__dict__
+
+
+def reads_alone(layer: Any, x: Tensor) -> bool:
+    """Whether a student's layer is called without its decoder, which would say that kernels may be taken."""
+    if torch.compiler.is_compiling() or not on_gpu(x) or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return getattr(layer.self_attn, "mode", None) == "student"
 
 
 @functools.cache

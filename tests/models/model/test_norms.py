@@ -104,11 +104,15 @@ def test_hooks_see_and_change_what_they_did(calls, inference, where, before):
 
 
 @torch.no_grad()
-def test_a_layer_alone_is_the_familys(calls):
+def test_a_layer_alone_takes_it_as_a_students(calls):
     model, x = student(), torch.randn(1, 5, 64)
-    rope = model.model.rotary_emb(x, torch.arange(5)[None])
-    wanted = model.model.layers[0](x, position_embeddings=rope)
-    assert not calls
-    with norms.fused_norms(model.model.layers, model.model.norm):
-        assert torch.equal(model.model.layers[0](x, position_embeddings=rope), wanted)
-    assert calls.count("add_rms_norm") == 2
+    layer, rope = model.model.layers[0], model.model.rotary_emb(x, torch.arange(5)[None])
+    found = layer(x, position_embeddings=rope)
+    assert calls == ["rms_norm", "add_rms_norm"]  # nobody reads the norm of what it returns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms, "on_gpu", lambda x: False)
+        assert torch.equal(layer(x, position_embeddings=rope), found)
+    for mode in ("teacher", "distill"):
+        model.set_attention_mode(mode)
+        layer(x, position_embeddings=rope, attention_mask=None)
+    assert len(calls) == 2
