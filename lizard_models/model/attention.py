@@ -99,8 +99,7 @@ class LizardAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, hidden] -> q [B, T, Hq, D], k and v [B, T, Hk, D] as the family has them before RoPE."""
-        group = [getattr(self, name) for name in self.joins]
-        parts = joined_product(group, x) or tuple(p(x) for p in group)
+        parts = joined_product(self, x) or (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 

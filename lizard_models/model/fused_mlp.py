@@ -26,7 +26,7 @@ class FusedMLP:
         family, mlp = cast(Any, super()), cast(Any, self)
         if running_norms(x) is None or type(mlp.act_fn).__name__ not in SILU or is_hooked(mlp.act_fn):
             return family.forward(x)
-        gate, up = joined_product((mlp.gate_proj, mlp.up_proj), x) or (mlp.gate_proj(x), mlp.up_proj(x))
+        gate, up = joined_product(mlp, x) or (mlp.gate_proj(x), mlp.up_proj(x))
         recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
         if recorded or gate.dtype == torch.float64 or up.dtype != gate.dtype:
             return mlp.down_proj(mlp.act_fn(gate) * up)

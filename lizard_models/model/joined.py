@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ def join_projections(layers: Sequence[nn.Module]) -> None:
     for layer in layers:
         for part in (getattr(layer, "self_attn", None), getattr(layer, "mlp", None)):
             group = [getattr(part, name) for name in getattr(part, "joins", ())]
+            if part is not None:
+                vars(part).pop("joined", None)  # lets go of where they were
             if group and all(isinstance(module, nn.Linear) for module in group):
                 lay_side_by_side(group)
 
@@ -75,20 +77,51 @@ def adjacent(tensors: Sequence[Any]) -> Tensor | None:
     return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
-def joined_product(group: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...] | None:
-    """What each of these modules makes of x, as views of one product; None where it is to be asked itself.
+class Joined:
+    """The weights of a group as one, remembered by the addresses of its parts; copies and pickles begin without."""
+
+    __slots__ = ("bias", "places", "rows", "weight")
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.rows: list[int] = []
+
+    def find(self, group: Sequence[nn.Linear]) -> bool:
+        """Whether the weights lie side by side; they are then in ``weight`` and ``bias``.
+
+        What is remembered keeps its memory alive, so that nothing else can have come to these addresses.
+        """
+        there = [p for m in group for p in m._parameters.values()]
+        places = [0 if p is None else p.data_ptr() for p in there]
+        if places != self.places or self.weight is None:
+            weights, biases = [m.weight for m in group], [m.bias for m in group]
+            self.places, self.weight, self.bias = places, adjacent(weights), None
+            self.rows = [w.shape[0] for w in weights]
+            if self.weight is not None and any(b is not None for b in biases):
+                self.bias = adjacent(biases)
+                self.weight = None if self.bias is None else self.weight
+        return self.weight is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Joined, ()
+
+
+def joined_product(part: Any, x: Tensor) -> tuple[Tensor, ...] | None:
+    """What each of the projections that this part ``joins`` makes of x, as views of one product; None where it is to be
+    asked itself.
 
     As for ``running_norms``, and where weights do not lie side by side, a gradient is recorded or somebody looks.
     """
-    if running_norms(x) is None or any(type(m) is not nn.Linear or is_hooked(m) for m in group):
+    if running_norms(x) is None:
         return None
-    weights, biases = [m.weight for m in group], [m.bias for m in group]
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
-    weight, bias = adjacent(weights), None
-    if recorded or weight is None:
+    group = [part._modules[name] for name in part.joins]
+    if any(type(m) is not nn.Linear or is_hooked(m) for m in group):
         return None
-    if any(b is not None for b in biases):
-        bias = adjacent(biases)
-        if bias is None:
-            return None
-    return F.linear(x, weight, bias).split([len(w) for w in weights], -1)
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for m in group for p in m.parameters())):
+        return None
+    held: Joined = part.__dict__.setdefault("joined", Joined())
+    if not held.find(group):
+        return None
+    return torch.split_with_sizes(F.linear(x, cast(Tensor, held.weight), held.bias), held.rows, -1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lizard_ops.hybrid_attn.arguments import HybridOptions
-from lizard_ops.hybrid_attn.triton.config import FusedShape
+from lizard_ops.hybrid_attn.triton.config import FusedShape, fused_shape
 from lizard_ops.tiles.places import Stream
 
 Pair = tuple[Tensor, Tensor]
@@ -68,7 +68,7 @@ def describe(x: FusedInputs, options: FusedOptions) -> tuple[FusedShape, Stream]
     """What the kernels are compiled for, and where the sequences stand."""
     query_heads, key_heads = x.q.shape[2], x.k.shape[2]
     heads = query_heads if x.g is not None and x.g.shape[2] == query_heads else key_heads
-    shape = FusedShape(
+    shape = fused_shape(
         device=x.q.device, dtype=x.q.dtype, query_heads=query_heads, key_heads=key_heads, state_heads=heads,
         dim=x.q.shape[3], value=x.v.shape[3], pre=x.fk.shape[3], feature_map=options.feature_map,
         window=options.window, anchors=options.anchors, outside=options.outside, merge=options.mix != "sum",

@@ -15,6 +15,8 @@ from lizard_ops.hybrid_attn.triton.kept_chunk import kept_hybrid
 from lizard_ops.hybrid_attn.triton.kept_state import kept_between_states
 from lizard_ops.hybrid_attn.triton.op import hybrid
 
+NO_STATE = AttentionState(position=None)
+
 
 def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked.
@@ -37,11 +39,12 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         weight, lengths = compact(weight, plan), plan.lengths
         inputs = changed_rows(inputs._replace(alpha=None, merge_bias=None), lambda x: compact(x, plan))
     q, k, v, fk, g, sinks = inputs.q, inputs.k, inputs.v, inputs.fk, inputs.g, inputs.sinks
-    layout = layout_of(q, initial_state, cu_seqlens, lengths)
     carried = initial_state is not None
-    state = initial_state if carried else AttentionState(layout.position)
+    states = carried or options.output_final_state
+    layout = layout_of(q, initial_state, cu_seqlens, lengths) if states else None
+    state = initial_state if carried else NO_STATE
     anchor_k = anchor_v = None
-    if options.anchors and (carried or options.output_final_state):
+    if options.anchors and states:
         anchor_k, anchor_v = (
             anchor_rows(x, kept, options.anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
         )
