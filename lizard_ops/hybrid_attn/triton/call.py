@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -58,10 +58,13 @@ class FusedOptions(NamedTuple):
     softcap: float | None
 
 
-def chosen(options: HybridOptions) -> dict[str, Any]:
-    """The arguments of an operator that are ``FusedOptions``."""
+def chosen(options: HybridOptions) -> FusedOptions:
+    """What the kernels are told of the choices of a call."""
     mix = options.merge_mass if options.mix == "merge" else options.mix
-    return {name: mix if name == "mix" else getattr(options, name) for name in FusedOptions._fields}
+    return FusedOptions(
+        options.window, options.anchors, options.outside, mix, options.normalize, options.feature_map, options.scale,
+        options.feature_scale, options.softcap,
+    )  # fmt: skip
 
 
 def describe(x: FusedInputs, options: FusedOptions) -> tuple[FusedShape, Stream]:
