@@ -22,6 +22,7 @@ from lizard_ops import (
     AttentionState,
     chunk_hybrid_attn,
     gate_and_bias,
+    hybrid_heads,
     overwrite_state,
     recurrent_hybrid_attn,
     rotary_both,
@@ -73,6 +74,9 @@ class HybridAttention(nn.Module):
             self.gate = build_gate(config)
             self.mix = MergeMix(config) if config.mix == "merge" else SumMix(config)
             readers = [m for m in (self.gate, self.mix) if m is not None]
+            of_heads = config.linear_key_heads == config.num_key_heads and not config.kept_keys
+            one_turn = config.window_rope and not config.linear_rope
+            self.takes_heads = of_heads and one_turn and not self.feature_maps.one_sided
             self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
 
     def forward(
@@ -189,6 +193,18 @@ class HybridAttention(nn.Module):
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
         config, (x, q, k, v, rope, _) = self.config, tokens
         x, g, mixed = self._read_input(x, k)
+        if (
+            rope is not None
+            and self.takes_heads
+            and shared["initial_state"] is None
+            and not has_hooks(self.feature_maps)
+        ):
+            weights = self.feature_maps.weights()
+            if weights is not None:
+                return *hybrid_heads(
+                    q, k, v, *weights, *rope, g, config.window, **self._choices(mixed, shared),
+                    gate_form=config.gate_form,
+                ), None  # fmt: skip
         if config.linear_key_heads != k.shape[2]:
             group = config.num_heads // config.num_key_heads
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -201,23 +217,26 @@ class HybridAttention(nn.Module):
             q, k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
         overwrites = inplace and not torch.is_grad_enabled()  # else the op may refuse, and nothing must have changed
         scores, score = self._scores(tokens._replace(x=x), q, k, past, shared, overwrites)
-        choices: dict[str, Any] = dict(
-            mix=config.mix,
-            coverage=config.coverage,
-            feature_map=self.feature_maps.op_feature_map,
-            normalize=config.normalize,
-            feature_scale=config.feature_scale,
-            scores=scores,
-            score_delay=0 if scores is None else config.score_delay,
-            kept_keys=config.places,
-            **mixed,
-            **shared,
-        )
+        choices = self._choices(mixed, shared) | {"scores": scores}
+        choices |= dict(score_delay=0 if scores is None else config.score_delay, kept_keys=config.places)
         if q.shape[1] == 1 and shared["initial_state"] is not None:
             o, new = recurrent_hybrid_attn(q, k, v, fq, fk, g, config.window, **choices, inplace=inplace)
         else:
             o, new = chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
         return o, new, score
+
+    def _choices(self, mixed: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the hybrid ops."""
+        config = self.config
+        return dict(
+            mix=config.mix,
+            coverage=config.coverage,
+            feature_map=self.feature_maps.op_feature_map,
+            normalize=config.normalize,
+            feature_scale=config.feature_scale,
+            **mixed,
+            **shared,
+        )
 
     def _read_input(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor | float | None]]:
         """What the parts read from the layer's input: (x for the scores, log-decays, arguments of the mix)."""

@@ -10,6 +10,7 @@ from lizard_ops.gate.api import gate_and_bias
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
+from lizard_ops.hybrid_attn.heads import hybrid_heads
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.key_expiry.api import key_expiry
 from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
@@ -45,6 +46,7 @@ __all__ = [
     "compaction",
     "expand_features",
     "gate_and_bias",
+    "hybrid_heads",
     "key_expiry",
     "key_score_step",
     "naive_gated_attn",
