@@ -10,6 +10,9 @@ from torch import Tensor
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
+from lizard_ops.common.kinds import Kinds
+
+_accepted = Kinds()
 
 
 def project_heads(
@@ -77,9 +80,13 @@ def project_both(
         ValueError: as ``project_heads``, and for batches or lengths of k that are not those of q.
     """
     q, k = autocast_inputs(q, k)
-    _check(q, query_weight, "q", "query_weight")
-    _check(k, key_weight, "k", "key_weight")
-    checks.check_tensor("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), q, checks.FLOATS)
+
+    def check() -> None:
+        _check(q, query_weight, "q", "query_weight")
+        _check(k, key_weight, "k", "key_weight")
+        checks.check_tensor("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), q, checks.FLOATS)
+
+    _accepted.check((q, k, query_weight, key_weight), (), check)
     if choose_impl(impl, q, float64_of(q) or float64_of(k)) == "triton":
         from lizard_ops.feature_projection.triton.op import project_both_triton
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.dispatch import choose_impl
+from lizard_ops.common.kinds import Kinds
+
+_accepted = Kinds()
 
 
 def silu_product(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
@@ -29,10 +32,7 @@ def silu_product(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
 
     Source: SwiGLU (arXiv 2002.05202).
     """
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    fits = isinstance(gate, Tensor) and gate.ndim > 0 and gate.dtype in floats
-    checks.want(fits, "gate", gate, "a tensor [..., F] of float32 or half precision")
-    checks.check_tensor("up", up, gate.shape, gate, (gate.dtype,))
+    _accepted.check((gate, up), (), lambda: _check(gate, up))
     recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     fuses = impl == "auto" and torch.compiler.is_compiling()
     if choose_impl(impl, gate, "gradients" if recorded else None) == "triton" and not fuses:
@@ -40,3 +40,11 @@ def silu_product(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
 
         return silu_product_triton(gate, up)
     return F.silu(gate) * up
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    """Raises as ``silu_product``."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    fits = isinstance(gate, Tensor) and gate.ndim > 0 and gate.dtype in floats
+    checks.want(fits, "gate", gate, "a tensor [..., F] of float32 or half precision")
+    checks.check_tensor("up", up, gate.shape, gate, (gate.dtype,))

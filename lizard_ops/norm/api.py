@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.dispatch import choose_impl
+from lizard_ops.common.kinds import Kinds
+
+_accepted = Kinds()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, impl: str = "auto") -> Tensor:
@@ -34,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
     Source: RMSNorm (arXiv 1910.07467).
     """
-    _check(x, weight, eps, unit_offset)
+    _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset))
     if _chosen(impl, x, weight) == "triton":
         from lizard_ops.norm.triton_op import rms_norm_triton
 
@@ -65,8 +68,12 @@ def add_rms_norm(
 
     Source: RMSNorm (arXiv 1910.07467) behind the residual sums of pre-norm transformers.
     """
-    _check(x, weight, eps, unit_offset)
-    checks.check_tensor("residual", residual, x.shape, x, (x.dtype,))
+
+    def check() -> None:
+        _check(x, weight, eps, unit_offset)
+        checks.check_tensor("residual", residual, x.shape, x, (x.dtype,))
+
+    _accepted.check((x, weight, residual), (eps, unit_offset), check)
     if _chosen(impl, x, weight, residual) == "triton":
         from lizard_ops.norm.triton_op import add_rms_norm_triton
 

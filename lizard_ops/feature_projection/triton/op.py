@@ -112,7 +112,10 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
     x, dy, weight = rows(x), rows(dy), weight.contiguous()
     batch, length, heads = x.shape[:3]
     maps, tokens, tile = weight.shape[0], batch * length, blocks(weight)
-    d_weight = weight.new_zeros(weight.shape if of_weight else (0,))
+    if not of_weight:
+        d_weight = weight.new_empty(0)
+    elif not tokens:
+        d_weight = weight.new_zeros(weight.shape)
     unit = math.gcd(8, *dy.stride()[:3])
     y_strides = [step // unit for step in dy.stride()[:3]]
     common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
