@@ -181,3 +181,18 @@ def test_both_refuse_by_name(changes, name):
     given = dict(q=torch.randn(1, 4, 4, 8), k=torch.randn(1, 4, 2, 8), query_weight=torch.randn(1, 8, 4))
     with pytest.raises(ValueError, match=f"^{name}:"):
         project_both(**given | {"key_weight": torch.randn(2, 8, 4)} | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_gradients_of_both_have_the_bits_of_each(dtype):
+    from lizard_ops.feature_projection.triton.op import gradients, gradients_of_both
+
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, heads, 8, device=DEVICE).to(dtype) for heads in (4, 2))
+    weights = [torch.randn(maps, 8, 8, device=DEVICE) for maps in (1, 2)]
+    dy = [torch.randn_like(x) for x in (q, k)]
+    dx = [torch.randn_like(q), torch.randn_like(k)]
+    apart = [t.clone() for t in dx]
+    wanted = [gradients(x, w, y, d, d, True) for x, w, y, d in zip((q, k), weights, dy, apart, strict=True)]
+    found = gradients_of_both(q, k, *weights, *dy, *dx)
+    assert all(map(torch.equal, found, wanted)) and all(map(torch.equal, dx, apart))

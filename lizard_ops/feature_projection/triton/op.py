@@ -14,6 +14,7 @@ from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.feature_projection.triton.kernels import (
     both_gradients_kernel,
+    gradients_of_both_kernel,
     input_gradient_kernel,
     project_both_kernel,
     project_kernel,
@@ -211,6 +212,44 @@ def launch_both(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor) -> tup
             STEPS=each, PRECISION=precision(q), **tile, num_stages=c.stages, **c.launch,
         )  # fmt: skip
     return y_q, y_k
+
+
+def gradients_of_both(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, dy_q: Tensor, dy_k: Tensor, dq: Tensor, dk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``gradients`` of queries and of keys, those of both weights; what comes to q and k is added to dq and dk,
+    contiguous. In one launch where half-precision tiles hold a row of both."""
+    batch, length, heads, dim = q.shape
+    tokens, tile, key_heads = batch * length, blocks(weight_q), k.shape[2]
+    units = [math.gcd(8, *dy.stride()[:3]) for dy in (dy_q, dy_k)]
+    one = weight_q.shape[1:] == weight_k.shape[1:] and q.dtype == k.dtype != torch.float32 and units[0] == units[1]
+    if not one or not tokens or tile["F"] > tile["BF"] or tile["BD"] > 128:
+        return gradients(q, weight_q, dy_q, dq, dq, True), gradients(k, weight_k, dy_k, dk, dk, True)
+    q, k, dy_q, dy_k, weight_q, weight_k = (
+        rows(q),
+        rows(k),
+        rows(dy_q),
+        rows(dy_k),
+        weight_q.contiguous(),
+        weight_k.contiguous(),
+    )
+    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
+    parts = [weight_q.new_empty(splits, n, *weight_q.shape[1:]) for n in (heads, key_heads)]
+    strides = [
+        step for x, dy, dx in ((q, dy_q, dq), (k, dy_k, dk))
+        for step in (*x.stride()[:3], *(s // units[0] for s in dy.stride()[:3]), *dx.stride()[:3])
+    ]  # fmt: skip
+    with on_device(q, dim=dim, features=tile["F"]):
+        c = config_for("both", q, weight_q)
+        gradients_of_both_kernel[(splits * (heads + key_heads),)](
+            q, dy_q, weight_q, dq, parts[0], k, dy_k, weight_k, dk, parts[1], tokens, length, *strides,
+            cdiv(tokens, TOKENS * splits), HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
+            first=splits * heads, YU=units[0], PRECISION=precision(q), STAGES=c.stages, **tile, **c.launch,
+        )  # fmt: skip
+    return tuple(
+        part.unflatten(1, (len(w), part.shape[1] // len(w))).sum((0, 2))
+        for part, w in zip(parts, (weight_q, weight_k), strict=True)
+    )
 
 
 class _ProjectTwo(torch.autograd.Function):

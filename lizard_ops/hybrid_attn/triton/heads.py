@@ -74,8 +74,11 @@ class _Heads(torch.autograd.Function):
             dq, dk = rotary.turn(dq, cos, sin, True), rotary.turn(dk, cos, sin, True)
         elif needed[0] or needed[1]:
             dq, dk = rotary.launch_both(dq, dk, cos, sin, True)
-        dq, d_query_map = of_projection(q, query_map, dq, dfq, needed[0], needed[3])
-        dk, d_key_map = of_projection(k, key_map, dk, dfk, needed[1], needed[4])
+        if needed[0] and needed[1] and needed[3] and needed[4] and not again:
+            d_query_map, d_key_map = projection.gradients_of_both(q, k, query_map, key_map, dfq, dfk, dq, dk)
+        else:
+            dq, d_query_map = of_projection(q, query_map, dq, dfq, needed[0], needed[3])
+            dk, d_key_map = of_projection(k, key_map, dk, dfk, needed[1], needed[4])
         rest = (None if x.g is None or not needed[7] else dg, d_weight if needed[8] else None)
         return dq, dk, dv if needed[2] else None, d_query_map, d_key_map, None, None, *rest, None
 
