@@ -35,7 +35,7 @@ def join_projections(layers: Sequence[nn.Module]) -> None:
             group = [getattr(part, name) for name in getattr(part, "joins", ())]
             if part is not None:
                 vars(part).pop("joined", None)  # lets go of where they were
-            if group and all(isinstance(module, nn.Linear) for module in group):
+            if group and all(isinstance(module, nn.Linear) and not is_hooked(module) for module in group):
                 lay_side_by_side(group)
 
 
@@ -44,7 +44,7 @@ def lay_side_by_side(group: Sequence[Any]) -> None:
     for name in ("weight", "bias"):
         tensors = [getattr(module, name) for module in group]
         if all(may_move(t) for t in tensors) and alike(tensors) and adjacent(tensors) is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 whole = torch.cat(tensors)
                 for t, part in zip(tensors, whole.split([len(t) for t in tensors]), strict=True):
                     t.data = part
@@ -95,7 +95,7 @@ class Joined:
         """
         there = [p for m in group for p in m._parameters.values()]
         places = [0 if p is None else p.data_ptr() for p in there]
-        if places != self.places or self.weight is None:
+        if places != self.places or self.weight is None or self.weight.data_ptr() != places[0]:
             weights, biases = [m.weight for m in group], [m.bias for m in group]
             self.places, self.weight, self.bias = places, adjacent(weights), None
             self.rows = [w.shape[0] for w in weights]

@@ -124,7 +124,7 @@ class SummingLayer:
         fused = None if args else running_norms(hidden_states)
         if fused is None and not args and reads_alone(layer, hidden_states):
             with fused_norms([layer], None):
-                return layer.forward(hidden_states, **kwargs)
+                return SummingLayer.forward(layer, hidden_states, **kwargs)
         if fused is None:
             return family.forward(hidden_states, *args, **kwargs)
         o, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
@@ -140,6 +140,8 @@ class SummingLayer:
 def reads_alone(layer: Any, x: Tensor) -> bool:
     """Whether a student's layer is called without its decoder, which would say that kernels may be taken."""
     if torch.compiler.is_compiling() or not on_gpu(x) or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if layer.training and layer.gradient_checkpointing:  # whose layers are read again, without their decoder
         return False
     return getattr(layer.self_attn, "mode", None) == "student"
 

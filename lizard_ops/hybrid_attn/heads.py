@@ -96,6 +96,8 @@ def hybrid_heads(
 
 def _kind(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Any, ...] | None:
     """All that the checks of shapes read; None for calls that go through the three ops."""
+    if is_watched():  # torch.compile must not look at what is known: it would compile again where that has grown
+        return None
     recorded = torch.is_grad_enabled()
     facts: list[Any] = []
     for x in heads:
@@ -109,7 +111,7 @@ def _kind(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Any, ...]
     for name in RARE:
         if choices.get(name) is not None:
             return None
-    if choices.get("gate_form", "stable") != "stable" or choices.get("feature_map") == "exp" or is_watched():
+    if choices.get("gate_form", "stable") != "stable" or choices.get("feature_map") == "exp":
         return None
     if any(x is not None and (x.ndim != 3 or x.dtype != torch.float32) for x in (g, bias)):
         return None
