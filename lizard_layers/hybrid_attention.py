@@ -31,6 +31,9 @@ from lizard_ops import (
 )
 
 
+KERNELS = ("auto", "triton")  # implementations of the config with which one op may stand for several
+
+
 class _Tokens(NamedTuple):
     """The new positions of a call, as ``HybridAttention.forward`` takes them."""
 
@@ -76,7 +79,7 @@ class HybridAttention(nn.Module):
             readers = [m for m in (self.gate, self.mix) if m is not None]
             of_heads = config.linear_key_heads == config.num_key_heads and not config.kept_keys
             one_turn = config.window_rope and not config.linear_rope
-            self.takes_heads = of_heads and one_turn and not self.feature_maps.one_sided
+            self.takes_heads = of_heads and one_turn and not self.feature_maps.one_sided and config.impl in KERNELS
             self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
 
     def forward(
