@@ -30,7 +30,6 @@ from lizard_ops import (
     without_autocast,
 )
 
-
 KERNELS = ("auto", "triton")  # implementations of the config with which one op may stand for several
 
 
