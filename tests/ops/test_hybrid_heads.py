@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE
 
-from lizard_ops import chunk_hybrid_attn, hybrid_heads, project_both, rotary_both
+from lizard_ops import checked, chunk_hybrid_attn, hybrid_heads, project_both, rotary_both
 from lizard_ops.hybrid_attn import heads
 
 B, T, HQ, HK, D, F = 1, 9, 2, 1, 8, 6
@@ -62,7 +62,7 @@ def test_the_bits_of_the_ops(form, final, monkeypatch):
     monkeypatch.setattr(heads, "chunk_hybrid_attn", pytest.fail)
     assert same(fields(hybrid_heads(**given, window=3, **choices)), wanted)
     given["g"] = given["g"] + 2
-    with pytest.raises(ValueError, match="g: got"):
+    with checked(), pytest.raises(ValueError, match="g: got"):
         hybrid_heads(**given, window=3, **choices)
 
 
