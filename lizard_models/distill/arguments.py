@@ -68,7 +68,7 @@ class RunArguments:
     """A loss over this times its running median is warned of, then rolled back once at half the rate, then stops the
     stage."""
 
-    title: str = ""
+    title: str = "training"
     """What the progress bar calls the run."""
 
 
