@@ -129,7 +129,7 @@ class Stage0Config(Recipe):
     label_queries: int = 512
     """Later queries that a key needs to be learned from: what few queries do not need, others may."""
 
-    label_block: int = 256
+    label_block: int = 1024
     """Queries whose attention matrices exist at a time while labels are made."""
 
     def __post_init__(self) -> None:
