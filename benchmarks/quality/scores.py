@@ -35,6 +35,7 @@ def shared_folder(work: Path, model: LizardCausalLM, rows: ScoreRows, teacher: s
     ]
     held_out = hashlib.sha256(rows.held_out.numpy().tobytes()).hexdigest()
     recipe = dataclasses.asdict(rows.recipe)
+    del recipe["share_places"]  # comes after it
     said = [teacher, str(model.dtype), recipe, rows.training.digest, held_out, layers]
     return work / "stage0" / hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -33,7 +33,7 @@ from lizard_models.model.widen import widen
 from lizard_models.runs.linearize_run import precision
 from lizard_models.runs.memory import constant_bytes, told_places
 from lizard_models.runs.score_rows import ScoreRows, score_rows
-from lizard_models.runs.state_budget import DTYPE, share_out
+from lizard_models.runs.state_budget import DTYPE, share_out, shared_mib
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import load_model
 from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
@@ -97,7 +97,7 @@ class _Row:
             raise ValueError(f"{spec.stem}: places are shared out by fitted scores, and there is no stage 0")
         if scored:
             rows = self._fit_scores(model)
-            if spec.shared:
+            if spec.shared or shared_mib(model.config, None, scored):
                 self._share_places(model, rows)
         trains = any(True for _ in model.stage_parameters())
         if spec.stage1 and trains and self.bench.budget.stage1_steps:

@@ -36,7 +36,7 @@ from lizard_models.runs.model_card import write_model_card
 from lizard_models.runs.plan import Outcome, Plan, check_folders
 from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.start import begin_from
-from lizard_models.runs.state_budget import evenly_kept, share_out, told
+from lizard_models.runs.state_budget import evenly_kept, share_out, shared_mib, told
 from lizard_models.runs.work import KEPT, LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
@@ -110,8 +110,7 @@ class _Run:
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
         self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
-        if plan.state_mib is not None and "stage0" not in self.sequences:
-            raise ValueError("state_mib: keys are shared out by the scores of stage 0, which is left out")
+        self.mib = shared_mib(self.model.config, plan.state_mib, "stage0" in self.sequences)
         for stage, rows in self.sequences.items():
             if stage != "stage0":
                 self._check_stage(stage, rows)
@@ -128,8 +127,8 @@ class _Run:
         self._measure_starts(model)
         if "stage0" in self.sequences:
             self._fit_scores(model, self.sequences["stage0"])
-        if plan.state_mib is not None:
-            self._share_places(model, plan.state_mib)
+        if self.mib is not None:
+            self._share_places(model, self.mib)
         if "stage1" in self.sequences:
             run = self._run_arguments("stage1", "stage 1, attention approximation")
             self.results["stage1"] = train_stage1(model, self.sequences["stage1"], run)
