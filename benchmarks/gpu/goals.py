@@ -12,6 +12,7 @@ would decide is missing. Goals are for one H200 where they do not say a CPU; fil
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -307,9 +308,10 @@ def training(found: list[Report]) -> Iterator[Goal]:
 
     cases = {shown(n): ratio("stage 1", "teacher forward", n) for n in (2048, 8192)}
     yield judge("8B shape: step of stage 1 over a teacher's forward", "at most 1.6", cases, lambda x: x <= 1.6)
-    for length, least in ((2048, 1), (32768, 2)):
-        case = ratio("teacher LoRA", "stage 2", length)
-        goal = f"8B shape, {length} tokens: the teacher's LoRA step over stage 2's"
+    kinds = (("stage 2", ""), ("stage 2 CE", " on next tokens alone"))
+    for (stage, how), (length, least) in itertools.product(kinds, ((2048, 1), (32768, 2))):
+        case = ratio("teacher LoRA", stage, length)
+        goal = f"8B shape, {length} tokens: the teacher's LoRA step over stage 2's{how}"
         yield judge(goal, f"at least {least}", {"": case}, lambda x, least=least: x >= least)
 
 

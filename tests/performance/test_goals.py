@@ -135,11 +135,14 @@ def test_training_takes_the_fastest_kind_of_each(table):
             ("stage 1", 4, "graph", 70.0),
             ("teacher LoRA", 4, "plain", 120.0),
             ("stage 2", 4, "graph", 100.0),
+            ("stage 2 CE", 4, "plain", 150.0),
         )
     ]
     found = table({"training/a.json": report(rows, shape="llama-3-8b")})
     assert found["8B shape: step of stage 1 over a teacher's forward"].found == "1.40 at 2K; not measured: 8K"
     assert found["8B shape, 2048 tokens: the teacher's LoRA step over stage 2's"].found == "1.20"
+    alone = found["8B shape, 2048 tokens: the teacher's LoRA step over stage 2's on next tokens alone"]
+    assert (alone.found, alone.state) == ("0.80", "missed")
 
 
 def test_a_cpu_has_goals_of_its_own(table):
