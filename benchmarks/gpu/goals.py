@@ -337,11 +337,21 @@ def goals(results: Path) -> list[Goal]:
 
 
 def markdown(table: list[Goal]) -> str:
-    lines = ["| goal | wanted | measured | | file |", "|---|---|---|---|---|"]
+    """A document: the table, and the command of each file in it."""
+    lines = ["# Goals for speed", "", "    python -m benchmarks.gpu.goals --markdown > benchmarks/results/GOALS.md", ""]
+    lines += [f"Goals are for one H200 unless they name a CPU. {counts(table)}.", ""]
+    lines += ["| goal | wanted | measured | | file |", "|---|---|---|---|---|"]
+    commands: dict[str, str] = {}
     for goal in table:
         state = goal.state if goal.state == "met" else f"**{goal.state}**"
         lines.append(f"| {goal.goal} | {goal.wanted} | {goal.found} | {state} | {', '.join(goal.files)} |")
-    return "\n".join(lines)
+        commands |= zip(goal.files, goal.commands, strict=True)
+    return "\n".join([*lines, "", *(f"- {file}: `{command}`" for file, command in sorted(commands.items()))])
+
+
+def counts(table: list[Goal]) -> str:
+    found = {state: sum(goal.state == state for goal in table) for state in ("met", "missed", "not measured")}
+    return ", ".join(f"{count} {state}" for state, count in found.items())
 
 
 def text(table: list[Goal]) -> str:
@@ -351,14 +361,13 @@ def text(table: list[Goal]) -> str:
         if goal.found:
             lines.append(f"{'':13} {goal.found}")
         lines += [f"{'':13} {file}: {how}" for file, how in zip(goal.files, goal.commands, strict=True)]
-    counts = {state: sum(goal.state == state for goal in table) for state in ("met", "missed", "not measured")}
-    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
+    return "\n".join([*lines, counts(table)])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--markdown", action="store_true", help="a table for a document")
+    parser.add_argument("--markdown", action="store_true", help="as benchmarks/results/GOALS.md has it")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--strict", action="store_true", help="end with 1 while a goal is not met")
     options = parser.parse_args()
