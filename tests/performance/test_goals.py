@@ -75,7 +75,8 @@ def test_other_chips_are_left_aside(table):
 
 def test_shares_of_the_floor_and_their_spread(table):
     at = {"shape": "llama-3-8b", "batch": 16}
-    rows = [{"way": "lizard", "length": n, "ms_token": 5.0, "floor_ms": 4.0} for n in (1024, 8192, 32768, 131072)]
+    own = {"way": "lizard", "ms_token": 5.0, "floor_ms": 4.0, "counted_gib": 20.0}
+    rows = [own | {"length": n} for n in (1024, 8192, 32768, 131072)]
     rows[2] |= {"ms_token": 5.1, "floor_ms": 3.0}
     found = table({"decode/a.json": report(rows, **at)})
     share = found["generate(), 8B shape, batch 16: share of the bandwidth floor"]
@@ -83,6 +84,13 @@ def test_shares_of_the_floor_and_their_spread(table):
     spread = found["the same, batch 16: slowest over fastest context, 1K to 128K"]
     assert (spread.state, spread.found) == ("met", "1.020")
     assert found["generate(), 8B shape, batch 1: share of the bandwidth floor"].state == "not measured"
+
+
+def test_the_floor_of_generate_is_without_the_embedding(table):
+    made = report([{"way": "lizard", "ms_token": 4.0, "floor_ms": 3.0}], shape="llama-3-8b", batch=1, prompt=8192)
+    made["copy_bytes_s"] = 2 * 128256 * 4096 * 1000  # it takes a millisecond
+    share = table({"decode/a.json": made})["generate(), 8B shape, batch 1: share of the bandwidth floor"]
+    assert share.found.startswith("50% at 8K")
 
 
 def test_the_teacher_at_32k_and_where_it_runs_out_of_memory(table):
