@@ -204,7 +204,7 @@ def main() -> int:
     try:
         base = git("rev-parse", "--verify", f"{options.base}^{{commit}}").decode().strip()
     except subprocess.CalledProcessError:
-        print(f"--base {options.base} is no commit of this repository: nothing is compared", file=sys.stderr)
+        print(f"--base {options.base}: no commit of this repository; fetch it, or name another", file=sys.stderr)
         return 2
     cases = [case for case in CASES if fnmatchcase(case.name, options.only)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and no pool of threads that a fork would lack
