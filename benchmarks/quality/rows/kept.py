@@ -62,6 +62,13 @@ def shared(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
 LONG: dict[str, Any] = {"longer": 4, "score_received": True}
 RECEIVED = ", whose score reads the attention received in the window"
 LEFT = ", in the sums too while they are kept, longer sequences"
+LESS: tuple[tuple[int, str, str, dict[str, int]], ...] = (
+    (608, "features-64", "half the features", {"feature_dim": 64}),
+    (176, "features-64", "half the features", {"feature_dim": 64}),
+    (180, "w64", "half the window", {"window": 64}),
+    (272, "w64-features-64", "half the window and half the features", {"window": 64, "feature_dim": 64}),
+)
+"""Places that features and window pay for: the first in the 40 MiB of 480 places, the others in 20."""
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
@@ -71,6 +78,18 @@ SCORES = (
         for places in (160, 256, 480)
     ),
     *(shared(places, "-left-longer-x4", LEFT, coverage="left", **LONG) for places in (160, 480)),
+    *(
+        kept(
+            places,
+            f"-left-{less}-longer-x4",
+            f"{LEFT}, {about}",
+            beside="recommended-kept-480-left-longer-x4",
+            coverage="left",
+            **fields,
+            **LONG,
+        )
+        for places, less, about, fields in LESS
+    ),
     kept(
         256,
         "-received-longer-x4-passkeys",
