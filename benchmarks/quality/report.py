@@ -77,6 +77,7 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _length(results, compared),
         draw.length(results, compared, figures / f"quality-{name}-length.png", f"{link}/quality-{name}-length.png"),
         _branches(results, compared),
+        _curve(results, figures / f"quality-{name}-curve.svg", f"{link}/quality-{name}-curve.svg"),
         _restoration(results),
         draw.restoration(results, figures / f"quality-{name}-layers.png", f"{link}/quality-{name}-layers.png"),
         *(_ablation(results, table) for table in TABLES.values() if table.title and table.name != WIDE),
@@ -225,6 +226,17 @@ def _past_of(*path: str) -> Callable[[Record], float | None]:
         return None if loss is None or edge is None else loss.past(edge)
 
     return value
+
+
+def _curve(results: Results, path: Path, link: str) -> str:
+    from benchmarks.quality.curve import write_curve
+
+    if not write_curve(results, path):
+        return ""
+    return (
+        "**What memory buys.** Each line joins rows that differ in their bytes alone; bars are the deviation over "
+        f"seeds.\n\n![Loss, KL and passkeys against the bytes of a sequence]({link})"
+    )
 
 
 def _restoration(results: Results) -> str:

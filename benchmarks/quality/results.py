@@ -60,10 +60,18 @@ class Record:
         row = RowSpec(**settings["row"])
         if "config" not in settings:
             return row
-        trained = LizardConfig.from_dict(settings["config"]).to_dict()
+        trained = self.config.to_dict()
         return replace(
             row, changes={**row.changes, **{part: trained[part] for part in ("attention", "stage1", "stage2")}}
         )
+
+    @functools.cached_property
+    def config(self) -> LizardConfig:
+        """What it trained with, where its record says so, else what it is declared as now."""
+        settings = self.values["settings"]
+        if "config" in settings:
+            return LizardConfig.from_dict(settings["config"])
+        return RowSpec(**settings["row"]).config(self.budget, 0)
 
     @functools.cached_property
     def controls(self) -> dict[str, RowSpec]:

@@ -37,6 +37,33 @@ def docs(
         Console(soft_wrap=True).print(f"written: {page}")
 
 
+def curve(
+    budget: BudgetName = "quick",
+    path: Annotated[
+        Path | None, typer.Option(help="SVG to write. Default: docs/figures/quality-BUDGET-curve.svg.")
+    ] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Draw what memory buys: loss, KL and passkeys against the bytes of a sequence, for each way to spend them.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality curve --budget full[/cyan]
+    """
+    with one_line_errors():
+        from benchmarks.quality.results import Results
+
+        name = read_budget(budget).name
+        target = path or Path(f"docs/figures/quality-{name}-curve.svg")
+        try:
+            from benchmarks.quality.curve import write_curve
+        except ImportError as error:
+            raise ValueError("curve: plots need matplotlib; pip install 'lizard-attn[demo]'") from error
+        if not write_curve(Results(out / f"{name}.jsonl"), target):
+            raise ValueError(f"curve: rows of the budget {name} in {str(out)!r} spend their bytes in one way alone")
+        typer.echo(f"written: {target}")
+
+
 def show_goals(
     row: Annotated[
         str | None, typer.Option(help="Row of the table kept. Default: that which loses least in at most 40 MiB.")
@@ -77,4 +104,4 @@ def list_rows() -> None:
                 console.print(f"  {row.name}: {row.about}", highlight=False, markup=False)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"docs": docs, "goals": show_goals, "list": list_rows}
+COMMANDS: dict[str, Callable[..., None]] = {"docs": docs, "curve": curve, "goals": show_goals, "list": list_rows}
