@@ -30,7 +30,7 @@ FAMILIES = {  # in the order of the legend
     "left": ("kept keys, in the sums too", "tab:purple"),
     "softmax": (f"softmax layers, {LENGTH:,} tokens", "tab:red"),
 }
-MARKERS = "os^D"  # by the length of the training sequences
+MARKERS, ORACLE = "os^D", "*"  # by the length of the training sequences
 TICKS = (5, 10, 20, 40, 80, 160)
 GREY = "0.45"
 # The same file for the same records: no ids drawn by chance, no date; text stays text, which is smaller than outlines.
@@ -58,6 +58,8 @@ class Line:
     family: str
     length: int
     """Tokens of a training sequence."""
+    oracle: bool
+    """Its keys are chosen by the text to come: a bound, which no line joins."""
     points: dict[str, float] = field(default_factory=dict)
     """MiB by the row's name."""
 
@@ -100,7 +102,7 @@ def curve_lines(results: Results) -> list[Line]:
         if config.wide_gate_stretch != 1.0:  # other decays in the same bytes
             continue
         family, length = family_of(config), budget.sequence_length * record.spec.longer
-        line = lines.setdefault(_alike(record, family), Line(family, length))
+        line = lines.setdefault(_alike(record, family), Line(family, length, record.spec.oracle))
         line.points[name] = memory_of(config, LENGTH)
     order = [*FAMILIES]
     return sorted(lines.values(), key=lambda line: (order.index(line.family), line.length, min(line.points)))
@@ -122,7 +124,7 @@ def _alike(record: Record, family: str) -> str:
         config["attention"] = {k: v for k, v in config["attention"].items() if not k.startswith("score_")}
     for stage in ("stage1", "stage2"):
         config[stage].pop("seed", None)
-    return json.dumps([family, row.longer, row.shared, row.widened, config], sort_keys=True, default=str)
+    return json.dumps([family, row.longer, row.oracle, row.shared, row.widened, config], sort_keys=True, default=str)
 
 
 def write_curve(results: Results, path: Path) -> bool:
@@ -162,9 +164,9 @@ def _draw(axes: Any, panel: Panel, results: Results, lines: list[Line]) -> None:
             [number.mean for number in numbers],
             yerr=[number.spread or 0.0 for number in numbers],
             color=FAMILIES[line.family][1],
-            marker=MARKERS[lengths.index(line.length) % len(MARKERS)],
-            markersize=4.5,
-            linewidth=1.4,
+            marker=ORACLE if line.oracle else MARKERS[lengths.index(line.length) % len(MARKERS)],
+            markersize=9 if line.oracle else 4.5,
+            linewidth=0 if line.oracle else 1.4,
         )
     axes.set_title(panel.title, fontsize=10)
     axes.set_xscale("log")
@@ -178,7 +180,7 @@ def _draw(axes: Any, panel: Panel, results: Results, lines: list[Line]) -> None:
 
 
 def _lengths(lines: list[Line]) -> list[int]:
-    return sorted({line.length for line in lines})
+    return sorted({line.length for line in lines if not line.oracle})
 
 
 def _control(results: Results) -> str:
@@ -208,6 +210,9 @@ def _legend(results: Results, lines: list[Line]) -> list[Line2D]:
         handles.append(
             Line2D([], [], color=GREY, linestyle="", marker=marker, label=f"trained on {length:,} tokens at a time")
         )
+    if any(line.oracle for line in lines):
+        label = "kept keys chosen by the text to come"
+        handles.append(Line2D([], [], color=GREY, linestyle="", marker=ORACLE, markersize=9, label=label))
     return handles
 
 

@@ -85,7 +85,8 @@ def goals_table(judged: list[Judged]) -> str:
 
 def best_row(results: Results, mib: float) -> str:
     """The row with kept keys that loses least past 2048 in so much memory, "" where none is measured."""
-    names = [row.name for row in TABLES[KEPT].rows if row.changes.get("attention", {}).get("kept_keys")]
+    keeping = [row for row in TABLES[KEPT].rows if row.changes.get("attention", {}).get("kept_keys")]
+    names = [row.name for row in keeping if not row.oracle]
     within = [name for name in names if memory(name) <= mib and results.past(name) is not None]
     return min(within, key=lambda name: results.past(name).mean, default="")  # type: ignore[union-attr]
 

@@ -20,7 +20,7 @@ DRAWN = {
     "recommended-wide-8x1024-longer-x4": 3.07, "recommended-kept-256": 3.05, "recommended-kept-64": 3.15,
     "recommended-kept-256-received": 3.04, "recommended-kept-160-left-longer-x4": 3.06,
     "recommended-kept-480-left-longer-x4": 3.02, "recommended-shared-480-left-longer-x4": 3.01,
-    "recommended-softmax-12.5": 3.02, "recommended-softmax-25": 3.01,
+    "recommended-kept-256-oracle": 3.01, "recommended-softmax-12.5": 3.02, "recommended-softmax-25": 3.01,
 }  # fmt: skip
 ELSEWHERE = ("recommended-kept-256-received-longer-x4-passkeys", "recommended-wide-8x1024-stretch8-longer-x4", "base")
 
@@ -44,11 +44,13 @@ def test_a_line_joins_rows_that_differ_in_their_bytes_alone(folder):
         ("window", 1024, ["recommended", "recommended-w256", "recommended-w384"]),
         ("wide", 4096, ["recommended-wide-4x2048-longer-x4", "recommended-wide-8x1024-longer-x4"]),
         ("kept", 1024, ["recommended-kept-256", "recommended-kept-64"]),
+        ("kept", 1024, ["recommended-kept-256-oracle"]),
         ("kept", 1024, ["recommended-kept-256-received"]),
         ("left", 4096, ["recommended-kept-160-left-longer-x4", "recommended-kept-480-left-longer-x4"]),
         ("left", 4096, ["recommended-shared-480-left-longer-x4"]),
         ("softmax", 1024, ["recommended-softmax-12.5", "recommended-softmax-25"]),
     ]
+    assert [[*line.points] for line in lines if line.oracle] == [["recommended-kept-256-oracle"]]
     places = {name: mib for line in lines for name, mib in line.points.items()}
     # 8 layers x 8,192 tokens x 3 heads x (key and value of 64) x 4 bytes = 96 MiB, and 22 layers of recommended
     assert places["recommended-softmax-25"] == pytest.approx(96 + places["recommended"] * 22 / 30)

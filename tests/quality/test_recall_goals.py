@@ -46,6 +46,7 @@ def results(tmp_path):
     beside = {"filler": {"2048": 1.0}, "novel": {"512": 1.0, "4096": 0.6, "8192": 0.2}}
     write_row(tmp_path, TEACHER, 3.0, found=beside, passkeys5={"512": 0.5, "8192": 0.9}, tasks=tasks(0.6))
     write_row(tmp_path, wide, 3.01)
+    write_row(tmp_path, ROWS["recommended-kept-480-oracle-left-longer-x4"].spec(None, 30), 3.0)  # which is no model
     write_row(tmp_path, ROWS[SMALL].spec(None, 30), 3.2)
     return Results(tmp_path / "quick.jsonl")
 

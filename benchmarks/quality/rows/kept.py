@@ -45,6 +45,19 @@ def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
     )
 
 
+def foretold(places: int, learned: str, suffix: str = "", about: str = "", **more: Any) -> Row:
+    """Those bytes for the keys that later queries do need: a bound for scores, not a model. learned: the row whose
+    score it stands beside. more: as for ``kept``."""
+    return dataclasses.replace(
+        kept(places, suffix, about, **more),
+        name=f"recommended-kept-{places}-oracle{suffix}",
+        about=f"{places} kept keys{about}, chosen by what later queries lose without them",
+        oracle=True,
+        beside=learned,
+        costs="the text to come",
+    )
+
+
 def shared(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
     """Those bytes once more, given to the layers and heads where kept keys save most. more: as for ``kept``."""
     even = kept(places, suffix, about, **more)
@@ -90,6 +103,9 @@ SCORES = (
         )
         for places, less, about, fields in LESS
     ),
+    foretold(256, "recommended-kept-256"),
+    foretold(256, "recommended-kept-256-received-longer-x4", "-longer-x4", ", longer sequences", longer=4),
+    foretold(480, "recommended-kept-480-left-longer-x4", "-left-longer-x4", LEFT, coverage="left", longer=4),
     kept(
         256,
         "-received-longer-x4-passkeys",
