@@ -88,7 +88,12 @@ class _Row:
         spec, finished = self.spec, self.folder / "model"
         if finished.is_dir():
             self.say(f"{spec.stem}: trained before")
-            return self._foretold(load_model(str(finished), device=self.bench.device).model)
+            before: Any = load_model(str(finished), device=self.bench.device).model
+            if self.record.get("scores", found := scores.score_sum(before)) != found:
+                raise ValueError(
+                    f"{finished}: its scores are not those that its record tells of; delete it to train anew"
+                )
+            return self._foretold(before)
         if spec.preset == TEACHER and not spec.stage2:
             return self.reference
         config = self.config.replace(wide_layers=[]) if spec.widened else self.config
@@ -116,6 +121,8 @@ class _Row:
         if spec.stage2 and self.bench.budget.stage2_steps:
             model, result = train_stage2(model, self._sequences("stage2"), self._run_arguments("stage2"))
             self._trained("stage2", result)
+        if scored:
+            self.record["scores"] = scores.score_sum(model)
         if spec.stage1 or spec.stage2 or scored:
             with appear_whole(finished) as draft:
                 model.save_pretrained(draft)
@@ -149,7 +156,8 @@ class _Row:
             run = self._run_arguments("stage0")
             run.cuda_graph = False  # its steps are long, and launches are the least of them
             result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
-            self._trained("stage0", result, r2=result.mean_r2, r2_by_layer=result.r2, row=self.spec.stem)
+            told = {"r2": result.mean_r2, "r2_by_layer": result.r2, "row": self.spec.stem}
+            self._trained("stage0", result, **told, **scores.marks(shared, model))
             scores.give(shared, Path(run.output_dir), self.record["stages"]["stage0"])
         return rows
 
