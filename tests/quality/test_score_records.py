@@ -37,15 +37,32 @@ def plan(tmp_path_factory) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def records(plan) -> dict:
+def told() -> list[str]:
+    """What the rows said."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def records(plan, told) -> dict:
+    """Two rows of one stage 0, one that shares its places out after it, and one with another window."""
     rows = (row("first", 8), row("second", 4), row("even", 8, shared=True), row("other", 8, window=20))
-    made = {spec.stem: run_row(spec, plan, lambda message: None) for spec in rows}
+    made = {spec.stem: run_row(spec, plan, told.append) for spec in rows}
     return json.loads(json.dumps(made))
 
 
 @pytest.mark.parametrize("budget", ["quick", "full"])
 def test_no_recorded_row_has_scores_from_elsewhere(budget):
     assert strays(read_records(ROOT / "benchmarks" / "results" / "quality" / f"{budget}.jsonl")) == []
+
+
+def test_rows_with_the_same_stage_0_share_it(plan, records, told):
+    first, second, _, other = records.values()
+    assert "second.s0: scores are those of first.s0" in told
+    assert not (plan.folder(row("second", 4)) / "stage0").exists() and "other.s0: scores" not in "".join(told)
+    assert second["stages"]["stage0"] == first["stages"]["stage0"] and other["stages"]["stage0"]["row"] == "other.s0"
+    models = [load_model(str(plan.folder(row(name, 8)) / "model")).model for name in ("first", "second")]
+    one, same = (model.key_scores().state_dict() for model in models)
+    assert one.keys() == same.keys() and all(torch.equal(one[name], same[name]) for name in one)
 
 
 def test_rows_of_one_stage_0_tell_one_sum_and_end_with_it(plan, records):
