@@ -28,6 +28,7 @@ FAMILIES = {  # in the order of the legend
     "wide": ("a wider window in a few layers", "tab:orange"),
     "kept": ("kept keys", "tab:green"),
     "left": ("kept keys, in the sums too", "tab:purple"),
+    "shared": ("kept keys, shared out over heads", "tab:brown"),
     "softmax": (f"softmax layers, {LENGTH:,} tokens", "tab:red"),
 }
 MARKERS, ORACLE = "os^D", "*"  # by the length of the training sequences
@@ -80,13 +81,15 @@ PANELS = (
 )
 
 
-def family_of(config: LizardConfig) -> str:
-    """What a configuration spends its bytes on."""
+def family_of(config: LizardConfig, shared: bool = False) -> str:
+    """What a configuration spends its bytes on; shared: places of its own for every layer and head."""
     if config.softmax_layers:
         return "softmax"
     if config.wide_layers:
         return "wide"
     if config.attention.kept_keys:
+        if shared:
+            return "shared"
         return "left" if config.attention.coverage == "left" else "kept"
     return "window"
 
@@ -101,7 +104,8 @@ def curve_lines(results: Results) -> list[Line]:
         config, budget = record.config, record.budget
         if config.wide_gate_stretch != 1.0:  # other decays in the same bytes
             continue
-        family, length = family_of(config), budget.sequence_length * record.spec.longer
+        shared = record.spec.shared or bool(config.to_dict()["stage0"].get("share_places"))
+        family, length = family_of(config, shared), budget.sequence_length * record.spec.longer
         line = lines.setdefault(_alike(record, family), Line(family, length, record.spec.oracle))
         line.points[name] = memory_of(config, LENGTH)
     order = [*FAMILIES]
@@ -124,7 +128,7 @@ def _alike(record: Record, family: str) -> str:
         config["attention"] = {k: v for k, v in config["attention"].items() if not k.startswith("score_")}
     for stage in ("stage1", "stage2"):
         config[stage].pop("seed", None)
-    return json.dumps([family, row.longer, row.oracle, row.shared, row.widened, config], sort_keys=True, default=str)
+    return json.dumps([family, row.longer, row.oracle, row.widened, config], sort_keys=True, default=str)
 
 
 def write_curve(results: Results, path: Path) -> bool:

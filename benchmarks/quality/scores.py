@@ -107,7 +107,8 @@ def strays(records: Mapping[str, Record]) -> list[str]:
             wrong.append(f"{stem}: its scores are those of {whose}, whose stage 0 is another")
         elif any(first["stages"]["stage0"].get(name, stage0.get(name)) != stage0.get(name) for name in ("r2", "sum")):
             wrong.append(f"{stem}: its scores are those of {whose}, which has been fitted anew since")
-        if not row.get("shared") and record.get("scores", stage0.get("sum")) != stage0.get("sum"):
+        shared = row.get("shared") or record["settings"]["config"]["stage0"].get("share_places")  # a layer may lose its
+        if not shared and record.get("scores", stage0.get("sum")) != stage0.get("sum"):
             wrong.append(f"{stem}: ends with other scores than its stage 0 did")
     return wrong
 
@@ -126,4 +127,5 @@ def _depends(record: Record) -> Any:
     read = {name: config["attention"].get(name) for name in READ}
     wide = (config.get("wide_layers"), config.get("wide_window")) if config.get("wide_layers") else None
     softmax, hashed = config.get("softmax_layers"), record["hashes"].get("stage0")
-    return settings["teacher"], settings["budget"]["stage0_steps"], config["stage0"], read, wide, softmax, hashed
+    recipe = {name: value for name, value in config["stage0"].items() if name != "share_places"}  # which comes after
+    return settings["teacher"], settings["budget"]["stage0_steps"], recipe, read, wide, softmax, hashed

@@ -46,7 +46,7 @@ def test_a_line_joins_rows_that_differ_in_their_bytes_alone(folder):
         ("kept", 1024, ["recommended-kept-256-oracle"]),
         ("kept", 1024, ["recommended-kept-256-received"]),
         ("left", 4096, ["recommended-kept-160-left-longer-x4", "recommended-kept-480-left-longer-x4"]),
-        ("left", 4096, ["recommended-shared-480-left-longer-x4"]),
+        ("shared", 4096, ["recommended-shared-480-left-longer-x4"]),
         ("softmax", 1024, ["recommended-softmax-12.5", "recommended-softmax-25"]),
     ]
     assert [[*line.points] for line in lines if line.oracle] == [["recommended-kept-256-oracle"]]

@@ -76,10 +76,11 @@ LONG: dict[str, Any] = {"longer": 4, "score_received": True}
 RECEIVED = ", whose score reads the attention received in the window"
 LEFT = ", in the sums too while they are kept, longer sequences"
 LESS: tuple[tuple[int, str, str, dict[str, int]], ...] = (
-    (608, "features-64", "half the features", {"feature_dim": 64}),
-    (176, "features-64", "half the features", {"feature_dim": 64}),
-    (180, "w64", "half the window", {"window": 64}),
-    (272, "w64-features-64", "half the window and half the features", {"window": 64, "feature_dim": 64}),
+    (608, "-features-64", ", half the features", {"feature_dim": 64}),
+    (48, "", "", {}),
+    (176, "-features-64", ", half the features", {"feature_dim": 64}),
+    (180, "-w64", ", half the window", {"window": 64}),
+    (272, "-w64-features-64", ", half the window and half the features", {"window": 64, "feature_dim": 64}),
 )
 """Places that features and window pay for: the first in the 40 MiB of 480 places, the others in 20."""
 SCORES = (
@@ -92,14 +93,9 @@ SCORES = (
     ),
     *(shared(places, "-left-longer-x4", LEFT, coverage="left", **LONG) for places in (160, 480)),
     *(
-        kept(
-            places,
-            f"-left-{less}-longer-x4",
-            f"{LEFT}, {about}",
-            beside="recommended-kept-480-left-longer-x4",
-            coverage="left",
-            **fields,
-            **LONG,
+        dataclasses.replace(
+            shared(places, f"-left{less}-longer-x4", LEFT + about, coverage="left", **fields, **LONG),
+            beside="recommended-shared-480-left-longer-x4",
         )
         for places, less, about, fields in LESS
     ),
