@@ -58,6 +58,8 @@ class RowSpec:
     """Wide layers get their window after stage 1, which trains every layer with the others' (see ``widen``)."""
     shared: bool = False
     """After stage 0 kept keys go to the layers and heads where they save most, within the bytes of as many in each."""
+    oracle: bool = False
+    """No score is fitted: the labels that it would learn choose the keys, in training and in what is measured."""
     longer: int = 1
     """Training sequences are this many times as long as the budget's, and as many times fewer a step."""
 
