@@ -1,0 +1,61 @@
+"""Ranks as threads of one process: an exchange is a barrier, and one graph goes through all of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RankThread:
+    """What stands for a process group in one of the threads."""
+
+    def __init__(self, rank: int, board: list, barrier: threading.Barrier) -> None:
+        self.at, self.board, self.barrier = rank, board, barrier
+
+    def rank(self) -> int:
+        return self.at
+
+    def size(self) -> int:
+        return len(self.board)
+
+    def gathered(self, sent: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.board[self.at] = sent
+        self.barrier.wait()
+        every = list(self.board)
+        self.barrier.wait()
+        assert all(list(x) == list(sent) for x in every)
+        return {name: torch.stack([x[name] for x in every]) for name in sent}
+
+
+def on_ranks(count: int, run: Callable[[int, RankThread], Any]) -> list:
+    """``run(rank, group)`` on so many ranks at once; needs ``threads_as_ranks``."""
+    board, found, raised = [None] * count, [None] * count, []
+    barrier = threading.Barrier(count)
+
+    def one(rank):
+        try:
+            found[rank] = run(rank, RankThread(rank, board, barrier))
+        except BaseException as error:
+            raised.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise next((x for x in raised if not isinstance(x, threading.BrokenBarrierError)), raised[0])
+    return found
+
+
+def threads_as_ranks(monkeypatch) -> None:
+    """The ops take a ``RankThread`` for a group."""
+    from lizard_ops.context_parallel import call, exchange
+
+    monkeypatch.setattr(call, "process_group", lambda name, group: group)
+    monkeypatch.setattr(exchange, "gathered", lambda sent, group: group.gathered(sent))
