@@ -11,11 +11,13 @@ import torch
 from hypothesis import strategies as st
 from op_cases import GATES, call, cases, state_in
 from op_checks import examples, judge, one_of, with_gradients
-from rank_threads import on_ranks, threads_as_ranks
 from target_cases import drawn, joined, there
 from test_kept_state import in_order, scored_cases, small_chunks  # noqa: F401  a fixture of every test here
 from test_places_in_states import in_order as by_place
 from test_places_in_states import uneven_cases
+
+import lizard_ops
+from tests.rank_threads import on_ranks, threads_as_ranks
 
 OPS = pytest.mark.parametrize("op", ["gated", "window", "hybrid"])
 CUTS = st.just([2, 9, 16]) | st.lists(st.integers(1, 28), max_size=3, unique=True)
@@ -164,3 +166,29 @@ def test_an_empty_part_and_expiries_are_refused():
         on_ranks(
             1, lambda rank, group: call(case, "chunk", final=None, context_group=group, expiry=expiry, kept_keys=9)
         )
+
+
+def test_rows_and_sums_of_earlier_ranks():
+    """Of real tokens, by position: rings, the first of all, totals."""
+    x = torch.arange(1, 21).view(2, 10, 1).double()
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    pieces = (slice(0, 1), slice(1, 6), slice(6, 10))
+
+    def run(rank, group):
+        here = pieces[rank]
+        total = x[:, here].masked_fill(~mask[:, here, None], 0).sum(1)
+        own = {"last": [(x[:, here], 3)], "first": [(x[:, here], 2)], "sums": [total], "padding_mask": mask[:, here]}
+        return lizard_ops.earlier_tokens(context_group=group, **own)
+
+    first, second, third = on_ranks(3, run)
+    assert [x.position.tolist() for x in (first, second, third)] == [[0, 0], [0, 1], [4, 6]]
+    for found in (*first.last, *first.first, *first.sums):
+        assert not found.any()
+    assert second.last[0].squeeze(-1).tolist() == [[0, 0, 0], [0, 0, 11]]
+    assert second.there(3).tolist() == [[False] * 3, [False, False, True]]
+    assert third.last[0].squeeze(-1).tolist() == [[3, 4, 5], [14, 15, 16]]
+    assert third.first[0].squeeze(-1).tolist() == [[2, 3], [11, 12]]
+    assert third.sums[0].tolist() == [[14], [81]]
+    assert third.ring(third.last[0]).squeeze(-1).tolist() == [[5, 3, 4], [14, 15, 16]]  # by position modulo 3
+    with pytest.raises(ValueError, match="at least one position on every rank"):
+        on_ranks(1, lambda rank, group: lizard_ops.earlier_tokens(context_group=group, last=[(x[:, :0], 3)]))

@@ -55,7 +55,9 @@ def on_ranks(count: int, run: Callable[[int, RankThread], Any]) -> list:
 
 def threads_as_ranks(monkeypatch) -> None:
     """The ops take a ``RankThread`` for a group."""
-    from lizard_ops.context_parallel import call, exchange
+    from lizard_ops.context_parallel import call, earlier, exchange
 
-    monkeypatch.setattr(call, "process_group", lambda name, group: group)
-    monkeypatch.setattr(exchange, "gathered", lambda sent, group: group.gathered(sent))
+    for module in (call, earlier):
+        monkeypatch.setattr(module, "process_group", lambda name, group: group)
+    for module in (exchange, earlier):
+        monkeypatch.setattr(module, "gathered", lambda sent, group: group.gathered(sent))
