@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention
+from lizard_layers import AnchorBlock, AttentionConfig, EarlierRanks, HybridAttention
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
 from lizard_models.model.layer_loss import layer_loss
@@ -116,7 +116,8 @@ class LizardAttention(nn.Module):
             packed = (packing.pack(t) for t in (x, q, k, v))
             return packing.unpack(self.lizard(*packed, turns, cu_seqlens=packing.cu_seqlens)[0], q)
         if cache is None:
-            return self.lizard(x, q, k, v, rope, padding_mask=plan.padding_mask, anchor_blocks=blocks)[0]
+            begin = None if plan.context_group is None else EarlierRanks(plan.context_group)
+            return self.lizard(x, q, k, v, rope, begin, padding_mask=plan.padding_mask, anchor_blocks=blocks)[0]
         layer: Any = cache.layers[self.layer_idx]
         return layer.read(self.lizard, x, q, k, v, rope, plan.padding_mask, blocks)
 
