@@ -13,8 +13,8 @@ from torch import Tensor
 class RankThread:
     """What stands for a process group in one of the threads."""
 
-    def __init__(self, rank: int, board: list, barrier: threading.Barrier) -> None:
-        self.at, self.board, self.barrier = rank, board, barrier
+    def __init__(self, rank: int, board: list, barrier: threading.Barrier, turn: threading.Lock) -> None:
+        self.at, self.board, self.barrier, self.turn = rank, board, barrier, turn
 
     def rank(self) -> int:
         return self.at
@@ -24,24 +24,33 @@ class RankThread:
 
     def gathered(self, sent: dict[str, Tensor]) -> dict[str, Tensor]:
         self.board[self.at] = sent
-        self.barrier.wait()
+        self.wait()
         every = list(self.board)
-        self.barrier.wait()
+        self.wait()
         assert all(list(x) == list(sent) for x in every)
         return {name: torch.stack([x[name] for x in every]) for name in sent}
+
+    def wait(self) -> None:
+        """Until all are here, who compute one after the other: Triton's interpreter knows no threads."""
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
 
 def on_ranks(count: int, run: Callable[[int, RankThread], Any]) -> list:
     """``run(rank, group)`` on so many ranks at once; needs ``threads_as_ranks``."""
     board, found, raised = [None] * count, [None] * count, []
-    barrier = threading.Barrier(count)
+    barrier, turn = threading.Barrier(count), threading.Lock()
 
     def one(rank):
-        try:
-            found[rank] = run(rank, RankThread(rank, board, barrier))
-        except BaseException as error:
-            raised.append(error)
-            barrier.abort()
+        with turn:
+            try:
+                found[rank] = run(rank, RankThread(rank, board, barrier, turn))
+            except BaseException as error:
+                raised.append(error)
+                barrier.abort()
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
     for thread in threads:

@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.checks import work_dtype
-from lizard_ops.common.features import expand_features
+from lizard_ops.common.features import expand_features, feature_dim
 from lizard_ops.common.row_decays import Decays
 
-BLOCK = 4096  # keys whose features are in memory at once
+NUMBERS = 1 << 24  # of features in memory at once
 
 
 class PartSums(NamedTuple):
@@ -48,8 +48,9 @@ def sums_of(fk: Tensor, v: Tensor, log: Tensor, feature_map: str, logs: bool) ->
     [B, M, Hk, y, 1] with y query heads of a key head that have gates of their own, or [B, M, Hk, 1, F].
     """
     total: PartSums | None = None
-    for begin in range(0, max(fk.shape[1], 1), BLOCK):
-        at = slice(begin, begin + BLOCK)
+    rows = max(NUMBERS // max(fk.shape[0] * fk.shape[2] * feature_dim(fk.shape[3], feature_map), 1), 1)
+    for begin in range(0, max(fk.shape[1], 1), rows):
+        at = slice(begin, begin + rows)
         new = PartSums(*_Block.apply(fk[:, at], v[:, at], log[:, at], feature_map, logs))
         total = new if total is None else added(total, new)
     assert total is not None

@@ -6,6 +6,8 @@ processes.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from test_places_in_states import in_order as by_place
 from test_places_in_states import uneven_cases
 
 import lizard_ops
+from lizard_ops.context_parallel import sums
 from tests.rank_threads import on_ranks, threads_as_ranks
 
 OPS = pytest.mark.parametrize("op", ["gated", "window", "hybrid"])
@@ -26,6 +29,7 @@ CUTS = st.just([2, 9, 16]) | st.lists(st.integers(1, 28), max_size=3, unique=Tru
 @pytest.fixture(autouse=True)
 def ranks(monkeypatch):
     threads_as_ranks(monkeypatch)
+    monkeypatch.setattr(sums, "NUMBERS", 64)  # so that parts have several blocks
 
 
 def over_parts(case, cuts, mask=None, **more):
@@ -55,11 +59,14 @@ def alone(case, **more):
     return one_scale(call(case, "naive", **more))
 
 
-def test_parts_are_the_whole(op, torch_target):
-    @examples(torch_target.count(15), drawn(op, torch_target, lengths=(23, 17, 16, 13, 9, 8, 7, 5, 3, 2, 1)), CUTS)
+def test_parts_are_the_whole(op, target):
+    """On a GPU through the kernels."""
+    lengths = {} if target.form else {"lengths": (23, 17, 16, 13, 9, 8, 7, 5, 3, 2, 1)}
+
+    @examples(target.count(10), drawn(op, target, **lengths), CUTS)
     def check(case, cuts):
-        case = there(case, torch_target)
-        judge(with_gradients(lambda c: over_parts(c, cuts), case), case, torch_target.dtype, alone)
+        run = partial(over_parts, cuts=cuts, impl=target.impl)
+        judge(with_gradients(run, there(case, target)), case, target.dtype, alone)
 
 
 @pytest.mark.parametrize(
