@@ -17,6 +17,7 @@ from target_cases import drawn, joined, there
 from test_kept_state import in_order, scored_cases, small_chunks  # noqa: F401  a fixture of every test here
 from test_places_in_states import in_order as by_place
 from test_places_in_states import uneven_cases
+from test_regressions import NoReadBack
 
 import lizard_ops
 from lizard_ops.context_parallel import sums
@@ -132,6 +133,23 @@ def test_later_ranks_change_nothing():
     bad = case.map(lambda name, x: torch.cat([x[:, :16], x[:, 16:] * (1 if name in ("scores", "g") else torch.nan)], 1))
     whole, spoiled = (over_parts(c, [2, 9, 16], **more)["o"] for c in (case, bad))
     assert torch.equal(whole[:, :16], spoiled[:, :16]) and spoiled[:, 16:].isnan().all()
+
+
+def test_nothing_is_read_back(monkeypatch):
+    """Nor where the parts lie: no rank waits for its device."""
+    monkeypatch.setattr("lizard_ops.common.checks.may_read", lambda x: False)
+    case, more = one_of(scored_cases(coverage="outside", gate="key", lengths=(29,)))
+    mask = torch.rand(2, 29, generator=torch.Generator().manual_seed(0)) > 0.3
+    case = case.map(lambda name, x: x if name == "scores" else x.requires_grad_())
+
+    def run(rank, group):
+        here = (slice(0, 9), slice(9, 29))[rank]
+        with NoReadBack():
+            return call(case.part(slice(None), here), "chunk", context_group=group, padding_mask=mask[:, here], **more)
+
+    outputs = on_ranks(2, run)
+    with NoReadBack():
+        sum(x["o"].sum() for x in outputs).backward()
 
 
 @OPS
