@@ -161,7 +161,7 @@ class LizardDecoder(LizardModelMixin):
         tokens = input_ids if input_ids is not None else inputs_embeds
         context_group = kwargs.pop("context_group", None)
         if context_group is not None:
-            check_part(self, past_key_values, use_cache)
+            check_part(self, tokens, attention_mask, past_key_values, use_cache, context_group)
             use_cache = False
         if position_ids is None and tokens is not None:
             position_ids = positions_of_documents(kwargs, tokens.shape[1])
@@ -171,6 +171,10 @@ class LizardDecoder(LizardModelMixin):
                 raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
             if plain and use_cache is False and self.causal_without_mask and input_ids is not None:
                 attention_mask, kwargs["plan"] = placeholder_mask(input_ids), ForwardPlan(without_mask=True)
+            if context_group is not None and tokens is not None:
+                position_ids = part_positions(tokens, None, context_group) if position_ids is None else position_ids
+                kwargs["plan"] = ForwardPlan(without_mask=True, context_group=context_group)
+                attention_mask = placeholder_mask(tokens)
             return super().forward(
                 input_ids,
                 attention_mask,
@@ -252,7 +256,7 @@ class LizardDecoder(LizardModelMixin):
                 attention_mask = packed_mask(packing, padding_mask, self.dtype, self.config)
         if self.mode == "distill":
             self._refuse_rescaled(position_ids, length)
-            if plain and self.causal_without_mask:
+            if (plain or context_group is not None) and self.causal_without_mask:
                 attention_mask, plan = placeholder_mask(tokens), plan._replace(without_mask=True)
             plan = plan._replace(with_gradients=torch.is_grad_enabled())
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):

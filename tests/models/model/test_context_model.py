@@ -5,14 +5,17 @@ import torch
 from tiny import student, tokens
 
 from lizard_models import context_part
+from lizard_models.model import context
 from tests.rank_threads import on_ranks, threads_as_ranks
 
 RANKS, LENGTH = 3, 41
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
 @pytest.fixture(autouse=True)
 def ranks(monkeypatch):
     threads_as_ranks(monkeypatch)
+    monkeypatch.setattr(context, "every_rank", lambda x, group: group.gathered({"x": x})["x"])
 
 
 def trainable(preset, **changes):
@@ -85,12 +88,43 @@ def test_what_a_part_leaves_out_is_refused(changes, more, message):
         on_ranks(1, lambda rank, group: model(input_ids=tokens(1, 9), context_group=group, **more))
 
 
-def test_the_teacher_is_refused():
+@torch.no_grad()
+def test_the_teacher_reads_parts_too():
+    """Softmax over the keys of all ranks up to its own; gradients, and the mode "distill", are for processes."""
+    model, ids = student().double(), tokens(2, 42)
+    model.set_attention_mode("teacher")
+    found = on_ranks(RANKS, lambda rank, group: model(**context_part({"input_ids": ids}, group)).logits)
+    torch.testing.assert_close(torch.cat(found, 1), model(input_ids=ids, use_cache=False).logits, rtol=1e-5, atol=1e-6)
+
+    def without_positions(rank, group):
+        return model(input_ids=ids.chunk(RANKS, 1)[rank], context_group=group).logits
+
+    assert torch.equal(torch.cat(on_ranks(RANKS, without_positions), 1), torch.cat(found, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({}, {"input_ids": tokens(1, 11)}, "got parts of .4, 4, 3. positions, wanted as many on every rank"),
+        ({}, {"attention_mask": torch.zeros(1, 9).long()}, "attention_mask: got padding, wanted full rows"),
+        ({"attn_implementation": "eager"}, {}, 'in mode "teacher" .* wanted attn_implementation="sdpa"'),
+        ({"rope_parameters": DYNAMIC}, {}, "RoPE of the kind dynamic chooses its angles by the length"),
+    ],
+)
+@torch.no_grad()
+def test_what_a_teacher_leaves_out_is_refused(changes, more, message):
+    model = student(**changes)
+    model.set_attention_mode("teacher")
+    with pytest.raises(ValueError, match=message):
+        on_ranks(RANKS, lambda rank, group: model(**context_part({"input_ids": tokens(1, 9)} | more, group)))
+
+
+def test_the_teacher_does_not_learn_over_ranks():
     model = student()
-    for mode in ("teacher", "distill"):
-        model.set_attention_mode(mode)
-        with pytest.raises(ValueError, match=f"mode '{mode}', wanted .student."):
-            on_ranks(1, lambda rank, group: model(input_ids=tokens(1, 9), context_group=group))
+    model.set_attention_mode("teacher")
+    model.model.layers[0].self_attn.k_proj.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="softmax over ranks has no gradient; call it under torch.no_grad"):
+        on_ranks(1, lambda rank, group: model(input_ids=tokens(1, 9), context_group=group))
 
 
 @pytest.mark.parametrize(
