@@ -2,6 +2,7 @@
 
 from lizard_layers.anchor_block import AnchorBlock, turn_by
 from lizard_layers.config import LOOK_AHEAD, AttentionChoices, AttentionConfig
+from lizard_layers.earlier_ranks import EarlierRanks
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
 from lizard_layers.hybrid_attention import HybridAttention
@@ -32,6 +33,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionState",
     "ChannelGate",
+    "EarlierRanks",
     "FeatureMaps",
     "Float32Module",
     "HedgehogFeatureMap",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on
 from lizard_layers.config import AttentionConfig
+from lizard_layers.earlier_ranks import EarlierRanks, earlier_scores
 from lizard_layers.feature_map import FeatureMaps
 from lizard_layers.gate import build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
@@ -21,12 +22,15 @@ from lizard_layers.state import LayerState, State, overwrite_layer_state
 from lizard_ops import (
     AttentionState,
     chunk_hybrid_attn,
+    context_state,
     overwrite_state,
     recurrent_hybrid_attn,
     rotary_both,
     window_attn,
     without_autocast,
 )
+
+_OfOp = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, fq, fk, g
 
 
 class _Tokens(NamedTuple):
@@ -81,7 +85,7 @@ class HybridAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        state: State | None = None,
+        state: State | EarlierRanks | None = None,
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -96,6 +100,8 @@ class HybridAttention(nn.Module):
         positions="clamped", how far anchors and kept keys have moved on, block by block of the new positions; None: not
         at all.
         inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
+        state: what an earlier call left; ``EarlierRanks`` where these positions are a rank's part of a sequence, of
+        which rope and anchor_blocks are then too, without inplace and cu_seqlens.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
         else None: an ``AttentionState``, with kept keys a ``LayerState``. No gradient reaches the parameters of the
@@ -104,6 +110,15 @@ class HybridAttention(nn.Module):
         """
         self._check(x, q, k, v, rope, state)
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
+        if isinstance(state, EarlierRanks):
+            if state.group is None:
+                raise ValueError("state: got EarlierRanks(None), wanted a process group or a mesh in it")
+            if inplace or cu_seqlens is not None:
+                name, came = ("inplace", True) if inplace else ("cu_seqlens", cu_seqlens)
+                raise ValueError(f"{name}: got {came}, wanted none with EarlierRanks, which leave the state of a row")
+            if anchor_blocks is None:
+                return self._attend(tokens, None, use_state, None, False, state.group)
+            state = self._begin(tokens, state.group)
         o, new = self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
         return o, overwrite_layer_state(state, new) if inplace and state is not None and new is not None else new
 
@@ -154,6 +169,7 @@ class HybridAttention(nn.Module):
         use_state: bool,
         cu_seqlens: Tensor | None,
         inplace: bool,
+        context_group: Any = None,
     ) -> tuple[Tensor, State | None]:
         config = self.config
         held = None if state is None else _attention_of(state)
@@ -170,6 +186,7 @@ class HybridAttention(nn.Module):
                 padding_mask=tokens.padding_mask,
                 cu_seqlens=cu_seqlens,
                 impl=config.impl,
+                context_group=context_group,
             )
             score: ScoreState | ReceivingState | None = None
             if config.linear_branch:
@@ -186,6 +203,35 @@ class HybridAttention(nn.Module):
         self, tokens: _Tokens, past: ScoreState | ReceivingState | None, shared: dict[str, Any], inplace: bool
     ) -> tuple[Tensor, AttentionState | None, ScoreState | ReceivingState | None]:
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
+        config = self.config
+        inputs, choices, (score, _) = self._inputs(tokens, past, shared, inplace)
+        if tokens.q.shape[1] == 1 and shared["initial_state"] is not None:
+            del choices["context_group"]
+            o, new = recurrent_hybrid_attn(*inputs, config.window, **choices, inplace=inplace)
+        else:
+            o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices)
+        return o, new, score
+
+    def _begin(self, tokens: _Tokens, context_group: Any) -> State:
+        """The state that the ranks before this one leave."""
+        config = self.config
+        shared: dict[str, Any] = dict(
+            anchors=config.anchors, padding_mask=tokens.padding_mask, context_group=context_group
+        )
+        if not config.linear_branch:
+            q, k = self._turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
+            return context_state(q, k, tokens.v, None, None, None, config.window, **shared)
+        with without_autocast(tokens.x):
+            others = dict(initial_state=None, output_final_state=False, cu_seqlens=None)
+            inputs, choices, (_, score) = self._inputs(tokens, None, shared | others, False)
+            names = (*shared, "coverage", "feature_map", "scores", "score_delay", "kept_keys")
+            state = context_state(*inputs, config.window, **{name: choices[name] for name in names})
+        return state if score is None else LayerState(state, score)
+
+    def _inputs(
+        self, tokens: _Tokens, past: ScoreState | ReceivingState | None, shared: dict[str, Any], inplace: bool
+    ) -> tuple[_OfOp, dict[str, Any], tuple[ScoreState | ReceivingState | None, ...]]:
+        """((q, k, v, fq, fk, g), options of the op, the state of the score after the tokens and before them)."""
         config, (x, q, k, v, rope, _) = self.config, tokens
         if self.reads_input:
             x = full_precision(x)  # once for all that read it
@@ -201,7 +247,7 @@ class HybridAttention(nn.Module):
             q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
             q, k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
         overwrites = inplace and not torch.is_grad_enabled()  # else the op may refuse, and nothing must have changed
-        scores, score = self._scores(tokens._replace(x=x), q, k, past, shared, overwrites)
+        scores, *score = self._scores(tokens._replace(x=x), q, k, past, shared, overwrites)
         choices: dict[str, Any] = dict(
             mix=config.mix,
             coverage=config.coverage,
@@ -214,11 +260,7 @@ class HybridAttention(nn.Module):
             **self.mix(x),
             **shared,
         )
-        if q.shape[1] == 1 and shared["initial_state"] is not None:
-            o, new = recurrent_hybrid_attn(q, k, v, fq, fk, g, config.window, **choices, inplace=inplace)
-        else:
-            o, new = chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
-        return o, new, score
+        return (q, k, v, fq, fk, g), choices, tuple(score)
 
     @torch.no_grad()
     def _scores(
@@ -229,32 +271,38 @@ class HybridAttention(nn.Module):
         past: ScoreState | ReceivingState | None,
         shared: dict[str, Any],
         inplace: bool,
-    ) -> tuple[Tensor | None, ScoreState | ReceivingState | None]:
-        """Scores of keys for the op, before it overwrites the ring that they read. q, k: as the window sees them."""
+    ) -> tuple[Tensor | None, ScoreState | ReceivingState | None, ScoreState | ReceivingState | None]:
+        """Scores of keys for the op, before it overwrites the ring that they read, and their states after and before.
+
+        q, k: as the window sees them.
+        """
         if self.key_score is None:
-            return None, None
+            return None, None, None
         config, held, seen, wanted = self.config, shared["initial_state"], None, shared["output_final_state"]
         group = config.linear_key_heads // config.num_key_heads
         if config.score_received:
             rings = (None, None) if held is None else (held.ring_k, held.anchor_k)
             of_heads = (t if t is None or group == 1 else t[:, :, ::group] for t in (k, *rings))
             seen = InWindow(q, *of_heads)
+        mask, context_group = tokens.padding_mask, shared["context_group"]
+        if context_group is not None:
+            past, seen = earlier_scores(self.key_score, tokens.x, tokens.k, tokens.v, seen, mask, context_group)
         scores, new = self.key_score(
-            tokens.x, tokens.k, tokens.v, past, wanted, tokens.padding_mask, shared["cu_seqlens"], seen,
+            tokens.x, tokens.k, tokens.v, past, wanted, mask, shared["cu_seqlens"], seen,
             inplace and wanted and past is not None, config.impl,
         )  # fmt: skip
-        return scores if group == 1 else scores.repeat_interleave(group, 2), new
+        return scores if group == 1 else scores.repeat_interleave(group, 2), new, past
 
     @staticmethod
     def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         return rotary_both(q, k, *rope) if wanted and rope is not None else (q, k)
 
     def _check(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, state: State | None
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, state: Any
     ) -> None:
         config = self.config
         kind = LayerState if config.kept_keys else AttentionState
-        if state is not None and not isinstance(state, kind):
+        if state is not None and not isinstance(state, (kind, EarlierRanks)):
             raise ValueError(
                 f"state: got a {type(state).__name__}, wanted a {kind.__name__} or None with "
                 f"kept_keys={config.kept_keys}"

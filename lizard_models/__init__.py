@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from lizard_models.evaluation.neediest_layers import neediest_layers
     from lizard_models.model.cache import LizardCache
+    from lizard_models.model.context import context_part
     from lizard_models.model.keep_places import keep_places
     from lizard_models.model.linearize import linearize
     from lizard_models.model.prefix import PrefixStates
@@ -44,6 +45,7 @@ _HOMES = {
     "Stage2Config": "recipes",
     "StageResult": "distill",
     "TrainingInterrupted": "distill",
+    "context_part": "model.context",
     "keep_places": "model.keep_places",
     "linearize": "model.linearize",
     "linearize_folder": "runs.convert_folder",
@@ -68,6 +70,7 @@ __all__ = [
     "Stage2Config",
     "StageResult",
     "TrainingInterrupted",
+    "context_part",
     "keep_places",
     "linearize",
     "linearize_folder",

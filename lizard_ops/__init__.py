@@ -5,11 +5,13 @@ from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
+from lizard_ops.context_parallel.earlier import EarlierTokens, earlier_tokens
 from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+from lizard_ops.hybrid_attn.ranks import context_state
 from lizard_ops.key_expiry.api import key_expiry
 from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
 from lizard_ops.key_expiry.naive import naive_key_expiry
@@ -27,6 +29,7 @@ __all__ = [
     "NEVER",
     "AttentionState",
     "Compaction",
+    "EarlierTokens",
     "Expiries",
     "ExpiryState",
     "KeyScoreState",
@@ -40,6 +43,8 @@ __all__ = [
     "chunk_hybrid_attn",
     "compact",
     "compaction",
+    "context_state",
+    "earlier_tokens",
     "expand_features",
     "key_expiry",
     "key_score_step",

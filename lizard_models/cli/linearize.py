@@ -86,6 +86,12 @@ def command(
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Share the weights among the processes of torchrun, for large teachers.")
     ] = False,
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Processes of torchrun over which each long sequence of stages 1 and 2 lies in parts.", min=1
+        ),
+    ] = 1,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, faster for small models.")
     ] = False,
@@ -222,6 +228,7 @@ def command(
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             fsdp=fsdp,
+            context_parallel=context_parallel,
             cuda_graph=cuda_graph,
             compile=compile,
             save_steps=save_steps,

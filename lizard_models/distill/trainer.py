@@ -266,6 +266,10 @@ def run_stage(
     arguments = training_arguments(recipe, run, steps)
     arguments.save_total_limit = run.keep_checkpoints
     trained = parallel.sharded(objective, run.device or "cuda") if run.fsdp else objective
+    if run.context_parallel > 1:
+        if not hasattr(trained, "context_group"):
+            raise ValueError(f"context_parallel: {run.title or 'this stage'} reads whole rows; wanted 1")
+        trained.context_group = parallel.context_group(run.context_parallel, run.device or "cuda")
     progress = ProgressCallback(run.title, quantity)
     interrupt = InterruptCallback(progress.console)
     log = LogFile(run.log, run.title)
@@ -293,6 +297,8 @@ def run_stage(
         )
         update.trainer = trainer
         trainer.sharded, trainer.halved = run.fsdp, halved
+        if run.context_parallel > 1:
+            parallel.share_batches(trainer.accelerator, run.context_parallel)
         trainer.watch = FiniteWatch(run.title, quantity, folder, trainer.where)
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -80,6 +80,10 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
             logits = steps.logits(past_key_values, input_ids, others)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        if kwargs.get("context_group") is not None and labels is not None and kwargs.get("shift_labels") is None:
+            raise ValueError(
+                "labels: the last position of a part predicts the next part's first: give shift_labels too"
+            )
         kwargs["within_causal_lm"] = True
         if self.mode != "distill":
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)

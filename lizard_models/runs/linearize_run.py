@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
-from lizard_models.distill.arguments import total_steps, training_arguments
+from lizard_models.distill.arguments import check_context, check_parts, total_steps, training_arguments
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
 from lizard_models.distill.stage2 import check_stage2
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
@@ -81,6 +81,7 @@ class _Run:
         self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if plan.fsdp and process_count() == 1:
             raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+        check_context(plan.context_parallel, plan.cuda_graph)
         self.held.hold()  # before anything is loaded, if there is something to go on with
         self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
@@ -167,6 +168,8 @@ class _Run:
         training_arguments(recipe, run, total_steps(recipe, rows))
         if stage == "stage2":
             check_stage2(self.model, run, recipe)
+        else:
+            check_parts(self.model, recipe, run.context_parallel, softmax=True)
 
     def _check_widen(self) -> None:
         if self.plan.start is not None:
@@ -327,6 +330,7 @@ class _Run:
             save_steps=self.plan.save_steps,
             gradient_checkpointing=self.plan.gradient_checkpointing,
             fsdp=self.plan.fsdp,
+            context_parallel=1 if stage == "stage0" else self.plan.context_parallel,
             cuda_graph=self.plan.cuda_graph,
             compile=self.plan.compile,
             log=self.work / LOG,

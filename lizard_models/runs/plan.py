@@ -76,6 +76,8 @@ class Plan:
     """Stage 2 with less memory and a quarter slower."""
     fsdp: bool = False
     """Share the weights among the processes that torchrun or accelerate started."""
+    context_parallel: int = 1
+    """Processes over which each sequence of stages 1 and 2 lies in parts, for rows too long for one device."""
     cuda_graph: bool = False
     """Each training step as one CUDA graph: faster for small models, same numbers."""
     compile: bool = False

@@ -59,6 +59,7 @@ FROM_PLAN = {
     "training.micro_batch_size": "micro_batch_size",
     "training.gradient_checkpointing": "gradient_checkpointing",
     "training.fsdp": "fsdp",
+    "training.context_parallel": "context_parallel",
     "training.cuda_graph": "cuda_graph",
     "training.compile": "compile",
     "training.save_steps": "save_steps",

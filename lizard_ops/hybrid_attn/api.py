@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lizard_ops.hybrid_attn.accepted import accepted_arguments
 from lizard_ops.hybrid_attn.arguments import PLACES, HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.naive import naive_hybrid
 from lizard_ops.hybrid_attn.places import on_padded_places
+from lizard_ops.hybrid_attn.ranks import state_of_earlier_ranks
 
 
 def chunk_hybrid_attn(
@@ -49,6 +51,7 @@ def chunk_hybrid_attn(
     expiry: Tensor | None = None,
     kept_keys: int | Sequence[int] | None = None,
     impl: str = "auto",
+    context_group: Any = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """A gated linear branch and a window branch over the same values, mixed: a Lizard layer's attention.
 
@@ -112,6 +115,7 @@ def chunk_hybrid_attn(
             beyond window and anchors at any query, >= 0; None or 0 without either. A number for every key head, or one
             for each: with scores some may be 0, and a state holds as many keys as they are together.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
+        context_group: as for ``chunk_gated_attn``; kept keys too are those of the whole sequence. Without expiry.
 
     Under autocast q, k, v, fq and fk take its dtype; sums, gates, weights and states stay float32.
 
@@ -140,6 +144,9 @@ def chunk_hybrid_attn(
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
     checks.want(expiry is None or kept_keys is not None, "kept_keys", kept_keys, PLACES)
+    if context_group is not None:
+        with without_autocast(q):
+            inputs = inputs._replace(initial_state=state_of_earlier_ranks(inputs, options, context_group))
     beyond = beyond_kept(inputs, options) or linear_sinks_of(inputs, options) or float64_of(q)
     chosen = choose_impl(impl, q, beyond)
     if chosen == "naive":

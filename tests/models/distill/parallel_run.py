@@ -55,6 +55,8 @@ def main(folder: Path) -> None:
             )
     for stage in (0, 1):
         found[f"stage {stage}, kept"] = one_run(stage, folder / f"{stage}-kept", kept=True, fsdp=True)
+    for stage in (1, 2):  # every row over both processes
+        found[f"stage {stage}, context"] = one_run(stage, folder / f"{stage}-context", context_parallel=2)
     objective = AttentionTransfer(fresh())
     found["held"] = sum(p.to_local().numel() for p in sharded(objective, "cpu").parameters())
     found["whole"] = sum(p.numel() for p in objective.parameters())

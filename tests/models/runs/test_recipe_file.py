@@ -113,6 +113,7 @@ OPTIONS = {
     "--micro-batch-size": ("2", "training.micro_batch_size", 2),
     "--gradient-checkpointing": (None, "training.gradient_checkpointing", True),
     "--fsdp": (None, "training.fsdp", True),
+    "--context-parallel": ("2", "training.context_parallel", 2),
     "--cuda-graph": (None, "training.cuda_graph", True),
     "--compile": (None, "training.compile", True),
     "--seed": ("9", "stage0.seed", 9),
