@@ -4,6 +4,7 @@ from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
+from lizard_ops.common.pages import PageLayout, PoolRows
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
 from lizard_ops.feature_projection.api import project_heads
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
@@ -31,6 +32,8 @@ __all__ = [
     "ExpiryState",
     "KeyScoreState",
     "KeyScoreWeights",
+    "PageLayout",
+    "PoolRows",
     "ReceivedInputs",
     "ReceivedWeights",
     "apply_rotary",
