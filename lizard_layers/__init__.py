@@ -4,7 +4,7 @@ from lizard_layers.anchor_block import AnchorBlock, turn_by
 from lizard_layers.config import LOOK_AHEAD, AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
-from lizard_layers.hybrid_attention import HybridAttention
+from lizard_layers.hybrid_attention import HybridAttention, Pages
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
@@ -18,6 +18,7 @@ from lizard_layers.state import (
     map_state,
     moved_state,
     overwrite_layer_state,
+    page_layout,
     select_sequences,
     state_bytes,
     state_of,
@@ -42,6 +43,7 @@ __all__ = [
     "LayerState",
     "MergeMix",
     "MetaMemory",
+    "Pages",
     "PoolingGate",
     "ReceivingState",
     "ScoreState",
@@ -55,6 +57,7 @@ __all__ = [
     "map_state",
     "moved_state",
     "overwrite_layer_state",
+    "page_layout",
     "select_sequences",
     "state_bytes",
     "state_of",

@@ -17,9 +17,10 @@ from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import full_precision
 from lizard_layers.received import InWindow, WindowForm
-from lizard_layers.state import LayerState, State, overwrite_layer_state
+from lizard_layers.state import LayerState, State, overwrite_layer_state, state_of, tensors_of
 from lizard_ops import (
     AttentionState,
+    PoolRows,
     chunk_hybrid_attn,
     overwrite_state,
     recurrent_hybrid_attn,
@@ -45,6 +46,14 @@ class _Tokens(NamedTuple):
         rope = None if self.rope is None else (self.rope[0][:, where], self.rope[1][:, where])
         mask = None if self.padding_mask is None else self.padding_mask[:, where]
         return _Tokens(x, q, k, v, rope, mask)
+
+
+class Pages(NamedTuple):
+    """Which pages of a pool the sequences of a call have: a state whose tensors are [P, ...], as ``page_layout`` packs
+    them, or each contiguous."""
+
+    indices: Tensor  # [N] int32 or int64, -1 for rows that are nobody's
+    has_state: Tensor | None = None  # [N] bool, False for a sequence that begins; None: all go on
 
 
 class HybridAttention(nn.Module):
@@ -87,6 +96,7 @@ class HybridAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         anchor_blocks: Sequence[AnchorBlock] | None = None,
         inplace: bool = False,
+        pages: Pages | None = None,
     ) -> tuple[Tensor, State | None]:
         """Attend over the new positions and what ``state`` remembers.
 
@@ -96,6 +106,8 @@ class HybridAttention(nn.Module):
         positions="clamped", how far anchors and kept keys have moved on, block by block of the new positions; None: not
         at all.
         inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
+        pages: ``state`` is a pool, of which the sequences' own pages are read and overwritten, and no others; it is
+        returned. Rows that are nobody's give 0.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
         else None: an ``AttentionState``, with kept keys a ``LayerState``. No gradient reaches the parameters of the
@@ -104,8 +116,42 @@ class HybridAttention(nn.Module):
         """
         self._check(x, q, k, v, rope, state)
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
+        if pages is not None:
+            return self._in_pages(tokens, state, pages, cu_seqlens, anchor_blocks), state
         o, new = self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
         return o, overwrite_layer_state(state, new) if inplace and state is not None and new is not None else new
+
+    def _in_pages(
+        self,
+        tokens: _Tokens,
+        state: State | None,
+        pages: Pages,
+        cu_seqlens: Tensor | None,
+        anchor_blocks: Sequence[AnchorBlock] | None,
+    ) -> Tensor:
+        """The outputs, with the states of the sequences in their pages. The op reads and writes these where it can; the
+        rest is taken out and put back."""
+        if state is None:
+            raise ValueError("state: got None, wanted a pool of states with pages")
+        recorded = [t for t in (*tokens[:4], *self.parameters()) if t.requires_grad]
+        if torch.is_grad_enabled() and recorded:
+            raise ValueError("pages: got pages that would be overwritten where gradients are recorded: torch.no_grad()")
+        rows = PoolRows.of(*pages)
+        if self.config.linear_branch and not self.config.score_received and anchor_blocks is None:
+            mine = {name: t for name, t in tensors_of(state).items() if name.startswith("score.")}
+            held = tensors_of(_attention_of(state)) | {name: rows.take(name, t) for name, t in mine.items()}
+            o, new = self._attend(tokens, state_of(held), True, cu_seqlens, True, pages)
+        else:
+            mine = tensors_of(state)
+            held = {name: rows.take(name, t) for name, t in mine.items()}
+            one = tokens.x.shape[1] == 1 and cu_seqlens is None
+            o, new = self._in_blocks(tokens, state_of(held), True, cu_seqlens, anchor_blocks, one)
+            o = rows.blanked(o, cu_seqlens)
+        assert new is not None
+        made = tensors_of(new)
+        for name, t in mine.items():
+            rows.put(t, made[name])
+        return o
 
     def _in_blocks(
         self,
@@ -154,6 +200,7 @@ class HybridAttention(nn.Module):
         use_state: bool,
         cu_seqlens: Tensor | None,
         inplace: bool,
+        pages: Pages | None = None,
     ) -> tuple[Tensor, State | None]:
         config = self.config
         held = None if state is None else _attention_of(state)
@@ -171,6 +218,8 @@ class HybridAttention(nn.Module):
                 cu_seqlens=cu_seqlens,
                 impl=config.impl,
             )
+            if pages is not None:
+                shared |= dict(state_indices=pages.indices, has_state=pages.has_state)
             score: ScoreState | ReceivingState | None = None
             if config.linear_branch:
                 o, new, score = self._both_branches(tokens, past, shared, inplace)
@@ -214,10 +263,13 @@ class HybridAttention(nn.Module):
             **self.mix(x),
             **shared,
         )
-        if q.shape[1] == 1 and shared["initial_state"] is not None:
+        begins = choices.pop("has_state", None)
+        if q.shape[1] == 1 and shared["initial_state"] is not None and begins is None:
             o, new = recurrent_hybrid_attn(q, k, v, fq, fk, g, config.window, **choices, inplace=inplace)
         else:
-            o, new = chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
+            o, new = chunk_hybrid_attn(
+                q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices, has_state=begins
+            )
         return o, new, score
 
     @torch.no_grad()

@@ -13,13 +13,12 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from lizard_layers import HybridAttention
+from lizard_layers import HybridAttention, page_layout
 from lizard_models.model.families import load_family
 from lizard_models.model.layer_configs import converted_layers, head_dim
 from lizard_models.model.positions import position_range
 from lizard_vllm.checks import true_types
 from lizard_vllm.layer import LizardLayer, OwnTurns, Turns
-from lizard_vllm.pages import PageLayout
 
 
 class LizardModel:
@@ -100,7 +99,7 @@ def page_bytes(vllm_config: Any) -> int:
     dtype = vllm_config.model_config.dtype
     with true_types(vllm_config.model_config.hf_config) as config:
         own = attentions(config)
-        return max((PageLayout(own[i].hybrid_config(), dtype).nbytes for i in converted_layers(config)), default=0)
+        return max((page_layout(own[i].hybrid_config(), dtype).nbytes for i in converted_layers(config)), default=0)
 
 
 def convert(model: Any, vllm_config: Any) -> None:
