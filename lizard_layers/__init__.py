@@ -4,7 +4,7 @@ from lizard_layers.anchor_block import AnchorBlock, turn_by
 from lizard_layers.config import LOOK_AHEAD, AttentionChoices, AttentionConfig
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
-from lizard_layers.hybrid_attention import HybridAttention, Pages
+from lizard_layers.hybrid_attention import HybridAttention, PagedState
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
@@ -43,7 +43,7 @@ __all__ = [
     "LayerState",
     "MergeMix",
     "MetaMemory",
-    "Pages",
+    "PagedState",
     "PoolingGate",
     "ReceivingState",
     "ScoreState",

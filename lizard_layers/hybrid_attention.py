@@ -48,11 +48,11 @@ class _Tokens(NamedTuple):
         return _Tokens(x, q, k, v, rope, mask)
 
 
-class Pages(NamedTuple):
-    """Which pages of a pool the sequences of a call have: a state whose tensors are [P, ...], as ``page_layout`` packs
-    them, or each contiguous."""
+class PagedState(NamedTuple):
+    """The states of N sequences in pages of a pool."""
 
-    indices: Tensor  # [N] int32 or int64, -1 for rows that are nobody's
+    pool: State  # its tensors are [P, ...], packed as ``page_layout`` has them, or each contiguous
+    indices: Tensor  # [N] int32 or int64, the page of each, -1 for rows that are nobody's
     has_state: Tensor | None = None  # [N] bool, False for a sequence that begins; None: all go on
 
 
@@ -90,13 +90,12 @@ class HybridAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        state: State | None = None,
+        state: State | PagedState | None = None,
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         anchor_blocks: Sequence[AnchorBlock] | None = None,
         inplace: bool = False,
-        pages: Pages | None = None,
     ) -> tuple[Tensor, State | None]:
         """Attend over the new positions and what ``state`` remembers.
 
@@ -106,41 +105,42 @@ class HybridAttention(nn.Module):
         positions="clamped", how far anchors and kept keys have moved on, block by block of the new positions; None: not
         at all.
         inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
-        pages: ``state`` is a pool, of which the sequences' own pages are read and overwritten, and no others; it is
-        returned. Rows that are nobody's give 0.
+        A ``PagedState`` is always overwritten, in the pages of these sequences and no others, and its pool returned;
+        rows that are nobody's give 0.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
         else None: an ``AttentionState``, with kept keys a ``LayerState``. No gradient reaches the parameters of the
         score. Raises ValueError for shapes that do not fit the config, a state of another kind, or a choice of RoPE
         without ``rope``.
         """
+        paged = state if isinstance(state, PagedState) else None
+        state = state.pool if isinstance(state, PagedState) else state
         self._check(x, q, k, v, rope, state)
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
-        if pages is not None:
-            return self._in_pages(tokens, state, pages, cu_seqlens, anchor_blocks), state
+        if paged is not None:
+            return self._in_pages(tokens, paged, cu_seqlens, anchor_blocks), state if use_state else None
         o, new = self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
         return o, overwrite_layer_state(state, new) if inplace and state is not None and new is not None else new
 
     def _in_pages(
         self,
         tokens: _Tokens,
-        state: State | None,
-        pages: Pages,
+        paged: PagedState,
         cu_seqlens: Tensor | None,
         anchor_blocks: Sequence[AnchorBlock] | None,
     ) -> Tensor:
         """The outputs, with the states of the sequences in their pages. The op reads and writes these where it can; the
         rest is taken out and put back."""
-        if state is None:
-            raise ValueError("state: got None, wanted a pool of states with pages")
         recorded = [t for t in (*tokens[:4], *self.parameters()) if t.requires_grad]
         if torch.is_grad_enabled() and recorded:
-            raise ValueError("pages: got pages that would be overwritten where gradients are recorded: torch.no_grad()")
-        rows = PoolRows.of(*pages)
+            raise ValueError(
+                "state: got pages, which would be overwritten where gradients are recorded: torch.no_grad()"
+            )
+        state, rows = paged.pool, PoolRows.of(paged.indices, paged.has_state)
         if self.config.linear_branch and not self.config.score_received and anchor_blocks is None:
             mine = {name: t for name, t in tensors_of(state).items() if name.startswith("score.")}
             held = tensors_of(_attention_of(state)) | {name: rows.take(name, t) for name, t in mine.items()}
-            o, new = self._attend(tokens, state_of(held), True, cu_seqlens, True, pages)
+            o, new = self._attend(tokens, state_of(held), True, cu_seqlens, True, paged)
         else:
             mine = tensors_of(state)
             held = {name: rows.take(name, t) for name, t in mine.items()}
@@ -200,7 +200,7 @@ class HybridAttention(nn.Module):
         use_state: bool,
         cu_seqlens: Tensor | None,
         inplace: bool,
-        pages: Pages | None = None,
+        paged: PagedState | None = None,
     ) -> tuple[Tensor, State | None]:
         config = self.config
         held = None if state is None else _attention_of(state)
@@ -218,8 +218,8 @@ class HybridAttention(nn.Module):
                 cu_seqlens=cu_seqlens,
                 impl=config.impl,
             )
-            if pages is not None:
-                shared |= dict(state_indices=pages.indices, has_state=pages.has_state)
+            if paged is not None:
+                shared |= dict(state_indices=paged.indices, has_state=paged.has_state)
             score: ScoreState | ReceivingState | None = None
             if config.linear_branch:
                 o, new, score = self._both_branches(tokens, past, shared, inplace)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lizard_layers import AnchorBlock, HybridAttention, Pages, State
+from lizard_layers import AnchorBlock, HybridAttention, PagedState, State
 
 Blocks = Callable[[Tensor, bool], "list[AnchorBlock] | None"]
 """positions [B, T] and whether each row is one block -> how far the anchors have moved on; None: nowhere."""
@@ -50,25 +50,25 @@ def read_batch(
         """The tokens there as rows of one token, or as one row: x, q, k, v, cos and sin."""
         return [t[where].unsqueeze(1 if of_rows else 0) for t in (*heads, *(rope or ()))]
 
-    def read(where: slice, pages: Pages, starts: Tensor | None, moved: list[AnchorBlock] | None) -> Tensor:
-        tokens = part(where, pages.has_state is None)
+    def read(where: slice, state: PagedState, starts: Tensor | None, moved: list[AnchorBlock] | None) -> Tensor:
+        tokens = part(where, state.has_state is None)
         turns = (tokens[4], tokens[5]) if rope is not None else None
-        return attention(*tokens[:4], turns, pool, True, None, starts, moved, pages=pages)[0]
+        return attention(*tokens[:4], turns, state, True, None, starts, moved)[0]
 
     if decodes:
         where = slice(0, decodes)
         moved = blocks(positions[where, None], True) if steps.far else None
-        out[where] = read(where, Pages(steps.decode_slots), None, moved)[:, 0]
+        out[where] = read(where, PagedState(pool, steps.decode_slots), None, moved)[:, 0]
     if total and steps.far:
         start = decodes
         for i, length in enumerate(steps.prefill_lengths):
             where, row = slice(start, start + length), slice(i, i + 1)
             start += length
             if length:
-                pages = Pages(steps.prefill_slots[row], steps.has_state[row])
-                out[where] = read(where, pages, None, blocks(positions[None, where], False))[0]
+                state = PagedState(pool, steps.prefill_slots[row], steps.has_state[row])
+                out[where] = read(where, state, None, blocks(positions[None, where], False))[0]
     elif total:
         where = slice(decodes, decodes + total)
-        pages = Pages(steps.prefill_slots, steps.has_state)
-        out[where] = read(where, pages, steps.prefill_starts, None)[0]
+        state = PagedState(pool, steps.prefill_slots, steps.has_state)
+        out[where] = read(where, state, steps.prefill_starts, None)[0]
     return out

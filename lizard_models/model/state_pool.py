@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_layers import AnchorBlock, HybridAttention, Pages, State, page_layout, state_of
+from lizard_layers import AnchorBlock, HybridAttention, PagedState, State, page_layout, state_of
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.graphs import SeenPositions
@@ -57,38 +57,39 @@ class StatePool:
         have seen, which anchors that move on want to know; None asks the device where they do.
         """
         length = input_ids.shape[1]
-        begins = Pages(pages, has_state)
-        positions = self._positions(begins)[:, None] + torch.arange(length, device=pages.device)
+        states = [PagedState(pool, pages, has_state) for pool in self.states]
+        positions = next_positions(states[0])[:, None] + torch.arange(length, device=pages.device)
         past = 0
         if self.model.model.moves_anchors:
             past = (int(positions.max()) + 1 if furthest is None else furthest) - length
-        cache = _PoolCache(self, begins, past)
+        cache = _PoolCache(self.model.config, states, past)
         outputs = self.model(input_ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return outputs.logits[:, -1]
 
-    def _positions(self, pages: Pages) -> Tensor:
-        """[B] of the next tokens."""
-        there = pages.indices >= 0
-        if pages.has_state is not None:
-            there = there & pages.has_state
-        return torch.where(there, self.states[0].position[pages.indices.clamp(min=0)], 0)
+
+def next_positions(state: PagedState) -> Tensor:
+    """[B] of the tokens to come."""
+    there = state.indices >= 0
+    if state.has_state is not None:
+        there = there & state.has_state
+    return torch.where(there, state.pool.position[state.indices.clamp(min=0)], 0)
 
 
 class _PoolCache(LizardCache):
     """A cache of one forward, whose layers are pools."""
 
-    def __init__(self, pool: StatePool, pages: Pages, past: int) -> None:
-        super().__init__(pool.model.config)
+    def __init__(self, config: Any, states: list[PagedState], past: int) -> None:
+        super().__init__(config)
         self.seen.on_host = past
-        self.layers = [_PoolLayer(self.seen, state, pages) for state in pool.states]
+        self.layers = [_PoolLayer(self.seen, state) for state in states]
 
 
 class _PoolLayer(LizardCacheLayer):
     """The pages of a layer."""
 
-    def __init__(self, seen: SeenPositions, pool: State, pages: Pages) -> None:
+    def __init__(self, seen: SeenPositions, paged: PagedState) -> None:
         super().__init__(seen)
-        self.pool, self.pages = pool, pages
+        self.paged = paged
 
     def read(
         self,
@@ -105,4 +106,4 @@ class _PoolLayer(LizardCacheLayer):
             raise ValueError(
                 "attention_mask: got padding, wanted None with a pool: give -1 as the page of nobody's rows"
             )
-        return attention(x, q, k, v, rope, self.pool, True, None, None, anchor_blocks, pages=self.pages)[0]
+        return attention(x, q, k, v, rope, self.paged, True, None, None, anchor_blocks)[0]
