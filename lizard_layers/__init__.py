@@ -10,6 +10,7 @@ from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
 from lizard_layers.received import InWindow, WindowForm
+from lizard_layers.split import config_of_rank, part_of_rank, sizes_of_rank
 from lizard_layers.state import (
     LayerState,
     State,
@@ -53,12 +54,15 @@ __all__ = [
     "WindowForm",
     "build_gate",
     "clear_state",
+    "config_of_rank",
     "empty_state",
     "map_state",
     "moved_state",
     "overwrite_layer_state",
     "page_layout",
+    "part_of_rank",
     "select_sequences",
+    "sizes_of_rank",
     "state_bytes",
     "state_of",
     "tensors_of",
