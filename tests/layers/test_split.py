@@ -61,7 +61,7 @@ def test_ranks_together_are_the_whole_layer(case, size):
 
 def test_heads_that_do_not_divide_are_refused():
     config = AttentionConfig(**SHAPE)
-    with pytest.raises(ValueError, match="num_key_heads=4: 3 ranks"):
+    with pytest.raises(ValueError, match="num_key_heads=4: heads are split over 3 ranks"):
         config_of_rank(config, 0, 3)
     kept = AttentionConfig(**SHAPE, kept_keys=(3, 0, 1, 2), score_dim=4)
     assert config_of_rank(kept, 1, 2).kept_keys == (1, 2)
