@@ -1,6 +1,6 @@
 """A Lizard and the teacher that it was made of behind vLLM, one after the other, asked the same by the same clients.
 
-    python -m benchmarks.serving.beside_teacher --clients 16 --requests 64 --lengths 200,1000,4000 -- --max-model-len 8192
+    python -m benchmarks.serving.beside_teacher --clients 16 --requests 64 -- --max-model-len 8192
 
 Random weights, so that the texts mean nothing: requests a second, time to the first token, and how many of the longest
 texts vLLM says that its cache holds at once. What follows -- goes to both servers.
