@@ -136,8 +136,12 @@ class HybridAttention(nn.Module):
             raise ValueError(
                 "state: got pages, which would be overwritten where gradients are recorded: torch.no_grad()"
             )
-        state, rows = paged.pool, PoolRows.of(paged.indices, paged.has_state)
-        if self.config.linear_branch and not self.config.score_received and anchor_blocks is None:
+        state, config = paged.pool, self.config
+        where_they_lie = config.linear_branch and not config.score_received and anchor_blocks is None
+        if where_they_lie and isinstance(state, AttentionState):
+            return self._attend(tokens, state, True, cu_seqlens, True, paged)[0]
+        rows = PoolRows.of(paged.indices, paged.has_state)
+        if where_they_lie:
             mine = {name: t for name, t in tensors_of(state).items() if name.startswith("score.")}
             held = tensors_of(_attention_of(state)) | {name: rows.take(name, t) for name, t in mine.items()}
             o, new = self._attend(tokens, state_of(held), True, cu_seqlens, True, paged)

@@ -11,7 +11,7 @@ from op_cases import call, cases, state_in
 from op_checks import one_of
 from test_kept_state import scored
 
-from lizard_ops import AttentionState, PageLayout, PoolRows
+from lizard_ops import AttentionState, PageLayout, PoolRows, checked
 
 pytest.importorskip("lizard_ops.hybrid_attn.triton.decode")
 
@@ -180,10 +180,10 @@ def test_steps_of_one_shape_are_checked_once_and_their_values_each_time():
         (torch.tensor([4, 0]), r"an int32 or int64 tensor \[3\]"),
     ):
         call(step, "recurrent", pool, impl="torch", state_indices=indices)
-        with pytest.raises(ValueError, match=f"state_indices: got .*{match}"):
+        with checked(), pytest.raises(ValueError, match=f"state_indices: got .*{match}"):
             call(step, "recurrent", pool, impl="torch", state_indices=wrong.to(DEVICE))
     pool.position[4] = -3
-    with pytest.raises(ValueError, match="initial_state.position: got -3"):
+    with checked(), pytest.raises(ValueError, match="initial_state.position: got -3"):
         call(step, "recurrent", pool, impl="torch", state_indices=indices)
     call(step, "recurrent", pool, impl="torch", state_indices=torch.tensor([1, 0, 6], device=DEVICE))
 
