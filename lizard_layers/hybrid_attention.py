@@ -131,8 +131,7 @@ class HybridAttention(nn.Module):
     ) -> Tensor:
         """The outputs, with the states of the sequences in their pages. The op reads and writes these where it can; the
         rest is taken out and put back."""
-        recorded = [t for t in (*tokens[:4], *self.parameters()) if t.requires_grad]
-        if torch.is_grad_enabled() and recorded:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tokens[:4], *self.parameters())):
             raise ValueError(
                 "state: got pages, which would be overwritten where gradients are recorded: torch.no_grad()"
             )
