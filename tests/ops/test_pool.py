@@ -21,11 +21,11 @@ SIZES = {"B": 3, "Hk": 2, "G": 2, "K": 8, "V": 5, "Fp": 4, "window": 4, "anchors
 KINDS = {
     "key gate": (MERGE | {"gate": "key", "weight": "head"}, {}),
     "one gate for all": (MERGE | {"gate": "token", "anchors": 0}, {}),
-    "query gates, exp": (SUM | {"gate": "query", "feature_map": "exp"}, {}),
-    "channel gates": (MERGE | {"gate": "channel"}, {}),
-    "all keys": (SUM | {"gate": None, "coverage": "all", "window": 9}, {}),
+    "query gates, exp": (SUM | {"gate": "query", "Hk": 1, "feature_map": "exp"}, {}),
+    "channel gates": (MERGE | {"gate": "channel", "Hk": 1}, {}),
+    "all keys": (SUM | {"gate": None, "Hk": 1, "coverage": "all", "window": 9}, {}),
     "kept keys": (MERGE | {"gate": "key"}, {"kept_keys": 3, "score_delay": 1}),
-    "kept keys, left": (MERGE | {"gate": "query", "coverage": "left"}, {"kept_keys": 3}),
+    "kept keys, left": (MERGE | {"gate": "query", "Hk": 1, "coverage": "left"}, {"kept_keys": 3}),
     "places per head": (MERGE | {"gate": "query"}, {"kept_keys": (3, 1), "score_delay": 1}),
 }
 PAGES = (4, 0, 6)  # of the three rows

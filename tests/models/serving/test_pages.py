@@ -106,13 +106,12 @@ class Pool:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padding", [0, 2])
-def test_mixed_batches_are_each_text_alone(kind, padding):
+def test_mixed_batches_are_each_text_alone(kind):
     pool = Pool(**KINDS[kind])
     expected = [pool.alone(i) for i in range(len(LENGTHS))]
     nobody = pool.pages[0].clone()
     for seed in range(3):  # pages hold the run before
-        for found, wanted in zip(pool.run(seed, padding=padding), expected, strict=True):
+        for found, wanted in zip(pool.run(seed, padding=2 * (seed > 0)), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert torch.equal(pool.pages[0], nobody)
 
