@@ -18,9 +18,10 @@ from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import full_precision
 from lizard_layers.received import InWindow, WindowForm
-from lizard_layers.state import LayerState, State, overwrite_layer_state
+from lizard_layers.state import LayerState, State, overwrite_layer_state, state_of, tensors_of
 from lizard_ops import (
     AttentionState,
+    PoolRows,
     chunk_hybrid_attn,
     context_state,
     overwrite_state,
@@ -49,6 +50,14 @@ class _Tokens(NamedTuple):
         rope = None if self.rope is None else (self.rope[0][:, where], self.rope[1][:, where])
         mask = None if self.padding_mask is None else self.padding_mask[:, where]
         return _Tokens(x, q, k, v, rope, mask)
+
+
+class PagedState(NamedTuple):
+    """The states of N sequences in pages of a pool."""
+
+    pool: State  # its tensors are [P, ...], packed as ``page_layout`` has them, or each contiguous
+    indices: Tensor  # [N] int32 or int64, the page of each, -1 for rows that are nobody's
+    has_state: Tensor | None = None  # [N] bool, False for a sequence that begins; None: all go on
 
 
 class HybridAttention(nn.Module):
@@ -85,7 +94,7 @@ class HybridAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        state: State | EarlierRanks | None = None,
+        state: State | EarlierRanks | PagedState | None = None,
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -101,13 +110,16 @@ class HybridAttention(nn.Module):
         at all.
         inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
         state: what an earlier call left; ``EarlierRanks`` where these positions are a rank's part of a sequence, of
-        which rope and anchor_blocks are then too, without inplace and cu_seqlens.
+        which rope and anchor_blocks are then too, without inplace and cu_seqlens. A ``PagedState`` is always
+        overwritten, in the pages of these sequences and no others, and its pool returned; nobody's rows give 0.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
         else None: an ``AttentionState``, with kept keys a ``LayerState``. No gradient reaches the parameters of the
         score. Raises ValueError for shapes that do not fit the config, a state of another kind, or a choice of RoPE
         without ``rope``.
         """
+        paged = state if isinstance(state, PagedState) else None
+        state = state.pool if isinstance(state, PagedState) else state
         self._check(x, q, k, v, rope, state)
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
         if isinstance(state, EarlierRanks):
@@ -117,10 +129,46 @@ class HybridAttention(nn.Module):
                 name, came = ("inplace", True) if inplace else ("cu_seqlens", cu_seqlens)
                 raise ValueError(f"{name}: got {came}, wanted none with EarlierRanks, which leave the state of a row")
             if anchor_blocks is None:
-                return self._attend(tokens, None, use_state, None, False, state.group)
+                return self._attend(tokens, None, use_state, None, False, context_group=state.group)
             state = self._begin(tokens, state.group)
+        if paged is not None:
+            return self._in_pages(tokens, paged, cu_seqlens, anchor_blocks), state if use_state else None
         o, new = self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
         return o, overwrite_layer_state(state, new) if inplace and state is not None and new is not None else new
+
+    def _in_pages(
+        self,
+        tokens: _Tokens,
+        paged: PagedState,
+        cu_seqlens: Tensor | None,
+        anchor_blocks: Sequence[AnchorBlock] | None,
+    ) -> Tensor:
+        """The outputs, with the states of the sequences in their pages. The op reads and writes these where it can; the
+        rest is taken out and put back."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tokens[:4], *self.parameters())):
+            raise ValueError(
+                "state: got pages, which would be overwritten where gradients are recorded: torch.no_grad()"
+            )
+        state, config = paged.pool, self.config
+        where_they_lie = config.linear_branch and not config.score_received and anchor_blocks is None
+        if where_they_lie and isinstance(state, AttentionState):
+            return self._attend(tokens, state, True, cu_seqlens, True, paged)[0]
+        rows = PoolRows.of(paged.indices, paged.has_state)
+        if where_they_lie:
+            mine = {name: t for name, t in tensors_of(state).items() if name.startswith("score.")}
+            held = tensors_of(_attention_of(state)) | {name: rows.take(name, t) for name, t in mine.items()}
+            o, new = self._attend(tokens, state_of(held), True, cu_seqlens, True, paged)
+        else:
+            mine = tensors_of(state)
+            held = {name: rows.take(name, t) for name, t in mine.items()}
+            one = tokens.x.shape[1] == 1 and cu_seqlens is None
+            o, new = self._in_blocks(tokens, state_of(held), True, cu_seqlens, anchor_blocks, one)
+            o = rows.blanked(o, cu_seqlens)
+        assert new is not None
+        made = tensors_of(new)
+        for name, t in mine.items():
+            rows.put(t, made[name])
+        return o
 
     def _in_blocks(
         self,
@@ -169,6 +217,7 @@ class HybridAttention(nn.Module):
         use_state: bool,
         cu_seqlens: Tensor | None,
         inplace: bool,
+        paged: PagedState | None = None,
         context_group: Any = None,
     ) -> tuple[Tensor, State | None]:
         config = self.config
@@ -188,6 +237,8 @@ class HybridAttention(nn.Module):
                 impl=config.impl,
                 context_group=context_group,
             )
+            if paged is not None:
+                shared |= dict(state_indices=paged.indices, has_state=paged.has_state)
             score: ScoreState | ReceivingState | None = None
             if config.linear_branch:
                 o, new, score = self._both_branches(tokens, past, shared, inplace)
@@ -205,11 +256,12 @@ class HybridAttention(nn.Module):
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
         config = self.config
         inputs, choices, (score, _) = self._inputs(tokens, past, shared, inplace)
-        if tokens.q.shape[1] == 1 and shared["initial_state"] is not None:
+        begins = choices.pop("has_state", None)
+        if tokens.q.shape[1] == 1 and shared["initial_state"] is not None and begins is None:
             del choices["context_group"]
             o, new = recurrent_hybrid_attn(*inputs, config.window, **choices, inplace=inplace)
         else:
-            o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices)
+            o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices, has_state=begins)
         return o, new, score
 
     def _begin(self, tokens: _Tokens, context_group: Any) -> State:

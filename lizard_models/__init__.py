@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lizard_models.model.linearize import linearize
     from lizard_models.model.prefix import PrefixStates
     from lizard_models.model.state_file import load_state, save_state
+    from lizard_models.model.state_pool import StatePool
     from lizard_models.model.widen import widen
     from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
     from lizard_models.runs.convert_folder import linearize_folder
@@ -44,6 +45,7 @@ _HOMES = {
     "Stage1Config": "recipes",
     "Stage2Config": "recipes",
     "StageResult": "distill",
+    "StatePool": "model.state_pool",
     "TrainingInterrupted": "distill",
     "context_part": "model.context",
     "keep_places": "model.keep_places",
@@ -69,6 +71,7 @@ __all__ = [
     "Stage1Config",
     "Stage2Config",
     "StageResult",
+    "StatePool",
     "TrainingInterrupted",
     "context_part",
     "keep_places",

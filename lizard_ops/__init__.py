@@ -4,6 +4,7 @@ from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
+from lizard_ops.common.pages import PageLayout, PoolRows
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
 from lizard_ops.context_parallel.earlier import EarlierTokens, earlier_tokens
 from lizard_ops.feature_projection.api import project_heads
@@ -34,6 +35,8 @@ __all__ = [
     "ExpiryState",
     "KeyScoreState",
     "KeyScoreWeights",
+    "PageLayout",
+    "PoolRows",
     "ReceivedInputs",
     "ReceivedWeights",
     "apply_rotary",

@@ -21,6 +21,7 @@ from lizard_models.config import RETIRED
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.layer_configs import attention_config, kept_layers, lizard_config
+from lizard_models.model.tensor_parallel import refuse_split
 
 FORMAT, VERSION = "lizard-attn state", 1
 # What may differ between the model that wrote a state and the one that reads it.
@@ -45,6 +46,7 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
     """
     if not isinstance(cache, LizardCache):
         raise ValueError(f"cache: got {type(cache).__name__}, wanted the LizardCache of a linearized model")
+    refuse_split(model, "save_state")
     if not cache.get_seq_length():
         raise ValueError("cache: has read nothing, wanted one with a state to save")
     target = Path(path).expanduser()
@@ -78,6 +80,7 @@ def load_state(path: str | os.PathLike[str], model: Any) -> LizardCache:
     Raises ValueError, naming the file, if it is missing, truncated, damaged, no state file or of a newer version, and
     for a model of another config, dtype or other weights than the one that wrote it.
     """
+    refuse_split(model, "load_state")
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"state file {str(file)!r} does not exist")
