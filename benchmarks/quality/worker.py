@@ -96,6 +96,10 @@ class _Row:
             return self._foretold(before)
         if spec.preset == TEACHER and not spec.stage2:
             return self.reference
+        if self.record[
+            "measures"
+        ]:  # its model is gone: what is measured now is of another training of the same settings
+            self.record["earlier"] = sorted(self.record["measures"])
         config = self.config.replace(wide_layers=[]) if spec.widened else self.config
         model: Any = self._foretold(linearize(self.teacher.model, config).requires_grad_(False))
         scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0 and not spec.oracle

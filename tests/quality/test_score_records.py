@@ -1,7 +1,9 @@
 """Scores of kept keys are those of a row's own stage 0, or of a recorded row whose stage 0 is the same."""
 
 import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from readable import save_teacher, save_texts
 
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.records import read_records
+from benchmarks.quality.records import merge_records, read_records
 from benchmarks.quality.rows import Budget, RowSpec
 from benchmarks.quality.scores import TOLD, strays
 from benchmarks.quality.worker import run_row
@@ -102,6 +104,15 @@ def test_records_from_before_there_were_sums_and_an_oracle_s_pass(records):
     del old["other.s0"]["stages"]["stage0"]
     old["other.s0"]["settings"]["row"]["oracle"] = True
     assert strays(old) == []
+
+
+def test_a_record_says_which_measures_are_of_an_earlier_training(plan, records):
+    assert all("earlier" not in record for record in records.values())
+    shutil.rmtree(plan.folder(row("second", 4)))
+    merge_records(plan.results, {"second.s0": records["second.s0"]})
+    again = run_row(row("second", 4), dataclasses.replace(plan, measures=["loss", "kl"]), lambda message: None)
+    assert again["earlier"] == ["loss"] and again["measures"].keys() == {"loss", "kl"}
+    assert again["scores"] == records["second.s0"]["scores"]  # the stage 0 that it shares is still there
 
 
 def test_scores_put_there_by_hand_are_refused(plan, records):
