@@ -14,6 +14,7 @@ from lizard_models.model.positions import moves_anchors, position_range
 from lizard_vllm.pages import Steps
 
 NOBODY = 0  # vLLM's page of padding
+STEPS = "steps"  # their key in what one layer makes for those after it
 
 
 @dataclass
@@ -24,8 +25,13 @@ class LizardMetadata(BaseMambaAttentionMetadata):
     far: bool = False
     made: dict[Any, Any] = field(default_factory=dict)  # what one layer makes for those after it
 
-    def steps(self) -> Steps:
-        """The batch as ``read_batch`` takes it."""
+    def steps(self, made: dict[Any, Any]) -> Steps:
+        """The batch as ``read_batch`` takes it, once in ``made``."""
+        if STEPS not in made:
+            made[STEPS] = self._steps()
+        return made[STEPS]
+
+    def _steps(self) -> Steps:
         device = self.seq_lens.device
         none = torch.zeros(0, dtype=torch.int64, device=device)
         decodes, prefills = self.state_indices_tensor_d, self.state_indices_tensor_p

@@ -86,7 +86,10 @@ class LizardLayer(nn.Module, MambaBase):
         """Fill ``out`` [T, Hq, D]. Without a batch, when vLLM measures memory, all tokens are one text."""
         metadata = get_forward_context().attn_metadata
         mine: LizardMetadata | None = metadata.get(self.name) if isinstance(metadata, dict) else None
-        rope = self._rope(positions, heads[0], {} if mine is None else mine.made)
+        capturing = positions.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # what was made before a capture does not follow its positions and pages
+        made: dict[Any, Any] = {} if mine is None or capturing else mine.made
+        rope = self._rope(positions, heads[0], made)
         if mine is None:
             row = [t[None] for t in heads]
             turned = None if rope is None else (rope[0][None], rope[1][None])
@@ -98,13 +101,11 @@ class LizardLayer(nn.Module, MambaBase):
         def blocks(places: Tensor, whole: bool) -> list[AnchorBlock] | None:
             return self.turns.blocks(places, whole, self.layer_type) if self.use_rope else None
 
-        out.copy_(read_batch(self.lizard, self._pool, heads, rope, positions, mine.steps(), blocks))
+        out.copy_(read_batch(self.lizard, self._pool, heads, rope, positions, mine.steps(made), blocks))
 
     def _rope(self, positions: Tensor, like: Tensor, made: dict[Any, Any]) -> tuple[Tensor, Tensor] | None:
         if not self.use_rope:
             return None
-        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            made = {}  # what was made before the capture does not follow its positions
         if self.layer_type not in made:
             made[self.layer_type] = self.turns.of(positions, like, self.layer_type)
         return made[self.layer_type]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.beside_teacher --clients 16 --requests 64 -- --max-model-len 8192
 
-Random weights, so that the texts mean nothing: requests a second, time to the first token, and how many of the longest
-texts vLLM says that its cache holds at once. What follows -- goes to both servers.
+Random weights, so that the texts mean nothing: requests a second, time to the first token, the servers' processor time,
+and how many of the longest texts vLLM says that its cache holds at once. What follows -- goes to both servers.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         try:
             start, url = server.start(), f"http://127.0.0.1:{server.port}/v1"
             ask_all(url, str(folder / kind), [prompt[::-1] for prompt in prompts[:4]], 4, 4)
+            before = server.cpu()
             found[kind] = ask_all(url, str(folder / kind), prompts, arguments.clients, arguments.tokens)
+            found[kind]["cpu_s"] = round(server.cpu() - before, 1)
         finally:
             server.kill()
         held = HELD.search((folder / f"{kind}.log").read_text())

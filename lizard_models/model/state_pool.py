@@ -102,8 +102,5 @@ class _PoolLayer(LizardCacheLayer):
         padding_mask: Tensor | None,
         anchor_blocks: list[AnchorBlock] | None = None,
     ) -> Tensor:
-        if padding_mask is not None:
-            raise ValueError(
-                "attention_mask: got padding, wanted None with a pool: give -1 as the page of nobody's rows"
-            )
+        assert padding_mask is None  # ``StatePool.read`` has none: a row that is nobody's has page -1
         return attention(x, q, k, v, rope, self.paged, True, None, None, anchor_blocks)[0]

@@ -148,6 +148,7 @@ def test_the_names_are_those_of_the_families():
     "options, match",
     [
         (dict(tensor_parallel_size=3, distributed_executor_backend="mp"), "--tensor-parallel-size: .* its 2 key heads"),
+        (dict(decode_context_parallel_size=2, tensor_parallel_size=2), "--decode-context-parallel-size"),
         (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "--speculative-config"),
         (dict(kv_cache_dtype="fp8"), "--kv-cache-dtype"),
         (dict(enable_lora=True), "--enable-lora"),

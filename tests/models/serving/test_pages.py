@@ -9,7 +9,7 @@ import torch
 from tiny import student
 
 import lizard_vllm
-from lizard_layers import page_layout, state_of
+from lizard_layers import PagedState, page_layout, state_of
 from lizard_models.model.families import FAMILIES, load_family
 from lizard_models.model.positions import anchor_blocks
 from lizard_vllm.names import ARCHITECTURES
@@ -155,6 +155,17 @@ def test_no_other_page_is_written_to():
     assert torch.equal(pool.pages[others], before[others])
     assert torch.equal(pool.pages[4, pool.layout.nbytes :], before[4, pool.layout.nbytes :])
     assert int(pool.views["position"][4]) == 3
+
+
+def test_pages_are_not_written_to_where_gradients_are_recorded():
+    pool = Pool()
+    before = pool.pages.clone()
+    x, q, k, v = (t[None, :1] for t in pool.texts[3])
+    rope = tuple(t[None] for t in pool.turns(x[0], torch.arange(1)))
+    state = PagedState(pool.state, torch.tensor([2]))
+    with pytest.raises(ValueError, match="state: got pages, .* gradients are recorded"):
+        pool.attention(x.requires_grad_(), q, k, v, rope, state, True)
+    assert torch.equal(pool.pages, before)
 
 
 def test_the_plugin_names_every_family():
