@@ -132,7 +132,7 @@ def prefix(parts: PartSums, passed: Tensor | None, rank: int) -> PartSums:
         log = log + parts.log_scale.masked_fill(~earlier[..., 0, 0], -math.inf).unsqueeze(-1)
         top = log.detach().amax((0, 3))
         log = log - finite(top).unsqueeze(-1)
-    weight = log.masked_fill(~earlier[..., 0], -math.inf).to(s.dtype).exp()
+    weight = log.to(s.dtype).exp()
     return PartSums((weight.unsqueeze(-1) * s).sum(0), top)
 
 

@@ -135,6 +135,16 @@ def test_later_ranks_change_nothing():
     assert torch.equal(whole[:, :16], spoiled[:, :16]) and spoiled[:, 16:].isnan().all()
 
 
+def test_sums_take_what_their_log_scale_loses():
+    """A float32 of about 1000 is known to 3e-5, which would be the error of all that is carried."""
+    log_scale = torch.tensor([[1000.00003, -torch.inf, -3.0e4 + 1e-3]], dtype=torch.float64)
+    sums_, exact = torch.tensor([[[[2.0]], [[0.0]], [[5.0]]]]), torch.tensor([[[[2.0]], [[0.0]], [[5.0]]]]).double()
+    s, rounded = sums.PartSums(sums_, log_scale).rounded()
+    assert s.dtype == rounded.dtype == torch.float32 and rounded[0, 1] == -torch.inf
+    lost = (rounded.double() - log_scale).nan_to_num(0.0)
+    torch.testing.assert_close(s.double() * lost.exp()[..., None, None], exact, rtol=2e-7, atol=0)
+
+
 def test_nothing_is_read_back(monkeypatch):
     """Nor where the parts lie: no rank waits for its device."""
     monkeypatch.setattr("lizard_ops.common.checks.may_read", lambda x: False)

@@ -15,7 +15,7 @@ from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.recipes import Stage0Config
 
 torch.set_num_threads(1)
-KEPT = {"kept_keys": 5, "score_dim": 6}
+KEPT = {"kept_keys": 5, "score_dim": 6, "gate": "scalar"}  # a gate of one row, which one of two processes has
 
 
 def one_run(
