@@ -119,6 +119,20 @@ def command(
             "stops the run."
         ),
     ] = 3.0,
+    log_attention_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between readings of every layer's gates, linear share and error, in log.jsonl and the report; "
+            "0 makes none.",
+            min=0,
+        ),
+    ] = 0,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="TFLOP/s of one device, for model-flops use; default: what is known of it.", show_default=False
+        ),
+    ] = None,
     cache: Cache = None,
     resume: Annotated[
         str | None,
@@ -227,6 +241,8 @@ def command(
             save_steps=save_steps,
             report_to=tuple(name.strip() for name in (report_to or "").split(",") if name.strip()),
             diverged=diverged,
+            log_attention_every=log_attention_every,
+            peak_tflops=peak_tflops,
             resume=read_resume(resume),
             cache=cache,
         )

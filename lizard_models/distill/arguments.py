@@ -68,6 +68,14 @@ class RunArguments:
     """A loss over this times its running median is warned of, then rolled back once at half the rate, then stops the
     stage."""
 
+    log_attention_every: int = 0
+    """Steps between readings of gates, linear share and error of every layer, in ``log`` and to ``report_to``; one more
+    is made before the first step. 0 makes none. A reading takes a forward of one sequence, and three more of each
+    layer's attention."""
+
+    peak_tflops: float | None = None
+    """TFLOP/s of one device, against which model-flops use is held; None takes what is known of the device."""
+
     title: str = ""
     """What the progress bar calls the run."""
 
@@ -96,8 +104,8 @@ def check_reports(names: Sequence[str]) -> None:
 def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
     """Transformers' arguments for a recipe.
 
-    Raises ValueError if batch_size does not divide into micro batches, or for FSDP in a single process, in a graph or
-    compiled.
+    Raises ValueError if batch_size does not divide into micro batches, for FSDP in a single process, in a graph or
+    compiled, and for factors, numbers and reports that mean nothing.
     """
     if run.fsdp and run.cuda_graph:
         raise ValueError("cuda_graph: a graph holds no exchange between processes; leave out one of it and fsdp")
@@ -108,6 +116,10 @@ def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> Trainin
     check_reports(run.report_to)
     if not run.diverged > 1:
         raise ValueError(f"diverged must be above 1, a factor over the usual loss, got {run.diverged}")
+    if run.log_attention_every < 0:
+        raise ValueError(f"log_attention_every must not be negative, got {run.log_attention_every}")
+    if run.peak_tflops is not None and not 0 < run.peak_tflops < math.inf:
+        raise ValueError(f"peak_tflops must be a positive number of TFLOP/s, got {run.peak_tflops}")
     devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}
     arguments = TrainingArguments(
         output_dir=str(run.output_dir),

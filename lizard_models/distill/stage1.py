@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from lizard_models.distill.arguments import RunArguments
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.recipes import Stage1Config
@@ -49,6 +50,7 @@ def train_stage1(
                 run,
                 quantity=quantity(recipe),
                 gate_learning_rate=recipe.gate_learning_rate,
+                flop_per_token=Shape(model.config).stage_flop("stage1", recipe),
             )
     finally:
         model.set_attention_mode("student")

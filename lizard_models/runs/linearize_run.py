@@ -333,6 +333,8 @@ class _Run:
             log=self.work / LOG,
             report_to=self.plan.report_to,
             diverged=self.plan.diverged,
+            log_attention_every=self.plan.log_attention_every,
+            peak_tflops=self.plan.peak_tflops,
             title=title,
             frozen=self._frozen(stage),
         )

@@ -87,6 +87,12 @@ class Plan:
     diverged: float = 3.0
     """A loss over this times its running median is warned of, then rolled back once at half the rate, then stops the
     run."""
+    log_attention_every: int = 0
+    """Steps between readings of every converted layer, in ``log.jsonl`` and to ``report_to``: memory of its gates in
+    tokens, share of the linear branch, error. 0 makes none."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one device, against which model-flops use is held; None takes what is known of it (bfloat16 on data
+    centre GPUs), and names no use where nothing is."""
     resume: bool | Literal["auto"] = False
     """Go on with the run that ``out`` has begun; "auto": if there is one, else begin it."""
     cache: str | None = None
