@@ -54,13 +54,13 @@ class AttentionLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._read(args, state)
+            self._read(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
-            self._read(args, state)
+            self._read(args, state, control)
 
-    def _read(self, args: Any, state: Any) -> None:
+    def _read(self, args: Any, state: Any, control: Any) -> None:
         found = read_attention(self.objective, self.row.to(args.device))
         if not found:
             return
@@ -68,7 +68,9 @@ class AttentionLog(TrainerCallback):
             name: [getattr(one, name) for one in found] for name in ("memory", "saturated", "linear_share", "error")
         }
         self.log.write(event="attention", step=state.global_step, layers=[one.layer for one in found], **columns)
+        due = control.should_log  # which an entry of the log clears
         self.trainer.log(summary(found))
+        control.should_log = due
 
 
 def summary(found: list[LayerReading]) -> dict[str, float]:

@@ -33,7 +33,8 @@ from lizard_models.recipes import Recipe, Stage0Config
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.runs.plan import Outcome, Plan, check_folders
+from lizard_models.runs.plan import Outcome, Plan, check_folders, precision
+from lizard_models.runs.run_report import report_stop, write_run_report
 from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.start import begin_from
 from lizard_models.runs.state_budget import evenly_kept, share_out, told
@@ -123,7 +124,14 @@ class _Run:
         wait_for_all()
 
     def outcome(self) -> Outcome:
-        """Measures, trains, saves."""
+        """Measures, trains, saves; writes the report wherever it stops."""
+        try:
+            return self._outcome()
+        except BaseException as error:
+            report_stop(self.work, error, self.say)
+            raise
+
+    def _outcome(self) -> Outcome:
         plan, model = self.plan, self.model
         self._measure_starts(model)
         if "stage0" in self.sequences:
@@ -380,14 +388,10 @@ class _Run:
                 (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
                 if (self.work / LOG).is_file():
                     shutil.copyfile(self.work / LOG, draft / LOG)
+                    write_run_report(draft, self.say)
                 write_model_card(draft, self.teacher.source)
                 write_sums(draft)
         except KeptDraft as kept:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         self.held.remove()
         wait_for_all()
-
-
-def precision(recipe: Recipe, device: str) -> torch.dtype:
-    """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
-    return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32

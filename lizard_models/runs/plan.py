@@ -15,6 +15,7 @@ from lizard_models.distill import StageResult
 from lizard_models.distill.resume import checkpoints
 from lizard_models.evaluation import Report
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.recipes import Recipe
 from lizard_models.runs.start import start_config
 from lizard_models.teachers.find import Teacher
 
@@ -127,6 +128,11 @@ class Outcome:
     folder: Path
     report: Report
     stages: dict[str, StageResult]
+
+
+def precision(recipe: Recipe, device: str) -> torch.dtype:
+    """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32
 
 
 def work_folder(out: Path) -> Path:

@@ -103,6 +103,8 @@ def test_a_run_that_is_looked_at_is_the_same_run(tmp_path, stage):
             )
         states.append((snapshot(model), model))
     assert moved(states[0][0], states[1][1]) == set()
+    losses = [[e["loss"] for e in map(json.loads, (tmp_path / f"{n}.jsonl").open()) if "loss" in e] for n in (0, 2)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
     lines = [json.loads(line) for line in (tmp_path / "2.jsonl").read_text().splitlines()]
     seen = [line for line in lines if line.get("event") == "attention"]
     assert [line["step"] for line in seen] == [0, 2, 4] and seen[0]["layers"] == [0, 1, 2]
