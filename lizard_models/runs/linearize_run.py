@@ -24,6 +24,7 @@ from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
 from lizard_models.files.records import write_record
+from lizard_models.files.sources import cache_dir
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers, lizard_config
@@ -243,8 +244,10 @@ class _Run:
 
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
         plan = self.plan
+        cache = cache_dir(plan.cache)
+        how: dict[str, Any] = dict(text_field=plan.text_field, encoding=plan.encoding, cache=cache, say=self.say)
         if isinstance(recipe, Stage0Config):
-            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.text_field, plan.encoding, plan.weights)
+            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.weights, **how)
             self.say(f"data of {stage}: {rows.told}")
             return rows
         sequences = load_mixture(
@@ -253,10 +256,9 @@ class _Run:
             self.teacher.tokenizer,
             recipe.sequence_length,
             seed=recipe.seed,
-            text_field=plan.text_field,
-            encoding=plan.encoding,
             examples=recipe.examples,
             vocab_size=self.teacher.model.config.vocab_size,
+            **how,
         )
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
         size += f" ({', '.join(map(str, sequences.counts))} by weight)" if isinstance(sequences, MixedTokens) else ""
