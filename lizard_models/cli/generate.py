@@ -114,11 +114,12 @@ def command(
 
 def _text(prompt: str | None, file: Path | None, encoding: str, echo: bool) -> Iterator[str]:
     """The prompt in pieces, printed as they are read if ``echo``."""
+    from lizard_models.files.sources import expanded
     from lizard_models.text.decoding import argument_text, stream_text, text_pieces
 
     def pieces() -> Iterator[str]:
         if file is not None:
-            yield from text_pieces(file.expanduser(), encoding, argument="prompt_file")
+            yield from text_pieces(expanded(file, "prompt_file"), encoding, argument="prompt_file")
         elif prompt == "-":
             yield from stream_text(sys.stdin, encoding)
         elif prompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -274,10 +275,13 @@ def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed
 
 def _resume_command(out: Path) -> str:
     from lizard_models.distill.parallel import process_count
+    from lizard_models.files.sources import expanded
     from lizard_models.runs.plan import work_folder
     from lizard_models.runs.work import has_checkpoints
 
-    begun = out.name not in ("", "..") and has_checkpoints(work_folder(out.expanduser()))
+    begun = False
+    with contextlib.suppress(OSError, ValueError):  # of a place that cannot be
+        begun = out.name not in ("", "..") and has_checkpoints(work_folder(expanded(out, "out")))
     if process_count() > 1:
         return "the same torchrun command" + " and --resume" * begun
     arguments = sys.argv[1:]

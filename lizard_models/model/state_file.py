@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lizard_layers import empty_state, state_of, tensors_of
 from lizard_models.config import RETIRED
+from lizard_models.files.sources import expanded
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.layer_configs import attention_config, kept_layers, lizard_config
@@ -47,7 +48,7 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
         raise ValueError(f"cache: got {type(cache).__name__}, wanted the LizardCache of a linearized model")
     if not cache.get_seq_length():
         raise ValueError("cache: has read nothing, wanted one with a state to save")
-    target = Path(path).expanduser()
+    target = expanded(path, "state file")
     if not target.parent.is_dir():
         raise ValueError(f"state file {str(target)!r}: there is no folder {str(target.parent)!r}")
     tensors = {name: t.detach().contiguous() for name, t in tensors_of_cache(cache).items()}
@@ -78,7 +79,7 @@ def load_state(path: str | os.PathLike[str], model: Any) -> LizardCache:
     Raises ValueError, naming the file, if it is missing, truncated, damaged, no state file or of a newer version, and
     for a model of another config, dtype or other weights than the one that wrote it.
     """
-    file = Path(path).expanduser()
+    file = expanded(path, "state file")
     if not file.is_file():
         raise ValueError(f"state file {str(file)!r} does not exist")
     device = next(model.parameters()).device

@@ -14,6 +14,7 @@ from lizard_models.config import LizardConfig
 from lizard_models.distill import StageResult
 from lizard_models.distill.resume import checkpoints
 from lizard_models.evaluation import Report
+from lizard_models.files.sources import expanded
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.recipes import Recipe
 from lizard_models.runs.start import start_config
@@ -100,11 +101,11 @@ class Plan:
     """Folder for fetched and converted files; None is $LIZARD_CACHE, else ~/.cache/lizard-attn."""
 
     def __post_init__(self) -> None:
-        self.out = Path(self.out).expanduser()
+        self.out = expanded(self.out, "out")
         if self.start is not None:
             if not self.stage2:
                 raise ValueError("start: stages 0 and 1 are done there, and stage 2 is left out: nothing is left to do")
-            self.start = Path(self.start).expanduser()
+            self.start = expanded(self.start, "start")
             self.config = start_config(self.start, self.config)
         usable = [w for w in self.weights if math.isfinite(w) and w > 0]
         if self.weights and not len(usable) == len(self.weights) == len(self.data):
@@ -152,8 +153,8 @@ def check_folders(plan: Plan, work: Path) -> None:
     if plan.resume is True and not work.exists():
         raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave `resume` out")
     for source in (*plan.data, *plan.eval_data):
-        folder = Path(source).expanduser().resolve()
-        if folder.is_dir() and folder in plan.out.resolve().parents:
+        folder = Path(os.path.realpath(expanded(source, "data")))
+        if folder.is_dir() and folder in Path(os.path.realpath(plan.out)).parents:
             raise ValueError(
                 f"out: {str(plan.out)!r} lies in {source!r}, which is read as text, and the run would read its own "
                 "files; give a folder outside of it"

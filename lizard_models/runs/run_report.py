@@ -11,7 +11,7 @@ from typing import Any
 from lizard_models.distill.log import LogFile
 from lizard_models.distill.parallel import is_main_process
 from lizard_models.files.folders import SUMS, sha256_of, write_whole
-from lizard_models.files.sources import Say, silent
+from lizard_models.files.sources import Say, expanded, silent
 from lizard_models.runs.plan import work_folder
 from lizard_models.runs.run_log import RUN, RunLog, StageLog, read_log
 from lizard_models.runs.run_plot import draw_stage
@@ -29,7 +29,7 @@ def write_run_report(folder: Path, say: Say = silent) -> list[Path]:
     one or the new one; the sums of a finished model are kept right. Without matplotlib there are no plots, and ``say``
     hears of it. Raises ValueError for a folder without a log.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder, "report")
     if not (folder / LOG).is_file() and folder.name not in ("", "..") and (work_folder(folder) / LOG).is_file():
         folder = work_folder(folder)
     if not folder.is_dir():
