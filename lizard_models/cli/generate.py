@@ -79,6 +79,8 @@ def command(
             raise ValueError(f"--temperature is {temperature}, wanted 0, or {LEAST_TEMPERATURE} and more")
         if not max_new_tokens and save_state is None:
             raise ValueError("--max-new-tokens 0 writes nothing: give --save-state with it, or at least 1")
+        if save_state is not None:
+            state_file.place_for(save_state)  # before a long text is read
         loaded = load_model(model, device=read_device(device), dtype=read_dtype(dtype), positions=positions)
         if loaded.tokenizer is None:
             raise ValueError(f"model {model!r} has no tokenizer: copy the teacher's tokenizer files into it")

@@ -101,6 +101,17 @@ def check_reports(names: Sequence[str]) -> None:
             )
 
 
+def check_numbers(run: Any) -> None:
+    """Raises ValueError for a factor, an interval or a peak of ``RunArguments``, or of what makes them, that means
+    nothing."""
+    if not 1 < run.diverged < math.inf:
+        raise ValueError(f"diverged: it must be above 1, a factor over the usual loss, got {run.diverged}")
+    if run.log_attention_every < 0:
+        raise ValueError(f"log_attention_every: it must not be negative, got {run.log_attention_every}")
+    if run.peak_tflops is not None and not 0 < run.peak_tflops < math.inf:
+        raise ValueError(f"peak_tflops: it must be a positive number of TFLOP/s, got {run.peak_tflops}")
+
+
 def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
     """Transformers' arguments for a recipe.
 
@@ -114,12 +125,7 @@ def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> Trainin
     if run.fsdp and process_count() == 1:
         raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
     check_reports(run.report_to)
-    if not run.diverged > 1:
-        raise ValueError(f"diverged must be above 1, a factor over the usual loss, got {run.diverged}")
-    if run.log_attention_every < 0:
-        raise ValueError(f"log_attention_every must not be negative, got {run.log_attention_every}")
-    if run.peak_tflops is not None and not 0 < run.peak_tflops < math.inf:
-        raise ValueError(f"peak_tflops must be a positive number of TFLOP/s, got {run.peak_tflops}")
+    check_numbers(run)
     devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}
     arguments = TrainingArguments(
         output_dir=str(run.output_dir),

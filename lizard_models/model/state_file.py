@@ -48,9 +48,7 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
         raise ValueError(f"cache: got {type(cache).__name__}, wanted the LizardCache of a linearized model")
     if not cache.get_seq_length():
         raise ValueError("cache: has read nothing, wanted one with a state to save")
-    target = expanded(path, "state file")
-    if not target.parent.is_dir():
-        raise ValueError(f"state file {str(target)!r}: there is no folder {str(target.parent)!r}")
+    target = place_for(path)
     tensors = {name: t.detach().contiguous() for name, t in tensors_of_cache(cache).items()}
     metadata = {
         "format": FORMAT,
@@ -68,6 +66,16 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
     finally:
         partial.unlink(missing_ok=True)
     return target.stat().st_size
+
+
+def place_for(path: str | os.PathLike[str]) -> Path:
+    """Where ``save_state`` writes. Raises ValueError for a folder, and for a place in none."""
+    target = expanded(path, "state file")
+    if not target.parent.is_dir():
+        raise ValueError(f"state file {str(target)!r}: there is no folder {str(target.parent)!r}")
+    if target.is_dir():
+        raise ValueError(f"state file {str(target)!r}: a folder is there; wanted the name of a file")
+    return target
 
 
 def load_state(path: str | os.PathLike[str], model: Any) -> LizardCache:

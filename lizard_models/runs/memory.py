@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -12,6 +12,7 @@ import torch
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import StageResult
+from lizard_models.distill.arguments import check_numbers
 from lizard_models.distill.resume import checkpoints
 from lizard_models.evaluation import Report
 from lizard_models.files.sources import expanded
@@ -112,6 +113,9 @@ class Plan:
             raise ValueError(
                 f"weights: got {self.weights}, wanted a positive number for each of {len(self.data)} sources"
             )
+        check_numbers(self)
+        if self.state_mib is not None and not 0 <= self.state_mib < math.inf:
+            raise ValueError(f"state_mib: it must be a number of MiB, got {self.state_mib}")
         if self.out.name in ("", ".."):
             raise ValueError(f"out: got {str(self.out)!r}, wanted the name of a new folder")
         if len(os.fsencode(self.out.name)) > LONGEST:

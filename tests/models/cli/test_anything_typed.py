@@ -141,8 +141,16 @@ GENERATE = ["generate", "nowhere", "hi"]
         (["linearize", "TEACHER", "--out", "OUT", "--set", "stage1.max_steps=99999999999999999999"], "below 2**48"),
         (["linearize", "TEACHER", "--out", "OUT", "--seed", "-1"], "seed must be from 0"),
         (["linearize", "TEACHER", "--out", "OUT", "--resume", "--resume", "auto"], "data"),
+        (["linearize", "TEACHER", "--out", "OUT", "--diverged", "nan"], "--diverged: it must be above 1"),
+        (
+            ["linearize", "TEACHER", "--out", "OUT", "--peak-tflops", "nan"],
+            "--peak-tflops: it must be a positive number",
+        ),
+        (["linearize", "TEACHER", "--out", "OUT", "--state-mib", "inf"], "--state-mib: it must be a number of MiB"),
+        ([*GENERATE, "--save-state", "FILE/x"], "there is no folder 'FILE'"),
+        ([*GENERATE, "--save-state", "TEXTS"], "a folder is there"),
     ],
-    ids=range(20),
+    ids=range(25),
 )
 def test_options_that_mean_nothing_are_refused_before_anything_is_loaded(saved, tmp_path, monkeypatch, command, said):
     monkeypatch.setattr("lizard_models.text.documents.hub_answers", lambda path="": False)
