@@ -233,7 +233,8 @@ LINES = [
 
 def records() -> Iterator[Case]:
     """Records of other shapes: each is refused by file and line or number, or there is too little text."""
-    wanted = rf"data: .*x\.jsonl?', (line 3|record 2)|data: .*x\.json' is not valid|data: token ids|{SHORT}"
+    wanted = r"data: .*x\.jsonl?', (line 3|record 2)|data: .*x\.json' is (not valid|nested)|has a NUL|data: token ids"
+    wanted += f"|{SHORT}"
     for field, value in product(FIELDS, VALUES):
         record = f'{{"{field}": {value}{BESIDE.get(field, "")}}}'
         yield Case("records", f"{field}: {value}", _data("x.jsonl", f'{{"text": "a"}}\n\n{record}\n'.encode()), wanted)
