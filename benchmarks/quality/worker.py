@@ -31,8 +31,8 @@ from lizard_models.files.sources import Say
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
-from lizard_models.runs.linearize_run import precision
 from lizard_models.runs.memory import constant_bytes, told_places
+from lizard_models.runs.plan import precision
 from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.state_budget import DTYPE, share_out, shared_mib
 from lizard_models.teachers.find import load_teacher

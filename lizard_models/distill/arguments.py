@@ -73,6 +73,14 @@ class RunArguments:
     """A loss over this times its running median is warned of, then rolled back once at half the rate, then stops the
     stage."""
 
+    log_attention_every: int = 0
+    """Steps between readings of gates, linear share and error of every layer, in ``log`` and to ``report_to``; one more
+    is made before the first step. 0 makes none. A reading takes a forward of one sequence, and three more of each
+    layer's attention."""
+
+    peak_tflops: float | None = None
+    """TFLOP/s of one device, against which model-flops use is held; None takes what is known of the device."""
+
     title: str = "training"
     """What the progress bar calls the run."""
 
@@ -121,11 +129,22 @@ def check_parts(model: Any, recipe: Recipe, ranks: int, softmax: bool) -> None:
     check_layers(model.model, "distill" if softmax else "student")
 
 
+def check_numbers(run: Any) -> None:
+    """Raises ValueError for a factor, an interval or a peak of ``RunArguments``, or of what makes them, that means
+    nothing."""
+    if not 1 < run.diverged < math.inf:
+        raise ValueError(f"diverged: it must be above 1, a factor over the usual loss, got {run.diverged}")
+    if run.log_attention_every < 0:
+        raise ValueError(f"log_attention_every: it must not be negative, got {run.log_attention_every}")
+    if run.peak_tflops is not None and not 0 < run.peak_tflops < math.inf:
+        raise ValueError(f"peak_tflops: it must be a positive number of TFLOP/s, got {run.peak_tflops}")
+
+
 def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> TrainingArguments:
     """Transformers' arguments for a recipe.
 
-    Raises ValueError if batch_size does not divide into micro batches, or for FSDP in a single process, in a graph or
-    compiled.
+    Raises ValueError if batch_size does not divide into micro batches, for FSDP in a single process, in a graph or
+    compiled, and for factors, numbers and reports that mean nothing.
     """
     if run.fsdp and run.cuda_graph:
         raise ValueError("cuda_graph: a graph holds no exchange between processes; leave out one of it and fsdp")
@@ -135,8 +154,7 @@ def training_arguments(recipe: Recipe, run: RunArguments, steps: int) -> Trainin
         raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
     check_context(run.context_parallel, run.cuda_graph)
     check_reports(run.report_to)
-    if not run.diverged > 1:
-        raise ValueError(f"diverged must be above 1, a factor over the usual loss, got {run.diverged}")
+    check_numbers(run)
     devices: dict[str, Any] = {"use_cpu": run.device == "cpu"}
     arguments = TrainingArguments(
         output_dir=str(run.output_dir),

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from lizard_models.distill.arguments import RunArguments, check_parts
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.context import context_part
 from lizard_models.model.layer_configs import lizard_config
@@ -61,6 +62,7 @@ def train_stage1(
                 run,
                 quantity=quantity(recipe),
                 gate_learning_rate=recipe.gate_learning_rate,
+                flop_per_token=Shape(model.config).stage_flop("stage1", recipe),
             )
     finally:
         model.set_attention_mode("student")

@@ -14,6 +14,7 @@ from lizard_models.distill.arguments import RunArguments, check_parts
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.context import context_part
 from lizard_models.model.layer_configs import lizard_config
@@ -110,6 +111,7 @@ def train_stage2(
                 quantity=quantity,
                 gate_learning_rate=recipe.gate_learning_rate,
                 new_learning_rate=recipe.new_learning_rate,
+                flop_per_token=Shape(model.config).stage_flop("stage2", recipe),
             )
     except BaseException:
         adapted.unload()

@@ -24,6 +24,7 @@ from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
 from lizard_models.files.records import write_record
+from lizard_models.files.sources import cache_dir
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers, lizard_config
@@ -33,7 +34,8 @@ from lizard_models.recipes import Recipe, Stage0Config
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.runs.plan import Outcome, Plan, check_folders
+from lizard_models.runs.plan import Outcome, Plan, check_folders, precision
+from lizard_models.runs.run_report import report_stop, write_run_report
 from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.start import begin_from
 from lizard_models.runs.state_budget import evenly_kept, share_out, shared_mib, told
@@ -123,7 +125,14 @@ class _Run:
         wait_for_all()
 
     def outcome(self) -> Outcome:
-        """Measures, trains, saves."""
+        """Measures, trains, saves; writes the report wherever it stops."""
+        try:
+            return self._outcome()
+        except BaseException as error:
+            report_stop(self.work, error, self.say)
+            raise
+
+    def _outcome(self) -> Outcome:
         plan, model = self.plan, self.model
         self._measure_starts(model)
         if "stage0" in self.sequences:
@@ -237,8 +246,10 @@ class _Run:
 
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
         plan = self.plan
+        cache = cache_dir(plan.cache)
+        how: dict[str, Any] = dict(text_field=plan.text_field, encoding=plan.encoding, cache=cache, say=self.say)
         if isinstance(recipe, Stage0Config):
-            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.text_field, plan.encoding, plan.weights)
+            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.weights, **how)
             self.say(f"data of {stage}: {rows.told}")
             return rows
         sequences = load_mixture(
@@ -247,10 +258,9 @@ class _Run:
             self.teacher.tokenizer,
             recipe.sequence_length,
             seed=recipe.seed,
-            text_field=plan.text_field,
-            encoding=plan.encoding,
             examples=recipe.examples,
             vocab_size=self.teacher.model.config.vocab_size,
+            **how,
         )
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
         size += f" ({', '.join(map(str, sequences.counts))} by weight)" if isinstance(sequences, MixedTokens) else ""
@@ -336,6 +346,8 @@ class _Run:
             log=self.work / LOG,
             report_to=self.plan.report_to,
             diverged=self.plan.diverged,
+            log_attention_every=self.plan.log_attention_every,
+            peak_tflops=self.plan.peak_tflops,
             title=title,
             frozen=self._frozen(stage),
         )
@@ -381,14 +393,10 @@ class _Run:
                 (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
                 if (self.work / LOG).is_file():
                     shutil.copyfile(self.work / LOG, draft / LOG)
+                    write_run_report(draft, self.say)
                 write_model_card(draft, self.teacher.source)
                 write_sums(draft)
         except KeptDraft as kept:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         self.held.remove()
         wait_for_all()
-
-
-def precision(recipe: Recipe, device: str) -> torch.dtype:
-    """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
-    return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32

@@ -1,6 +1,7 @@
 """Two processes give what one gives, whether each holds the model or they share it (FSDP-2)."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from training import arguments, fresh, recipes
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import check_parts, training_arguments
 from lizard_models.distill.parallel import sharded
-from lizard_models.distill.resume import RUN, checkpoint_to_resume
+from lizard_models.distill.resume import RUN, checkpoint_to_resume, checkpoints
 from lizard_models.distill.stage1 import AttentionTransfer
 
 
@@ -64,8 +65,8 @@ main(pathlib.Path(sys.argv[1]))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for done in launch("-c", START, str(folder)):
-        assert done.returncode == 0, done.stderr
+    first, second = launch("-c", START, str(folder))
+    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL), first.stderr + second.stderr
     return {**torch.load(folder / "found.pt"), "folder": folder}
 
 
@@ -123,6 +124,19 @@ def test_a_sharded_run_may_go_on_in_one_process(found, tmp_path):
     for name, value in found["stage 1, ddp"][1].items():
         torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-4)
     assert [step for step, _ in losses] == [1, 2, 3, 4]
+
+
+def test_a_process_that_is_killed_ends_the_run_and_one_goes_on(found):
+    """With the losses of a run that nothing happened to."""
+    assert found["gone after"] < 30 and found["gone"]
+    folder = found["folder"] / "killed"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    losses, parameters = one_run(1, folder, resume=True)
+    whole_losses, whole = found["stage 1, ddp"]
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in whole_losses], rel=1e-4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_shards_lie_on_the_device_of_the_run(monkeypatch):

@@ -128,6 +128,8 @@ OPTIONS = {
     "--save-steps": ("11", "training.save_steps", 11),
     "--report-to": ("tensorboard,wandb", "training.report_to", ["tensorboard", "wandb"]),
     "--diverged": ("4", "training.diverged", 4.0),
+    "--log-attention-every": ("20", "training.log_attention_every", 20),
+    "--peak-tflops": ("400", "training.peak_tflops", 400.0),
     "--cache": ("there", "training.cache", "there"),
 }
 ALONE = ("--out", "--from", "--resume", "--dry-run", "--show-recipe")  # in the test, of a folder, or of no file
