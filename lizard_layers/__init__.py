@@ -2,14 +2,16 @@
 
 from lizard_layers.anchor_block import AnchorBlock, turn_by
 from lizard_layers.config import LOOK_AHEAD, AttentionChoices, AttentionConfig
+from lizard_layers.earlier_ranks import EarlierRanks
 from lizard_layers.feature_map import FeatureMaps, HedgehogFeatureMap
 from lizard_layers.gate import ChannelGate, Mamba2Gate, PoolingGate, SigmoidGate, build_gate
-from lizard_layers.hybrid_attention import HybridAttention
+from lizard_layers.hybrid_attention import HybridAttention, PagedState
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import Float32Module
 from lizard_layers.received import InWindow, WindowForm
+from lizard_layers.split import config_of_rank, part_of_rank, sizes_of_rank
 from lizard_layers.state import (
     LayerState,
     State,
@@ -18,6 +20,7 @@ from lizard_layers.state import (
     map_state,
     moved_state,
     overwrite_layer_state,
+    page_layout,
     select_sequences,
     state_bytes,
     state_of,
@@ -32,6 +35,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionState",
     "ChannelGate",
+    "EarlierRanks",
     "FeatureMaps",
     "Float32Module",
     "HedgehogFeatureMap",
@@ -42,6 +46,7 @@ __all__ = [
     "LayerState",
     "MergeMix",
     "MetaMemory",
+    "PagedState",
     "PoolingGate",
     "ReceivingState",
     "ScoreState",
@@ -51,11 +56,15 @@ __all__ = [
     "WindowForm",
     "build_gate",
     "clear_state",
+    "config_of_rank",
     "empty_state",
     "map_state",
     "moved_state",
     "overwrite_layer_state",
+    "page_layout",
+    "part_of_rank",
     "select_sequences",
+    "sizes_of_rank",
     "state_bytes",
     "state_of",
     "tensors_of",

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on
 from lizard_layers.config import AttentionConfig
+from lizard_layers.earlier_ranks import EarlierRanks, earlier_scores, state_of_earlier_ranks
 from lizard_layers.feature_map import FeatureMaps
-from lizard_layers.gate import SigmoidGate, build_gate
+from lizard_layers.gate import build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
-from lizard_layers.parameters import full_precision, has_hooks
+from lizard_layers.parameters import has_hooks
+from lizard_layers.read_input import Read, read_input
 from lizard_layers.received import InWindow, WindowForm
-from lizard_layers.state import LayerState, State, overwrite_layer_state
+from lizard_layers.state import LayerState, State, overwrite_layer_state, state_of, tensors_of
 from lizard_ops import (
     AttentionState,
+    PoolRows,
     chunk_hybrid_attn,
-    gate_and_bias,
     hybrid_heads,
     overwrite_state,
     recurrent_hybrid_attn,
@@ -31,6 +33,7 @@ from lizard_ops import (
 )
 
 KERNELS = ("auto", "triton")  # implementations of the config with which one op may stand for several
+_OfOp = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, fq, fk, g
 
 
 class _Tokens(NamedTuple):
@@ -49,6 +52,14 @@ class _Tokens(NamedTuple):
         rope = None if self.rope is None else (self.rope[0][:, where], self.rope[1][:, where])
         mask = None if self.padding_mask is None else self.padding_mask[:, where]
         return _Tokens(x, q, k, v, rope, mask)
+
+
+class PagedState(NamedTuple):
+    """The states of N sequences in pages of a pool."""
+
+    pool: State  # its tensors are [P, ...], packed as ``page_layout`` has them, or each contiguous
+    indices: Tensor  # [N] int32 or int64, the page of each, -1 for rows that are nobody's
+    has_state: Tensor | None = None  # [N] bool, False for a sequence that begins; None: all go on
 
 
 class HybridAttention(nn.Module):
@@ -88,7 +99,7 @@ class HybridAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        state: State | None = None,
+        state: State | EarlierRanks | PagedState | None = None,
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -103,16 +114,66 @@ class HybridAttention(nn.Module):
         positions="clamped", how far anchors and kept keys have moved on, block by block of the new positions; None: not
         at all.
         inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
+        state: what an earlier call left; ``EarlierRanks`` where these positions are a rank's part of a sequence, of
+        which rope and anchor_blocks are then too, without inplace and cu_seqlens. A ``PagedState`` is always
+        overwritten, in the pages of these sequences and no others, and its pool returned; nobody's rows give 0.
 
         Returns o [B, T, Hq, D] in q's dtype, zero at padding, and the state after the last position if ``use_state``,
         else None: an ``AttentionState``, with kept keys a ``LayerState``. No gradient reaches the parameters of the
         score. Raises ValueError for shapes that do not fit the config, a state of another kind, or a choice of RoPE
         without ``rope``.
         """
+        paged = state if isinstance(state, PagedState) else None
+        state = state.pool if isinstance(state, PagedState) else state
         self._check(x, q, k, v, rope, state)
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
+        if isinstance(state, EarlierRanks):
+            if state.group is None:
+                raise ValueError("state: got EarlierRanks(None), wanted a process group or a mesh in it")
+            if inplace or cu_seqlens is not None:
+                name, came = ("inplace", True) if inplace else ("cu_seqlens", cu_seqlens)
+                raise ValueError(f"{name}: got {came}, wanted none with EarlierRanks, which leave the state of a row")
+            if anchor_blocks is None:
+                return self._attend(tokens, None, use_state, None, False, context_group=state.group)
+            state = state_of_earlier_ranks(self, tokens, state.group)
+        if paged is not None:
+            return self._in_pages(tokens, paged, cu_seqlens, anchor_blocks), state if use_state else None
         o, new = self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
         return o, overwrite_layer_state(state, new) if inplace and state is not None and new is not None else new
+
+    def _in_pages(
+        self,
+        tokens: _Tokens,
+        paged: PagedState,
+        cu_seqlens: Tensor | None,
+        anchor_blocks: Sequence[AnchorBlock] | None,
+    ) -> Tensor:
+        """The outputs, with the states of the sequences in their pages. The op reads and writes these where it can; the
+        rest is taken out and put back."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tokens[:4], *self.parameters())):
+            raise ValueError(
+                "state: got pages, which would be overwritten where gradients are recorded: torch.no_grad()"
+            )
+        state, config = paged.pool, self.config
+        where_they_lie = config.linear_branch and not config.score_received and anchor_blocks is None
+        if where_they_lie and isinstance(state, AttentionState):
+            return self._attend(tokens, state, True, cu_seqlens, True, paged)[0]
+        rows = PoolRows.of(paged.indices, paged.has_state)
+        if where_they_lie:
+            mine = {name: t for name, t in tensors_of(state).items() if name.startswith("score.")}
+            held = tensors_of(_attention_of(state)) | {name: rows.take(name, t) for name, t in mine.items()}
+            o, new = self._attend(tokens, state_of(held), True, cu_seqlens, True, paged)
+        else:
+            mine = tensors_of(state)
+            held = {name: rows.take(name, t) for name, t in mine.items()}
+            one = tokens.x.shape[1] == 1 and cu_seqlens is None
+            o, new = self._in_blocks(tokens, state_of(held), True, cu_seqlens, anchor_blocks, one)
+            o = rows.blanked(o, cu_seqlens)
+        assert new is not None
+        made = tensors_of(new)
+        for name, t in mine.items():
+            rows.put(t, made[name])
+        return o
 
     def _in_blocks(
         self,
@@ -161,6 +222,8 @@ class HybridAttention(nn.Module):
         use_state: bool,
         cu_seqlens: Tensor | None,
         inplace: bool,
+        paged: PagedState | None = None,
+        context_group: Any = None,
     ) -> tuple[Tensor, State | None]:
         config = self.config
         held = None if state is None else _attention_of(state)
@@ -177,12 +240,15 @@ class HybridAttention(nn.Module):
                 padding_mask=tokens.padding_mask,
                 cu_seqlens=cu_seqlens,
                 impl=config.impl,
+                context_group=context_group,
             )
+            if paged is not None:
+                shared |= dict(state_indices=paged.indices, has_state=paged.has_state)
             score: ScoreState | ReceivingState | None = None
             if config.linear_branch:
                 o, new, score = self._both_branches(tokens, past, shared, inplace)
             else:
-                q, k = self._turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
+                q, k = self.turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
                 o, new = window_attn(q, k, tokens.v, config.window, **shared)[:2]
             if new is None:
                 return o, None
@@ -193,39 +259,57 @@ class HybridAttention(nn.Module):
         self, tokens: _Tokens, past: ScoreState | ReceivingState | None, shared: dict[str, Any], inplace: bool
     ) -> tuple[Tensor, AttentionState | None, ScoreState | ReceivingState | None]:
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
-        config, (x, q, k, v, rope, _) = self.config, tokens
-        x, g, mixed = self._read_input(x, k)
-        if (
-            rope is not None
-            and self.takes_heads
-            and shared["initial_state"] is None
-            and not has_hooks(self.feature_maps)
-        ):
-            weights = self.feature_maps.weights()
-            if weights is not None:
-                return *hybrid_heads(
-                    q, k, v, *weights, *rope, g, config.window, **self._choices(mixed, shared),
-                    gate_form=config.gate_form,
-                ), None  # fmt: skip
+        config, read = self.config, read_input(self, tokens.x, tokens.k)
+        if (found := self._at_once(tokens, read, shared)) is not None:
+            return *found, None
+        inputs, choices, (score, _) = self.op_inputs(tokens, read, past, shared, inplace)
+        begins = choices.pop("has_state", None)
+        if tokens.q.shape[1] == 1 and shared["initial_state"] is not None and begins is None:
+            del choices["context_group"]
+            o, new = recurrent_hybrid_attn(*inputs, config.window, **choices, inplace=inplace)
+        else:
+            o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices, has_state=begins)
+        return o, new, score
+
+    def _at_once(
+        self, tokens: _Tokens, read: Read, shared: dict[str, Any]
+    ) -> tuple[Tensor, AttentionState | None] | None:
+        """What ``hybrid_heads`` gives, where it may stand for the ops apart."""
+        config, (_, q, k, v, rope, _) = self.config, tokens
+        plain = shared["initial_state"] is None and shared["context_group"] is None and "state_indices" not in shared
+        if rope is None or not plain or not self.takes_heads or has_hooks(self.feature_maps):
+            return None
+        if (weights := self.feature_maps.weights()) is None:
+            return None
+        choices = self._choices(read[2], shared)
+        del choices["context_group"]
+        return hybrid_heads(q, k, v, *weights, *rope, read[1], config.window, **choices, gate_form=config.gate_form)
+
+    def op_inputs(
+        self,
+        tokens: _Tokens,
+        read: Read,
+        past: ScoreState | ReceivingState | None,
+        shared: dict[str, Any],
+        inplace: bool,
+    ) -> tuple[_OfOp, dict[str, Any], tuple[ScoreState | ReceivingState | None, ...]]:
+        """((q, k, v, fq, fk, g), options of the op, the state of the score after the tokens and before them)."""
+        config, (_, q, k, v, rope, _), (x, g, mixed) = self.config, tokens, read
         if config.linear_key_heads != k.shape[2]:
             group = config.num_heads // config.num_key_heads
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
             if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                 g = g.repeat_interleave(group, 2)
         if config.linear_rope and not config.window_rope:
-            _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
+            _, _, fq, fk = self.feature_maps(*self.turn(True, q, k, rope))
         else:
-            q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
-            q, k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
+            q, k, fq, fk = self.feature_maps(*self.turn(config.linear_rope, q, k, rope), reuse_gradient=True)
+            q, k = self.turn(config.window_rope and not config.linear_rope, q, k, rope)
         overwrites = inplace and not torch.is_grad_enabled()  # else the op may refuse, and nothing must have changed
-        scores, score = self._scores(tokens._replace(x=x), q, k, past, shared, overwrites)
+        scores, *score = self._scores(tokens._replace(x=x), q, k, past, shared, overwrites)
         choices = self._choices(mixed, shared) | {"scores": scores}
         choices |= dict(score_delay=0 if scores is None else config.score_delay, kept_keys=config.places)
-        if q.shape[1] == 1 and shared["initial_state"] is not None:
-            o, new = recurrent_hybrid_attn(q, k, v, fq, fk, g, config.window, **choices, inplace=inplace)
-        else:
-            o, new = chunk_hybrid_attn(q, k, v, fq, fk, g, config.window, gate_form=config.gate_form, **choices)
-        return o, new, score
+        return (q, k, v, fq, fk, g), choices, tuple(score)
 
     def _choices(self, mixed: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the hybrid ops."""
@@ -240,20 +324,6 @@ class HybridAttention(nn.Module):
             **shared,
         )
 
-    def _read_input(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor | float | None]]:
-        """What the parts read from the layer's input: (x for the scores, log-decays, arguments of the mix)."""
-        gate, mix, impl = self.gate, self.mix, self.config.impl
-        if isinstance(gate, SigmoidGate) and isinstance(mix, MergeMix) and mix.weight is not None:
-            if not has_hooks(gate) and not has_hooks(mix):
-                g, bias = gate_and_bias(
-                    x, gate.weight, gate.bias, mix.weight, mix.bias, temperature=gate.temperature,
-                    impl=impl if impl in ("torch", "naive") else "auto",
-                )  # fmt: skip
-                return x if self.key_score is None else full_precision(x), g, {"merge_bias": bias}
-        if self.reads_input:
-            x = full_precision(x)  # once for all that read it
-        return x, None if gate is None else gate(x, k), mix(x)
-
     @torch.no_grad()
     def _scores(
         self,
@@ -263,32 +333,38 @@ class HybridAttention(nn.Module):
         past: ScoreState | ReceivingState | None,
         shared: dict[str, Any],
         inplace: bool,
-    ) -> tuple[Tensor | None, ScoreState | ReceivingState | None]:
-        """Scores of keys for the op, before it overwrites the ring that they read. q, k: as the window sees them."""
+    ) -> tuple[Tensor | None, ScoreState | ReceivingState | None, ScoreState | ReceivingState | None]:
+        """Scores of keys for the op, before it overwrites the ring that they read, and their states after and before.
+
+        q, k: as the window sees them.
+        """
         if self.key_score is None:
-            return None, None
+            return None, None, None
         config, held, seen, wanted = self.config, shared["initial_state"], None, shared["output_final_state"]
         group = config.linear_key_heads // config.num_key_heads
         if config.score_received:
             rings = (None, None) if held is None else (held.ring_k, held.anchor_k)
             of_heads = (t if t is None or group == 1 else t[:, :, ::group] for t in (k, *rings))
             seen = InWindow(q, *of_heads)
+        mask, context_group = tokens.padding_mask, shared["context_group"]
+        if context_group is not None:
+            past, seen = earlier_scores(self.key_score, tokens.x, tokens.k, tokens.v, seen, mask, context_group)
         scores, new = self.key_score(
-            tokens.x, tokens.k, tokens.v, past, wanted, tokens.padding_mask, shared["cu_seqlens"], seen,
+            tokens.x, tokens.k, tokens.v, past, wanted, mask, shared["cu_seqlens"], seen,
             inplace and wanted and past is not None, config.impl,
         )  # fmt: skip
-        return scores if group == 1 else scores.repeat_interleave(group, 2), new
+        return scores if group == 1 else scores.repeat_interleave(group, 2), new, past
 
     @staticmethod
-    def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         return rotary_both(q, k, *rope) if wanted and rope is not None else (q, k)
 
     def _check(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, state: State | None
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, state: Any
     ) -> None:
         config = self.config
         kind = LayerState if config.kept_keys else AttentionState
-        if state is not None and not isinstance(state, kind):
+        if state is not None and not isinstance(state, (kind, EarlierRanks)):
             raise ValueError(
                 f"state: got a {type(state).__name__}, wanted a {kind.__name__} or None with "
                 f"kept_keys={config.kept_keys}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lizard_layers.config import AttentionConfig
 from lizard_layers.key_score import ReceivingState, ScoreState, empty_score_state
-from lizard_ops import EMPTY_VALUES, AttentionState
+from lizard_ops import EMPTY_VALUES, AttentionState, PageLayout
 
 OF_KEYS = ("ring_k", "ring_v", "ring_fk", "anchor_k", "anchor_v", "kept_k", "kept_v", "kept_fk")
 """Tensors of a state in the dtype of keys and values."""
@@ -84,6 +84,14 @@ def empty_state(
     window = config.window if config.score_received else None
     score = empty_score_state(num_sequences, config.score_dim, config.num_key_heads, dim, work, device, window)
     return LayerState(AttentionState(**fields), score)
+
+
+def page_layout(config: AttentionConfig, dtype: torch.dtype) -> PageLayout:
+    """Where the tensors of a layer's state lie in a page of a pool, by the names of ``tensors_of``.
+
+    dtype: of keys and values. ``state_of(layout.views(pages))`` is the pool.
+    """
+    return PageLayout(tensors_of(empty_state(config, 1, dtype, "cpu")))
 
 
 def tensors_of(state: State) -> dict[str, Tensor]:

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     )
     from lizard_models.evaluation.neediest_layers import neediest_layers
     from lizard_models.model.cache import LizardCache
+    from lizard_models.model.context import context_part
     from lizard_models.model.keep_places import keep_places
     from lizard_models.model.linearize import linearize
     from lizard_models.model.prefix import PrefixStates
     from lizard_models.model.state_file import load_state, save_state
+    from lizard_models.model.state_pool import StatePool
     from lizard_models.model.widen import widen
     from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
     from lizard_models.runs.convert_folder import linearize_folder
@@ -43,7 +45,9 @@ _HOMES = {
     "Stage1Config": "recipes",
     "Stage2Config": "recipes",
     "StageResult": "distill",
+    "StatePool": "model.state_pool",
     "TrainingInterrupted": "distill",
+    "context_part": "model.context",
     "keep_places": "model.keep_places",
     "linearize": "model.linearize",
     "linearize_folder": "runs.convert_folder",
@@ -67,7 +71,9 @@ __all__ = [
     "Stage1Config",
     "Stage2Config",
     "StageResult",
+    "StatePool",
     "TrainingInterrupted",
+    "context_part",
     "keep_places",
     "linearize",
     "linearize_folder",

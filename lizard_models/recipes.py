@@ -129,8 +129,12 @@ class Stage0Config(Recipe):
     label_queries: int = 512
     """Later queries that a key needs to be learned from: what few queries do not need, others may."""
 
-    label_block: int = 256
+    label_block: int = 1024
     """Queries whose attention matrices exist at a time while labels are made."""
+
+    share_places: bool = False
+    """Where ``kept_keys`` is one number: its bytes go to the layers and heads where places save most, by errors after
+    o_proj that are measured once the scores are fitted. Without a stage 0 every key head has that number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

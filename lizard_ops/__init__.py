@@ -4,7 +4,9 @@ from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.checks import checked
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
+from lizard_ops.common.pages import PageLayout, PoolRows
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
+from lizard_ops.context_parallel.earlier import EarlierTokens, earlier_tokens
 from lizard_ops.feature_projection.api import project_both, project_heads
 from lizard_ops.gate.api import gate_and_bias
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
@@ -12,6 +14,7 @@ from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.heads import hybrid_heads
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
+from lizard_ops.hybrid_attn.ranks import context_state
 from lizard_ops.key_expiry.api import key_expiry
 from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
 from lizard_ops.key_expiry.naive import naive_key_expiry
@@ -30,10 +33,13 @@ __all__ = [
     "NEVER",
     "AttentionState",
     "Compaction",
+    "EarlierTokens",
     "Expiries",
     "ExpiryState",
     "KeyScoreState",
     "KeyScoreWeights",
+    "PageLayout",
+    "PoolRows",
     "ReceivedInputs",
     "ReceivedWeights",
     "add_rms_norm",
@@ -44,6 +50,8 @@ __all__ = [
     "chunk_hybrid_attn",
     "compact",
     "compaction",
+    "context_state",
+    "earlier_tokens",
     "expand_features",
     "gate_and_bias",
     "hybrid_heads",

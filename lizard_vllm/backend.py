@@ -6,11 +6,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 
 from lizard_models.model.positions import moves_anchors, position_range
 from lizard_vllm.pages import Steps
+
+NOBODY = 0  # vLLM's page of padding
+STEPS = "steps"  # their key in what one layer makes for those after it
 
 
 @dataclass
@@ -21,20 +25,30 @@ class LizardMetadata(BaseMambaAttentionMetadata):
     far: bool = False
     made: dict[Any, Any] = field(default_factory=dict)  # what one layer makes for those after it
 
-    def steps(self) -> Steps:
-        """The batch as ``read_batch`` takes it."""
+    def steps(self, made: dict[Any, Any]) -> Steps:
+        """The batch as ``read_batch`` takes it, once in ``made``."""
+        if STEPS not in made:
+            made[STEPS] = self._steps()
+        return made[STEPS]
+
+    def _steps(self) -> Steps:
         device = self.seq_lens.device
         none = torch.zeros(0, dtype=torch.int64, device=device)
         decodes, prefills = self.state_indices_tensor_d, self.state_indices_tensor_p
         starts, has = self.query_start_loc_p, self.has_initial_states_p
         return Steps(
-            decode_slots=none if decodes is None else decodes[:, 0].long(),
-            prefill_slots=none if not self.num_prefills or prefills is None else prefills.long(),
+            decode_slots=none if decodes is None else somebody(decodes[:, 0]),
+            prefill_slots=none if not self.num_prefills or prefills is None else somebody(prefills),
             prefill_starts=none.new_zeros(1) if starts is None else starts,
             has_state=none.bool() if has is None else has,
             prefill_lengths=self.prefill_lengths,
             far=self.far,
         )
+
+
+def somebody(pages: Tensor) -> Tensor:
+    """Pages with -1 for vLLM's padding."""
+    return torch.where(pages == NOBODY, -1, pages)
 
 
 class LizardMetadataBuilder(BaseMambaAttentionMetadataBuilder[LizardMetadata]):

@@ -74,9 +74,12 @@ def check_blocks(vllm_config: Any) -> None:
 def refuse(vllm_config: Any) -> None:
     """Raises ValueError for options that a Lizard has not."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    size, heads = parallel.tensor_parallel_size, vllm_config.model_config.hf_config.num_key_value_heads
+    contexts = max(getattr(parallel, f"{part}_context_parallel_size", None) or 1 for part in ("decode", "prefill"))
     refused = {
         "--speculative-config": (vllm_config.speculative_config is not None, "a state cannot give drafts back"),
-        "--tensor-parallel-size": (parallel.tensor_parallel_size > 1, "heads are not split: use --data-parallel-size"),
+        "--tensor-parallel-size": (heads % size != 0, f"its {heads} key heads are split, wanted a divisor of them"),
+        "--decode-context-parallel-size": (contexts > 1, "a state is not split by positions"),
         "--pipeline-parallel-size": (parallel.pipeline_parallel_size > 1, "layers are not split"),
         "--enable-lora": (vllm_config.lora_config is not None, "merge the adapter into the model"),
         "--kv-transfer-config": (vllm_config.kv_transfer_config is not None, "states are not sent"),

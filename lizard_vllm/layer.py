@@ -12,14 +12,14 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from lizard_layers import AnchorBlock, HybridAttention
+from lizard_layers import AnchorBlock, HybridAttention, State, page_layout, state_of
 from lizard_models.model.positions import anchor_blocks
 from lizard_ops import apply_rotary
 from lizard_vllm import BACKEND
 from lizard_vllm.backend import LizardMetadata
 from lizard_vllm.checks import check_blocks
 from lizard_vllm.names import OP, TURN_OP
-from lizard_vllm.pages import PageLayout, read_batch
+from lizard_vllm.pages import read_batch
 
 
 class Turns:
@@ -61,10 +61,10 @@ class LizardLayer(nn.Module, MambaBase):
         self.q_size, self.kv_size = inner.q_size, inner.kv_size
         self.lizard, self.name = attention, name
         self.turns, self.use_rope, self.layer_type = turns, True, None  # set by ``convert``
-        self.layout = PageLayout(attention.config, vllm_config.model_config.dtype)
+        self.layout = page_layout(attention.config, vllm_config.model_config.dtype)
         self.page_bytes = self.layout.nbytes
         self.kv_cache = (torch.empty(0),)
-        self._views: dict[str, Tensor] | None = None
+        self._pool: State | None = None
         contexts = vllm_config.compilation_config.static_forward_context
         contexts.pop(f"{name}.attn")  # that of the softmax attention which is not there any more
         contexts[name] = self
@@ -86,33 +86,33 @@ class LizardLayer(nn.Module, MambaBase):
         """Fill ``out`` [T, Hq, D]. Without a batch, when vLLM measures memory, all tokens are one text."""
         metadata = get_forward_context().attn_metadata
         mine: LizardMetadata | None = metadata.get(self.name) if isinstance(metadata, dict) else None
-        rope = self._rope(positions, heads[0], {} if mine is None else mine.made)
+        capturing = positions.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # what was made before a capture does not follow its positions and pages
+        made: dict[Any, Any] = {} if mine is None or capturing else mine.made
+        rope = self._rope(positions, heads[0], made)
         if mine is None:
             row = [t[None] for t in heads]
             turned = None if rope is None else (rope[0][None], rope[1][None])
             out.copy_(self.lizard(*row, turned)[0][0])
             return
-        if self._views is None:
-            self._views = self.layout.views(self.kv_cache[0])
+        if self._pool is None:
+            self._pool = state_of(self.layout.views(self.kv_cache[0]))
 
         def blocks(places: Tensor, whole: bool) -> list[AnchorBlock] | None:
             return self.turns.blocks(places, whole, self.layer_type) if self.use_rope else None
 
-        steps = mine.steps()
-        out.copy_(read_batch(self.lizard, self.layout, self._views, heads, rope, positions, steps, blocks))
+        out.copy_(read_batch(self.lizard, self._pool, heads, rope, positions, mine.steps(made), blocks))
 
     def _rope(self, positions: Tensor, like: Tensor, made: dict[Any, Any]) -> tuple[Tensor, Tensor] | None:
         if not self.use_rope:
             return None
-        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            made = {}  # what was made before the capture does not follow its positions
         if self.layer_type not in made:
             made[self.layer_type] = self.turns.of(positions, like, self.layer_type)
         return made[self.layer_type]
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
-        self._views = None
+        self._pool = None
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         check_blocks(vllm_config)  # vLLM has chosen its sizes by now

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
@@ -13,13 +15,12 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from lizard_layers import HybridAttention
+from lizard_layers import HybridAttention, config_of_rank, page_layout, part_of_rank
 from lizard_models.model.families import load_family
 from lizard_models.model.layer_configs import converted_layers, head_dim
 from lizard_models.model.positions import position_range
 from lizard_vllm.checks import true_types
 from lizard_vllm.layer import LizardLayer, OwnTurns, Turns
-from lizard_vllm.pages import PageLayout
 
 
 class LizardModel:
@@ -96,11 +97,13 @@ def attentions(config: Any) -> dict[int, Any]:
 
 
 def page_bytes(vllm_config: Any) -> int:
-    """Bytes of the largest state of a layer."""
-    dtype = vllm_config.model_config.dtype
+    """Bytes of the largest state of a layer, on the rank of tensor parallelism that has most."""
+    dtype, size = vllm_config.model_config.dtype, vllm_config.parallel_config.tensor_parallel_size
     with true_types(vllm_config.model_config.hf_config) as config:
         own = attentions(config)
-        return max((PageLayout(own[i].hybrid_config(), dtype).nbytes for i in converted_layers(config)), default=0)
+        whole = [own[i].hybrid_config() for i in converted_layers(config)]
+        parts = [config_of_rank(layer, rank, size) for layer in whole for rank in range(size)]
+        return max((page_layout(part, dtype).nbytes for part in parts), default=0)
 
 
 def convert(model: Any, vllm_config: Any) -> None:
@@ -108,7 +111,7 @@ def convert(model: Any, vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     own, converted = attentions(config), converted_layers(config)
     turns = Turns(rotary_of(config), position_range(config))
-    size = page_bytes(vllm_config)
+    size, rank = page_bytes(vllm_config), get_tensor_model_parallel_rank()
     for i, layer in enumerate(model.model.layers):
         kind = config.layer_types[i] if getattr(config, "layer_types", None) and turns.by_kind else None
         use_rope = bool(getattr(own[i], "use_rope", True))
@@ -117,9 +120,18 @@ def convert(model: Any, vllm_config: Any) -> None:
             own_turns = OwnTurns(turns, kind, head_dim(config), use_rope, vllm_config, f"{name}.rotary_emb")
             layer.self_attn.rotary_emb = own_turns
             continue
-        attention = HybridAttention(own[i].hybrid_config()).requires_grad_(False)
+        part = config_of_rank(own[i].hybrid_config(), rank, vllm_config.parallel_config.tensor_parallel_size)
+        attention = HybridAttention(part).requires_grad_(False)
+        weights: Any = attention.parameters()
+        for parameter in weights:
+            parameter.weight_loader = partial(load_part, rank)
         layer.self_attn = LizardLayer(layer.self_attn, attention, turns, vllm_config, name)
         layer.self_attn.use_rope, layer.self_attn.layer_type, layer.self_attn.page_bytes = use_rope, kind, size
+
+
+def load_part(rank: int, parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+    """vLLM's loader of a parameter of our own: the heads of a rank, of a whole layer's."""
+    parameter.data.copy_(part_of_rank(loaded, parameter.shape, rank))
 
 
 def rotary_of(config: Any) -> Any:

@@ -7,16 +7,23 @@ until it is done. The model must be that of a run without faults, bit for bit.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.faults import inputs as input_campaign
 from benchmarks.faults.campaign import Campaign
 
 KINDS = ("signals", "kills", "full_disks", "files")
 
 
 def main() -> None:
+    """The campaign that the first word names: ``inputs``, ``ranks``, else faults of runs."""
+    if sys.argv[1:2] == ["inputs"]:
+        return inputs(sys.argv[2:])
+    if sys.argv[1:2] == ["ranks"]:
+        return ranks(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--signals", type=int, default=8, help="trials with a signal at a random moment")
     parser.add_argument("--kills", type=int, default=8, help="trials with SIGKILL at an event of the file system")
@@ -37,6 +44,40 @@ def main() -> None:
             say(f"{kind}: done")
             if asked.out is not None:
                 campaign.save(asked.out)
+    print(campaign.table())
+
+
+def inputs(words: list[str]) -> None:
+    """``python -m benchmarks.faults inputs``: what a user can type and a disk can hold, as a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults inputs", description=input_campaign.__doc__)
+    parser.add_argument("--count", type=int, help="as many cases, evenly over all; default: all")
+    parser.add_argument("--area", help="cases of one area")
+    parser.add_argument("--out", type=Path, help="file for every case as JSON")
+    asked = parser.parse_args(words)
+    cases = [case for case in input_campaign.all_cases() if asked.area in (None, case.area)]
+    with tempfile.TemporaryDirectory(prefix="inputs-") as folder:
+        Path(folder).chmod(0o755)
+        campaign = input_campaign.InputCampaign(Path(folder), lambda message: print(message, flush=True))
+        campaign.go(list(input_campaign.sample(cases, asked.count or len(cases))))
+        if asked.out is not None:
+            campaign.save(asked.out)
+    print(campaign.table())
+
+
+def ranks(words: list[str]) -> None:
+    """``python -m benchmarks.faults ranks``: runs in several processes of which one is killed, as a table."""
+    from benchmarks.faults.ranks import RankCampaign
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults ranks", description=ranks.__doc__)
+    parser.add_argument("--ways", default="ddp,fsdp", help="how the model is spread")
+    parser.add_argument("--then", default="1,2,4", help="processes that go on")
+    parser.add_argument("--out", type=Path, help="file for every trial as JSON")
+    asked = parser.parse_args(words)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        campaign = RankCampaign(Path(folder), lambda message: print(message, flush=True))
+        campaign.go(tuple(asked.ways.split(",")), tuple(map(int, asked.then.split(","))))
+        if asked.out is not None:
+            campaign.save(asked.out)
     print(campaign.table())
 
 

@@ -1,11 +1,22 @@
-"""Where the time of a training step goes: stage 1 and stage 2 of a model of SmolLM2-135M's shape, random weights.
+"""Where the time of a training step goes: stage 1 and stage 2 of a model, random weights, beside its teacher.
 
     python benchmarks/gpu/train_step.py --out benchmarks/results/training/NAME.json
+    python benchmarks/gpu/train_step.py --shape llama-3-8b --sizes 1x2048 1x8192 --stages "teacher forward" "stage 1" \\
+        "teacher LoRA" "stage 2" --kinds plain --steps 3 --warm-up 2 --out benchmarks/results/training/NAME.json
 
 For each stage and size (rows x tokens), as the Trainer runs it ("plain"), with the step as a CUDA graph ("graph"), with
-MLPs and norms compiled ("compile"), and with both: ms a step, tokens a second, share of the time in which the GPU runs
-no kernel, kernels a step, peak memory, and the kernels that take longest. Every way's losses and gradients are first
-compared with those of the plain step. Under three minutes for one size.
+MLPs and norms compiled ("compile"), with both, and with layers run again in the backward ("checkpoint"; stage 2 and the
+teacher's LoRA alone): ms a step, tokens a second, share of the time in which the GPU runs no kernel, kernels a step,
+peak memory, model-flops use, and the kernels that take longest. Every way's losses and gradients are first compared
+with those of the plain step, where ``--compare`` is not off. Under three minutes for one size of SmolLM2-135M's shape.
+
+"teacher forward" is the teacher's forward of the same tokens without gradients, with logits of every token; "teacher
+LoRA" its own fine-tuning with SDPA, on next tokens, with stage 2's adapters kept in bfloat16, so that it has no casts.
+"stage 2" learns the teacher's distribution, as the preset says, and so has the teacher's forward in each step; "stage 2
+CE" learns next tokens alone, as that LoRA does.
+Model-flops use (``mfu``): operations that the step needs (``model_flops.py``) over its time, against the 989 TFLOP/s of
+a H100's or H200's tensor cores; ``of_product`` is the same against a large product measured in this run. The same
+command again goes on where the file ends; no row is begun after ``--seconds``.
 """
 
 from __future__ import annotations
@@ -15,14 +26,20 @@ import contextlib
 import gc
 import itertools
 import json
+import shlex
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from host_time import SHAPES
+from model_flops import of_a_step
 from peft import LoraConfig, get_peft_model
+from roofline import product_speed
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,50 +51,84 @@ from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.distill.stage2 import LanguageModelling
 from lizard_models.distill.trainer import parameter_groups
 from lizard_models.files.environment import environment
+from lizard_models.model.layer_configs import lizard_config
 
 SIZES = ((4, 1024), (8, 2048))
-KINDS = ("plain", "graph", "compile", "compile+graph")
-COLUMNS = ("ms", "gpu_busy_ms", "kernels", "peak_gib", "loss", "relative_gradient")
+KINDS = ("plain", "graph", "compile", "compile+graph", "checkpoint")
+STAGES = ("teacher forward", "stage 1", "teacher LoRA", "stage 2", "stage 2 CE")
+COLUMNS = ("ms", "gpu_busy_ms", "kernels", "peak_gib", "mfu", "loss", "relative_gradient")
+PEAK = 989.4e12  # operations a second, dense, bfloat16, as NVIDIA's data sheets of both chips have it
 
 
-def teacher(device: str, layers: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rope_theta=100000.0,
-        tie_word_embeddings=True,
-    )
+def teacher(options: argparse.Namespace) -> LlamaForCausalLM:
+    shape = SHAPES[options.shape] | ({} if options.layers is None else {"num_hidden_layers": options.layers})
+    config = LlamaConfig(**shape, max_position_embeddings=131072, rope_theta=100000.0)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device, torch.bfloat16).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(options.device):
+            return LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
-def objective_of(stage: str, device: str, layers: int) -> tuple[nn.Module, Any]:
+class NextTokens(nn.Module):
+    """The loss of a teacher with adapters on next tokens, as transformers computes it."""
+
+    def __init__(self, adapted: nn.Module) -> None:
+        super().__init__()
+        self.adapted = adapted
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.adapted(input_ids=input_ids, labels=input_ids, use_cache=False).loss}
+
+
+class Forward(nn.Module):
+    """The teacher's logits of all tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def objective_of(stage: str, kind: str, options: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The module the Trainer would train, and its recipe."""
     config = LizardConfig.preset("recommended")
-    student = linearize(teacher(device, layers), config).requires_grad_(False)
-    new = dict(student.stage_parameters())
+    model: Any = teacher(options)
+    if stage == "teacher forward":
+        return Forward(model), None
+    recipe: Any = config.stage1 if stage == "stage 1" else config.stage2
+    new: dict[str, Any] = {}
+    if stage == "stage 2 CE":
+        recipe = replace(recipe, cross_entropy_weight=1.0, kl_weight=0.0)
+    if stage != "teacher LoRA":
+        model = linearize(model, config).requires_grad_(False)
+        new = dict(model.stage_parameters())
     if stage == "stage 1":
-        student.set_attention_mode("distill", config.stage1)
-        objective: nn.Module = AttentionTransfer(student)
-        recipe: Any = config.stage1
+        model.set_attention_mode("distill", recipe)
+        objective: nn.Module = AttentionTransfer(model)
     else:
-        recipe = config.stage2
+        if kind == "checkpoint":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         adapters = LoraConfig(
             r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=list(recipe.lora_targets)
         )
-        objective = LanguageModelling(get_peft_model(student, adapters), recipe)
+        own = stage == "teacher LoRA"
+        adapted = get_peft_model(model, adapters, autocast_adapter_dtype=not own)
+        objective = NextTokens(adapted) if own else LanguageModelling(adapted, recipe)
     for parameter in new.values():
         parameter.requires_grad_(True)
     return objective.train(), recipe
 
 
 def stepper(objective: nn.Module, recipe: Any) -> Callable[[Tensor], Tensor]:
-    """One optimizer step, as ``run_stage`` sets it up."""
+    """One optimizer step, as ``run_stage`` sets it up; a forward alone where there is no recipe."""
+    if recipe is None:
+        return objective
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = parameter_groups(objective, recipe.learning_rate, getattr(recipe, "gate_learning_rate", None))
     optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=0.0, fused=parameters[0].is_cuda)
@@ -117,9 +168,9 @@ def difference(plain: list[Any], others: list[Any]) -> dict[str, float]:
     return {"loss": loss, "relative_gradient": worst}
 
 
-def timed(step: Callable[[Tensor], Tensor], batches: list[Tensor], steps: int) -> dict[str, Any]:
+def timed(step: Callable[[Tensor], Tensor], batches: list[Tensor], steps: int, warm_up: int) -> dict[str, Any]:
     synchronize = torch.cuda.synchronize if batches[0].is_cuda else lambda: None
-    for i in range(4):
+    for i in range(warm_up):
         step(batches[i % 2])
     synchronize()
     if batches[0].is_cuda:
@@ -148,53 +199,103 @@ def timed(step: Callable[[Tensor], Tensor], batches: list[Tensor], steps: int) -
     }
 
 
+def measure(stage: str, kind: str, size: tuple[int, int], options: argparse.Namespace) -> dict[str, Any]:
+    """A row of the report."""
+    batch, length = size
+    row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "kind": kind}
+    objective: Any = None
+    started = time.perf_counter()
+    try:
+        torch.manual_seed(1)
+        torch.compiler.reset()
+        vocabulary = SHAPES[options.shape]["vocab_size"]
+        batches = [torch.randint(vocabulary, (batch, length), device=options.device) for _ in range(2)]
+        objective, recipe = objective_of(stage, kind, options)
+        config = next(m.config for m in objective.modules() if isinstance(m, LlamaForCausalLM))
+        attention = None if stage.startswith("teacher") else lizard_config(config).attention
+        row["flops"] = of_a_step(stage, objective, config, attention, batch, length)
+        plain = kind in ("plain", "checkpoint") or recipe is None or not options.compare
+        before = [] if plain else [gradients(objective, tokens) for tokens in batches]
+        with stepping(objective, kind):
+            if before:
+                row["difference"] = difference(before, [gradients(objective, tokens) for tokens in batches])
+            row |= timed(stepper(objective, recipe), batches, options.steps, options.warm_up)
+        row["mfu"] = row["flops"] / (1e-3 * row["ms"]) / PEAK
+    except torch.OutOfMemoryError:
+        row["failed"] = "out of memory"
+    except Exception:
+        row["failed"] = traceback.format_exc()
+    objective = before = None
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    return row | {"seconds": time.perf_counter() - started}
+
+
+def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """(stage, kind, size) of every row."""
+    sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
+    for size, stage, kind in itertools.product(sizes, options.stages, options.kinds):
+        graph = "graph" in kind and (options.device == "cpu" or stage == "teacher forward")
+        if not graph and (kind != "checkpoint" or stage in STAGES[2:]):
+            yield stage, kind, size  # type: ignore[misc]
+
+
+def resumed(options: argparse.Namespace) -> dict[str, Any]:
+    """The report to go on with. Raises ValueError where the file is of another model."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    report: dict[str, Any] = {"environment": environment(), "arguments": arguments, "rows": []}
+    report["command"] = shlex.join(["python", *sys.argv])
+    if options.out.is_file():
+        kept = json.loads(options.out.read_text())
+        if any(kept.get("arguments", {}).get(name) != arguments[name] for name in ("shape", "layers")):
+            raise ValueError(f"--out {options.out} is of another model; wanted {options.shape}")
+        report["rows"] = kept["rows"]
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=4, help="steps before those that are timed")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--kinds", nargs="*", default=["plain", "graph"], choices=KINDS)
+    parser.add_argument("--stages", nargs="*", default=["stage 1", "stage 2"], choices=STAGES)
     parser.add_argument("--sizes", nargs="*", help='such as "4x1024"')
+    parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="with the plain step")
+    parser.add_argument("--seconds", type=float, default=480, help="after which no row is begun")
     options = parser.parse_args()
-    sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
-    rows: list[dict[str, Any]] = []
-    kinds = [kind for kind in options.kinds if options.device != "cpu" or "graph" not in kind]
-    for kind, stage, (batch, length) in itertools.product(kinds, ("stage 1", "stage 2"), sizes):
-        row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "kind": kind}
-        objective: Any = None
-        try:
-            torch.manual_seed(1)
-            torch.compiler.reset()
-            batches = [torch.randint(49152, (batch, length), device=options.device) for _ in range(2)]
-            objective, recipe = objective_of(stage, options.device, options.layers)
-            plain = [] if kind == "plain" else [gradients(objective, tokens) for tokens in batches]
-            with stepping(objective, kind):
-                if plain:
-                    row["difference"] = difference(plain, [gradients(objective, tokens) for tokens in batches])
-                row |= timed(stepper(objective, recipe), batches, options.steps)
-        except Exception:
-            row["failed"] = traceback.format_exc()
-        objective = plain = None
-        gc.collect()
-        rows.append(row)
+    begun, report = time.perf_counter(), resumed(options)
+    if options.device == "cuda":
+        report["product_operations_s"] = product_speed()
+    done = {(row["stage"], row["kind"], row["batch"], row["length"]) for row in report["rows"]}
+    for stage, kind, size in wanted(options):
+        if (stage, kind, *size) in done or time.perf_counter() - begun > options.seconds:
+            continue
+        row = measure(stage, kind, size, options)
+        if "mfu" in row and options.device == "cuda":
+            row["of_product"] = row["mfu"] * PEAK / report["product_operations_s"]
+        report["rows"].append(row)
         text = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "top"}
         print(text, flush=True)
         for name, milliseconds, count in row.get("top", []):
             print(f"    {milliseconds:8.3f} ms {count:5d} x {name}")
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-    print_table(rows)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print_table(report["rows"])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line a row, differences from the plain step last."""
-    print(f"\n{'':36}" + "".join(f"{name:>18}" for name in COLUMNS))
+    print(f"\n{'':42}" + "".join(f"{name:>14}" for name in COLUMNS))
     for row in rows:
         values = row | row.get("difference", {})
-        cells = "".join(f"{values[name]:18.4g}" if name in values else f"{'-':>18}" for name in COLUMNS)
-        failed = "  failed" if "failed" in row else ""
-        print(f"{row['stage']}  {row['batch']} x {row['length']:<6} {row['kind']:<18}{cells}{failed}")
+        cells = "".join(f"{values[name]:14.4g}" if name in values else f"{'-':>14}" for name in COLUMNS)
+        failed = f"  failed: {row['failed'].strip().splitlines()[-1][:60]}" if "failed" in row else ""
+        print(f"{row['stage']:15}  {row['batch']} x {row['length']:<6} {row['kind']:<14}{cells}{failed}")
 
 
 if __name__ == "__main__":

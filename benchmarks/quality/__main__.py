@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.quality.options import given, read_budget, read_names, read_seeds, read_tokenizer, recorded_lm
+from benchmarks.quality.options import (
+    RESULTS,
+    BudgetName,
+    Out,
+    given,
+    read_budget,
+    read_names,
+    read_seeds,
+    read_tokenizer,
+    recorded_lm,
+)
+from benchmarks.quality.shown import COMMANDS
 from lizard_models.cli.errors import Command, one_line_errors
 from lizard_models.cli.options import Cache, Device, read_device, read_numbers
 
@@ -16,11 +27,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-RESULTS = Path("benchmarks/results/quality")
 
-Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 Teacher = Annotated[str, typer.Option(help="Hub name, local folder, or smollm2-135m.")]
-BudgetName = Annotated[str, typer.Option(help="quick (1.6M and 0.6M tokens) or full (20M a stage).")]
 Data = Annotated[list[str] | None, typer.Option(help="Training text or token ids. May be repeated.")]
 EvalData = Annotated[list[str] | None, typer.Option(help="Held-out documents. May be repeated.")]
 
@@ -310,32 +318,6 @@ def mqar(
         )
 
 
-@app.command("docs", cls=Command)
-def docs(
-    page: Annotated[Path, typer.Option(help="Page of tables to write, whole.")] = Path("benchmarks/results/TABLES.md"),
-    figures: Annotated[Path, typer.Option(help="Folder of its plots.")] = Path("docs/figures"),
-    out: Out = RESULTS,
-) -> None:
-    """Write benchmarks/results/TABLES.md and its plots from the records of the rows.
-
-    [bold]Example[/bold]
-
-    [cyan]python -m benchmarks.quality docs[/cyan]
-    """
-    with one_line_errors():
-        from rich.console import Console
-
-        if not out.is_dir():
-            raise ValueError(f"--out {str(out)!r} is not there; run from the repository, or give another")
-        try:
-            from benchmarks.quality.report import write_docs
-
-            write_docs(page, figures, out)
-        except ImportError as error:
-            raise ValueError("docs: plots need matplotlib; pip install 'lizard-attn[demo]'") from error
-        Console(soft_wrap=True).print(f"written: {page}")
-
-
 @app.command("dry-run", cls=Command)
 def dry_run(
     teachers: Annotated[list[str] | None, typer.Argument(help="Default: Llama-3.2-1B, Llama-3-8B, Mistral-7B.")] = None,
@@ -366,19 +348,8 @@ def dry_run(
                 Console(soft_wrap=True).print(part, highlight=False)
 
 
-@app.command("list", cls=Command)
-def list_rows() -> None:
-    """Show the tables and the rows in them."""
-    with one_line_errors():
-        from rich.console import Console
-
-        from benchmarks.quality.rows import TABLES, rows_of
-
-        console = Console(soft_wrap=True)
-        for table in TABLES.values():
-            console.print(f"[bold]{table.name}[/bold]: {table.about}", highlight=False)
-            for row in rows_of(table.name):
-                console.print(f"  {row.name}: {row.about}", highlight=False, markup=False)
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 
 
 if __name__ == "__main__":

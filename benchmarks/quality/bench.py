@@ -165,7 +165,10 @@ def _completed(settings: dict[str, Any]) -> Any:
 
 
 def applies(measure: str, spec: RowSpec, config: LizardConfig) -> bool:
-    """Whether a measure says anything about a row: branches and restoration need a linear branch."""
+    """Whether a measure says anything about a row: branches and restoration need a linear branch, an oracle needs whole
+    texts."""
+    if spec.oracle and measure not in ("loss", "kl", "branches", "found"):
+        return False
     if measure in ("branches", "restore"):
         return spec.preset != TEACHER and config.attention.linear_branch
     return measure != "kl" or spec.preset != TEACHER or spec.stage2

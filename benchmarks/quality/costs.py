@@ -31,9 +31,13 @@ def memory(name: str) -> float:
 
     Only layers kept softmax take more for a longer one.
     """
-    config = config_of(name)
+    return memory_of(config_of(name))
+
+
+def memory_of(config: LizardConfig, length: int = LENGTH) -> float:
+    """The same of a model of that configuration, for a sequence of ``length`` tokens."""
     kept, wide = len(config.softmax_layers), len(config.wide_layers)
-    taken = kept * 4 * 2 * LENGTH * KEY_HEADS * HEAD_DIM
+    taken = kept * 4 * 2 * length * KEY_HEADS * HEAD_DIM
     taken += (LAYERS - kept - wide) * _layer_bytes(config.attention)
     if wide:
         taken += wide * _layer_bytes(dataclasses.replace(config.attention, window=config.wide_window))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RESULTS = Path("benchmarks/results/quality")
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+BudgetName = Annotated[str, typer.Option(help="quick (1.6M and 0.6M tokens) or full (20M a stage).")]
 
 
 def recorded_lm() -> Any:

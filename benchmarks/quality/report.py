@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.quality.costs import memory
 from benchmarks.quality.goals import goals
 from benchmarks.quality.reasons import reasons
+from benchmarks.quality.recall_goals import KEPT, goals_table, recall_goals
 from benchmarks.quality.records import read_records, write_whole
 from benchmarks.quality.results import Number, Record, Results, markdown
 from benchmarks.quality.rows import ROWS, TABLES, Table, rows_of
@@ -43,6 +44,7 @@ def quality_text(folder: Path, figures: Path, link: str) -> str:
             parts.append(_budget_text(results, path.stem, figures, link))
     if text := _mqar_text(folder / "mqar.jsonl", figures, link):
         parts.append(text)
+    parts += _recall_goals(folder)
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,6 +77,7 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _length(results, compared),
         draw.length(results, compared, figures / f"quality-{name}-length.png", f"{link}/quality-{name}-length.png"),
         _branches(results, compared),
+        _curve(results, figures / f"quality-{name}-curve.svg", f"{link}/quality-{name}-curve.svg"),
         _restoration(results),
         draw.restoration(results, figures / f"quality-{name}-layers.png", f"{link}/quality-{name}-layers.png"),
         *(_ablation(results, table) for table in TABLES.values() if table.title and table.name != WIDE),
@@ -225,6 +228,17 @@ def _past_of(*path: str) -> Callable[[Record], float | None]:
     return value
 
 
+def _curve(results: Results, path: Path, link: str) -> str:
+    from benchmarks.quality.curve import write_curve
+
+    if not write_curve(results, path):
+        return ""
+    return (
+        "**What memory buys.** Each line joins rows that differ in their bytes alone; bars are the deviation over "
+        f"seeds.\n\n![Loss, KL and passkeys against the bytes of a sequence]({link})"
+    )
+
+
 def _restoration(results: Results) -> str:
     measured = results.restoration()
     if not measured:
@@ -291,6 +305,24 @@ def _reasons(results: Results) -> str:
 def _goals(results: Results) -> str:
     table = goals(results)
     return f"**Goals.**\n\n{table}" if table else ""
+
+
+def _recall_goals(folder: Path) -> list[str]:
+    """The goals for exact recall by each budget in which a row with kept keys is measured, the longer one first."""
+    parts = []
+    for name in ("full", "quick"):
+        results = Results(folder / f"{name}.jsonl")
+        if any(results.has(row.name) and row.changes["attention"].get("kept_keys") for row in TABLES[KEPT].rows):
+            table = goals_table(recall_goals(results, folder / "mqar.jsonl"))
+            parts.append(f"**Budget {name}.**\n\n    python -m benchmarks.quality goals --budget {name}\n\n{table}")
+    if not parts:
+        return []
+    return [
+        "## Goals for exact recall\n\nThey are for the budget `full`, and for one row: of those with kept keys that "
+        "which loses least past 2048 tokens in at most 40 MiB (20 MiB where that is the goal). A mean is held against "
+        "a goal, but for recall from scratch, where every seed is.",
+        *parts,
+    ]
 
 
 def _mqar_text(path: Path, figures: Path, link: str) -> str:

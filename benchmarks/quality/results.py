@@ -7,13 +7,16 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.quality.records import read_records
 from benchmarks.quality.rows import BASE, ROWS, Budget, RowSpec, controls
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
 from lizard_models.evaluation.report import past_edge
+
+T = TypeVar("T")
+NARROW = 128  # the window whose gap the recovered share is of, where rows with other windows stand side by side
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,18 @@ class Record:
         row = RowSpec(**settings["row"])
         if "config" not in settings:
             return row
-        trained = LizardConfig.from_dict(settings["config"]).to_dict()
+        trained = self.config.to_dict()
         return replace(
             row, changes={**row.changes, **{part: trained[part] for part in ("attention", "stage1", "stage2")}}
         )
+
+    @functools.cached_property
+    def config(self) -> LizardConfig:
+        """What it trained with, where its record says so, else what it is declared as now."""
+        settings = self.values["settings"]
+        if "config" in settings:
+            return LizardConfig.from_dict(settings["config"])
+        return RowSpec(**settings["row"]).config(self.budget, 0)
 
     @functools.cached_property
     def controls(self) -> dict[str, RowSpec]:
@@ -101,11 +112,16 @@ class Results:
 
     def number(self, name: str, value: Callable[[Record], float | None]) -> Number | None:
         """A value of a row over its seeds, None where no seed has it."""
-        values = [v for record in self.records.get(name, {}).values() if (v := value(record)) is not None]
+        values = [*self.by_seed(name, value).values()]
         if not values:
             return None
         spread = statistics.stdev(values) if len(values) > 1 else None
         return Number(statistics.mean(values), spread, len(values))
+
+    def by_seed(self, name: str, value: Callable[[Record], T | None]) -> dict[int, T]:
+        """A value of a row by seed, of the seeds that have it."""
+        records = self.records.get(name, {})
+        return {seed: v for seed, record in sorted(records.items()) if (v := value(record)) is not None}
 
     def past(self, name: str) -> Number | None:
         """Loss past 2048 (or the last edge below it)."""
@@ -118,8 +134,12 @@ class Results:
         return self.number(name, lambda record: self._share(record, record.controls))
 
     def narrow_share(self, name: str) -> Number | None:
-        """The share against a control without wide layers, of a row or of its own control."""
-        return self.number(name, self._narrow_share)
+        """The share of the gap of a window of 128 in every layer, of a row or of its own control."""
+        return self.number(name, lambda record: self._share(record, narrow_controls(record)))
+
+    def narrow_shares(self, name: str) -> dict[int, float]:
+        """The same by seed."""
+        return self.by_seed(name, lambda record: self._share(record, narrow_controls(record)))
 
     def beside(self, name: str, other: str) -> float | None:
         """Loss past 2048 of a row minus that of another, each above the teacher trained alike where these are two.
@@ -135,11 +155,6 @@ class Results:
             return None
         first, second, *teachers = (row.mean for row in rows if row is not None)
         return first - second - (teachers[0] - teachers[1] if teachers else 0.0)
-
-    def _narrow_share(self, record: Record) -> float | None:
-        spec = record.spec
-        narrow = replace(spec, changes={**spec.changes, "wide_layers": []})
-        return self._share(record, controls(narrow, record.budget))
 
     def _share(self, record: Record, roles: dict[str, RowSpec]) -> float | None:
         """roles: the teacher and the control that are meant."""
@@ -158,7 +173,7 @@ class Results:
 
     def kl(self, name: str) -> Number | None:
         """KL to the untrained teacher, mean over positions."""
-        return self.number(name, lambda r: None if (kl := r.losses("kl")) is None else kl.past(0))
+        return self.number(name, mean_kl)
 
     def restoration(self) -> dict[str, Any] | None:
         """What restoring layers saves, by ``recommended`` or ``base``, which stage 1 trains alike."""
@@ -186,11 +201,24 @@ class Results:
         }
 
 
+def narrow_controls(record: Record) -> dict[str, RowSpec]:
+    """Teacher and control, trained as a row was, of a window of 128 in every layer whatever the row's own windows."""
+    spec = record.spec
+    attention = {**spec.changes.get("attention", {}), "window": NARROW}
+    return controls(replace(spec, changes={**spec.changes, "wide_layers": [], "attention": attention}), record.budget)
+
+
 def past_loss(record: Record) -> float | None:
     """Loss past 2048 (or the last edge below it) of one record."""
     loss = record.losses("loss")
     edge = None if loss is None else past_edge(loss.edges)
     return None if loss is None or edge is None else loss.past(edge)
+
+
+def mean_kl(record: Record) -> float | None:
+    """KL to the untrained teacher of one record, mean over positions."""
+    kl = record.losses("kl")
+    return None if kl is None else kl.past(0)
 
 
 def as_loss(values: dict[str, Any]) -> PositionLoss:

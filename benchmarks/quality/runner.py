@@ -145,10 +145,19 @@ class Runner:
             least = (0.0, 0.0) if self.bench.cuda_graph else STEP
             seconds += CAPTURE * self.bench.cuda_graph
             if row.config(budget, self.num_layers).attention.kept_keys:
-                seconds += SCORES * beside * budget.stage0_steps
+                seconds += SCORES * beside * self._labelled(row)
             seconds += max(least[0], scale * BUSY[0]) * budget.stage1_steps * (row.stage1 and converts)
             seconds += max(least[1], scale * BUSY[1]) * budget.stage2_steps * row.stage2
         return seconds * (statistics.median(self.ratios) if self.ratios else 1.0)
+
+    def _labelled(self, row: RowSpec) -> float:
+        """Steps whose keys get labels, in the time of one of stage 0, which grows with the square of its rows."""
+        budget = self.bench.budget
+        if not row.oracle:
+            return budget.stage0_steps
+        tokens, length = budget.batch_size * budget.sequence_length, budget.sequence_length * row.longer
+        steps = budget.stage1_steps * row.stage1 + budget.stage2_steps * row.stage2
+        return steps * tokens * length / (2 * 4096 * 4096)
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self.workers.values() if worker.row is not None]

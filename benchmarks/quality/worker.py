@@ -17,6 +17,7 @@ import torch
 from benchmarks.quality import scores
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.branches import switched_off
+from benchmarks.quality.oracle import choose_by_labels
 from benchmarks.quality.records import write_json
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import TEACHER, RowSpec
@@ -30,10 +31,10 @@ from lizard_models.files.sources import Say
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
-from lizard_models.runs.linearize_run import precision
 from lizard_models.runs.memory import constant_bytes, told_places
+from lizard_models.runs.plan import precision
 from lizard_models.runs.score_rows import ScoreRows, score_rows
-from lizard_models.runs.state_budget import DTYPE, share_out
+from lizard_models.runs.state_budget import DTYPE, share_out, shared_mib
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import load_model
 from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
@@ -87,17 +88,26 @@ class _Row:
         spec, finished = self.spec, self.folder / "model"
         if finished.is_dir():
             self.say(f"{spec.stem}: trained before")
-            return load_model(str(finished), device=self.bench.device).model
+            before: Any = load_model(str(finished), device=self.bench.device).model
+            if self.record.get("scores", found := scores.score_sum(before)) != found:
+                raise ValueError(
+                    f"{finished}: its scores are not those that its record tells of; delete it to train anew"
+                )
+            return self._foretold(before)
         if spec.preset == TEACHER and not spec.stage2:
             return self.reference
+        if self.record[
+            "measures"
+        ]:  # its model is gone: what is measured now is of another training of the same settings
+            self.record["earlier"] = sorted(self.record["measures"])
         config = self.config.replace(wide_layers=[]) if spec.widened else self.config
-        model: Any = linearize(self.teacher.model, config).requires_grad_(False)
-        scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0
+        model: Any = self._foretold(linearize(self.teacher.model, config).requires_grad_(False))
+        scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0 and not spec.oracle
         if spec.shared and not scored:
             raise ValueError(f"{spec.stem}: places are shared out by fitted scores, and there is no stage 0")
         if scored:
             rows = self._fit_scores(model)
-            if spec.shared:
+            if spec.shared or shared_mib(model.config, None, scored):
                 self._share_places(model, rows)
         trains = any(True for _ in model.stage_parameters())
         if spec.stage1 and trains and self.bench.budget.stage1_steps:
@@ -115,9 +125,20 @@ class _Row:
         if spec.stage2 and self.bench.budget.stage2_steps:
             model, result = train_stage2(model, self._sequences("stage2"), self._run_arguments("stage2"))
             self._trained("stage2", result)
+        if scored:
+            self.record["scores"] = scores.score_sum(model)
         if spec.stage1 or spec.stage2 or scored:
             with appear_whole(finished) as draft:
                 model.save_pretrained(draft)
+        return model
+
+    def _foretold(self, model: Any) -> Any:
+        """The model, whose keys an oracle chooses if the row has one. Its labels are those of the teacher as it is."""
+        if self.spec.oracle:
+            if not len(model.key_scores()):
+                raise ValueError(f"{self.spec.stem}: an oracle chooses kept keys, and there are none")
+            labeller = linearize(self.reference, lizard_config(model.config)).requires_grad_(False)
+            choose_by_labels(model, labeller, self.config.stage0)
         return model
 
     def _share_places(self, model: Any, rows: ScoreRows) -> None:
@@ -139,7 +160,8 @@ class _Row:
             run = self._run_arguments("stage0")
             run.cuda_graph = False  # its steps are long, and launches are the least of them
             result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
-            self._trained("stage0", result, r2=result.mean_r2, r2_by_layer=result.r2, row=self.spec.stem)
+            told = {"r2": result.mean_r2, "r2_by_layer": result.r2, "row": self.spec.stem}
+            self._trained("stage0", result, **told, **scores.marks(shared, model))
             scores.give(shared, Path(run.output_dir), self.record["stages"]["stage0"])
         return rows
 
@@ -167,7 +189,7 @@ class _Row:
             resume=folder.is_dir(),
             device=self.bench.device,
             save_steps=200,
-            cuda_graph=self.bench.cuda_graph,
+            cuda_graph=self.bench.cuda_graph and not self.spec.oracle,  # whose labels are many small steps
             compile=self.bench.compile,
             title=f"{self.spec.stem} {stage}",
         )

@@ -39,11 +39,12 @@ class Tally:
     errors: Counter[str] = field(default_factory=Counter)
     first_token: list[float] = field(default_factory=list)  # seconds
     whole: list[float] = field(default_factory=list)
+    by_length: dict[int, list[float]] = field(default_factory=dict)  # seconds to the first token, by first prompt
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def ask(client: Any, model: str, turn: Turn, tally: Tally, tokens: int) -> bool:
-    """One request, streamed. Whether it was answered."""
+def ask(client: Any, model: str, turn: Turn, tally: Tally, tokens: int, length: int = 0) -> bool:
+    """One request, streamed. Whether it was answered. length: of the conversation's first prompt."""
     began, first, parts, ended = time.monotonic(), None, [], False
     try:
         stream = client.completions.create(
@@ -69,6 +70,7 @@ def ask(client: Any, model: str, turn: Turn, tally: Tally, tokens: int) -> bool:
             tally.wrong.append({"prompt": turn.prompt[-80:], "got": answer, "wanted": turn.answer})
         tally.whole.append(time.monotonic() - began)
         tally.first_token.append(first or tally.whole[-1])
+        tally.by_length.setdefault(length, []).append(tally.first_token[-1])
     return True
 
 
@@ -76,11 +78,12 @@ def talk(number: int, url: str, model: str, talks: list[list[Turn]], tally: Tall
     """One client: conversations in an order of its own, until ``end``."""
     import openai
 
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
     draw = random.Random(number)
     while time.monotonic() < end:
-        for turn in draw.choice(talks):
-            while time.monotonic() < end and not ask(client, model, turn, tally, tokens):
+        talk = draw.choice(talks)
+        for turn in talk:
+            while time.monotonic() < end and not ask(client, model, turn, tally, tokens, len(talk[0].prompt)):
                 time.sleep(0.3)
 
 
@@ -112,7 +115,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 starts.append(server.start())
             time.sleep(0.1)
         for client in clients:
-            client.join(timeout=150)
+            client.join(timeout=330)
     finally:
         server.kill()
     seconds = time.monotonic() - began
@@ -126,6 +129,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "right": tally.right,
         "wrong": tally.wrong, "errors": dict(tally.errors), "requests_per_up_s": round(tally.right / up, 2),
         "first_token_s": quantiles(tally.first_token), "whole_s": quantiles(tally.whole),
+        "by_first_prompt": {
+            str(length): {"right": len(times), "first_token_s": quantiles(times)}
+            for length, times in sorted(tally.by_length.items())
+        },
         "read_before": round(sum(a for a, _ in found) / max(1, sum(b for _, b in found)), 3) if found else None,
         "resident_mib": server.resident >> 20,
     }  # fmt: skip

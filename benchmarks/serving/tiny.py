@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lizard_models import LizardConfig, linearize
 
+PIECE = 8192  # tokens
 CHARACTERS = string.ascii_letters + string.digits + " .,;:!?-'()"
 
 
@@ -33,8 +34,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def save_model(folder: Path, kept_layers: tuple[int, ...] = (), context: int = 1 << 17) -> Any:
-    """A random model of four layers in ``folder``; returns it."""
+def teacher(context: int = 1 << 17) -> Any:
+    """A random Llama of four layers that writes characters."""
     words = tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -42,15 +43,27 @@ def save_model(folder: Path, kept_layers: tuple[int, ...] = (), context: int = 1
         num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.2, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
-    chosen = LizardConfig.preset("recommended", attention={"window": 32}, softmax_layers=list(kept_layers))
-    model = linearize(LlamaForCausalLM(config).eval(), chosen)
+    model = LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         model.lm_head.weight[:3] = 0  # the tokens that are no characters
         model.lm_head.weight[3:] *= 4
+    return model
+
+
+def save(model: Any, folder: Path) -> Any:
+    """The model with its tokenizer in ``folder``; returns it."""
     model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return model.eval()
+    tokenizer().save_pretrained(folder)
+    return model
+
+
+def save_model(folder: Path, kept_layers: tuple[int, ...] = (), context: int = 1 << 17) -> Any:
+    """A random Lizard in ``folder``, made of ``teacher``; returns it."""
+    chosen = LizardConfig.preset("recommended", attention={"window": 32}, softmax_layers=list(kept_layers))
+    model = linearize(teacher(context), chosen)
+    model.generation_config.eos_token_id = None
+    return save(model, folder).eval()
 
 
 def conversations(model: Any, lengths: list[int], turns: int, tokens: int, seed: int = 0) -> list[list[Turn]]:
@@ -65,8 +78,10 @@ def conversations(model: Any, lengths: list[int], turns: int, tokens: int, seed:
         for _ in range(turns):
             ids = words(text, return_tensors="pt")["input_ids"]
             with torch.no_grad():
-                mask = torch.ones_like(ids)
-                output = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+                settings: dict[str, Any] = dict(attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
+                if ids.shape[1] > PIECE:  # whole, it would be read as fast and take a gigabyte
+                    settings["prefill_chunk_size"] = PIECE
+                output = model.generate(ids, **settings, do_sample=False)
             answer = words.decode(output[0, ids.shape[1] :])
             said.append(Turn(text, answer))
             text += answer + "".join(draw.choices(CHARACTERS, k=20))

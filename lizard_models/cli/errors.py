@@ -18,6 +18,7 @@ from lizard_models.files import signals
 from lizard_models.files.streams import console
 
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
+GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "Gloo", "Timed out waiting", "c10d")
 FULL_DISK = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
 
@@ -107,7 +108,14 @@ def is_full_disk(error: BaseException) -> bool:
 def is_of_the_system(error: BaseException) -> bool:
     """Whether the machine refused, and not the command was wrong: it can be repeated when that is mended."""
     refused = isinstance(error, OSError | MemoryError) or is_full_disk(error) or refused_by(error) is not None
+    refused = refused or is_of_another_process(error)
     return type(error).__name__ != "KeptDraft" and refused
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether torch says that another process of several, which this one exchanged numbers with, is gone."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
 
 
 def refused_by(error: BaseException) -> str | None:
@@ -123,6 +131,8 @@ def explanation(error: Exception) -> str | None:
         return text  # where the work is matters more than why it is not elsewhere
     if is_full_disk(error):
         return "the disk is full: free some space, or start again with --out (and --cache) on another disk"
+    if is_of_another_process(error):
+        return f"another process of this run has gone, and its part of the step with it ({text[:200]})"
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU is out of memory: give a smaller --micro-batch-size or --seq-len, or --gradient-checkpointing"
     if isinstance(error, MemoryError):

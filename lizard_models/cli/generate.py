@@ -79,6 +79,8 @@ def command(
             raise ValueError(f"--temperature is {temperature}, wanted 0, or {LEAST_TEMPERATURE} and more")
         if not max_new_tokens and save_state is None:
             raise ValueError("--max-new-tokens 0 writes nothing: give --save-state with it, or at least 1")
+        if save_state is not None:
+            state_file.place_for(save_state)  # before a long text is read
         loaded = load_model(model, device=read_device(device), dtype=read_dtype(dtype), positions=positions)
         if loaded.tokenizer is None:
             raise ValueError(f"model {model!r} has no tokenizer: copy the teacher's tokenizer files into it")
@@ -114,11 +116,12 @@ def command(
 
 def _text(prompt: str | None, file: Path | None, encoding: str, echo: bool) -> Iterator[str]:
     """The prompt in pieces, printed as they are read if ``echo``."""
+    from lizard_models.files.sources import expanded
     from lizard_models.text.decoding import argument_text, stream_text, text_pieces
 
     def pieces() -> Iterator[str]:
         if file is not None:
-            yield from text_pieces(file.expanduser(), encoding, argument="prompt_file")
+            yield from text_pieces(expanded(file, "prompt_file"), encoding, argument="prompt_file")
         elif prompt == "-":
             yield from stream_text(sys.stdin, encoding)
         elif prompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -86,6 +87,12 @@ def command(
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Share the weights among the processes of torchrun, for large teachers.")
     ] = False,
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Processes of torchrun over which each long sequence of stages 1 and 2 lies in parts.", min=1
+        ),
+    ] = 1,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, faster for small models.")
     ] = False,
@@ -119,6 +126,20 @@ def command(
             "stops the run."
         ),
     ] = 3.0,
+    log_attention_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between readings of every layer's gates, linear share and error, in log.jsonl and the report; "
+            "0 makes none.",
+            min=0,
+        ),
+    ] = 0,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="TFLOP/s of one device, for model-flops use; default: what is known of it.", show_default=False
+        ),
+    ] = None,
     cache: Cache = None,
     resume: Annotated[
         str | None,
@@ -222,11 +243,14 @@ def command(
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             fsdp=fsdp,
+            context_parallel=context_parallel,
             cuda_graph=cuda_graph,
             compile=compile,
             save_steps=save_steps,
             report_to=tuple(name.strip() for name in (report_to or "").split(",") if name.strip()),
             diverged=diverged,
+            log_attention_every=log_attention_every,
+            peak_tflops=peak_tflops,
             resume=read_resume(resume),
             cache=cache,
         )
@@ -258,10 +282,13 @@ def _recipe(steps: int | None, batch_size: int | None, seq_len: int | None, seed
 
 def _resume_command(out: Path) -> str:
     from lizard_models.distill.parallel import process_count
+    from lizard_models.files.sources import expanded
     from lizard_models.runs.plan import work_folder
     from lizard_models.runs.work import has_checkpoints
 
-    begun = out.name not in ("", "..") and has_checkpoints(work_folder(out.expanduser()))
+    begun = False
+    with contextlib.suppress(OSError, ValueError):  # of a place that cannot be
+        begun = out.name not in ("", "..") and has_checkpoints(work_folder(expanded(out, "out")))
     if process_count() > 1:
         return "the same torchrun command" + " and --resume" * begun
     arguments = sys.argv[1:]

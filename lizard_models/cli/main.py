@@ -13,6 +13,7 @@ from lizard_models.cli import (
     layers,
     linearize,
     recipe,
+    report,
     run,
     serve,
     with_module,
@@ -40,6 +41,7 @@ def quiet() -> None:
 app.command("linearize", cls=Command)(linearize.command)
 app.command("run", cls=Command)(run.command)
 app.add_typer(recipe.app, name="recipe")
+app.command("report", cls=Command)(report.command)
 app.command("convert", cls=Command)(convert.command)
 app.command("generate", cls=Command)(generate.command)
 app.command("eval", cls=Command)(evaluate.command)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lizard_models.distill import parallel
 from lizard_models.distill.resume import checkpoints
@@ -58,7 +59,7 @@ class _Step:
     number: int
     names: list[str]
     norms: Tensor  # of each gradient [P], or of each weight
-    readings: Tensor  # loss and norm of all gradients [2], or the largest weight [1]; on the host once ``ready``
+    readings: Tensor  # loss and norm of all gradients [2], or the largest of the norms [1]; on the host once ``ready``
     ready: Any  # CUDA event, None where the readings are there already
 
 
@@ -85,7 +86,8 @@ class FiniteWatch:
     def updated(self, number: int, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """number: of the step whose update these parameters have had. Raises as ``step``, for weights."""
         named = dict(parameters)
-        norms = torch.stack(torch._foreach_norm(list(named.values()), math.inf))  # of NaN it is NaN
+        order = 1 if any(isinstance(p, DTensor) for p in named.values()) else math.inf  # no rows have no largest
+        norms = torch.stack(torch._foreach_norm(list(named.values()), order))  # of NaN it is NaN
         self._read(number, list(named), norms, parallel.whole(norms.max()).float()[None])
 
     def _read(self, number: int, names: list[str], norms: Tensor, readings: Tensor) -> None:

@@ -31,7 +31,7 @@ class TeacherAttention(NamedTuple):
 
 @torch.no_grad()
 def key_labels(
-    attention: TeacherAttention, window: int, kind: str = "output", block: int = 256, queries: int = 1
+    attention: TeacherAttention, window: int, kind: str = "output", block: int = 1024, queries: int = 1
 ) -> Tensor:
     """How much later queries need each key: per key head, the logarithm of what is lost without it.
 
@@ -59,22 +59,25 @@ def key_labels(
         return labels
     weight = attention.output_weight.float()
     bias = None if attention.output_bias is None else attention.output_bias.float()
-    found = q.new_zeros(batch, key_heads, heads // key_heads, keys)
+    group = heads // key_heads
+    grouped = q.unflatten(2, (key_heads, group)).permute(0, 2, 3, 1, 4).contiguous()  # [B, Hk, G, T, D]
+    columns, values = k.permute(0, 2, 3, 1).contiguous(), v.transpose(1, 2).contiguous()
+    found = q.new_zeros(batch, key_heads, group, keys)
     with without_autocast(q):
         for start in range(0, length, block):
             stop = min(start + block, length)
             seen = stop - window  # keys that these queries see after they left
             if seen < 1:
                 continue
-            a = teacher_weights(attention, q[:, start:stop], k[:, :stop], start)  # [B, Hk, G, i, j]
-            later = torch.arange(start, stop, device=q.device)[:, None] >= torch.arange(seen, device=q.device) + window
-            past = a[..., :seen].masked_fill(~later, 0.0)
+            a = _softmax(attention, grouped[..., start:stop, :], columns[..., :stop], start)
+            later = a[..., :seen].tril(start - window)
             if kind == "attention":
-                found[..., :seen] = torch.maximum(found[..., :seen], past.amax(-2))
+                found[..., :seen] = torch.maximum(found[..., :seen], later.amax(-2))
                 continue
-            o = F.linear(torch.einsum("bhgij,bjhd->bihgd", a, v[:, :stop]).flatten(2), weight, bias)
-            shares = o.square().sum(-1).clamp(min=LEAST**2).reciprocal()  # [B, i]
-            found[..., :seen] += torch.einsum("bhgij,bi->bhgj", past.square(), shares)
+            heard = (a.flatten(2, 3) @ values[:, :, :stop]).unflatten(2, (group, -1))  # [B, Hk, G, i, Dv]
+            o = F.linear(heard.permute(0, 3, 1, 2, 4).flatten(2), weight, bias)
+            shares = o.square().sum(-1).clamp_(min=LEAST**2).reciprocal_()  # [B, i]
+            found[..., :seen] += (shares[:, None, None, None] @ later.square_()).squeeze(-2)
         if kind == "attention":
             lost = found.amax(2).clamp(min=LEAST).log()
         else:
@@ -88,15 +91,21 @@ def key_labels(
 
 def teacher_weights(attention: TeacherAttention, q: Tensor, k: Tensor, start: int) -> Tensor:
     """a [B, Hk, G, i, j] of the queries ``start`` to ``start`` + i and the keys from the first on."""
-    grouped = q.unflatten(2, (k.shape[2], -1))
-    scores = torch.einsum("bihgd,bjhd->bhgij", grouped, k) * attention.scale
+    grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
+    return _softmax(attention, grouped, k.permute(0, 2, 3, 1), start)
+
+
+def _softmax(attention: TeacherAttention, grouped: Tensor, columns: Tensor, start: int) -> Tensor:
+    """``teacher_weights`` of grouped queries [B, Hk, G, i, D] and columns of keys [B, Hk, D, j]: few launches, because
+    a stage 0 makes them for every layer and block of its rows."""
+    scores = ((grouped.flatten(2, 3) * attention.scale) @ columns).unflatten(2, grouped.shape[2:4])
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    queries = torch.arange(start, start + q.shape[1], device=q.device)[:, None]
-    distance = queries - torch.arange(k.shape[1], device=q.device)
-    hidden = distance < 0
+    queries = torch.arange(start, start + grouped.shape[3], device=scores.device)[:, None]
+    keys = torch.arange(columns.shape[3], device=scores.device)
+    hidden = keys > queries
     if attention.sliding_window is not None:
-        hidden |= distance >= attention.sliding_window
+        hidden |= queries - keys >= attention.sliding_window
     return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
 
 

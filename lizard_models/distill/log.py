@@ -8,14 +8,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from transformers import TrainerCallback
 
 from lizard_models.distill.parallel import is_main_process, process_count
+from lizard_models.distill.speed import MEASURED
 from lizard_models.files.streams import console
-
-ITEM = ("loss", "grad_norm")  # of Trainer's entries, as they are
 
 
 class LogFile:
@@ -49,22 +46,19 @@ class LogFile:
 
 
 class LogCallback(TrainerCallback):
-    """Writes a line for every entry of Trainer's log.
+    """Writes a line for every entry of Trainer's log that has a loss, and for what happened.
 
-    tokens: of a step, over all processes. A line has ``step``, ``loss`` (the mean over the steps since the last line,
-    and over processes), ``grad_norm`` (before clipping), ``learning_rates`` (of each group of parameters),
-    ``tokens_per_second`` (since the last line, saving and measuring included), ``seconds`` (since the stage began in
-    this process), ``resident_bytes`` (of the main process), and on a GPU ``cuda_bytes`` (the most that was allocated).
+    A line has ``step``, ``loss`` (the mean over the steps since the last line, and over processes), ``grad_norm``
+    (before clipping), ``learning_rates`` (of each group of parameters), ``seconds`` (since the stage began in this
+    process), and what ``Speed`` gives.
     """
 
-    def __init__(self, log: LogFile, tokens: int) -> None:
-        self.log, self.tokens = log, tokens
-        self.began = self.last = time.monotonic()
-        self.step = 0
+    def __init__(self, log: LogFile) -> None:
+        self.log = log
+        self.began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = self.last = time.monotonic()
-        self.step = state.global_step
+        self.began = time.monotonic()
         event = "resumed" if state.global_step else "began"
         self.log.write(event=event, step=state.global_step, steps=state.max_steps, processes=process_count())
 
@@ -72,17 +66,12 @@ class LogCallback(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" not in logs:
             return
-        now = time.monotonic()
-        values: dict[str, Any] = {name: logs[name] for name in ITEM if name in logs}
+        values: dict[str, Any] = {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
         first, *others = kwargs["lr_scheduler"].base_lrs
         rate = logs["learning_rate"]  # of the first group, in this step; the scheduler is at the next one already
         values["learning_rates"] = [rate, *(other * rate / first for other in others)]
-        values["tokens_per_second"] = self.tokens * (state.global_step - self.step) / max(now - self.last, 1e-9)
-        values["seconds"] = now - self.began
-        values["resident_bytes"] = psutil.Process().memory_info().rss
-        if torch.cuda.is_available() and args.device.type == "cuda":
-            values["cuda_bytes"] = torch.cuda.max_memory_allocated(args.device)
-        self.last, self.step = now, state.global_step
+        values["seconds"] = time.monotonic() - self.began
+        values |= {name: logs[name] for name in MEASURED if name in logs}
         self.log.write(step=state.global_step, **values)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

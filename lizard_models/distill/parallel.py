@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 
@@ -101,6 +103,37 @@ def sharded(objective: nn.Module, device: str) -> nn.Module:
             fully_shard(module, mesh=mesh)
     fully_shard(copied, mesh=mesh)
     return copied
+
+
+def context_group(ranks: int, device: str) -> Any:
+    """The mesh of one dimension over which this process's sequences lie: neighbours, ``ranks`` of them."""
+    mesh = init_device_mesh(
+        torch.device(device).type, (process_count() // ranks, ranks), mesh_dim_names=("data", "context")
+    )
+    return mesh["context"]
+
+
+def share_batches(accelerator: Any, ranks: int) -> None:
+    """Lets processes that hold parts of the same sequences read the same batches: every ``ranks`` neighbours."""
+
+    def prepared(loader: DataLoader, device_placement: bool | None = None, **_: Any) -> DataLoader:
+        made = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=process_count() // ranks,
+            process_index=accelerator.process_index // ranks,
+            put_on_device=True,
+            rng_types=accelerator.rng_types.copy(),
+            dispatch_batches=False,  # the main process does not read for all
+            even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+        )
+        accelerator._dataloaders.append(made)
+        return made
+
+    accelerator.prepare_data_loader = prepared
 
 
 class Prepared(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from lizard_models.distill.key_labels import TeacherAttention, key_labels
 from lizard_models.distill.score_files import SCORES, load_scores, save_scores
 from lizard_models.distill.stream import endless
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.model.arithmetic import Shape
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import lizard_config
@@ -112,7 +113,10 @@ def train_stage0(
         with only_training(transfer, names):
             if not finished:
                 transfer.start(sample)
-            done = run_stage(transfer, dataset, recipe, run, quantity="squared error")
+            numbers = sum(p.numel() for p in learned)
+            flop = Shape(model.config).stage_flop("stage0", recipe, numbers)
+            run = replace(run, log_attention_every=0)  # no student reads anything here
+            done = run_stage(transfer, dataset, recipe, run, quantity="squared error", flop_per_token=flop)
         if finished:
             return Stage0Result(**vars(done), r2=load_scores(folder, scores))
         transfer.scale_back()

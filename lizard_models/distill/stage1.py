@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lizard_models.distill.arguments import RunArguments
+from lizard_models.distill.arguments import RunArguments, check_parts
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.context import context_part
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.recipes import Stage1Config
 
 
 class AttentionTransfer(nn.Module):
-    """The loss of stage 1: the mean over converted layers of each layer's error, from one teacher-forced forward."""
+    """The loss of stage 1: the mean over converted layers of each layer's error, from one teacher-forced forward.
+
+    With ``context_group``, over whose ranks every row lies, the mean of the ranks' losses is that of the rows.
+    """
+
+    context_group: Any = None
 
     def __init__(self, model: LizardCausalLM) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """input_ids [B, T] -> {"loss": float32 scalar}."""
-        return {"loss": self.model(input_ids=input_ids, attention_mask=attention_mask).loss}
+        """input_ids [B, T], whole rows -> {"loss": float32 scalar}."""
+        inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+        if self.context_group is not None:
+            inputs = context_part(inputs, self.context_group)
+        return {"loss": self.model(**inputs).loss}
 
 
 def train_stage1(
@@ -38,6 +50,7 @@ def train_stage1(
     Raises what ``run_stage`` does.
     """
     recipe = recipe or lizard_config(model.config).stage1
+    check_parts(model, recipe, run.context_parallel, softmax=True)
     new = {name for name, _ in model.stage_parameters()}
     model.set_attention_mode("distill", recipe)
     try:
@@ -49,6 +62,7 @@ def train_stage1(
                 run,
                 quantity=quantity(recipe),
                 gate_learning_rate=recipe.gate_learning_rate,
+                flop_per_token=Shape(model.config).stage_flop("stage1", recipe),
             )
     finally:
         model.set_attention_mode("student")

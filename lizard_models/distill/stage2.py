@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lizard_models.distill.adapters import adapter_layers, fuse_adapters, without_adapters
-from lizard_models.distill.arguments import RunArguments
+from lizard_models.distill.arguments import RunArguments, check_parts
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.losses import distillation_loss, logits_of, next_tokens
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
+from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.context import context_part
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.recipes import Stage2Config
 
@@ -24,7 +26,10 @@ class LanguageModelling(nn.Module):
 
     The teacher is the same weights with the adapters (or the changes of ``FullWeights``) off and softmax attention on:
     no second model is held. Products with adapters are in the model's dtype (``fuse_adapters``).
+    With ``context_group``, over whose ranks every row lies, the mean of the ranks' losses is that of the rows.
     """
+
+    context_group: Any = None
 
     def __init__(self, adapted: Any, recipe: Stage2Config) -> None:
         super().__init__()
@@ -33,27 +38,35 @@ class LanguageModelling(nn.Module):
         self.adapters = adapter_layers(adapted)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """input_ids [B, T] -> {"loss": float32 scalar}."""
+        """input_ids [B, T], whole rows -> {"loss": float32 scalar}."""
         student = self.adapted.get_base_model()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        ranks, share, ends = self.context_group, 1.0, True
+        if ranks is not None:
+            if attention_mask is not None:
+                raise ValueError("attention_mask: got one, wanted full rows with context_parallel")
+            inputs = context_part({"input_ids": input_ids, "labels": input_ids}, ranks) | {"use_cache": False}
+            targets, ends = inputs.pop("shift_labels"), ranks.get_local_rank() == ranks.size() - 1
+            del inputs["labels"]
+            share = (targets.shape[1] - ends) * ranks.size() / (input_ids.shape[1] - 1)
+        else:
+            targets = next_tokens(input_ids, attention_mask)
         teacher = self._teacher_hidden(student, inputs) if self.recipe.kl_weight else None
         hidden = student.model(**inputs).last_hidden_state
-        targets = next_tokens(input_ids, attention_mask)
-        if attention_mask is None:  # only the last position of a row predicts nothing
+        if attention_mask is None and ends:  # only the last position of a row predicts nothing
             hidden, targets = hidden[:, :-1], targets[:, :-1]
             teacher = None if teacher is None else teacher[:, :-1]
-        return {
-            "loss": distillation_loss(
-                hidden,
-                logits_of(student),
-                targets,
-                all_count=attention_mask is None,
-                teacher_hidden=teacher,
-                teacher_head=logits_of(student),
-                cross_entropy_weight=self.recipe.cross_entropy_weight,
-                kl_weight=self.recipe.kl_weight,
-            )
-        }
+        loss = distillation_loss(
+            hidden,
+            logits_of(student),
+            targets,
+            all_count=attention_mask is None,
+            teacher_hidden=teacher,
+            teacher_head=logits_of(student),
+            cross_entropy_weight=self.recipe.cross_entropy_weight,
+            kl_weight=self.recipe.kl_weight,
+        )
+        return {"loss": loss if ranks is None else loss * share}
 
     @torch.no_grad()
     def _teacher_hidden(self, student: LizardCausalLM, inputs: dict[str, Any]) -> Tensor:
@@ -98,6 +111,7 @@ def train_stage2(
                 quantity=quantity,
                 gate_learning_rate=recipe.gate_learning_rate,
                 new_learning_rate=recipe.new_learning_rate,
+                flop_per_token=Shape(model.config).stage_flop("stage2", recipe),
             )
     except BaseException:
         adapted.unload()
@@ -119,6 +133,7 @@ def check_stage2(model: LizardCausalLM, run: RunArguments, recipe: Stage2Config)
     if other or not recipe.lora_targets:
         named = ", ".join(sorted(other)) or "nothing is named"
         raise ValueError(f"lora_targets: {named}; wanted projections such as q_proj and v_proj")
+    check_parts(model, recipe, run.context_parallel, softmax=recipe.kl_weight > 0)
     if run.fsdp and recipe.trained == "full":
         raise ValueError('fsdp: trained="full" is not sharded; train adapters (trained="lora"), or without fsdp')
     if run.cuda_graph and (recipe.lora_dropout or run.gradient_checkpointing):

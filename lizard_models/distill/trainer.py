@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from lizard_models.distill import parallel
 from lizard_models.distill.arguments import RunArguments, total_steps, training_arguments
+from lizard_models.distill.attention_log import AttentionLog
 from lizard_models.distill.checkpoint_files import StateFiles, refuse_pickles, write_sums
 from lizard_models.distill.compiled import compiled
 from lizard_models.distill.divergence import DivergenceCallback, RollBack, halve
@@ -41,6 +42,7 @@ from lizard_models.distill.resume import (
     remove,
 )
 from lizard_models.distill.schedule import cosine_schedule
+from lizard_models.distill.speed import Speed, peak_of
 from lizard_models.distill.stream import endless
 from lizard_models.files.folders import sync_all
 from lizard_models.files.records import read_json
@@ -53,9 +55,13 @@ DIVERGED = 1.5  # a stage whose loss ends above its first by this factor is warn
 
 
 class UpdateCallback(TrainerCallback):
-    """Shows the watch the weights after each update."""
+    """Shows the watch the weights after each update, and starts the clock."""
 
     trainer: DistillTrainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As transformers calls it: where the run goes on."""
+        self.trainer.speed.start(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As transformers calls it: the step that is not counted yet."""
@@ -91,6 +97,7 @@ class DistillTrainer(StateFiles):
     sharded = False
     halved = False  # whether it goes on with half the rate that the checkpoint has
     watch: FiniteWatch
+    speed: Speed
     loss_sum: Tensor | float = 0.0
     inputs: Any = None
 
@@ -128,8 +135,10 @@ class DistillTrainer(StateFiles):
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, after a look at the steps it is about, which names parameters."""
+        """As Trainer's, after a look at the steps it is about, which names parameters; with speed and memory."""
         self.watch.settle()
+        if "loss" in logs:
+            logs |= self.speed.read(self.state.global_step, self.args.device)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -232,10 +241,12 @@ def run_stage(
     quantity: str,
     gate_learning_rate: float | None = None,
     new_learning_rate: float | None = None,
+    flop_per_token: float | None = None,
 ) -> StageResult:
     """Trains the parameters of ``objective`` that require gradients.
 
     objective: forward(input_ids [B, T]) -> {"loss": scalar}. quantity: what the loss is called on the screen.
+    flop_per_token: of a step, for the log.
     With ``run.resume`` it goes on from the newest checkpoint; a finished run is only loaded.
 
     Raises ValueError if nothing trains, if frozen weights are not finite, if checkpoints are there and ``resume`` is
@@ -266,6 +277,10 @@ def run_stage(
     arguments = training_arguments(recipe, run, steps)
     arguments.save_total_limit = run.keep_checkpoints
     trained = parallel.sharded(objective, run.device or "cuda") if run.fsdp else objective
+    if run.context_parallel > 1:
+        if not hasattr(trained, "context_group"):
+            raise ValueError(f"context_parallel: {run.title or 'this stage'} reads whole rows; wanted 1")
+        trained.context_group = parallel.context_group(run.context_parallel, run.device or "cuda")
     progress = ProgressCallback(run.title, quantity)
     interrupt = InterruptCallback(progress.console)
     log = LogFile(run.log, run.title)
@@ -273,7 +288,13 @@ def run_stage(
     groups = parameter_groups(trained, recipe.learning_rate, **rates)
     divergence = DivergenceCallback(run.title, quantity, run.diverged, folder, log)
     divergence.rates = [group["lr"] for group in groups]
-    tokens = recipe.batch_size * recipe.sequence_length
+    dtype = next((p.dtype for p in objective.parameters() if not p.requires_grad), torch.float32)
+    peak = run.peak_tflops or peak_of(arguments.device, dtype)
+    speed = Speed(recipe.batch_size * recipe.sequence_length, flop_per_token, peak)
+    seen: list[Any] = []
+    if run.log_attention_every:
+        first = dataset[0] if isinstance(dataset, Sized) else next(iter(dataset))
+        seen.append(AttentionLog(log, run.log_attention_every, trained, first["input_ids"][None]))
 
     def new_trainer(halved: bool) -> DistillTrainer:
         optimizer = torch.optim.AdamW(
@@ -289,10 +310,14 @@ def run_stage(
             args=arguments,
             train_dataset=endless(dataset),
             optimizers=(optimizer, schedule),
-            callbacks=[progress, LogCallback(log, tokens), divergence, update := UpdateCallback(), interrupt],
+            callbacks=[progress, LogCallback(log), divergence, *(own := [UpdateCallback(), *seen]), interrupt],
         )
-        update.trainer = trainer
+        for callback in own:
+            callback.trainer = trainer
+        trainer.speed = speed
         trainer.sharded, trainer.halved = run.fsdp, halved
+        if run.context_parallel > 1:
+            parallel.share_batches(trainer.accelerator, run.context_parallel)
         trainer.watch = FiniteWatch(run.title, quantity, folder, trainer.where)
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -121,6 +121,7 @@ def appear_whole(target: Path, *, shared: bool = True) -> Iterator[Path]:
     try:
         try_lock(mark)  # for as long as this process lives, nobody takes it for a leftover
         yield draft
+        _open_to_others(draft)
         sync_all(draft)
     except BaseException:
         os.close(mark)
@@ -134,6 +135,15 @@ def appear_whole(target: Path, *, shared: bool = True) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
     finally:
         os.close(mark)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives each file the mode of a new one: safetensors makes its files private, whatever the umask says."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 def drafts_of(target: Path) -> list[Path]:

@@ -17,7 +17,7 @@ def read_json(path: Path, remedy: str) -> Any:
     """What a JSON file holds. Raises ValueError, with the file's name and ``remedy``, for one that is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
 
 

@@ -27,7 +27,15 @@ def silent(message: str) -> None:
 
 def cache_dir(override: str | os.PathLike | None = None) -> Path:
     """The folder for everything fetched or converted: ``override``, else $LIZARD_CACHE, else ~/.cache/lizard-attn."""
-    return Path(override or os.environ.get("LIZARD_CACHE") or Path.home() / ".cache" / "lizard-attn").expanduser()
+    return expanded(override or os.environ.get("LIZARD_CACHE") or "~/.cache/lizard-attn", "cache")
+
+
+def expanded(path: str | os.PathLike, argument: str) -> Path:
+    """A path with its ~ or ~user written out. Raises ValueError, naming ``argument``, where no such home is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{argument}: no home is known for {os.fspath(path)!r}; write the path out") from None
 
 
 def hub_answers(path: str = "") -> bool:

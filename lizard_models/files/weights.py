@@ -47,9 +47,13 @@ def read_shards(folder: Path) -> list[Shard]:
 
 
 def read_header(path: Path) -> Shard:
-    """Names and shapes of a safetensors file. Raises ValueError if it is missing, damaged or cut short."""
+    """Names and shapes of a safetensors file.
+
+    Raises ValueError if it is missing, damaged or cut short, and OSError for one that the system does not let us read.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing, though the index names it: fetch or copy the model again")
+    path.open("rb").close()  # safetensors would say that it does not exist
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

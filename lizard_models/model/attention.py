@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention
+from lizard_layers import AnchorBlock, AttentionConfig, EarlierRanks, HybridAttention
+from lizard_models.model.context import softmax_over_ranks
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.joined import joined_product
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
@@ -81,7 +82,7 @@ class LizardAttention(nn.Module):
         x, rope = hidden_states, position_embeddings if self.use_rope else None
         if self.mode == "teacher":
             if plan.without_mask:  # in training: the same heads with fewer kernels
-                o = self.teacher_attention(*self.heads(x), rope, **kwargs)
+                o = self.teacher_attention(*self.heads(x), rope, context_group=plan.context_group, **kwargs)
                 return self.o_proj(o.flatten(2)), None
             return super().forward(
                 hidden_states,
@@ -119,7 +120,8 @@ class LizardAttention(nn.Module):
             packed = (packing.pack(t) for t in (x, q, k, v))
             return packing.unpack(self.lizard(*packed, turns, cu_seqlens=packing.cu_seqlens)[0], q)
         if cache is None:
-            return self.lizard(x, q, k, v, rope, padding_mask=plan.padding_mask, anchor_blocks=blocks)[0]
+            begin = None if plan.context_group is None else EarlierRanks(plan.context_group)
+            return self.lizard(x, q, k, v, rope, begin, padding_mask=plan.padding_mask, anchor_blocks=blocks)[0]
         layer: Any = cache.layers[self.layer_idx]
         return layer.read(self.lizard, x, q, k, v, rope, plan.padding_mask, blocks)
 
@@ -141,7 +143,7 @@ class LizardAttention(nn.Module):
         plan: ForwardPlan,
         **kwargs: Any,
     ) -> Tensor:
-        target = self.teacher_attention(q, k, v, rope, attention_mask, **kwargs)
+        target = self.teacher_attention(q, k, v, rope, attention_mask, plan.context_group, **kwargs)
         parameters = [p for p in self.lizard.parameters() if p.requires_grad] if plan.with_gradients else []
         with torch.set_grad_enabled(plan.with_gradients):
             self.last_loss, student = layer_loss(
@@ -151,6 +153,7 @@ class LizardAttention(nn.Module):
                 plan.padding_mask,
                 parameters,
                 self.o_proj if self.stage1.target == "output" else None,
+                plan.context_group,
             )
         return target if self.stage1.inputs == "teacher" else student
 
@@ -161,17 +164,20 @@ class LizardAttention(nn.Module):
         v: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None = None,
+        context_group: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """The family's causal softmax attention of the same heads, without the output projection.
 
         q [B, T, Hq, D], k and v [B, T, Hk, D] as ``heads`` gives them; rope None where the layer has none;
         attention_mask as transformers prepares it for the
-        attention implementation in use -> o [B, T, Hq, D].
+        attention implementation in use; context_group: over whose ranks the text lies -> o [B, T, Hq, D].
         """
         name = self.config._attn_implementation
         attend: Callable = self.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         q, k = (q, k) if rope is None else (apply_rotary(q, *rope), apply_rotary(k, *rope))
+        if context_group is not None:
+            return softmax_over_ranks(q, k, v, self.scaling, context_group)
         heads = [t.transpose(1, 2) for t in (q, k, v)]
         o, _ = attend(
             self,

@@ -18,6 +18,7 @@ from lizard_models.model.decoder import LizardDecoder
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.prefix.generation import ReadsFromPrefixes
+from lizard_models.model.tensor_parallel import HEAD_PLAN
 
 NO_PAGES = (
     "{}: a Lizard model has a constant-size cache of its own and no pages: call generate with a padded batch and its "
@@ -29,8 +30,8 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
     """Mixed into a family's causal language model: generation with a constant-size cache, strict loading."""
 
     decoder_class: type[LizardDecoder]
-    _tp_plan: Any = None  # the family's plans know nothing of the new parameters
-    _pp_plan: Any = None
+    _tp_plan: Any = HEAD_PLAN
+    _pp_plan: Any = None  # the family's plan knows nothing of the new parameters
 
     def __init__(self, config: PreTrainedConfig) -> None:
         PreTrainedModel.__init__(self, config)
@@ -80,6 +81,10 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
             logits = steps.logits(past_key_values, input_ids, others)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        if kwargs.get("context_group") is not None and labels is not None and kwargs.get("shift_labels") is None:
+            raise ValueError(
+                "labels: the last position of a part predicts the next part's first: give shift_labels too"
+            )
         kwargs["within_causal_lm"] = True
         if self.mode != "distill":
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)

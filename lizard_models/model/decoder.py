@@ -19,6 +19,7 @@ from lizard_layers import AnchorBlock
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
+from lizard_models.model.context import check_part, part_positions
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.fused_mlp import with_product
 from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
@@ -138,7 +139,8 @@ class LizardDecoder(LizardModelMixin):
         graph to look for them; in one graph (fullgraph=True, torch.export, a CUDA graph, or with a cache) they fail an
         assertion when it runs, as do positions past the limit in an export of a model whose anchors move. A cache must
         be a ``LizardCache``; unless asked for, none is made in training. A mask must say of cached positions what the
-        cache has read of them; a graph does not check that.
+        cache has read of them; a graph does not check that. context_group=: a process group or a mesh over whose ranks
+        every row lies in parts, of which these positions are this rank's (``context_part``, docs/parallel.md).
 
         Raises ValueError for what does not fit, and says what would.
         """
@@ -162,6 +164,10 @@ class LizardDecoder(LizardModelMixin):
     ) -> BaseModelOutputWithPast:
         self.rotary_emb.reach(None if self.mode == "teacher" else self.position_range)
         tokens = input_ids if input_ids is not None else inputs_embeds
+        context_group = kwargs.pop("context_group", None)
+        if context_group is not None:
+            check_part(self, tokens, attention_mask, past_key_values, use_cache, context_group)
+            use_cache = False
         if position_ids is None and tokens is not None:
             position_ids = positions_of_documents(kwargs, tokens.shape[1])
         plain = position_ids is None and attention_mask is None and past_key_values is None
@@ -170,6 +176,10 @@ class LizardDecoder(LizardModelMixin):
                 raise ValueError('mode "teacher" cannot fill a LizardCache: use model.new_cache()')
             if plain and use_cache is False and self.causal_without_mask and input_ids is not None:
                 attention_mask, kwargs["plan"] = placeholder_mask(input_ids), ForwardPlan(without_mask=True)
+            if context_group is not None and tokens is not None:
+                position_ids = part_positions(tokens, None, context_group) if position_ids is None else position_ids
+                kwargs["plan"] = ForwardPlan(without_mask=True, context_group=context_group)
+                attention_mask = placeholder_mask(tokens)
             return super().forward(
                 input_ids,
                 attention_mask,
@@ -207,9 +217,13 @@ class LizardDecoder(LizardModelMixin):
         real = None
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
             real = new_columns(attention_mask, length, first).bool()
+        if context_group is not None and position_ids is None:
+            position_ids = part_positions(tokens, real, context_group)
         past_key_values, packing = self._cache_and_packing(
             past_key_values, use_cache, position_ids, real, batch, length
         )
+        if context_group is not None and packing is not None:
+            raise ValueError("context_group: packed sequences lie in no parts: one text a row, or leave it out")
         if position_ids is not None and length > 1 and not is_graphed(position_ids) and torch.jit.is_tracing():
             position_ids = trace_one_text(packing, position_ids, real)
         past = 0 if past_key_values is None else past_key_values.known_length()
@@ -234,8 +248,10 @@ class LizardDecoder(LizardModelMixin):
                 position_ids = start[:, None] + torch.arange(length, device=start.device)
         if all_real(padding_mask):
             padding_mask = None
+        if context_group is not None and position_ids is not None and self.moves_anchors:
+            past = int(position_ids.max()) + 1 - length
         blocks = self._anchor_blocks(tokens, position_ids, past, packing is not None)
-        plan = ForwardPlan(padding_mask, packing, blocks)
+        plan = ForwardPlan(padding_mask, packing, blocks, context_group=context_group)
         if self.mode == "student" and not self.has_softmax_layers:
             attention_mask = placeholder_mask(tokens)
         elif packing is not None and attention_mask is not None:
@@ -245,7 +261,7 @@ class LizardDecoder(LizardModelMixin):
                 attention_mask = packed_mask(packing, padding_mask, self.dtype, self.config)
         if self.mode == "distill":
             self._refuse_rescaled(position_ids, length)
-            if plain and self.causal_without_mask:
+            if (plain or context_group is not None) and self.causal_without_mask:
                 attention_mask, plan = placeholder_mask(tokens), plan._replace(without_mask=True)
             plan = plan._replace(with_gradients=torch.is_grad_enabled())
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "distill"):

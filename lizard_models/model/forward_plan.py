@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,3 +30,6 @@ class ForwardPlan(NamedTuple):
 
     without_mask: bool = False
     """The attention mask is a placeholder that no layer reads: every row is full and plainly causal."""
+
+    context_group: Any = None
+    """A process group or mesh over whose ranks every row lies in parts; None where the rows are whole."""

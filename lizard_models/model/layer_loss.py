@@ -8,20 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lizard_models.model.context import every_rank
 from lizard_models.model.once import once, tie
 
 TINY = torch.finfo(torch.float32).tiny  # below every sum of squares that is not zero
 
 
-def output_error(student: Tensor, target: Tensor, kind: str, padding_mask: Tensor | None = None) -> Tensor:
+def output_error(
+    student: Tensor, target: Tensor, kind: str, padding_mask: Tensor | None = None, context_group: Any = None
+) -> Tensor:
     """One float32 number for how far the student's output is from the target.
 
     "relative": sum of squared errors over sum of squared targets, per head, averaged over heads. "mse": mean of squared
     errors. student, target [B, T, H, D]; padding_mask [B, T] bool, positions where it is False count for nothing.
     Differentiable in ``student``; without padding_mask once, and a ValueError says so to a second derivative.
+    context_group: over whose ranks the positions lie in parts as long, without padding_mask; the errors of the ranks,
+    of which each counts its own positions, have that of the whole for their mean.
     """
     if padding_mask is None:
-        return _Error.apply(student, target.detach(), kind, tie(student))
+        return _Error.apply(student, target.detach(), kind, tie(student), context_group)
     real = padding_mask[:, :, None, None]
     student, target = student.float() * real, target.float() * real
     squares = (student - target).square()
@@ -34,13 +39,17 @@ class _Error(torch.autograd.Function):
     """The error without padding: one float32 tensor, the difference, of which the gradient is a multiple per head."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, target: Tensor, kind: str, source: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, target: Tensor, kind: str, source: Tensor | None, context_group: Any
+    ) -> Tensor:
         if target.dtype == torch.float64:
             target = target.float()
         difference = student.float() - target  # float32, also where the target is half precision
         squares = torch.linalg.vector_norm(difference, dim=(0, 1, 3)).square()  # [H]
         if kind == "relative":
             squares_of_target = torch.linalg.vector_norm(target, dim=(0, 1, 3), dtype=torch.float32).square()
+            if context_group is not None:
+                squares_of_target = every_rank(squares_of_target, context_group).mean(0)
             weights = (squares_of_target.clamp(min=TINY) * len(squares)).reciprocal()
         else:
             weights = torch.full_like(squares, 1 / difference.numel())
@@ -54,7 +63,7 @@ class _Error(torch.autograd.Function):
         with torch.no_grad():
             of_student = (difference * (2 * grad * weights)[:, None]).to(ctx.dtype)
         instead = "with a padding_mask, of ones too, the error is plain PyTorch and has any"
-        return once("output_error", instead, (of_student, None, None, None), (grad, source))
+        return once("output_error", instead, (of_student, None, None, None, None), (grad, source))
 
 
 def layer_loss(
@@ -64,6 +73,7 @@ def layer_loss(
     padding_mask: Tensor | None,
     parameters: Sequence[Tensor],
     project: Callable[[Tensor], Tensor] | None = None,
+    context_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """``output_error`` of ``student_heads()`` [B, T, Hq, D] against ``target``, and those heads, detached.
 
@@ -77,7 +87,7 @@ def layer_loss(
         student, wanted = heads, target
         if project is not None:
             student, wanted = (project(t.flatten(2)).unsqueeze(2) for t in (heads, target))
-        value = output_error(student, wanted, kind, padding_mask)
+        value = output_error(student, wanted, kind, padding_mask, context_group)
         return value, heads.detach()
 
     return gradients_at_once(error, parameters)

@@ -31,14 +31,14 @@ class SafeLoading(PreTrainedModel):
         Weights are read from safetensors, never from pickles. ``trust_remote_code`` is ignored: the classes are here,
         and nothing in a checkpoint is run. A local folder's files are checked before weights are read.
 
-        Raises ValueError for ``use_safetensors=False``, tensor, pipeline or expert parallelism, a folder without
-        safetensors, a file that is missing, damaged or cut short, and keys that are missing, unexpected or of another
-        shape.
+        Raises ValueError for ``use_safetensors=False``, pipeline or expert parallelism, tensor parallelism of another
+        class or by another plan than the causal language model's own, a folder without safetensors, a file that is
+        missing, damaged or cut short, and keys that are missing, unexpected or of another shape.
         """
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: pickled weights can run code and are never read")
-        _refuse_plans(kwargs)
+        _refuse_plans(cls, kwargs)
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         kwargs |= {"ignore_mismatched_sizes": True}  # they are refused below, by name
         _check_files(source, kwargs)
@@ -79,16 +79,24 @@ def refuse_nonfinite(model: Any, what: str, remedy: str) -> None:
         raise ValueError(f"{what} has weights that are not finite: {name_some(names)}; {remedy}")
 
 
-def _refuse_plans(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError where single layers would be cut: the families' plans know nothing of the new parameters."""
+def _refuse_plans(cls: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where single layers would be cut by other plans than the class's own for tensor parallelism."""
     config = kwargs.get("distributed_config")
     asked = dict(config) if isinstance(config, dict) else dict(vars(config)) if config is not None else {}
     asked |= {name: kwargs[name] for name in ("tp_plan", "tp_size") if kwargs.get(name) is not None}
+    own = bool(cls._tp_plan)
+    if own and isinstance(asked.get("tp_plan"), dict):
+        raise ValueError(
+            f"tp_plan={asked['tp_plan']!r}: a Lizard model splits its heads by a plan of its own: leave it out"
+        )
     for name, value in asked.items():
+        if own and name in ("tp_plan", "tp_size"):
+            continue
         plan = name in ("tp_plan", "ep_plan") or name.startswith("enable_")
         if (plan and value) or (name in ("tp_size", "pp_size", "ep_size") and (value or 1) > 1):
             raise ValueError(
-                f"{name}={value!r}: a Lizard model has no tensor, pipeline or expert parallel plan. Leave it out: "
+                f"{name}={value!r}: a Lizard model has no {'' if own else 'tensor, '}pipeline or expert parallel plan. "
+                "Leave it out: "
                 'device_map="auto" spreads whole layers over devices, FSDP shards weights in training'
             )
 

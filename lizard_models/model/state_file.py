@@ -18,9 +18,11 @@ from transformers.cache_utils import DynamicLayer
 
 from lizard_layers import empty_state, state_of, tensors_of
 from lizard_models.config import RETIRED
+from lizard_models.files.sources import expanded
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.layer_configs import attention_config, kept_layers, lizard_config
+from lizard_models.model.tensor_parallel import refuse_split
 
 FORMAT, VERSION = "lizard-attn state", 1
 # What may differ between the model that wrote a state and the one that reads it.
@@ -45,11 +47,10 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
     """
     if not isinstance(cache, LizardCache):
         raise ValueError(f"cache: got {type(cache).__name__}, wanted the LizardCache of a linearized model")
+    refuse_split(model, "save_state")
     if not cache.get_seq_length():
         raise ValueError("cache: has read nothing, wanted one with a state to save")
-    target = Path(path).expanduser()
-    if not target.parent.is_dir():
-        raise ValueError(f"state file {str(target)!r}: there is no folder {str(target.parent)!r}")
+    target = place_for(path)
     tensors = {name: t.detach().contiguous() for name, t in tensors_of_cache(cache).items()}
     metadata = {
         "format": FORMAT,
@@ -69,6 +70,16 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
     return target.stat().st_size
 
 
+def place_for(path: str | os.PathLike[str]) -> Path:
+    """Where ``save_state`` writes. Raises ValueError for a folder, and for a place in none."""
+    target = expanded(path, "state file")
+    if not target.parent.is_dir():
+        raise ValueError(f"state file {str(target)!r}: there is no folder {str(target.parent)!r}")
+    if target.is_dir():
+        raise ValueError(f"state file {str(target)!r}: a folder is there; wanted the name of a file")
+    return target
+
+
 def load_state(path: str | os.PathLike[str], model: Any) -> LizardCache:
     """The cache in a file of ``save_state``, on the device of ``model``, to go on from as often as one likes.
 
@@ -78,7 +89,8 @@ def load_state(path: str | os.PathLike[str], model: Any) -> LizardCache:
     Raises ValueError, naming the file, if it is missing, truncated, damaged, no state file or of a newer version, and
     for a model of another config, dtype or other weights than the one that wrote it.
     """
-    file = Path(path).expanduser()
+    refuse_split(model, "load_state")
+    file = expanded(path, "state file")
     if not file.is_file():
         raise ValueError(f"state file {str(file)!r} does not exist")
     device = next(model.parameters()).device

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lizard_models.config import LizardConfig
 from lizard_models.files.folders import appear_whole, check_space, write_sums
-from lizard_models.files.sources import Say, silent
+from lizard_models.files.sources import Say, expanded, silent
 from lizard_models.files.weights import Shard, data_bytes, nonfinite, read_shards
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.families.support import family_of
@@ -53,7 +53,7 @@ def linearize_folder(
     weights that are not in safetensors, a damaged shard, and tensors that are missing, unexpected or of another shape
     than the model's.
     """
-    target = Path(out).expanduser()
+    target = expanded(out, "out")
     if target.exists():
         raise ValueError(f"out: {str(target)!r} exists already; give another folder, or delete it")
     folder, teacher = _local_teacher(str(source), cache, say)

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.neediest_layers import check_widen
-from lizard_models.model.layer_configs import attention_config, converted_layers, head_dim
+from lizard_models.model.arithmetic import Shape, Stage
+from lizard_models.model.layer_configs import converted_layers, head_dim
 from lizard_models.model.linearize import student_config
 from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.memory import cache_bytes, lizard_bytes
@@ -103,13 +104,10 @@ def run_cost(
 ) -> RunCost:
     """Shapes exactly, from a model without memory; arithmetic and bytes by counting, in bf16 with float32 moments.
 
-    Arithmetic counts matrix products. Stage 0, with kept keys, is a forward of the teacher and, in every converted
-    layer, its attention once more for the labels, and the score's forward and twice that backward. Stage 1 is a forward
-    of the teacher and, in every converted layer, the student's attention forward and twice that backward. Stage 2 is a
-    forward, a backward to the inputs, a second forward with checkpointing, and the teacher's forward for KL. Bytes:
-    weights, new parameters and adapters with gradient and two moments, activations of ``micro_batch`` sequences
-    (default the recipe's batch): of one layer in stages 0 and 1, of all, or of one and every layer's input with
-    checkpointing, in stage 2; attention matrices of a block of labels; logits of a chunk.
+    Arithmetic counts matrix products (``Shape.stage_flop``). Bytes: weights, new parameters and adapters with gradient
+    and two moments, activations of ``micro_batch`` sequences (default the recipe's batch): of one layer in stages 0 and
+    1, of all, or of one and every layer's input with checkpointing, in stage 2; attention matrices of a block of
+    labels; logits of a chunk.
 
     Raises ValueError as the student's configuration does.
     """
@@ -121,27 +119,24 @@ def run_cost(
     first = model.lizard_attentions()[0]
     shapes = {name: tuple(p.shape) for name, p in first.lizard.named_parameters()}
     adapters = tuned_numbers(model, lizard.stage2)
-    shape = _Shape(config)
+    shape = Shape(config)
     base = total - added
-    stages = {}
+    stages: dict[str, StageCost] = {}
     scores = sum(p.numel() for p in model.key_scores().parameters())
-    recipes = {"stage0": lizard.stage0} if scores else {}
-    for name, recipe in {**recipes, "stage1": lizard.stage1, "stage2": lizard.stage2}.items():
+    recipes: dict[Stage, Recipe] = {"stage1": lizard.stage1, "stage2": lizard.stage2}
+    if scores:
+        recipes["stage0"] = lizard.stage0
+    for name, recipe in recipes.items():
         steps = _steps(recipe)
         tokens = steps * recipe.batch_size * recipe.sequence_length
         rows = (micro_batch or recipe.batch_size) * recipe.sequence_length
         kept = shape.layer_bytes * rows
+        flop = shape.stage_flop(name, recipe, scores, checkpointing)
         if name == "stage0":
-            length = recipe.sequence_length
-            flop = shape.teacher_flop(length) + shape.converted * 2 * shape.width * length + 6 * scores
             trained, activations = scores, kept + 2 * 4 * rows * config.num_attention_heads * lizard.stage0.label_block
         elif name == "stage1":
-            flop = shape.teacher_flop(recipe.sequence_length) + 3 * shape.converted * shape.student_flop
             trained, activations = added - scores, kept
         else:
-            forward = shape.student_forward
-            flop = forward * (3 if checkpointing else 2)
-            flop += shape.teacher_flop(recipe.sequence_length) * bool(lizard.stage2.kl_weight)
             trained = adapters + (added - scores) * lizard.stage2.train_new_parameters
             activations = kept * (1 if checkpointing else shape.layers)
             activations += 2 * config.hidden_size * rows * shape.layers
@@ -179,35 +174,6 @@ def _steps(recipe: Recipe) -> int:
     assert recipe.epochs is not None  # one of the two is set
     tokens = EPOCH_TOKENS if recipe.examples is None else EPOCH_TOKENS * recipe.examples / 50_000
     return math.ceil(recipe.epochs * tokens / (recipe.batch_size * recipe.sequence_length))
-
-
-class _Shape:
-    """FLOP and bytes per token, of a layer and of the whole student."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        d, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
-        queries, keys = config.num_attention_heads, config.num_key_value_heads
-        attention = attention_config(config)
-        features = attention.num_features
-        converted = converted_layers(config)
-        self.layers, self.converted = config.num_hidden_layers, len(converted)
-        layers = [attention_config(config, i) for i in converted]
-        self.width = queries * dim
-        weights = d * dim * (2 * queries + 2 * keys) + 3 * d * inner
-        self.dense = 2.0 * self.layers * weights + 2.0 * d * config.vocab_size
-        self.dense_without_head = 2.0 * self.layers * weights
-        near = sum(layer.window + layer.anchors for layer in layers)
-        seen = (near + sum(sum(layer.kept_by_head) for layer in layers) / keys) / max(1, len(layers))
-        window = 2 * 2 * seen * self.width
-        maps = 2 * (queries + attention.linear_key_heads) * dim * attention.projection_dim
-        sums = 2 * 2 * queries * features * dim
-        self.student_flop = float(window + (maps + sums) * attention.linear_branch)
-        self.student_forward = self.dense + self.converted * self.student_flop
-        self.layer_bytes = 2 * (6 * d + 3 * inner + 3 * self.width + 2 * keys * dim) + 2 * features * (queries + keys)
-
-    def teacher_flop(self, length: int) -> float:
-        """A forward without the head, softmax attention over ``length`` causal positions."""
-        return self.dense_without_head + self.layers * 2 * self.width * length
 
 
 def describe_run(

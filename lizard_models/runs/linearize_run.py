@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
-from lizard_models.distill.arguments import total_steps, training_arguments
+from lizard_models.distill.arguments import check_context, check_parts, total_steps, training_arguments
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
 from lizard_models.distill.stage2 import check_stage2
 from lizard_models.evaluation import Report, Row, attention_errors, loss_by_position, passkey_accuracy
@@ -24,6 +24,7 @@ from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
 from lizard_models.files.records import write_record
+from lizard_models.files.sources import cache_dir
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers, lizard_config
@@ -33,10 +34,11 @@ from lizard_models.recipes import Recipe, Stage0Config
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.runs.plan import Outcome, Plan, check_folders
+from lizard_models.runs.plan import Outcome, Plan, check_folders, precision
+from lizard_models.runs.run_report import report_stop, write_run_report
 from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.start import begin_from
-from lizard_models.runs.state_budget import evenly_kept, share_out, told
+from lizard_models.runs.state_budget import evenly_kept, share_out, shared_mib, told
 from lizard_models.runs.work import KEPT, LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
@@ -81,6 +83,7 @@ class _Run:
         self.device = join(plan.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if plan.fsdp and process_count() == 1:
             raise ValueError("fsdp: one process has nobody to share with; start it with torchrun --nproc-per-node")
+        check_context(plan.context_parallel, plan.cuda_graph)
         self.held.hold()  # before anything is loaded, if there is something to go on with
         self.home = "cpu" if plan.fsdp else self.device  # where the weights are while nothing is measured
         self.dtype = plan.dtype or precision(plan.config.stage1, self.device)
@@ -110,8 +113,7 @@ class _Run:
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
         self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
-        if plan.state_mib is not None and "stage0" not in self.sequences:
-            raise ValueError("state_mib: keys are shared out by the scores of stage 0, which is left out")
+        self.mib = shared_mib(self.model.config, plan.state_mib, "stage0" in self.sequences)
         for stage, rows in self.sequences.items():
             if stage != "stage0":
                 self._check_stage(stage, rows)
@@ -123,13 +125,20 @@ class _Run:
         wait_for_all()
 
     def outcome(self) -> Outcome:
-        """Measures, trains, saves."""
+        """Measures, trains, saves; writes the report wherever it stops."""
+        try:
+            return self._outcome()
+        except BaseException as error:
+            report_stop(self.work, error, self.say)
+            raise
+
+    def _outcome(self) -> Outcome:
         plan, model = self.plan, self.model
         self._measure_starts(model)
         if "stage0" in self.sequences:
             self._fit_scores(model, self.sequences["stage0"])
-        if plan.state_mib is not None:
-            self._share_places(model, plan.state_mib)
+        if self.mib is not None:
+            self._share_places(model, self.mib)
         if "stage1" in self.sequences:
             run = self._run_arguments("stage1", "stage 1, attention approximation")
             self.results["stage1"] = train_stage1(model, self.sequences["stage1"], run)
@@ -168,6 +177,8 @@ class _Run:
         training_arguments(recipe, run, total_steps(recipe, rows))
         if stage == "stage2":
             check_stage2(self.model, run, recipe)
+        else:
+            check_parts(self.model, recipe, run.context_parallel, softmax=True)
 
     def _check_widen(self) -> None:
         if self.plan.start is not None:
@@ -235,8 +246,10 @@ class _Run:
 
     def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
         plan = self.plan
+        cache = cache_dir(plan.cache)
+        how: dict[str, Any] = dict(text_field=plan.text_field, encoding=plan.encoding, cache=cache, say=self.say)
         if isinstance(recipe, Stage0Config):
-            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.text_field, plan.encoding, plan.weights)
+            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.weights, **how)
             self.say(f"data of {stage}: {rows.told}")
             return rows
         sequences = load_mixture(
@@ -245,10 +258,9 @@ class _Run:
             self.teacher.tokenizer,
             recipe.sequence_length,
             seed=recipe.seed,
-            text_field=plan.text_field,
-            encoding=plan.encoding,
             examples=recipe.examples,
             vocab_size=self.teacher.model.config.vocab_size,
+            **how,
         )
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
         size += f" ({', '.join(map(str, sequences.counts))} by weight)" if isinstance(sequences, MixedTokens) else ""
@@ -328,11 +340,14 @@ class _Run:
             save_steps=self.plan.save_steps,
             gradient_checkpointing=self.plan.gradient_checkpointing,
             fsdp=self.plan.fsdp,
+            context_parallel=1 if stage == "stage0" else self.plan.context_parallel,
             cuda_graph=self.plan.cuda_graph,
             compile=self.plan.compile,
             log=self.work / LOG,
             report_to=self.plan.report_to,
             diverged=self.plan.diverged,
+            log_attention_every=self.plan.log_attention_every,
+            peak_tflops=self.plan.peak_tflops,
             title=title,
             frozen=self._frozen(stage),
         )
@@ -378,14 +393,10 @@ class _Run:
                 (draft / TRAINING).write_text(json.dumps(report.settings, indent=2) + "\n")
                 if (self.work / LOG).is_file():
                     shutil.copyfile(self.work / LOG, draft / LOG)
+                    write_run_report(draft, self.say)
                 write_model_card(draft, self.teacher.source)
                 write_sums(draft)
         except KeptDraft as kept:
             raise KeptDraft(f"{kept}; the checkpoints are still in {str(self.work)!r}") from kept
         self.held.remove()
         wait_for_all()
-
-
-def precision(recipe: Recipe, device: str) -> torch.dtype:
-    """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
-    return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32

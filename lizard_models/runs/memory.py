@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lizard_layers import empty_state, state_bytes
 from lizard_models.config import LizardConfig
+from lizard_models.files.sources import expanded
 from lizard_models.model.layer_configs import (
     attention_config,
     converted_layers,
@@ -133,7 +133,7 @@ def describe(
 
 
 def _config_of(name: str, preset: str | None, changes: dict[str, Any], cache: str | None) -> PreTrainedConfig:
-    folder = Path(name).expanduser()
+    folder = expanded(name, "teacher")
     if (folder / "config.json").is_file():
         config = AutoConfig.from_pretrained(folder)
         if config.model_type.startswith("lizard"):

@@ -12,9 +12,12 @@ import torch
 
 from lizard_models.config import LizardConfig
 from lizard_models.distill import StageResult
+from lizard_models.distill.arguments import check_numbers
 from lizard_models.distill.resume import checkpoints
 from lizard_models.evaluation import Report
+from lizard_models.files.sources import expanded
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.recipes import Recipe
 from lizard_models.runs.start import start_config
 from lizard_models.teachers.find import Teacher
 
@@ -76,6 +79,8 @@ class Plan:
     """Stage 2 with less memory and a quarter slower."""
     fsdp: bool = False
     """Share the weights among the processes that torchrun or accelerate started."""
+    context_parallel: int = 1
+    """Processes over which each sequence of stages 1 and 2 lies in parts, for rows too long for one device."""
     cuda_graph: bool = False
     """Each training step as one CUDA graph: faster for small models, same numbers."""
     compile: bool = False
@@ -87,23 +92,32 @@ class Plan:
     diverged: float = 3.0
     """A loss over this times its running median is warned of, then rolled back once at half the rate, then stops the
     run."""
+    log_attention_every: int = 0
+    """Steps between readings of every converted layer, in ``log.jsonl`` and to ``report_to``: memory of its gates in
+    tokens, share of the linear branch, error. 0 makes none."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one device, against which model-flops use is held; None takes what is known of it (bfloat16 on data
+    centre GPUs), and names no use where nothing is."""
     resume: bool | Literal["auto"] = False
     """Go on with the run that ``out`` has begun; "auto": if there is one, else begin it."""
     cache: str | None = None
     """Folder for fetched and converted files; None is $LIZARD_CACHE, else ~/.cache/lizard-attn."""
 
     def __post_init__(self) -> None:
-        self.out = Path(self.out).expanduser()
+        self.out = expanded(self.out, "out")
         if self.start is not None:
             if not self.stage2:
                 raise ValueError("start: stages 0 and 1 are done there, and stage 2 is left out: nothing is left to do")
-            self.start = Path(self.start).expanduser()
+            self.start = expanded(self.start, "start")
             self.config = start_config(self.start, self.config)
         usable = [w for w in self.weights if math.isfinite(w) and w > 0]
         if self.weights and not len(usable) == len(self.weights) == len(self.data):
             raise ValueError(
                 f"weights: got {self.weights}, wanted a positive number for each of {len(self.data)} sources"
             )
+        check_numbers(self)
+        if self.state_mib is not None and not 0 <= self.state_mib < math.inf:
+            raise ValueError(f"state_mib: it must be a number of MiB, got {self.state_mib}")
         if self.out.name in ("", ".."):
             raise ValueError(f"out: got {str(self.out)!r}, wanted the name of a new folder")
         if len(os.fsencode(self.out.name)) > LONGEST:
@@ -123,6 +137,11 @@ class Outcome:
     stages: dict[str, StageResult]
 
 
+def precision(recipe: Recipe, device: str) -> torch.dtype:
+    """Dtype of the teacher's weights: the recipe's on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if recipe.precision == "bf16" and device.startswith("cuda") else torch.float32
+
+
 def work_folder(out: Path) -> Path:
     """Where a run keeps checkpoints and measurements until the model is finished."""
     return out.with_name(out.name + ".training")
@@ -140,8 +159,8 @@ def check_folders(plan: Plan, work: Path) -> None:
     if plan.resume is True and not work.exists():
         raise ValueError(f"resume: there is no unfinished run in {str(work)!r}; leave `resume` out")
     for source in (*plan.data, *plan.eval_data):
-        folder = Path(source).expanduser().resolve()
-        if folder.is_dir() and folder in plan.out.resolve().parents:
+        folder = Path(os.path.realpath(expanded(source, "data")))
+        if folder.is_dir() and folder in Path(os.path.realpath(plan.out)).parents:
             raise ValueError(
                 f"out: {str(plan.out)!r} lies in {source!r}, which is read as text, and the run would read its own "
                 "files; give a folder outside of it"

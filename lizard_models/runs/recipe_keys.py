@@ -59,11 +59,14 @@ FROM_PLAN = {
     "training.micro_batch_size": "micro_batch_size",
     "training.gradient_checkpointing": "gradient_checkpointing",
     "training.fsdp": "fsdp",
+    "training.context_parallel": "context_parallel",
     "training.cuda_graph": "cuda_graph",
     "training.compile": "compile",
     "training.save_steps": "save_steps",
     "training.report_to": "report_to",
     "training.diverged": "diverged",
+    "training.log_attention_every": "log_attention_every",
+    "training.peak_tflops": "peak_tflops",
     "training.cache": "cache",
 }
 """Fields of ``Plan`` by key. All but ``config``, whose fields are keys themselves, and ``resume``."""
@@ -102,6 +105,7 @@ LEAST = {
     "evaluation.passkey_trials": 1,
     "training.micro_batch_size": 1,
     "training.save_steps": 1,
+    "training.log_attention_every": 0,
 }
 """Smallest values of what a ``Plan`` does not check itself."""
 

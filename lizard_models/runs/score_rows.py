@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,13 +46,12 @@ def score_rows(
     teacher: Teacher,
     model: LizardCausalLM,
     recipe: Stage0Config,
-    text_field: str | None = None,
-    encoding: str = "utf-8",
     weights: Sequence[float] = (),
+    **settings: Any,
 ) -> ScoreRows:
     """Rows of ``recipe.sequence_length`` tokens by ``text.look_ups.look_up_rows``, as many as the recipe's steps take.
 
-    sources, weights, text_field, encoding: as ``load_mixture`` takes them; what comes again by its weight is taken
+    sources, weights, settings: as ``load_mixture`` takes them; what comes again by its weight is taken
     once. model: the student, whose windows say which keys can be learned from. With ``epochs`` the text gives as many
     rows as it has times that, with ``max_steps`` as many as these take. Of a text with fewer rows each comes again,
     with other things asked for in it.
@@ -73,10 +72,9 @@ def score_rows(
             teacher.tokenizer,
             length,
             seed=recipe.seed,
-            text_field=text_field,
-            encoding=encoding,
             examples=recipe.examples,
             vocab_size=teacher.model.config.vocab_size,
+            **settings,
         )
     except TooLittleText as error:
         raise too_short(f"{error.tokens} tokens give none", recipe, least) from None

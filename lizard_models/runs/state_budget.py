@@ -66,6 +66,21 @@ def evenly_kept(teacher: PreTrainedConfig, config: LizardConfig, mib: float) -> 
     return config.replace(attention={"kept_keys": max(1, int(left // place))})
 
 
+def shared_mib(config: PreTrainedConfig, state_mib: float | None, scored: bool) -> float | None:
+    """MiB that places are shared out of after stage 0: ``state_mib``, or with ``stage0.share_places`` what the state
+    takes with as many places in every key head. None where every head keeps its number.
+
+    scored: whether there is a stage 0. Raises ValueError for a ``state_mib`` without one.
+    """
+    if state_mib is not None and not scored:
+        raise ValueError("state_mib: keys are shared out by the scores of stage 0, which is left out")
+    lizard = lizard_config(config)
+    even = lizard.attention.keeps_keys and isinstance(lizard.attention.kept_keys, int)
+    if state_mib is not None or not (scored and even and lizard.stage0.share_places):
+        return state_mib
+    return constant_bytes(config, DTYPE) / 2**20
+
+
 def places_within(config: PreTrainedConfig, errors: Tensor, mib: float) -> list[list[int]]:
     """Places of the key heads of every layer, none in layers kept softmax. errors: of ``place_errors``."""
     paid = prices(config)
@@ -94,7 +109,7 @@ def share_out(model: Any, rows: Tensor, mib: float, path: Path, device: str, hom
 def told(config: PreTrainedConfig, mib: float) -> list[str]:
     """What became of a budget, in lines. config: of the model with its places."""
     size = constant_bytes(config, DTYPE) / 2**20
-    lines = [f"kept keys: {told_places(config)}; the state takes {size:.2f} of {mib:g} MiB (float32 keys)"]
+    lines = [f"kept keys: {told_places(config)}; the state takes {size:.2f} of {mib:.4g} MiB (float32 keys)"]
     for i in converted_layers(config):
         lines.append(f"  layer {i}: {' '.join(map(str, attention_config(config, i).kept_by_head))}")
     return lines

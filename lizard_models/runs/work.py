@@ -77,7 +77,7 @@ class Work:
             for path in (self.folder / name for name in (ROWS, WIDE, KEPT) if not self.summed):
                 if path.is_file():
                     write_record(path, read_record(path, f"delete {str(path)!r}, and it is made again", False))
-            for draft in self.folder.glob(".*.json.*"):
+            for draft in (*self.folder.glob(".*.json.*"), *self.folder.glob(".run*")):
                 draft.unlink(missing_ok=True)
             shutil.rmtree(_gone(self.folder), ignore_errors=True)
             write_whole(self.folder / PLAN, json.dumps(sealed(settings), sort_keys=True, indent=2))
@@ -163,6 +163,8 @@ class Work:
         if is_main_process():
             for name in (PLAN, ROWS, WIDE, KEPT, LOG, RECORD_SUMS):
                 (self.folder / name).unlink(missing_ok=True)
+            for path in (*self.folder.glob("run.md"), *self.folder.glob("run-*.svg")):  # its report
+                path.unlink(missing_ok=True)
             for stage in STAGES:
                 shutil.rmtree(self.folder / stage, ignore_errors=True)
 

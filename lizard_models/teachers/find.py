@@ -18,7 +18,7 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lizard_models.files.folders import appear_whole, check_space, damaged, write_sums
-from lizard_models.files.sources import Say, cache_dir, fetch_from_wheel, hub_answers, silent
+from lizard_models.files.sources import Say, cache_dir, expanded, fetch_from_wheel, hub_answers, silent
 from lizard_models.files.weights import content_digest
 from lizard_models.model.families.support import family_of
 from lizard_models.model.layer_configs import has_context
@@ -119,7 +119,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, student: Pr
 def _checked_path(name: str) -> str:
     if not name.strip():
         raise ValueError("teacher: the name is empty; wanted a saved model, a hub name or smollm2-135m")
-    folder = Path(name).expanduser()
+    folder = expanded(name, "teacher")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"teacher {name!r} is a folder without config.json; wanted a saved model")

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 import lizard_models.model.families  # noqa: F401  registers them with the Auto classes
 from lizard_models.files.folders import SUMS, damaged
 from lizard_models.files.records import read_json
-from lizard_models.files.sources import hub_answers
+from lizard_models.files.sources import expanded, hub_answers
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.safe_loading import load_causal_lm, read_config
 from lizard_models.teachers.find import find_teacher, load_tokenizer, local_snapshot
@@ -46,7 +46,7 @@ def load_model(
     a file that is missing, damaged or cut short, a config of a newer version, positions for a model that is not
     linearized, and what ``from_pretrained`` raises.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = expanded(name_or_path, what)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{what} {name_or_path!r} has no config.json; wanted the folder of a saved model")
     source = str(folder) if folder.exists() else _named(name_or_path, what, cache)

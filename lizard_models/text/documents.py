@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lizard_models.files.sources import hub_answers
+from lizard_models.files.sources import expanded, hub_answers
 from lizard_models.text.decoding import UTF8, read_text_file
 from lizard_models.text.records import read_records, record_at
 
@@ -35,7 +35,7 @@ def find_sources(source: str) -> list[Path] | None:
     """
     if not source.strip():
         raise ValueError("data: a source is empty; give a file, a folder, or owner/name of a hub data set")
-    path = Path(source).expanduser()
+    path = expanded(source, "data")
     if path.is_dir():
         files, left = _walked(path)
         if not files:
@@ -54,7 +54,7 @@ def find_sources(source: str) -> list[Path] | None:
 
 def files_left_out(source: str) -> list[Path]:
     """The files of a folder that would be text, and are hidden or an output of a run."""
-    path = Path(source).expanduser()
+    path = expanded(source, "data")
     return _walked(path)[1] if path.is_dir() else []
 
 
@@ -167,7 +167,17 @@ def _text(record: dict, field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise ValueError(f"data: {where}, has {_shown(value)} in the field {field}; wanted text")
-    return value
+    return _characters(value, where)
+
+
+def _characters(text: str, where: str) -> str:
+    """The text. Raises ValueError for half a surrogate pair, which JSON can hold and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"data: {where}, has half of a character ({found} alone); wanted text") from None
+    return text
 
 
 def _ids(value: Any, where: str) -> np.ndarray:
@@ -193,7 +203,7 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
             f"data: a turn of a conversation in {where}, has the fields {', '.join(map(str, turn))}; "
             "wanted role and content as text"
         )
-    return {"role": ROLES.get(role, role), "content": content}
+    return {"role": ROLES.get(role, role), "content": _characters(content, where)}
 
 
 def _shown(value: Any) -> str:

@@ -39,13 +39,14 @@ class MixedTokens(PackedTokens):
             chosen.append(start + np.concatenate(passes)[:count])
             start += len(part)
         used, places = np.unique(np.concatenate(chosen), return_inverse=True)
-        self.sequences = np.concatenate([part.sequences for part in parts])[used]
+        ends = np.cumsum([len(part) for part in parts])
+        of = np.searchsorted(ends, used, side="right")
+        self.sequences = np.stack(
+            [parts[p].stored(int(i - ends[p] + len(parts[p]))) for p, i in zip(of, used, strict=True)]
+        )
         self.order = draw.permutation(places)
         told = [*(part.digest for part in parts), *map(str, self.counts), f"seed {seed}"]
         self.digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def once(self) -> MixedTokens:
         """The same without what comes again."""

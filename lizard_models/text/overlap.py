@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +44,12 @@ def overlap(documents: Tensor, training: PackedTokens) -> Overlap | None:
         return None
     wanted = np.stack([_hashes(row) for row in rows])  # [N, T - RUN + 1]
     known = np.unique(wanted)
-    tokens = training.sequences.reshape(-1)
     seen = np.zeros(len(known), dtype=bool)
-    for start in range(0, max(1, len(tokens) - RUN + 1), BLOCK):
-        found = _hashes(tokens[start : start + BLOCK + RUN - 1])
+    for start in count(0, BLOCK):
+        tokens = training.tokens(start, start + BLOCK + RUN - 1)
+        if len(tokens) < RUN:
+            break
+        found = _hashes(tokens)
         at = np.searchsorted(known, found).clip(max=len(known) - 1)
         seen[at[known[at] == found]] = True
     there = seen[np.searchsorted(known, wanted)]

@@ -16,11 +16,15 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lizard_models.files.folders import sha256_of
+from lizard_models.files.sources import Say, silent
 from lizard_models.text.decoding import UTF8, check_encoding
 from lizard_models.text.documents import Document, find_sources, format_chat, hub_version, read_file, read_hub
+from lizard_models.text.shards import Part, Shards
 from lizard_models.text.token_stream import check_ids
 
 STREAM_FROM_BYTES = 1 << 28  # local files beyond this are not held in memory
+KEPT_FROM_BYTES = 1 << 20  # of local text whose tokens are kept; less is tokenised as fast as it is looked up
+TOKENS = "tokens"  # folder of the cache
 TOKENISED_AT_ONCE = 1 << 22  # characters
 
 
@@ -50,11 +54,53 @@ class PackedTokens(Dataset):
         self.order = np.random.default_rng(seed).permutation(count)
         self.digest = hashlib.sha256(np.ascontiguousarray(self.sequences, dtype="<i4").tobytes()).hexdigest()
 
+    sequences: np.ndarray  # [N, seq_len]
+    order: np.ndarray
+
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.from_numpy(self.sequences[self.order[index]].astype(np.int64))}
+        return _item(self.stored(int(self.order[index])))
+
+    def stored(self, place: int) -> np.ndarray:
+        """The sequence [seq_len] at a place of the text, whatever the order."""
+        return self.sequences[place]
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """The ids of the text from start to stop, which may be past its end."""
+        return self.sequences.reshape(-1)[start:stop]
+
+
+class MappedTokens(PackedTokens):
+    """The same of text that stays on the disk: ``parts``, ids [T] each, laid end to end.
+
+    keys: what the parts are known by, of which ``digest`` is made. Raises as ``PackedTokens``.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], keys: Sequence[str], seq_len: int, seed: int = 0) -> None:
+        self.parts = [part for part in parts if len(part)]
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+        self.seq_len, self.count = seq_len, int(self.starts[-1]) // seq_len
+        if self.count == 0:
+            raise TooLittleText(int(self.starts[-1]), seq_len)
+        self.order = np.random.default_rng(seed).permutation(self.count)
+        self.digest = hashlib.sha256("\n".join(["parts", *keys]).encode()).hexdigest()
+
+    def stored(self, place: int) -> np.ndarray:
+        """As of ``PackedTokens``."""
+        return self.tokens(place * self.seq_len, (place + 1) * self.seq_len)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """As of ``PackedTokens``, read from the disk."""
+        stop = min(stop, self.count * self.seq_len)
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        found = []
+        while start < stop:
+            end = min(stop, int(self.starts[first + 1]))
+            found.append(self.parts[first][start - self.starts[first] : end - self.starts[first]])
+            start, first = end, first + 1
+        return np.concatenate(found) if found else np.empty(0, np.int32)
 
 
 class StreamedTokens(IterableDataset):
@@ -116,13 +162,17 @@ def load_sequences(
     examples: int | None = None,
     vocab_size: int | None = None,
     encoding: str = UTF8,
+    cache: Path | None = None,
+    say: Say = silent,
 ) -> PackedTokens | StreamedTokens:
     """Training data from files, folders or hub data sets.
 
     sources: see ``documents.find_sources``; records: see ``documents.document_of``. tokenizer: may be None if every
     source holds token ids. An end-of-text token is put between documents of text. examples: documents taken at most.
-    vocab_size: ids are checked against it (default: the tokenizer's). encoding: of text files and JSON. Without
-    ``examples``, hub data sets and local files beyond 256 MB are streamed.
+    vocab_size: ids are checked against it (default: the tokenizer's). encoding: of text files and JSON. cache: folder
+    for tokens, where local text from 1 MB on, and hub data sets of which ``examples`` are taken, are tokenised once,
+    for all later calls (``text.shards``); ``say`` hears of it. Text beyond 256 MB is then read from there. Without
+    ``cache``, or from a hub, and without ``examples``, it is streamed.
 
     Raises ValueError naming the source: missing, unreadable, without text, shorter than one sequence, ids out of range.
     """
@@ -142,11 +192,49 @@ def load_sequences(
 
     for name in hub:  # a name or a field that is wrong shows here, not in the middle of a run
         next(read_hub(name, text_field), None)
-    if examples is None and (hub or sum(path.stat().st_size for path in local) > STREAM_FROM_BYTES):
+    size, whole = sum(path.stat().st_size for path in local), examples is None
+    kept = None
+    if cache is not None:
+        kept = Shards(cache / TOKENS, "\n".join(_rules_of(tokenizer, text_field, encoding)), encode, encode.dtype, say)
+    if kept is not None and whole and not hub and size > STREAM_FROM_BYTES:
+        parts = kept.tokens([_part(path, text_field, encoding) for path in local])
+        parts = [parts[i] for i in np.random.default_rng((seed, 0)).permutation(len(local))]
+        return MappedTokens([part.ids for part in parts], [part.key for part in parts], seq_len, seed)
+    if whole and (hub or size > STREAM_FROM_BYTES):
         digest = stream_digest(local, hub, tokenizer, text_field, encoding)
         return StreamedTokens(lambda epoch: encode(documents(epoch)), seq_len, seed, digest=digest)
-    tokens = list(encode(documents(0)))
+
+    def from_shards(shards: Shards) -> Iterator[np.ndarray]:
+        left = examples
+        parts = shards.tokens([_part(path, text_field, encoding) for path in local])
+        for i in np.random.default_rng((seed, 0)).permutation(len(local)):
+            taken = len(parts[i].ends) if left is None else min(left, len(parts[i].ends))
+            left = None if left is None else left - taken
+            yield parts[i].first(taken)
+        for name in hub if left else ():
+            assert left is not None  # else it is streamed
+            (part,) = shards.tokens([_hub_part(name, text_field, left)])
+            left -= len(part.ends)
+            yield part.ids
+
+    tokens: list[np.ndarray] | None = None
+    if kept is not None and (hub or size >= KEPT_FROM_BYTES) and size <= STREAM_FROM_BYTES:
+        try:
+            tokens = list(from_shards(kept))
+        except OSError as error:
+            say(f"note: the tokens are not kept for later runs ({error})")
+    tokens = list(encode(documents(0))) if tokens is None else tokens
     return PackedTokens(np.concatenate(tokens) if tokens else np.empty(0, np.int32), seq_len, seed)
+
+
+def _part(path: Path, text_field: str | None, encoding: str) -> Part:
+    version = f"file {path.suffix} {sha256_of(path)}"
+    return Part(str(path), version, path.stat().st_size, lambda: read_file(path, text_field, encoding))
+
+
+def _hub_part(name: str, text_field: str | None, count: int) -> Part:
+    version = f"hub {name} {hub_version(name, text_field)}, the first {count}"
+    return Part(name, version, 0, lambda: islice(read_hub(name, text_field), count))
 
 
 def stream_digest(
@@ -164,13 +252,18 @@ def stream_digest(
     """
     parts = [f"file {path.suffix} {sha256_of(path)}" for path in local]
     parts += [f"hub {name} {hub_version(name, text_field)}" for name in hub]
-    parts.append(f"field {text_field}")
+    return hashlib.sha256("\n".join([*parts, *_rules_of(tokenizer, text_field, encoding)]).encode()).hexdigest()
+
+
+def _rules_of(tokenizer: PreTrainedTokenizerBase | None, text_field: str | None, encoding: str) -> list[str]:
+    """What makes ids out of files: field, encoding if it is not UTF-8, tokenizer, end of text, template."""
+    parts = [f"field {text_field}"]
     parts += [f"encoding {encoding}"] if encoding != UTF8 else []
     if tokenizer is not None:
         fast = getattr(tokenizer, "backend_tokenizer", None)
         rules = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
         parts += [rules, f"end {tokenizer.eos_token_id}", f"template {tokenizer.chat_template}"]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return parts
 
 
 def load_documents(

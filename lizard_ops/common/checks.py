@@ -197,6 +197,13 @@ def check_state(
     """
     if state is None:
         return None
+    check_state_fields(state, like, wanted)
+    check_position_values(state)
+    return map_fields(Tensor.contiguous, state)
+
+
+def check_state_fields(state: AttentionState, like: Tensor, wanted: dict[str, tuple[int, ...]]) -> None:
+    """``check_state`` but for what is in the fields."""
     want(isinstance(state, AttentionState), "initial_state", type(state).__name__, "an AttentionState or None")
     sequences = next(iter(wanted.values()))[0]
     check_tensor("initial_state.position", state.position, (sequences,), like, (torch.int64,))
@@ -206,8 +213,6 @@ def check_state(
             check_tensor(f"initial_state.{name}", field, wanted[name], like, STATE_DTYPES.get(name, FLOATS))
         else:
             want(field is None, f"initial_state.{name}", field, "None: this op with these options keeps no such field")
-    check_position_values(state)
-    return map_fields(Tensor.contiguous, state)
 
 
 def check_position_values(state: AttentionState) -> None:

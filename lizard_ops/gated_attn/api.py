@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
+from lizard_ops.context_parallel.call import checked_group, state_before
+from lizard_ops.context_parallel.part import Part, PartOptions
 from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions, gated_arguments
 from lizard_ops.gated_attn.naive import naive_gated
 
@@ -32,6 +36,7 @@ def chunk_gated_attn(
     gate_form: str = "stable",
     chunk_size: int | None = None,
     impl: str = "auto",
+    context_group: Any = None,
 ) -> Result:
     """Gated linear attention over a whole sequence, in chunks: O(T) time and memory.
 
@@ -67,6 +72,11 @@ def chunk_gated_attn(
             (-700 in float64); reads them back to check, which synchronises.
         chunk_size: positions per chunk; None lets the implementation choose.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
+        context_group: a torch.distributed ProcessGroup, or a DeviceMesh of one dimension, whose ranks hold consecutive
+            parts of every row, rank 0 the first (docs/parallel.md); parts may differ in padding and in length, each of
+            one position at least. o and log_mass are those of this rank's part, the state is that after it: the last
+            rank's is that of the whole. All ranks must make this call, and its backward, in the same order, since both
+            exchange messages. Without initial_state and cu_seqlens, and without second derivatives.
 
     Under autocast q, k and v take its dtype; sums, gates and states stay float32.
 
@@ -94,6 +104,12 @@ def chunk_gated_attn(
     )  # fmt: skip
     checks.check_flag("return_log_mass", return_log_mass)
     checks.check_flag("output_final_state", output_final_state)
+    if context_group is not None:
+        group = checked_group(context_group, inputs)
+        choices = PartOptions(offset=window_offset, anchors=anchors)
+        with without_autocast(q):
+            before = state_before(Part(inputs.v, fk=inputs.k, g=inputs.g), choices, inputs, group)
+        inputs = inputs._replace(initial_state=before)
     chosen = choose_impl(impl, q, float64_of(q))
     if chosen == "naive":
         checks.want(gate_form == "stable", "gate_form", gate_form, '"stable" with impl="naive"')

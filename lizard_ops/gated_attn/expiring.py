@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lizard_ops.common.row_decays import Decays, row_decays
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, gather_rows, key_stream, layout_of, per_head, with_kept
 from lizard_ops.gated_attn.arguments import GatedInputs
-
-LEAST = -1.0e6  # of a log-decay of one step that is no reset: more leaves nothing, and costs sums their last digits
 
 
 class Entering(NamedTuple):
@@ -21,13 +21,6 @@ class Entering(NamedTuple):
     decayed: Tensor  # [B, T, Hk or Hq] or [B, T, Hk, F] log decay of the row's key, float64; -inf where there is none
     left: Tensor | None  # [B, T, Hk or Hq] 0 where the row's query has a key that no reset came after, else -inf
     fields: dict[str, Tensor | None]  # of the final state: kept_fk and kept_g
-
-
-class Decays(NamedTuple):
-    """Finite log decays and resets, summed along the rows of a key stream up to each and with it."""
-
-    sums: Tensor  # [B, M, Hk or Hq] or [B, M, Hk, F] float64
-    resets: Tensor  # the same, int64
 
 
 def in_order_of_expiry(inputs: GatedInputs, lengths: Tensor | None, anchors: int) -> tuple[GatedInputs, Entering]:
@@ -57,13 +50,10 @@ def in_order_of_expiry(inputs: GatedInputs, lengths: Tensor | None, anchors: int
     else:
         g = g.expand(-1, -1, heads, *g.shape[3:]) if g.shape[2] == 1 else g
         of_rows = decays_of(g, held, layout)
-        now = Decays(*(x[:, rows - length :] for x in of_rows))
-        then = Decays(*(gather_rows(x, source) for x in of_rows))
-        decayed = (now.sums - then.sums).masked_fill(now.resets > then.resets, -math.inf)
+        decayed = of_rows.of(lambda x: x[:, rows - length :]).since(of_rows.of(partial(gather_rows, rows=source)))
         if kept is not None:
-            end = Decays(*(x[:, -1:] if rows else x.new_zeros(batch, 1, *x.shape[2:]) for x in of_rows))
-            then = Decays(*(gather_rows(x, kept) for x in of_rows))
-            kept_g = (end.sums - then.sums).masked_fill(end.resets > then.resets, -math.inf)
+            end = of_rows.of(lambda x: x[:, -1:] if rows else x.new_zeros(batch, 1, *x.shape[2:]))
+            kept_g = end.since(of_rows.of(partial(gather_rows, rows=kept)))
             kept_g = kept_g.masked_fill(per_head(kept, kept_g) < 0, 0.0).to(g.dtype)
     decayed = decayed.masked_fill(per_head(source, decayed) < 0, -math.inf)
     left = None if g is None else surviving(g, decayed, held.log_scale)
@@ -79,18 +69,12 @@ def decays_of(g: Tensor, state: AttentionState, layout: Layout) -> Decays:
     """
     ring = state.ring_g
     gates = key_stream(g, None if ring is None else ring.expand(-1, -1, *g.shape[2:]), layout)
-    resets = gates == -math.inf
-    sums, counts = _row_sums(gates.double().masked_fill(resets, 0.0).clamp(min=LEAST)), _row_sums(resets.long())
+    sums, counts = of_rows = row_decays(gates)
     if state.kept_g is None or ring is None:
-        return Decays(sums, counts)
+        return of_rows
     newest, reset = slice(ring.shape[1] - 1, ring.shape[1]), state.kept_g == -math.inf
     before = sums[:, newest] - state.kept_g.double().masked_fill(reset, 0.0)
     return Decays(torch.cat([before, sums], 1), torch.cat([counts[:, newest] - reset.long(), counts], 1))
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """Running sums along the rows of x [B, M, ...], which a GPU adds up in parallel only if they are its last axis."""
-    return x.movedim(1, -1).contiguous().cumsum(-1).movedim(-1, 1)
 
 
 def surviving(g: Tensor, decayed: Tensor, log_scale: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lizard_ops.common import checks
 from lizard_ops.common.direct import is_watched
 from lizard_ops.common.features import feature_dim
+from lizard_ops.common.pages import check_pool_values
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
 
@@ -40,17 +41,19 @@ def accepted_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hy
 
 def _kind(inputs: HybridInputs, options: HybridOptions) -> tuple[Any, ...] | None:
     """All that the checks of shapes read; None for calls that are checked in full."""
-    rare = (inputs.cu_seqlens, inputs.padding_mask, inputs.expiry, inputs.scores, inputs.kept_rows)
+    rare = (inputs.cu_seqlens, inputs.padding_mask, inputs.expiry, inputs.scores, inputs.kept_rows, inputs.has_state)
     if any(x is not None for x in rare) or is_watched():
         return None
     state = inputs.initial_state
     if state is not None and type(state) is not AttentionState:
         return None
-    tensors = (*inputs[:9], *(state or ()))
+    indices = inputs.state_indices
+    tensors = (*inputs[:9], *(state or ()), indices)
     if any(x is not None and not isinstance(x, Tensor) for x in tensors):
         return None
     facts = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in tensors)
-    return facts, options, tuple(map(type, options))  # True is no 1
+    strides = None if indices is None or state is None else tuple(None if x is None else x.stride() for x in state)
+    return facts, strides, options, tuple(map(type, options))  # True is no 1
 
 
 def _normal(inputs: HybridInputs, options: HybridOptions) -> tuple[HybridInputs, HybridOptions]:
@@ -60,7 +63,9 @@ def _normal(inputs: HybridInputs, options: HybridOptions) -> tuple[HybridInputs,
     if g is not None:
         checks.check_gate_values(g, None)
         g = (g.unsqueeze(-1) if g.ndim == 2 else g).to(checks.work_dtype(q))
-    if state is not None:
+    if state is not None and inputs.state_indices is not None:
+        check_pool_values(state, inputs.state_indices, None)
+    elif state is not None:
         checks.check_position_values(state)
         state = state if options.inplace else map_fields(Tensor.contiguous, state)
     sinks, alpha = inputs.sinks, inputs.alpha

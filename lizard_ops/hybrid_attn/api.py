@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from lizard_ops.hybrid_attn.accepted import accepted_arguments
 from lizard_ops.hybrid_attn.arguments import PLACES, HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.naive import naive_hybrid
 from lizard_ops.hybrid_attn.places import on_padded_places
+from lizard_ops.hybrid_attn.pooled import check_pool_gradients, naive_on_pool, on_pool
+from lizard_ops.hybrid_attn.ranks import state_of_earlier_ranks
 
 
 def chunk_hybrid_attn(
@@ -48,7 +52,10 @@ def chunk_hybrid_attn(
     score_delay: int = 0,
     expiry: Tensor | None = None,
     kept_keys: int | Sequence[int] | None = None,
+    state_indices: Tensor | None = None,
+    has_state: Tensor | None = None,
     impl: str = "auto",
+    context_group: Any = None,
 ) -> tuple[Tensor, AttentionState | None]:
     """A gated linear branch and a window branch over the same values, mixed: a Lizard layer's attention.
 
@@ -111,7 +118,14 @@ def chunk_hybrid_attn(
         kept_keys: with scores, how many keys of a head they keep, >= 1; with expiry, the most that it keeps alive
             beyond window and anchors at any query, >= 0; None or 0 without either. A number for every key head, or one
             for each: with scores some may be 0, and a state holds as many keys as they are together.
+        state_indices: [N] int32 or int64, the pages of the N sequences (rows, or packed) in a pool. ``initial_state``
+            is then the pool, its fields [P, ...]: contiguous, or views of one storage of pages (``PageLayout``). Each
+            sequence is read on from its page, which is overwritten and no other; the pool is returned. -1: nobody's
+            tokens, as graphs are padded with; their outputs are 0 and they leave no trace. Without gradients.
+        has_state: [N] bool with state_indices, False for a sequence that begins, whose page may hold anything; None:
+            all go on.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
+        context_group: as for ``chunk_gated_attn``; kept keys too are those of the whole sequence. Without expiry.
 
     Under autocast q, k, v, fq and fk take its dtype; sums, gates, weights and states stay float32.
 
@@ -130,6 +144,7 @@ def chunk_hybrid_attn(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
             initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, expiry=expiry, scores=scores,
+            state_indices=state_indices, has_state=has_state,
         ),
         HybridOptions(
             window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
@@ -140,6 +155,11 @@ def chunk_hybrid_attn(
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
     checks.want(expiry is None or kept_keys is not None, "kept_keys", kept_keys, PLACES)
+    check_pool_gradients(inputs)
+    if context_group is not None:
+        checks.want(state_indices is None, "state_indices", state_indices, "None with context_group")
+        with without_autocast(q):
+            inputs = inputs._replace(initial_state=state_of_earlier_ranks(inputs, options, context_group))
     beyond = beyond_kept(inputs, options) or linear_sinks_of(inputs, options) or float64_of(q)
     chosen = choose_impl(impl, q, beyond)
     if chosen == "naive":
@@ -149,8 +169,9 @@ def chunk_hybrid_attn(
         from lizard_ops.hybrid_attn.triton.chunk import chunk_hybrid_triton as form
     else:
         from lizard_ops.hybrid_attn.chunk_torch import chunk_hybrid_torch as form
+    over = naive_on_pool if chosen == "naive" else on_pool
     with without_autocast(q):
-        return on_padded_places(form, inputs, options)
+        return over(partial(on_padded_places, form), inputs, options)
 
 
 def linear_sinks_of(inputs: HybridInputs, options: HybridOptions) -> str | None:
@@ -198,6 +219,7 @@ def recurrent_hybrid_attn(
     score_delay: int = 0,
     kept_keys: int | Sequence[int] | None = None,
     inplace: bool = False,
+    state_indices: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, AttentionState | None]:
     """What ``chunk_hybrid_attn`` computes, one position at a time: the decode step, and many of them in a row.
@@ -210,6 +232,10 @@ def recurrent_hybrid_attn(
     and of the dtypes that an op leaves; gradients (grad mode on, and a tensor that requires one) are refused with a
     ValueError, as they would need the state from before the step.
 
+    state_indices: as for ``chunk_hybrid_attn``, with every sequence in its page already, and with or without
+    ``inplace`` the same: the kernel reads and writes the pages where they lie, and its numbers are those of the step on
+    the states of the sequences taken out of them, bit for bit. PyTorch takes them out.
+
     impl: "triton" is the one-launch decode kernel, which takes one token per row (T = 1), a carried state, no padding
     and no packing, with scores no gate per channel, and has no backward; "auto" takes it for CUDA tensors wherever all
     that holds, and PyTorch otherwise.
@@ -219,6 +245,7 @@ def recurrent_hybrid_attn(
         HybridInputs(
             q=q, k=k, v=v, fq=fq, fk=fk, g=g, sinks=sinks, alpha=alpha, merge_bias=merge_bias,
             initial_state=initial_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask, scores=scores,
+            state_indices=state_indices,
         ),
         HybridOptions(
             window=window, anchors=anchors, sink_form=sink_form, mix=mix, merge_mass=merge_mass, coverage=coverage,
@@ -228,7 +255,8 @@ def recurrent_hybrid_attn(
     )  # fmt: skip
     checks.check_flag("output_final_state", output_final_state)
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
-    if inplace:
+    check_pool_gradients(inputs)
+    if inplace and state_indices is None:
         check_inplace(inputs, gradients, impl)
     beyond = {
         "a gate per channel with kept keys": scores is not None and inputs.g is not None and inputs.g.ndim == 4,
@@ -241,11 +269,13 @@ def recurrent_hybrid_attn(
     chosen = choose_impl(impl, q, next((what for what, holds in beyond.items() if holds), None))
     if chosen == "naive":
         with without_autocast(q):
-            return on_padded_places(naive_hybrid, inputs, options)
+            return naive_on_pool(partial(on_padded_places, naive_hybrid), inputs, options)
     if chosen == "triton":
         from lizard_ops.hybrid_attn.triton.decode import decode_hybrid_triton as form
     else:
         from lizard_ops.hybrid_attn.recurrent import recurrent_hybrid_torch as form
+    if chosen == "torch" and state_indices is not None:
+        form, options = partial(on_pool, form), options._replace(inplace=True)
     with without_autocast(q):
         return form(inputs, options)
 

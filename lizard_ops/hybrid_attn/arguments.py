@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.features import FEATURE_MAPS, feature_dim
+from lizard_ops.common.pages import check_pool
 from lizard_ops.common.places import checked_places, most
 from lizard_ops.common.state import AttentionState
 from lizard_ops.gated_attn.arguments import GatedInputs, GatedOptions
@@ -36,6 +37,8 @@ class HybridInputs(NamedTuple):
     expiry: Tensor | None = None  # [B, T, Hk] int64
     scores: Tensor | None = None  # [B, T, Hk] as given; once checked float32
     kept_rows: Tensor | None = None  # [B, P, Hk] once scores have become expiries: see ``WindowInputs``
+    state_indices: Tensor | None = None  # [N] the pages of ``initial_state``, which is a pool then
+    has_state: Tensor | None = None  # [N] bool, whether there is a state in them yet
 
     @property
     def weight(self) -> Tensor | None:
@@ -237,6 +240,17 @@ def check_expiry(inputs: HybridInputs, options: HybridOptions) -> None:
     checks.want(not early, "expiry", early, "positions from that of the key + window on (this many are earlier)")
 
 
+def pool_or_rows(inputs: HybridInputs, sequences: int) -> int:
+    """How many rows the fields of the state have: a pool's pages, or a row a sequence."""
+    state, indices, has = inputs.initial_state, inputs.state_indices, inputs.has_state
+    if indices is None or state is None:
+        checks.want(indices is None, "initial_state", None, "a pool of states with state_indices")
+        checks.want(has is None, "has_state", has, "None without state_indices")
+        return sequences
+    check_pool(state, indices, has, sequences)
+    return state.position.shape[0]
+
+
 def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[HybridInputs, HybridOptions]:
     """Raise ValueError for what does not fit; return what has several spellings in one."""
     q, k, v, fq, fk = inputs.q, inputs.k, inputs.v, inputs.fq, inputs.fk
@@ -262,16 +276,21 @@ def hybrid_arguments(inputs: HybridInputs, options: HybridOptions) -> tuple[Hybr
     features = feature_dim(fk.shape[3], options.feature_map)
     sequences, cu_seqlens, mask = checks.check_sequences(q, inputs.cu_seqlens, inputs.padding_mask)
     g = checks.check_gate(inputs.g, q, k.shape[2], features, inputs.padding_mask)
-    shapes = checks.window_state_shapes(sequences, k, v, options.window, options.anchors)
+    n = pool_or_rows(inputs, sequences)
+    shapes = checks.window_state_shapes(n, k, v, options.window, options.anchors)
     shapes |= checks.linear_state_shapes(
-        sequences, q, fk.shape[3], v, g, options.offset, features, options.feature_map
+        n, q, fk.shape[3], v, g, options.offset, features, options.feature_map
     )  # fmt: skip
     options = options._replace(kept_keys=places_of(inputs, options))
     scores = check_scores(inputs, options)
     if scores is not None:
-        shapes |= scored_state_shapes(inputs._replace(g=g), options, sequences)
-    state = checks.check_state(inputs.initial_state, q, shapes)
-    check_kept_positions(state, options.window)
+        shapes |= scored_state_shapes(inputs._replace(g=g), options, n)
+    state = inputs.initial_state
+    if inputs.state_indices is not None and state is not None:  # most pages may hold anything
+        checks.check_state_fields(state, q, shapes)
+    else:
+        state = checks.check_state(state, q, shapes)
+        check_kept_positions(state, options.window)
     inputs = inputs._replace(
         g=g,
         sinks=checks.check_sinks(inputs.sinks, q, options.sink_form),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import autocast_inputs, without_autocast
 from lizard_ops.common.dispatch import choose_impl, float64_of
 from lizard_ops.common.state import AttentionState
+from lizard_ops.context_parallel.call import checked_group, state_before
+from lizard_ops.context_parallel.part import Part, PartOptions
 from lizard_ops.window_attn.arguments import WindowInputs, WindowOptions, window_arguments
 from lizard_ops.window_attn.naive import naive_window
 
@@ -29,6 +33,7 @@ def window_attn(
     padding_mask: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    context_group: Any = None,
 ) -> tuple[Tensor, AttentionState | None] | tuple[Tensor, AttentionState | None, Tensor]:
     """Causal softmax attention over the last ``window`` keys and the first ``anchors`` of the sequence.
 
@@ -59,6 +64,7 @@ def window_attn(
             its output is 0 and its lse -inf.
         return_lse: return lse too.
         impl: "auto" (Triton on CUDA tensors other than float64, PyTorch elsewhere), "triton", "torch" or "naive".
+        context_group: as for ``chunk_gated_attn``.
 
     Under autocast q, k and v take its dtype; sums and lse stay float32.
 
@@ -86,6 +92,11 @@ def window_attn(
     )  # fmt: skip
     checks.check_flag("return_lse", return_lse)
     checks.check_flag("output_final_state", output_final_state)
+    if context_group is not None:
+        group = checked_group(context_group, inputs)
+        choices = PartOptions(window=window, anchors=anchors)
+        with without_autocast(q):
+            inputs = inputs._replace(initial_state=state_before(Part(inputs.v, inputs.k), choices, inputs, group))
     beyond = 'sink_form="linear"' if sinks is not None and sink_form == "linear" else float64_of(q)
     chosen = choose_impl(impl, q, beyond)
     if chosen == "naive":

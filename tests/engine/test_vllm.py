@@ -119,6 +119,19 @@ def test_turns_go_on_from_cached_prefixes(tmp_path, case):
         assert written(asked(llm, shared, 12)) == alone(model, shared, 12)
 
 
+@pytest.mark.parametrize("case", ["qwen3", "kept softmax", "kept keys of each head"])
+def test_two_ranks_write_what_one_does(tmp_path, monkeypatch, case):
+    """Tensor parallelism: heads, and the pages of their states, split over two processes."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    kind = CASES.get(case) or dict(attention=KEYS | dict(kept_keys=[3, 1]))
+    model = saved(tmp_path, **kind)
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in LENGTHS]
+    split = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    with engine(tmp_path, **split) as llm:
+        assert written(asked(llm, prompts, 24)) == alone(model, prompts, 24)
+
+
 def test_the_names_are_those_of_the_families():
     from vllm.model_executor.models import ModelRegistry
 
@@ -134,7 +147,8 @@ def test_the_names_are_those_of_the_families():
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(tensor_parallel_size=2, distributed_executor_backend="mp"), "--tensor-parallel-size: not with a Lizard"),
+        (dict(tensor_parallel_size=3, distributed_executor_backend="mp"), "--tensor-parallel-size: .* its 2 key heads"),
+        (dict(decode_context_parallel_size=2, tensor_parallel_size=2), "--decode-context-parallel-size"),
         (dict(speculative_config=dict(method="ngram", num_speculative_tokens=2)), "--speculative-config"),
         (dict(kv_cache_dtype="fp8"), "--kv-cache-dtype"),
         (dict(enable_lora=True), "--enable-lora"),

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from layer_checks import FORMS, SHAPE, angles, as_formulas_read, assert_same_state, inputs, layer
 
-from lizard_layers import AttentionConfig, HybridAttention, empty_state, hybrid_attention, map_state, tensors_of
+from lizard_layers import (
+    AttentionConfig,
+    HybridAttention,
+    empty_state,
+    hybrid_attention,
+    map_state,
+    read_input,
+    tensors_of,
+)
 from lizard_ops import apply_rotary, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
 
 
@@ -219,8 +227,8 @@ def test_wrong_inputs_are_named():
 
 def test_gate_and_merge_bias_are_one_call_unless_somebody_looks(monkeypatch):
     made, (x, q, k, v, rope) = layer("recommended", gate_temperature=4.0), inputs(13)
-    calls, op = [], hybrid_attention.gate_and_bias
-    monkeypatch.setattr(hybrid_attention, "gate_and_bias", lambda *a, **given: calls.append(given) or op(*a, **given))
+    calls, op = [], read_input.gate_and_bias
+    monkeypatch.setattr(read_input, "gate_and_bias", lambda *a, **given: calls.append(given) or op(*a, **given))
     wanted, _ = made(x, q, k, v, rope)
     assert len(calls) == 1 and calls[0]["temperature"] == 4
     seen = []

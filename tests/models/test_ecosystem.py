@@ -334,23 +334,24 @@ def test_lm_evals_own_command_and_hf_model_read_a_folder(tmp_path, monkeypatch):
 
 
 def test_plans_that_cut_layers_are_refused(tmp_path):
+    """But for the model's own, which splits heads: ``test_tensor_parallel.py``."""
     from transformers.distributed import DistributedConfig
 
     model = student(num_hidden_layers=1)
     model.save_pretrained(tmp_path)
-    two = dict(tp_size=2)
-    for asked in (
-        {"tp_plan": "auto"},
-        {"tp_size": 2},
-        {"distributed_config": DistributedConfig(tp_size=2)},
-        {"distributed_config": two},
-        {"distributed_config": DistributedConfig(tp_plan="auto")},
-        {"distributed_config": DistributedConfig(pp_size=2)},
+    for asked, match in (
+        ({"tp_plan": {"layers.*.self_attn.q_proj": "colwise"}}, "by a plan of its own"),
+        ({"distributed_config": DistributedConfig(tp_size=2, tp_plan={"lm_head": "colwise"})}, "by a plan of its own"),
+        ({"distributed_config": DistributedConfig(pp_size=2)}, "has no pipeline or expert parallel plan"),
+        ({"distributed_config": dict(pp_size=2, tp_size=2)}, "has no pipeline or expert parallel plan"),
+        ({"distributed_config": dict(ep_size=2)}, "has no pipeline or expert parallel plan"),
     ):
         for load in (AutoModelForCausalLM, type(model)):
-            with pytest.raises(ValueError, match="has no tensor, pipeline or expert parallel plan"):
+            with pytest.raises(ValueError, match=match):
                 load.from_pretrained(tmp_path, **asked)
-    assert not model.supports_tp_plan and not model.supports_pp_plan
+    with pytest.raises(ValueError, match="has no tensor, pipeline or expert parallel plan"):
+        type(model.model).from_pretrained(tmp_path, tp_size=2)
+    assert model.supports_tp_plan and not model.supports_pp_plan
 
 
 def test_configs_say_that_there_is_no_code_of_a_checkpoints_own(tmp_path):

@@ -77,12 +77,14 @@ class Own(torch.Tensor):
     pass
 
 
-def test_a_step_in_place_counts_versions_up(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_a_step_in_place_counts_versions_up(monkeypatch, request):
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     draw = torch.Generator().manual_seed(0)
 
     def rows(length, heads=1):
-        return [torch.randn(1, length, heads, 4, generator=draw) for _ in range(5)]
+        return [torch.randn(1, length, heads, 4, generator=draw).to(device) for _ in range(5)]
 
     options = dict(feature_map="softmax", mix="merge", coverage="outside", output_final_state=True)
     with torch.no_grad():
@@ -90,7 +92,7 @@ def test_a_step_in_place_counts_versions_up(monkeypatch):
         versions = [t._version for t in state if t is not None]
         recurrent_hybrid_attn(*rows(1), None, 3, **options, initial_state=state, inplace=True, impl="triton")
     assert all(t._version > v for t, v in zip([t for t in state if t is not None], versions, strict=True))
-    weights = torch.ones(1, 3, 1, 4, requires_grad=True)
+    weights = torch.ones(1, 3, 1, 4, device=device, requires_grad=True)
     product = (weights * state.ring_k).sum()
     with torch.no_grad():
         recurrent_hybrid_attn(*rows(1), None, 3, **options, initial_state=state, inplace=True, impl="triton")

@@ -63,9 +63,10 @@ class Row:
     without: tuple[str, ...] = ()
     """Stages left out."""
     passkeys: int = 0
-    """See ``RowSpec``; so are the next three."""
+    """See ``RowSpec``; so are the next four."""
     widened: bool = False
     shared: bool = False
+    oracle: bool = False
     longer: int = 1
     beside: str | None = None
     """The row whose loss is taken from its loss, and which its tables show too; None is that of the name of what it
@@ -124,6 +125,7 @@ class Row:
             passkeys=self.passkeys,
             widened=self.widened,
             shared=self.shared,
+            oracle=self.oracle,
             longer=self.longer,
         )
 

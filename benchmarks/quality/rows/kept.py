@@ -45,6 +45,19 @@ def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
     )
 
 
+def foretold(places: int, learned: str, suffix: str = "", about: str = "", **more: Any) -> Row:
+    """Those bytes for the keys that later queries do need: a bound for scores, not a model. learned: the row whose
+    score it stands beside. more: as for ``kept``."""
+    return dataclasses.replace(
+        kept(places, suffix, about, **more),
+        name=f"recommended-kept-{places}-oracle{suffix}",
+        about=f"{places} kept keys{about}, chosen by what later queries lose without them",
+        oracle=True,
+        beside=learned,
+        costs="the text to come",
+    )
+
+
 def shared(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
     """Those bytes once more, given to the layers and heads where kept keys save most. more: as for ``kept``."""
     even = kept(places, suffix, about, **more)
@@ -62,6 +75,14 @@ def shared(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
 LONG: dict[str, Any] = {"longer": 4, "score_received": True}
 RECEIVED = ", whose score reads the attention received in the window"
 LEFT = ", in the sums too while they are kept, longer sequences"
+LESS: tuple[tuple[int, str, str, dict[str, int]], ...] = (
+    (608, "-features-64", ", half the features", {"feature_dim": 64}),
+    (48, "", "", {}),
+    (176, "-features-64", ", half the features", {"feature_dim": 64}),
+    (180, "-w64", ", half the window", {"window": 64}),
+    (272, "-w64-features-64", ", half the window and half the features", {"window": 64, "feature_dim": 64}),
+)
+"""Places that features and window pay for: the first in the 40 MiB of 480 places, the others in 20."""
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
@@ -71,6 +92,16 @@ SCORES = (
         for places in (160, 256, 480)
     ),
     *(shared(places, "-left-longer-x4", LEFT, coverage="left", **LONG) for places in (160, 480)),
+    *(
+        dataclasses.replace(
+            shared(places, f"-left{less}-longer-x4", LEFT + about, coverage="left", **fields, **LONG),
+            beside="recommended-shared-480-left-longer-x4",
+        )
+        for places, less, about, fields in LESS
+    ),
+    foretold(256, "recommended-kept-256"),
+    foretold(256, "recommended-kept-256-received-longer-x4", "-longer-x4", ", longer sequences", longer=4),
+    foretold(480, "recommended-kept-480-left-longer-x4", "-left-longer-x4", LEFT, coverage="left", longer=4),
     kept(
         256,
         "-received-longer-x4-passkeys",

@@ -34,7 +34,7 @@ BUDGETS = {
     budget.name: budget
     for budget in (
         Budget(name="quick", stage1_steps=400, stage2_steps=150, batch_size=4, sequence_length=1024, stage0_steps=240),
-        Budget(name="full", stage1_steps=1221, stage2_steps=1221, batch_size=8, sequence_length=2048, stage0_steps=480),
+        Budget(name="full", stage1_steps=1221, stage2_steps=1221, batch_size=8, sequence_length=2048, stage0_steps=720),
     )
 }
 """quick: 1.6M and 0.6M tokens. full: the paper's 20M tokens a stage."""
@@ -58,6 +58,8 @@ class RowSpec:
     """Wide layers get their window after stage 1, which trains every layer with the others' (see ``widen``)."""
     shared: bool = False
     """After stage 0 kept keys go to the layers and heads where they save most, within the bytes of as many in each."""
+    oracle: bool = False
+    """No score is fitted: the labels that it would learn choose the keys, in training and in what is measured."""
     longer: int = 1
     """Training sequences are this many times as long as the budget's, and as many times fewer a step."""
 

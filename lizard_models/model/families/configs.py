@@ -100,5 +100,6 @@ CONFIGS: tuple[Any, ...] = (
     LizardGemma3TextConfig,
 )
 for config in CONFIGS:
-    config.base_model_tp_plan = config.base_model_pp_plan = None  # the families' know nothing of the new parameters
+    # the families' plans know nothing of the new parameters; that of tensor parallelism comes with the models
+    config.base_model_tp_plan = config.base_model_pp_plan = None
     AutoConfig.register(config.model_type, config)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from lizard_models.files.sources import expanded
 from lizard_models.model.state_file import checksum
 
 try:
@@ -43,7 +44,7 @@ class PrefixFiles:
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
         if fcntl is None:
             raise ValueError("folder: this system has no fcntl, whose locks keep processes apart: leave it out")
-        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        self.folder, self.max_bytes = expanded(folder, "folder"), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def lengths(self, identity: str) -> set[int]:

@@ -12,6 +12,7 @@ import torch
 
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.state_file import checksum, comparable
+from lizard_models.model.tensor_parallel import refuse_split
 
 POSITIONS = ("positions", "position_limit", "position_step")
 """Choices that a state file may differ in, since it says what was read, and a state that stands for a text may not."""
@@ -47,6 +48,7 @@ def _fingerprint(model: Any) -> Any:
 
 
 def _identity(model: Any) -> str:
+    refuse_split(model, "prefix_states")
     for name, part in model.named_modules():
         if hasattr(part, "base_layer"):
             raise ValueError(

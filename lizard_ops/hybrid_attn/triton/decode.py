@@ -14,6 +14,7 @@ from lizard_ops.common import checks
 from lizard_ops.common.direct import direct
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.features import feature_dim
+from lizard_ops.common.pages import page_bytes
 from lizard_ops.common.sizes import power_of_2
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
@@ -47,7 +48,7 @@ def list_starts(places: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def in_sixteens(x: Tensor) -> bool:
-    """Whether every row of a contiguous tensor begins at a multiple of 16 bytes."""
+    """Whether every row of a contiguous tensor, or one in pages, begins at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
 
 
@@ -56,9 +57,10 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
 
     One launch for both branches, the mix and the state. With ``inplace`` the tensors of the state, which must be
     contiguous, are overwritten, the position too, so that a CUDA graph of the step can be replayed; else copies are.
+    The pages of a pool are always overwritten.
     """
-    state = inputs.initial_state
-    if not options.inplace:
+    state, indices = inputs.initial_state, inputs.state_indices
+    if not options.inplace and indices is None:
         state = map_fields(lambda x: x.clone(memory_format=torch.contiguous_format), state)
     for name in ("k", "v", "fk"):
         kept, ring = getattr(state, f"kept_{name}"), getattr(state, f"ring_{name}")
@@ -87,10 +89,12 @@ def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[
         softcap=options.softcap,
         scores=inputs.scores,
         places=options.kept_keys if isinstance(options.kept_keys, tuple) else None,
+        indices=indices,
+        page=0 if indices is None else page_bytes(state),
     )
     if step is not hybrid_decode:
         torch.autograd.graph.increment_version([x for x in state if x is not None])
-    return o, state if options.output_final_state else None
+    return o, state if options.output_final_state or indices is not None else None
 
 
 @torch.library.custom_op("lizard_ops::hybrid_decode", mutates_args=FIELDS)
@@ -132,15 +136,20 @@ def hybrid_decode(
     softcap: float | None = None,
     scores: Tensor | None = None,
     places: Sequence[int] | None = None,
+    indices: Tensor | None = None,
+    page: int = 0,
 ) -> Tensor:
     """One step, in place on the fields of the state; returns o [B, 1, Hq, V]. scores [B, 1, Hk] where keys are kept.
 
-    places: of each key head, where they differ.
+    places: of each key head, where they differ. indices: [B] rows of the state, -1 for nobody; page: bytes from one to
+    the next where they are in one storage.
     """
     k, v = k.to(ring_k.dtype), v.to(ring_v.dtype)
     fk = fk if ring_fk is None else fk.to(ring_fk.dtype)
     q, k, v, fq, fk = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, fq, fk))
-    g, sinks, weight, scores = (None if x is None else x.contiguous() for x in (g, sinks, weight, scores))
+    g, sinks, weight, scores, indices = (
+        None if x is None else x.contiguous() for x in (g, sinks, weight, scores, indices)
+    )
     batch, _, heads, dim = q.shape
     key_heads, v_dim, pre = v.shape[2], v.shape[3], fq.shape[3]
     features, group = feature_dim(pre, feature_map), heads // v.shape[2]
@@ -156,7 +165,7 @@ def hybrid_decode(
         hybrid_decode_kernel[(batch * key_heads,)](
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
-            kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts,
+            kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts, indices,
             *(step for x in (q, k, v, fq, fk) for step in (x.stride(0), x.stride(2))),
             heads if weight is not None and weight.ndim == 3 else 0, units_of(scale, softcap) / math.log(2),
             cap_of(scale, softcap), math.log(feature_scale),
@@ -172,7 +181,7 @@ def hybrid_decode(
             BA=max(16, power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
             P=most, SLOTS=window if ring_scores is None else ring_scores.shape[1],
             BK=power_of_2(max(most, 1)),
-            ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
+            ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))), PAGE=page,
             **config.options,
         )  # fmt: skip
     return o

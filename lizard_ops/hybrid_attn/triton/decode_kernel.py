@@ -58,10 +58,19 @@ def features_at(
 
 
 @triton.jit
+def row_of(field, i_p, size, PAGE: tl.constexpr):
+    """Where row i_p of a field of the state begins: ``size`` numbers a row, or one row every PAGE bytes."""
+    if PAGE == 0:
+        return field + i_p * size
+    else:
+        return field + i_p * (PAGE // (field.dtype.element_ty.primitive_bitwidth // 8))
+
+
+@triton.jit
 def hybrid_decode_kernel(
     q, k, v, fq, fk, g, sinks, weight, o,
     position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
-    kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts,
+    kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts, indices,
     q_sn, q_sh, k_sn, k_sh, v_sn, v_sh, fq_sn, fq_sh, fk_sn, fk_sh, weight_sn, scale_log2, cap,
     log_feature_scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FP: tl.constexpr, F: tl.constexpr,
@@ -70,15 +79,16 @@ def hybrid_decode_kernel(
     BF: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, OUTSIDE: tl.constexpr,
     MAP: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
-    P: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr,
+    P: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the batch and one key head with the G query heads that read it.
 
     GATES numbers per token (0: none, CHANNEL: F per key head), STATES linear sums per key head (1 or G); weight:
     alpha, or the merge bias; P places of kept keys, SLOTS scores in their ring. starts: None, or where each head's own
-    places begin in the list of a row's, and where that ends; P is then no less than any head has. Every load of a state
-    tensor precedes the barrier before its stores. What the programs of a row share (its position, one gate for all
-    heads) is written by the last of them: each adds a ticket above the bits of the position once it needs them no more.
+    places begin in the list of a row's, and where that ends; P is then no less than any head has. indices: None, or
+    which row of the state each has, -1 for rows that are nobody's. Every load of a state tensor precedes the
+    barrier before its stores. What the programs of a row share (its position, one gate for all heads) is written by the
+    last of them: each adds a ticket above the bits of the position once it needs them no more.
     """
     HQ: tl.constexpr = HK * G
     STEP: tl.constexpr = HK if starts is None else 1  # from a head's place to its next
@@ -94,15 +104,22 @@ def hybrid_decode_kernel(
     m_v = o_v < V
     p_o = o + (i_n * HQ + o_h)[:, None] * V + o_v[None, :]
     m_o = m_g[:, None] & m_v[None, :]
-    p = tl.load(position + i_n) & (TICKET - 1)
+    i_p = i_n  # the row of the state
+    if indices is not None:
+        i_p = tl.load(indices + i_n).to(tl.int64)
+        if i_p < 0:
+            tl.store(p_o, tl.zeros([BG, BV], o.dtype.element_ty), mask=m_o)
+            return
+    position = row_of(position, i_p, 1, PAGE)
+    p = tl.load(position) & (TICKET - 1)
     slot = (p % W).to(tl.int32)
     newest = tl.minimum(p, 1 << 30).to(tl.int32)
 
     # window branch: the anchors and the new key, then the ring without the slot that the new key takes
     k += i_n * k_sn + i_h * k_sh
     v += i_n * v_sn + i_h * v_sh
-    ring_k += (i_n * W * HK + i_h) * D
-    ring_v += (i_n * W * HK + i_h) * V
+    ring_k = row_of(ring_k, i_p, W * HK * D, PAGE) + i_h * D
+    ring_v = row_of(ring_v, i_p, W * HK * V, PAGE) + i_h * V
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     p_q = q + i_n * q_sn + o_h.to(tl.int64) * q_sh
@@ -116,8 +133,8 @@ def hybrid_decode_kernel(
     p_k = k + o_a * 0
     p_v = v + o_a * 0
     if A > 0:
-        anchor_k += (i_n * A * HK + i_h) * D
-        anchor_v += (i_n * A * HK + i_h) * V
+        anchor_k = row_of(anchor_k, i_p, A * HK * D, PAGE) + i_h * D
+        anchor_v = row_of(anchor_v, i_p, A * HK * V, PAGE) + i_h * V
         p_k = tl.where(o_a < A, anchor_k + o_a * (HK * D), p_k)
         p_v = tl.where(o_a < A, anchor_v + o_a * (HK * V), p_v)
     b_ka = load_rows(p_k, m_a, D, BD)  # [BA, BD]
@@ -136,18 +153,19 @@ def hybrid_decode_kernel(
         b_s = tl.where(m_c[None, :], b_s, float("-inf"))
         b_m, b_l, b_win, b_arg = absorb(b_s, b_v, b_m, b_l, b_win, b_arg, 0, 1, scale_log2, False, PRECISION)
     if P > 0:
-        i_first = i_n * P * HK + i_h
+        i_first = i_h
+        all_places = P * HK
         if starts is not None:
             i_first = tl.load(starts + i_h)
             count = tl.load(starts + i_h + 1) - i_first
-            i_first += i_n * tl.load(starts + HK)
+            all_places = tl.load(starts + HK)
         if LATE:
-            kept_fk += i_first * FP
-        kept_k += i_first * D
-        kept_v += i_first * V
-        kept_scores += i_first
-        kept_positions += i_first
-        p_score = ring_scores + (i_n * SLOTS + p % SLOTS) * HK + i_h
+            kept_fk = row_of(kept_fk, i_p, all_places * FP, PAGE) + i_first * FP
+        kept_k = row_of(kept_k, i_p, all_places * D, PAGE) + i_first * D
+        kept_v = row_of(kept_v, i_p, all_places * V, PAGE) + i_first * V
+        kept_scores = row_of(kept_scores, i_p, all_places, PAGE) + i_first
+        kept_positions = row_of(kept_positions, i_p, all_places, PAGE) + i_first
+        p_score = row_of(ring_scores, i_p, SLOTS * HK, PAGE) + (p % SLOTS) * HK + i_h
         leaving_score = tl.load(p_score)
         place, expires = choose_place(
             kept_positions, kept_scores, leaving_score, newest >= W + A, STEP, P if starts is None else count, BK
@@ -175,7 +193,7 @@ def hybrid_decode_kernel(
 
     # the key that joins the sums: the one that leaves the window or is displaced, or the new one
     if OUTSIDE:
-        p_key = ring_fk + ((i_n * W + slot) * HK + i_h) * FP
+        p_key = row_of(ring_fk, i_p, W * HK * FP, PAGE) + (slot * HK + i_h) * FP
         p_value = ring_v + slot * (HK * V)
         joined = newest - W
         if LATE:
@@ -188,7 +206,7 @@ def hybrid_decode_kernel(
         joined = newest
     if GATES > 0:
         p_gate_now = g + i_n * GATES
-        p_ring_gate = ring_g + i_n * (W * GATES) if OUTSIDE else p_gate_now
+        p_ring_gate = row_of(ring_g, i_p, W * GATES, PAGE) if OUTSIDE else p_gate_now
         p_gate = p_ring_gate + slot * GATES if OUTSIDE else p_gate_now  # of the key that joins
     one = tl.zeros([1], tl.int32)
     m_key = one + joined >= A
@@ -202,8 +220,14 @@ def hybrid_decode_kernel(
     b_lin = tl.zeros([BG, BV], tl.float32)
     b_mass = tl.zeros([BG], tl.float32)
     o_x = tl.arange(0, BX)
+    s = row_of(s, i_p, HK * STATES * F * V, PAGE)
+    z = row_of(z, i_p, HK * STATES * F, PAGE)
+    if SCALED:
+        log_scale = row_of(log_scale, i_p, HK * STATES, PAGE)
+    if EXPIRING and LATE and GATES > 0:
+        kept_g = row_of(kept_g, i_p, all_places * STATES, PAGE)
     for i_s in tl.static_range(STATES):
-        i_state = i_n * (HK * STATES) + i_h * STATES + i_s
+        i_state = i_h * STATES + i_s
         m_s = m_g & (o_g == i_s) if STATES > 1 else m_g  # the query heads of this state
         i_gate = i_h * F if CHANNEL else (i_h * STATES + i_s if GATES > 1 else 0)
         gate = 0.0  # largest log decay of the step
@@ -306,7 +330,7 @@ def hybrid_decode_kernel(
         b_leaving_k = tl.load(ring_k + slot * (HK * D) + o_d, mask=m_d, other=0.0)
         b_leaving_v = tl.load(ring_v + slot * (HK * V) + o_v, mask=m_v, other=0.0)
         if LATE:
-            p_key = ring_fk + ((i_n * W + slot) * HK + i_h) * FP
+            p_key = row_of(ring_fk, i_p, W * HK * FP, PAGE) + (slot * HK + i_h) * FP
             b_leaving_fk = tl.load(p_key + o_x, mask=o_x < FP, other=0.0)
     tl.debug_barrier()
     if P > 0:
@@ -332,8 +356,8 @@ def hybrid_decode_kernel(
             b_gate = tl.load(p_gate_now + i_h * PER_HEAD + o_x, mask=m_gate, other=0.0)
             tl.store(p_gate + i_h * PER_HEAD + o_x, b_gate, mask=m_gate)
     tl.debug_barrier()
-    tickets = tl.atomic_add(position + i_n, TICKET) // TICKET
+    tickets = tl.atomic_add(position, TICKET) // TICKET
     if tickets == HK - 1:
-        tl.store(position + i_n, p + 1)
+        tl.store(position, p + 1)
         if OUTSIDE and GATES == 1:
-            tl.store(ring_g + i_n * W + slot, tl.load(g + i_n))
+            tl.store(p_ring_gate + slot, tl.load(g + i_n))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.places import most
+from lizard_ops.common.row_decays import Decays
 from lizard_ops.common.rows import over_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import Layout, anchor_rows, final_ring, gather_rows, layout_of, per_head
-from lizard_ops.gated_attn.expiring import Decays, decays_of
+from lizard_ops.gated_attn.expiring import decays_of
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.expiring import with_expiries
 from lizard_ops.hybrid_attn.triton.call import chosen

@@ -141,8 +141,16 @@ GENERATE = ["generate", "nowhere", "hi"]
         (["linearize", "TEACHER", "--out", "OUT", "--set", "stage1.max_steps=99999999999999999999"], "below 2**48"),
         (["linearize", "TEACHER", "--out", "OUT", "--seed", "-1"], "seed must be from 0"),
         (["linearize", "TEACHER", "--out", "OUT", "--resume", "--resume", "auto"], "data"),
+        (["linearize", "TEACHER", "--out", "OUT", "--diverged", "nan"], "--diverged: it must be above 1"),
+        (
+            ["linearize", "TEACHER", "--out", "OUT", "--peak-tflops", "nan"],
+            "--peak-tflops: it must be a positive number",
+        ),
+        (["linearize", "TEACHER", "--out", "OUT", "--state-mib", "inf"], "--state-mib: it must be a number of MiB"),
+        ([*GENERATE, "--save-state", "FILE/x"], "there is no folder 'FILE'"),
+        ([*GENERATE, "--save-state", "TEXTS"], "a folder is there"),
     ],
-    ids=range(20),
+    ids=range(25),
 )
 def test_options_that_mean_nothing_are_refused_before_anything_is_loaded(saved, tmp_path, monkeypatch, command, said):
     monkeypatch.setattr("lizard_models.text.documents.hub_answers", lambda path="": False)
@@ -169,3 +177,35 @@ def test_options_that_mean_nothing_are_refused_before_anything_is_loaded(saved, 
 def test_what_the_command_line_refuses_itself(command):
     said = call(*command, code=2)
     assert "rror" in said.stderr and isinstance(said.exception, SystemExit)
+
+
+NO_HOME = "~nobody-at-all/x"
+PLACES = {
+    "data": (["linearize", "TEACHER", "--data", "PLACE", "--out", "OUT"], "--data: "),
+    "out": (["linearize", "TEACHER", "--data", "TEXTS", "--out", "PLACE"], "--out: "),
+    "cache": (["linearize", "TEACHER", "--data", "TEXTS", "--out", "OUT", "--cache", "PLACE"], "--cache: "),
+    "from": (["linearize", "TEACHER", "--data", "TEXTS", "--out", "OUT", "--from", "PLACE"], "--from: "),
+    "teacher": (["linearize", "PLACE", "--data", "TEXTS", "--out", "OUT"], "teacher: "),
+    "convert": (["convert", "TEACHER", "--out", "PLACE"], "--out: "),
+    "report": (["report", "PLACE"], "report: "),
+    "generate": (["generate", "PLACE", "hi"], "model: "),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_homes_that_nobody_has_are_named(saved, tmp_path, name):
+    command, start = PLACES[name]
+    save_texts(tmp_path / "texts")
+    names = {"PLACE": NO_HOME, "TEACHER": saved, "TEXTS": tmp_path / "texts", "OUT": tmp_path / "out"}
+    line = error(*(names.get(word, word) for word in command))
+    assert line == f"error: {start}no home is known for {NO_HOME!r}; write the path out"
+
+
+@pytest.mark.parametrize("name", ["data", "out"])
+def test_links_to_themselves_and_paths_too_long_are_one_line(saved, tmp_path, name):
+    command, _ = PLACES[name]
+    save_texts(tmp_path / "texts")
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (tmp_path / "loop" / "x", tmp_path / ("a/" * 3000)):
+        names = {"PLACE": place, "TEACHER": saved, "TEXTS": tmp_path / "texts", "OUT": tmp_path / "out"}
+        assert error(*(names.get(word, word) for word in command)).startswith("error: ")

@@ -17,6 +17,14 @@ def test_what_the_system_refuses_in_a_file_of_weights_is_said():
     assert "damaged or cut short" in explanation(cut) and not is_of_the_system(cut)
 
 
+def test_a_process_that_is_gone_is_said_where_there_were_several(monkeypatch):
+    gone = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    assert explanation(gone) is None and not is_of_the_system(gone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert explanation(gone).startswith("another process of this run has gone") and is_of_the_system(gone)
+    assert explanation(RuntimeError("shapes do not fit")) is None  # a fault of ours keeps its traceback
+
+
 OPTIONS = {"out": "--out", "seq_len": "--seq-len", "resume": "--resume", "text_field": "--text-field"}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +18,8 @@ from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.recipes import Stage0Config
 
 torch.set_num_threads(1)
-KEPT = {"kept_keys": 5, "score_dim": 6}
+NEVER = 0  # a signal that only asks whether the process is there
+KEPT = {"kept_keys": 5, "score_dim": 6, "gate": "scalar"}  # a gate of one row, which one of two processes has
 
 
 def one_run(
@@ -23,6 +27,7 @@ def one_run(
     folder: Path,
     dtype: torch.dtype = torch.float32,
     stop_at: int | None = None,
+    number: int = signal.SIGINT,
     kept: bool = False,
     **changes,
 ):
@@ -38,7 +43,7 @@ def one_run(
     )
     run = arguments(folder, **changes)
     if stage == 1:
-        result = train_stage1(model, Sequences(stop_at=stop_at), run, recipe)
+        result = train_stage1(model, Sequences(stop_at=stop_at, number=number), run, recipe)
     else:
         model, result = train_stage2(model, Sequences(stop_at=stop_at), run, recipe)
     return result.losses, {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -55,6 +60,8 @@ def main(folder: Path) -> None:
             )
     for stage in (0, 1):
         found[f"stage {stage}, kept"] = one_run(stage, folder / f"{stage}-kept", kept=True, fsdp=True)
+    for stage in (1, 2):  # every row over both processes
+        found[f"stage {stage}, context"] = one_run(stage, folder / f"{stage}-context", context_parallel=2)
     objective = AttentionTransfer(fresh())
     found["held"] = sum(p.to_local().numel() for p in sharded(objective, "cpu").parameters())
     found["whole"] = sum(p.numel() for p in objective.parameters())
@@ -64,5 +71,18 @@ def main(folder: Path) -> None:
     except TrainingInterrupted as stopped:
         found["stopped"] = str(stopped)
     found["resumed"] = one_run(1, folder / "stopped", fsdp=True, resume=True)
+    began = time.monotonic()
+    try:  # the other process is killed in the middle of step 3; this one must not wait for ever
+        one_run(
+            1,
+            folder / "killed",
+            fsdp=True,
+            save_steps=1,
+            stop_at=8,
+            number=NEVER if is_main_process() else signal.SIGKILL,
+        )
+    except Exception as gone:
+        found["gone"], found["gone after"] = str(gone), time.monotonic() - began
     if is_main_process():
         torch.save(found, folder / "found.pt")
+    os._exit(0)  # nobody is left to take leave of

@@ -108,8 +108,8 @@ def test_a_signal_while_it_is_high_still_ends_with_a_checkpoint(tmp_path, monkey
 
 def test_factors_and_reports_are_checked_before_a_step(tmp_path):
     for changes, said in (
-        ({"diverged": 1.0}, "diverged must be above 1"),
-        ({"diverged": float("nan")}, "diverged must be above 1"),
+        ({"diverged": 1.0}, "diverged: it must be above 1"),
+        ({"diverged": float("nan")}, "diverged: it must be above 1"),
         ({"report_to": ("nowhere",)}, "report_to: transformers finds no 'nowhere' here"),
     ):
         with pytest.raises(ValueError, match=said):

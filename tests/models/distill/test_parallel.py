@@ -1,6 +1,7 @@
 """Two processes give what one gives, whether each holds the model or they share it (FSDP-2)."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,11 +11,12 @@ import pytest
 import torch
 from parallel_run import one_run
 from safetensors.torch import load_file
-from training import fresh
+from training import arguments, fresh, recipes
 
 from lizard_models.distill import parallel
+from lizard_models.distill.arguments import check_parts, training_arguments
 from lizard_models.distill.parallel import sharded
-from lizard_models.distill.resume import RUN, checkpoint_to_resume
+from lizard_models.distill.resume import RUN, checkpoint_to_resume, checkpoints
 from lizard_models.distill.stage1 import AttentionTransfer
 
 
@@ -63,13 +65,20 @@ main(pathlib.Path(sys.argv[1]))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for done in launch("-c", START, str(folder)):
-        assert done.returncode == 0, done.stderr
+    first, second = launch("-c", START, str(folder))
+    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL), first.stderr + second.stderr
     return {**torch.load(folder / "found.pt"), "folder": folder}
 
 
 @pytest.mark.parametrize(
-    ("stage", "way"), [*((stage, way) for stage in (0, 1, 2) for way in ("ddp", "fsdp")), (0, "kept"), (1, "kept")]
+    ("stage", "way"),
+    [
+        *((stage, way) for stage in (0, 1, 2) for way in ("ddp", "fsdp")),
+        (0, "kept"),
+        (1, "kept"),
+        (1, "context"),
+        (2, "context"),
+    ],
 )
 def test_two_processes_learn_what_one_learns(found, stage, way, tmp_path):
     losses, parameters = found[f"stage {stage}, {way}"]
@@ -117,6 +126,19 @@ def test_a_sharded_run_may_go_on_in_one_process(found, tmp_path):
     assert [step for step, _ in losses] == [1, 2, 3, 4]
 
 
+def test_a_process_that_is_killed_ends_the_run_and_one_goes_on(found):
+    """With the losses of a run that nothing happened to."""
+    assert found["gone after"] < 30 and found["gone"]
+    folder = found["folder"] / "killed"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    losses, parameters = one_run(1, folder, resume=True)
+    whole_losses, whole = found["stage 1, ddp"]
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in whole_losses], rel=1e-4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_shards_lie_on_the_device_of_the_run(monkeypatch):
     """On one mesh, the layers before the whole: torch's own choice would be a GPU wherever there is one."""
     meshes, wrapped = [], []
@@ -137,6 +159,34 @@ def test_only_the_main_process_writes_the_record_of_a_run(monkeypatch, tmp_path)
         monkeypatch.setenv("RANK", rank)
         assert checkpoint_to_resume(tmp_path / "run", False, record) is None
         assert [path.name for path in tmp_path.glob("run/*")] == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_parallel": 3}, "context_parallel: got 3, wanted a divisor of the number of processes, 2"),
+        ({"context_parallel": 0}, "context_parallel: got 0, wanted a divisor"),
+        ({"context_parallel": 2, "cuda_graph": True}, "cuda_graph: a graph holds no exchange"),
+    ],
+)
+def test_groups_that_processes_do_not_fall_into(changes, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        training_arguments(recipes(fresh())[0], arguments(tmp_path, **changes), 4)
+
+
+def test_rows_that_do_not_fall_into_parts():
+    for changes, length, softmax, message in (
+        ({}, 47, True, "47 tokens fall into no 2 equal parts"),
+        ({}, 2, True, "2 tokens fall into no 2 equal parts"),
+        ({"softmax_layers": (1,)}, 48, False, "kept softmax layers need the keys of all ranks"),
+        ({"attn_implementation": "eager"}, 48, True, 'in mode "distill" the teacher attends to the keys of all ranks'),
+    ):
+        model = fresh(**changes)
+        recipe = recipes(model, sequence_length=length)[0]
+        with pytest.raises(ValueError, match=message):
+            check_parts(model, recipe, 2, softmax)
+        check_parts(model, recipe, 1, softmax)
 
 
 def test_what_the_launcher_must_not_ask(monkeypatch, tmp_path):

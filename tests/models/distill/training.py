@@ -17,10 +17,10 @@ LENGTH = 48
 
 
 class Sequences(Dataset):
-    """Random sequences. ``stop_at``: Ctrl-C arrives while that many items have been read."""
+    """Random sequences. ``stop_at``: a signal, by default Ctrl-C, arrives while that many items have been read."""
 
-    def __init__(self, count: int = 16, stop_at: int | None = None) -> None:
-        self.rows, self.stop_at, self.read = tokens(count, LENGTH), stop_at, 0
+    def __init__(self, count: int = 16, stop_at: int | None = None, number: int = signal.SIGINT) -> None:
+        self.rows, self.stop_at, self.read, self.number = tokens(count, LENGTH), stop_at, 0, number
         self.digest = "random"
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class Sequences(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         self.read += 1
         if self.read == self.stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
         return {"input_ids": self.rows[index]}
 
 

@@ -1,5 +1,6 @@
 """Folders that appear whole: what is done is kept, wherever the last rename fails."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,16 @@ def test_a_small_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_whole(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_a_finished_folder_have_the_mode_of_new_ones(tmp_path):
+    """safetensors makes its files private."""
+    before = os.umask(0o027)
+    try:
+        with appear_whole(tmp_path / "x") as draft:
+            (draft / "weights").touch(mode=0o600)
+            (draft / "in").mkdir()
+            (draft / "in" / "other").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert {(tmp_path / "x" / name).stat().st_mode & 0o777 for name in ("weights", "in/other")} == {0o640}

@@ -67,3 +67,9 @@ def test_records_of_before_there_were_sums_are_read_where_they_may_be(tmp_path):
     (tmp_path / records.RECORD_SUMS).write_text("[]")
     with pytest.raises(ValueError, match="sums.json is damaged"):
         read_record(path, "", True)
+
+
+def test_json_that_is_nested_too_deeply_is_damaged_too(tmp_path):
+    (tmp_path / "rows.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"rows\.json is damaged \(maximum recursion.*: again"):
+        read_json(tmp_path / "rows.json", "again")

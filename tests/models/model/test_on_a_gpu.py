@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lizard_layers import tensors_of
 from lizard_models import LizardConfig, linearize
-from lizard_models.distill import RunArguments, train_stage1
+from lizard_models.distill import RunArguments, train_stage0, train_stage1
 from lizard_models.model import decode_graph, joined, norms
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.decode_graph import free_decode_graphs
@@ -57,6 +57,22 @@ class Tokens(Dataset):
         return {"input_ids": torch.randint(1, 512, (256,), generator=torch.Generator().manual_seed(index))}
 
 
+def test_scores_are_fitted_from_a_graph_as_without_one(tmp_path):
+    """Labels and gradients of every layer are made inside of the forward: the graph holds them all."""
+    kept = {"kept_keys": 16, "score_received": True, "window": 32}
+    config = LizardConfig.preset("recommended").replace(attention=kept)
+    recipe = dataclasses.replace(
+        config.stage0, epochs=None, max_steps=8, batch_size=2, sequence_length=256, label_queries=32, precision="fp32"
+    )
+    fitted = {}
+    for graph in (False, True):
+        model = linearize(llama(), config).requires_grad_(False)
+        run = RunArguments(output_dir=tmp_path / str(graph), device="cuda", cuda_graph=graph)
+        result = train_stage0(model, model.key_scores(), Tokens(), run, recipe)
+        fitted[graph] = [result.losses, result.r2, [p.detach().cpu() for p in model.key_scores().parameters()]]
+    torch.testing.assert_close(fitted[True], fitted[False], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_loss_that_turns_nan_on_the_device_is_named(tmp_path, monkeypatch, cuda_graph):
     """Nothing waits for the device in between: the run stops a few steps later and names the step all the same."""
@@ -72,9 +88,9 @@ def test_a_loss_that_turns_nan_on_the_device_is_named(tmp_path, monkeypatch, cud
         LizardConfig.preset("recommended").stage1, max_steps=60, batch_size=2, sequence_length=256, precision="fp32"
     )
     run = RunArguments(output_dir=tmp_path / "run", device="cuda", cuda_graph=cuda_graph, save_steps=5)
-    with pytest.raises(
-        FloatingPointError, match=r"relative error is nan at step (1\d|2\d), its gradient is not finite"
-    ):
+    where = r"(first after|for) \S*layers\.0.*, its gradient is not finite in"
+    said = rf"^training: relative error is nan at step (1\d|2\d), {where}"
+    with pytest.raises(FloatingPointError, match=said):
         train_stage1(model, Tokens(), run, recipe)
     last = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     assert last < 22  # of what was finite

@@ -123,12 +123,17 @@ def test_work_in_which_nothing_was_trained_is_in_nobodys_way(command, tmp_path, 
 def test_auto_begins_goes_on_and_is_content_with_what_is_finished(command, tmp_path, monkeypatch, weights):
     auto = [*command, "--resume", "auto"]
     stopped_before("train_stage2", auto, monkeypatch)
+    stopped = (tmp_path / "out.training" / "run.md").read_text()
+    assert (
+        "State: stopped: stopped by a signal." in stopped and "| stage 1, attention approximation | 1 of 2 |" in stopped
+    )
     call(*auto)
+    assert "State: finished." in (tmp_path / "out" / "run.md").read_text() and damaged(tmp_path / "out") == []
     assert same(tmp_path / "out", weights)
     told = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert [(line["stage"][:7], line.get("event"), line["step"]) for line in told] == [
-        (f"stage {n}", *what) for n in (1, 2) for what in [("began", 0), (None, 1), ("saved", 2)]
-    ]
+    lines = [(line["stage"][:7], line.get("event"), line.get("step")) for line in told]
+    of_stages = [[(f"stage {n}", *what) for what in [("began", 0), (None, 1), ("saved", 2)]] for n in (1, 2)]
+    assert lines == [*of_stages[0], ("run", "stopped", None), *of_stages[1]]
     monkeypatch.setattr(linearize_run, "load_teacher", fail)
     for again in ("--resume", "auto"), ("--resume",):
         assert f"finished before: {tmp_path / 'out'}" in call(*command, *again).output

@@ -113,6 +113,7 @@ OPTIONS = {
     "--micro-batch-size": ("2", "training.micro_batch_size", 2),
     "--gradient-checkpointing": (None, "training.gradient_checkpointing", True),
     "--fsdp": (None, "training.fsdp", True),
+    "--context-parallel": ("2", "training.context_parallel", 2),
     "--cuda-graph": (None, "training.cuda_graph", True),
     "--compile": (None, "training.compile", True),
     "--seed": ("9", "stage0.seed", 9),
@@ -127,6 +128,8 @@ OPTIONS = {
     "--save-steps": ("11", "training.save_steps", 11),
     "--report-to": ("tensorboard,wandb", "training.report_to", ["tensorboard", "wandb"]),
     "--diverged": ("4", "training.diverged", 4.0),
+    "--log-attention-every": ("20", "training.log_attention_every", 20),
+    "--peak-tflops": ("400", "training.peak_tflops", 400.0),
     "--cache": ("there", "training.cache", "there"),
 }
 ALONE = ("--out", "--from", "--resume", "--dry-run", "--show-recipe")  # in the test, of a folder, or of no file

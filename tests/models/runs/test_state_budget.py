@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lizard_models import LizardConfig
 from lizard_models.evaluation.share_places import share_places
 from lizard_models.model.layer_configs import kept_by_layer
+from lizard_models.model.linearize import student_config
 from lizard_models.runs import linearize_run, state_budget
 from lizard_models.runs.memory import constant_bytes, kept_bytes, lizard_bytes, told_places
 from lizard_models.runs.plan import work_folder
-from lizard_models.runs.state_budget import evenly_kept, places_within, prices
+from lizard_models.runs.state_budget import evenly_kept, places_within, prices, shared_mib
 
 WINDOW = {"window": 16, "score_dim": 8}
 SMALL = ["--set", "attention.window=16", "--set", "attention.score_dim=8", "--set", "stage0.sequence_length=160",
@@ -108,6 +109,37 @@ def test_a_run_shares_places_out_once_and_goes_on_with_them(world, tmp_path, mon
     assert AutoConfig.from_pretrained(out).lizard == model.config.lizard
     assert "finished before" in call(*command, "--resume", "auto").output
     assert "exists already" in error(*command[:-1], 0.5, "--resume", "auto")
+
+
+def test_a_recipe_shares_out_the_bytes_of_even_places(world, tmp_path, monkeypatch):
+    out, recipe = tmp_path / "out", ["--kept-keys", "6", "--set", "stage0.share_places=true"]
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linearize_run, "train_stage1", stop)
+    told = call(
+        "linearize", world / "teacher", "--data", world / "texts", *SMALL, *recipe, "--out", out, code=130
+    ).stdout
+    even = student(attention=WINDOW | {"kept_keys": 6}).config
+    chosen = json.loads((work_folder(out) / "kept_keys.json").read_text())
+    paid = prices(even)
+    left = constant_bytes(even, torch.float32) - paid.without
+    shared = share_places(chosen["errors"], chosen["levels"], left, paid.places, paid.layers)
+    assert [tuple(heads) for heads in chosen["places"]] == shared and len({n for heads in shared for n in heads}) > 1
+    assert f"of {constant_bytes(even, torch.float32) / 2**20:.4g} MiB (float32 keys)" in told
+
+
+def test_places_are_shared_only_where_a_recipe_says_so():
+    def told(kept_keys, share, scored=True, state_mib=None):
+        choices = {"attention": WINDOW | {"kept_keys": kept_keys}, "stage0": {"share_places": share}}
+        config = student_config(teacher().config, LizardConfig.preset("recommended", **choices))
+        return shared_mib(config, state_mib, scored), constant_bytes(config, torch.float32) / 2**20
+
+    wanted, even = told(6, True)
+    assert wanted == even
+    assert told(6, True, state_mib=2.0)[0] == 2.0
+    assert [told(6, False)[0], told(0, True)[0], told([6, 2], True)[0], told(6, True, False)[0]] == [None] * 4
 
 
 def test_lists_come_from_the_command_line_too(world, tmp_path):

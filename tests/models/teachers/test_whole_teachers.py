@@ -1,6 +1,7 @@
 """Teachers whose weights are missing, too many, misshapen or not finite are refused, and theirs names said."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +116,18 @@ def test_the_command_trains_on_none_of_them(tmp_path):
     edit(folder, lambda weights: weights.pop(NORM))
     line = error("linearize", folder, "--data", tmp_path / "texts", "--out", tmp_path / "out", "--device", "cpu")
     assert f"has missing keys: {NORM}" in line and not (tmp_path / "out.training").exists()
+
+
+def test_weights_that_may_not_be_read_are_said_to_be_so(tmp_path, monkeypatch):
+    """safetensors says of them that they do not exist."""
+    folder, plain = save_teacher(tmp_path / "t"), Path.open
+
+    def refused(self, *args, **kwargs):
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    for command in ("convert", "linearize"):
+        line = error(command, folder, "--out", tmp_path / "out")
+        assert line.startswith(f"error: {folder / 'model.safetensors'}: Permission denied")

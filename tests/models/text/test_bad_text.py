@@ -111,6 +111,8 @@ RECORDS = {
     '{"input_ids": 7}': "has 7 for input_ids; wanted a list",
     '{"input_ids": [99999999999999999999]}': "that no vocabulary holds",
     "{}": "has the fields none; wanted text",
+    '{"text": "a\\ud800b"}': r"has half of a character \(\\ud800 alone\); wanted text",
+    '{"messages": [{"role": "user", "content": "\\udfff"}]}': r"has half of a character \(\\udfff alone\)",
 }
 
 

@@ -1,0 +1,1 @@
+"""A sequence that lies over several ranks: what a rank must know of those before it."""
