@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.quality import more_commands
 from benchmarks.quality.options import given, read_budget, read_names, read_seeds, read_tokenizer, recorded_lm
 from lizard_models.cli.errors import Command, one_line_errors
 from lizard_models.cli.options import Cache, Device, read_device, read_numbers
@@ -380,6 +381,8 @@ def list_rows() -> None:
             for row in rows_of(table.name):
                 console.print(f"  {row.name}: {row.about}", highlight=False, markup=False)
 
+
+app.command("teachers", cls=Command)(more_commands.teachers)
 
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks.quality")

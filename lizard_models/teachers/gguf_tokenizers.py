@@ -44,7 +44,8 @@ def tokenizer_from(metadata: dict[str, Any], longest: int) -> PreTrainedTokenize
         tokenizer = _sentence_pieces(vocabulary, types, metadata, named["unk_token"])
     else:
         raise ValueError(
-            f"gguf: its tokenizer is {kind!r} cut by {cut!r}; wanted 'llama', or 'gpt2' cut by qwen2, {', '.join(DIGITS)}"
+            f"gguf: its tokenizer is {kind!r} cut by {cut!r}; wanted 'llama', or 'gpt2' cut by qwen2 or "
+            f"{' or '.join(DIGITS)}"
         )
     typed = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in typed if k == CONTROL])

