@@ -383,6 +383,7 @@ def list_rows() -> None:
 
 
 app.command("teachers", cls=Command)(more_commands.teachers)
+app.command("code-data", cls=Command)(more_commands.code_data)
 
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks.quality")

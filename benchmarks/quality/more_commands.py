@@ -53,3 +53,38 @@ def teachers(
                 console.print(f"{prompt!r} goes on {text!r}", highlight=False, markup=False)
             for text, bits in proof["bits_a_character"].items():
                 console.print(f"{text}: {bits:.2f} bits a character, first {proof['tokens']} tokens", highlight=False)
+
+
+def code_data(
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new.")],
+    teacher: Annotated[str, typer.Option(help="Whose tokenizer: hub name, local folder, or smollm2-135m.")],
+    tokens: Annotated[int | None, typer.Option(help="Of training, at most; default all there are.", min=1)] = None,
+    held_out: Annotated[float, typer.Option(help="Share held out, in whole projects.", min=0.0, max=0.5)] = 0.05,
+    look_ups: Annotated[int, typer.Option(help="Rows with things that come again, as stage 0 has them.", min=0)] = 0,
+    look_up_length: Annotated[int, typer.Option(help="Tokens of such a row.", min=512)] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the order and of what is held out.", min=0)] = 0,
+) -> None:
+    """Python source that this machine has, as ids: the standard library and installed packages, without copies.
+
+    Only packages whose licences are all permissive are read; some projects are held out whole. The manifest says what
+    was taken, under which licences, with the sha256 of every file.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality code-data --out code/ --teacher coder/ --tokens 20000000[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from benchmarks.quality.code_data import CodePlan, installed_projects, write_code_data
+        from benchmarks.quality.options import read_tokenizer
+
+        plan = CodePlan(held_out=held_out, tokens=tokens, look_ups=look_ups, look_up_length=look_up_length, seed=seed)
+        console = Console(soft_wrap=True)
+
+        def say(message: str) -> None:
+            console.print(message, highlight=False)
+
+        told = write_code_data(out, installed_projects(), read_tokenizer(teacher, None), plan, say)
+        held = sum(count for name, count in told["tokens"].items() if name != "train")
+        say(f"{told['tokens']['train']:,} tokens to train on, {held:,} held out: {out / 'manifest.json'}")
