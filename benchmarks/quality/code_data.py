@@ -64,7 +64,7 @@ class CodePlan:
     tokens: int | None = None
     """Of training, at most; None for all there are. Files are taken in an order drawn over all projects."""
     look_ups: int = 0
-    """Rows with passages and records that come again, as stage 0 has them (``text.look_ups``), in a file of their own."""
+    """Rows with passages and records that come again, as stage 0 has them (``text.look_ups``), in their own file."""
     look_up_length: int = 4096
     seed: int = 0
 

@@ -1,4 +1,4 @@
-"""Commands of ``python -m benchmarks.quality`` that make what rows are run on: teachers and data."""
+"""Commands of ``python -m benchmarks.quality`` beside the rows: teachers, data, what larger teachers would cost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lizard_models.cli.errors import one_line_errors
+from lizard_models.cli.options import Cache
 
 
 def teachers(
@@ -88,3 +89,33 @@ def code_data(
         told = write_code_data(out, installed_projects(), read_tokenizer(teacher, None), plan, say)
         held = sum(count for name, count in told["tokens"].items() if name != "train")
         say(f"{told['tokens']['train']:,} tokens to train on, {held:,} held out: {out / 'manifest.json'}")
+
+
+def dry_run(
+    teachers: Annotated[list[str] | None, typer.Argument(help="Default: Llama-3.2-1B, Llama-3-8B, Mistral-7B.")] = None,
+    preset: Annotated[str, typer.Option(help="The preset to plan for.")] = "recommended",
+    budget: Annotated[str, typer.Option(help="quick (1.6M and 0.6M tokens) or full (20M a stage).")] = "full",
+    tflops: Annotated[float, typer.Option(help="Arithmetic that a device achieves, TFLOP/s.", min=0.1)] = 300.0,
+    devices: Annotated[int, typer.Option(help="Devices that share the work.", min=1)] = 1,
+    micro_batch_size: Annotated[int, typer.Option(help="Sequences that go through at a time.", min=1)] = 1,
+    cache: Cache = None,
+) -> None:
+    """Shapes, new parameters, memory and time of a row for larger teachers, without their weights.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality dry-run meta-llama/Meta-Llama-3-8B --preset paper[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from benchmarks.quality.options import read_budget
+        from benchmarks.quality.rows import RowSpec
+        from lizard_models.runs.cost import describe_run, known_shapes
+
+        chosen = RowSpec(name=preset, preset=preset).config(read_budget(budget), 0)
+        for name in teachers or known_shapes():
+            for part in describe_run(
+                name, chosen, achieved=tflops, devices=devices, micro_batch=micro_batch_size, cache=cache
+            ):
+                Console(soft_wrap=True).print(part, highlight=False)

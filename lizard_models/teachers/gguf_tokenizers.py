@@ -67,7 +67,7 @@ def tokenizer_from(metadata: dict[str, Any], longest: int) -> PreTrainedTokenize
 def _cut_words(tokenizer: Tokenizer, cut: str) -> None:
     if cut == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-        first = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+        first: Any = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
     else:
         first = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
