@@ -1,17 +1,22 @@
 """Measures by generation: questions can be solved from their own text, lengths hold, lines are the source's."""
 
+import hashlib
 import json
 import re
 from collections import Counter
 
 import pytest
 import torch
-from readable import byte_tokenizer
+from readable import byte_tokenizer, save_teacher, save_texts
 from tiny import teacher
 
+from benchmarks.quality import ruler
+from benchmarks.quality.bench import Bench
 from benchmarks.quality.generated import Question, continuations
 from benchmarks.quality.next_lines import next_line_questions, next_line_scores, read_projects
+from benchmarks.quality.rows import Budget, RowSpec
 from benchmarks.quality.ruler import CHAIN, KINDS, ROOM, questions, ruler_scores, score
+from benchmarks.quality.worker import run_row
 
 TOKENIZER = byte_tokenizer()
 LENGTH = 9000  # bytes: the list of common names alone takes most of it
@@ -132,3 +137,22 @@ def test_source_that_is_too_short_or_something_else_is_named(source, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="x.jsonl' is not a held_out.jsonl of code-data"):
         read_projects(tmp_path / "x.jsonl")
+
+
+def test_a_row_is_measured_by_generation_and_the_source_named(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(ruler, "OFTEN", 2)
+    places = {"teacher": str(save_teacher(tmp_path / "t")), "out": tmp_path / "out", "work": tmp_path / "work"}
+    texts = str(save_texts(tmp_path / "texts"))
+    tiny = Budget(name="tiny", stage1_steps=1, stage2_steps=1, batch_size=1, sequence_length=48)
+    plan = {"data": [texts], "eval_data": [texts], "budget": tiny, "eval_length": 64, "eval_documents": 1, **places}
+    with pytest.raises(ValueError, match=r"lines needs held-out source \(--source\)"):
+        Bench(**plan, measures=["lines"])
+    bench = Bench(**plan, measures=["ruler", "lines"], source=source, ruler_lengths=[2000], line_lengths=[64, 128],
+                  line_trials=3, passkey_trials=1)  # fmt: skip
+    spec = RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False)
+    record = run_row(spec, Bench.from_json(bench.to_json()), lambda message: None)
+    assert record["measures"] == {
+        "ruler": {kind: {"2000": 0.0} for kind in KINDS}, "lines": {"64": 0.0, "128": 0.0},
+    }  # fmt: skip
+    assert record["hashes"]["source"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert bench.missing(spec, 3) == []
