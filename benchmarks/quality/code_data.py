@@ -60,7 +60,7 @@ class CodePlan:
     """What is made of the source."""
 
     held_out: float = 0.05
-    """Share of the characters, in whole projects, at most."""
+    """Share of the characters, in whole projects, at most; counted before copies between the two parts are left out."""
     tokens: int | None = None
     """Of training, at most; None for all there are. Files are taken in an order drawn over all projects."""
     look_ups: int = 0

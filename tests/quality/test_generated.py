@@ -9,10 +9,11 @@ import pytest
 import torch
 from readable import byte_tokenizer, save_teacher, save_texts
 from tiny import teacher
+from tokenizers import processors
 
 from benchmarks.quality import ruler
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.generated import Question, continuations
+from benchmarks.quality.generated import Question, beginning, continuations
 from benchmarks.quality.next_lines import next_line_questions, next_line_scores, read_projects
 from benchmarks.quality.rows import Budget, RowSpec
 from benchmarks.quality.ruler import CHAIN, KINDS, ROOM, questions, ruler_scores, score
@@ -97,6 +98,25 @@ def test_batches_padded_on_the_left_give_what_single_prompts_give():
     assert together == continuations(model, TOKENIZER, asked, batch_tokens=1) and len(set(together)) > 1
     plain = model.generate(torch.tensor([asked[0].prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert together[0] == TOKENIZER.decode(plain[0, len(asked[0].prompt) :], skip_special_tokens=True)
+
+
+def test_prompts_begin_as_the_tokenizer_begins_a_text():
+    """Gemma's tokenizer puts its beginning before a text; others, that have one, do not."""
+    begins = byte_tokenizer()
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    assert beginning(begins) == [1] and beginning(TOKENIZER) == [] and TOKENIZER.bos_token_id == 1
+    read = []
+
+    class Reader(Solver):
+        def generate(self, prompts, **kwargs):
+            read.extend(prompts.tolist())
+            return super().generate(prompts, **kwargs)
+
+    asked = [Question([5, 6], ["a"], 1), Question([7, 8], ["a"], 1)]
+    continuations(Reader(lambda text: ["a"]), begins, asked, 100)
+    assert sorted(read) == [[1, 5, 6], [1, 7, 8]]
 
 
 @pytest.fixture
