@@ -58,7 +58,9 @@ class _Step:
     number: int
     names: list[str]
     norms: Tensor  # of each gradient [P], or of each weight
-    readings: Tensor  # loss and norm of all gradients [2], or the largest weight [1]; on the host once ``ready``
+    readings: (
+        Tensor  # loss and norm of all gradients [2], or the largest norm of a weight [1]; on the host once ``ready``
+    )
     ready: Any  # CUDA event, None where the readings are there already
 
 
@@ -85,7 +87,9 @@ class FiniteWatch:
     def updated(self, number: int, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """number: of the step whose update these parameters have had. Raises as ``step``, for weights."""
         named = dict(parameters)
-        norms = torch.stack(torch._foreach_norm(list(named.values()), math.inf))  # of NaN it is NaN
+        # Sums of magnitudes: of NaN they are NaN, and of the empty shard of a process that has no row they are 0, where
+        # a largest magnitude does not exist.
+        norms = torch.stack(torch._foreach_norm(list(named.values()), 1))
         self._read(number, list(named), norms, parallel.whole(norms.max()).float()[None])
 
     def _read(self, number: int, names: list[str], norms: Tensor, readings: Tensor) -> None:
