@@ -183,7 +183,7 @@ def fields() -> Iterator[Case]:
     names = [".".join(keys()[name].target[1:]) for name in names]
     for number, (name, value) in enumerate(product(names, SETTINGS)):
         if number % 5 == 0:  # of 1,500
-            leaf = name.rpartition(".")[2]
+            leaf = name.rpartition(".")[2].replace("_", "[-_]") + "|" + name.rpartition(".")[2].partition("_")[0]
             make = lambda f, w, n=name, v=value: w.linearize(f, "--set", f"{n}={v}")  # noqa: E731
             yield Case(
                 "fields",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.quality import more_commands
 from benchmarks.quality.options import (
     RESULTS,
     BudgetName,
@@ -47,7 +48,8 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=1)] = None,
     seq_len: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=2)] = None,
     measures: Annotated[
-        str, typer.Option(help="Of loss, kl, branches, restore, length, passkey, passkeys5, found, tasks.")
+        str,
+        typer.Option(help="Of loss, kl, branches, restore, length, passkey, passkeys5, found, ruler, lines, tasks."),
     ] = "loss,kl,branches",
     seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own, e.g. 0,1,2.")] = "0",
     controls: Annotated[bool, typer.Option(help="The teacher and window control that each row needs, too.")] = True,
@@ -62,6 +64,9 @@ def run(
     ),
     passkey_trials: Annotated[int, typer.Option(help="Passkeys a length.", min=1)] = 20,
     found_lengths: Annotated[str, typer.Option(help="Lengths of the measure found.")] = "512,1024,2048,4096,8192",
+    ruler_lengths: Annotated[str, typer.Option(help="Lengths of the measure ruler.")] = "4096,8192,16384,32768",
+    source: Annotated[Path | None, typer.Option(help="held_out.jsonl of code-data, for the measure lines.")] = None,
+    line_lengths: Annotated[str, typer.Option(help="Tokens before the lines of that measure.")] = "512,2048,8192",
     requests: Annotated[
         Path | None, typer.Option(help="File from `python -m benchmarks.quality requests`, for the measure tasks.")
     ] = None,
@@ -141,6 +146,9 @@ def run(
             passkey_lengths=read_numbers(passkey_lengths, "--passkey-lengths"),
             passkey_trials=passkey_trials,
             found_lengths=read_numbers(found_lengths, "--found-lengths"),
+            ruler_lengths=read_numbers(ruler_lengths, "--ruler-lengths"),
+            source=source,
+            line_lengths=read_numbers(line_lengths, "--line-lengths"),
             requests=requests,
             device=read_device(device),
             cuda_graph=cuda_graph,
@@ -318,39 +326,11 @@ def mqar(
         )
 
 
-@app.command("dry-run", cls=Command)
-def dry_run(
-    teachers: Annotated[list[str] | None, typer.Argument(help="Default: Llama-3.2-1B, Llama-3-8B, Mistral-7B.")] = None,
-    preset: Annotated[str, typer.Option(help="The preset to plan for.")] = "recommended",
-    budget: BudgetName = "full",
-    tflops: Annotated[float, typer.Option(help="Arithmetic that a device achieves, TFLOP/s.", min=0.1)] = 300.0,
-    devices: Annotated[int, typer.Option(help="Devices that share the work.", min=1)] = 1,
-    micro_batch_size: Annotated[int, typer.Option(help="Sequences that go through at a time.", min=1)] = 1,
-    cache: Cache = None,
-) -> None:
-    """Shapes, new parameters, memory and time of a row for larger teachers, without their weights.
-
-    [bold]Example[/bold]
-
-    [cyan]python -m benchmarks.quality dry-run meta-llama/Meta-Llama-3-8B --preset paper[/cyan]
-    """
-    with one_line_errors():
-        from rich.console import Console
-
-        from benchmarks.quality.rows import RowSpec
-        from lizard_models.runs.cost import describe_run, known_shapes
-
-        chosen = RowSpec(name=preset, preset=preset).config(read_budget(budget), 0)
-        for name in teachers or known_shapes():
-            for part in describe_run(
-                name, chosen, achieved=tflops, devices=devices, micro_batch=micro_batch_size, cache=cache
-            ):
-                Console(soft_wrap=True).print(part, highlight=False)
-
-
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
-
+app.command("teachers", cls=Command)(more_commands.teachers)
+app.command("dry-run", cls=Command)(more_commands.dry_run)
+app.command("code-data", cls=Command)(more_commands.code_data)
 
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks.quality")

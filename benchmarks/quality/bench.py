@@ -35,6 +35,11 @@ class Bench:
     """Keys a length. Lengths that cannot hold five keys of five to eight digits are left out of ``passkeys5``."""
     found_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192])
     """Of the measure ``found``, which reads a prompt once and takes no cache."""
+    ruler_lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16_384, 32_768])
+    source: Path | None = None
+    """held_out.jsonl of ``code-data``, for the measure ``lines``."""
+    line_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
+    line_trials: int = 200
     requests: Path | None = None
     """File of task requests, for the measure ``tasks``."""
     device: str = "cpu"
@@ -49,6 +54,8 @@ class Bench:
             raise ValueError(f"measures: no {', '.join(unknown)}; known are {', '.join(MEASURES)}")
         if "tasks" in self.measures and self.requests is None:
             raise ValueError("measures: tasks needs a file of requests (--requests)")
+        if "lines" in self.measures and self.source is None:
+            raise ValueError("measures: lines needs held-out source (--source)")
 
     @property
     def results(self) -> Path:
@@ -129,7 +136,7 @@ class Bench:
         """A bench in another process."""
         values = json.loads(text)
         values["budget"] = Budget(**values["budget"])
-        for name in ("out", "work", "requests"):
+        for name in ("out", "work", "requests", "source"):
             values[name] = None if values[name] is None else Path(values[name])
         return cls(**values)
 

@@ -13,6 +13,7 @@ from benchmarks.quality.recall_goals import KEPT, goals_table, recall_goals
 from benchmarks.quality.records import read_records, write_whole
 from benchmarks.quality.results import Number, Record, Results, markdown
 from benchmarks.quality.rows import ROWS, TABLES, Table, rows_of
+from benchmarks.quality.ruler import KINDS
 from lizard_models.evaluation.report import past_edge, short
 
 WIDE = "wide"  # the table whose shares are taken against two controls
@@ -74,6 +75,8 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _passkeys(results, compared, "passkeys5", "Passkey, five keys of five to eight digits, by length"),
         _passkeys(results, compared, "found", "Passkey in filler, every digit of the answer the likeliest", "filler"),
         _passkeys(results, compared, "found", "Passkey in novels, the same", "novel"),
+        *(_passkeys(results, compared, "ruler", f"RULER's tasks, {kind}, by length", kind) for kind in KINDS),
+        _passkeys(results, compared, "lines", "The next line of held-out source, by tokens before it"),
         _length(results, compared),
         draw.length(results, compared, figures / f"quality-{name}-length.png", f"{link}/quality-{name}-length.png"),
         _branches(results, compared),

@@ -32,6 +32,8 @@ MEASURES_TOO = {
     "passkey": 3.0,
     "passkeys5": 3.0,
     "found": 2.0,
+    "ruler": 30.0,
+    "lines": 10.0,
     "restore": 3.0,
 }  # as multiples of MEASURE
 ROOT = Path(__file__).parents[2]  # of the repository, where a worker finds this package

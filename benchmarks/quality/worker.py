@@ -17,16 +17,18 @@ import torch
 from benchmarks.quality import scores
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.branches import switched_off
+from benchmarks.quality.next_lines import next_line_scores, read_projects
 from benchmarks.quality.oracle import choose_by_labels
 from benchmarks.quality.records import write_json
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import TEACHER, RowSpec
+from benchmarks.quality.ruler import ruler_scores
 from lizard_models.distill import RunArguments, held_out_errors, train_stage0, train_stage1, train_stage2
 from lizard_models.evaluation import PositionLoss, divergence_by_position, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.passkey import passkeys_found, shortest_length
 from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.files.environment import environment
-from lizard_models.files.folders import appear_whole
+from lizard_models.files.folders import appear_whole, sha256_of
 from lizard_models.files.sources import Say
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.linearize import linearize
@@ -252,9 +254,7 @@ class _Row:
 
     def _passkeys(self, model: Any, keys: int) -> dict[str, float]:
         lengths, trials = self.bench.passkey_lengths, self.bench.passkey_trials
-        tokenizer = self.teacher.tokenizer
-        if tokenizer is None:
-            raise ValueError("measures: passkeys need the teacher's tokenizer")
+        tokenizer = self._tokenizer("passkeys")
         least = shortest_length(tokenizer, keys)
         lengths = [length for length in lengths if length >= least]
         found = passkey_accuracy(model, tokenizer, lengths, trials=trials, keys=keys, batch_tokens=1 << 15)
@@ -264,14 +264,27 @@ class _Row:
         lengths, trials = self.bench.found_lengths, self.bench.passkey_trials
         documents = self._documents(max(lengths), self.bench.eval_documents)
         self.record["hashes"]["found"] = documents.digest
-        tokenizer = self.teacher.tokenizer
-        if tokenizer is None:
-            raise ValueError("measures: passkeys need the teacher's tokenizer")
+        tokenizer = self._tokenizer("passkeys")
         found = {}
         for kind, texts in (("filler", None), ("novel", documents.tokens)):
             shares = passkeys_found(model, tokenizer, lengths, trials=trials, texts=texts, batch_tokens=1 << 14)
             found[kind] = {str(length): share for length, share in shares.items()}
         return found
+
+    def _ruler_of(self, model: Any) -> dict[str, dict[str, float]]:
+        trials = self.bench.passkey_trials
+        return ruler_scores(model, self._tokenizer("ruler"), self.bench.ruler_lengths, trials=trials)
+
+    def _lines_of(self, model: Any) -> dict[str, float]:
+        assert self.bench.source is not None
+        self.record["hashes"]["source"] = sha256_of(self.bench.source)
+        projects, lengths = read_projects(self.bench.source), self.bench.line_lengths
+        return next_line_scores(model, self._tokenizer("lines"), projects, lengths, trials=self.bench.line_trials)
+
+    def _tokenizer(self, measure: str) -> Any:
+        if self.teacher.tokenizer is None:
+            raise ValueError(f"measures: {measure} needs the teacher's tokenizer")
+        return self.teacher.tokenizer
 
     def _tasks_of(self, model: Any) -> None:
         from benchmarks.quality.tasks.requests import Requests, score

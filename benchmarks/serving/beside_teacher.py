@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import re
-import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.load import numbers, quantiles
+from benchmarks.serving.load import numbers, quantiles, recorded
 from benchmarks.serving.process import Server, commands
 from benchmarks.serving.tiny import CHARACTERS, save, save_model, teacher
 
@@ -84,22 +81,12 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    own, extra = sys.argv[1:], []
-    if "--" in own:
-        own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--lengths", type=numbers, default=[200, 1000, 4000], help="tokens of prompts, in turn")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
-    parser.add_argument("--out", type=Path, help="JSON record")
-    arguments = parser.parse_args(own)
-    arguments.extra = extra
-    with tempfile.TemporaryDirectory() as folder:
-        record = run(arguments, Path(folder))
-    print(json.dumps(record, indent=1))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    recorded(parser, run)
 
 
 if __name__ == "__main__":

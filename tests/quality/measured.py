@@ -1,13 +1,28 @@
-"""Records of rows as if they had been measured."""
+"""Records of rows as if they had been measured, and plans that measure them on a tiny teacher."""
 
 import dataclasses
+from pathlib import Path
 
+from readable import save_teacher, save_texts
+
+from benchmarks.quality.bench import Bench
 from benchmarks.quality.records import merge_records
-from benchmarks.quality.rows import BUDGETS, ROWS, RowSpec
+from benchmarks.quality.rows import BUDGETS, ROWS, Budget, RowSpec
 
 EDGES = (0, 128, 2048, 4096)
 BUDGET = BUDGETS["quick"]
 BASE = ROWS["base"].spec(None, 30)
+
+
+def tiny_plan(places: Path, budget: Budget, **more) -> Bench:
+    """Rows of a tiny teacher and short texts, all of it in the folder ``places``."""
+    save_teacher(places / "teacher")
+    save_texts(places / "texts", characters=1500)
+    texts = [str(places / "texts")]
+    return Bench(
+        teacher=str(places / "teacher"), data=texts, eval_data=texts, budget=budget, out=places / "results",
+        work=places / "work", eval_documents=2, **more,
+    )  # fmt: skip
 
 
 def loss(value: float, edges=EDGES) -> dict:

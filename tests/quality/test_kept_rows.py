@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from measured import BUDGET, write_row
-from readable import byte_tokenizer, save_teacher, save_texts
+from measured import BUDGET, tiny_plan, write_row
+from readable import byte_tokenizer
 from tiny import student, teacher, tokens
 
 from benchmarks.quality.bench import Bench
@@ -30,22 +30,10 @@ CHANGES = {"attention": {"window": 16, "kept_keys": 8}, "stage0": {"sequence_len
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory) -> Bench:
-    places = tmp_path_factory.mktemp("kept-rows")
-    save_teacher(places / "teacher")
-    save_texts(places / "texts", characters=1500)
-    return Bench(
-        teacher=str(places / "teacher"),
-        data=[str(places / "texts")],
-        eval_data=[str(places / "texts")],
-        budget=TINY,
-        out=places / "results",
-        work=places / "work",
-        measures=["loss", "branches", "found"],
-        eval_length=200,
-        eval_documents=2,
-        found_lengths=[500, 700],
-        passkey_trials=2,
-    )
+    return tiny_plan(
+        tmp_path_factory.mktemp("kept-rows"), TINY, measures=["loss", "branches", "found"], eval_length=200,
+        found_lengths=[500, 700], passkey_trials=2,
+    )  # fmt: skip
 
 
 def test_the_table_has_the_same_bytes_twice():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from readable import save_teacher, save_texts
+from measured import tiny_plan
 
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.records import merge_records, read_records
@@ -29,13 +29,7 @@ def row(name: str, places: int, window: int = 16, **more) -> RowSpec:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory) -> Bench:
-    places = tmp_path_factory.mktemp("score-records")
-    save_teacher(places / "teacher")
-    save_texts(places / "texts", characters=1500)
-    return Bench(
-        teacher=str(places / "teacher"), data=[str(places / "texts")], eval_data=[str(places / "texts")], budget=TINY,
-        out=places / "results", work=places / "work", measures=["loss"], eval_length=100, eval_documents=2,
-    )  # fmt: skip
+    return tiny_plan(tmp_path_factory.mktemp("score-records"), TINY, measures=["loss"], eval_length=100)
 
 
 @pytest.fixture(scope="module")

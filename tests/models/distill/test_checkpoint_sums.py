@@ -3,12 +3,14 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from training import Sequences, arguments, fresh, moved, recipes, snapshot
 
 from lizard_models.distill import train_stage1, train_stage2, trainer
-from lizard_models.distill.checkpoint_files import OPTIMIZER, SCHEDULER, SUMS, write_sums
+from lizard_models.distill.checkpoint_files import OPTIMIZER, SCHEDULER, SUMS, save_rng_state, write_sums
 
 FILES = [trainer.TRAINED, OPTIMIZER, SCHEDULER, "rng_state_0.safetensors", "trainer_state.json"]
 
@@ -92,3 +94,20 @@ def test_checkpoints_of_before_there_were_sums_are_read(finished, tmp_path):
     (run / trainer.RUN).write_text(json.dumps(record))
     (run / "checkpoint-6" / SUMS).unlink()
     assert moved(weights, train(run, resume=True)) == set()
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_more_processes_than_wrote_a_checkpoint_have_random_states_too(tmp_path, index):
+    states = []
+    for n in range(2):
+        torch.manual_seed(n)
+        save_rng_state(tmp_path / f"rng_state_{n}.safetensors")
+        states.append(torch.rand(3))
+    one = object.__new__(trainer.DistillTrainer)
+    one.args = SimpleNamespace(process_index=index)
+    one._load_rng_state(str(tmp_path))
+    assert torch.equal(torch.rand(3), states[index % 2])
+    (tmp_path / "rng_state_0.safetensors").unlink()
+    (tmp_path / "rng_state_1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"rng_state_0\.safetensors cannot be read"):
+        one._load_rng_state(str(tmp_path))

@@ -224,3 +224,15 @@ def test_a_teacher_that_is_not_finite_is_not_trained_against(tmp_path, stage, na
     with pytest.raises(ValueError, match=f"weights that are not finite: .*{module}.*; load its teacher again"):
         train(model, Sequences(), arguments(tmp_path), recipes(model)[stage - 1])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_without_a_row_of_a_shared_weight_is_looked_at_like_any_other(tmp_path):
+    """With shards, a weight of fewer rows than processes is empty in some."""
+    watch = finite.FiniteWatch("test", "loss", tmp_path)
+    named = {"empty": torch.nn.Parameter(torch.empty(0, 3)), "full": torch.nn.Parameter(torch.full((2, 3), 1e30))}
+    watch.updated(1, named.items())
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        with torch.no_grad():
+            named["full"][1, 2] = bad
+        with pytest.raises(FloatingPointError, match="not finite after step 2: full"):
+            watch.updated(2, named.items())

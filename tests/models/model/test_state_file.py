@@ -1,6 +1,7 @@
 """State files: prompts go on from a text read before, and every file that does not fit is refused by name."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny import student, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lizard_models import LizardConfig, linearize, load_state, save_state
-from lizard_models.model.state_file import checksum
+from lizard_models.model.state_file import checksum, place_for
 
 
 @torch.no_grad()
@@ -196,3 +197,13 @@ def test_the_command_line_reads_once_and_goes_on(tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["lizard"]
     assert "give --save-state with it" in error(*run, "a", "-n", "0")
     assert "does not exist" in error(*run, "a", "--load-state", tmp_path / "none.state")
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no file but a device or a pipe is there"):
+        place_for(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="a folder is there"):
+        place_for(tmp_path)
+    (tmp_path / "old").write_text("1")
+    assert place_for(tmp_path / "old") == tmp_path / "old"

@@ -5,12 +5,11 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from readable import byte_tokenizer, save_teacher
+from readable import save_teacher
 from tiny import teacher as tiny_teacher
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config
 
 from lizard_models import LizardConfig, linearize
 from lizard_models.files import sources as downloads
@@ -19,7 +18,6 @@ from lizard_models.files.sources import cache_dir, fetch_from_wheel
 from lizard_models.teachers import find as teachers
 from lizard_models.teachers import gguf as ours_gguf
 from lizard_models.teachers.find import find_teacher, load_teacher
-from lizard_models.teachers.gguf import convert_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -110,69 +108,6 @@ def test_a_wheel_that_cannot_be_had_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(downloads.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(ValueError, match="thing==1.0 could not be fetched .* No matching distribution"):
         fetch_from_wheel("thing==1.0", {}, tmp_path)
-
-
-def test_gguf_becomes_the_same_llama(tmp_path):
-    """A Llama written to GGUF as llama.cpp does comes back with equal weights, logits and tokens."""
-    gguf = pytest.importorskip("gguf")
-    config = LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1234.0},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, tokenizer = LlamaForCausalLM(config).eval(), byte_tokenizer(merges=(("i", "n"),))
-    write_gguf(gguf, tmp_path / "x.gguf", model, tokenizer)
-    convert_gguf(tmp_path / "x.gguf", tmp_path)
-
-    back = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    tokens = torch.arange(40).view(2, 20)
-    assert torch.equal(back(tokens).logits, model(tokens).logits)
-    text = "Year 1984, wind & mill — été"
-    ids = tokenizer(text)["input_ids"]
-    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == ids
-    assert AutoTokenizer.from_pretrained(tmp_path).decode(ids) == text
-    saved = (tmp_path / "config.json").read_text()
-    assert '"rope_theta": 1234.0' in saved and "rope_parameters" in saved and "quantization" not in saved
-
-
-def write_gguf(gguf, path, model, tokenizer) -> None:
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["i n"])
-    for name, value in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 0)):
-        getattr(writer, f"add_{name}_token_id")(value)
-    names = {ours: gguf_name for gguf_name, ours in ours_gguf.GGUF_NAMES.items()}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        module = name.removesuffix(".weight")
-        prefix = ""
-        if module.startswith("model.layers."):
-            _, _, block, module = module.split(".", 3)
-            prefix = f"blk.{block}."
-        kind = names[module]
-        if kind in ("attn_q", "attn_k"):
-            heads = config.num_attention_heads if kind == "attn_q" else config.num_key_value_heads
-            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(f"{prefix}{kind}.weight", np.ascontiguousarray(weight.detach().numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_damaged_cache_is_refused(tmp_path):
