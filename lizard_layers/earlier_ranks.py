@@ -7,7 +7,7 @@ of the first of these is wrong and kept by nothing, and the state after the last
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,14 @@ from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
 from lizard_layers.key_score import LEAST_NORM, KeyScore, ReceivingState, ScoreState
+from lizard_layers.read_input import read_input
 from lizard_layers.received import InWindow
+from lizard_layers.state import LayerState, State
 from lizard_layers.token_order import wide
-from lizard_ops import earlier_tokens
+from lizard_ops import context_state, earlier_tokens, without_autocast
+
+if TYPE_CHECKING:
+    from lizard_layers.hybrid_attention import HybridAttention
 
 
 class EarlierRanks(NamedTuple):
@@ -71,3 +76,19 @@ def earlier_scores(
         seen = seen._replace(ring_k=got.ring(turned[:, count - form.window :]), anchor_k=anchors)
     _, state = module(*got.last[:3], state, True, there, None, window)
     return state, seen
+
+
+def state_of_earlier_ranks(layer: HybridAttention, tokens: Any, context_group: Any) -> State:
+    """The state that the ranks before this one leave to ``layer``. tokens: of this rank."""
+    config = layer.config
+    shared: dict[str, Any] = dict(anchors=config.anchors, padding_mask=tokens.padding_mask, context_group=context_group)
+    if not config.linear_branch:
+        q, k = layer.turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
+        return context_state(q, k, tokens.v, None, None, None, config.window, **shared)
+    with without_autocast(tokens.x):
+        others = dict(initial_state=None, output_final_state=False, cu_seqlens=None)
+        read = read_input(layer, tokens.x, tokens.k)
+        inputs, choices, (_, score) = layer.op_inputs(tokens, read, None, shared | others, False)
+        names = (*shared, "coverage", "feature_map", "scores", "score_delay", "kept_keys")
+        state = context_state(*inputs, config.window, **{name: choices[name] for name in names})
+    return state if score is None else LayerState(state, score)

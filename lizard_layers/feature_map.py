@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lizard_layers.config import AttentionConfig
-from lizard_layers.parameters import Float32Module, float32_parameter
-from lizard_ops import project_heads
+from lizard_layers.parameters import Float32Module, float32_parameter, has_hooks
+from lizard_ops import project_both, project_heads
 
 
 class HedgehogFeatureMap(Float32Module):
@@ -71,8 +71,17 @@ class FeatureMaps(nn.Module):
 
         fq [B, T, Hq, Fp], fk [B, T, H, Fp]. reuse_gradient: see ``lizard_ops.project_heads``.
         """
-        fq, fk = q, k
-        if self.key_map is not None:
-            q, fq = (self.query_map or self.key_map)(q, reuse_gradient)
-            k, fk = self.key_map(k, reuse_gradient)
+        fq, fk, weights = q, k, self.weights()
+        if weights is not None:
+            q, k, fq, fk = project_both(q, k, *weights, reuse_gradient=reuse_gradient)
+        elif self.key_map is not None:
+            (q, fq), (k, fk) = (self.query_map or self.key_map)(q, reuse_gradient), self.key_map(k, reuse_gradient)
         return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)
+
+    def weights(self) -> tuple[Tensor, Tensor] | None:
+        """Those of queries and of keys; None where there are none, or somebody sees what the maps are called with."""
+        of_k = self.key_map
+        of_q = self.query_map or of_k
+        if of_q is None or of_k is None or has_hooks(of_q) or has_hooks(of_k):
+            return None
+        return of_q.weight, of_k.weight

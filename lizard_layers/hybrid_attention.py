@@ -10,20 +10,21 @@ from torch import Tensor, nn
 
 from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on
 from lizard_layers.config import AttentionConfig
-from lizard_layers.earlier_ranks import EarlierRanks, earlier_scores
+from lizard_layers.earlier_ranks import EarlierRanks, earlier_scores, state_of_earlier_ranks
 from lizard_layers.feature_map import FeatureMaps
 from lizard_layers.gate import build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
-from lizard_layers.parameters import full_precision
+from lizard_layers.parameters import has_hooks
+from lizard_layers.read_input import Read, read_input
 from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.state import LayerState, State, overwrite_layer_state, state_of, tensors_of
 from lizard_ops import (
     AttentionState,
     PoolRows,
     chunk_hybrid_attn,
-    context_state,
+    hybrid_heads,
     overwrite_state,
     recurrent_hybrid_attn,
     rotary_both,
@@ -31,6 +32,7 @@ from lizard_ops import (
     without_autocast,
 )
 
+KERNELS = ("auto", "triton")  # implementations of the config with which one op may stand for several
 _OfOp = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, fq, fk, g
 
 
@@ -85,6 +87,9 @@ class HybridAttention(nn.Module):
             self.gate = build_gate(config)
             self.mix = MergeMix(config) if config.mix == "merge" else SumMix(config)
             readers = [m for m in (self.gate, self.mix) if m is not None]
+            of_heads = config.linear_key_heads == config.num_key_heads and not config.kept_keys
+            one_turn = config.window_rope and not config.linear_rope
+            self.takes_heads = of_heads and one_turn and not self.feature_maps.one_sided and config.impl in KERNELS
             self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
 
     def forward(
@@ -130,7 +135,7 @@ class HybridAttention(nn.Module):
                 raise ValueError(f"{name}: got {came}, wanted none with EarlierRanks, which leave the state of a row")
             if anchor_blocks is None:
                 return self._attend(tokens, None, use_state, None, False, context_group=state.group)
-            state = self._begin(tokens, state.group)
+            state = state_of_earlier_ranks(self, tokens, state.group)
         if paged is not None:
             return self._in_pages(tokens, paged, cu_seqlens, anchor_blocks), state if use_state else None
         o, new = self._in_blocks(tokens, state, use_state, cu_seqlens, anchor_blocks, inplace)
@@ -243,7 +248,7 @@ class HybridAttention(nn.Module):
             if config.linear_branch:
                 o, new, score = self._both_branches(tokens, past, shared, inplace)
             else:
-                q, k = self._turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
+                q, k = self.turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
                 o, new = window_attn(q, k, tokens.v, config.window, **shared)[:2]
             if new is None:
                 return o, None
@@ -254,8 +259,10 @@ class HybridAttention(nn.Module):
         self, tokens: _Tokens, past: ScoreState | ReceivingState | None, shared: dict[str, Any], inplace: bool
     ) -> tuple[Tensor, AttentionState | None, ScoreState | ReceivingState | None]:
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
-        config = self.config
-        inputs, choices, (score, _) = self._inputs(tokens, past, shared, inplace)
+        config, read = self.config, read_input(self, tokens.x, tokens.k)
+        if (found := self._at_once(tokens, read, shared)) is not None:
+            return *found, None
+        inputs, choices, (score, _) = self.op_inputs(tokens, read, past, shared, inplace)
         begins = choices.pop("has_state", None)
         if tokens.q.shape[1] == 1 and shared["initial_state"] is not None and begins is None:
             del choices["context_group"]
@@ -264,55 +271,58 @@ class HybridAttention(nn.Module):
             o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices, has_state=begins)
         return o, new, score
 
-    def _begin(self, tokens: _Tokens, context_group: Any) -> State:
-        """The state that the ranks before this one leave."""
-        config = self.config
-        shared: dict[str, Any] = dict(
-            anchors=config.anchors, padding_mask=tokens.padding_mask, context_group=context_group
-        )
-        if not config.linear_branch:
-            q, k = self._turn(config.window_rope, tokens.q, tokens.k, tokens.rope)
-            return context_state(q, k, tokens.v, None, None, None, config.window, **shared)
-        with without_autocast(tokens.x):
-            others = dict(initial_state=None, output_final_state=False, cu_seqlens=None)
-            inputs, choices, (_, score) = self._inputs(tokens, None, shared | others, False)
-            names = (*shared, "coverage", "feature_map", "scores", "score_delay", "kept_keys")
-            state = context_state(*inputs, config.window, **{name: choices[name] for name in names})
-        return state if score is None else LayerState(state, score)
+    def _at_once(
+        self, tokens: _Tokens, read: Read, shared: dict[str, Any]
+    ) -> tuple[Tensor, AttentionState | None] | None:
+        """What ``hybrid_heads`` gives, where it may stand for the ops apart."""
+        config, (_, q, k, v, rope, _) = self.config, tokens
+        plain = shared["initial_state"] is None and shared["context_group"] is None and "state_indices" not in shared
+        if rope is None or not plain or not self.takes_heads or has_hooks(self.feature_maps):
+            return None
+        if (weights := self.feature_maps.weights()) is None:
+            return None
+        choices = self._choices(read[2], shared)
+        del choices["context_group"]
+        return hybrid_heads(q, k, v, *weights, *rope, read[1], config.window, **choices, gate_form=config.gate_form)
 
-    def _inputs(
-        self, tokens: _Tokens, past: ScoreState | ReceivingState | None, shared: dict[str, Any], inplace: bool
+    def op_inputs(
+        self,
+        tokens: _Tokens,
+        read: Read,
+        past: ScoreState | ReceivingState | None,
+        shared: dict[str, Any],
+        inplace: bool,
     ) -> tuple[_OfOp, dict[str, Any], tuple[ScoreState | ReceivingState | None, ...]]:
         """((q, k, v, fq, fk, g), options of the op, the state of the score after the tokens and before them)."""
-        config, (x, q, k, v, rope, _) = self.config, tokens
-        if self.reads_input:
-            x = full_precision(x)  # once for all that read it
-        g = None if self.gate is None else self.gate(x, k)
+        config, (_, q, k, v, rope, _), (x, g, mixed) = self.config, tokens, read
         if config.linear_key_heads != k.shape[2]:
             group = config.num_heads // config.num_key_heads
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
             if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                 g = g.repeat_interleave(group, 2)
         if config.linear_rope and not config.window_rope:
-            _, _, fq, fk = self.feature_maps(*self._turn(True, q, k, rope))
+            _, _, fq, fk = self.feature_maps(*self.turn(True, q, k, rope))
         else:
-            q, k, fq, fk = self.feature_maps(*self._turn(config.linear_rope, q, k, rope), reuse_gradient=True)
-            q, k = self._turn(config.window_rope and not config.linear_rope, q, k, rope)
+            q, k, fq, fk = self.feature_maps(*self.turn(config.linear_rope, q, k, rope), reuse_gradient=True)
+            q, k = self.turn(config.window_rope and not config.linear_rope, q, k, rope)
         overwrites = inplace and not torch.is_grad_enabled()  # else the op may refuse, and nothing must have changed
         scores, *score = self._scores(tokens._replace(x=x), q, k, past, shared, overwrites)
-        choices: dict[str, Any] = dict(
+        choices = self._choices(mixed, shared) | {"scores": scores}
+        choices |= dict(score_delay=0 if scores is None else config.score_delay, kept_keys=config.places)
+        return (q, k, v, fq, fk, g), choices, tuple(score)
+
+    def _choices(self, mixed: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the hybrid ops."""
+        config = self.config
+        return dict(
             mix=config.mix,
             coverage=config.coverage,
             feature_map=self.feature_maps.op_feature_map,
             normalize=config.normalize,
             feature_scale=config.feature_scale,
-            scores=scores,
-            score_delay=0 if scores is None else config.score_delay,
-            kept_keys=config.places,
-            **self.mix(x),
+            **mixed,
             **shared,
         )
-        return (q, k, v, fq, fk, g), choices, tuple(score)
 
     @torch.no_grad()
     def _scores(
@@ -346,7 +356,7 @@ class HybridAttention(nn.Module):
         return scores if group == 1 else scores.repeat_interleave(group, 2), new, past
 
     @staticmethod
-    def _turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def turn(wanted: bool, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         return rotary_both(q, k, *rope) if wanted and rope is not None else (q, k)
 
     def _check(

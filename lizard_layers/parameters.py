@@ -35,3 +35,8 @@ def float32_parameter(*shape: int) -> nn.Parameter:
 def full_precision(x: Tensor) -> Tensor:
     """x in float32, float64 left as it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody sees what this module is called with, or has put a forward in place of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)

@@ -7,10 +7,12 @@ from lizard_ops.common.padding import Compaction, compact, compaction, packed_cu
 from lizard_ops.common.pages import PageLayout, PoolRows
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
 from lizard_ops.context_parallel.earlier import EarlierTokens, earlier_tokens
-from lizard_ops.feature_projection.api import project_heads
+from lizard_ops.feature_projection.api import project_both, project_heads
+from lizard_ops.gate.api import gate_and_bias
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
+from lizard_ops.hybrid_attn.heads import hybrid_heads
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.hybrid_attn.ranks import context_state
 from lizard_ops.key_expiry.api import key_expiry
@@ -19,7 +21,8 @@ from lizard_ops.key_expiry.naive import naive_key_expiry
 from lizard_ops.key_score.api import key_score_step
 from lizard_ops.key_score.arguments import KeyScoreState, KeyScoreWeights, ReceivedInputs, ReceivedWeights
 from lizard_ops.lm_loss.api import row_losses
-from lizard_ops.norm.api import rms_norm
+from lizard_ops.mlp.api import silu_product
+from lizard_ops.norm.api import add_rms_norm, rms_norm
 from lizard_ops.rotary.api import apply_rotary, apply_rotary_by, rotary_both
 from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
@@ -39,6 +42,7 @@ __all__ = [
     "PoolRows",
     "ReceivedInputs",
     "ReceivedWeights",
+    "add_rms_norm",
     "apply_rotary",
     "apply_rotary_by",
     "checked",
@@ -49,6 +53,8 @@ __all__ = [
     "context_state",
     "earlier_tokens",
     "expand_features",
+    "gate_and_bias",
+    "hybrid_heads",
     "key_expiry",
     "key_score_step",
     "naive_gated_attn",
@@ -57,6 +63,7 @@ __all__ = [
     "naive_window_attn",
     "overwrite_state",
     "packed_cumsum",
+    "project_both",
     "project_heads",
     "recurrent_gated_attn",
     "recurrent_hybrid_attn",
@@ -64,6 +71,7 @@ __all__ = [
     "rms_norm",
     "rotary_both",
     "row_losses",
+    "silu_product",
     "tune",
     "use_tuned",
     "window_attn",

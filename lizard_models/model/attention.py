@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lizard_layers import AnchorBlock, AttentionConfig, EarlierRanks, HybridAttention
 from lizard_models.model.context import softmax_over_ranks
 from lizard_models.model.forward_plan import ForwardPlan
+from lizard_models.model.joined import joined_product
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
 from lizard_models.model.layer_loss import layer_loss
 from lizard_ops import apply_rotary
@@ -38,6 +39,7 @@ class LizardAttention(nn.Module):
     scaling: float
     is_causal: bool
     softcap: float | None = None  # bound of the scores
+    joins = ("q_proj", "k_proj", "v_proj")
     use_rope: bool | int = True  # a family with layers without positions sets it per layer
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -98,7 +100,8 @@ class LizardAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, hidden] -> q [B, T, Hq, D], k and v [B, T, Hk, D] as the family has them before RoPE."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        parts = joined_product(self, x) or (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
     def _student(

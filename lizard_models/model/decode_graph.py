@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from lizard_layers import state_bytes
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.hooks import is_hooked
 from lizard_models.model.step_recorder import Recorder, Replay, recorder_for
 
 logger = logging.get_logger(__name__)
@@ -211,9 +212,7 @@ def why_not(model: Any, cache: Any) -> str | None:
         if p.device != model.device:
             return f"{name} is on {p.device}, the model on {model.device}"
     for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        hooked = any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)  # idle unless asked
-        if module is not model and (hooked or "forward" in vars(module)) or hasattr(module, "_hf_hook"):
+        if module is not model and is_hooked(module) or hasattr(module, "_hf_hook"):
             return f"{name or 'the model'} has hooks or a forward of its own"
         if module._compiled_call_impl is not None:
             return f"{name or 'the model'} is compiled"

@@ -21,10 +21,12 @@ from lizard_models.model.cache import LizardCache
 from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
 from lizard_models.model.context import check_part, part_positions
 from lizard_models.model.forward_plan import ForwardPlan
+from lizard_models.model.fused_mlp import with_product
 from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
+from lizard_models.model.joined import join_projections
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
-from lizard_models.model.norms import fused_norms, with_kernel
+from lizard_models.model.norms import fused_norms, with_kernel, with_sums
 from lizard_models.model.packing import (
     Packing,
     assert_one_text,
@@ -78,8 +80,10 @@ class LizardDecoder(LizardModelMixin):
             layers[i].self_attn = self.attention_class(config, i)
         self.position_range, self.moves_anchors = position_range(config), moves_anchors(config)
         self.rotary_emb = with_far_positions(self.rotary_emb)
+        for i, layer in enumerate(layers):
+            layers[i] = with_sums(layer)
         for name, module in list(self.named_modules()):
-            if (twin := with_kernel(module)) is not module:
+            if (twin := with_kernel(with_product(module))) is not module:
                 self.set_submodule(name, twin)
         self.post_init()
 
@@ -89,6 +93,7 @@ class LizardDecoder(LizardModelMixin):
         for name, frequencies in self.rotary_emb.named_buffers():
             if frequencies.dtype in (torch.float16, torch.bfloat16):  # angles of far positions need every bit
                 setattr(self.rotary_emb, name, exact[name].to(frequencies.device))
+        join_projections(self.layers)  # type: ignore[arg-type]
         return self
 
     @property
@@ -282,7 +287,10 @@ class LizardDecoder(LizardModelMixin):
     def _family_forward(self, **inputs: Any) -> Any:
         if self.mode != "student" or torch.compiler.is_compiling():
             return super().forward(**inputs)
-        with fused_norms():
+        if self.training and torch.is_grad_enabled() and checkpointed_layers(self):
+            return super().forward(**inputs)  # layers are read again in the backward, as the family has them
+        this: Any = self
+        with fused_norms(this.layers, this.norm):
             return super().forward(**inputs)
 
     def _refuse_rescaled(self, position_ids: Tensor | None, length: int) -> None:

@@ -13,6 +13,7 @@ from lizard_models.config import LizardConfig
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.families.support import family_of
+from lizard_models.model.joined import join_projections
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.norms import with_kernel
 from lizard_models.model.positions import with_far_positions
@@ -23,7 +24,8 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
 
     model: the causal language model of a family in ``families.FAMILIES``. Its modules are shared, not copied: the
     teacher stays usable, and what trains or moves one moves the other. New parameters are float32, on the device of
-    the layer they join.
+    the layer they join. On a GPU the weights of projections of one input are moved side by side (``model/joined.py``):
+    the same parameters at other addresses, which a CUDA graph of the teacher must not have been captured with.
 
     Raises ValueError for another architecture, a model that is a Lizard already, one with adapters, wrapped modules or
     offloaded weights, an index in ``softmax_layers`` that the model does not have, or a window wider than the sliding
@@ -55,6 +57,7 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
     student.model.rotary_emb = with_far_positions(rope)
     for attention in student.lizard_attentions():
         start_new_parameters(student, attention, attention.q_proj.weight.device)
+    join_projections(student.model.layers)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
 

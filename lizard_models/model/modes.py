@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lizard_layers import Float32Module
 from lizard_models.model.attention import AttentionMode, LizardAttention
+from lizard_models.model.joined import join_projections
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.safe_loading import SafeLoading
 from lizard_models.recipes import Stage1Config
@@ -66,6 +67,9 @@ class LizardModelMixin(SafeLoading):
         if not errors or len(errors) < len(attentions):
             raise ValueError('no losses of layers: call set_attention_mode("distill") and run a forward first')
         return torch.stack(errors)
+
+    def _loaded(self) -> None:
+        join_projections(self._decoder().layers)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Float32Module):

@@ -1,33 +1,79 @@
-"""The families' norms in one kernel where a student reads without gradients; their own formula everywhere else."""
+"""The families' norms in one kernel where a student reads without gradients, with the residual sum before them; their
+own formulas everywhere else."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lizard_ops import rms_norm
+from lizard_models.model.hooks import is_hooked
+from lizard_ops import add_rms_norm, rms_norm
 
 UNIT_OFFSET = {
     "LlamaRMSNorm": False, "MistralRMSNorm": False, "Qwen2RMSNorm": False, "Qwen3RMSNorm": False,
     "SmolLM3RMSNorm": False, "Gemma2RMSNorm": True, "Gemma3RMSNorm": True,
 }  # fmt: skip
-_fused: contextvars.ContextVar[bool] = contextvars.ContextVar("lizard_fused_norms", default=False)
+TWO_SUMS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer")
+_fused: contextvars.ContextVar[FusedNorms | None] = contextvars.ContextVar("lizard_fused_norms", default=None)
+
+
+class FusedNorms:
+    """The norms of one forward, some of which are computed with the residual sum that they read.
+
+    readers: the norm that reads the output of a layer, by the layer's id.
+    """
+
+    def __init__(self, readers: dict[int, nn.Module | None]) -> None:
+        self.readers = readers
+        self.ready: tuple[nn.Module, Tensor, int, Tensor] | None = None  # norm, sum, its version, the norm of it
+
+    def sum(self, residual: Tensor, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """residual + x. ``norm`` finds its own of it ready where it is called with the sum as it is now."""
+        if not isinstance(norm, KernelNorm) or is_hooked(norm) or residual.dtype != x.dtype or not norm.takes(x):
+            return residual + x
+        if torch.is_grad_enabled() and residual.requires_grad:
+            return residual + x
+        s, y = add_rms_norm(x, residual, norm.weight, norm.epsilon, unit_offset=norm.unit_offset)
+        self.ready = norm, s, version(s), y
+        return s
+
+    def take(self, norm: nn.Module, x: Tensor) -> Tensor | None:
+        """The norm of x, if ``sum`` has left it."""
+        ready, self.ready = self.ready, None
+        if ready is None or ready[0] is not norm or ready[1] is not x or ready[2] != version(x):
+            return None
+        return ready[3]
+
+
+def version(x: Tensor) -> int:
+    """How often x was written to; not counted in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 @contextlib.contextmanager
-def fused_norms() -> Iterator[None]:
-    """Within: norms that are ``with_kernel`` take it on CUDA tensors. Not for what torch.compile traces."""
-    token = _fused.set(True)
+def fused_norms(layers: Iterable[nn.Module], last: nn.Module | None) -> Iterator[None]:
+    """Within: norms that are ``with_kernel`` take it on CUDA tensors, with the sums before them in layers that are
+    ``with_sums``. last: the norm behind the layers. Not for what torch.compile traces."""
+    layers, readers = list(layers), {}
+    for layer, reader in zip(layers, [*layers[1:], None], strict=True):
+        if not is_hooked(layer) and not (reader is not None and is_hooked(reader)):
+            readers[id(layer)] = last if reader is None else getattr(reader, "input_layernorm", None)
+    token = _fused.set(FusedNorms(readers))
     try:
         yield
     finally:
         _fused.reset(token)
+
+
+def running_norms(x: Tensor) -> FusedNorms | None:
+    """Those of the forward that runs in this thread; None where x is not to meet a kernel."""
+    return None if torch.compiler.is_compiling() or not on_gpu(x) else _fused.get()
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -43,38 +89,93 @@ class KernelNorm:
     def forward(self, x: Tensor) -> Tensor:
         """As the family's, within ``fused_norms`` in one kernel."""
         family: Any = super()
-        if torch.compiler.is_compiling() or not _fused.get() or not on_gpu(x):
+        fused = running_norms(x)
+        if fused is None or not self.takes(x):
             return family.forward(x)
-        unit_offset = UNIT_OFFSET[type(self).__name__]
-        floats = x.dtype != torch.float64 and (unit_offset or self.weight.dtype == x.dtype)
-        if not floats or torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return family.forward(x)
-        eps = getattr(self, "variance_epsilon", None) or self.eps  # type: ignore[attr-defined]
-        return rms_norm(x, self.weight, eps, unit_offset=unit_offset)
+        ready = fused.take(cast(nn.Module, self), x)
+        return rms_norm(x, self.weight, self.epsilon, unit_offset=self.unit_offset) if ready is None else ready
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel has this norm of x."""
+        floats = x.dtype != torch.float64 and (self.unit_offset or self.weight.dtype == x.dtype)
+        return floats and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+
+    @property
+    def unit_offset(self) -> bool:
+        """Whether the weight is what is beyond 1."""
+        return UNIT_OFFSET[type(self).__name__]
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to the mean square."""
+        return getattr(self, "variance_epsilon", None) or self.eps  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: the class is made at run time, so a copy is made from the family's."""
-        return _blank, (type(self).__mro__[2],), self.__dict__
+        return blank, (KernelNorm, type(self).__mro__[2]), self.__dict__
+
+
+class SummingLayer:
+    """Mixed into a family's decoder layer by ``with_sums``."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the family's, within ``fused_norms`` with each residual sum and the norm of it in one kernel."""
+        family, layer = cast(Any, super()), cast(Any, self)
+        fused = None if args else running_norms(hidden_states)
+        if fused is None and not args and reads_alone(layer, hidden_states):
+            with fused_norms([layer], None):
+                return SummingLayer.forward(layer, hidden_states, **kwargs)
+        if fused is None:
+            return family.forward(hidden_states, *args, **kwargs)
+        o, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        x = fused.sum(hidden_states, o, layer.post_attention_layernorm)
+        o = layer.mlp(layer.post_attention_layernorm(x))
+        return fused.sum(x, o, fused.readers.get(id(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As ``KernelNorm``."""
+        return blank, (SummingLayer, type(self).__mro__[2]), self.__dict__
+
+
+def reads_alone(layer: Any, x: Tensor) -> bool:
+    """Whether a student's layer is called without its decoder, which would say that kernels may be taken."""
+    if torch.compiler.is_compiling() or not on_gpu(x) or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if layer.training and layer.gradient_checkpointing:  # whose layers are read again, without their decoder
+        return False
+    return getattr(layer.self_attn, "mode", None) == "student"
 
 
 @functools.cache
-def _kernel_class(family: Any) -> type:
-    return type(family.__name__, (KernelNorm, family), {})
+def _mixed(kind: type, family: Any) -> type:
+    return type(family.__name__, (kind, family), {})
 
 
-def _blank(family: Any) -> Any:
-    norm: Any = _kernel_class(family)
-    return norm.__new__(norm)
+def blank(kind: type, family: Any) -> Any:
+    """A module of the family's class with ``kind`` mixed in, without its attributes."""
+    twin: Any = _mixed(kind, family)
+    return twin.__new__(twin)
+
+
+def twin(module: nn.Module, kind: type) -> Any:
+    """A module with ``kind`` mixed in and the same parameters and parts. Its class keeps its name; the module itself
+    stays what it was."""
+    made = blank(kind, type(module))
+    made.__dict__ = module.__dict__ | {"_parameters": dict(module._parameters), "_modules": dict(module._modules)}
+    return made
 
 
 def with_kernel(module: nn.Module) -> nn.Module:
-    """A twin of a family's norm, with the same parameters, that can take the kernel; other modules as they are.
-
-    Its class keeps its name. The module itself stays what it was: a teacher may go on with it.
-    """
+    """A twin of a family's norm that can take the kernel; other modules as they are. A teacher may go on with it."""
     family: Any = type(module)
     if family.__name__ not in UNIT_OFFSET or not family.__module__.startswith("transformers."):
         return module
-    twin = _blank(family)
-    twin.__dict__ = module.__dict__ | {"_parameters": dict(module._parameters)}
-    return twin
+    return twin(module, KernelNorm)
+
+
+def with_sums(layer: nn.Module) -> nn.Module:
+    """A twin of a decoder layer of two residual sums that can take each with the norm behind it; others as they are."""
+    family: Any = type(layer)
+    if family.__name__ not in TWO_SUMS or not family.__module__.startswith("transformers."):
+        return layer
+    return twin(layer, SummingLayer)

@@ -53,7 +53,11 @@ class SafeLoading(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, KeyScore):
                 module.requires_grad_(False)  # as the layer has it, and loading does not
+        model._loaded()
         return (model, info) if output_loading_info else model
+
+    def _loaded(self) -> None:
+        """Called once the weights are there."""
 
 
 def refuse_other_keys(info: dict[str, Any], what: str, optional: Collection[str] = ()) -> None:

@@ -24,10 +24,11 @@ def direct(op: Any, *tensors: Tensor | None) -> Callable[..., Any]:
 def nobody_looks(*tensors: Tensor | None) -> bool:
     """Whether an operator on these does nothing but run: no gradient is recorded, and no transform, mode, tracer or
     class of tensors sees it."""
-    there = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in there):
-        return False
-    return not is_watched() and all(type(x) in PLAIN for x in there)
+    recorded = torch.is_grad_enabled()
+    for x in tensors:  # a loop: this is asked before every launch
+        if x is not None and (type(x) not in PLAIN or (recorded and x.requires_grad)):
+            return False
+    return not is_watched()
 
 
 def is_watched() -> bool:

@@ -50,14 +50,17 @@ class on_device:  # noqa: N801  # reads as the context that it is
 
     def __init__(self, x: Tensor, **sizes: int):
         self.x, self.sizes = x, sizes
-        self.device: contextlib.AbstractContextManager[object]
-        self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+        self.device: contextlib.AbstractContextManager[object] | None = None
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            self.device = torch.cuda.device(x.device)
 
     def __enter__(self) -> None:
-        self.device.__enter__()
+        if self.device is not None:
+            self.device.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.device.__exit__(kind, error, trace)  # type: ignore[arg-type]
+        if self.device is not None:
+            self.device.__exit__(kind, error, trace)  # type: ignore[arg-type]
         if kind is not None and kind.__name__ == "OutOfResources":  # by name: Triton need not be there
             got = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
             limit, what, needed = (getattr(error, name, "?") for name in ("limit", "name", "required"))

@@ -46,6 +46,10 @@ def layout_of(
     batch, length = rows.shape[:2]
     # torch.compile fuses what the host saves here, and would compile again for lengths on either side of a comparison
     whole = state is None and cu_seqlens is None and lengths is None and not torch.compiler.is_compiling()
+    if whole and batch == 1:  # with two operators in place of five
+        lengths = torch.full((1,), length, dtype=torch.int64, device=rows.device)
+        start = torch.zeros_like(lengths)
+        return Layout(start, lengths, start, None, True)
     if cu_seqlens is not None:
         ends = cu_seqlens.long()
         start, lengths = ends[:-1], ends.diff()

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.dispatch import choose_impl
+from lizard_ops.common.kinds import Kinds
+
+_accepted = Kinds()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, impl: str = "auto") -> Tensor:
@@ -34,6 +37,53 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
     Source: RMSNorm (arXiv 1910.07467).
     """
+    _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset))
+    if _chosen(impl, x, weight) == "triton":
+        from lizard_ops.norm.triton_op import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, unit_offset)
+    exact = x.float()
+    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The sum that a layer passes on and its norm, which the next part reads, in one kernel::
+
+        s = residual + x                                 rounded to the dtype of x
+        y = rms_norm(s, weight, eps, unit_offset)
+
+    Args:
+        x: [..., D], what a part of a layer has computed, float32 or half precision.
+        residual: what it read, like x in shape and dtype.
+        weight, eps, unit_offset, impl: as for ``rms_norm``.
+
+    Returns:
+        (s, y), both like x, with the bits of a sum and a ``rms_norm`` of the same impl.
+
+    Raises:
+        ValueError: as ``rms_norm``, and for a residual that is not like x.
+
+    Source: RMSNorm (arXiv 1910.07467) behind the residual sums of pre-norm transformers.
+    """
+
+    def check() -> None:
+        _check(x, weight, eps, unit_offset)
+        checks.check_tensor("residual", residual, x.shape, x, (x.dtype,))
+
+    _accepted.check((x, weight, residual), (eps, unit_offset), check)
+    if _chosen(impl, x, weight, residual) == "triton":
+        from lizard_ops.norm.triton_op import add_rms_norm_triton
+
+        return add_rms_norm_triton(x, residual, weight, eps, unit_offset)
+    s = residual + x
+    return s, rms_norm(s, weight, eps, unit_offset=unit_offset, impl="torch")
+
+
+def _check(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> None:
+    """Raises as ``rms_norm``."""
     floats = (torch.float32, torch.bfloat16, torch.float16)
     fits = isinstance(x, Tensor) and x.ndim > 0 and x.dtype in floats and x.shape[-1] > 0
     checks.want(fits, "x", x, "a tensor [..., D] of float32 or half precision, D >= 1")
@@ -41,12 +91,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     real = isinstance(eps, float) and math.isfinite(eps) and eps > 0
     checks.want(real, "eps", eps, "a positive finite float")
     checks.check_flag("unit_offset", unit_offset)
-    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    fuses = impl == "auto" and torch.compiler.is_compiling()
-    if choose_impl(impl, x, "gradients" if recorded else None) == "triton" and not fuses:
-        from lizard_ops.norm.triton_op import rms_norm_triton
 
-        return rms_norm_triton(x, weight, eps, unit_offset)
-    exact = x.float()
-    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
+
+def _chosen(impl: str, *tensors: Tensor) -> str:
+    """The implementation that runs; while torch.compile traces, "torch" for "auto"."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    fuses = impl == "auto" and torch.compiler.is_compiling()
+    chosen = choose_impl(impl, tensors[0], "gradients" if recorded else None)
+    return "torch" if fuses else chosen

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from layer_checks import FORMS, SHAPE, angles, as_formulas_read, assert_same_state, inputs, layer
 
-from lizard_layers import AttentionConfig, HybridAttention, empty_state, hybrid_attention, map_state, tensors_of
+from lizard_layers import (
+    AttentionConfig,
+    HybridAttention,
+    empty_state,
+    hybrid_attention,
+    map_state,
+    read_input,
+    tensors_of,
+)
 from lizard_ops import apply_rotary, chunk_hybrid_attn, recurrent_hybrid_attn, window_attn
 
 
@@ -215,3 +223,20 @@ def test_wrong_inputs_are_named():
         made(x, q, k, v)
     with pytest.raises(ValueError, match="rope has shapes"):
         made(x, q, k, v, tuple(t[:, :4] for t in rope))
+
+
+def test_gate_and_merge_bias_are_one_call_unless_somebody_looks(monkeypatch):
+    made, (x, q, k, v, rope) = layer("recommended", gate_temperature=4.0), inputs(13)
+    calls, op = [], read_input.gate_and_bias
+    monkeypatch.setattr(read_input, "gate_and_bias", lambda *a, **given: calls.append(given) or op(*a, **given))
+    wanted, _ = made(x, q, k, v, rope)
+    assert len(calls) == 1 and calls[0]["temperature"] == 4
+    seen = []
+    for part in (made.gate, made.mix):
+        hook = part.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+        o, _ = made(x, q, k, v, rope)
+        hook.remove()
+        assert torch.equal(o, wanted) and torch.equal(seen.pop(), x) and len(calls) == 1
+    other = layer("lolcats")  # whose bias does not depend on the input
+    other(x, q, k, v, rope)
+    assert len(calls) == 1

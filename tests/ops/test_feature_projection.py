@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE
 
-from lizard_ops import project_heads
+from lizard_ops import project_both, project_heads
 from lizard_ops.common.dispatch import on_device
 
 SHAPES = [(2, 70, 4, 2, 16, 16), (1, 5, 3, 1, 10, 7), (1, 130, 2, 2, 64, 40), (1, 0, 2, 1, 8, 8), (1, 5, 3, 1, 10, 136)]
@@ -120,3 +120,79 @@ def test_registered_as_torch_wants_it_and_compiles_to_one_graph():
 def test_bad_arguments_are_refused_by_name(name, x, weight):
     with pytest.raises(ValueError, match=f"^{name}:"):
         project_heads(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "other"),
+    [
+        ((2, 70, 4, 2, 2, 1, 16, 16), {}),
+        ((1, 1, 6, 3, 2, 2, 32, 64), {}),
+        ((1, 5, 3, 1, 1, 1, 10, 136), {}),
+        ((1, 0, 2, 1, 2, 1, 8, 8), {}),
+        ((2, 3, 4, 1, 2, 2, 8, 8), {"features": 5}),  # two launches
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_both_at_once_have_the_bits_of_each(shape, other, dtype, recorded):
+    batch, length, heads, maps, key_heads, key_maps, dim, features = shape
+    torch.manual_seed(0)
+    joined = torch.randn(batch, length, heads + key_heads, dim, device=DEVICE).to(dtype)  # as of one product
+    q, k = (x.detach().requires_grad_(recorded) for x in joined.split([heads, key_heads], 2))
+    weights = [
+        torch.randn(maps, dim, features, device=DEVICE, requires_grad=recorded),
+        torch.randn(key_maps, dim, other.get("features", features), device=DEVICE, requires_grad=recorded),
+    ]
+
+    def gradients(q_too, k_too, fq, fk):
+        torch.manual_seed(1)
+        outer = [torch.randn_like(x) for x in (q_too, k_too, fq, fk)]
+        return torch.autograd.grad((q_too, k_too, fq, fk), (q, k, *weights), outer) if recorded else ()
+
+    for impl in ("torch", "triton"):
+        q_too, fq = project_heads(q, weights[0], impl=impl)
+        k_too, fk = project_heads(k, weights[1], impl=impl)
+        both = project_both(q, k, *weights, impl=impl)
+        wanted = (q_too, k_too, fq, fk)
+        assert all(map(torch.equal, both, wanted))
+        assert all(map(torch.equal, gradients(*both), gradients(*wanted)))
+
+
+def test_of_both_one_gradient_may_be_missing():
+    q, k = (torch.randn(2, 3, heads, 8, device=DEVICE, requires_grad=True) for heads in (4, 2))
+    weights = [torch.randn(maps, 8, 6, device=DEVICE, requires_grad=True) for maps in (1, 2)]
+    q_too, _, fq, _ = project_both(q, k, *weights, reuse_gradient=True, impl="triton")
+    d_q, d_k, d_query, d_key = torch.autograd.grad((q_too.sum(), fq.sum()), (q, k, *weights), allow_unused=True)
+    assert d_k is None and d_key is None
+    torch.testing.assert_close(d_q, 1 + weights[0].sum(2).expand_as(q))
+    torch.testing.assert_close(d_query, q.sum((0, 1, 2)).expand(6, 8).t()[None])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"k": torch.randn(1, 3, 2, 8)}, "k"),
+        ({"k": torch.randn(1, 4, 3, 8)}, "k"),
+        ({"query_weight": torch.randn(3, 8, 4)}, "q"),
+        ({"key_weight": torch.randn(2, 4, 4)}, "key_weight"),
+    ],
+)
+def test_both_refuse_by_name(changes, name):
+    given = dict(q=torch.randn(1, 4, 4, 8), k=torch.randn(1, 4, 2, 8), query_weight=torch.randn(1, 8, 4))
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        project_both(**given | {"key_weight": torch.randn(2, 8, 4)} | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_gradients_of_both_have_the_bits_of_each(dtype):
+    from lizard_ops.feature_projection.triton.op import gradients, gradients_of_both
+
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, heads, 8, device=DEVICE).to(dtype) for heads in (4, 2))
+    weights = [torch.randn(maps, 8, 8, device=DEVICE) for maps in (1, 2)]
+    dy = [torch.randn_like(x) for x in (q, k)]
+    dx = [torch.randn_like(q), torch.randn_like(k)]
+    apart = [t.clone() for t in dx]
+    wanted = [gradients(x, w, y, d, d, True) for x, w, y, d in zip((q, k), weights, dy, apart, strict=True)]
+    found = gradients_of_both(q, k, *weights, *dy, *dx)
+    assert all(map(torch.equal, found, wanted)) and all(map(torch.equal, dx, apart))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE
 
-from lizard_ops import rms_norm
+from lizard_ops import add_rms_norm, rms_norm
 
 SHAPES = [(3, 5), (2, 7, 3, 16), (1, 576), (2, 0, 8), (9,)]
 WRONG = [
@@ -37,6 +37,45 @@ def test_output_against_float64(shape, dtype, unit_offset):
         assert errors[0] <= 2 * errors[1] + 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_heads_of_one_product_are_read_where_they_lie(rows, monkeypatch):
+    joined = torch.randn(rows, 5, 6 * 8, device=DEVICE)
+    q = joined[:, :, : 4 * 8].unflatten(-1, (4, 8))
+    weight, copied = torch.randn(8, device=DEVICE), q.contiguous()
+    wanted = rms_norm(copied, weight, 0.02, impl="triton")
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("copied"))
+    assert torch.equal(rms_norm(q, weight, 0.02, impl="triton"), wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_a_sum_and_its_norm_have_the_bits_of_both(shape, dtype, unit_offset):
+    torch.manual_seed(1)
+    x, residual = (3 * torch.randn(2, *shape, device=DEVICE).to(dtype)).unbind()
+    residual = residual.transpose(0, -1).contiguous().transpose(0, -1)  # another layout
+    weight, wide = torch.randn(shape[-1], device=DEVICE).to(dtype), x.double() + residual.double()
+    for impl in ("torch", "triton"):
+        s, y = add_rms_norm(x, residual, weight, 0.02, unit_offset=unit_offset, impl=impl)
+        assert s.dtype == y.dtype == dtype
+        assert torch.equal(s, wide.to(dtype)) and torch.equal(s, residual + x)
+        assert torch.equal(y, rms_norm(s, weight, 0.02, unit_offset=unit_offset, impl=impl))
+
+
+def test_gradients_of_a_sum_and_its_norm():
+    x, residual, weight = (torch.randn(*shape, requires_grad=True) for shape in ((3, 5), (3, 5), (5,)))
+    draw = torch.randn(2, 3, 5)
+    s = x + residual
+    exact = torch.stack([s, torch.nn.functional.rms_norm(s, (5,), weight, 0.1)])
+    found = torch.stack(add_rms_norm(x, residual, weight, 0.1))
+    for ours, theirs in zip(
+        torch.autograd.grad((found * draw).sum(), (x, residual, weight)),
+        torch.autograd.grad((exact * draw).sum(), (x, residual, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_gradients_are_those_of_the_formula():
     x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(5, requires_grad=True)
     exact = torch.nn.functional.rms_norm(x, (5,), weight, 0.1)
@@ -49,9 +88,11 @@ def test_gradients_are_those_of_the_formula():
 
 
 def test_registered_as_torch_wants_it():
-    from lizard_ops.norm.triton_op import norm
+    from lizard_ops.norm.triton_op import add_norm, norm
 
-    torch.library.opcheck(norm, (torch.randn(2, 3, 8, device=DEVICE), torch.randn(8, device=DEVICE), 1e-5, False))
+    x, weight = torch.randn(2, 3, 8, device=DEVICE), torch.randn(8, device=DEVICE)
+    torch.library.opcheck(norm, (x, weight, 1e-5, False))
+    torch.library.opcheck(add_norm, (x, x.flip(0), weight, 1e-5, True))
 
 
 @pytest.mark.parametrize(("changes", "said"), WRONG)
@@ -59,3 +100,16 @@ def test_bad_arguments(changes, said):
     given = {"x": torch.ones(2, 4), "weight": torch.ones(4), "eps": 1e-5} | changes
     with pytest.raises(ValueError, match=said):
         rms_norm(**given)
+
+
+@pytest.mark.parametrize(
+    ("residual", "said"),
+    [
+        (torch.ones(4), "residual: got"),
+        (torch.ones(2, 4).half(), "residual: got"),
+        (torch.ones(2, 4, requires_grad=True), "impl: got 'triton'.*gradients"),
+    ],
+)
+def test_bad_residuals(residual, said):
+    with pytest.raises(ValueError, match=said):
+        add_rms_norm(torch.ones(2, 4), residual, torch.ones(4), 1e-5, impl="triton")

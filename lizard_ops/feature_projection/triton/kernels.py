@@ -33,15 +33,14 @@ def dot_split(a, weight, acc, PRECISION: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["H", "M"])
-def project_kernel(
-    x, weight, y, tokens, length, x_b, x_t, x_h, H, M,
+@triton.jit
+def project_tiles(
+    pid, x, weight, y, tokens, length, x_b, x_t, x_h, H, M,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, H, F] of STEPS blocks of tokens, one head, BF columns."""
     NFB: tl.constexpr = (F + BF - 1) // BF
-    pid = tl.program_id(0)
     h = (pid // NFB) % H
     f = (pid % NFB) * BF + tl.arange(0, BF)
     d = tl.arange(0, BD)
@@ -55,6 +54,34 @@ def project_kernel(
         b_y = dot_split(b_x, b_w, tl.zeros([BN, BF], tl.float32), PRECISION)
         p_y = y + ((n.to(tl.int64) * H + h) * F)[:, None] + f[None, :]
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=here[:, None] & (f < F)[None, :])
+
+
+@triton.jit(do_not_specialize=["H", "M"])
+def project_kernel(
+    x, weight, y, tokens, length, x_b, x_t, x_h, H, M,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``project_tiles`` of one x."""
+    project_tiles(
+        tl.program_id(0), x, weight, y, tokens, length, x_b, x_t, x_h, H, M, D, BD, F, BF, BN, STEPS, PRECISION
+    )
+
+
+@triton.jit(do_not_specialize=["HQ", "MQ", "HK", "MK", "first"])
+def project_both_kernel(
+    q, k, weight_q, weight_k, y_q, y_k, tokens, length, q_b, q_t, q_h, k_b, k_t, k_h, HQ, MQ, HK, MK, first,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``project_tiles`` of queries by the first programs, and of keys by the others."""
+    pid = tl.program_id(0)
+    if pid < first:
+        project_tiles(pid, q, weight_q, y_q, tokens, length, q_b, q_t, q_h, HQ, MQ, D, BD, F, BF, BN, STEPS, PRECISION)
+    else:
+        project_tiles(
+            pid - first, k, weight_k, y_k, tokens, length, k_b, k_t, k_h, HK, MK, D, BD, F, BF, BN, STEPS, PRECISION
+        )
 
 
 @triton.jit
@@ -124,14 +151,13 @@ def weight_gradient_kernel(
     tl.store(parts + of_w, acc, mask=(d < D)[:, None] & (f < F)[None, :])
 
 
-@triton.jit(do_not_specialize=["H", "M"])
-def both_gradients_kernel(
-    x, dy, weight, d_x, dx, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, o_b, o_t, o_h, steps, H, M,
+@triton.jit
+def both_gradients(
+    pid, x, dy, weight, d_x, dx, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, o_b, o_t, o_h, steps, H, M,
     D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BN: tl.constexpr, YU: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``input_gradient_kernel`` and ``weight_gradient_kernel`` from one reading of dy, which fits in BF columns."""
-    pid = tl.program_id(0)
     h = pid % H
     split = pid // H
     d, f = tl.arange(0, BD), tl.arange(0, BF)
@@ -154,3 +180,37 @@ def both_gradients_kernel(
         tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=mask)
     of_w = ((split * H + h) * D).to(tl.int64) * F + d[:, None] * F + f[None, :]
     tl.store(parts + of_w, acc, mask=(d < D)[:, None] & (f < F)[None, :])
+
+
+@triton.jit(do_not_specialize=["H", "M"])
+def both_gradients_kernel(
+    x, dy, weight, d_x, dx, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, o_b, o_t, o_h, steps, H, M,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, YU: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``both_gradients`` of one x."""
+    both_gradients(
+        tl.program_id(0), x, dy, weight, d_x, dx, parts, tokens, length, x_b, x_t, x_h, y_b, y_t, y_h, o_b, o_t, o_h,
+        steps, H, M, D, BD, F, BF, BN, YU, STAGES, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["HQ", "MQ", "HK", "MK", "first"])
+def gradients_of_both_kernel(
+    q, dy_q, weight_q, dq, parts_q, k, dy_k, weight_k, dk, parts_k, tokens, length, q_b, q_t, q_h, dyq_b, dyq_t, dyq_h,
+    dq_b, dq_t, dq_h, k_b, k_t, k_h, dyk_b, dyk_t, dyk_h, dk_b, dk_t, dk_h, steps, HQ, MQ, HK, MK, first,
+    D: tl.constexpr, BD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BN: tl.constexpr, YU: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``both_gradients`` of queries by the first programs, and of keys by the others; both are added to dq and dk."""
+    pid = tl.program_id(0)
+    if pid < first:
+        both_gradients(
+            pid, q, dy_q, weight_q, dq, dq, parts_q, tokens, length, q_b, q_t, q_h, dyq_b, dyq_t, dyq_h, dq_b, dq_t,
+            dq_h, steps, HQ, MQ, D, BD, F, BF, BN, YU, STAGES, PRECISION,
+        )  # fmt: skip
+    else:
+        both_gradients(
+            pid - first, k, dy_k, weight_k, dk, dk, parts_k, tokens, length, k_b, k_t, k_h, dyk_b, dyk_t, dyk_h, dk_b,
+            dk_t, dk_h, steps, HK, MK, D, BD, F, BF, BN, YU, STAGES, PRECISION,
+        )  # fmt: skip

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizard_ops.common.direct import direct, nobody_looks
+from lizard_ops.common.direct import direct, is_watched, nobody_looks
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.feature_projection.triton.kernels import (
     both_gradients_kernel,
+    gradients_of_both_kernel,
     input_gradient_kernel,
+    project_both_kernel,
     project_kernel,
     weight_gradient_kernel,
 )
@@ -52,6 +54,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def tiles_each(tokens: int) -> int:
+    """Tiles that one program takes: not fifteen empty ones in a decode step."""
+    return STEPS if tokens > TOKENS else 1
+
+
 @torch.library.custom_op("lizard_ops::project_heads", mutates_args=())
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """y [B, T, H, F] = x [B, T, H, D] times weight [M, D, F]."""
@@ -59,12 +66,13 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     batch, length, heads = x.shape[:3]
     y = x.new_empty(batch, length, heads, weight.shape[2])
     tokens, tile = batch * length, blocks(weight)
+    each = tiles_each(tokens)
     if tokens:
-        count = cdiv(tokens, TOKENS * STEPS) * heads * cdiv(tile["F"], tile["BF"])
+        count = cdiv(tokens, TOKENS * each) * heads * cdiv(tile["F"], tile["BF"])
         with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
             c = config_for("output", x, weight)
             project_kernel[(count,)](
-                x, weight, y, tokens, length, *x.stride()[:3], H=heads, M=weight.shape[0], STEPS=STEPS,
+                x, weight, y, tokens, length, *x.stride()[:3], H=heads, M=weight.shape[0], STEPS=each,
                 PRECISION=precision(x), **tile, num_stages=c.stages, **c.launch,
             )  # fmt: skip
     return y
@@ -105,7 +113,10 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
     x, dy, weight = rows(x), rows(dy), weight.contiguous()
     batch, length, heads = x.shape[:3]
     maps, tokens, tile = weight.shape[0], batch * length, blocks(weight)
-    d_weight = weight.new_zeros(weight.shape if of_weight else (0,))
+    if not of_weight:
+        d_weight = weight.new_empty(0)
+    elif not tokens:
+        d_weight = weight.new_zeros(weight.shape)
     unit = math.gcd(8, *dy.stride()[:3])
     y_strides = [step // unit for step in dy.stride()[:3]]
     common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
@@ -124,9 +135,9 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
                 STAGES=c.stages, **common, **c.launch,
             )  # fmt: skip
         elif tokens and of_x:
-            c = config_for("input", x, weight)
-            input_gradient_kernel[(cdiv(tokens, TOKENS * STEPS) * heads,)](
-                dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=STEPS, num_stages=c.stages,
+            c, each = config_for("input", x, weight), tiles_each(tokens)
+            input_gradient_kernel[(cdiv(tokens, TOKENS * each) * heads,)](
+                dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=each, num_stages=c.stages,
                 **common, **c.launch,
             )  # fmt: skip
         if of_weight and tokens:
@@ -155,6 +166,21 @@ project.register_autograd(_backward, setup_context=_setup_context)
 differentiable_once(project_backward, "project_heads")
 
 
+def both_gradients(
+    x: Tensor, weight: Tensor, d_x: Tensor | None, dy: Tensor | None, of_x: bool, of_weight: bool, reuse_gradient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and weight from what comes back for x itself and for y."""
+    if dy is None:
+        return d_x, None
+    reuse = reuse_gradient and not torch.is_grad_enabled()  # a gradient that is differentiated must stay
+    if reuse and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
+        dx, d_weight = d_x, project_backward_into(x, weight, dy, d_x, of_weight)
+    else:
+        backward = direct(project_backward, x, weight, dy, d_x)
+        dx, d_weight = backward(x, weight, dy, d_x, of_x, of_weight)
+    return dx if of_x else None, d_weight if of_weight else None
+
+
 class _ProjectBoth(torch.autograd.Function):
     """(x, y), so that both gradients of x meet in one kernel."""
 
@@ -167,17 +193,96 @@ class _ProjectBoth(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        if dy is None:
-            return d_x, None, None
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, _ = ctx.needs_input_grad
-        reuse = ctx.reuse_gradient and not torch.is_grad_enabled()  # a gradient that is differentiated must stay
-        if reuse and of_x and d_x is not None and d_x.is_contiguous() and d_x.dtype == x.dtype:
-            dx, d_weight = d_x, project_backward_into(x, weight, dy, d_x, of_weight)
-        else:
-            backward = direct(project_backward, x, weight, dy, d_x)
-            dx, d_weight = backward(x, weight, dy, d_x, of_x, of_weight)
-        return dx if of_x else None, d_weight if of_weight else None, None
+        return *both_gradients(*ctx.saved_tensors, d_x, dy, *ctx.needs_input_grad[:2], ctx.reuse_gradient), None
+
+
+def launch_both(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor) -> tuple[Tensor, Tensor]:
+    """``project`` of queries [B, T, Hq, D] and keys [B, T, H, D], T and B > 0, of one dtype, at once."""
+    q, k, weight_q, weight_k = rows(q), rows(k), weight_q.contiguous(), weight_k.contiguous()
+    (batch, length, heads), key_heads = q.shape[:3], k.shape[2]
+    y_q, y_k = (x.new_empty(*x.shape[:3], weight_q.shape[2]) for x in (q, k))
+    tokens, tile = batch * length, blocks(weight_q)
+    each = tiles_each(tokens)
+    of_head = cdiv(tokens, TOKENS * each) * cdiv(tile["F"], tile["BF"])
+    with on_device(q, dim=tile["D"], features=tile["F"]):
+        c = config_for("output", q, weight_q)
+        project_both_kernel[(of_head * (heads + key_heads),)](
+            q, k, weight_q, weight_k, y_q, y_k, tokens, length, *q.stride()[:3], *k.stride()[:3],
+            HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0], first=of_head * heads,
+            STEPS=each, PRECISION=precision(q), **tile, num_stages=c.stages, **c.launch,
+        )  # fmt: skip
+    return y_q, y_k
+
+
+def gradients_of_both(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, dy_q: Tensor, dy_k: Tensor, dq: Tensor, dk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``gradients`` of queries and of keys, those of both weights; what comes to q and k is added to dq and dk,
+    contiguous. In one launch where half-precision tiles hold a row of both."""
+    batch, length, heads, dim = q.shape
+    tokens, tile, key_heads = batch * length, blocks(weight_q), k.shape[2]
+    units = [math.gcd(8, *dy.stride()[:3]) for dy in (dy_q, dy_k)]
+    one = weight_q.shape[1:] == weight_k.shape[1:] and q.dtype == k.dtype != torch.float32 and units[0] == units[1]
+    if not one or not tokens or tile["F"] > tile["BF"] or tile["BD"] > 128:
+        return gradients(q, weight_q, dy_q, dq, dq, True), gradients(k, weight_k, dy_k, dk, dk, True)
+    q, k, dy_q, dy_k, weight_q, weight_k = (
+        rows(q),
+        rows(k),
+        rows(dy_q),
+        rows(dy_k),
+        weight_q.contiguous(),
+        weight_k.contiguous(),
+    )
+    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
+    parts = [weight_q.new_empty(splits, n, *weight_q.shape[1:]) for n in (heads, key_heads)]
+    strides = [
+        step for x, dy, dx in ((q, dy_q, dq), (k, dy_k, dk))
+        for step in (*x.stride()[:3], *(s // units[0] for s in dy.stride()[:3]), *dx.stride()[:3])
+    ]  # fmt: skip
+    with on_device(q, dim=dim, features=tile["F"]):
+        c = config_for("both", q, weight_q)
+        gradients_of_both_kernel[(splits * (heads + key_heads),)](
+            q, dy_q, weight_q, dq, parts[0], k, dy_k, weight_k, dk, parts[1], tokens, length, *strides,
+            cdiv(tokens, TOKENS * splits), HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
+            first=splits * heads, YU=units[0], PRECISION=precision(q), STAGES=c.stages, **tile, **c.launch,
+        )  # fmt: skip
+    return tuple(
+        part.unflatten(1, (len(w), part.shape[1] // len(w))).sum((0, 2))
+        for part, w in zip(parts, (weight_q, weight_k), strict=True)
+    )
+
+
+class _ProjectTwo(torch.autograd.Function):
+    """``_ProjectBoth`` of queries and of keys, in one node and one launch forward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weight_q, weight_k, ctx.reuse_gradient = rest
+        ctx.save_for_backward(q, k, weight_q, weight_k)
+        ctx.set_materialize_grads(False)
+        return q.view_as(q), k.view_as(k), *launch_both(q, k, weight_q, weight_k)
+
+    @staticmethod
+    def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, weight_q, weight_k = ctx.saved_tensors
+        of_q, of_k, of_weight_q, of_weight_k, _ = ctx.needs_input_grad
+        dq, d_weight_q = both_gradients(q, weight_q, d_q, dy[0], of_q, of_weight_q, ctx.reuse_gradient)
+        dk, d_weight_k = both_gradients(k, weight_k, d_k, dy[1], of_k, of_weight_k, ctx.reuse_gradient)
+        return dq, dk, d_weight_q, d_weight_k, None
+
+
+def project_both_triton(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, reuse_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, fq, fk); one after the other for those who look at operators, and where one launch cannot do both."""
+    one = q.dtype == k.dtype and weight_q.shape[1:] == weight_k.shape[1:] and q.numel() and k.numel()
+    if is_watched() or not one:
+        q, fq = project_heads_triton(q, weight_q, reuse_gradient)
+        k, fk = project_heads_triton(k, weight_k, reuse_gradient)
+        return q, k, fq, fk
+    if nobody_looks(q, k, weight_q, weight_k):
+        return q, k, *launch_both(q, k, weight_q, weight_k)
+    return _ProjectTwo.apply(q, k, weight_q, weight_k, reuse_gradient)
 
 
 def project_heads_triton(x: Tensor, weight: Tensor, reuse_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lizard_ops.hybrid_attn.arguments import HybridOptions
-from lizard_ops.hybrid_attn.triton.config import FusedShape
+from lizard_ops.hybrid_attn.triton.config import FusedShape, fused_shape
 from lizard_ops.tiles.places import Stream
 
 Pair = tuple[Tensor, Tensor]
@@ -58,17 +58,20 @@ class FusedOptions(NamedTuple):
     softcap: float | None
 
 
-def chosen(options: HybridOptions) -> dict[str, Any]:
-    """The arguments of an operator that are ``FusedOptions``."""
+def chosen(options: HybridOptions) -> FusedOptions:
+    """What the kernels are told of the choices of a call."""
     mix = options.merge_mass if options.mix == "merge" else options.mix
-    return {name: mix if name == "mix" else getattr(options, name) for name in FusedOptions._fields}
+    return FusedOptions(
+        options.window, options.anchors, options.outside, mix, options.normalize, options.feature_map, options.scale,
+        options.feature_scale, options.softcap,
+    )  # fmt: skip
 
 
 def describe(x: FusedInputs, options: FusedOptions) -> tuple[FusedShape, Stream]:
     """What the kernels are compiled for, and where the sequences stand."""
     query_heads, key_heads = x.q.shape[2], x.k.shape[2]
     heads = query_heads if x.g is not None and x.g.shape[2] == query_heads else key_heads
-    shape = FusedShape(
+    shape = fused_shape(
         device=x.q.device, dtype=x.q.dtype, query_heads=query_heads, key_heads=key_heads, state_heads=heads,
         dim=x.q.shape[3], value=x.v.shape[3], pre=x.fk.shape[3], feature_map=options.feature_map,
         window=options.window, anchors=options.anchors, outside=options.outside, merge=options.mix != "sum",

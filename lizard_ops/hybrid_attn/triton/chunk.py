@@ -9,11 +9,13 @@ from lizard_ops.common.rows import changed_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, offset_fields, window_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
-from lizard_ops.hybrid_attn.triton.call import chosen
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, chosen
 from lizard_ops.hybrid_attn.triton.composed import composed_hybrid
 from lizard_ops.hybrid_attn.triton.kept_chunk import kept_hybrid
 from lizard_ops.hybrid_attn.triton.kept_state import kept_between_states
 from lizard_ops.hybrid_attn.triton.op import hybrid
+
+NO_STATE = AttentionState(position=None)
 
 
 def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
@@ -37,15 +39,16 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         weight, lengths = compact(weight, plan), plan.lengths
         inputs = changed_rows(inputs._replace(alpha=None, merge_bias=None), lambda x: compact(x, plan))
     q, k, v, fk, g, sinks = inputs.q, inputs.k, inputs.v, inputs.fk, inputs.g, inputs.sinks
-    layout = layout_of(q, initial_state, cu_seqlens, lengths)
     carried = initial_state is not None
-    state = initial_state if carried else AttentionState(layout.position)
+    states = carried or options.output_final_state
+    layout = layout_of(q, initial_state, cu_seqlens, lengths) if states else None
+    state = initial_state if carried else NO_STATE
     anchor_k = anchor_v = None
-    if options.anchors and (carried or options.output_final_state):
+    if options.anchors and states:
         anchor_k, anchor_v = (
             anchor_rows(x, kept, options.anchors, layout) for x, kept in ((k, state.anchor_k), (v, state.anchor_v))
         )
-    o, s, z, log_scale, *_ = hybrid(
+    x = FusedInputs(
         q=q,
         k=key_stream(k, state.ring_k, layout),
         v=key_stream(v, state.ring_v, layout),
@@ -61,10 +64,9 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         position=layout.position if carried else None,
         cu_seqlens=cu_seqlens,
         lengths=lengths,
-        **chosen(options),
-        final=options.output_final_state,
         log_scale=state.log_scale,
     )
+    o, s, z, log_scale, *_ = hybrid(x, chosen(options), options.output_final_state)
     final = None
     if options.output_final_state:
         fields = window_fields(k, v, anchor_k, anchor_v, initial_state, options.window, layout)

@@ -292,7 +292,7 @@ def hybrid_output(
     """Output [B, T, Hq, V] and masses. linear_v: of the linear rows, those of the keys if None."""
     batch, tokens, heads = x.q.shape[:3]
     o = torch.empty(batch, tokens, heads, shape.value, dtype=x.q.dtype, device=x.q.device)
-    masses = empty_masses(x.q, shape)
+    masses = empty_masses(x.q, shape, filled=stream.lengths is not None or kept is not None)
     c = shape.config("output")
     count, stacked = shape.stack(c.rows)
     blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
@@ -314,14 +314,17 @@ def hybrid_output(
     return o, masses
 
 
-def empty_masses(q: Tensor, shape: FusedShape) -> Masses:
-    """Buffers [B, Hq, T]; those that the mix has no use for are empty."""
+def empty_masses(q: Tensor, shape: FusedShape, filled: bool) -> Masses:
+    """Buffers [B, Hq, T]; those that the mix has no use for are empty. filled: there may be rows that no query has."""
     full = (q.shape[0], q.shape[2], q.shape[1])
     some = full if shape.merge and shape.relative else (0,)
     make = torch.empty
     return Masses(
         make(full, dtype=torch.float32, device=q.device),
-        torch.full(full, -torch.inf, dtype=torch.float32, device=q.device),  # where no row is, nothing else says so
+        # where no row is, nothing else says so
+        torch.full(full, -torch.inf, dtype=torch.float32, device=q.device)
+        if filled
+        else make(full, dtype=torch.float32, device=q.device),
         make(some, dtype=torch.float32, device=q.device),
         make(some, dtype=torch.int32, device=q.device),
     )

@@ -47,7 +47,7 @@ def kept_hybrid(inputs: HybridInputs, weight: Tensor | None, options: HybridOpti
         expiry=expiry,
         kept_keys=most(options.kept_keys),
         late=options.late,
-        **chosen(options),
+        **chosen(options)._asdict(),
     )
     return o if mask is None else restore(o, plan)
 

@@ -7,6 +7,7 @@ gates of ``kept_gates.py``.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def described(given: dict[str, Any]) -> tuple[FusedInputs, FusedOptions, FusedSh
     x, options = taken(FusedInputs, ABSENT | given), taken(FusedOptions, given)
     shape, stream = describe(x, options._replace(outside=False))
     if options.outside:
-        shape = KeptShape(**vars(shape))
+        shape = KeptShape(**{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)})
     return x, options, shape, stream
 
 

@@ -88,7 +88,7 @@ def of_rows(
         expiry=x.expiry,
         kept_keys=most(options.kept_keys),
         late=options.late,
-        **chosen(options),
+        **chosen(options)._asdict(),
         final=final,
     )
     if not final:

@@ -62,15 +62,20 @@ def hybrid_forward(
     The final sums are empty without ``final``, the log scale without exponential features.
     """
     given = locals()
-    x, options = taken(FusedInputs, given), taken(FusedOptions, given)
+    return forward(taken(FusedInputs, given), taken(FusedOptions, given), final)
+
+
+def forward(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
+    """The launches of ``hybrid_forward``."""
     shape, stream = describe(x, options)
+    q = x.q
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
         end_log = empty(q, 0)
-        if feature_map == "exp":
-            gates, end_log = unit_gates(fk, g, log_scale, stream, shape)
+        if options.feature_map == "exp":
+            gates, end_log = unit_gates(x.fk, x.g, x.log_scale, stream, shape)
         else:
-            gates = running_gates(g, stream, shape)
-        states = chunk_states(fk, v, gates, x.start, stream, shape, final)
+            gates = running_gates(x.g, stream, shape)
+        states = chunk_states(x.fk, x.v, gates, x.start, stream, shape, final)
         o, masses = hybrid_output(x, options, states, gates, stream, shape)
     if states.end_s is None or states.end_z is None:
         return o, empty(q, 0), empty(q, 0), end_log, gates, *masses
@@ -242,10 +247,9 @@ class _Hybrid(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def hybrid(**given: Any) -> tuple[Tensor, ...]:
-    """``hybrid_forward``, whose arguments come by name; a registered operator for those who look at operators."""
-    if is_watched():
-        return hybrid_forward(**given)
-    if nobody_looks(*(x for x in given.values() if isinstance(x, Tensor))):
-        return direct(hybrid_forward)(**given)
-    return _Hybrid.apply(*in_order(FORWARD, given))
+def hybrid(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
+    """``hybrid_forward``; a registered operator for those who look at operators."""
+    if nobody_looks(*x):
+        return forward(x, options, final)
+    given = x._asdict() | options._asdict() | {"final": final}
+    return hybrid_forward(**given) if is_watched() else _Hybrid.apply(*in_order(FORWARD, given))

@@ -1,4 +1,5 @@
-"""The families' norms in one kernel: only in a student that reads without gradients, and as the family rounds."""
+"""The families' norms, and the sums before them, in one kernel: only in a student that reads without gradients, and as
+the family rounds."""
 
 import copy
 import pickle
@@ -7,9 +8,9 @@ import pytest
 import torch
 from tiny import FAMILIES, student, teacher, tokens
 
-from lizard_models.model import norms
+from lizard_models.model import fused_mlp, norms
 from lizard_models.model.norms import KernelNorm
-from lizard_ops import rms_norm
+from lizard_ops import add_rms_norm, rms_norm
 
 
 @pytest.fixture
@@ -17,7 +18,8 @@ def calls(monkeypatch):
     """How often the op was asked, as if on a GPU."""
     made = []
     monkeypatch.setattr(norms, "on_gpu", lambda x: True)
-    monkeypatch.setattr(norms, "rms_norm", lambda *a, **k: made.append(1) or rms_norm(*a, **k))
+    for name, op in (("rms_norm", rms_norm), ("add_rms_norm", add_rms_norm)):
+        monkeypatch.setattr(norms, name, lambda *a, name=name, op=op, **k: made.append(name) or op(*a, **k))
     return made
 
 
@@ -34,13 +36,16 @@ def test_a_student_takes_the_kernel_of_its_familys_formula(calls, family, dtype)
     ids = tokens(2, 12)
     found, used = model(ids, use_cache=False).logits, len(calls)
     assert used == len(names(model))
+    sums = 0 if family.startswith("gemma") else 2 * len(model.model.layers)  # Gemma's stand behind norms of their own
+    assert calls.count("add_rms_norm") == sums
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norms, "on_gpu", lambda x: False)
         wanted = model(ids, use_cache=False).logits
     assert torch.equal(found, wanted) and len(calls) == used
 
 
-def test_nobody_else_takes_it(calls):
+def test_nobody_else_takes_it(calls, monkeypatch):
+    monkeypatch.setattr(fused_mlp, "silu_product", pytest.fail)
     model, ids = student(), tokens(2, 12)
     model.requires_grad_(True)
     model(ids, use_cache=False).logits.sum().backward()
@@ -71,3 +76,43 @@ def test_copies_and_pickles(calls):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         del calls[:]
         assert torch.equal(other(ids, use_cache=False).logits, wanted) and len(calls) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    "where", ["model.layers.1", "model.layers.2.input_layernorm", "model.layers.0.mlp", "model.norm"]
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_see_and_change_what_they_did(calls, inference, where, before):
+    """A norm that was computed beside its sum is not taken where somebody has changed the sum."""
+
+    def change(module, args, output=None):
+        (args[0] if output is None else output).mul_(1.5)
+
+    ids, found = tokens(1, 9), []
+    for on_gpu in (False, True):
+        model = student()
+        part = model.get_submodule(where)
+        (part.register_forward_pre_hook if before else part.register_forward_hook)(change)
+        with pytest.MonkeyPatch.context() as patch, torch.inference_mode(inference):
+            patch.setattr(norms, "on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
+            outputs = model(ids, use_cache=False, output_hidden_states=True)
+        found.append((outputs.logits, *outputs.hidden_states))
+    assert "add_rms_norm" in calls
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_a_layer_alone_takes_it_as_a_students(calls):
+    model, x = student(), torch.randn(1, 5, 64)
+    layer, rope = model.model.layers[0], model.model.rotary_emb(x, torch.arange(5)[None])
+    found = layer(x, position_embeddings=rope)
+    assert calls == ["rms_norm", "add_rms_norm"]  # nobody reads the norm of what it returns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms, "on_gpu", lambda x: False)
+        assert torch.equal(layer(x, position_embeddings=rope), found)
+    for mode in ("teacher", "distill"):
+        model.set_attention_mode(mode)
+        layer(x, position_embeddings=rope, attention_mask=None)
+    assert len(calls) == 2

@@ -1,17 +1,19 @@
 """What only a GPU can show of models: CUDA graphs of compiled steps, and numbers that come late from the device."""
 
+import copy
 import dataclasses
 import gc
 
 import pytest
 import torch
+from tiny import student
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lizard_layers import tensors_of
 from lizard_models import LizardConfig, linearize
 from lizard_models.distill import RunArguments, train_stage0, train_stage1
-from lizard_models.model import decode_graph
+from lizard_models.model import decode_graph, joined, norms
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.decode_graph import free_decode_graphs
 from lizard_models.model.step_recorder import CudaRecorder
@@ -130,6 +132,29 @@ def test_generate_replays_its_step_bit_for_bit(dtype, options, monkeypatch):
         for name, t in tensors_of(one.state).items():
             assert torch.equal(t, tensors_of(other.state)[name]), name
     assert a.get_seq_length() == b.get_seq_length() and torch.equal(a.positions(), b.positions())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_fused_layers_compute_what_the_families_do(dtype, family, monkeypatch):
+    """Sums with norms, gates with biases, joined projections, SiLU with product: beside float64 no further off."""
+    model = student(family=family, window=8).cuda()
+    ids = torch.randint(1, 97, (3, 40), device="cuda")
+    assert (
+        joined.adjacent([getattr(model.model.layers[0].mlp, name).weight for name in ("gate_proj", "up_proj")])
+        is not None
+    )
+
+    def logits(of):
+        cache = of(ids[:, :30], use_cache=True).past_key_values
+        return torch.cat([of(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)], 1).double()
+
+    exact = logits(copy.deepcopy(model).double())
+    fused = logits(model.to(dtype))
+    monkeypatch.setattr(norms, "on_gpu", lambda x: False)
+    errors = [(found - exact).square().mean().sqrt() for found in (fused, logits(model))]
+    assert errors[0] <= 1.5 * errors[1] + 1e-5 * exact.abs().max()
 
 
 def test_a_pool_of_graphs_serves_calls_of_other_lengths(monkeypatch):

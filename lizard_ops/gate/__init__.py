@@ -1,0 +1,1 @@
+"""The numbers that a layer reads from its input."""

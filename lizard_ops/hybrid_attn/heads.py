@@ -1,0 +1,143 @@
+"""Hybrid attention of projected heads, feature maps' matrices and RoPE included: the public function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lizard_ops.common import checks
+from lizard_ops.common.direct import PLAIN, is_watched
+from lizard_ops.common.dispatch import choose_impl
+from lizard_ops.common.features import feature_dim
+from lizard_ops.common.state import AttentionState
+from lizard_ops.feature_projection.api import project_both
+from lizard_ops.hybrid_attn.api import chunk_hybrid_attn
+from lizard_ops.hybrid_attn.arguments import HybridOptions
+from lizard_ops.rotary.api import rotary_both
+
+MOST = 256  # kinds of calls that are remembered
+RARE = ("sinks", "alpha", "initial_state", "cu_seqlens", "padding_mask", "scores", "expiry")
+_known: dict[tuple[Any, ...], HybridOptions] = {}
+
+
+class Heads(NamedTuple):
+    """The tensors of a call."""
+
+    q: Tensor  # [B, T, Hq, D]
+    k: Tensor  # [B, T, Hk, D]
+    v: Tensor  # [B, T, Hk, V]
+    query_map: Tensor  # [Mq, D, Fp]
+    key_map: Tensor  # [Mk, D, Fp]
+    cos: Tensor  # [B or 1, T or 1, D]
+    sin: Tensor
+    g: Tensor | None  # [B, T, Hg]
+    merge_bias: Tensor | None  # [B, T, Hq]
+
+
+def hybrid_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    g: Tensor | None,
+    window: int,
+    *,
+    merge_bias: Tensor | None = None,
+    **choices: Any,
+) -> tuple[Tensor, AttentionState | None]:
+    """``chunk_hybrid_attn`` of heads as a layer projects them, with what stands between::
+
+        q, k, fq, fk = project_both(q, k, query_map, key_map)
+        q, k         = rotary_both(q, k, cos, sin)
+        o, state     = chunk_hybrid_attn(q, k, v, fq, fk, g, window, merge_bias=merge_bias, **choices)
+
+    These ops and their bits; the kernels are launched with one look at the arguments and have one node of autograd,
+    where Triton runs them on plain tensors without a carried state, packing, padding, sinks or scores, with a gate for
+    each head and a merge bias for each token or none, and where a call of this kind has gone through the three ops
+    before, which check it.
+
+    Args:
+        q: [B, T, Hq, D], k: [B, T, Hk, D], v: [B, T, Hk, V], before RoPE. Their gradients are written
+            over those behind RoPE (``project_heads`` with reuse_gradient).
+        query_map: [Mq, D, Fp] and key_map: [Mk, D, Fp], as ``project_both`` takes them.
+        cos, sin: [B or 1, T or 1, D].
+        g, window, merge_bias, choices: as for ``chunk_hybrid_attn``, ``impl`` for all three.
+
+    Returns:
+        (o [B, T, Hq, V], state), as ``chunk_hybrid_attn``.
+
+    Raises:
+        ValueError: as the three.
+    """
+    heads = Heads(q, k, v, query_map, key_map, cos, sin, g, merge_bias)
+    kind = _kind(heads, window, choices)
+    options = None if kind is None else _known.get(kind)
+    if options is not None:
+        from lizard_ops.hybrid_attn.triton.heads import hybrid_heads_triton
+
+        if g is not None:
+            checks.check_gate_values(g, None)
+        return hybrid_heads_triton(heads, options)
+    impl = choices.get("impl", "auto")
+    q, k, fq, fk = project_both(q, k, query_map, key_map, reuse_gradient=True, impl=impl)
+    q, k = rotary_both(q, k, cos, sin, impl=impl)
+    found = chunk_hybrid_attn(q, k, v, fq, fk, g, window, merge_bias=merge_bias, **choices)
+    if kind is not None:
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[kind] = _options(heads, window, choices)
+    return found
+
+
+def _kind(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Any, ...] | None:
+    """All that the checks of shapes read; None for calls that go through the three ops."""
+    if is_watched():  # torch.compile must not look at what is known: it would compile again where that has grown
+        return None
+    recorded = torch.is_grad_enabled()
+    facts: list[Any] = []
+    for x in heads:
+        if x is None:
+            facts.append(None)
+        elif type(x) in PLAIN:
+            facts.append((x.shape, x.dtype, x.device))
+        else:
+            return None
+    q, k, _, query_map, key_map, cos, sin, g, bias = heads
+    for name in RARE:
+        if choices.get(name) is not None:
+            return None
+    if choices.get("gate_form", "stable") != "stable" or choices.get("feature_map") == "exp":
+        return None
+    if any(x is not None and (x.ndim != 3 or x.dtype != torch.float32) for x in (g, bias)):
+        return None
+    if q.dtype != k.dtype or query_map.shape[1:] != key_map.shape[1:] or not q.numel() or not k.numel():
+        return None
+    if recorded and (choices.get("output_final_state") or cos.requires_grad or sin.requires_grad):
+        return None
+    if choose_impl(choices.get("impl", "auto"), q, None) != "triton" or q.dtype == torch.float64:
+        return None
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        return None
+    kind = (*facts, window, type(window), *choices.items(), *map(type, choices.values()))
+    try:
+        hash(kind)
+    except TypeError:  # a list among the choices
+        return None
+    return kind
+
+
+def _options(heads: Heads, window: int, choices: dict[str, Any]) -> HybridOptions:
+    """The choices of a call that ``chunk_hybrid_attn`` has accepted, as it normalises them."""
+    named = {name: value for name, value in choices.items() if name in HybridOptions._fields}
+    options = HybridOptions(window=window, **named)
+    features = feature_dim(heads.key_map.shape[2], options.feature_map)
+    default = 1.0 if options.normalize else features**-0.5
+    return options._replace(
+        scale=heads.q.shape[3] ** -0.5 if options.scale is None else float(options.scale),
+        feature_scale=default if options.feature_scale is None else float(options.feature_scale),
+    )

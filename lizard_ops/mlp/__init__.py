@@ -1,0 +1,1 @@
+"""What stands between the projections of a transformer's MLP."""
