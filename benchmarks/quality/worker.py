@@ -160,7 +160,6 @@ class _Row:
                 self._write()
                 return rows
             run = self._run_arguments("stage0")
-            run.cuda_graph = False  # its steps are long, and launches are the least of them
             result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
             told = {"r2": result.mean_r2, "r2_by_layer": result.r2, "row": self.spec.stem}
             self._trained("stage0", result, **told, **scores.marks(shared, model))

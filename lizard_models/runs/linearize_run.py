@@ -241,7 +241,6 @@ class _Run:
 
     def _fit_scores(self, model: LizardCausalLM, rows: ScoreRows) -> None:
         run = self._run_arguments("stage0", "stage 0, scores of keys")
-        run.cuda_graph = False  # its steps are long, and launches are the least of them
         run.micro_batch_size = rows.micro_batch_size(self.plan.micro_batch_size)
         result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
         self.results["stage0"] = result
