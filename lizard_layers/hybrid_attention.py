@@ -17,7 +17,7 @@ from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.parameters import has_hooks
-from lizard_layers.read_input import Read, read_input
+from lizard_layers.read_input import Heads, Read, read_input, read_token
 from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.state import LayerState, State, overwrite_layer_state, state_of, tensors_of
 from lizard_ops import (
@@ -259,10 +259,12 @@ class HybridAttention(nn.Module):
         self, tokens: _Tokens, past: ScoreState | ReceivingState | None, shared: dict[str, Any], inplace: bool
     ) -> tuple[Tensor, AttentionState | None, ScoreState | ReceivingState | None]:
         """Window and linear branch under their mix. shared: what the window's op takes as well."""
-        config, read = self.config, read_input(self, tokens.x, tokens.k)
-        if (found := self._at_once(tokens, read, shared)) is not None:
+        config, few = self.config, tokens.q.shape[1] == 1
+        token = read_token(self, tokens.x, tokens.q, tokens.k, tokens.rope) if few else None
+        read, heads = (read_input(self, tokens.x, tokens.k), None) if token is None else token
+        if heads is None and (found := self._at_once(tokens, read, shared)) is not None:
             return *found, None
-        inputs, choices, (score, _) = self.op_inputs(tokens, read, past, shared, inplace)
+        inputs, choices, (score, _) = self.op_inputs(tokens, read, past, shared, inplace, heads)
         begins = choices.pop("has_state", None)
         if tokens.q.shape[1] == 1 and shared["initial_state"] is not None and begins is None:
             del choices["context_group"]
@@ -292,6 +294,7 @@ class HybridAttention(nn.Module):
         past: ScoreState | ReceivingState | None,
         shared: dict[str, Any],
         inplace: bool,
+        heads: Heads | None = None,
     ) -> tuple[_OfOp, dict[str, Any], tuple[ScoreState | ReceivingState | None, ...]]:
         """((q, k, v, fq, fk, g), options of the op, the state of the score after the tokens and before them)."""
         config, (_, q, k, v, rope, _), (x, g, mixed) = self.config, tokens, read
@@ -300,7 +303,9 @@ class HybridAttention(nn.Module):
             k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
             if g is not None and config.gate in ("key_head", "mamba2", "pooling"):
                 g = g.repeat_interleave(group, 2)
-        if config.linear_rope and not config.window_rope:
+        if heads is not None:
+            q, k, fq, fk = heads
+        elif config.linear_rope and not config.window_rope:
             _, _, fq, fk = self.feature_maps(*self.turn(True, q, k, rope))
         else:
             q, k, fq, fk = self.feature_maps(*self.turn(config.linear_rope, q, k, rope), reuse_gradient=True)
@@ -315,14 +320,9 @@ class HybridAttention(nn.Module):
         """Arguments of the hybrid ops."""
         config = self.config
         return dict(
-            mix=config.mix,
-            coverage=config.coverage,
-            feature_map=self.feature_maps.op_feature_map,
-            normalize=config.normalize,
-            feature_scale=config.feature_scale,
-            **mixed,
-            **shared,
-        )
+            mix=config.mix, coverage=config.coverage, feature_map=self.feature_maps.op_feature_map,
+            normalize=config.normalize, feature_scale=config.feature_scale, **mixed, **shared,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _scores(

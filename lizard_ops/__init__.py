@@ -8,6 +8,7 @@ from lizard_ops.common.pages import PageLayout, PoolRows
 from lizard_ops.common.state import EMPTY_VALUES, AttentionState, overwrite_state
 from lizard_ops.context_parallel.earlier import EarlierTokens, earlier_tokens
 from lizard_ops.feature_projection.api import project_both, project_heads
+from lizard_ops.few_tokens.api import TokenHeads, token_heads
 from lizard_ops.gate.api import gate_and_bias
 from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
@@ -42,6 +43,7 @@ __all__ = [
     "PoolRows",
     "ReceivedInputs",
     "ReceivedWeights",
+    "TokenHeads",
     "add_rms_norm",
     "apply_rotary",
     "apply_rotary_by",
@@ -72,6 +74,7 @@ __all__ = [
     "rotary_both",
     "row_losses",
     "silu_product",
+    "token_heads",
     "tune",
     "use_tuned",
     "window_attn",

@@ -66,7 +66,8 @@ def _modules() -> list[Any]:
 
 
 def _switches() -> list[tuple[Any, str]]:
-    """Where models ask whether they are on a GPU; commits to compare with may have fewer places."""
-    places = (("lizard_models.model.norms", "on_gpu"), ("lizard_models.model.joined", "wants_joined"))
+    """Where models and layers ask whether they are on a GPU; commits to compare with may have fewer places."""
+    places = [("lizard_models.model.norms", "on_gpu"), ("lizard_models.model.joined", "wants_joined")]
+    places += [("lizard_layers.read_input", "on_gpu")]
     there = [(importlib.import_module(module), name) for module, name in places if importlib.util.find_spec(module)]
     return [(module, name) for module, name in there if hasattr(module, name)]

@@ -80,13 +80,8 @@ def project_both(
         ValueError: as ``project_heads``, and for batches or lengths of k that are not those of q.
     """
     q, k = autocast_inputs(q, k)
-
-    def check() -> None:
-        _check(q, query_weight, "q", "query_weight")
-        _check(k, key_weight, "k", "key_weight")
-        checks.check_tensor("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), q, checks.FLOATS)
-
-    _accepted.check((q, k, query_weight, key_weight), (), check)
+    given = (q, k, query_weight, key_weight)
+    _accepted.check(given, (), lambda: check_both(*given))
     if choose_impl(impl, q, float64_of(q) or float64_of(k)) == "triton":
         from lizard_ops.feature_projection.triton.op import project_both_triton
 
@@ -94,6 +89,13 @@ def project_both(
     q, fq = project_heads(q, query_weight, reuse_gradient=reuse_gradient, impl=impl)
     k, fk = project_heads(k, key_weight, reuse_gradient=reuse_gradient, impl=impl)
     return q, k, fq, fk
+
+
+def check_both(q: Tensor, k: Tensor, query_weight: Tensor, key_weight: Tensor) -> None:
+    """Raises as ``project_both``."""
+    _check(q, query_weight, "q", "query_weight")
+    _check(k, key_weight, "k", "key_weight")
+    checks.check_tensor("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), q, checks.FLOATS)
 
 
 def _check(x: Tensor, weight: Tensor, name: str, of_weight: str) -> None:

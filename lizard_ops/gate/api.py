@@ -52,7 +52,7 @@ def gate_and_bias(
     Source: the gate of Gated Linear Attention per head (arXiv 2312.06635); the merge bias is this library's.
     """
     given = (x, gate_weight, gate_bias, bias_weight, bias)
-    _accepted.check(given, (temperature,), lambda: _check(*given, temperature))
+    _accepted.check(given, (temperature,), lambda: check_gate_and_bias(*given, temperature))
     double = x.dtype == torch.float64 or gate_weight.dtype == torch.float64
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     many = impl == "auto" and (torch.compiler.is_compiling() or x.shape[0] * x.shape[1] > FEW)
@@ -68,7 +68,7 @@ def gate_and_bias(
         return g if temperature == 1 else g / temperature, F.linear(x, bias_weight, bias)
 
 
-def _check(
+def check_gate_and_bias(
     x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
 ) -> None:
     """Raises as ``gate_and_bias``."""

@@ -23,14 +23,14 @@ def log_sigmoid(z):
     return tl.minimum(z, 0.0) - tl.where(rounded == 1.0, e, tl.log(rounded) * (e / beyond))
 
 
-@triton.jit(do_not_specialize=["temperature"])
-def gate_and_bias_kernel(
-    x, gate_weight, gate_bias, bias_weight, bias, g, m, temperature,
+@triton.jit
+def one_number(
+    pid, x, gate_weight, gate_bias, bias_weight, bias, g, m, temperature,
     D: tl.constexpr, G: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One number of one token: a gate by the first G programs of it, a merge bias by the other H."""
-    row = tl.cast(tl.program_id(0) // (G + H), tl.int64)
-    i = tl.program_id(0) % (G + H)
+    row = tl.cast(pid // (G + H), tl.int64)
+    i = pid % (G + H)
     weight = gate_weight + i * D
     if i >= G:
         weight = bias_weight + (i - G) * D
@@ -46,6 +46,20 @@ def gate_and_bias_kernel(
         if bias is not None:
             total += tl.load(bias + i - G)
         tl.store(m + row * H + i - G, total)
+
+
+@triton.jit(do_not_specialize=["temperature"])
+def gate_and_bias_kernel(
+    x, gate_weight, gate_bias, bias_weight, bias, g, m, temperature,
+    D: tl.constexpr, G: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """``one_number`` a program."""
+    one_number(tl.program_id(0), x, gate_weight, gate_bias, bias_weight, bias, g, m, temperature, D, G, H, BD)
+
+
+def columns_of(dim: int) -> int:
+    """Channels that a program has at once."""
+    return min(CHANNELS, power_of_2(dim))
 
 
 @torch.library.custom_op("lizard_ops::gate_and_bias", mutates_args=())
@@ -64,11 +78,10 @@ def both(
     m = x.new_empty(batch, length, biases, dtype=torch.float32)
     programs = batch * length * (gates + biases)
     if programs:
-        block = min(CHANNELS, power_of_2(dim))
         with on_device(x):
             gate_and_bias_kernel[(programs,)](
                 x, gate_weight, gate_bias, bias_weight, bias, g, m, temperature,
-                D=dim, G=gates, H=biases, BD=block, num_warps=max(1, min(8, block // 256)),
+                D=dim, G=gates, H=biases, BD=columns_of(dim), num_warps=4,  # as in ``token_heads``
             )  # fmt: skip
     return g, m
 

@@ -29,7 +29,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "auto") -> 
 
     Source: RoFormer (arXiv 2104.09864), in the half-split layout.
     """
-    if _chosen(x, cos, sin, impl, "x") == "triton":
+    if chosen_turn(x, cos, sin, impl, "x") == "triton":
         from lizard_ops.rotary.triton_op import apply_rotary_triton
 
         return apply_rotary_triton(x, cos, sin)
@@ -83,7 +83,7 @@ def rotary_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "
     Raises:
         ValueError: as ``apply_rotary``, and for batches or lengths of k that are not those of q.
     """
-    chosen = [_chosen(x, cos, sin, impl, name) for x, name in ((q, "q"), (k, "k"))]
+    chosen = [chosen_turn(x, cos, sin, impl, name) for x, name in ((q, "q"), (k, "k"))]
     checks.check_tensor("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), q, checks.FLOATS)
     if chosen != ["triton", "triton"]:
         return apply_rotary(q, cos, sin, impl=impl), apply_rotary(k, cos, sin, impl=impl)
@@ -92,7 +92,7 @@ def rotary_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, impl: str = "
     return rotary_both_triton(q, k, cos, sin)
 
 
-def _chosen(x: Tensor, cos: Tensor, sin: Tensor, impl: str, name: str) -> str:
+def chosen_turn(x: Tensor, cos: Tensor, sin: Tensor, impl: str, name: str) -> str:
     """The implementation that runs; while torch.compile traces, "torch" for "auto". Raises as ``apply_rotary``."""
     fits = isinstance(x, Tensor) and x.ndim == 4 and x.dtype in checks.FLOATS and x.shape[3] % 2 == 0
     checks.want(fits, name, x, "a floating tensor [B, T, H, D] with an even D")
