@@ -28,6 +28,7 @@ LENGTHS = (1, 5, 30, 70, 200, 33)
 ANCHORS = dict(positions="clamped", position_limit=48, position_step=8)
 HEADS = dict(head_dim=32)  # the smallest of vLLM's own attention on a CPU
 KEYS = dict(kept_keys=4, score_dim=8)
+SHARED = KEYS | dict(kept_keys=[[3, 1], [0, 0], [0, 5]])  # places of each layer and head
 CASES = {
     "llama": {},
     "mistral": dict(family="mistral"),
@@ -45,10 +46,13 @@ CASES = {
     "liger": dict(preset="liger"),
     "kept keys": dict(attention=KEYS),
     "received scores": dict(attention=KEYS | dict(score_received=True, score_stride=4)),
+    "kept keys left out of the sums": dict(attention=KEYS | dict(coverage="left")),
+    "places shared out": dict(attention=SHARED),
     "anchors that move": dict(attention=ANCHORS),
     "kept keys that move": dict(attention=ANCHORS | KEYS),
+    "places that move": dict(attention=ANCHORS | SHARED | dict(coverage="left")),
 }
-CACHED = ("llama", "kept softmax", "gemma3", "wide", "kept keys", "anchors that move")
+CACHED = ("llama", "kept softmax", "gemma3", "wide", "kept keys", "anchors that move", "places that move")
 
 
 def saved(folder, **kind):

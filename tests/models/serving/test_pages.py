@@ -9,9 +9,11 @@ import torch
 from tiny import student
 
 import lizard_vllm
+from benchmarks.gpu.no_launch import without_kernels
 from lizard_layers import PagedState, page_layout, state_of
 from lizard_models.model.families import FAMILIES, load_family
 from lizard_models.model.positions import anchor_blocks
+from lizard_models.model.step_recorder import Uncapturable
 from lizard_vllm.names import ARCHITECTURES
 from lizard_vllm.pages import Steps, read_batch
 
@@ -23,6 +25,7 @@ KINDS = {
     "channel gate": dict(attention=dict(gate="channel")),
     "softcap": dict(family="gemma2", layer_types=["full_attention"]),
     "kept keys": dict(attention=dict(kept_keys=4, score_dim=8)),
+    "left, places of each head": dict(attention=dict(kept_keys=[3, 1], score_dim=8, coverage="left")),
     "received": dict(attention=dict(kept_keys=4, score_dim=8, score_received=True, score_stride=4)),
 }
 LENGTHS = (1, 5, 23, 40, 17)
@@ -127,6 +130,23 @@ def test_anchors_move_on_in_mixed_batches(kept):
         torch.testing.assert_close(found, pool.alone(i), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(plain[i][:14], found[:14], rtol=1e-9, atol=1e-9)
     assert (plain[3] - moved[3]).abs().max() > 1e-3  # the case is one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_can_hold_a_step_of_decodes(kind, far):
+    """On the way of the kernels, with rows of padding: nothing waits for the device, whose values Python would fix."""
+    pool = Pool(torch.float32, **KINDS[kind])
+    heads = [torch.cat([t[:1] for t in tensors]) for tensors in zip(*pool.texts, strict=True)]
+    none, positions = torch.zeros(0, dtype=torch.int64), torch.full((len(LENGTHS),), 9)
+    slots = torch.tensor([3, 1, 4, -1, -1], dtype=torch.int32)
+    with without_kernels() as launches:
+        with Uncapturable() as looking:
+            rope = pool.turns(heads[0], positions)
+            steps = Steps(slots, none, none.new_zeros(1), none.bool(), [], far)
+            read_batch(pool.attention, pool.state, heads, rope, positions, steps, pool.blocks)
+    assert looking.found is None and launches.count() > 0
 
 
 @torch.no_grad()
