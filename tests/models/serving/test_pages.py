@@ -120,9 +120,9 @@ def test_mixed_batches_are_each_text_alone(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kept", [0, 4])
+@pytest.mark.parametrize("kept", [0, 4, [3, 1]])
 def test_anchors_move_on_in_mixed_batches(kept):
-    keys = dict(kept_keys=kept, score_dim=8) if kept else {}
+    keys = dict(kept_keys=kept, score_dim=8, coverage="left") if kept else {}
     choices = dict(positions="clamped", position_limit=14, position_step=4, **keys)
     pool = Pool(attention=choices)
     moved, plain = pool.run(0, far=True), pool.run(1, far=False)
