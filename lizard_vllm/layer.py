@@ -85,7 +85,7 @@ class LizardLayer(nn.Module, MambaBase):
     def attend(self, heads: tuple[Tensor, Tensor, Tensor, Tensor], positions: Tensor, out: Tensor) -> None:
         """Fill ``out`` [T, Hq, D]. Without a batch, when vLLM measures memory, all tokens are one text."""
         metadata = get_forward_context().attn_metadata
-        mine: LizardMetadata | None = metadata.get(self.name) if isinstance(metadata, dict) else None
+        mine: LizardMetadata | None = None if metadata is None else metadata[self.name]
         capturing = positions.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         # what was made before a capture does not follow its positions and pages
         made: dict[Any, Any] = {} if mine is None or capturing else mine.made
