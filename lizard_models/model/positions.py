@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lizard_layers import AnchorBlock, turn_by
+from lizard_layers import AnchorBlock, PackedBlock, turn_by
 from lizard_models.model.layer_configs import lizard_config
+
+MovedAnchors = dict[str | None, list[AnchorBlock]] | dict[str | None, list[PackedBlock]]
+"""How far the anchors have moved on at the new positions, by layer type."""
 
 
 class PositionRange(NamedTuple):
@@ -26,6 +31,11 @@ class PositionRange(NamedTuple):
         """shift(i) of positions of any shape, int64."""
         beyond = torch.div(positions - self.limit, self.step, rounding_mode="floor") + 1
         return beyond.clamp(min=0) * self.step
+
+    def cuts(self, start: int, end: int) -> list[int]:
+        """Where the shift rises among the positions from ``start`` to ``end``: those in between, in order."""
+        first = self.limit if start < self.limit else start + self.step - (start - self.limit) % self.step
+        return list(range(first, end, self.step))
 
 
 def position_range(config: PreTrainedConfig) -> PositionRange:
@@ -179,4 +189,34 @@ def anchor_blocks(
             )
             for n, (start, end) in enumerate(zip(starts, ends, strict=True))
         ]
+    return blocks
+
+
+@torch.compiler.disable(reason="where packed sequences lie is known on the host")
+def packed_anchor_blocks(
+    rotary: Any, starts: Sequence[int], lengths: Sequence[int], limits: PositionRange, device: torch.device | str
+) -> dict[str | None, list[PackedBlock]] | None:
+    """``anchor_blocks`` of packed sequences, which go on at position ``starts[i]`` with ``lengths[i]`` tokens.
+
+    None where no anchor moves. The number of blocks is that of the sequence with most.
+    """
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    if max(ends, default=0) <= limits.limit:
+        return None
+    blocks: dict[str | None, list[PackedBlock]] = {kind: [] for kind in rotary.kinds()}
+    rotary.choose(torch.tensor([max(ends) - 1], device=device))
+    bounds = [[a, *limits.cuts(a, b), b] for a, b in zip(starts, ends, strict=True)]
+    places = accumulate(lengths, initial=0)
+    before = [place - start for start, place in zip(starts, places, strict=False)]  # from a position to its place
+    for n in range(max(map(len, bounds)) - 1):
+        having = [i for i, of in enumerate(bounds) if n + 1 < len(of)]
+        parts = [(before[i], *bounds[i][n : n + 2]) for i in having]
+        tokens = torch.cat([torch.arange(place + a, place + b) for place, a, b in parts])
+        cu_seqlens = torch.tensor([0, *(b - a for _, a, b in parts)]).cumsum(0).int()
+        at = [t.to(device) for t in (tokens, torch.tensor(having), cu_seqlens)]
+        shifts = limits.shift(torch.tensor([[a] for _, a, _ in parts])).to(device)  # [n, 1]
+        for kind, found in blocks.items():
+            cos, sin = rotary.turn(shifts, kind)
+            moved = AnchorBlock(len(tokens), cos, sin, shifts[:, 0] > 0, shifts[:, 0], rotary.frequencies(kind))
+            found.append(PackedBlock(moved, *at))
     return blocks

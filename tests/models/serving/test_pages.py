@@ -12,10 +12,10 @@ import lizard_vllm
 from benchmarks.gpu.no_launch import without_kernels
 from lizard_layers import PagedState, page_layout, state_of
 from lizard_models.model.families import FAMILIES, load_family
-from lizard_models.model.positions import anchor_blocks
+from lizard_models.model.positions import anchor_blocks, packed_anchor_blocks
 from lizard_models.model.step_recorder import Uncapturable
 from lizard_vllm.names import ARCHITECTURES
-from lizard_vllm.pages import Steps, read_batch
+from lizard_vllm.pages import Moves, Steps, read_batch
 
 KINDS = {
     "plain": {},
@@ -62,6 +62,14 @@ class Pool:
     def blocks(self, positions, whole):
         return anchor_blocks(self.rotary, positions, self.range, whole)[self.kind]
 
+    @property
+    def moves(self):
+        def packed(starts, lengths):
+            blocks = packed_anchor_blocks(self.rotary, starts, lengths, self.range, "cpu")
+            return None if blocks is None else blocks[self.kind]
+
+        return Moves(lambda positions: self.blocks(positions, True), packed)
+
     def alone(self, text: int):
         """One forward over the whole text."""
         heads = [t[None] for t in self.texts[text]]
@@ -97,10 +105,11 @@ class Pool:
                 prefill_starts=torch.tensor([0, *lengths]).cumsum(0).int(),
                 has_state=torch.tensor([done[i] > 0 for i in prefills], dtype=torch.bool),
                 prefill_lengths=lengths,
+                prefill_begins=[done[i] for i in prefills],
                 far=far,
             )
             rope = self.turns(heads[0], positions)
-            o = read_batch(self.attention, self.state, heads, rope, positions, steps, self.blocks)
+            o = read_batch(self.attention, self.state, heads, rope, positions, steps, self.moves)
             for i, piece in zip(order, o.split([pieces[i] for i in order] + [extra] * bool(extra)), strict=False):
                 out[i].append(piece)
                 done[i] += pieces[i]
@@ -144,8 +153,8 @@ def test_a_graph_can_hold_a_step_of_decodes(kind, far):
     with without_kernels() as launches:
         with Uncapturable() as looking:
             rope = pool.turns(heads[0], positions)
-            steps = Steps(slots, none, none.new_zeros(1), none.bool(), [], far)
-            read_batch(pool.attention, pool.state, heads, rope, positions, steps, pool.blocks)
+            steps = Steps(slots, none, none.new_zeros(1), none.bool(), [], [], far)
+            read_batch(pool.attention, pool.state, heads, rope, positions, steps, pool.moves)
     assert looking.found is None and launches.count() > 0
 
 
@@ -167,7 +176,7 @@ def test_no_other_page_is_written_to():
     before = pool.pages.clone()
     heads = [t[:3] for t in pool.texts[3]]
     none = torch.zeros(0, dtype=torch.int64)
-    steps = Steps(none, torch.tensor([4]), torch.tensor([0, 3]), torch.tensor([False]), [3])
+    steps = Steps(none, torch.tensor([4]), torch.tensor([0, 3]), torch.tensor([False]), [3], [0])
     positions = torch.arange(3)
     rope = pool.turns(heads[0], positions)
     read_batch(pool.attention, pool.state, heads, rope, positions, steps)
