@@ -15,6 +15,8 @@ from tiny import student, tokens
 
 from lizard_vllm.names import ARCHITECTURES
 
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # vLLM's newer model runner: conftest.py
+
 pytest.importorskip("vllm", reason="vLLM is not installed: docs/serving.md says how")
 os.environ |= {  # an engine in this process, and no compiler: both are quick
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -72,7 +74,9 @@ def engine(folder, **options):
     shared = dict(dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=64)
     shared |= dict(enable_prefix_caching=False, distributed_executor_backend="uni", disable_log_stats=False)
     try:
-        yield LLM(str(folder), **shared | options)
+        llm = LLM(str(folder), **shared | options)
+        assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
+        yield llm
     finally:
         cleanup_dist_env_and_memory()
 
