@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -109,8 +110,12 @@ class FarRotary:
             return family(x, position_ids, *args, **kwargs)
         shift = self.range.shift(position_ids)
         exact = x.new_empty(0, dtype=torch.float32)
-        cos, sin = family(exact, position_ids - shift, *args, **kwargs)
         kind = args[0] if args else kwargs.get("layer_type")
+        module: Any = self
+        if "dynamic" in self.type_of(kind) and self.range.limit <= module.original_max_seq_len:
+            # No position reaches those that rescale the frequencies; the family would read the positions to see that.
+            family = functools.partial(module.without_rescaling, self)
+        cos, sin = family(exact, position_ids - shift, *args, **kwargs)
         far_cos, far_sin = self.turn(shift, kind)
         turned = cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
         return turned[0].to(x.dtype), turned[1].to(x.dtype)
@@ -139,7 +144,8 @@ class FarRotary:
 
 @functools.cache
 def _far_class(family: Any) -> type:
-    return type(family.__name__, (FarRotary, family), {"range": None})
+    own = {"range": None, "without_rescaling": staticmethod(inspect.unwrap(family.forward))}
+    return type(family.__name__, (FarRotary, family), own)
 
 
 def _blank(family: Any) -> Any:
