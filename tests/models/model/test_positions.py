@@ -13,9 +13,12 @@ from lizard_ops import apply_rotary
 LIMIT = 24  # the teacher's context; window 8 and 4 anchors fit
 
 
-def student(preset="recommended", positions="clamped", **changes):
+def student(preset="recommended", positions="clamped", layers=3, **changes):
     attention = {"window": 8, "positions": positions} | changes
-    model = linearize(teacher(max_position_embeddings=LIMIT), LizardConfig.preset(preset, attention=attention))
+    model = linearize(
+        teacher(max_position_embeddings=LIMIT, num_hidden_layers=layers),
+        LizardConfig.preset(preset, attention=attention),
+    )
     disturb(model)
     return model.requires_grad_(False)
 
@@ -151,10 +154,9 @@ def test_generation_past_the_context_equals_full_forward_passes():
 
 
 PACKED = {
-    "recommended": {},
-    "window_only": dict(preset="window_only"),
-    "kept keys of each head": dict(kept_keys=[3, 1], score_dim=8, coverage="left"),
-    "received": dict(kept_keys=4, score_dim=8, score_received=True, score_stride=4),
+    "window_only": dict(preset="window_only", layers=2),
+    "kept keys of each head": dict(layers=2, kept_keys=[3, 1], score_dim=8, coverage="left"),
+    "received": dict(layers=1, kept_keys=4, score_dim=8, score_received=True, score_stride=4),
 }
 
 
@@ -182,7 +184,7 @@ def test_packed_sequences_move_their_anchors_as_each_alone(kind):
 
 
 def test_gradients_of_packed_sequences_cross_the_limit():
-    model, texts = student().requires_grad_(True).double(), [tokens(1, n, seed=n) for n in (40, 9)]
+    model, texts = student(layers=1).requires_grad_(True).double(), [tokens(1, n, seed=n) for n in (40, 9)]
     weights = torch.randn(1, 49, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positions = torch.cat([torch.arange(40), torch.arange(9)])[None]
     (model(torch.cat(texts, 1), position_ids=positions).logits * weights).sum().backward()
@@ -191,7 +193,7 @@ def test_gradients_of_packed_sequences_cross_the_limit():
     sum(
         (model(t, use_cache=False).logits * w).sum() for t, w in zip(texts, weights.split([40, 9], 1), strict=True)
     ).backward()
-    assert len(packed) > 20
+    assert len(packed) > 10
     for name, p in model.named_parameters():
         if name in packed:
             torch.testing.assert_close(packed[name], p.grad, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: name + m)

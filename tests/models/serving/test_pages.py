@@ -142,21 +142,20 @@ def test_anchors_move_on_in_mixed_batches(kept):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "dynamic RoPE"])
-def test_a_graph_can_hold_a_step_of_decodes(kind, far):
+def test_a_graph_can_hold_a_step_of_decodes(kind):
     """On the way of the kernels, with rows of padding: nothing waits for the device, whose values Python would fix."""
     rescaled = dict(rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=1e4))
     pool = Pool(torch.float32, **KINDS.get(kind, rescaled))
     heads = [torch.cat([t[:1] for t in tensors]) for tensors in zip(*pool.texts, strict=True)]
     none, positions = torch.zeros(0, dtype=torch.int64), torch.full((len(LENGTHS),), 9)
     slots = torch.tensor([3, 1, 4, -1, -1], dtype=torch.int32)
-    with without_kernels() as launches:
-        with Uncapturable() as looking:
+    for far in (False, True):
+        with without_kernels() as launches, Uncapturable() as looking:
             rope = pool.turns(heads[0], positions)
             steps = Steps(slots, none, none.new_zeros(1), none.bool(), [], [], far)
             read_batch(pool.attention, pool.state, heads, rope, positions, steps, pool.moves)
-    assert looking.found is None and launches.count() > 0
+        assert looking.found is None and launches.count() > 0
 
 
 @torch.no_grad()
