@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import CompilationConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -171,7 +172,16 @@ class OwnTurns(nn.Module):
         out.copy_(apply_rotary(t.unflatten(-1, (-1, self.head_dim))[None], cos, sin)[0].flatten(1))
 
 
-def _attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
+@eager_break_during_capture  # where vLLM captures mixed batches without torch.compile, which cuts graphs otherwise
+def _attend(
+    x: torch.Tensor,  # torch's names: annotations are read where vLLM's wrapper is
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    layer_name: str,
+) -> None:
     get_forward_context().no_compile_layers[layer_name].attend((x, q, k, v), positions, out)
 
 

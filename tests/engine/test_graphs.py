@@ -5,7 +5,10 @@ That nothing in a step waits for the device: tests/models/serving/test_pages.py.
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,14 @@ def test_steps_of_decodes_are_captured_whole_and_all_graphs_are_cut_at_the_opera
     support = type(builder).get_cudagraph_support(builder.vllm_config, builder.kv_cache_spec)
     assert support is AttentionCGSupport.UNIFORM_BATCH  # of one token each: drafts are refused
     assert "vllm::lizard_attention" in CompilationConfig._attention_ops
+
+
+def test_captures_without_a_compiler_stop_at_the_operator_too():
+    """Else a mixed batch would be replayed with the pages of the batch that was captured. Decided at import."""
+    code = "from lizard_vllm.layer import _attend; print(_attend.__wrapped__.__module__)"
+    settings = os.environ | {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
+    assert done.stdout.split() == ["lizard_vllm.layer"], done.stderr
 
 
 def test_a_captured_step_finds_the_next_ones_pages_where_its_own_were(builder):
