@@ -9,6 +9,7 @@ from lizard_layers.hybrid_attention import HybridAttention, PagedState
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.packed_blocks import PackedBlock
 from lizard_layers.parameters import Float32Module
 from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.split import config_of_rank, part_of_rank, sizes_of_rank
@@ -46,6 +47,7 @@ __all__ = [
     "LayerState",
     "MergeMix",
     "MetaMemory",
+    "PackedBlock",
     "PagedState",
     "PoolingGate",
     "ReceivingState",

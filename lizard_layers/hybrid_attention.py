@@ -16,6 +16,7 @@ from lizard_layers.gate import build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.packed_blocks import PackedBlock, by_kind, read_packed
 from lizard_layers.parameters import has_hooks
 from lizard_layers.read_input import Heads, Read, read_input, read_token
 from lizard_layers.received import InWindow, WindowForm
@@ -46,12 +47,15 @@ class _Tokens(NamedTuple):
     rope: tuple[Tensor, Tensor] | None
     padding_mask: Tensor | None
 
-    def part(self, where: slice) -> _Tokens:
+    def part(self, where: slice | Tensor) -> _Tokens:
         """Those at the positions ``where`` alone."""
-        x, q, k, v = (t[:, where] for t in (self.x, self.q, self.k, self.v))
-        rope = None if self.rope is None else (self.rope[0][:, where], self.rope[1][:, where])
-        mask = None if self.padding_mask is None else self.padding_mask[:, where]
-        return _Tokens(x, q, k, v, rope, mask)
+
+        def of(t: Tensor) -> Tensor:
+            return t[:, where] if isinstance(where, slice) else t.index_select(1, where)
+
+        rope = None if self.rope is None else (of(self.rope[0]), of(self.rope[1]))
+        mask = None if self.padding_mask is None else of(self.padding_mask)
+        return _Tokens(of(self.x), of(self.q), of(self.k), of(self.v), rope, mask)
 
 
 class PagedState(NamedTuple):
@@ -103,7 +107,7 @@ class HybridAttention(nn.Module):
         use_state: bool = False,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        anchor_blocks: Sequence[AnchorBlock] | None = None,
+        anchor_blocks: Sequence[AnchorBlock | PackedBlock] | None = None,
         inplace: bool = False,
     ) -> tuple[Tensor, State | None]:
         """Attend over the new positions and what ``state`` remembers.
@@ -111,8 +115,8 @@ class HybridAttention(nn.Module):
         x [B, T, hidden]: the layer's normalised input, for gate and merge bias. q [B, T, Hq, D], k and v [B, T, Hk, D]:
         projected heads before RoPE. rope: (cos, sin), each [B or 1, T, D], of these positions. padding_mask [B, T]
         bool, True at real tokens; cu_seqlens [N+1] packs N sequences into one row. anchor_blocks: for
-        positions="clamped", how far anchors and kept keys have moved on, block by block of the new positions; None: not
-        at all.
+        positions="clamped", how far anchors and kept keys have moved on, block by block of the new positions, with
+        cu_seqlens ``PackedBlock``s; None: not at all.
         inplace: overwrite ``state``, which must be contiguous and in no graph of gradients, and return it.
         state: what an earlier call left; ``EarlierRanks`` where these positions are a rank's part of a sequence, of
         which rope and anchor_blocks are then too, without inplace and cu_seqlens. A ``PagedState`` is always
@@ -146,7 +150,7 @@ class HybridAttention(nn.Module):
         tokens: _Tokens,
         paged: PagedState,
         cu_seqlens: Tensor | None,
-        anchor_blocks: Sequence[AnchorBlock] | None,
+        anchor_blocks: Sequence[AnchorBlock | PackedBlock] | None,
     ) -> Tensor:
         """The outputs, with the states of the sequences in their pages. The op reads and writes these where it can; the
         rest is taken out and put back."""
@@ -181,35 +185,43 @@ class HybridAttention(nn.Module):
         state: State | None,
         use_state: bool,
         cu_seqlens: Tensor | None,
-        anchor_blocks: Sequence[AnchorBlock] | None,
+        anchor_blocks: Sequence[AnchorBlock | PackedBlock] | None,
         inplace: bool,
     ) -> tuple[Tensor, State | None]:
         x = tokens.x
         if anchor_blocks is None:
             return self._attend(tokens, state, use_state, cu_seqlens, inplace)
-        lengths = [block.length for block in anchor_blocks]
-        if cu_seqlens is not None or sum(lengths) != x.shape[1]:
-            raise ValueError(
-                f"anchor_blocks have lengths {lengths}, wanted lengths that add up to the {x.shape[1]} new positions, "
-                "and no cu_seqlens"
-            )
+        plain, packed = by_kind(anchor_blocks, cu_seqlens, x.shape[1])
+        if packed:
+
+            def read(block: PackedBlock, held: State | None, wanted: bool) -> tuple[Tensor, State | None]:
+                part = tokens.part(block.tokens) if len(packed) > 1 else tokens
+                return self._attend_moved(block.block, part, held, wanted, False, block.cu_seqlens)
+
+            return read_packed(read, packed, state, use_state)
         outputs, end = [], 0
-        for block in anchor_blocks:
+        for block in plain:
             part = tokens.part(slice(end, end := end + block.length))
             o, state = self._attend_moved(block, part, state, use_state or end < x.shape[1], inplace)
             outputs.append(o)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 
     def _attend_moved(
-        self, block: AnchorBlock, tokens: _Tokens, state: State | None, use_state: bool, inplace: bool
+        self,
+        block: AnchorBlock,
+        tokens: _Tokens,
+        state: State | None,
+        use_state: bool,
+        inplace: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """``_attend`` with anchors and kept keys moved on; the state keeps them as they were."""
         if state is None:
-            return self._attend(tokens, None, use_state, None, inplace)
+            return self._attend(tokens, None, use_state, cu_seqlens, inplace)
         held = _attention_of(state)
         if held.anchor_k is None and held.kept_k is None:
-            return self._attend(tokens, state, use_state, None, inplace)
-        o, new = self._attend(tokens, _with_attention(state, moved_on(held, block)), use_state, None, inplace)
+            return self._attend(tokens, state, use_state, cu_seqlens, inplace)
+        o, new = self._attend(tokens, _with_attention(state, moved_on(held, block)), use_state, cu_seqlens, inplace)
         if new is None:
             return o, None
         back = moved_back(_attention_of(new), held, block, self.config.places)
@@ -230,18 +242,10 @@ class HybridAttention(nn.Module):
         past = state.score if isinstance(state, LayerState) else None
         with without_autocast(tokens.x):
             shared: dict[str, Any] = dict(
-                anchors=config.anchors,
-                sinks=None if self.sinks is None else self.sinks(),
-                sink_form=config.sink_form,
-                scale=config.scale,
-                softcap=config.softcap,
-                initial_state=held,
-                output_final_state=use_state,
-                padding_mask=tokens.padding_mask,
-                cu_seqlens=cu_seqlens,
-                impl=config.impl,
-                context_group=context_group,
-            )
+                anchors=config.anchors, sinks=None if self.sinks is None else self.sinks(), sink_form=config.sink_form,
+                scale=config.scale, softcap=config.softcap, initial_state=held, output_final_state=use_state,
+                padding_mask=tokens.padding_mask, cu_seqlens=cu_seqlens, impl=config.impl, context_group=context_group,
+            )  # fmt: skip
             if paged is not None:
                 shared |= dict(state_indices=paged.indices, has_state=paged.has_state)
             score: ScoreState | ReceivingState | None = None

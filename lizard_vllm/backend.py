@@ -22,6 +22,7 @@ class LizardMetadata(BaseMambaAttentionMetadata):
     """vLLM's metadata of layers with a state, and what anchors that move on want to know."""
 
     prefill_lengths: list[int] = field(default_factory=list)
+    prefill_begins: list[int] = field(default_factory=list)
     far: bool = False
     made: dict[Any, Any] = field(default_factory=dict)  # what one layer makes for those after it
 
@@ -42,6 +43,7 @@ class LizardMetadata(BaseMambaAttentionMetadata):
             prefill_starts=none.new_zeros(1) if starts is None else starts,
             has_state=none.bool() if has is None else has,
             prefill_lengths=self.prefill_lengths,
+            prefill_begins=self.prefill_begins,
             far=self.far,
         )
 
@@ -67,12 +69,13 @@ class LizardMetadataBuilder(BaseMambaAttentionMetadataBuilder[LizardMetadata]):
     ) -> LizardMetadata:
         common = common_attn_metadata
         made = super().build(common_prefix_len, common, fast_build, **kwargs)
-        starts = common.query_start_loc_cpu
-        first = len(starts) - 1 - made.num_prefills
-        lengths = starts.diff()[first:].tolist() if made.num_prefills else []
-        ends = common.seq_lens_cpu_upper_bound
+        ends, lengths, begins = common.seq_lens_cpu_upper_bound, [], []
+        if made.num_prefills:
+            starts = common.query_start_loc_cpu[-made.num_prefills - 1 :]
+            lengths = starts.diff().tolist()
+            begins = (ends[made.num_reqs - made.num_prefills : made.num_reqs] - starts.diff()).tolist()
         far = self.limit is not None and bool((ends > self.limit).any())
-        return replace(made, prefill_lengths=lengths, far=far, made={})
+        return replace(made, prefill_lengths=lengths, prefill_begins=begins, far=far, made={})
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> LizardMetadata:
         """One graph of a step must do before and past the limit."""

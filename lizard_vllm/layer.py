@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import CompilationConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from lizard_layers import AnchorBlock, HybridAttention, State, page_layout, state_of
-from lizard_models.model.positions import anchor_blocks
+from lizard_layers import HybridAttention, State, page_layout, state_of
+from lizard_models.model.positions import MovedAnchors, anchor_blocks, packed_anchor_blocks
 from lizard_ops import apply_rotary
 from lizard_vllm import BACKEND
 from lizard_vllm.backend import LizardMetadata
 from lizard_vllm.checks import check_blocks
 from lizard_vllm.names import OP, TURN_OP
-from lizard_vllm.pages import read_batch
+from lizard_vllm.pages import NOWHERE, Moves, read_batch
 
 
 class Turns:
@@ -35,10 +37,15 @@ class Turns:
         cos, sin = self.rotary(like, positions[None], *([kind] if self.by_kind else []))
         return cos[0], sin[0]
 
-    def blocks(self, positions: Tensor, whole: bool, kind: str | None) -> list[AnchorBlock]:
-        """How far the anchors have moved on at positions [B, T]."""
+    def of_decodes(self, positions: Tensor) -> MovedAnchors:
+        """How far the anchors have moved on at positions [B, 1], by layer type."""
         self._move(positions.device)
-        return anchor_blocks(self.rotary, positions, self.limits, whole)[kind if self.by_kind else None]
+        return anchor_blocks(self.rotary, positions, self.limits, True)
+
+    def of_prefills(self, starts: list[int], lengths: list[int], device: torch.device) -> MovedAnchors | None:
+        """The same of packed sequences; None: nowhere."""
+        self._move(device)
+        return packed_anchor_blocks(self.rotary, starts, lengths, self.limits, device)
 
     def _move(self, device: torch.device) -> None:
         if next(self.rotary.buffers()).device != device:
@@ -85,7 +92,7 @@ class LizardLayer(nn.Module, MambaBase):
     def attend(self, heads: tuple[Tensor, Tensor, Tensor, Tensor], positions: Tensor, out: Tensor) -> None:
         """Fill ``out`` [T, Hq, D]. Without a batch, when vLLM measures memory, all tokens are one text."""
         metadata = get_forward_context().attn_metadata
-        mine: LizardMetadata | None = metadata.get(self.name) if isinstance(metadata, dict) else None
+        mine: LizardMetadata | None = None if metadata is None else metadata[self.name]
         capturing = positions.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         # what was made before a capture does not follow its positions and pages
         made: dict[Any, Any] = {} if mine is None or capturing else mine.made
@@ -98,10 +105,22 @@ class LizardLayer(nn.Module, MambaBase):
         if self._pool is None:
             self._pool = state_of(self.layout.views(self.kv_cache[0]))
 
-        def blocks(places: Tensor, whole: bool) -> list[AnchorBlock] | None:
-            return self.turns.blocks(places, whole, self.layer_type) if self.use_rope else None
+        moves = self._moves(positions.device, made) if self.use_rope else NOWHERE
+        out.copy_(read_batch(self.lizard, self._pool, heads, rope, positions, mine.steps(made), moves))
 
-        out.copy_(read_batch(self.lizard, self._pool, heads, rope, positions, mine.steps(made), blocks))
+    def _moves(self, device: torch.device, made: dict[Any, Any]) -> Moves:
+        """What is asked of the anchors' places, once in ``made`` for all layers."""
+        kind = self.layer_type if self.turns.by_kind else None
+
+        def once(name: str, find: Callable[[], MovedAnchors | None]) -> Any:
+            if name not in made:
+                made[name] = find()
+            return None if made[name] is None else made[name][kind]
+
+        return Moves(
+            lambda positions: once("decodes", lambda: self.turns.of_decodes(positions)),
+            lambda starts, lengths: once("prefills", lambda: self.turns.of_prefills(starts, lengths, device)),
+        )
 
     def _rope(self, positions: Tensor, like: Tensor, made: dict[Any, Any]) -> tuple[Tensor, Tensor] | None:
         if not self.use_rope:
@@ -153,7 +172,16 @@ class OwnTurns(nn.Module):
         out.copy_(apply_rotary(t.unflatten(-1, (-1, self.head_dim))[None], cos, sin)[0].flatten(1))
 
 
-def _attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor, layer_name: str) -> None:
+@eager_break_during_capture  # where vLLM captures mixed batches without torch.compile, which cuts graphs otherwise
+def _attend(
+    x: torch.Tensor,  # torch's names: annotations are read where vLLM's wrapper is
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    layer_name: str,
+) -> None:
     get_forward_context().no_compile_layers[layer_name].attend((x, q, k, v), positions, out)
 
 

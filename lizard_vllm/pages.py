@@ -5,15 +5,27 @@ Shapes: N sequences, T tokens of all of them one after another, Hq query heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lizard_layers import AnchorBlock, HybridAttention, PagedState, State
+from lizard_layers import AnchorBlock, HybridAttention, PackedBlock, PagedState, State
 
-Blocks = Callable[[Tensor, bool], "list[AnchorBlock] | None"]
-"""positions [B, T] and whether each row is one block -> how far the anchors have moved on; None: nowhere."""
+Blocks = Sequence[AnchorBlock | PackedBlock]
+
+
+class Moves(NamedTuple):
+    """How far the anchors of a layer have moved on, asked where a position may be past the limit; None: nowhere."""
+
+    decodes: Callable[[Tensor], Blocks | None] = lambda positions: None
+    """Of positions [Nd, 1], one a sequence."""
+
+    prefills: Callable[[list[int], list[int]], Blocks | None] = lambda starts, lengths: None
+    """Of the first position of each sequence and its number of tokens."""
+
+
+NOWHERE = Moves()
 
 
 class Steps(NamedTuple):
@@ -24,6 +36,7 @@ class Steps(NamedTuple):
     prefill_starts: Tensor  # [Np + 1] int32 or int64 among the tokens of prefills, the last is their number
     has_state: Tensor  # [Np] bool, False for a sequence that begins
     prefill_lengths: list[int]
+    prefill_begins: list[int]  # the position of each one's first token
     far: bool = False  # whether a position may be past the limit where anchors move
 
 
@@ -34,13 +47,13 @@ def read_batch(
     rope: tuple[Tensor, Tensor] | None,
     positions: Tensor,
     steps: Steps,
-    blocks: Blocks = lambda positions, whole: None,
+    moves: Moves = NOWHERE,
 ) -> Tensor:
     """The outputs [T, Hq, D] of a layer for a batch, whose states go on in their pages of ``pool``.
 
     heads: x [T, hidden], q [T, Hq, D], k and v [T, Hk, D] as ``HybridAttention`` takes them. rope: cos, sin [T, D];
-    None for a layer without positions. positions [T] int64. blocks: asked where ``steps.far``; prefills are then read
-    one by one, since anchors of packed rows cannot move. Tokens past those of the steps give 0.
+    None for a layer without positions. positions [T] int64. moves: asked where ``steps.far``. Tokens past those of the
+    steps give 0.
     """
     q = heads[1]
     out = q.new_zeros(q.shape)
@@ -50,25 +63,18 @@ def read_batch(
         """The tokens there as rows of one token, or as one row: x, q, k, v, cos and sin."""
         return [t[where].unsqueeze(1 if of_rows else 0) for t in (*heads, *(rope or ()))]
 
-    def read(where: slice, state: PagedState, starts: Tensor | None, moved: list[AnchorBlock] | None) -> Tensor:
+    def read(where: slice, state: PagedState, starts: Tensor | None, moved: Blocks | None) -> Tensor:
         tokens = part(where, state.has_state is None)
         turns = (tokens[4], tokens[5]) if rope is not None else None
         return attention(*tokens[:4], turns, state, True, None, starts, moved)[0]
 
     if decodes:
         where = slice(0, decodes)
-        moved = blocks(positions[where, None], True) if steps.far else None
+        moved = moves.decodes(positions[where, None]) if steps.far else None
         out[where] = read(where, PagedState(pool, steps.decode_slots), None, moved)[:, 0]
-    if total and steps.far:
-        start = decodes
-        for i, length in enumerate(steps.prefill_lengths):
-            where, row = slice(start, start + length), slice(i, i + 1)
-            start += length
-            if length:
-                state = PagedState(pool, steps.prefill_slots[row], steps.has_state[row])
-                out[where] = read(where, state, None, blocks(positions[None, where], False))[0]
-    elif total:
+    if total:
         where = slice(decodes, decodes + total)
         state = PagedState(pool, steps.prefill_slots, steps.has_state)
-        out[where] = read(where, state, steps.prefill_starts, None)[0]
+        moved = moves.prefills(steps.prefill_begins, steps.prefill_lengths) if steps.far else None
+        out[where] = read(where, state, steps.prefill_starts, moved)[0]
     return out

@@ -9,7 +9,8 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
-import triton
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 import lizard_ops
 from lizard_ops.common import checks, dispatch
@@ -31,8 +32,8 @@ def without_kernels() -> Iterator[Launches]:
 
     What they would have written is whatever the memory held. Values of arguments are not looked at, as on a GPU.
     """
-    launches, jit = Launches(), triton.runtime.jit.JITFunction
-    choose, may_read, launch = dispatch.choose_impl, checks.may_read, jit.__getitem__
+    launches, choose, may_read = Launches(), dispatch.choose_impl, checks.may_read
+    launch = {kind: kind.__getitem__ for kind in (JITFunction, InterpretedFunction)}
 
     def chosen(impl: str, q: Any, beyond: str | None) -> str:
         return "triton" if impl == "auto" and beyond is None else choose(impl, q, beyond)
@@ -52,11 +53,13 @@ def without_kernels() -> Iterator[Launches]:
     for module, name in _switches():
         changed.append((module, name, getattr(module, name)))
         setattr(module, name, lambda x: True)
-    jit.__getitem__ = counted  # type: ignore[method-assign]
+    for kind in launch:
+        kind.__getitem__ = counted
     try:
         yield launches
     finally:
-        jit.__getitem__ = launch  # type: ignore[method-assign]
+        for kind, own in launch.items():
+            kind.__getitem__ = own
         for module, name, old in changed:
             setattr(module, name, old)
 

@@ -147,18 +147,21 @@ class Engine:
             self.reading.append(self.waiting.popleft())
         self.most = max(self.most, len(self.reading) + len(self.writing))
         if self.writing:
-            for text, token in zip(self.writing, self.steps.next_tokens(self.writing), strict=True):
-                self._wrote(text, token, now())
+            tokens, at = self.steps.next_tokens(self.writing), now()
+            for text, token in zip(self.writing, tokens, strict=True):
+                text.written.append(token)
+                text.times.append(at)
         if self.reading:
             text = self.reading[0]
-            token = self._read(text)
-            if token is not None:
+            first = self._read(text)
+            if first is not None:
                 self.reading.popleft()
                 self.writing.append(text)
-                self._wrote(text, token, now())
-        for text in [text for text in self.writing if len(text.written) == text.answer]:
-            self.writing.remove(text)
-            self.free.append(text.page)
+                text.written.append(first)
+                text.times.append(now())
+        if done := [text for text in self.writing if len(text.written) == text.answer]:
+            self.writing = [text for text in self.writing if len(text.written) < text.answer]
+            self.free += [text.page for text in done]
 
     def _read(self, text: Text) -> int | None:
         device = self.steps.device
@@ -167,10 +170,6 @@ class Engine:
         text.read += part.shape[1]
         logits = self.pool.read(part, page, has, furthest=text.read)
         return int(logits.argmax()) if text.read == len(text.prompt) else None
-
-    def _wrote(self, text: Text, token: int, at: float) -> None:
-        text.written.append(token)
-        text.times.append(at)
 
     def serve(self, texts: list[Text]) -> float:
         """All of them; seconds."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lizard_layers import AnchorBlock, AttentionConfig, EarlierRanks, HybridAttention
+from lizard_layers import AttentionConfig, EarlierRanks, HybridAttention
 from lizard_models.model.context import softmax_over_ranks
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.joined import joined_product
@@ -118,14 +118,15 @@ class LizardAttention(nn.Module):
         if packing is not None:
             turns = rope and tuple(packing.pack(t.expand(x.shape[0], -1, -1)) for t in rope)
             packed = (packing.pack(t) for t in (x, q, k, v))
-            return packing.unpack(self.lizard(*packed, turns, cu_seqlens=packing.cu_seqlens)[0], q)
+            o = self.lizard(*packed, turns, cu_seqlens=packing.cu_seqlens, anchor_blocks=blocks)[0]
+            return packing.unpack(o, q)
         if cache is None:
             begin = None if plan.context_group is None else EarlierRanks(plan.context_group)
             return self.lizard(x, q, k, v, rope, begin, padding_mask=plan.padding_mask, anchor_blocks=blocks)[0]
         layer: Any = cache.layers[self.layer_idx]
         return layer.read(self.lizard, x, q, k, v, rope, plan.padding_mask, blocks)
 
-    def _anchor_blocks(self, plan: ForwardPlan) -> list[AnchorBlock] | None:
+    def _anchor_blocks(self, plan: ForwardPlan) -> Any:
         """The layer's own, of those by layer type."""
         blocks = plan.anchor_blocks if self.use_rope else None
         if blocks is None:

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
-from lizard_layers import AnchorBlock
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
@@ -45,9 +44,11 @@ from lizard_models.model.padding import (
     repeat_over_padding,
 )
 from lizard_models.model.positions import (
+    MovedAnchors,
     anchor_blocks,
     assert_anchors_stay,
     moves_anchors,
+    packed_anchor_blocks,
     position_range,
     with_far_positions,
 )
@@ -250,7 +251,7 @@ class LizardDecoder(LizardModelMixin):
             padding_mask = None
         if context_group is not None and position_ids is not None and self.moves_anchors:
             past = int(position_ids.max()) + 1 - length
-        blocks = self._anchor_blocks(tokens, position_ids, past, packing is not None)
+        blocks = self._anchor_blocks(tokens, position_ids, past, packing)
         plan = ForwardPlan(padding_mask, packing, blocks, context_group=context_group)
         if self.mode == "student" and not self.has_softmax_layers:
             attention_mask = placeholder_mask(tokens)
@@ -330,8 +331,8 @@ class LizardDecoder(LizardModelMixin):
         return cache, packing
 
     def _anchor_blocks(
-        self, tokens: Tensor, position_ids: Tensor | None, past: int | None, packed: bool
-    ) -> dict[str | None, list[AnchorBlock]] | None:
+        self, tokens: Tensor, position_ids: Tensor | None, past: int | None, packing: Packing | None
+    ) -> MovedAnchors | None:
         """Where the anchors move on among the new positions; None if no row can reach the limit."""
         length = tokens.shape[1]
         step = length == 1 and torch.compiler.is_compiling()  # one graph of a step must do before and past the limit
@@ -345,13 +346,9 @@ class LizardDecoder(LizardModelMixin):
         if exported:
             assert_anchors_stay(position_ids, self.position_range)
             return None
-        if packed:
-            if int(position_ids.max()) >= self.position_range.limit:
-                raise ValueError(
-                    f"position_ids reach {int(position_ids.max())}: packed sequences must be no longer than "
-                    f'position_limit={self.position_range.limit} with positions="clamped"'
-                )
-            return None
+        if packing is not None:
+            starts, lengths = packing.spans(position_ids.expand(tokens.shape[0], -1))
+            return packed_anchor_blocks(self.rotary_emb, starts, lengths, self.position_range, position_ids.device)
         return anchor_blocks(self.rotary_emb, position_ids, self.position_range, whole=length == 1)
 
     def _cache_for(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> LizardCache | None:

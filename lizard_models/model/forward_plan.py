@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lizard_layers import AnchorBlock
 from lizard_models.model.packing import Packing
+from lizard_models.model.positions import MovedAnchors
 
 
 class ForwardPlan(NamedTuple):
@@ -22,7 +22,7 @@ class ForwardPlan(NamedTuple):
     packing: Packing | None = None
     """Where packed sequences begin, None where every row is one."""
 
-    anchor_blocks: dict[str | None, list[AnchorBlock]] | None = None
+    anchor_blocks: MovedAnchors | None = None
     """How far the anchors have moved on, by layer type; None where they have not."""
 
     with_gradients: bool = False

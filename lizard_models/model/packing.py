@@ -28,6 +28,12 @@ class Packing(NamedTuple):
             return x.view_as(like)
         return x.new_zeros(like.flatten(0, 1).shape).index_copy(0, self.places, x.squeeze(0)).view_as(like)
 
+    @torch.compiler.disable(reason="how long packed sequences are is known on the host")
+    def spans(self, positions: Tensor) -> tuple[list[int], list[int]]:
+        """The first position of each sequence and its number of tokens, of positions [B, T]. Reads the data."""
+        begins = self.cu_seqlens[:-1].long()
+        return self.pack(positions)[0].index_select(0, begins).tolist(), self.cu_seqlens.diff().tolist()
+
 
 def find_packing(position_ids: Tensor, batch: int, real: Tensor | None) -> Packing | None:
     """How a batch is packed, or None where no row holds two sequences.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lizard_layers import AnchorBlock, turn_by
+from lizard_layers import AnchorBlock, PackedBlock, turn_by
 from lizard_models.model.layer_configs import lizard_config
+
+MovedAnchors = dict[str | None, list[AnchorBlock]] | dict[str | None, list[PackedBlock]]
+"""How far the anchors have moved on at the new positions, by layer type."""
 
 
 class PositionRange(NamedTuple):
@@ -26,6 +32,11 @@ class PositionRange(NamedTuple):
         """shift(i) of positions of any shape, int64."""
         beyond = torch.div(positions - self.limit, self.step, rounding_mode="floor") + 1
         return beyond.clamp(min=0) * self.step
+
+    def cuts(self, start: int, end: int) -> list[int]:
+        """Where the shift rises among the positions from ``start`` to ``end``: those in between, in order."""
+        first = self.limit if start < self.limit else start + self.step - (start - self.limit) % self.step
+        return list(range(first, end, self.step))
 
 
 def position_range(config: PreTrainedConfig) -> PositionRange:
@@ -99,8 +110,12 @@ class FarRotary:
             return family(x, position_ids, *args, **kwargs)
         shift = self.range.shift(position_ids)
         exact = x.new_empty(0, dtype=torch.float32)
-        cos, sin = family(exact, position_ids - shift, *args, **kwargs)
         kind = args[0] if args else kwargs.get("layer_type")
+        module: Any = self
+        if "dynamic" in self.type_of(kind) and self.range.limit <= module.original_max_seq_len:
+            # No position reaches those that rescale the frequencies; the family would read the positions to see that.
+            family = functools.partial(module.without_rescaling, self)
+        cos, sin = family(exact, position_ids - shift, *args, **kwargs)
         far_cos, far_sin = self.turn(shift, kind)
         turned = cos * far_cos - sin * far_sin, sin * far_cos + cos * far_sin
         return turned[0].to(x.dtype), turned[1].to(x.dtype)
@@ -129,7 +144,8 @@ class FarRotary:
 
 @functools.cache
 def _far_class(family: Any) -> type:
-    return type(family.__name__, (FarRotary, family), {"range": None})
+    own = {"range": None, "without_rescaling": staticmethod(inspect.unwrap(family.forward))}
+    return type(family.__name__, (FarRotary, family), own)
 
 
 def _blank(family: Any) -> Any:
@@ -179,4 +195,34 @@ def anchor_blocks(
             )
             for n, (start, end) in enumerate(zip(starts, ends, strict=True))
         ]
+    return blocks
+
+
+@torch.compiler.disable(reason="where packed sequences lie is known on the host")
+def packed_anchor_blocks(
+    rotary: Any, starts: Sequence[int], lengths: Sequence[int], limits: PositionRange, device: torch.device | str
+) -> dict[str | None, list[PackedBlock]] | None:
+    """``anchor_blocks`` of packed sequences, which go on at position ``starts[i]`` with ``lengths[i]`` tokens.
+
+    None where no anchor moves. The number of blocks is that of the sequence with most.
+    """
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    if max(ends, default=0) <= limits.limit:
+        return None
+    blocks: dict[str | None, list[PackedBlock]] = {kind: [] for kind in rotary.kinds()}
+    rotary.choose(torch.tensor([max(ends) - 1], device=device))
+    bounds = [[a, *limits.cuts(a, b), b] for a, b in zip(starts, ends, strict=True)]
+    places = accumulate(lengths, initial=0)
+    before = [place - start for start, place in zip(starts, places, strict=False)]  # from a position to its place
+    for n in range(max(map(len, bounds)) - 1):
+        having = [i for i, of in enumerate(bounds) if n + 1 < len(of)]
+        parts = [(before[i], *bounds[i][n : n + 2]) for i in having]
+        tokens = torch.cat([torch.arange(place + a, place + b) for place, a, b in parts])
+        cu_seqlens = torch.tensor([0, *(b - a for _, a, b in parts)]).cumsum(0).int()
+        at = [t.to(device) for t in (tokens, torch.tensor(having), cu_seqlens)]
+        shifts = limits.shift(torch.tensor([[a] for _, a, _ in parts])).to(device)  # [n, 1]
+        for kind, found in blocks.items():
+            cos, sin = rotary.turn(shifts, kind)
+            moved = AnchorBlock(len(tokens), cos, sin, shifts[:, 0] > 0, shifts[:, 0], rotary.frequencies(kind))
+            found.append(PackedBlock(moved, *at))
     return blocks

@@ -72,7 +72,7 @@ def next_positions(state: PagedState) -> Tensor:
     there = state.indices >= 0
     if state.has_state is not None:
         there = there & state.has_state
-    return torch.where(there, state.pool.position[state.indices.clamp(min=0)], 0)
+    return torch.where(there, state.pool.position.index_select(0, state.indices.clamp(min=0)), 0)
 
 
 class _PoolCache(LizardCache):

@@ -88,7 +88,8 @@ class PoolRows(NamedTuple):
             return cls(page, None, None, has_state)
         real = page >= 0
         row = torch.where(real, torch.arange(len(page), device=page.device), real.byte().argmax())
-        return cls(page[row].clamp(min=0), row, real, None if has_state is None else has_state[row])
+        has = None if has_state is None else has_state.index_select(0, row)
+        return cls(page.index_select(0, row).clamp(min=0), row, real, has)
 
     def take(self, name: str, field: Tensor) -> Tensor:
         """The rows' own of a field [P, ...], copied; that of an empty state where a sequence begins."""
@@ -112,7 +113,7 @@ class PoolRows(NamedTuple):
             return torch.where(self.spread(self.real, o), o, 0)
         tokens = torch.arange(o.shape[1], device=o.device)
         owner = torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1
-        return torch.where(self.spread(self.real[owner], o[0]), o[0], 0).unsqueeze(0)
+        return torch.where(self.spread(self.real.index_select(0, owner), o[0]), o[0], 0).unsqueeze(0)
 
     @staticmethod
     def spread(mask: Tensor, like: Tensor) -> Tensor:
@@ -143,10 +144,11 @@ def check_pool_values(state: AttentionState, state_indices: Tensor, has_state: T
         return
     pages, count = state_indices.tolist(), len(state.position)
     used = [page for page in pages if page != -1]
-    want(all(0 <= page < count for page in used), "state_indices", pages, "-1 or pages of the {} there are", count)
+    fits = 0 <= min(used, default=0) and max(used, default=-1) < count
+    want(fits, "state_indices", pages, "-1 or pages of the {} there are", count)
     want(len(set(used)) == len(used), "state_indices", pages, "no page twice")
-    begins = [False] * len(pages) if has_state is None else (~has_state).tolist()
-    known = [page for page, new in zip(pages, begins, strict=True) if page != -1 and not new]
+    goes_on = [True] * len(pages) if has_state is None else has_state.tolist()
+    known = [page for page, goes in zip(pages, goes_on, strict=True) if page != -1 and goes]
     first = min(state.position[known].tolist(), default=0)
     want(first >= 0, "initial_state.position", first, "tokens seen, >= 0 (this is the smallest)")
 

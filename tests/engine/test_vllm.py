@@ -15,6 +15,8 @@ from tiny import student, tokens
 
 from lizard_vllm.names import ARCHITECTURES
 
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # vLLM's newer model runner: conftest.py
+
 pytest.importorskip("vllm", reason="vLLM is not installed: docs/serving.md says how")
 os.environ |= {  # an engine in this process, and no compiler: both are quick
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -28,6 +30,7 @@ LENGTHS = (1, 5, 30, 70, 200, 33)
 ANCHORS = dict(positions="clamped", position_limit=48, position_step=8)
 HEADS = dict(head_dim=32)  # the smallest of vLLM's own attention on a CPU
 KEYS = dict(kept_keys=4, score_dim=8)
+SHARED = KEYS | dict(kept_keys=[[3, 1], [0, 0], [0, 5]])  # places of each layer and head
 CASES = {
     "llama": {},
     "mistral": dict(family="mistral"),
@@ -45,10 +48,13 @@ CASES = {
     "liger": dict(preset="liger"),
     "kept keys": dict(attention=KEYS),
     "received scores": dict(attention=KEYS | dict(score_received=True, score_stride=4)),
+    "kept keys left out of the sums": dict(attention=KEYS | dict(coverage="left")),
+    "places shared out": dict(attention=SHARED),
     "anchors that move": dict(attention=ANCHORS),
     "kept keys that move": dict(attention=ANCHORS | KEYS),
+    "places that move": dict(attention=ANCHORS | SHARED | dict(coverage="left")),
 }
-CACHED = ("llama", "kept softmax", "gemma3", "wide", "kept keys", "anchors that move")
+CACHED = ("llama", "kept softmax", "gemma3", "wide", "kept keys", "anchors that move", "places that move")
 
 
 def saved(folder, **kind):
@@ -68,7 +74,9 @@ def engine(folder, **options):
     shared = dict(dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=64)
     shared |= dict(enable_prefix_caching=False, distributed_executor_backend="uni", disable_log_stats=False)
     try:
-        yield LLM(str(folder), **shared | options)
+        llm = LLM(str(folder), **shared | options)
+        assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
+        yield llm
     finally:
         cleanup_dist_env_and_memory()
 

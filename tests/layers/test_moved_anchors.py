@@ -4,7 +4,7 @@ import pytest
 import torch
 from layer_checks import angles, inputs, layer
 
-from lizard_layers import AnchorBlock, map_state
+from lizard_layers import AnchorBlock, PackedBlock, map_state
 from lizard_ops import apply_rotary
 
 FIRST, BLOCKS = 8, (3, 2)  # tokens read before, and of the blocks after
@@ -68,6 +68,12 @@ def test_blocks_must_add_up():
     *heads, rope = inputs(FIRST)
     with pytest.raises(ValueError, match=r"anchor_blocks have lengths \[3\], wanted .* the 8 new positions"):
         attention(*heads, rope, anchor_blocks=[turned((4, 0), (True, False), 3)])
+    row = [t[:1] for t in heads]
+    with pytest.raises(ValueError, match="PackedBlocks with cu_seqlens, AnchorBlocks without"):
+        attention(*row, rope, cu_seqlens=torch.tensor([0, 3, 8]), anchor_blocks=[turned((4, 0), (True, False), 8)])
+    places = torch.arange(8), torch.arange(2), torch.tensor([0, 3, 8])
+    with pytest.raises(ValueError, match="PackedBlocks with cu_seqlens, AnchorBlocks without"):
+        attention(*row, rope, anchor_blocks=[PackedBlock(turned((4, 0), (True, False), 8), *places)])
 
 
 @pytest.mark.parametrize("places", [40, (24, 30)])

@@ -157,6 +157,20 @@ def test_rows_are_the_texts_alone(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("form", ["naive", "chunk", "recurrent"])
+def test_rows_that_have_seen_more_and_fewer_tokens_go_on_together(form):
+    case = scored(one_of(cases("hybrid", T=17, B=2, Hk=3, window=3, anchors=1, gate="key")))
+    more = {"kept_keys": (3, 0, 1), "score_delay": 1}
+    seen = (4, 12)  # what one row keeps is in the window of the other
+    states = [state_in(call(case.part(slice(n, n + 1), slice(0, t)), "chunk", **more)) for n, t in enumerate(seen)]
+    state = type(states[0])(*(None if of[0] is None else torch.cat(of) for of in zip(*states, strict=True)))
+    step = case.map(lambda name, x: torch.cat([x[n : n + 1, t : t + 1] for n, t in enumerate(seen)]))
+    whole = call(case, "naive", **more)["o"]
+    wanted = torch.stack([whole[n, t : t + 1] for n, t in enumerate(seen)])
+    torch.testing.assert_close(call(step, form, state, **more)["o"], wanted)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("gate", ["key", "query", "channel"])
 def test_steps_in_place_keep_the_addresses_and_read_nothing_back(places, gate, monkeypatch):

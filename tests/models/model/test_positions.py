@@ -13,9 +13,12 @@ from lizard_ops import apply_rotary
 LIMIT = 24  # the teacher's context; window 8 and 4 anchors fit
 
 
-def student(preset="recommended", positions="clamped", **changes):
+def student(preset="recommended", positions="clamped", layers=3, **changes):
     attention = {"window": 8, "positions": positions} | changes
-    model = linearize(teacher(max_position_embeddings=LIMIT), LizardConfig.preset(preset, attention=attention))
+    model = linearize(
+        teacher(max_position_embeddings=LIMIT, num_hidden_layers=layers),
+        LizardConfig.preset(preset, attention=attention),
+    )
     disturb(model)
     return model.requires_grad_(False)
 
@@ -150,13 +153,50 @@ def test_generation_past_the_context_equals_full_forward_passes():
     assert torch.equal(out[0], row)
 
 
-def test_packed_sequences_stay_below_the_limit():
-    model = student()
-    positions = torch.cat([torch.arange(20), torch.arange(15)])[None]
-    both = model(tokens(1, 35), position_ids=positions).logits
-    torch.testing.assert_close(both[:, 20:], model(tokens(1, 35)[:, 20:]).logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="position_ids reach 29: packed sequences must be no longer than"):
-        model(tokens(1, 35), position_ids=torch.cat([torch.arange(30), torch.arange(5)])[None])
+PACKED = {
+    "window_only": dict(preset="window_only", layers=2),
+    "kept keys of each head": dict(layers=2, kept_keys=[3, 1], score_dim=8, coverage="left"),
+    "received": dict(layers=1, kept_keys=4, score_dim=8, score_received=True, score_stride=4),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_sequences_move_their_anchors_as_each_alone(kind):
+    """Lengths below the limit, at it, in its first blocks and far past it, with padding between them and without."""
+    model = student(position_step=5, **PACKED[kind]).double()
+    texts = [tokens(1, n, seed=n) for n in (43, 7, 24, 30)]
+    alone = [model(text).logits for text in texts]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    row = model(torch.cat(texts, 1), position_ids=positions).logits
+    for found, wanted in zip(row.split([text.shape[1] for text in texts], 1), alone, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    still = student(position_limit=999, **PACKED[kind]).double()(texts[0]).logits
+    assert (alone[0] - still)[:, 30:].abs().max() > 0.1  # the case is one
+    ids, real, places = torch.zeros(3, 2, 60, dtype=torch.int64)
+    lies = [(0, 4), (0, 50), (1, 0), (1, 26)]
+    for (b, at), text in zip(lies, texts, strict=True):
+        where = slice(at, at + text.shape[1])
+        ids[b, where], real[b, where], places[b, where] = text[0], 1, torch.arange(text.shape[1])
+    rows = model(ids, attention_mask=real, position_ids=places).logits
+    for (b, at), wanted in zip(lies, alone, strict=True):
+        torch.testing.assert_close(rows[b : b + 1, at : at + wanted.shape[1]], wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_packed_sequences_cross_the_limit():
+    model, texts = student(layers=1).requires_grad_(True).double(), [tokens(1, n, seed=n) for n in (40, 9)]
+    weights = torch.randn(1, 49, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    positions = torch.cat([torch.arange(40), torch.arange(9)])[None]
+    (model(torch.cat(texts, 1), position_ids=positions).logits * weights).sum().backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    sum(
+        (model(t, use_cache=False).logits * w).sum() for t, w in zip(texts, weights.split([40, 9], 1), strict=True)
+    ).backward()
+    assert len(packed) > 10
+    for name, p in model.named_parameters():
+        if name in packed:
+            torch.testing.assert_close(packed[name], p.grad, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: name + m)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ import torch
 from tiny import student
 
 import lizard_vllm
+from benchmarks.gpu.no_launch import without_kernels
 from lizard_layers import PagedState, page_layout, state_of
 from lizard_models.model.families import FAMILIES, load_family
-from lizard_models.model.positions import anchor_blocks
+from lizard_models.model.positions import anchor_blocks, packed_anchor_blocks
+from lizard_models.model.step_recorder import Uncapturable
 from lizard_vllm.names import ARCHITECTURES
-from lizard_vllm.pages import Steps, read_batch
+from lizard_vllm.pages import Moves, Steps, read_batch
 
 KINDS = {
     "plain": {},
@@ -23,6 +25,7 @@ KINDS = {
     "channel gate": dict(attention=dict(gate="channel")),
     "softcap": dict(family="gemma2", layer_types=["full_attention"]),
     "kept keys": dict(attention=dict(kept_keys=4, score_dim=8)),
+    "left, places of each head": dict(attention=dict(kept_keys=[3, 1], score_dim=8, coverage="left")),
     "received": dict(attention=dict(kept_keys=4, score_dim=8, score_received=True, score_stride=4)),
 }
 LENGTHS = (1, 5, 23, 40, 17)
@@ -59,6 +62,14 @@ class Pool:
     def blocks(self, positions, whole):
         return anchor_blocks(self.rotary, positions, self.range, whole)[self.kind]
 
+    @property
+    def moves(self):
+        def packed(starts, lengths):
+            blocks = packed_anchor_blocks(self.rotary, starts, lengths, self.range, "cpu")
+            return None if blocks is None else blocks[self.kind]
+
+        return Moves(lambda positions: self.blocks(positions, True), packed)
+
     def alone(self, text: int):
         """One forward over the whole text."""
         heads = [t[None] for t in self.texts[text]]
@@ -94,10 +105,11 @@ class Pool:
                 prefill_starts=torch.tensor([0, *lengths]).cumsum(0).int(),
                 has_state=torch.tensor([done[i] > 0 for i in prefills], dtype=torch.bool),
                 prefill_lengths=lengths,
+                prefill_begins=[done[i] for i in prefills],
                 far=far,
             )
             rope = self.turns(heads[0], positions)
-            o = read_batch(self.attention, self.state, heads, rope, positions, steps, self.blocks)
+            o = read_batch(self.attention, self.state, heads, rope, positions, steps, self.moves)
             for i, piece in zip(order, o.split([pieces[i] for i in order] + [extra] * bool(extra)), strict=False):
                 out[i].append(piece)
                 done[i] += pieces[i]
@@ -117,9 +129,9 @@ def test_mixed_batches_are_each_text_alone(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kept", [0, 4])
+@pytest.mark.parametrize("kept", [0, 4, [3, 1]])
 def test_anchors_move_on_in_mixed_batches(kept):
-    keys = dict(kept_keys=kept, score_dim=8) if kept else {}
+    keys = dict(kept_keys=kept, score_dim=8, coverage="left") if kept else {}
     choices = dict(positions="clamped", position_limit=14, position_step=4, **keys)
     pool = Pool(attention=choices)
     moved, plain = pool.run(0, far=True), pool.run(1, far=False)
@@ -127,6 +139,23 @@ def test_anchors_move_on_in_mixed_batches(kept):
         torch.testing.assert_close(found, pool.alone(i), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(plain[i][:14], found[:14], rtol=1e-9, atol=1e-9)
     assert (plain[3] - moved[3]).abs().max() > 1e-3  # the case is one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "dynamic RoPE"])
+def test_a_graph_can_hold_a_step_of_decodes(kind):
+    """On the way of the kernels, with rows of padding: nothing waits for the device, whose values Python would fix."""
+    rescaled = dict(rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=1e4))
+    pool = Pool(torch.float32, **KINDS.get(kind, rescaled))
+    heads = [torch.cat([t[:1] for t in tensors]) for tensors in zip(*pool.texts, strict=True)]
+    none, positions = torch.zeros(0, dtype=torch.int64), torch.full((len(LENGTHS),), 9)
+    slots = torch.tensor([3, 1, 4, -1, -1], dtype=torch.int32)
+    for far in (False, True):
+        with without_kernels() as launches, Uncapturable() as looking:
+            rope = pool.turns(heads[0], positions)
+            steps = Steps(slots, none, none.new_zeros(1), none.bool(), [], [], far)
+            read_batch(pool.attention, pool.state, heads, rope, positions, steps, pool.moves)
+        assert looking.found is None and launches.count() > 0
 
 
 @torch.no_grad()
@@ -147,7 +176,7 @@ def test_no_other_page_is_written_to():
     before = pool.pages.clone()
     heads = [t[:3] for t in pool.texts[3]]
     none = torch.zeros(0, dtype=torch.int64)
-    steps = Steps(none, torch.tensor([4]), torch.tensor([0, 3]), torch.tensor([False]), [3])
+    steps = Steps(none, torch.tensor([4]), torch.tensor([0, 3]), torch.tensor([False]), [3], [0])
     positions = torch.arange(3)
     rope = pool.turns(heads[0], positions)
     read_batch(pool.attention, pool.state, heads, rope, positions, steps)

@@ -1,11 +1,16 @@
 """Many texts over one pool of pages write what each writes alone; and the benchmark that serves so."""
 
+import cProfile
+import pstats
+
 import pytest
 import torch
 from tiny import student, tokens
 
+from benchmarks.gpu.no_launch import without_kernels
 from benchmarks.serving import pool as serving
 from lizard_models import StatePool
+from lizard_models.model.step_recorder import Uncapturable
 
 KINDS = {
     "wide, kept keys": dict(wide_layers=[0], wide_window=24, attention=dict(kept_keys=4, score_dim=8)),
@@ -39,6 +44,41 @@ def test_texts_that_come_and_go_have_the_logits_of_each_alone(kind):
         ids = torch.stack([texts[row or 0, place : place + 1] for row in rows])
         given = torch.tensor([-1 if row is None else pages[row] for row in rows], dtype=torch.int32)
         check(pool.read(ids, given, furthest=far), rows, place)
+
+
+def python_calls(run) -> int:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    run()
+    profiler.disable()
+    return sum(calls for (file, *_), (_, calls, *_) in pstats.Stats(profiler).stats.items() if file != "~")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_asks_the_host_no_more_for_many_texts(kind, kernels):
+    """As many calls of Python for 40 as for 3, with PyTorch and on the way of the kernels, which a graph can hold."""
+    model, far, counted = student(num_hidden_layers=1, **KINDS[kind]), 31 if kind == "anchors that move" else 1, []
+    for texts in (3, 40):
+        pool, pages = StatePool(model, texts), torch.arange(texts)
+        pool.read(tokens(texts, 9), pages, torch.zeros(texts, dtype=torch.bool), 9)
+        ids = tokens(texts, 1)
+
+        def step(pool=pool, ids=ids, pages=pages):
+            return pool.read(ids, pages, furthest=far)
+
+        if not kernels:
+            step()
+            counted.append(python_calls(step))
+            continue
+        with without_kernels() as launches:
+            with Uncapturable() as looking:
+                step()
+            once = launches.count()
+            counted.append((python_calls(step), once, launches.count() - once))
+        assert looking.found is None and once > 0
+    assert counted[0] == counted[1]
 
 
 def test_what_has_no_page_is_refused():
