@@ -73,6 +73,8 @@ def test_a_row_trains_its_scores_and_says_how_they_fit(plan):
     assert run["data"] == record["hashes"]["stage0"] and run["recipe"]["label_queries"] == 32
     more = dataclasses.replace(plan, budget=dataclasses.replace(TINY, stage0_steps=3))
     assert more.record(spec, 3) is None  # of other scores
+    other = {"attention": CHANGES["attention"], "stage0": CHANGES["stage0"] | {"label_block": 7}}
+    assert plan.record(dataclasses.replace(spec, changes=other), 3) is not None  # of the same, made in other blocks
     unscored = dataclasses.replace(plan, budget=dataclasses.replace(TINY, name="unscored", stage0_steps=0),
                                    measures=["loss"])  # fmt: skip
     plain = run_row(spec, unscored, lambda message: None)
