@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     teacher = load_teacher(options.teacher, dtype=torch.float32, say=print)
     assert teacher.tokenizer is not None
-    config = LizardConfig.preset("recommended")
+    config = LizardConfig.preset("plain")
     student = linearize(teacher.model, config)
     window = config.attention.window
     prompts = [teacher.tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]

@@ -168,6 +168,7 @@ def _completed(settings: dict[str, Any]) -> Any:
                 del config[stage]
         config.get("stage0", {}).pop("label_block", None)
         row = {key: value for key, value in row.items() if key not in ("name", "preset", "changes", "longer")}
+        del config["name"]
     except (TypeError, ValueError):
         return None
     return json.loads(json.dumps({**settings, "config": config, "row": row, "budget": budget}))

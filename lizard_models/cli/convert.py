@@ -27,7 +27,7 @@ def command(
     teacher: Annotated[str, typer.Argument(help="Hub name, local folder, or smollm2-135m.")],
     out: Annotated[Path, typer.Option(help="Folder for the untrained model; must not exist yet.")],
     preset: Annotated[
-        str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
+        str, typer.Option(help="paper, paper_literal, plain, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
     kept_keys: KeptKeys = None,

@@ -42,7 +42,7 @@ def command(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
+        str, typer.Option(help="paper, paper_literal, plain, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
     kept_keys: KeptKeys = None,

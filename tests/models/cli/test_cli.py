@@ -142,7 +142,7 @@ def test_info_counts_what_the_models_hold(model, world):
     teacher(ids, past_key_values=kept)
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     assert size == memory.cache_bytes(teacher.config, 85, torch.float32)
-    hybrid = linearize(teacher, LizardConfig.preset("recommended").replace(softmax_layers=[1]))
+    hybrid = linearize(teacher, LizardConfig.preset("plain").replace(softmax_layers=[1]))
     cache = hybrid(ids, use_cache=True).past_key_values
     assert cache.state_bytes() == memory.lizard_bytes(hybrid.config, 85, torch.float32)
     assert "linearized already" in error("info", model[0], "--preset", "paper")
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_no_model(world, tmp_path, monkeypatch):
 
 def test_a_disk_too_small_is_seen_before_the_run(world, tmp_path, monkeypatch):
     teacher = AutoModelForCausalLM.from_pretrained(world / "teacher")
-    config = LizardConfig.preset("recommended")
+    config = LizardConfig.preset("plain")
     needed = pipeline.disk_needed(linearize(teacher, config), config, ["stage1", "stage2"])
     assert sum(p.nbytes for p in teacher.parameters()) < needed < 7_000_000  # most of it adapters and their moments
     free = [needed // 2]

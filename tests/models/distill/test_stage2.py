@@ -107,7 +107,7 @@ def test_unknown_projections_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "preset, family", [*((preset, "llama") for preset in PRESETS), ("recommended", "mistral"), ("liger", "mistral")]
+    "preset, family", [*((preset, "llama") for preset in PRESETS), ("plain", "mistral"), ("liger", "mistral")]
 )
 def test_every_preset_trains_and_generates(preset, family, tmp_path):
     """On the same two texts again: the loss begins where teacher and student apart have it, and falls."""

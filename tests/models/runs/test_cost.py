@@ -31,8 +31,8 @@ def test_public_shapes_have_their_number_of_parameters():
 
 
 def test_a_plan_counts_what_the_model_has():
-    model = student("recommended")
-    preset = LizardConfig.preset("recommended", attention={"window": 8})
+    model = student("plain")
+    preset = LizardConfig.preset("plain", attention={"window": 8})
     cost = run_cost(teacher().config, preset)
     assert cost.new_parameters == sum(p.numel() for _, p in model.lizard_parameters())
     names = dict(model.lizard_attentions()[0].lizard.named_parameters())

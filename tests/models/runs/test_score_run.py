@@ -166,7 +166,7 @@ def test_stage_0_is_left_out_or_alone(world, tmp_path):
     output = call(*command(world, tmp_path / "without", "--stage0-steps", "0")).output
     assert "stage 0 is left out: the keys least like the mean key are kept" in output
     assert list(json.loads((tmp_path / "without" / "training.json").read_text())["stages"]) == ["stage1", "stage2"]
-    starts = linearize(teacher(), LizardConfig.preset("recommended", attention={"kept_keys": 1, "score_dim": 8}))
+    starts = linearize(teacher(), LizardConfig.preset("plain", attention={"kept_keys": 1, "score_dim": 8}))
     left = own_scores(AutoModelForCausalLM.from_pretrained(tmp_path / "without", dtype=torch.float32))
     assert all(torch.equal(left[name], p) for name, p in own_scores(starts).items())
 
@@ -196,7 +196,7 @@ def test_text_too_short_for_its_rows_is_refused_before_any_training(world, tmp_p
 
 def test_rows_are_counted_from_steps_or_epochs_and_none_is_held_out_and_trained_on(world, monkeypatch):
     found = load_teacher(str(world / "teacher"))
-    model = linearize(found.model, LizardConfig.preset("recommended", attention={"window": 16, "kept_keys": 8}))
+    model = linearize(found.model, LizardConfig.preset("plain", attention={"window": 16, "kept_keys": 8}))
     whole = load_sequences([str(world / "texts")], found.tokenizer, LENGTH)
     seen = []
     make = score_rows.look_up_rows
@@ -234,7 +234,7 @@ def test_converted_folders_and_students_start_alike(world, tmp_path):
     out = tmp_path / "converted"
     call("convert", world / "teacher", "--kept-keys", "8", "--set", "attention.window=16", "--out", out)
     made = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    config = LizardConfig.preset("recommended", attention={"window": 16, "kept_keys": 8})
+    config = LizardConfig.preset("plain", attention={"window": 16, "kept_keys": 8})
     found = load_teacher(str(world / "teacher"))
     direct = linearize(found.model, config)
     names = own_scores(made)
@@ -258,7 +258,7 @@ def test_info_and_plans_count_kept_keys(world):
     assert lizard_bytes(config, 9, torch.float32) > 3 * 300 * heads * place
     assert "is linearized already" in error("info", save_kept(world), "--kept-keys", "9")
 
-    lizard = LizardConfig.preset("recommended", attention={"kept_keys": 64})
+    lizard = LizardConfig.preset("plain", attention={"kept_keys": 64})
     cost = run_cost(teacher().config, lizard)
     scores = sum(p.numel() for p in linearize(teacher(), lizard).key_scores().parameters())
     without = run_cost(teacher().config, lizard.replace(attention={"kept_keys": 0}))

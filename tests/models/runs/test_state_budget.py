@@ -55,7 +55,7 @@ def test_windows_of_sliding_layers_are_counted_and_softmax_layers_are_not():
 
 
 def test_an_even_start_fills_the_budget():
-    config, mib = LizardConfig.preset("recommended", attention=WINDOW), 0.3
+    config, mib = LizardConfig.preset("plain", attention=WINDOW), 0.3
     even = evenly_kept(teacher().config, config, mib).attention.kept_keys
     fits = [
         lizard_bytes(student(attention=WINDOW | {"kept_keys": n}).config, 0, torch.float32) for n in (even, even + 1)
@@ -133,7 +133,7 @@ def test_a_recipe_shares_out_the_bytes_of_even_places(world, tmp_path, monkeypat
 def test_places_are_shared_only_where_a_recipe_says_so():
     def told(kept_keys, share, scored=True, state_mib=None):
         choices = {"attention": WINDOW | {"kept_keys": kept_keys}, "stage0": {"share_places": share}}
-        config = student_config(teacher().config, LizardConfig.preset("recommended", **choices))
+        config = student_config(teacher().config, LizardConfig.preset("plain", **choices))
         return shared_mib(config, state_mib, scored), constant_bytes(config, torch.float32) / 2**20
 
     wanted, even = told(6, True)
