@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ from lizard_models.model.layer_configs import converted_layers, head_dim
 from lizard_models.model.linearize import student_config
 from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.memory import cache_bytes, lizard_bytes
+from lizard_models.runs.plan import STAGES, Plan
 from lizard_models.runs.state_budget import evenly_kept
 from lizard_models.teachers.find import find_teacher
 
 ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
+CPU_ACHIEVED = 0.03  # in float32, of two cores: by the steps of docs/quickstart.md, section 4, of both stages
+LONG = 3600.0  # seconds on a CPU from which a run is warned of
 EPOCH_TOKENS = 10_000_000  # of the paper's 50,000 examples
 LOSS_CHUNK = 512  # positions whose logits exist at a time
 
@@ -98,6 +102,16 @@ class RunCost:
     stage1: StageCost
     stage2: StageCost
 
+    def told_on_cpu(self, stages: Collection[str], least: float = 0.0) -> str:
+        """What each of ``stages`` takes on two CPU cores, and what takes less; "" below ``least`` seconds in all."""
+        seconds = {stage: part.seconds(CPU_ACHIEVED) for stage in sorted(stages) if (part := getattr(self, stage))}
+        if sum(seconds.values()) < least:
+            return ""
+        hours = ", ".join(f"stage {stage[-1]} {time / 3600:,.1f} h" for stage, time in seconds.items())
+        less = "a GPU, fewer steps or shorter sequences"
+        less += ", or preset plain, which has no stage 0," if "stage0" in seconds else ""
+        return f"on a CPU, at {CPU_ACHIEVED:g} TFLOP/s (two cores, float32): {hours}; {less} take less"
+
 
 def run_cost(
     teacher: PreTrainedConfig, lizard: LizardConfig, *, micro_batch: int | None = None, checkpointing: bool = True
@@ -146,6 +160,12 @@ def run_cost(
     return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"])
 
 
+def warned_of(teacher: PreTrainedConfig, plan: Plan, stages: Collection[str]) -> str:
+    """What a run of so many hours on a CPU is warned of, "" for a short one."""
+    cost = run_cost(teacher, plan.config, checkpointing=plan.gradient_checkpointing)
+    return f"note: {told}" if (told := cost.told_on_cpu(stages, LONG)) else ""
+
+
 def disk_needed(model: Any, config: LizardConfig, stages: list[str]) -> int:
     """Bytes on disk at the fullest moment of a run: the finished model beside every stage's checkpoints.
 
@@ -186,12 +206,15 @@ def describe_run(
     checkpointing: bool = True,
     widen: int = 0,
     state_mib: float | None = None,
+    stages: Collection[str] = STAGES,
+    cpu: bool = False,
     cache: str | None = None,
 ) -> list[str | Table]:
     """What a dry run prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
 
     widen: layers that are to get the wide window, counted as if they had it from the start. state_mib: shared out
-    evenly, as it is until the scores are fitted. Raises ValueError for an unknown teacher, and what ``check_widen`` and
+    evenly, as it is until the scores are fitted. stages: those that are run. cpu: also what they take without a GPU.
+    Raises ValueError for an unknown teacher, and what ``check_widen`` and
     ``evenly_kept`` do.
     """
     try:
@@ -221,16 +244,19 @@ def describe_run(
     for parameter, shape in cost.shapes.items():
         new.add_row(parameter, " x ".join(map(str, shape)) or "1")
     lines.append(new)
-    stages = Table(title=f"estimate at {achieved:g} TFLOP/s on each of {devices} devices", title_justify="left")
+    estimate = Table(title=f"estimate at {achieved:g} TFLOP/s on each of {devices} devices", title_justify="left")
     for column in ("stage", "steps", "tokens", "arithmetic", "time", "memory in all"):
-        stages.add_column(column, justify="right")
-    for stage, part in (("0", cost.stage0), ("1", cost.stage1), ("2", cost.stage2)):
-        if part is None:
+        estimate.add_column(column, justify="right")
+    for stage in STAGES:
+        part: StageCost | None = getattr(cost, stage)
+        if part is None or stage not in stages:
             continue
         minutes = part.seconds(achieved, devices) / 60
         sizes = f"{part.flop / 1e15:,.1f} PFLOP", f"{minutes:,.1f} min", f"{part.bytes / 2**30:,.1f} GiB"
-        stages.add_row(stage, f"{part.steps:,}", f"{part.tokens / 1e6:.1f}M", *sizes)
-    lines.append(stages)
+        estimate.add_row(stage[-1], f"{part.steps:,}", f"{part.tokens / 1e6:.1f}M", *sizes)
+    lines.append(estimate)
+    if cpu and stages:
+        lines.append(cost.told_on_cpu(stages))
     memory = Table(title="one sequence in bf16 after training", title_justify="left")
     for column in ("tokens", "teacher's cache", "Lizard's state"):
         memory.add_column(column, justify="right")

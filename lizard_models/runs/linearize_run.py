@@ -32,6 +32,7 @@ from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.recipes import Recipe, Stage0Config
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
+from lizard_models.runs.cost import warned_of
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
 from lizard_models.runs.plan import Outcome, Plan, check_folders, precision
@@ -123,6 +124,8 @@ class _Run:
                 self._check_stage(stage, rows)
         if plan.widen:
             self._check_widen()
+        if self.device == "cpu" and (note := warned_of(self.teacher.model.config, plan, self.sequences)):
+            self.say(note)
         check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
         self.held.begin(self._settings() | {"passkey_lengths": plan.passkey_lengths})
         self.rows = [Row.from_dict(values) for values in self.held.read(ROWS) or []]

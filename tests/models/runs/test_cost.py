@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from benchmarks.quality.__main__ import app as quality
 from lizard_models import LizardConfig
 from lizard_models.cli.main import app
-from lizard_models.runs.cost import known_shapes, run_cost
+from lizard_models.runs.cost import known_shapes, run_cost, warned_of
+from lizard_models.runs.plan import Plan
 
 PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
@@ -45,6 +46,29 @@ def test_a_plan_counts_what_the_model_has():
     assert dataclasses.asdict(cost)["stage1"]["steps"] == preset.stage1.max_steps
     full = run_cost(teacher().config, preset.replace(stage2={"trained": "full", "lora_targets": ["q_proj"]}))
     assert full.adapters == 3 * 64 * 64
+
+
+def test_what_a_cpu_takes_is_told_where_there_is_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("lizard_models.teachers.find.hub_answers", lambda *arguments: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    name, lizard = "meta-llama/Llama-3.2-1B", LizardConfig.preset("recommended")
+    cost = run_cost(known_shapes()[name], lizard, checkpointing=False)
+    first, second, third = (stage.flop / 0.03e12 / 3600 for stage in (cost.stage0, cost.stage1, cost.stage2))
+    command = ["linearize", name, "--out", str(tmp_path / "never"), "--dry-run"]
+
+    def told(*more):
+        return " ".join(CliRunner().invoke(app, [*command, *more]).output.split())
+
+    assert f"stage 0 {first:,.1f} h, stage 1 {second:,.1f} h, stage 2 {third:,.1f} h; a GPU, fewer steps" in told()
+    assert "or preset plain, which has no stage 0, take less" in told()
+    assert f"(two cores, float32): stage 1 {second:,.1f} h; a GPU" in told("--stage0-steps", "0", "--stage2-steps", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "on a CPU" not in told() and "on a CPU" in told("--device", "cpu")
+    plan = Plan(teacher=name, config=lizard, out=tmp_path / "never", data=["text"])
+    assert warned_of(known_shapes()[name], plan, ["stage0"]).startswith("note: on a CPU, at 0.03 TFLOP/s")
+    short = dataclasses.replace(plan, config=lizard.replace(stage1={"max_steps": 1}))
+    assert warned_of(teacher().config, short, ["stage1"]) == ""
 
 
 def test_dry_runs_show_the_plan_and_write_nothing(tmp_path, monkeypatch):
