@@ -26,10 +26,10 @@ from lizard_models.text.sequences import PackedTokens, StreamedTokens, load_sequ
 
 LENGTH, WINDOW, PLACES = 160, 16, 8
 RECIPE = Stage0Config(max_steps=3, sequence_length=LENGTH, label_queries=32)
-SMALL = ["--kept-keys", PLACES, "--set", f"attention.window={WINDOW}", "--set", "attention.score_dim=8",
-         "--set", f"stage0.sequence_length={LENGTH}", "--set", "stage0.label_queries=32", "--stage0-steps", "3",
-         "--stage1-steps", "2", "--stage2-steps", "1", "--seq-len", "64", "--batch-size", "2",
-         "--device", "cpu"]  # fmt: skip
+SMALL = ["--preset", "plain", "--kept-keys", PLACES, "--set", f"attention.window={WINDOW}",
+         "--set", "attention.score_dim=8", "--set", f"stage0.sequence_length={LENGTH}",
+         "--set", "stage0.label_queries=32", "--stage0-steps", "3", "--stage1-steps", "2", "--stage2-steps", "1",
+         "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,7 @@ def test_text_too_short_for_its_rows_is_refused_before_any_training(world, tmp_p
         and "the text gives 1: give" in line
     )
     assert "a shorter stage0.sequence_length (at least 52: window, anchors and stage0.label_queries=32)" in line
+    assert line.endswith("by which the keys least like the mean key are kept, or take preset plain, which keeps none")
     line = error(*command(world, out, "--set", "stage0.sequence_length=20000"))
     assert "tokens give none: give more text" in line
     line = error(*command(world, out, "--set", "stage0.label_queries=150"))
@@ -232,7 +233,9 @@ def test_rows_are_counted_from_steps_or_epochs_and_none_is_held_out_and_trained_
 
 def test_converted_folders_and_students_start_alike(world, tmp_path):
     out = tmp_path / "converted"
-    call("convert", world / "teacher", "--kept-keys", "8", "--set", "attention.window=16", "--out", out)
+    options = ["--preset", "plain", "--kept-keys", "8", "--set", "attention.window=16"]
+    said = " ".join(call("convert", world / "teacher", *options, "--out", out).output.split())
+    assert "kept keys: 8 of each key head in every linearized layer, those least like the mean key: no score" in said
     made = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     config = LizardConfig.preset("plain", attention={"window": 16, "kept_keys": 8})
     found = load_teacher(str(world / "teacher"))
@@ -248,8 +251,9 @@ def test_converted_folders_and_students_start_alike(world, tmp_path):
 
 
 def test_info_and_plans_count_kept_keys(world):
-    plain = call("info", world / "teacher", "--set", "attention.window=16").output
-    shown = call("info", world / "teacher", "--set", "attention.window=16", "--kept-keys", "300").output
+    teacher_under = ["info", world / "teacher", "--preset", "plain", "--set", "attention.window=16"]
+    plain = call(*teacher_under).output
+    shown = call(*teacher_under, "--kept-keys", "300").output
     assert "kept keys" not in plain and "kept keys: 300 of each key head in every linearized layer" in shown
     config = student(attention={"kept_keys": 300}).config
     dims, heads = 16, 2  # of a key: itself, its value, 128 inputs of its features, a gate, a score and a position
