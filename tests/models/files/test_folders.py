@@ -16,7 +16,20 @@ from lizard_models.runs import demo, linearize_run
 from lizard_models.runs.convert_folder import linearize_folder
 from lizard_models.runs.plan import work_folder
 
-RECIPE = ["--stage1-steps", "2", "--stage2-steps", "1", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+RECIPE = [
+    "--preset",
+    "plain",
+    "--stage1-steps",
+    "2",
+    "--stage2-steps",
+    "1",
+    "--seq-len",
+    "64",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def drafts(folder: Path) -> list[Path]:

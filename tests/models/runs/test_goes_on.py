@@ -16,7 +16,20 @@ from lizard_models.files.folders import damaged, drafts_of
 from lizard_models.files.locks import FolderLock
 from lizard_models.runs import linearize_run, work
 
-STEPS = ["--stage1-steps", "2", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+STEPS = [
+    "--preset",
+    "plain",
+    "--stage1-steps",
+    "2",
+    "--stage2-steps",
+    "2",
+    "--seq-len",
+    "64",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")

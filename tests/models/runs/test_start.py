@@ -12,7 +12,7 @@ from lizard_models.distill import stage1
 from lizard_models.files.folders import SUMS, write_sums
 from lizard_models.runs import linearize_run
 
-STEPS = ["--seq-len", "64", "--batch-size", "2", "--device", "cpu", "--set", "attention.window=16"]
+STEPS = ["--preset", "plain", "--seq-len", "64", "--batch-size", "2", "--device", "cpu", "--set", "attention.window=16"]
 KEPT = ["--kept-keys", "4", "--set", "attention.score_dim=8", "--set", "stage0.sequence_length=128"]
 KEPT += ["--stage0-steps", "2", "--set", "stage0.label_queries=8", "--set", "stage0.batch_size=2"]
 
