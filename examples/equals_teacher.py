@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     teacher = load_teacher(options.teacher, dtype=torch.float32, say=print)
     assert teacher.tokenizer is not None
-    config = LizardConfig.preset("plain")
+    config = LizardConfig.preset("recommended")
     student = linearize(teacher.model, config)
     window = config.attention.window
     prompts = [teacher.tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
