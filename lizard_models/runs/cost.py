@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.neediest_layers import check_widen
+from lizard_models.files.folders import check_space
+from lizard_models.files.sources import Say
 from lizard_models.model.arithmetic import Shape, Stage
-from lizard_models.model.layer_configs import converted_layers, head_dim
+from lizard_models.model.layer_configs import converted_layers, head_dim, lizard_config
 from lizard_models.model.linearize import student_config
 from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.memory import cache_bytes, lizard_bytes
@@ -128,10 +130,16 @@ def run_cost(
     config = student_config(teacher, lizard)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
+    return _run_cost(model, lizard, micro_batch, checkpointing)
+
+
+def _run_cost(model: Any, lizard: LizardConfig, micro_batch: int | None, checkpointing: bool) -> RunCost:
+    """The same of a student that there is."""
+    config = model.config
     new = dict(model.lizard_parameters())
     total, added = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in new.values())
-    first = model.lizard_attentions()[0]
-    shapes = {name: tuple(p.shape) for name, p in first.lizard.named_parameters()}
+    first = model.lizard_attentions()[:1]
+    shapes = {name: tuple(p.shape) for one in first for name, p in one.lizard.named_parameters()}
     adapters = tuned_numbers(model, lizard.stage2)
     shape = Shape(config)
     base = total - added
@@ -160,10 +168,16 @@ def run_cost(
     return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"])
 
 
-def warned_of(teacher: PreTrainedConfig, plan: Plan, stages: Collection[str]) -> str:
-    """What a run of so many hours on a CPU is warned of, "" for a short one."""
-    cost = run_cost(teacher, plan.config, checkpointing=plan.gradient_checkpointing)
-    return f"note: {told}" if (told := cost.told_on_cpu(stages, LONG)) else ""
+def check_run(plan: Plan, model: Any, stages: list[str], device: str, say: Say) -> None:
+    """Says how long a run takes on a CPU, if that is long. model: the student, of which ``stages`` are run.
+
+    Raises ValueError for a disk that is too small.
+    """
+    if device == "cpu":
+        cost = _run_cost(model, lizard_config(model.config), None, plan.gradient_checkpointing)
+        if told := cost.told_on_cpu(stages, LONG):
+            say(f"note: {told}")
+    check_space(plan.out, disk_needed(model, plan.config, stages), "the run")
 
 
 def disk_needed(model: Any, config: LizardConfig, stages: list[str]) -> int:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from benchmarks.quality.__main__ import app as quality
 from lizard_models import LizardConfig
 from lizard_models.cli.main import app
-from lizard_models.runs.cost import known_shapes, run_cost, warned_of
+from lizard_models.runs.cost import check_run, known_shapes, run_cost
 from lizard_models.runs.plan import Plan
 
 PARAMETERS = {
@@ -49,26 +49,30 @@ def test_a_plan_counts_what_the_model_has():
 
 
 def test_what_a_cpu_takes_is_told_where_there_is_no_gpu(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("lizard_models.teachers.find.hub_answers", lambda *arguments: False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    name, lizard = "meta-llama/Llama-3.2-1B", LizardConfig.preset("recommended")
-    cost = run_cost(known_shapes()[name], lizard, checkpointing=False)
+    teacher().config.save_pretrained(tmp_path / "teacher")
+    many = {stage: {"max_steps": 10**7, "epochs": None} for stage in ("stage0", "stage1", "stage2")}
+    cost = run_cost(teacher().config, LizardConfig.preset("recommended", **many), checkpointing=False)
     first, second, third = (stage.flop / 0.03e12 / 3600 for stage in (cost.stage0, cost.stage1, cost.stage2))
-    command = ["linearize", name, "--out", str(tmp_path / "never"), "--dry-run"]
+    command = ["linearize", str(tmp_path / "teacher"), "--out", str(tmp_path / "never"), "--dry-run"]
+    steps = [word for stage in "012" for word in (f"--stage{stage}-steps", f"{10**7}")]
 
-    def told(*more):
-        return " ".join(CliRunner().invoke(app, [*command, *more]).output.split())
+    def told(*more, gpu=False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+        return " ".join(CliRunner().invoke(app, [*command, *steps, *more]).output.split())
 
-    assert f"stage 0 {first:,.1f} h, stage 1 {second:,.1f} h, stage 2 {third:,.1f} h; a GPU, fewer steps" in told()
-    assert "or preset plain, which has no stage 0, take less" in told()
+    assert f"stage 0 {first:,.1f} h, stage 1 {second:,.1f} h, stage 2 {third:,.1f} h; a GPU, fewer steps" in (
+        all_ := told()
+    )
+    assert "or preset plain, which has no stage 0, take less" in all_ and min(first, second, third) > 1
     assert f"(two cores, float32): stage 1 {second:,.1f} h; a GPU" in told("--stage0-steps", "0", "--stage2-steps", "0")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert "on a CPU" not in told() and "on a CPU" in told("--device", "cpu")
-    plan = Plan(teacher=name, config=lizard, out=tmp_path / "never", data=["text"])
-    assert warned_of(known_shapes()[name], plan, ["stage0"]).startswith("note: on a CPU, at 0.03 TFLOP/s")
-    short = dataclasses.replace(plan, config=lizard.replace(stage1={"max_steps": 1}))
-    assert warned_of(teacher().config, short, ["stage1"]) == ""
+    assert "on a CPU" not in told(gpu=True) and "on a CPU" in told("--device", "cpu", gpu=True)
+    said: list[str] = []
+    lizard = LizardConfig.preset("recommended", **many)
+    plan, model = Plan(teacher="t", config=lizard, out=tmp_path / "never", data=["text"]), student("recommended")
+    for config, device in (LizardConfig.preset("plain"), "cpu"), (lizard, "cuda"), (lizard, "cpu"):
+        model.config.lizard = config.to_dict()
+        check_run(plan, model, ["stage1"], device, said.append)
+    assert len(said) == 1 and said[0].startswith("note: on a CPU, at 0.03 TFLOP/s (two cores, float32): stage 1 ")
 
 
 def test_dry_runs_show_the_plan_and_write_nothing(tmp_path, monkeypatch):

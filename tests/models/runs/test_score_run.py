@@ -137,6 +137,7 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_model(world, finished, t
     plan = tmp_path / "out.training" / "plan.json"
     values = json.loads(plan.read_text())
     values["config"]["attention"]["memory"] = "sum"  # as a version with this field wrote it, at its default
+    values["config"]["name"] = "recommended"  # as the preset plain was called
     plan.write_text(json.dumps(values))
     call(*command(world, out, "--resume", "--save-steps", "1"))
     whole, again = (AutoModelForCausalLM.from_pretrained(folder) for folder in (finished[0], out))

@@ -120,10 +120,10 @@ def test_the_recommended_recipe_shares_out_the_bytes_of_even_places(world, tmp_p
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(linearize_run, "train_stage1", stop)
-    told = call(
-        "linearize", world / "teacher", "--data", world / "texts", *SMALL, "--kept-keys", 6, "--out", out, code=130
-    ).stdout
+    command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out, "--kept-keys"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(linearize_run, "train_stage1", stop)
+        told = call(*command, 6, code=130).stdout
     even = student("recommended", attention=WINDOW | {"kept_keys": 6}).config
     chosen = json.loads((work_folder(out) / "kept_keys.json").read_text())
     paid = prices(even)
@@ -131,6 +131,12 @@ def test_the_recommended_recipe_shares_out_the_bytes_of_even_places(world, tmp_p
     shared = share_places(chosen["errors"], chosen["levels"], left, paid.places, paid.layers)
     assert [tuple(heads) for heads in chosen["places"]] == shared and len({n for heads in shared for n in heads}) > 1
     assert f"of {constant_bytes(even, torch.float32) / 2**20:.4g} MiB (float32 keys)" in told
+    assert "of a run with other config; repeat" in error(*command, 7, "--resume")
+    call(*command, 6, "--resume")
+    training = json.loads((out / "training.json").read_text())
+    assert training["config"]["attention"]["kept_keys"] == chosen["places"] and training["kept_keys"] == 6
+    assert "finished before" in call(*command, 6, "--resume", "auto").output
+    assert "exists already" in error(*command, 7, "--resume", "auto")
 
 
 def test_places_are_shared_only_where_a_recipe_says_so():
