@@ -49,8 +49,8 @@ every_family = pytest.mark.parametrize(("family", "changes"), VARIANTS.values(),
 @every_family
 def test_untrained_student_equals_the_teacher_up_to_the_window(family, changes):
     made, ids = teacher(family, **changes), tokens(2, 12)
-    for config in ({}, {"keep_sliding_layers": False}):
-        model = linearize(made, LizardConfig.preset("plain", attention={"window": 12}).replace(**config))
+    for preset, config in (("plain", {}), ("plain", {"keep_sliding_layers": False}), ("recommended", {})):
+        model = linearize(made, LizardConfig.preset(preset, attention={"window": 12}).replace(**config))
         assert model.config.model_type == f"lizard_{family}"
         theirs = made(ids).logits
         assert (model(ids).logits - theirs).abs().max() < 1e-4
