@@ -49,7 +49,7 @@ def peak():  # ru_maxrss would hold the parent's
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
 imported, start = peak(), time.monotonic()
-linearize_folder(sys.argv[1], sys.argv[2], LizardConfig.preset("recommended"))
+linearize_folder(sys.argv[1], sys.argv[2], LizardConfig.preset("plain"))
 seconds = time.monotonic() - start
 print(json.dumps({"seconds": seconds, "peak_after_imports_bytes": imported, "peak_bytes": peak()}))
 """

@@ -113,7 +113,7 @@ class LizardConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LizardConfig:
-        """A named configuration: paper, paper_literal, recommended, lolcats, liger or window_only.
+        """A named configuration: paper, paper_literal, plain, recommended, lolcats, liger or window_only.
 
         ``changes`` as in ``replace``: ``LizardConfig.preset("paper", attention={"window": 64})``.
         Raises ValueError for an unknown name.

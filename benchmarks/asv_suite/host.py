@@ -32,7 +32,7 @@ def tiny_models() -> dict[str, Any]:
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
     teacher = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes)).eval().requires_grad_(False)
-    config = LizardConfig.preset("recommended", attention={"window": 8})
+    config = LizardConfig.preset("plain", attention={"window": 8})
     return {"teacher": teacher, "lizard": linearize(teacher, config).eval().requires_grad_(False)}
 
 

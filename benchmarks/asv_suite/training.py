@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lizard_models import LizardConfig, linearize
 
-PRESETS = ["recommended", "paper"]
+PRESETS = ["plain", "paper"]
 
 
 def small_student(preset: str, dtype: torch.dtype = torch.float32):

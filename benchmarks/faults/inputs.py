@@ -54,14 +54,14 @@ class InputWorld(World):
         for path in self.teacher.iterdir():
             path.chmod(0o644)
         codecs.lookup("utf-8-sig")  # now, for Python may lie where a user without rights cannot load it
-        made = run(["convert", str(self.teacher), "--out", str(self.model)], self.folder / "said")
+        made = run(["convert", str(self.teacher), "--preset", "plain", "--out", str(self.model)], self.folder / "said")
         if made.code:
             raise RuntimeError(f"no model could be made: {made.said[-2000:]}")
 
     def linearize(self, folder: Path, *more: object, data: object = None, teacher: object = None) -> list[str]:
         """A command that would train one step, if there were text for it."""
         read = ["--data", self.short if data is None else data]
-        steps = ["--stage1-steps", 1, "--stage2-steps", 0, "--device", "cpu"]
+        steps = ["--preset", "plain", "--stage1-steps", 1, "--stage2-steps", 0, "--device", "cpu"]
         size = [] if "--seq-len" in more or "--show-recipe" in more else ["--seq-len", 64]
         out = [] if "--out" in more else ["--out", folder / "out"]
         start = self.teacher if teacher is None else teacher

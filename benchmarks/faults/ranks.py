@@ -23,7 +23,20 @@ from benchmarks.faults.world import World
 KILLED = "LIZARD_FAULTS_KILLED"  # rank:stage:step, of the process that is killed and of the step that it is in
 SECONDS = 600  # after which a run hangs
 CLOSE = 1e-4  # relative difference of losses (mse: a relative error is a ratio in each process by itself)
-STEPS = ("--stage1-steps", "4", "--stage2-steps", "4", "--save-steps", "1", "--batch-size", "4", "--seq-len", "64")
+STEPS = (
+    "--preset",
+    "plain",
+    "--stage1-steps",
+    "4",
+    "--stage2-steps",
+    "4",
+    "--save-steps",
+    "1",
+    "--batch-size",
+    "4",
+    "--seq-len",
+    "64",
+)
 
 
 class RankTrial(NamedTuple):

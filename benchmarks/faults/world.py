@@ -23,7 +23,20 @@ from lizard_models.runs import linearize_run, work
 LOADED = (linearize_run, work)  # here, so that no trial loads them anew
 
 SENTENCE = "the wind turns the mill and the river runs down to the sea, year {n} after year. "
-STEPS = ["--stage1-steps", "4", "--stage2-steps", "4", "--save-steps", "2", "--seq-len", "64", "--batch-size", "2"]
+STEPS = [
+    "--preset",
+    "plain",
+    "--stage1-steps",
+    "4",
+    "--stage2-steps",
+    "4",
+    "--save-steps",
+    "2",
+    "--seq-len",
+    "64",
+    "--batch-size",
+    "2",
+]
 MEASURED = ["--eval-length", "120", "--eval-documents", "1"]
 
 

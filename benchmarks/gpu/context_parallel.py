@@ -32,7 +32,7 @@ from lizard_ops import chunk_hybrid_attn, context_state
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
 NAMES = ("q", "k", "v", "fq", "fk", "g", "merge_bias")
 FORMS: dict[str, dict[str, Any]] = {
-    "recommended": {},
+    "plain": {},
     "window 1024": {"window": 1024},
     "512 kept keys": {"kept_keys": 512},
 }
@@ -164,7 +164,7 @@ def model_row(options: argparse.Namespace, mesh: Any, device: str) -> dict[str, 
     )  # fmt: skip
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(config).to(device, torch.bfloat16)
-    model = linearize(teacher, LizardConfig.preset("recommended")).requires_grad_(False).train()
+    model = linearize(teacher, LizardConfig.preset("plain")).requires_grad_(False).train()
     learn = [p for _, p in model.stage_parameters()]
     for parameter in learn:
         parameter.requires_grad_(True)

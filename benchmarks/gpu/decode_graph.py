@@ -188,7 +188,7 @@ def wait(args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--preset", default="recommended")
+    parser.add_argument("--preset", default="plain")
     parser.add_argument("--softmax-layers", type=int, nargs="*", default=[], help="layers that stay softmax")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=512, help="tokens read before decoding")

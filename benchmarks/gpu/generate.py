@@ -170,7 +170,7 @@ def main() -> int:
     weights, wrong = sum(p.nbytes for p in model.parameters()), False
     for way in sorted(args.ways, key=list(WAYS).index):
         if way.startswith("lizard") and isinstance(model, LlamaForCausalLM) and not hasattr(model, "lizard_attentions"):
-            model = linearize(model, LizardConfig.preset("recommended")).eval().requires_grad_(False)
+            model = linearize(model, LizardConfig.preset("plain")).eval().requires_grad_(False)
             weights = sum(p.nbytes for p in model.parameters())
         row: dict[str, Any] = {"way": way}
         try:

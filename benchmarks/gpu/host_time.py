@@ -61,7 +61,7 @@ def build(shape: str, layers: int, device: str, window: int) -> tuple[Any, Any]:
     with torch.device(device):
         teacher = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=131072))
     torch.set_default_dtype(torch.float32)
-    config = LizardConfig.preset("recommended", attention={"window": window})
+    config = LizardConfig.preset("plain", attention={"window": window})
     student = linearize(teacher, config).eval().requires_grad_(False)
     return teacher.eval().requires_grad_(False), student
 

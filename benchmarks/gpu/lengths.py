@@ -257,7 +257,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--preset", default="recommended")
+    parser.add_argument("--preset", default="plain")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lengths", type=int, nargs="*", default=DOUBLING)
     parser.add_argument("--static-lengths", type=int, nargs="*", default=[32768], help="those of teacher-static")

@@ -210,7 +210,7 @@ def copy_speed() -> float:
 
 
 def decode(heads: int, key_heads: int, dim: int, batch: int, speed: float) -> dict[str, float | str]:
-    """One step of the recommended form in a CUDA graph, against reading and writing the whole state."""
+    """One step of the form of ``plain`` in a CUDA graph, against reading and writing the whole state."""
     pre = min(dim // 2, 64)
     x = inputs_of(WINDOW + 72, heads, key_heads, dim, tokens=batch * (WINDOW + 72))
     form = {"mix": "merge", "coverage": "outside", "merge_bias": x.merge_bias.detach(), "feature_map": "softmax"}

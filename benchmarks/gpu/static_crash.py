@@ -57,7 +57,7 @@ def lizard(args: argparse.Namespace) -> tuple[Any, Any]:
         teacher = LlamaForCausalLM(LlamaConfig(**shape(args)))
     torch.set_default_dtype(torch.float32)
     teacher.generation_config.eos_token_id = None
-    model = linearize(teacher, LizardConfig.preset("recommended")).eval().requires_grad_(False)
+    model = linearize(teacher, LizardConfig.preset("plain")).eval().requires_grad_(False)
     return model, torch.randint(1, 60, (args.batch, args.prompt), device=args.device)
 
 

@@ -97,7 +97,7 @@ class Forward(nn.Module):
 
 def objective_of(stage: str, kind: str, options: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The module the Trainer would train, and its recipe."""
-    config = LizardConfig.preset("recommended")
+    config = LizardConfig.preset("plain")
     model: Any = teacher(options)
     if stage == "teacher forward":
         return Forward(model), None

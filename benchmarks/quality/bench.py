@@ -150,7 +150,8 @@ def _completed(settings: dict[str, Any]) -> Any:
 
     Of the row what its configuration does not say: which preset with which changes that is does not matter. A stage
     that the row leaves out is left out, and stage 0 where no keys are kept; so is what converted layers would compute
-    for a teacher, which has none, and what the linear branch of a window alone would be.
+    for a teacher, which has none, and what the linear branch of a window alone would be; and how many queries' labels
+    are made at a time, which changes none.
     """
     try:
         config = LizardConfig.from_dict(settings["config"]).to_dict()
@@ -165,7 +166,9 @@ def _completed(settings: dict[str, Any]) -> Any:
         for stage in ("stage1", "stage2"):
             if not row[stage]:
                 del config[stage]
+        config.get("stage0", {}).pop("label_block", None)
         row = {key: value for key, value in row.items() if key not in ("name", "preset", "changes", "longer")}
+        del config["name"]
     except (TypeError, ValueError):
         return None
     return json.loads(json.dumps({**settings, "config": config, "row": row, "budget": budget}))

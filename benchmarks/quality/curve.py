@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from benchmarks.quality.costs import memory_of
 from benchmarks.quality.recall_goals import found_shares
 from benchmarks.quality.results import Record, Results, mean_kl, past_loss
-from benchmarks.quality.rows import ROWS, TEACHER, Row
+from benchmarks.quality.rows import PLAIN, ROWS, TEACHER, Row
 from lizard_models.config import LizardConfig
 
 LENGTH = 8192  # tokens of the sequence whose bytes are counted: those of softmax layers grow with it
@@ -81,21 +81,21 @@ PANELS = (
 )
 
 
-def family_of(config: LizardConfig, shared: bool = False) -> str:
-    """What a configuration spends its bytes on; shared: places of its own for every layer and head."""
+def family_of(config: LizardConfig) -> str:
+    """What a configuration spends its bytes on."""
     if config.softmax_layers:
         return "softmax"
     if config.wide_layers:
         return "wide"
     if config.attention.kept_keys:
-        if shared:
+        if config.stage0.share_places:
             return "shared"
         return "left" if config.attention.coverage == "left" else "kept"
     return "window"
 
 
 def curve_lines(results: Results) -> list[Line]:
-    """The lines of a budget's rows: ``recommended`` and what starts from it and trains on the same text."""
+    """The lines of a budget's rows: ``plain`` and what starts from it and trains on the same text."""
     lines: dict[str, Line] = {}
     for name, records in results.records.items():
         if name not in ROWS or not _drawn(ROWS[name]):
@@ -104,8 +104,7 @@ def curve_lines(results: Results) -> list[Line]:
         config, budget = record.config, record.budget
         if config.wide_gate_stretch != 1.0:  # other decays in the same bytes
             continue
-        shared = record.spec.shared or bool(config.to_dict()["stage0"].get("share_places"))
-        family, length = family_of(config, shared), budget.sequence_length * record.spec.longer
+        family, length = family_of(config), budget.sequence_length * record.spec.longer
         line = lines.setdefault(_alike(record, family), Line(family, length, record.spec.oracle))
         line.points[name] = memory_of(config, LENGTH)
     order = [*FAMILIES]
@@ -113,7 +112,7 @@ def curve_lines(results: Results) -> list[Line]:
 
 
 def _drawn(row: Row) -> bool:
-    return row.on == "recommended" and not row.passkeys and not row.without
+    return row.on in (PLAIN, "recommended") and not row.passkeys and not row.without
 
 
 def _alike(record: Record, family: str) -> str:
@@ -188,8 +187,8 @@ def _lengths(lines: list[Line]) -> list[int]:
 
 
 def _control(results: Results) -> str:
-    """The window control of ``recommended``, "" where that was not measured."""
-    record = next(iter(results.records.get("recommended", {}).values()), None)
+    """The window control of ``plain``, "" where that was not measured."""
+    record = next(iter(results.records.get(PLAIN, {}).values()), None)
     return "" if record is None else record.controls["control"].name
 
 

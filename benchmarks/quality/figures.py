@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.quality.results import Results
-from benchmarks.quality.rows import ROWS, TABLES, TEACHER
+from benchmarks.quality.rows import PLAIN, ROWS, TABLES, TEACHER
 from lizard_models.evaluation.report import short
 
 COLOURS = (
@@ -69,8 +69,10 @@ def recall(kinds: dict[str, list[dict[str, Any]]], path: Path, link: str) -> str
 
 
 def _drawn(results: Results, names: list[str], measure: str) -> list[str]:
-    """Presets, teacher and control of ``recommended``, and of each group of hybrids the row that loses least."""
-    own = {spec.name for r in results.records.get("recommended", {}).values() for spec in r.controls.values()}
+    """Presets, teacher and control of ``recommended`` (of ``plain`` where that is not measured), and of each group of
+    hybrids the row that loses least."""
+    records = results.records.get("recommended") or results.records.get(PLAIN, {})
+    own = {spec.name for record in records.values() for spec in record.controls.values()}
     presets = {row.name for row in TABLES["presets"].rows if row.on == row.name}
     measured = [name for name in names if results.has(name, measure)]
     groups: dict[str, list[str]] = {}

@@ -110,10 +110,11 @@ def dry_run(
         from rich.console import Console
 
         from benchmarks.quality.options import read_budget
-        from benchmarks.quality.rows import RowSpec
+        from benchmarks.quality.rows import ROWS, RowSpec
         from lizard_models.runs.cost import describe_run, known_shapes
 
-        chosen = RowSpec(name=preset, preset=preset).config(read_budget(budget), 0)
+        longer = ROWS[preset].longer if preset in ROWS else 1
+        chosen = RowSpec(name=preset, preset=preset, longer=longer).config(read_budget(budget), 0)
         for name in teachers or known_shapes():
             for part in describe_run(
                 name, chosen, achieved=tflops, devices=devices, micro_batch=micro_batch_size, cache=cache

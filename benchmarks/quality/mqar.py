@@ -135,7 +135,7 @@ class LinearMixer(nn.Module):
 
 
 class HybridMixer(nn.Module):
-    """A layer of ``recommended``."""
+    """A layer of ``plain``."""
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -146,11 +146,11 @@ class HybridMixer(nn.Module):
 
 
 def mixer_config(recall: Recall, **changes: Any) -> AttentionConfig:
-    """The layer of ``recommended`` in the shape of the small models, with as many columns as channels.
+    """The layer of ``plain`` in the shape of the small models, with as many columns as channels.
 
     So the linear branch alone, which gets the bytes of the window too, keeps within the 256 features of the kernels.
     """
-    base = LizardConfig.preset("recommended").attention
+    base = LizardConfig.preset("plain").attention
     choices: AttentionChoices = dataclasses.replace(
         base, **{"window": recall.window, "positions": "true", "feature_dim": None, **changes}
     )

@@ -1,4 +1,4 @@
-"""Why each field of ``recommended`` is what it is: the rows that tell about it, and what they lost or gained."""
+"""Why each field of ``plain`` is what it is, and so of ``recommended``: by the rows that change it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.quality.costs import config_of, costs
 from benchmarks.quality.results import Results, markdown
-from benchmarks.quality.rows import BASE, ROWS
+from benchmarks.quality.rows import BASE, PLAIN, ROWS
 from lizard_models.config import LizardConfig
 
 
@@ -17,7 +17,7 @@ def fields() -> dict[str, list[str]]:
     for row in ROWS.values():
         if row.field:
             found.setdefault(row.field, []).append(row.name)
-    config = LizardConfig.preset("recommended").to_dict()
+    config = LizardConfig.preset(PLAIN).to_dict()
     known = [f"{part}.{name}" for part in config if isinstance(config[part], dict) for name in config[part]]
     known += [name for name in config if not isinstance(config[name], dict)]
     if unknown := sorted(set(found) - set(known)):
@@ -45,7 +45,7 @@ def differences(results: Results, field: str) -> dict[str, tuple[float, float]]:
 def better_rows(results: Results) -> dict[str, list[str]]:
     """Fields whose value the tables would not choose: rows with another value that lose less, beyond the noise, at no
     higher cost."""
-    own = _value(LizardConfig.preset("recommended"))
+    own = _value(LizardConfig.preset(PLAIN))
     found = {}
     for field in fields():
         gains = [
@@ -60,7 +60,7 @@ def better_rows(results: Results) -> dict[str, list[str]]:
 
 def reasons(results: Results) -> str:
     """A Markdown table: field, value, and the evidence beside it, as far as it was measured."""
-    own, before = _value(LizardConfig.preset("recommended")), _value(config_of(BASE))
+    own, before = _value(LizardConfig.preset(PLAIN)), _value(config_of(BASE))
     better = better_rows(results)
     rows = []
     for field in fields():

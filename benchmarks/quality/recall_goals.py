@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.costs import MORE, memory
+from benchmarks.quality.costs import MORE, config_of, memory
 from benchmarks.quality.goals import TASKS, accuracy, rise_far_away
 from benchmarks.quality.records import read_records
 from benchmarks.quality.results import Record, Results, markdown, mean_kl, narrow_controls
-from benchmarks.quality.rows import TABLES, TEACHER
+from benchmarks.quality.rows import TEACHER, rows_of
 
 LARGE, SMALL = 40.0, 20.0  # MiB of a sequence, float32
 KEPT = "kept"  # the table, and the mixer of associative recall
@@ -85,10 +85,14 @@ def goals_table(judged: list[Judged]) -> str:
 
 def best_row(results: Results, mib: float) -> str:
     """The row with kept keys that loses least past 2048 in so much memory, "" where none is measured."""
-    keeping = [row for row in TABLES[KEPT].rows if row.changes.get("attention", {}).get("kept_keys")]
-    names = [row.name for row in keeping if not row.oracle]
-    within = [name for name in names if memory(name) <= mib and results.past(name) is not None]
+    within = [name for name in keeping_rows() if memory(name) <= mib and results.past(name) is not None]
     return min(within, key=lambda name: results.past(name).mean, default="")  # type: ignore[union-attr]
+
+
+def keeping_rows() -> list[str]:
+    """The rows of the table ``kept`` that keep keys, but for bounds that no model reaches; ``recommended`` first."""
+    rows = [row for row in rows_of(KEPT) if config_of(row.name).attention.keeps_keys and not row.oracle]
+    return [row.name for row in sorted(rows, key=lambda row: row.on != "recommended")]
 
 
 def _open(goal: str, row: str, wanted: str, lacks: str) -> Judged:

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.quality.costs import memory
 from benchmarks.quality.goals import goals
 from benchmarks.quality.reasons import reasons
-from benchmarks.quality.recall_goals import KEPT, goals_table, recall_goals
+from benchmarks.quality.recall_goals import goals_table, keeping_rows, recall_goals
 from benchmarks.quality.records import read_records, write_whole
 from benchmarks.quality.results import Number, Record, Results, markdown
 from benchmarks.quality.rows import ROWS, TABLES, Table, rows_of
@@ -296,9 +296,10 @@ def _wide(results: Results) -> str:
 def _reasons(results: Results) -> str:
     table = reasons(results)
     return (
-        "**Why `recommended` is what it is.** Loss past 2048 of the rows that change a field, minus that of the row "
-        "each stands beside: `base` (`recommended` with the stage 2 and the gate's start that it had before) where no "
-        "other is named. Positive: changing the field costs that much. Costlier: more memory, more trained weights or, "
+        "**Why `plain` is what it is**, and so `recommended` but for its kept keys. Loss past 2048 of the rows that "
+        "change a field, minus that of the row each stands beside: `base` (`plain` with the stage 2 and the gate's "
+        "start that it had before) where no other is named. Positive: changing the field costs that much. Costlier: "
+        "more memory, more trained weights or, "
         f"with decays stretched, more loss far away.\n\n{table}"
         if table
         else ""
@@ -315,7 +316,7 @@ def _recall_goals(folder: Path) -> list[str]:
     parts = []
     for name in ("full", "quick"):
         results = Results(folder / f"{name}.jsonl")
-        if any(results.has(row.name) and row.changes["attention"].get("kept_keys") for row in TABLES[KEPT].rows):
+        if any(results.has(name) for name in keeping_rows()):
             table = goals_table(recall_goals(results, folder / "mqar.jsonl"))
             parts.append(f"**Budget {name}.**\n\n    python -m benchmarks.quality goals --budget {name}\n\n{table}")
     if not parts:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.quality.records import read_records
-from benchmarks.quality.rows import BASE, ROWS, Budget, RowSpec, controls
+from benchmarks.quality.rows import BASE, PLAIN, ROWS, Budget, RowSpec, controls
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
 from lizard_models.evaluation.report import past_edge
@@ -176,8 +176,8 @@ class Results:
         return self.number(name, mean_kl)
 
     def restoration(self) -> dict[str, Any] | None:
-        """What restoring layers saves, by ``recommended`` or ``base``, which stage 1 trains alike."""
-        for name in ("recommended", BASE):
+        """What restoring layers saves, by ``plain`` or ``base``, which stage 1 trains alike."""
+        for name in (PLAIN, BASE):
             record = self.records.get(name, {}).get(0)
             if record is not None and (measured := record.values["measures"].get("restore")):
                 return measured

@@ -95,7 +95,7 @@ def strays(records: Mapping[str, Record]) -> list[str]:
     """
     wrong = []
     for stem, record in records.items():
-        row, stage0 = record["settings"]["row"], record["stages"].get("stage0")
+        stage0 = record["stages"].get("stage0")
         if stage0 is None:
             if _wants_scores(record):
                 wrong.append(f"{stem}: has no stage 0, and its budget has one")
@@ -108,7 +108,9 @@ def strays(records: Mapping[str, Record]) -> list[str]:
             wrong.append(f"{stem}: its scores are those of {whose}, whose stage 0 is another")
         elif any(first["stages"]["stage0"].get(name, stage0.get(name)) != stage0.get(name) for name in ("r2", "sum")):
             wrong.append(f"{stem}: its scores are those of {whose}, which has been fitted anew since")
-        shared = row.get("shared") or record["settings"]["config"]["stage0"].get("share_places")  # a layer may lose its
+        shared = record["settings"]["config"]["stage0"].get(
+            "share_places"
+        )  # a layer may lose its score with its places
         if not shared and record.get("scores", stage0.get("sum")) != stage0.get("sum"):
             wrong.append(f"{stem}: ends with other scores than its stage 0 did")
     return wrong

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.rows import BASE, RowSpec
+from benchmarks.quality.rows import BASE, PLAIN, RowSpec
 
 
 def layer_order(bench: Bench) -> list[int] | None:
-    """Layers from the most KL saved to the least, as the row ``recommended`` or ``base`` (seed 0) measured it after
+    """Layers from the most KL saved to the least, as the row ``plain`` or ``base`` (seed 0) measured it after
     stage 1, which both train alike. None where neither has."""
-    for name in ("recommended", BASE):
+    for name in (PLAIN, BASE):
         for record in bench.records(RowSpec(name=name)):
             if measured := record["measures"].get("restore"):
                 return measured["order"]

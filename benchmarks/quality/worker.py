@@ -105,11 +105,11 @@ class _Row:
         config = self.config.replace(wide_layers=[]) if spec.widened else self.config
         model: Any = self._foretold(linearize(self.teacher.model, config).requires_grad_(False))
         scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0 and not spec.oracle
-        if spec.shared and not scored:
+        if self.config.attention.keeps_keys and self.config.stage0.share_places and not scored:
             raise ValueError(f"{spec.stem}: places are shared out by fitted scores, and there is no stage 0")
         if scored:
             rows = self._fit_scores(model)
-            if spec.shared or shared_mib(model.config, None, scored):
+            if shared_mib(model.config, None, scored) is not None:
                 self._share_places(model, rows)
         trains = any(True for _ in model.stage_parameters())
         if spec.stage1 and trains and self.bench.budget.stage1_steps:

@@ -57,7 +57,7 @@ class Text:
 
 
 def build(shape: str, device: str, dtype: torch.dtype, window: int) -> Any:
-    """A random Lizard, preset recommended, and nothing else on the device."""
+    """A random Lizard, preset plain, and nothing else on the device."""
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=131072, eos_token_id=None)
     before = torch.get_default_dtype()
@@ -67,7 +67,7 @@ def build(shape: str, device: str, dtype: torch.dtype, window: int) -> Any:
             teacher = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    model = linearize(teacher, LizardConfig.preset("recommended", attention={"window": window}))
+    model = linearize(teacher, LizardConfig.preset("plain", attention={"window": window}))
     return model.to(device).eval().requires_grad_(False)
 
 

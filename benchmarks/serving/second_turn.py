@@ -19,13 +19,13 @@ from lizard_models import LizardConfig, PrefixStates, linearize, load_model
 
 
 def of_shape(window: int) -> Any:
-    """A random Lizard of SmolLM2-135M's shape, preset recommended."""
+    """A random Lizard of SmolLM2-135M's shape, preset plain."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=None,
     )  # fmt: skip
-    return linearize(LlamaForCausalLM(config).eval(), LizardConfig.preset("recommended", attention={"window": window}))
+    return linearize(LlamaForCausalLM(config).eval(), LizardConfig.preset("plain", attention={"window": window}))
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def save(model: Any, folder: Path) -> Any:
 
 def save_model(folder: Path, kept_layers: tuple[int, ...] = (), context: int = 1 << 17) -> Any:
     """A random Lizard in ``folder``, made of ``teacher``; returns it."""
-    chosen = LizardConfig.preset("recommended", attention={"window": 32}, softmax_layers=list(kept_layers))
+    chosen = LizardConfig.preset("plain", attention={"window": 32}, softmax_layers=list(kept_layers))
     model = linearize(teacher(context), chosen)
     model.generation_config.eos_token_id = None
     return save(model, folder).eval()

@@ -31,6 +31,7 @@ def carry_out(plan: Plan, console: Console) -> None:
 
 def describe(plan: Plan, console: Console) -> None:
     """Prints shapes, new parameters, and estimates of memory and time, without weights."""
+    from lizard_models.cli.options import read_device
     from lizard_models.distill import parallel
     from lizard_models.runs.cost import describe_run
 
@@ -40,6 +41,8 @@ def describe(plan: Plan, console: Console) -> None:
         "widen": plan.widen,
         "state_mib": plan.state_mib,
         "checkpointing": plan.gradient_checkpointing,
+        "stages": plan.stages(),
+        "cpu": (plan.device or read_device(None)) == "cpu",
         "cache": plan.cache,
     }
     for part in describe_run(plan.teacher, plan.config, **settings):

@@ -27,7 +27,7 @@ def command(
     teacher: Annotated[str, typer.Argument(help="Hub name, local folder, or smollm2-135m.")],
     out: Annotated[Path, typer.Option(help="Folder for the untrained model; must not exist yet.")],
     preset: Annotated[
-        str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
+        str, typer.Option(help="paper, paper_literal, plain, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
     kept_keys: KeptKeys = None,
@@ -48,8 +48,9 @@ def command(
 
     A quarter of the layers kept softmax: [cyan]lizard-attn convert my-teacher --softmax-share 0.25 --out hybrid[/cyan]
 
-    With 256 kept keys, the keys least like the mean key until stage 0 has fitted their scores:
-    [cyan]lizard-attn convert my-teacher --kept-keys 256 --out kept[/cyan]
+    Kept keys, 480 of each key head in preset recommended, are those least like the mean key here: no text is read, by
+    which scores could be fitted or places shared out. Fewer, or none of them:
+    [cyan]lizard-attn convert my-teacher --kept-keys 256 --out kept[/cyan], [cyan]--preset plain[/cyan]
     """
     with one_line_errors():
         from lizard_models.config import LizardConfig

@@ -42,15 +42,15 @@ def command(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
+        str, typer.Option(help="paper, paper_literal, plain, recommended, lolcats, liger or window_only.")
     ] = "recommended",
     settings: Settings = None,
     kept_keys: KeptKeys = None,
     state_mib: Annotated[
         float | None,
         typer.Option(
-            help="MiB that one sequence's state may take with float32 keys, in place of --kept-keys: after stage 0 the "
-            "layers and heads where kept keys save most get them.",
+            help="MiB that one sequence's state may take with float32 keys, in place of --kept-keys and the preset's: "
+            "after stage 0 the layers and heads where kept keys save most get them.",
             min=0,
         ),
     ] = None,
@@ -159,7 +159,7 @@ def command(
 ) -> None:
     """Turn a teacher into a Lizard: stage 1 imitates its attention, stage 2 fine-tunes with LoRA.
 
-    With kept keys, stage 0 before them learns which keys to keep.
+    Stage 0 before them learns which keys to keep: 480 a key head in preset recommended, none in plain.
 
     [bold]Examples[/bold]
 
@@ -178,10 +178,12 @@ def command(
     Nearer to the teacher in constant memory: a window of 1024 in the eight layers that need it most:
     [cyan]--widen 8[/cyan]
 
-    Exact recall in constant memory, 256 keys a key head chosen by a learned score: [cyan]--kept-keys 256[/cyan]; with
-    little text also [cyan]--set stage0.sequence_length=1024[/cyan]
+    Fewer kept keys than the preset's 480 a key head, shared out as these are over layers and heads by what they save:
+    [cyan]--kept-keys 256[/cyan]; with little text also [cyan]--set stage0.sequence_length=1024 --seq-len 1024[/cyan]
 
-    The same in as much memory as you say, where it pays most: [cyan]--state-mib 25[/cyan]
+    As many as so much memory holds: [cyan]--state-mib 25[/cyan]
+
+    Without kept keys and stage 0, in less memory and on a CPU: [cyan]--preset plain[/cyan]
 
     A quarter of the layers kept as they are: [cyan]--softmax-share 0.25[/cyan], or by number:
     [cyan]--softmax-layers 3,11,19,27[/cyan]
@@ -209,9 +211,12 @@ def command(
         from lizard_models.runs.linearize_run import Plan
         from lizard_models.runs.recipe_show import preset_data
 
-        chosen = LizardConfig.preset(preset).replace(**read_settings(settings))
+        changes = read_settings(settings)
+        chosen = LizardConfig.preset(preset).replace(**changes)
         chosen = chosen.replace(**read_kept(softmax_layers, softmax_share, keep_sliding))
         chosen = chosen.replace(**read_kept_keys(kept_keys))
+        if state_mib is not None and kept_keys is None and "kept_keys" not in changes.get("attention", {}):
+            chosen = chosen.replace(attention={"kept_keys": 0})  # the preset's give way to the budget
         if stage0_steps and not chosen.attention.keeps_keys and state_mib is None:
             raise ValueError(
                 "--stage0-steps: stage 0 fits the scores of kept keys, and there are none; give --kept-keys"

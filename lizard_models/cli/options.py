@@ -48,7 +48,8 @@ KeptKeys = Annotated[
     int | None,
     typer.Option(
         help="Keys per key head that stay exact beyond the window, chosen by a learned score, e.g. 256; default: the "
-        "preset's.",
+        "preset's. linearize shares out the bytes of so many over layers and heads where stage0.share_places says so, "
+        "as preset recommended does.",
         min=0,
         show_default=False,
     ),

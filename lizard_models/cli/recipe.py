@@ -17,7 +17,7 @@ app = typer.Typer(
 @app.command("show", cls=Command)
 def show(
     preset: Annotated[
-        str, typer.Argument(help="paper, paper_literal, recommended, lolcats, liger or window_only.")
+        str, typer.Argument(help="paper, paper_literal, plain, recommended, lolcats, liger or window_only.")
     ] = "recommended",
 ) -> None:
     """Print a preset as a complete recipe file, with a comment on every key.

@@ -25,6 +25,7 @@ from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.families.support import family_of
 from lizard_models.model.linearize import start_new_parameters, student_config
 from lizard_models.model.safe_loading import OLD_BUFFERS
+from lizard_models.runs.memory import told_places
 from lizard_models.runs.model_card import write_model_card
 from lizard_models.teachers.find import find_teacher, load_tokenizer, save_tokenizer
 from lizard_models.teachers.loading import TRAINING
@@ -64,6 +65,8 @@ def linearize_folder(
     chosen = student_config(teacher, config)
     if dtype is not None:
         chosen.dtype = dtype
+    if config.attention.keeps_keys:
+        say(f"kept keys: {told_places(chosen)}, those least like the mean key: no score is fitted here")
     family = family_of(teacher)
     with torch.device("meta"):
         student = family(chosen)

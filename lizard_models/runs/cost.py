@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.neediest_layers import check_widen
+from lizard_models.files.folders import check_space
+from lizard_models.files.sources import Say
 from lizard_models.model.arithmetic import Shape, Stage
-from lizard_models.model.layer_configs import converted_layers, head_dim
+from lizard_models.model.layer_configs import converted_layers, head_dim, lizard_config
 from lizard_models.model.linearize import student_config
 from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.memory import cache_bytes, lizard_bytes
+from lizard_models.runs.plan import STAGES, Plan
 from lizard_models.runs.state_budget import evenly_kept
 from lizard_models.teachers.find import find_teacher
 
 ACHIEVED = 300.0  # TFLOP/s in bf16, of an H100's 989 at most
+CPU_ACHIEVED = 0.03  # in float32, of two cores: by the steps of docs/quickstart.md, section 4, of both stages
+LONG = 3600.0  # seconds on a CPU from which a run is warned of
 EPOCH_TOKENS = 10_000_000  # of the paper's 50,000 examples
 LOSS_CHUNK = 512  # positions whose logits exist at a time
 
@@ -98,6 +104,16 @@ class RunCost:
     stage1: StageCost
     stage2: StageCost
 
+    def told_on_cpu(self, stages: Collection[str], least: float = 0.0) -> str:
+        """What each of ``stages`` takes on two CPU cores, and what takes less; "" below ``least`` seconds in all."""
+        seconds = {stage: part.seconds(CPU_ACHIEVED) for stage in sorted(stages) if (part := getattr(self, stage))}
+        if sum(seconds.values()) < least:
+            return ""
+        hours = ", ".join(f"stage {stage[-1]} {time / 3600:,.1f} h" for stage, time in seconds.items())
+        less = "a GPU, fewer steps or shorter sequences"
+        less += ", or preset plain, which has no stage 0," if "stage0" in seconds else ""
+        return f"on a CPU, at {CPU_ACHIEVED:g} TFLOP/s (two cores, float32): {hours}; {less} take less"
+
 
 def run_cost(
     teacher: PreTrainedConfig, lizard: LizardConfig, *, micro_batch: int | None = None, checkpointing: bool = True
@@ -114,10 +130,16 @@ def run_cost(
     config = student_config(teacher, lizard)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
+    return _run_cost(model, lizard, micro_batch, checkpointing)
+
+
+def _run_cost(model: Any, lizard: LizardConfig, micro_batch: int | None, checkpointing: bool) -> RunCost:
+    """The same of a student that there is."""
+    config = model.config
     new = dict(model.lizard_parameters())
     total, added = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in new.values())
-    first = model.lizard_attentions()[0]
-    shapes = {name: tuple(p.shape) for name, p in first.lizard.named_parameters()}
+    first = model.lizard_attentions()[:1]
+    shapes = {name: tuple(p.shape) for one in first for name, p in one.lizard.named_parameters()}
     adapters = tuned_numbers(model, lizard.stage2)
     shape = Shape(config)
     base = total - added
@@ -144,6 +166,18 @@ def run_cost(
         size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (name == "stage2") + activations
         stages[name] = StageCost(steps, tokens, flop * tokens, size)
     return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"])
+
+
+def check_run(plan: Plan, model: Any, stages: list[str], device: str, say: Say) -> None:
+    """Says how long a run takes on a CPU, if that is long. model: the student, of which ``stages`` are run.
+
+    Raises ValueError for a disk that is too small.
+    """
+    if device == "cpu":
+        cost = _run_cost(model, lizard_config(model.config), None, plan.gradient_checkpointing)
+        if told := cost.told_on_cpu(stages, LONG):
+            say(f"note: {told}")
+    check_space(plan.out, disk_needed(model, plan.config, stages), "the run")
 
 
 def disk_needed(model: Any, config: LizardConfig, stages: list[str]) -> int:
@@ -186,12 +220,15 @@ def describe_run(
     checkpointing: bool = True,
     widen: int = 0,
     state_mib: float | None = None,
+    stages: Collection[str] = STAGES,
+    cpu: bool = False,
     cache: str | None = None,
 ) -> list[str | Table]:
     """What a dry run prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
 
     widen: layers that are to get the wide window, counted as if they had it from the start. state_mib: shared out
-    evenly, as it is until the scores are fitted. Raises ValueError for an unknown teacher, and what ``check_widen`` and
+    evenly, as it is until the scores are fitted. stages: those that are run. cpu: also what they take without a GPU.
+    Raises ValueError for an unknown teacher, and what ``check_widen`` and
     ``evenly_kept`` do.
     """
     try:
@@ -221,16 +258,19 @@ def describe_run(
     for parameter, shape in cost.shapes.items():
         new.add_row(parameter, " x ".join(map(str, shape)) or "1")
     lines.append(new)
-    stages = Table(title=f"estimate at {achieved:g} TFLOP/s on each of {devices} devices", title_justify="left")
+    estimate = Table(title=f"estimate at {achieved:g} TFLOP/s on each of {devices} devices", title_justify="left")
     for column in ("stage", "steps", "tokens", "arithmetic", "time", "memory in all"):
-        stages.add_column(column, justify="right")
-    for stage, part in (("0", cost.stage0), ("1", cost.stage1), ("2", cost.stage2)):
-        if part is None:
+        estimate.add_column(column, justify="right")
+    for stage in STAGES:
+        part: StageCost | None = getattr(cost, stage)
+        if part is None or stage not in stages:
             continue
         minutes = part.seconds(achieved, devices) / 60
         sizes = f"{part.flop / 1e15:,.1f} PFLOP", f"{minutes:,.1f} min", f"{part.bytes / 2**30:,.1f} GiB"
-        stages.add_row(stage, f"{part.steps:,}", f"{part.tokens / 1e6:.1f}M", *sizes)
-    lines.append(stages)
+        estimate.add_row(stage[-1], f"{part.steps:,}", f"{part.tokens / 1e6:.1f}M", *sizes)
+    lines.append(estimate)
+    if cpu and stages:
+        lines.append(cost.told_on_cpu(stages))
     memory = Table(title="one sequence in bf16 after training", title_justify="left")
     for column in ("tokens", "teacher's cache", "Lizard's state"):
         memory.add_column(column, justify="right")

@@ -111,7 +111,7 @@ def _plan(out: Path, deadline: float, cache: str | None, say: Say) -> Plan:
         planned = _plan_steps(deadline, cache, say)
     recipe: dict[str, Any] = {"sequence_length": planned["sequence"], "batch_size": 1}
     config = LizardConfig.preset(
-        "recommended",
+        "plain",
         attention={"kept_keys": planned.get("kept_keys", 0)},  # runs of before there were any go on without
         stage0={
             "sequence_length": SCORE_TOKENS,
@@ -146,7 +146,7 @@ def _plan_steps(deadline: float, cache: str | None, say: Say) -> dict[str, int]:
     """Steps that fit before ``deadline`` (monotonic seconds): two thirds of the time that is left for stage 1, if
     stage 2 gets its least. Where too few would fit, fewer tales are measured, then sequences are shorter."""
     teacher = load_teacher(DEMO_TEACHER, cache=cache, say=say)
-    config = LizardConfig.preset("recommended", attention={"kept_keys": KEPT_KEYS})
+    config = LizardConfig.preset("plain", attention={"kept_keys": KEPT_KEYS})
     student = linearize(teacher.model, config).requires_grad_(False)
     for _, parameter in student.stage_parameters():
         parameter.requires_grad_(True)

@@ -22,7 +22,7 @@ from lizard_models.evaluation.control import window_control
 from lizard_models.evaluation.neediest_layers import check_widen, neediest_layers
 from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
-from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
+from lizard_models.files.folders import KeptDraft, appear_whole, write_sums
 from lizard_models.files.records import write_record
 from lizard_models.files.sources import cache_dir
 from lizard_models.files.weights import content_digest
@@ -31,6 +31,7 @@ from lizard_models.model.layer_configs import converted_layers, lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
 from lizard_models.recipes import Recipe, Stage0Config
+from lizard_models.runs.cost import check_run
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
@@ -111,6 +112,7 @@ class _Run:
         self.start = ""  # digest of what it begins with
         if plan.start is not None:
             self.results, self.start = begin_from(plan.start, self.model, self.digest)
+            self.config = lizard_config(self.model.config)  # with the places that are shared out there
             self.say(f"{' and '.join(self.results)}: as trained in {plan.start}")
         added = sum(p.numel() for _, p in self.model.lizard_parameters())
         total = sum(p.numel() for p in self.model.parameters())
@@ -123,7 +125,7 @@ class _Run:
                 self._check_stage(stage, rows)
         if plan.widen:
             self._check_widen()
-        check_space(plan.out, disk_needed(self.model, plan.config, list(self.sequences)), "the run")
+        check_run(plan, self.model, list(self.sequences), self.device, self.say)
         self.held.begin(self._settings() | {"passkey_lengths": plan.passkey_lengths})
         self.rows = [Row.from_dict(values) for values in self.held.read(ROWS) or []]
         wait_for_all()
@@ -362,6 +364,7 @@ class _Run:
             "config": self.config.to_dict(),
             "widen": plan.widen,
             "state_mib": plan.state_mib,
+            "kept_keys": plan.config.to_dict()["attention"]["kept_keys"],  # before they are shared out
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": torch.device(self.device).type,
             "processes": process_count(),

@@ -125,6 +125,11 @@ class Plan:
                 f"out: the folder's name has more than {LONGEST} bytes, the most that leaves room for work"
             )
 
+    def stages(self) -> list[str]:
+        """The stages that it asks for, as far as there is anything in them to train."""
+        asked = {"stage0": self.stage0, "stage1": self.stage1, "stage2": self.stage2}
+        return [stage for stage in STAGES if asked[stage] and (self.start is None or stage == "stage2")]
+
 
 @dataclass
 class Outcome:

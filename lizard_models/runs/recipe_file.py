@@ -182,6 +182,8 @@ class _Reader:
         given = {key: self.values[key.name] for key in keys().values() if key.of_config and key.name in self.values}
         given = {key: value for key, value in given.items() if not (key.name == "name" and value is None)}
         config = LizardConfig.preset(self.values.get("preset", keys()["preset"].default))
+        if self.values.get("budget.state_mib") is not None and "budget.kept_keys" not in self.values:
+            config = config.replace(attention={"kept_keys": 0})  # the preset's give way to the budget
         for part in ("attention", "stage0", "stage1", "stage2", ""):
             here = {key: value for key, value in given.items() if ".".join(key.target[1:-1]) == part}
             changes = {key.target[-1]: value for key, value in here.items()}

@@ -118,5 +118,6 @@ def too_short(what: str, recipe: Stage0Config, least: int) -> ValueError:
     return ValueError(
         f"data: stage 0 takes at least 2 rows of stage0.sequence_length={recipe.sequence_length} tokens, one of them "
         f"held out, and {what}: give more text, or a shorter stage0.sequence_length (at least {least}: window, anchors "
-        f"and stage0.label_queries={recipe.label_queries})"
+        f"and stage0.label_queries={recipe.label_queries}), or leave stage 0 out (no steps of it), by which the keys "
+        "least like the mean key are kept, or take preset plain, which keeps none"
     )

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lizard_layers.config import tuples
 from lizard_models.config import LizardConfig
 from lizard_models.distill import Stage0Result, StageResult
 from lizard_models.distill.checkpoint_files import damaged as damaged_checkpoint
@@ -17,12 +18,14 @@ from lizard_models.distill.resume import RUN, checkpoints, step_of
 from lizard_models.distill.score_files import SCORES, load_scores
 from lizard_models.distill.trainer import TRAINED
 from lizard_models.files.folders import SUMS, damaged
-from lizard_models.files.records import read_json
+from lizard_models.files.records import read_json, read_record
 from lizard_models.files.weights import content_digest, name_some, nonfinite, read_shards
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.keep_places import keep_places
+from lizard_models.model.layer_configs import lizard_config
 from lizard_models.teachers.loading import TRAINING
 
-PLAN = "plan.json"
+PLAN, KEPT = "plan.json", "kept_keys.json"
 FREE = ("version", "name", "stage2", "wide_layers", "wide_window", "wide_gate_stretch")  # no part of stages 0 and 1
 PARTS = ("stage0", "stage1")
 
@@ -62,6 +65,8 @@ def start_config(folder: Path, config: LizardConfig) -> LizardConfig:
     """
     record = start_record(folder)
     theirs, ours = LizardConfig.from_dict(record["config"]).to_dict(), config.to_dict()
+    if record.get("kept_keys") == ours["attention"]["kept_keys"]:  # which may have been shared out since
+        theirs["attention"]["kept_keys"] = ours["attention"]["kept_keys"]
     other = []
     for name in ours:
         if name in FREE or name in PARTS or theirs[name] == ours[name]:
@@ -77,7 +82,7 @@ def start_config(folder: Path, config: LizardConfig) -> LizardConfig:
 
 
 def begin_from(folder: Path, model: LizardCausalLM, teacher_sha256: str) -> Start:
-    """Writes what stages 0 and 1 trained into a model fresh from ``linearize``.
+    """Writes what stages 0 and 1 trained into a model fresh from ``linearize``, with the places that were shared out.
 
     Raises ValueError for another teacher, and for files that are damaged or of another model.
     """
@@ -88,6 +93,9 @@ def begin_from(folder: Path, model: LizardCausalLM, teacher_sha256: str) -> Star
             f"{record['teacher_sha256'][:12]}, this one's is {teacher_sha256[:12]})"
         )
     saved = (folder / TRAINING).is_file()
+    places = record["config"]["attention"].get("kept_keys", 0)
+    if saved and isinstance(places, list) and lizard_config(model.config).attention.kept_keys != tuples(places):
+        keep_places(model, places)
     found, results = _saved(folder, record) if saved else _working(folder, model)
     wanted = dict(model.lizard_parameters()) if saved else dict(model.stage_parameters())
     if other := sorted(found.keys() ^ wanted.keys()):
@@ -124,6 +132,8 @@ def _working(folder: Path, model: LizardCausalLM) -> tuple[dict[str, Tensor], di
     if model.key_scores() and (folder / "stage0" / SCORES).is_file():
         last = _last(folder / "stage0")
         results["stage0"] = Stage0Result(**vars(_result(last)), r2=load_scores(folder / "stage0", model.key_scores()))
+        if chosen := read_record(folder / KEPT, f"end the run in {str(folder)!r}, and begin with its model", False):
+            keep_places(model, chosen["places"])
     last = _last(folder / "stage1")
     results["stage1"] = _result(last)
     tensors = load_file(last / TRAINED)

@@ -54,7 +54,9 @@ def evenly_kept(teacher: PreTrainedConfig, config: LizardConfig, mib: float) -> 
     """
     if config.attention.keeps_keys:
         kept = config.attention.kept_keys
-        raise ValueError(f"state_mib: got kept_keys={kept} as well, wanted one of the two")
+        raise ValueError(
+            f"state_mib: got kept_keys={kept} as well, wanted one of the two; kept_keys=0 leaves it to the budget"
+        )
     config = config.replace(attention={"kept_keys": 1})  # which is refused where keys cannot be kept
     paid = prices(student_config(teacher, config))
     if mib * 2**20 <= paid.without:

@@ -22,7 +22,7 @@ from lizard_models.runs.plan import STAGES, Plan, check_folders, work_folder
 from lizard_models.teachers.loading import TRAINING
 
 PLAN, ROWS, WIDE, KEPT, LOG = "plan.json", "rows.json", "wide_layers.json", "kept_keys.json", "log.jsonl"
-NOT_OF_THE_PLAN = ("stages", "processes")  # of what a run records
+NOT_OF_THE_PLAN = ("stages", "processes", "kept_keys")  # of what a run records; the last is in its configuration
 
 
 class Work:
@@ -130,7 +130,7 @@ class Work:
         self.summed = before.setdefault("sums", False)
         before["sums"] = True
         with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
-            before["config"] = LizardConfig.from_dict(before["config"]).to_dict()
+            before["config"] = _known(before["config"], settings["config"]["name"])
         known = before.setdefault("teacher_sha256", settings["teacher_sha256"])
         changed = [key for key in settings if before.get(key) != settings[key]]
         if not trained and (changed or not self.plan.resume):
@@ -220,19 +220,25 @@ def _is_model_of(plan: Plan, folder: Path) -> bool:
         return False
     record = read_json(folder / TRAINING, "copy the model again")
     config = dict(record.get("config", {}))
+    with contextlib.suppress(ValueError, TypeError):
+        config = _known(config, plan.config.name)
     if plan.widen:
         config["wide_layers"] = plan.config.to_dict()["wide_layers"]
-    if plan.state_mib is not None:
-        config["attention"] = {
-            **config.get("attention", {}),
-            "kept_keys": plan.config.to_dict()["attention"]["kept_keys"],
-        }
+    ours = plan.config.to_dict()["attention"]["kept_keys"]
+    if plan.state_mib is not None or record.get("kept_keys") == ours:  # what became of the same
+        config["attention"] = {**config.get("attention", {}), "kept_keys": ours}
     if record.get("state_mib") != plan.state_mib or record.get("start") != (plan.start and str(plan.start)):
         return False
     if record.get("weights", []) != plan.weights:
         return False
-    ours = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "config": plan.config.to_dict()}
-    return {**record, "config": config} == {**record, **ours}
+    wanted = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "config": plan.config.to_dict()}
+    return {**record, "config": config} == {**record, **wanted}
+
+
+def _known(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A recorded configuration with every field, for one called ``name``: what is plain was recommended once."""
+    config = LizardConfig.from_dict(values)
+    return (config.replace(name=name) if (config.name, name) == ("recommended", "plain") else config).to_dict()
 
 
 def _but_stage2(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Variant:
     """A family, a preset, and what differs from it."""
 
     family: str
-    preset: str = "recommended"
+    preset: str = "plain"
     changes: dict[str, Any] = field(default_factory=dict)  # of the LizardConfig
     fields: dict[str, Any] = field(default_factory=dict)  # of the family's config
     pads_left: bool = False  # whether the prompts of the tests are padded on the left

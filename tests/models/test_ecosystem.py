@@ -252,10 +252,10 @@ def state_tensors(cache) -> list[torch.Tensor]:
 def test_push_to_hub_sends_safetensors_and_the_runs_own_card(tmp_path, monkeypatch):
     save_teacher(tmp_path / "teacher")
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
-    out = linearize_folder(tmp_path / "teacher", tmp_path / "out", LizardConfig.preset("recommended"))
+    out = linearize_folder(tmp_path / "teacher", tmp_path / "out", LizardConfig.preset("plain"))
     card = ModelCard.load(out / "README.md")
     assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "text-generation"
-    for text in ("preset `recommended`: window 128", "untrained", "import lizard_models", f"torch {torch.__version__}"):
+    for text in ("preset `plain`: window 128", "untrained", "import lizard_models", f"torch {torch.__version__}"):
         assert text in card.text
 
     sent = {}

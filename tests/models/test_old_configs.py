@@ -66,10 +66,10 @@ def test_another_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name} is {value!r}, which {LAST}"):
         LizardConfig.from_dict(nested({name: value}))
     with pytest.raises(ValueError, match=f"^{name} is {value!r}, which {LAST}"):
-        LizardConfig.preset("recommended", **nested({name: value}))
+        LizardConfig.preset("plain", **nested({name: value}))
 
 
-@pytest.mark.parametrize("preset", ["paper", "paper_literal", "recommended", "lolcats", "liger", "window_only"])
+@pytest.mark.parametrize("preset", ["paper", "paper_literal", "plain", "lolcats", "liger", "window_only"])
 def test_whole_configs_of_before_load(preset):
     config = LizardConfig.preset(preset, wide_gate_stretch=1.0)
     assert LizardConfig.from_json(json.dumps(with_old_fields(config.to_dict()))) == config

@@ -9,7 +9,7 @@ from tiny import student, tokens
 from lizard_models import LizardConfig
 from lizard_models.presets import PRESETS
 
-NAMES = ["paper", "paper_literal", "recommended", "lolcats", "liger", "window_only"]
+NAMES = ["paper", "paper_literal", "plain", "recommended", "lolcats", "liger", "window_only"]
 
 
 def test_names():
@@ -39,7 +39,7 @@ def test_the_papers_recipe():
 
 
 def test_the_recommended_form():
-    recommended = LizardConfig.preset("recommended")
+    recommended = LizardConfig.preset("plain")
     attention, stage1 = recommended.attention, recommended.stage1
     assert (attention.window, attention.anchors, attention.num_sinks) == (128, 4, 0)
     assert attention.window_rope and not attention.linear_rope and attention.coverage == "outside"
@@ -49,6 +49,14 @@ def test_the_recommended_form():
     assert (attention.gate, attention.gate_init) == ("key_head", 0.985)
     assert (attention.mix, attention.merge_bias) == ("merge", "head_and_token")
     assert (stage1.error, stage1.learning_rate, stage1.gate_learning_rate) == ("relative", 1e-2, 1e-3)
+    kept = LizardConfig.preset("recommended")
+    attention, stage0 = kept.attention, kept.stage0
+    assert (attention.kept_keys, attention.coverage, attention.score_received) == (480, "left", True)
+    assert (
+        stage0.share_places
+        and stage0.max_steps == 720
+        and (kept.stage1.sequence_length, kept.stage2.sequence_length) == (4096, 4096)
+    )
     control = LizardConfig.preset("window_only").attention
     assert not control.linear_branch and (control.window, control.anchors) == (128, 4)
 
@@ -62,8 +70,8 @@ def test_json_there_and_back(name):
 
 
 def test_replace_changes_what_it_names():
-    before = LizardConfig.preset("recommended")
-    after = LizardConfig.preset("recommended", attention={"window": 64}, stage1={"max_steps": 7})
+    before = LizardConfig.preset("plain")
+    after = LizardConfig.preset("plain", attention={"window": 64}, stage1={"max_steps": 7})
     assert after.attention.window == 64 and after.attention.anchors == 4
     assert after.stage1.max_steps == 7 and after.stage1.batch_size == before.stage1.batch_size
     assert after.stage2 == before.stage2 and before.attention.window == 128
@@ -98,7 +106,11 @@ def test_bad_values_are_named(values, message):
 def test_every_preset_trains_and_generates(name):
     model = student(name, seed=None)
     ids = tokens(2, 30)
-    trained = [p.requires_grad_() for n, p in model.named_parameters() if ".lizard." in n or "q_proj" in n]
+    trained = [
+        p.requires_grad_()
+        for n, p in model.named_parameters()
+        if ".key_score." not in n and (".lizard." in n or "q_proj" in n)
+    ]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
     for _ in range(6):

@@ -66,7 +66,7 @@ def teacher(family: str = "llama", **changes):
     return model
 
 
-def student(preset: str = "recommended", family: str = "llama", window: int = 8, seed: int | None = 1, **changes):
+def student(preset: str = "plain", family: str = "llama", window: int = 8, seed: int | None = 1, **changes):
     """The student of ``teacher`` with a window short enough to leave; new parameters disturbed unless seed is None."""
     config = LizardConfig.preset(preset, attention={"window": window} | changes.pop("attention", {}))
     own = {name: changes.pop(name) for name in HYBRID if name in changes}

@@ -389,7 +389,7 @@ ROWS = [
 
 HEAD = """# What users of transformers do
 
-Each row is a test (`pytest tests/models/test_users.py`) on tiny random models: a Lizard (preset `recommended`, window
+Each row is a test (`pytest tests/models/test_users.py`) on tiny random models: a Lizard (preset `plain`, window
 8), its Llama teacher, and transformers' own Mamba-2. "yes" means that what the row says holds; anything else is what is
 seen instead. Written by `python tests/models/users.py > docs/users.md`; a test holds this file to the rows.
 

@@ -49,7 +49,7 @@ def test_a_teachers_steps_against_counted_ones():
 
 def test_a_students_steps_by_their_parts():
     config = LlamaConfig(**SIZES, num_hidden_layers=3)
-    attention = LizardConfig.preset("recommended").attention
+    attention = LizardConfig.preset("plain").attention
     layer = layer_of(config, attention, BATCH * LENGTH)
     assert (layer.N, layer.H, layer.K, layer.D, layer.P, layer.W, layer.A) == (24, 4, 2, 6, 128, 128, 4)
     forward, tokens = total(forward_operations(layer)), BATCH * LENGTH

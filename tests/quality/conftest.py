@@ -18,7 +18,6 @@ def folder(tmp_path):
         write_row(tmp_path, dataclasses.replace(beside["control"], seed=seed), 3.4)
     more = {
         "branches": {"without_linear": loss(3.5), "without_window": loss(5.0)},
-        "restore": {"kl": 0.1, "saved": {"0": 0.01, "1": 0.03}, "order": [1, 0]},
         "passkey": {"256": 1.0, "1024": 0.5},
         "length": loss(3.3, (0, 128, 4096, 65536)),
         "tasks": {
@@ -26,6 +25,8 @@ def folder(tmp_path):
         },
     }
     write_row(tmp_path, row, 3.1, **more)
+    order = {"kl": 0.1, "saved": {"0": 0.01, "1": 0.03}, "order": [1, 0]}
+    write_row(tmp_path, RowSpec(name="plain"), 3.15, restore=order)
     write_row(tmp_path, dataclasses.replace(row, seed=1), 3.12)
     for seed, value in ((0, 3.1), (1, 3.12)):
         write_row(tmp_path, dataclasses.replace(BASE, seed=seed), value)

@@ -36,11 +36,11 @@ def options(places):
 
 
 def test_rows_run_in_processes_of_their_own_and_only_once(places):
-    shown = call("run", "recommended", "--no-controls", "--measures", "loss,kl", *options(places)).output
-    assert "0 rows are finished, 1 are to run, 1 at a time" in shown and "recommended.s0: finished in" in shown
-    record = read_record(places / "out" / "quick.jsonl", "recommended.s0")
+    shown = call("run", "plain", "--no-controls", "--measures", "loss,kl", *options(places)).output
+    assert "0 rows are finished, 1 are to run, 1 at a time" in shown and "plain.s0: finished in" in shown
+    record = read_record(places / "out" / "quick.jsonl", "plain.s0")
     assert record["measures"].keys() == {"loss", "kl"} and record["settings"]["budget"]["stage1_steps"] == 1
-    again = call("run", "recommended", "--no-controls", "--measures", "loss,kl", *options(places)).output
+    again = call("run", "plain", "--no-controls", "--measures", "loss,kl", *options(places)).output
     assert "1 rows are finished, 0 are to run" in again
 
 

@@ -15,10 +15,10 @@ from benchmarks.quality.rows import ROWS, RowSpec, controls
 
 TEACHER = RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False)
 DRAWN = {
-    "recommended": 3.2, "recommended-w384": 3.1, "recommended-w256": 3.15, "recommended-wide-4x2048-longer-x4": 3.08,
+    "plain": 3.2, "recommended-w384": 3.1, "recommended-w256": 3.15, "recommended-wide-4x2048-longer-x4": 3.08,
     "recommended-wide-8x1024-longer-x4": 3.07, "recommended-kept-256": 3.05, "recommended-kept-64": 3.15,
     "recommended-kept-256-received": 3.04, "recommended-kept-160-left-longer-x4": 3.06,
-    "recommended-kept-480-left-longer-x4": 3.02, "recommended-shared-480-left-longer-x4": 3.01,
+    "recommended-kept-480-left-longer-x4": 3.02, "recommended": 3.01, "recommended-shared-160-left-longer-x4": 3.04,
     "recommended-kept-256-oracle": 3.01, "recommended-softmax-12.5": 3.02, "recommended-softmax-25": 3.01,
 }  # fmt: skip
 ELSEWHERE = ("recommended-kept-256-received-longer-x4-passkeys", "recommended-wide-8x1024-stretch8-longer-x4", "base")
@@ -30,8 +30,8 @@ def folder(tmp_path):
     for name, spec in specs.items():
         found = {"filler": {"2048": 0.5, "4096": 0.25}, "novel": {"2048": 0.1}}
         write_row(tmp_path, spec, DRAWN.get(name, 3.3), found=found)
-    write_row(tmp_path, dataclasses.replace(specs["recommended"], seed=1), 3.22, passkey={"2048": 0.3, "4096": 0.05})
-    write_row(tmp_path, controls(specs["recommended"], BUDGET)["control"], 3.4)
+    write_row(tmp_path, dataclasses.replace(specs["plain"], seed=1), 3.22, passkey={"2048": 0.3, "4096": 0.05})
+    write_row(tmp_path, controls(specs["plain"], BUDGET)["control"], 3.4)
     write_row(tmp_path, TEACHER, 3.0)
     return tmp_path
 
@@ -40,19 +40,19 @@ def test_a_line_joins_rows_that_differ_in_their_bytes_alone(folder):
     lines = curve_lines(Results(folder / "quick.jsonl"))
     assert {name for line in lines for name in line.points} == {*DRAWN}  # the same text, steps and decays
     assert [(line.family, line.length, sorted(line.points)) for line in lines] == [
-        ("window", 1024, ["recommended", "recommended-w256", "recommended-w384"]),
+        ("window", 1024, ["plain", "recommended-w256", "recommended-w384"]),
         ("wide", 4096, ["recommended-wide-4x2048-longer-x4", "recommended-wide-8x1024-longer-x4"]),
         ("kept", 1024, ["recommended-kept-256", "recommended-kept-64"]),
         ("kept", 1024, ["recommended-kept-256-oracle"]),
         ("kept", 1024, ["recommended-kept-256-received"]),
         ("left", 4096, ["recommended-kept-160-left-longer-x4", "recommended-kept-480-left-longer-x4"]),
-        ("shared", 4096, ["recommended-shared-480-left-longer-x4"]),
+        ("shared", 4096, ["recommended", "recommended-shared-160-left-longer-x4"]),
         ("softmax", 1024, ["recommended-softmax-12.5", "recommended-softmax-25"]),
     ]
     assert [[*line.points] for line in lines if line.oracle] == [["recommended-kept-256-oracle"]]
     places = {name: mib for line in lines for name, mib in line.points.items()}
     # 8 layers x 8,192 tokens x 3 heads x (key and value of 64) x 4 bytes = 96 MiB, and 22 layers of recommended
-    assert places["recommended-softmax-25"] == pytest.approx(96 + places["recommended"] * 22 / 30)
+    assert places["recommended-softmax-25"] == pytest.approx(96 + places["plain"] * 22 / 30)
     assert places["recommended-kept-256"] == pytest.approx(40.17, abs=0.01)
 
 
@@ -60,12 +60,10 @@ def test_another_preset_later_moves_no_row_that_is_recorded(folder):
     """A record says what its row trained with, whatever ``recommended`` is since."""
     config = ROWS["recommended-kept-64"].spec(None, 30).config(BUDGET, 30)
     for seed in (0, 1):
-        change_record(
-            folder / "quick.jsonl", f"recommended.s{seed}", lambda r: r["settings"].update(config=config.to_dict())
-        )
+        change_record(folder / "quick.jsonl", f"plain.s{seed}", lambda r: r["settings"].update(config=config.to_dict()))
     lines = curve_lines(Results(folder / "quick.jsonl"))
-    line = next(line for line in lines if "recommended" in line.points)
-    assert line.family == "kept" and line.points["recommended"] == line.points["recommended-kept-64"]
+    line = next(line for line in lines if "plain" in line.points)
+    assert line.family == "kept" and line.points["plain"] == line.points["recommended-kept-64"]
 
 
 def test_the_figure_by_its_command_is_the_same_byte_for_byte(folder, tmp_path_factory):
@@ -90,6 +88,6 @@ def test_the_figure_by_its_command_is_the_same_byte_for_byte(folder, tmp_path_fa
 
 def test_rows_that_spend_their_bytes_in_one_way_are_not_drawn(folder):
     few = folder / "few"
-    for name in ("recommended", "recommended-w384"):
+    for name in ("plain", "recommended-w384"):
         write_row(few, ROWS[name].spec(None, 30), 3.0)
     assert not write_curve(Results(few / "quick.jsonl"), few / "none.svg") and not (few / "none.svg").exists()

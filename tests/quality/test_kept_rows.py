@@ -38,14 +38,14 @@ def plan(tmp_path_factory) -> Bench:
 
 def test_the_table_has_the_same_bytes_twice():
     names = [row.name for row in rows_of("kept")]
-    assert names[0] == "recommended" and set(names) >= {"recommended-w640", "recommended-kept-512"}
+    assert names[0] == "plain" and set(names) >= {"recommended-w640", "recommended-kept-512"}
     for places in (64, 128, 256, 512):
         kept, window = ROWS[f"recommended-kept-{places}"], ROWS[f"recommended-w{128 + places}"]
         assert kept.reference == window.name and memory(window.name) < memory(kept.name) < 1.013 * memory(window.name)
         config = kept.spec(None, 30).config(BUDGET, 30)
         assert config.attention.kept_keys == places and config.attention.window == 128
         assert config.stage0.max_steps == 240 and config.stage0.sequence_length == 4096
-        assert controls(kept.spec(None, 30), BUDGET) == controls(RowSpec(name="recommended"), BUDGET)
+        assert controls(kept.spec(None, 30), BUDGET) == controls(RowSpec(name="plain"), BUDGET)
     full = dataclasses.replace(ROWS["recommended-kept-64"].spec(None, 30), seed=2).config(BUDGETS["full"], 30)
     assert full.stage0.max_steps == 720 and full.stage0.seed == 2
     found = [row.name for row in find_rows(["kept"], [0], BUDGET, order=None, layers=30)]
@@ -73,6 +73,8 @@ def test_a_row_trains_its_scores_and_says_how_they_fit(plan):
     assert run["data"] == record["hashes"]["stage0"] and run["recipe"]["label_queries"] == 32
     more = dataclasses.replace(plan, budget=dataclasses.replace(TINY, stage0_steps=3))
     assert more.record(spec, 3) is None  # of other scores
+    other = {"attention": CHANGES["attention"], "stage0": CHANGES["stage0"] | {"label_block": 7}}
+    assert plan.record(dataclasses.replace(spec, changes=other), 3) is not None  # of the same, made in other blocks
     unscored = dataclasses.replace(plan, budget=dataclasses.replace(TINY, name="unscored", stage0_steps=0),
                                    measures=["loss"])  # fmt: skip
     plain = run_row(spec, unscored, lambda message: None)
@@ -82,7 +84,7 @@ def test_a_row_trains_its_scores_and_says_how_they_fit(plan):
 
 
 def test_places_are_shared_out_in_the_bytes_of_the_row(plan):
-    spec = RowSpec(name="shared", changes=CHANGES, shared=True)
+    spec = RowSpec(name="shared", changes=CHANGES | {"stage0": CHANGES["stage0"] | {"share_places": True}})
     record = run_row(spec, dataclasses.replace(plan, measures=["loss"]), lambda message: None)
     saved = load_model(str(plan.folder(spec) / "model")).model
     places, even = [a.lizard.config.kept_by_head for a in saved.lizard_attentions()], record["settings"]["config"]
@@ -90,12 +92,13 @@ def test_places_are_shared_out_in_the_bytes_of_the_row(plan):
     evenly = copy.deepcopy(saved.config)
     evenly.lizard = even
     assert constant_bytes(saved.config, torch.float32) <= constant_bytes(evenly, torch.float32)
-    assert plan.record(dataclasses.replace(spec, shared=False), 3) is None
+    assert plan.record(dataclasses.replace(spec, changes=CHANGES), 3) is None
     unscored = dataclasses.replace(plan, budget=dataclasses.replace(TINY, name="unscored", stage0_steps=0))
     with pytest.raises(ValueError, match="shared.s0: places are shared out by fitted scores, and there is no stage 0"):
         run_row(spec, unscored, lambda message: None)
     row = ROWS["recommended-shared-256"]
-    assert row.reference == "recommended-kept-256" and row.spec(None, 30).shared and not ROWS[row.reference].shared
+    beside, even = (one.spec(None, 30).config(BUDGET, 30) for one in (row, ROWS["recommended-kept-256"]))
+    assert row.reference == "recommended-kept-256" and beside == even.replace(stage0={"share_places": True}) != even
 
 
 def test_records_from_before_kept_keys_stay(plan):

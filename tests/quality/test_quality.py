@@ -67,7 +67,7 @@ def test_a_row_is_compared_with_a_control_and_a_teacher_trained_as_it_was():
     alike = paper["teacher"].config(BUDGETS["quick"], LAYERS)
     assert alike.softmax_layers == tuple(range(LAYERS)) and alike.stage2.max_steps == 150
 
-    distilled = controls(RowSpec(name="recommended", seed=3), BUDGETS["quick"])
+    distilled = controls(RowSpec(name="plain", seed=3), BUDGETS["quick"])
     assert distilled["teacher"] == RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False)
     assert distilled["control"].config(BUDGETS["quick"], LAYERS).stage2.kl_weight == 1
     longer = controls(RowSpec(name="longer", longer=4), BUDGETS["quick"])["control"]
@@ -121,7 +121,7 @@ def bench(places: Path, **changes) -> Bench:
 
 
 def test_a_row_trains_measures_and_is_added_to_without_training(places):
-    spec = RowSpec(name="recommended", changes={"attention": {"window": 16}})
+    spec = RowSpec(name="plain", changes={"attention": {"window": 16}})
     first = bench(places, measures=["loss", "kl", "branches", "restore"])
     assert first.missing(spec, 3) == ["loss", "kl", "branches", "restore"] and layer_order(first) is None
     record = run_row(spec, first, lambda message: None)
@@ -135,7 +135,7 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert saved["measures"]["loss"]["means"] == pytest.approx(record["measures"]["loss"]["means"])
     assert first.missing(spec, 3) == [] and not first.results.exists()
     runner = Runner(first, Console(file=open("/dev/null", "w")), gpus=[], jobs_per_gpu=1, minutes=None)
-    assert runner.run([spec]) == {"recommended.s0": "finished"}  # as if an earlier one had been killed before merging
+    assert runner.run([spec]) == {"plain.s0": "finished"}  # as if an earlier one had been killed before merging
     assert not first.draft_path(spec).exists() and read_record(first.results, spec.stem) == saved
     assert first.missing(spec, 3) == [] and sorted(layer_order(first)) == [0, 1, 2]
 
@@ -146,13 +146,9 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert any("trained before" in line for line in said)
     assert record["measures"]["passkey"] == {"700": 0.0} and record["measures"]["length"]["edges"][-1] == 400
     assert record["measures"]["loss"] == saved["measures"]["loss"]
-    again = RowSpec(
-        name="recommended",
-        preset="window_only",
-        changes={"name": "recommended", "attention": {"window": 16, "linear_branch": True}},
-    )
+    again = RowSpec(name="plain", preset="window_only", changes={"attention": {"window": 16, "linear_branch": True}})
     assert more.missing(again, 3) == []  # the same configuration said otherwise
-    changed = RowSpec(name="recommended", changes={"attention": {"window": 8}})
+    changed = RowSpec(name="plain", changes={"attention": {"window": 8}})
     assert more.record(changed, 3) is None and "loss" in more.missing(changed, 3)
     more.publish(changed, 3)  # another row's settings: what is under way is not theirs
     assert "length" not in read_record(more.results, spec.stem)["measures"]
@@ -247,7 +243,7 @@ def test_the_runner_survives_failures_and_starts_nothing_it_cannot_finish(places
     assert hurried.run([RowSpec(name="slow")]) == {"slow.s0": "stopped"}
 
 
-@pytest.mark.parametrize("preset", ["recommended", "paper"])
+@pytest.mark.parametrize("preset", ["plain", "paper"])
 def test_a_branch_switched_off_leaves_the_other(preset):
     model, ids = student(preset), tokens(2, 60)
     with torch.no_grad():
@@ -258,7 +254,7 @@ def test_a_branch_switched_off_leaves_the_other(preset):
             linear = model(ids).logits
         assert torch.equal(model(ids).logits, whole)
     assert not torch.allclose(window, whole) and not torch.allclose(linear, whole)
-    if preset == "recommended":  # up to the window there is nothing else, and past it the control has the same formula
+    if preset == "plain":  # up to the window there is nothing else, and past it the control has the same formula
         control = student("window_only", seed=None)
         with torch.no_grad():
             torch.testing.assert_close(window, control(ids).logits, rtol=1e-4, atol=1e-4)

@@ -27,7 +27,7 @@ def test_shares_are_taken_against_controls_of_the_same_seed(folder):
 
 def test_a_row_from_before_its_preset_changed_keeps_its_control(folder):
     write_row(folder, controls(BASE, BUDGET)["control"], 3.3)
-    write_row(folder, RowSpec(name="longer-x4"), 3.1)  # of the preset "recommended" as BASE is
+    write_row(folder, RowSpec(name="longer-x4"), 3.1)  # of the preset "plain" as BASE is
     config = BASE.config(BUDGET, 2).to_dict()
     change_record(folder / "quick.jsonl", "longer-x4.s0", lambda record: record["settings"].update(config=config))
     assert Results(folder / "quick.jsonl").share("longer-x4").mean == pytest.approx(0.2 / 0.3)
@@ -55,7 +55,7 @@ def test_of_many_hybrids_the_best_is_drawn(folder):
     results = Results(folder / "quick.jsonl")
     control = controls(RowSpec(name="recommended"), BUDGET)["control"].name
     drawn = figures._drawn(results, [*results.records], "loss")
-    wanted = {"teacher", control, "recommended", "recommended-wide-8x1024", "recommended-softmax-25"}
+    wanted = {"teacher", control, "plain", "recommended", "recommended-wide-8x1024", "recommended-softmax-25"}
     assert set(drawn) == wanted
 
 

@@ -31,7 +31,7 @@ def test_tables_show_what_their_rows_stand_beside():
     assert [row.name for row in rows_of("gates")][:2] == ["base", "gate-scalar"]
     assert {"base", "paper", "A1-sink-linear", "A6-gate-half"} <= {row.name for row in rows_of("choices")}
     assert "base" not in {row.name for row in rows_of("presets")}  # which shows every preset, and compares in no table
-    assert ROWS["A1-sink-linear"].reference == "paper" and ROWS["recommended"].reference == "base"
+    assert ROWS["A1-sink-linear"].reference == "paper" and ROWS["plain"].reference == "base"
     wide = ROWS["recommended-widened-8x1024-stretch8-longer-x4"]
     assert wide.reference == "recommended-widened-8x1024-longer-x4" and wide.field == "wide_gate_stretch"
 
@@ -48,7 +48,7 @@ def test_a_row_changes_what_it_says_on_top_of_what_it_starts_from():
 
 
 def test_what_takes_more_memory_or_more_training_is_costlier():
-    assert memory("recommended") == pytest.approx(17.2, abs=0.05)
+    assert memory("plain") == pytest.approx(17.2, abs=0.05)
     assert memory("recommended-widened-8x1024") == pytest.approx(38.3, abs=0.05)
     for row in ROWS.values():
         if row.reference and memory(row.name) > 1.01 * memory(row.reference):

@@ -23,8 +23,9 @@ TINY = Budget(name="tiny", stage1_steps=1, stage2_steps=1, batch_size=2, sequenc
 STAGE0 = {"sequence_length": 160, "label_queries": 32}
 
 
-def row(name: str, places: int, window: int = 16, **more) -> RowSpec:
-    return RowSpec(name=name, changes={"attention": {"window": window, "kept_keys": places}, "stage0": STAGE0}, **more)
+def row(name: str, places: int, window: int = 16, **stage0) -> RowSpec:
+    changes = {"attention": {"window": window, "kept_keys": places}, "stage0": STAGE0 | stage0}
+    return RowSpec(name=name, changes=changes)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def told() -> list[str]:
 @pytest.fixture(scope="module")
 def records(plan, told) -> dict:
     """Two rows of one stage 0, one that shares its places out after it, and one with another window."""
-    rows = (row("first", 8), row("second", 4), row("even", 8, shared=True), row("other", 8, window=20))
+    rows = (row("first", 8), row("second", 4), row("even", 8, share_places=True), row("other", 8, window=20))
     made = {spec.stem: run_row(spec, plan, told.append) for spec in rows}
     return json.loads(json.dumps(made))
 

@@ -34,7 +34,7 @@ from lizard_models.text.sequences import load_documents, load_sequences
 from lizard_ops import apply_rotary, window_attn
 
 FORMS: dict[str, dict[str, Any]] = {
-    "recommended": {},
+    "plain": {},
     "four times the features": {"feature_dim": 512},
     "a key map a query head": {"key_map": "query_head"},
 }
@@ -97,7 +97,7 @@ class Layer:
 
 
 def build(layer: Layer, **changes: Any) -> HybridAttention:
-    choices = LizardConfig.preset("recommended").attention
+    choices = LizardConfig.preset("plain").attention
     choices = dataclasses.replace(
         choices, **{"positions": "true", "position_limit": None, "position_step": None, **changes}
     )
@@ -109,7 +109,7 @@ def build(layer: Layer, **changes: Any) -> HybridAttention:
 
 def train(layer: Layer, student: HybridAttention, pairs: list[tuple[Tensor, Tensor]], steps: int) -> None:
     """Relative error after the output projection, a row a step, with the rates and the schedule of stage 1."""
-    recipe = LizardConfig.preset("recommended").stage1
+    recipe = LizardConfig.preset("plain").stage1
     named = torch.nn.ModuleDict({"attention": torch.nn.ModuleDict({"lizard": student})})  # as rates are told apart
     groups = parameter_groups(named, recipe.learning_rate, recipe.gate_learning_rate)
     optimizer = torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
@@ -194,7 +194,7 @@ def main() -> None:
         started, student = time.monotonic(), build(layer, **changes)
         train(layer, student, pairs, options.steps)
         results["forms"][name] = errors([(layer.run(student, x), o) for x, o in held_out])
-        if name == "recommended":
+        if name == "plain":
             results["oracles"] = oracles(layer, student, held_out)
         shown = " ".join(f"{error:.3f}" for error in results["forms"][name])
         print(f"{name}: {shown} in {time.monotonic() - started:.0f} s", flush=True)

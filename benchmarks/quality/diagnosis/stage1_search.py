@@ -3,7 +3,7 @@
     python -m benchmarks.quality.diagnosis.stage1_search --list list.json --teacher TEACHER --data novels.npy \
         --eval-data validation.npy --out results/ --jobs 10
 
-list.json is a list of {"name": ..., "preset": "recommended", "changes": {"attention": {...}, "stage1": {...}},
+list.json is a list of {"name": ..., "preset": "plain", "changes": {"attention": {...}, "stage1": {...}},
 "seed": 0}, everything but the name optional, "changes" as ``LizardConfig.replace`` takes them. TEACHER is a folder or
 ``smollm2-135m``; the training data are token ids of any shape, laid end to end, and every run sees the same sequences
 in the same order (that of its seed). Besides the list, "teacher" and "window control" are measured. Runs already in
@@ -107,7 +107,7 @@ def work(experiment: dict[str, Any], options: argparse.Namespace) -> dict[str, A
     changes = dict(experiment.get("changes", {}))
     seed = experiment.get("seed", 0)
     size = {"max_steps": options.steps, "epochs": None, "seed": seed}
-    config = LizardConfig.preset(experiment.get("preset", "recommended"))
+    config = LizardConfig.preset(experiment.get("preset", "plain"))
     config = config.replace(stage1=size).replace(**changes)
     dtype = torch.bfloat16 if config.stage1.precision == "bf16" and options.device != "cpu" else torch.float32
     teacher = load_teacher(options.teacher, dtype=dtype, device=options.device, cache=None)

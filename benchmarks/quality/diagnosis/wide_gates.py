@@ -32,17 +32,17 @@ EDGES = (132, 1028, 2048, LENGTH)  # past both windows and their anchors
 
 
 def forms(window: int) -> dict[str, dict[str, Any]]:
-    """Changes of ``recommended``; the decays of a stretched gate are those of ``wide_gate_stretch``."""
-    recommended = LizardConfig.preset("recommended").attention
+    """Changes of ``plain``; the decays of a stretched gate are those of ``wide_gate_stretch``."""
+    plain = LizardConfig.preset("plain").attention
     stretched = {
-        f"window {window}, decays divided by {stretch}": {"window": window, **stretched_gate(recommended, stretch)}
+        f"window {window}, decays divided by {stretch}": {"window": window, **stretched_gate(plain, stretch)}
         for stretch in (1, 8, 32, 128)
     }
     return {
         f"window {window} alone": {"window": window, "linear_branch": False},
         **stretched,
-        "recommended": {},
-        "recommended, decays divided by 8": stretched_gate(recommended, 8),
+        "plain": {},
+        "plain, decays divided by 8": stretched_gate(plain, 8),
     }
 
 

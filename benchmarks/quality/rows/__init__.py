@@ -14,7 +14,7 @@ from benchmarks.quality.rows import (
     wide,
     windows,
 )
-from benchmarks.quality.rows.declare import BASE, PASSKEYS, Layers, Order, Row, Table
+from benchmarks.quality.rows.declare import BASE, PASSKEYS, PLAIN, Layers, Order, Row, Table
 from benchmarks.quality.rows.spec import (
     BUDGETS,
     MEASURES,
@@ -58,6 +58,7 @@ __all__ = [
     "BUDGETS",
     "MEASURES",
     "PASSKEYS",
+    "PLAIN",
     "ROWS",
     "TABLES",
     "TEACHER",

@@ -12,7 +12,7 @@ from benchmarks.quality.rows.spec import TEACHER, RowSpec
 Order = Sequence[int] | None  # layers, the most worth keeping softmax first; None where it is not known yet
 STAGES = ("stage1", "stage2")
 PASSKEYS = 10_000  # of the paper's Figure 2
-BASE = "base"
+BASE, PLAIN = "base", "plain"
 BASE_CHANGES: dict[str, dict[str, Any]] = {
     "attention": {"gate_init": 0.993},
     "stage2": {
@@ -24,7 +24,7 @@ BASE_CHANGES: dict[str, dict[str, Any]] = {
         "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
     },
 }
-"""What ``base`` changes in ``recommended``: the narrower and slower stage 2 and the start of the gate that it had when
+"""What ``base`` changes in ``plain``: the narrower and slower stage 2 and the start of the gate that it had when
 its other fields were chosen."""
 
 
@@ -63,16 +63,15 @@ class Row:
     without: tuple[str, ...] = ()
     """Stages left out."""
     passkeys: int = 0
-    """See ``RowSpec``; so are the next four."""
+    """See ``RowSpec``; so are the next three."""
     widened: bool = False
-    shared: bool = False
     oracle: bool = False
     longer: int = 1
     beside: str | None = None
     """The row whose loss is taken from its loss, and which its tables show too; None is that of the name of what it
     starts from, "" none. Teacher and window control follow from what it changes (``controls``)."""
     field: str = ""
-    """The field of ``recommended`` that the row tells about: it alone differs, with what must change along."""
+    """The field of ``plain`` that the row tells about: it alone differs, with what must change along."""
     costs: str = ""
     """What it costs beyond the row it stands beside, but for the memory of a sequence, which is counted: it is not
     chosen for losing less."""
@@ -98,7 +97,7 @@ class Row:
     @property
     def group(self) -> str:
         """What is drawn of it: "preset" always, of the rows of a group that which loses least, "" nothing."""
-        if self.on != "recommended" or self.passkeys:
+        if self.on not in (PLAIN, "recommended") or self.passkeys:
             return ""
         return "wide" if self.wide else "softmax" if self.kept else ""
 
@@ -110,7 +109,7 @@ class Row:
         if self.needs_order and order is None:
             raise ValueError(
                 f"{self.name}: which layers save most KL is not measured yet; run `python -m benchmarks.quality run "
-                "recommended --measures loss,kl,restore` first"
+                f"{PLAIN} --measures loss,kl,restore` first"
             )
         changes = _merged(BASE_CHANGES, self.changes) if self.on == BASE else dict(self.changes)
         for name, chosen in (("softmax_layers", self.kept), ("wide_layers", self.wide)):
@@ -118,13 +117,12 @@ class Row:
                 changes[name] = chosen.pick(order, layers)
         return RowSpec(
             name=self.name,
-            preset="recommended" if self.on == BASE else self.on,
+            preset=PLAIN if self.on == BASE else self.on,
             changes=changes,
             stage1="stage1" not in self.without,
             stage2="stage2" not in self.without,
             passkeys=self.passkeys,
             widened=self.widened,
-            shared=self.shared,
             oracle=self.oracle,
             longer=self.longer,
         )

@@ -8,10 +8,10 @@ thousand.
 import dataclasses
 from typing import Any
 
-from benchmarks.quality.rows.declare import PASSKEYS, Row, Table
+from benchmarks.quality.rows.declare import PASSKEYS, PLAIN, Row, Table
 
 PLACES = (64, 128, 256, 512)
-WINDOW = 128  # of recommended
+WINDOW = 128  # of plain
 
 
 def window(places: int) -> Row:
@@ -19,7 +19,7 @@ def window(places: int) -> Row:
     return Row(
         name=f"recommended-w{WINDOW + places}",
         about=f"a window of {WINDOW + places}",
-        on="recommended",
+        on=PLAIN,
         changes={"attention": {"window": WINDOW + places}},
         compared=True,
     )
@@ -37,7 +37,7 @@ def kept(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
     return Row(
         name=f"recommended-kept-{places}{suffix}",
         about=f"{places} kept keys{about}",
-        on="recommended",
+        on=PLAIN,
         changes=changes,
         costs="a stage 0",
         compared=True,
@@ -65,7 +65,7 @@ def shared(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
         even,
         name=f"recommended-shared-{places}{suffix}",
         about=f"the bytes of {places} kept keys{about}, shared out by what they save",
-        shared=True,
+        changes={**even.changes, "stage0": {"share_places": True}},
         beside=even.name,
         costs="",
     )
@@ -91,11 +91,11 @@ SCORES = (
         kept(places, "-left-longer-x4", LEFT, beside="recommended-kept-256-received-longer-x4", coverage="left", **LONG)
         for places in (160, 256, 480)
     ),
-    *(shared(places, "-left-longer-x4", LEFT, coverage="left", **LONG) for places in (160, 480)),
+    shared(160, "-left-longer-x4", LEFT, coverage="left", **LONG),
     *(
         dataclasses.replace(
             shared(places, f"-left{less}-longer-x4", LEFT + about, coverage="left", **fields, **LONG),
-            beside="recommended-shared-480-left-longer-x4",
+            beside="recommended",
         )
         for places, less, about, fields in LESS
     ),

@@ -1,6 +1,6 @@
 """Every preset beside teacher and window control, and ``base``, which the rows that change one thing stand beside."""
 
-from benchmarks.quality.rows.declare import STAGES, Row, Table
+from benchmarks.quality.rows.declare import PLAIN, STAGES, Row, Table
 from benchmarks.quality.rows.spec import TEACHER
 
 TABLE = Table(
@@ -27,11 +27,21 @@ TABLE = Table(
         Row(name="lolcats", about="LoLCATs", on="lolcats", beside="recommended", compared=True, goal="rival"),
         Row(name="liger", about="Liger", on="liger", beside="recommended", compared=True, goal="rival"),
         Row(
+            name=PLAIN,
+            about="recommended without kept keys",
+            on=PLAIN,
+            beside="base",
+            also=("rates",),
+            compared=True,
+        ),
+        Row(
             name="recommended",
             about="what these tables show best",
             on="recommended",
-            beside="base",
-            also=("rates",),
+            longer=4,
+            beside=PLAIN,
+            costs="a stage 0",
+            also=("kept",),
             compared=True,
         ),
     ),
@@ -40,5 +50,5 @@ TABLE = Table(
 REFERENCES = Table(
     name="references",
     about="What the rows that change one thing stand beside.",
-    rows=(Row(name="base", about="recommended as it was while its fields were chosen", compared=True),),
+    rows=(Row(name="base", about="plain as it was while its fields were chosen", compared=True),),
 )

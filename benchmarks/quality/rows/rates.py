@@ -26,7 +26,7 @@ TABLE = Table(
         ),
         Row(
             name="stage2-wide",
-            about="both, and rank 32 on every projection: the stage 2 of recommended",
+            about="both, and rank 32 on every projection: the stage 2 of plain",
             changes={"stage2": WIDE},
             costs=MORE,
             compared=True,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.quality.rows.declare import PASSKEYS, Layers, Row, Table
+from benchmarks.quality.rows.declare import PASSKEYS, PLAIN, Layers, Row, Table
 
 BOTH = {"stage2": {"cross_entropy_weight": 0.5}}  # the teacher's answers are not all right
 
@@ -12,7 +12,7 @@ def hybrid(end: str, about: str, changes: dict[str, Any], longer: int = 1) -> Ro
     return Row(
         name=f"recommended-softmax-25-passkeys{end}",
         about=f"passkeys among the text{about}",
-        on="recommended",
+        on=PLAIN,
         kept=Layers(percent=25),
         changes=changes,
         passkeys=PASSKEYS // longer,
@@ -31,7 +31,7 @@ TABLE = Table(
         Row(
             name="recommended-passkeys",
             about="passkeys among the text",
-            on="recommended",
+            on=PLAIN,
             passkeys=PASSKEYS,
             compared=True,
         ),

@@ -1,11 +1,11 @@
 """A share of the layers kept softmax."""
 
-from benchmarks.quality.rows.declare import Layers, Row, Table
+from benchmarks.quality.rows.declare import PLAIN, Layers, Row, Table
 
 
 def kept(percent: float, on: str = "base", even: bool = False) -> Row:
     """Chosen by the KL they save, or evenly spaced."""
-    start, end = "recommended-" * (on == "recommended"), "-uniform" * even
+    start, end = "recommended-" * (on == PLAIN), "-uniform" * even
     return Row(
         name=f"{start}softmax-{percent:g}{end}",
         about=f"{percent:g}% of the layers kept softmax, " + ("evenly spaced" if even else "those that save most KL"),
@@ -23,6 +23,6 @@ TABLE = Table(
     title="Layers kept softmax (the paper's Table 10)",
     rows=(
         *(kept(percent, even=even) for percent in (12.5, 25, 50) for even in (False, True)),
-        *(kept(percent, "recommended") for percent in (12.5, 25, 50)),
+        *(kept(percent, PLAIN) for percent in (12.5, 25, 50)),
     ),
 )

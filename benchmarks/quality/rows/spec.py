@@ -45,7 +45,7 @@ class RowSpec:
     """One trained and measured model."""
 
     name: str
-    preset: str = "recommended"
+    preset: str = "plain"
     """A preset, or ``teacher``: all layers kept softmax, so that stage 2 fine-tunes the teacher alike."""
     changes: dict[str, Any] = field(default_factory=dict)
     """As ``LizardConfig.replace`` takes them."""
@@ -56,8 +56,6 @@ class RowSpec:
     """Synthetic examples of five passkeys among the training text of both stages."""
     widened: bool = False
     """Wide layers get their window after stage 1, which trains every layer with the others' (see ``widen``)."""
-    shared: bool = False
-    """After stage 0 kept keys go to the layers and heads where they save most, within the bytes of as many in each."""
     oracle: bool = False
     """No score is fitted: the labels that it would learn choose the keys, in training and in what is measured."""
     longer: int = 1
@@ -70,14 +68,14 @@ class RowSpec:
 
     def config(self, budget: Budget, num_layers: int) -> LizardConfig:
         """The preset with the changes, the budget and the seed in it."""
-        shared = {
+        common = {
             "epochs": None,
             "batch_size": max(1, budget.batch_size // self.longer),
             "sequence_length": budget.sequence_length * self.longer,
         }
         recipes: dict[str, dict[str, Any]] = {
-            "stage1": {**shared, "max_steps": budget.stage1_steps, "seed": self.seed},
-            "stage2": {**shared, "max_steps": budget.stage2_steps, "seed": self.seed},
+            "stage1": {**common, "max_steps": budget.stage1_steps, "seed": self.seed},
+            "stage2": {**common, "max_steps": budget.stage2_steps, "seed": self.seed},
         }
         if budget.stage0_steps:
             recipes["stage0"] = {"epochs": None, "max_steps": budget.stage0_steps, "seed": self.seed}

@@ -18,7 +18,7 @@ TABLE = Table(
     rows=(
         start("half", "the gate from sigmoid(0), as the paper leaves it", None, "choices"),
         start("0.95", "the gate from 0.95", 0.95, "choices"),
-        start("0.985", "the gate from 0.985, as recommended has it", 0.985),
+        start("0.985", "the gate from 0.985, as plain has it", 0.985),
         start("0.999", "the gate from 0.999", 0.999, "choices"),
         Row(name="longer-x4", about="sequences four times as long, a quarter as many", longer=4),
     ),

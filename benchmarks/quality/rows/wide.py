@@ -5,7 +5,7 @@ it, so that rows which are wide from the start would not train what the linear b
 ``quick`` only ``longer`` sequences do. ``stretch``: what the wide layers' log-decays are divided by.
 """
 
-from benchmarks.quality.rows.declare import Layers, Row, Table
+from benchmarks.quality.rows.declare import PLAIN, Layers, Row, Table
 
 
 def wide(count: int, window: int, *, late: bool, stretch: int = 1, longer: int = 1) -> Row:
@@ -16,12 +16,12 @@ def wide(count: int, window: int, *, late: bool, stretch: int = 1, longer: int =
     return Row(
         name=plain + f"-stretch{stretch}" * (stretch > 1) + end,
         about=about + f", decays divided by {stretch}" * (stretch > 1) + f", {longer} times the length" * (longer > 1),
-        on="recommended",
+        on=PLAIN,
         wide=Layers(count=count),
         changes={"wide_window": window, **({"wide_gate_stretch": float(stretch)} if stretch > 1 else {})},
         widened=late,
         longer=longer,
-        beside=plain + end if stretch > 1 else f"recommended{end}",
+        beside=plain + end if stretch > 1 else f"recommended{end}" if end else PLAIN,
         field="wide_gate_stretch" if stretch > 1 else "wide_layers",
         costs="more loss from 16,384 tokens on with the full budget" if stretch > 1 else "",
         compared=True,
@@ -48,7 +48,7 @@ TABLE = Table(
                     Row(
                         name="recommended-longer-x4",
                         about="sequences four times as long, a quarter as many",
-                        on="recommended",
+                        on=PLAIN,
                         longer=4,
                         compared=True,
                     )

@@ -57,7 +57,7 @@ def test_a_teachers_configuration_that_fits_nothing_is_refused(saved, tmp_path, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     try:
         found = load_teacher(str(tmp_path / "teacher"))
-        linearize(found.model, LizardConfig.preset("recommended"))
+        linearize(found.model, LizardConfig.preset("plain"))
     except ValueError as refused:
         assert "teacher" in str(refused) or "rope" in str(refused) or "heads" in str(refused), refused
     else:

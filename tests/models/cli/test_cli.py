@@ -27,7 +27,7 @@ from lizard_models.runs import memory
 from lizard_models.runs.plan import work_folder
 from lizard_models.text.sequences import load_documents
 
-RECIPE = ["--stage1-steps", "3", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
+RECIPE = ["--preset", "plain", "--stage1-steps", "3", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
 SMALL = [*RECIPE, "--set", "attention.window=16", "--device", "cpu"]
 
 
@@ -57,7 +57,7 @@ def test_linearize_saves_a_model_and_what_was_measured(model):
     assert not work_folder(out).exists()
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "transformers" and "lizard_llama" in card.data.tags
-    for text in ("preset `recommended`: window 16", "stage1: 3 steps of 2 x 64", "stage2: 2 steps", "Passkeys found"):
+    for text in ("preset `plain`: window 16", "stage1: 3 steps of 2 x 64", "stage2: 2 steps", "Passkeys found"):
         assert text in card.text
     training = json.loads((out / "training.json").read_text())
     assert training["stages"]["stage1"]["steps"] == 3 and len(training["eval_hash"]) == 64
@@ -96,7 +96,20 @@ def test_eval_compares_with_the_recorded_teacher(model, world, tmp_path):
 
 
 def test_layers_are_ranked_by_what_restoring_them_saves(world, model, tmp_path):
-    recipe = ["--stage1-steps", "1", "--stage2-steps", "0", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+    recipe = [
+        "--preset",
+        "plain",
+        "--stage1-steps",
+        "1",
+        "--stage2-steps",
+        "0",
+        "--seq-len",
+        "64",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    ]
     first = tmp_path / "first"
     call(
         "linearize",
@@ -131,7 +144,7 @@ def test_info_counts_what_the_models_hold(model, world):
     new = sum(p.numel() for _, p in loaded.lizard_parameters())
     for output in (
         call("info", model[0]).output,
-        call("info", world / "teacher", "--set", "attention.window=16").output,
+        call("info", world / "teacher", "--preset", "plain", "--set", "attention.window=16").output,
     ):
         assert f"{everything:,}, of which {new:,} are new" in output
     ids = torch.arange(5, 90).view(1, -1)
@@ -142,7 +155,7 @@ def test_info_counts_what_the_models_hold(model, world):
     teacher(ids, past_key_values=kept)
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     assert size == memory.cache_bytes(teacher.config, 85, torch.float32)
-    hybrid = linearize(teacher, LizardConfig.preset("recommended").replace(softmax_layers=[1]))
+    hybrid = linearize(teacher, LizardConfig.preset("plain").replace(softmax_layers=[1]))
     cache = hybrid(ids, use_cache=True).past_key_values
     assert cache.state_bytes() == memory.lizard_bytes(hybrid.config, 85, torch.float32)
     assert "linearized already" in error("info", model[0], "--preset", "paper")
@@ -286,7 +299,7 @@ def test_a_full_disk_leaves_no_model(world, tmp_path, monkeypatch):
 
 def test_a_disk_too_small_is_seen_before_the_run(world, tmp_path, monkeypatch):
     teacher = AutoModelForCausalLM.from_pretrained(world / "teacher")
-    config = LizardConfig.preset("recommended")
+    config = LizardConfig.preset("plain")
     needed = pipeline.disk_needed(linearize(teacher, config), config, ["stage1", "stage2"])
     assert sum(p.nbytes for p in teacher.parameters()) < needed < 7_000_000  # most of it adapters and their moments
     free = [needed // 2]

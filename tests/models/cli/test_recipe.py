@@ -13,7 +13,20 @@ from lizard_models.distill import stage1
 from lizard_models.runs import linearize_run
 from lizard_models.runs.recipe_show import preset_recipe
 
-STEPS = ["--stage1-steps", "2", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+STEPS = [
+    "--preset",
+    "plain",
+    "--stage1-steps",
+    "2",
+    "--stage2-steps",
+    "2",
+    "--seq-len",
+    "64",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
 MEASURED = ["--eval-length", "200", "--eval-documents", "1"]
 
 

@@ -58,7 +58,7 @@ def branches(monkeypatch, model, ids):
 
 @pytest.mark.parametrize(
     ("preset", "family", "changes"),
-    [("recommended", "llama", {}), ("recommended", "gemma2", {"keep_sliding_layers": False}), ("paper", "llama", {})],
+    [("plain", "llama", {}), ("plain", "gemma2", {"keep_sliding_layers": False}), ("paper", "llama", {})],
 )
 def test_every_reading_is_its_formula(monkeypatch, preset, family, changes):
     model, ids = student(preset, family, **changes), tokens(1, 60)

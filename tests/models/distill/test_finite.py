@@ -138,16 +138,16 @@ def test_settings_that_are_not_finite_are_refused_by_name(value):
     }.items():  # fmt: skip
         for name in names:
             with pytest.raises(ValueError, match=f"^{name} must be finite, got"):
-                LizardConfig.preset("recommended", **{stage: {name: value}})
+                LizardConfig.preset("plain", **{stage: {name: value}})
         with pytest.raises(ValueError, match="^betas must be finite"):
-            LizardConfig.preset("recommended", **{stage: {"betas": [0.9, value]}})
+            LizardConfig.preset("plain", **{stage: {"betas": [0.9, value]}})
     for name in ("wide_gate_stretch", "softmax_share"):
         with pytest.raises(ValueError, match=f"^{name} must be finite"):
-            LizardConfig.preset("recommended", **{name: value})
-    attention = LizardConfig.preset("recommended").to_dict()["attention"]
+            LizardConfig.preset("plain", **{name: value})
+    attention = LizardConfig.preset("plain").to_dict()["attention"]
     for name in [name for name, number in attention.items() if isinstance(number, float)]:
         with pytest.raises(ValueError, match=name.partition("_init")[0]):
-            LizardConfig.preset("recommended", attention={name: value})
+            LizardConfig.preset("plain", attention={name: value})
 
 
 def test_shares_beyond_their_range_are_refused():
@@ -158,7 +158,7 @@ def test_shares_beyond_their_range_are_refused():
         ("stage1", "gate_learning_rate", -1.0),
     ):
         with pytest.raises(ValueError, match=name.partition("_init")[0]):
-            LizardConfig.preset("recommended", **{stage: {name: value}})
+            LizardConfig.preset("plain", **{stage: {name: value}})
 
 
 def test_readings_that_are_still_on_their_way_are_waited_for(tmp_path):

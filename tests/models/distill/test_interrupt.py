@@ -65,7 +65,7 @@ def test_the_command_begins_no_other_stage(tmp_path, monkeypatch, stage, kind):
     save_texts(tmp_path / "texts")
     command = ["linearize", tmp_path / "teacher", "--data", tmp_path / "texts", "--out", tmp_path / "out"]
     command += ["--stage1-steps", "2", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
-    command += ["--device", "cpu"]
+    command += ["--preset", "plain", "--device", "cpu"]
     with monkeypatch.context() as signalled:
         signal_in(signalled, kind, 2, signal.SIGINT)
         line = error(*command, code=130)

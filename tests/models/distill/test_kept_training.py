@@ -40,18 +40,18 @@ def scores_of(model) -> set[str]:
 
 
 def test_a_recipe_of_stage_0_is_part_of_the_config():
-    config = LizardConfig.preset("recommended", attention={"kept_keys": 5}, stage0={"max_steps": 7, "seed": 3})
+    config = LizardConfig.preset("plain", attention={"kept_keys": 5}, stage0={"max_steps": 7, "seed": 3})
     assert config.stage0 == Stage0Config(max_steps=7, seed=3)
     assert LizardConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["stage0"]["sequence_length"] == 4096
     assert config.replace(stage0={"batch_size": 4}).stage0 == Stage0Config(max_steps=7, seed=3, batch_size=4)
     old = config.to_dict()
     del old["stage0"], old["attention"]["kept_keys"], old["attention"]["score_dim"]  # as before there were any
-    assert LizardConfig.from_dict(old) == LizardConfig.preset("recommended")
+    assert LizardConfig.from_dict(old) == LizardConfig.preset("plain")
     with pytest.raises(ValueError, match="unknown keys in Lizard config: stage0.nonsense"):
         LizardConfig.from_dict({"stage0": {"nonsense": 1}})
     with pytest.raises(ValueError, match="give one of epochs and max_steps, got epochs=2.0, max_steps=240"):
-        LizardConfig.preset("recommended", stage0={"epochs": 2.0})
+        LizardConfig.preset("plain", stage0={"epochs": 2.0})
 
 
 def test_stage_0_fits_the_models_own_scores(tmp_path):

@@ -16,7 +16,20 @@ from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage
 from lizard_models.runs import linearize_run
 from lizard_models.teachers.find import load_teacher, teacher_digest
 
-SMALL = ["--stage1-steps", "3", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+SMALL = [
+    "--preset",
+    "plain",
+    "--stage1-steps",
+    "3",
+    "--stage2-steps",
+    "2",
+    "--seq-len",
+    "64",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def edit_weights(folder, name: str) -> None:

@@ -107,13 +107,13 @@ def test_unknown_projections_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "preset, family", [*((preset, "llama") for preset in PRESETS), ("recommended", "mistral"), ("liger", "mistral")]
+    "preset, family", [*((preset, "llama") for preset in PRESETS), ("plain", "mistral"), ("liger", "mistral")]
 )
 def test_every_preset_trains_and_generates(preset, family, tmp_path):
     """On the same two texts again: the loss begins where teacher and student apart have it, and falls."""
     model, data = fresh(preset, family=family), Sequences(count=2)
     stage1, stage2 = recipes(model, steps=3)
-    new = {name for name, _ in model.lizard_parameters()}
+    new = {name for name, _ in model.stage_parameters()}  # scores of keys stay as stage 0 leaves them
     if new:
         train_stage1(model, data, arguments(tmp_path / "1"), stage1)
     before = snapshot(model)
@@ -130,7 +130,7 @@ def test_every_preset_trains_and_generates(preset, family, tmp_path):
     assert {name for name in changed if ".lizard." not in name} == {
         name for name in before if name.endswith(tuple(f"{p}.weight" for p in stage2.lora_targets))
     }
-    assert new & changed == (new if stage2.train_new_parameters else set())
+    assert {name for name in changed if ".lizard." in name} == (new if stage2.train_new_parameters else set())
     written = tuned.generate(tokens(2, 30), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     greedy = tuned(written, use_cache=False).logits[:, 29:33].argmax(-1)
     assert torch.equal(written[:, 30:], greedy)

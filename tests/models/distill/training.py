@@ -44,7 +44,7 @@ def arguments(folder, **changes) -> RunArguments:
     return RunArguments(output_dir=folder, device="cpu", title="test", logging_steps=1, **changes)
 
 
-def fresh(preset: str = "recommended", **changes):
+def fresh(preset: str = "plain", **changes):
     """A student as ``linearize`` leaves it."""
     return student(preset, seed=None, **changes)
 

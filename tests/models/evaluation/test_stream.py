@@ -173,7 +173,7 @@ def test_resident_memory_is_flat_and_no_extra_package_is_needed(tmp_path):
     save_teacher(tmp_path / "teacher")
     model = linearize(
         teacher(vocab_size=259, num_hidden_layers=1, max_position_embeddings=4096),
-        LizardConfig.preset("recommended", attention={"window": 16}),
+        LizardConfig.preset("plain", attention={"window": 16}),
     )
     model.save_pretrained(tmp_path / "model")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(5, 259, 30_000, dtype=np.uint16))

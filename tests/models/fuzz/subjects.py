@@ -20,7 +20,7 @@ SMALL = dict(feature_dim=8)
 MOVING = SMALL | dict(position_limit=24, position_step=7)  # anchors move on within a few pieces
 MIXED = dict(use_sliding_window=True, sliding_window=12, max_window_layers=1)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "recommended": dict(attention=MOVING),
+    "plain": dict(attention=MOVING),
     "untrained": dict(attention=SMALL, seed=None, window=24),
     "kept": dict(attention=MOVING, softmax_layers=(1,)),
     "keys": dict(attention=MOVING | dict(kept_keys=3, score_dim=6, score_received=True, score_stride=3)),

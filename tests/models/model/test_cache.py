@@ -12,7 +12,7 @@ from lizard_layers import empty_state, state_bytes
 from lizard_models import LizardCache
 from lizard_models.model.layer_configs import attention_config
 
-PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
+PRESETS = ["plain", "paper", "paper_literal", "lolcats", "liger", "window_only"]
 
 
 @torch.no_grad()
@@ -243,7 +243,7 @@ def test_another_number_of_rows_is_refused():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["recommended", "paper", "liger"])
+@pytest.mark.parametrize("preset", ["plain", "paper", "liger"])
 def test_bfloat16_pieces_err_no_more_than_the_reference(preset):
     ids = tokens(2, 24)
     exact = student(preset)(ids, use_cache=False).logits
@@ -378,7 +378,7 @@ def test_a_state_that_is_set_is_read():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["recommended", "paper"])
+@pytest.mark.parametrize("preset", ["plain", "paper"])
 def test_reset_forgets(preset):
     """Padding, what was remembered of the past and the tokens that can be taken back as well."""
     model, ids = student(preset), tokens(2, 20)

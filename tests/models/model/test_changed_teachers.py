@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lizard_models import LizardConfig, linearize
 
-CONFIG = LizardConfig.preset("recommended", attention={"window": 32})
+CONFIG = LizardConfig.preset("plain", attention={"window": 32})
 LORA = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
 
 

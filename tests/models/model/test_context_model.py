@@ -27,7 +27,7 @@ def trainable(preset, **changes):
 
 
 CASES = {
-    "recommended": {},
+    "plain": {},
     "kept keys": {"attention": {"kept_keys": 3, "score_received": True, "score_dim": 6}},
     "anchors that move on": {"attention": {"position_limit": 24, "position_step": 8}},
     "kept keys that move on": {"attention": {"kept_keys": 3, "score_dim": 6, "position_limit": 24, "position_step": 8}},
@@ -36,10 +36,10 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("case", "padded"), [*((case, False) for case in CASES), ("recommended", True), ("kept keys that move on", True)]
+    ("case", "padded"), [*((case, False) for case in CASES), ("plain", True), ("kept keys that move on", True)]
 )
 def test_ranks_are_one(case, padded):
-    model, ids = trainable("recommended", **CASES[case]), tokens(2, LENGTH)
+    model, ids = trainable("plain", **CASES[case]), tokens(2, LENGTH)
     batch = {"input_ids": ids, "labels": ids.clone()}
     if padded:
         mask = torch.ones(2, LENGTH, dtype=torch.bool)

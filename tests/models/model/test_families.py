@@ -49,8 +49,8 @@ every_family = pytest.mark.parametrize(("family", "changes"), VARIANTS.values(),
 @every_family
 def test_untrained_student_equals_the_teacher_up_to_the_window(family, changes):
     made, ids = teacher(family, **changes), tokens(2, 12)
-    for config in ({}, {"keep_sliding_layers": False}):
-        model = linearize(made, LizardConfig.preset("recommended", attention={"window": 12}).replace(**config))
+    for preset, config in (("plain", {}), ("plain", {"keep_sliding_layers": False}), ("recommended", {})):
+        model = linearize(made, LizardConfig.preset(preset, attention={"window": 12}).replace(**config))
         assert model.config.model_type == f"lizard_{family}"
         theirs = made(ids).logits
         assert (model(ids).logits - theirs).abs().max() < 1e-4
@@ -63,7 +63,7 @@ def test_untrained_student_equals_the_teacher_up_to_the_window(family, changes):
 @pytest.mark.parametrize("kind", ROPE_KINDS.values(), ids=list(ROPE_KINDS))
 def test_positions_are_the_teachers_own_past_every_limit_of_its_rope(kind):
     made, ids = teacher(rope_parameters=kind, max_position_embeddings=32), tokens(2, 48)
-    model = linearize(made, LizardConfig.preset("recommended", attention={"window": 48}))
+    model = linearize(made, LizardConfig.preset("plain", attention={"window": 48}))
     for length in (12, 24, 48, 20):  # dynamic kinds change their frequencies on the way up, and back
         assert (model(ids[:, :length]).logits - made(ids[:, :length]).logits).abs().max() < 1e-4
     prompt = ids[:, :12]
@@ -73,7 +73,7 @@ def test_positions_are_the_teachers_own_past_every_limit_of_its_rope(kind):
 @torch.no_grad()
 def test_layers_without_positions_do_not_move_their_anchors():
     made, ids = teacher("smollm3", no_rope_layers=[0, 0, 0]), tokens(2, 60)
-    recommended = LizardConfig.preset("recommended", attention={"window": 8, "positions": "true"})
+    recommended = LizardConfig.preset("plain", attention={"window": 8, "positions": "true"})
     moving = {"positions": "clamped", "position_limit": 20, "position_step": 5}
     model = linearize(made, recommended.replace(attention=moving))
     assert torch.equal(model(ids).logits, linearize(made, recommended)(ids).logits)
@@ -93,7 +93,7 @@ def test_teacher_mode_is_the_teacher(family, changes):
 @torch.no_grad()
 @every_family
 def test_a_saved_model_comes_back_bit_equal(tmp_path, family, changes):
-    model, ids = student("recommended", family, **changes), tokens(2, 30)
+    model, ids = student("plain", family, **changes), tokens(2, 30)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
@@ -111,7 +111,7 @@ def test_a_saved_model_comes_back_bit_equal(tmp_path, family, changes):
 @torch.no_grad()
 @every_family
 def test_any_division_into_chunks_gives_the_same_logits(family, changes):
-    model, ids = student("recommended", family, **changes), tokens(2, 24)
+    model, ids = student("plain", family, **changes), tokens(2, 24)
     whole = model(ids, use_cache=False).logits
     for sizes in ((24,), (9, 1, 2, 12), (1,) * 24):
         cache, parts = model.new_cache(), []
@@ -123,7 +123,7 @@ def test_any_division_into_chunks_gives_the_same_logits(family, changes):
 @torch.no_grad()
 @every_family
 def test_generation_with_the_cache_is_generation_without(family, changes):
-    model, ids = student("recommended", family, **changes), tokens(2, 20)
+    model, ids = student("plain", family, **changes), tokens(2, 20)
     cached = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False))
 
@@ -131,7 +131,7 @@ def test_generation_with_the_cache_is_generation_without(family, changes):
 @torch.no_grad()
 @every_family
 def test_left_padded_rows_equal_single_runs(family, changes):
-    model = student("recommended", family, **changes)
+    model = student("plain", family, **changes)
     rows = [tokens(1, length, seed=length) for length in (30, 17, 5)]
     ids = torch.cat([F.pad(row, (32 - row.shape[1], 0)) for row in rows])
     mask = torch.stack([torch.arange(32) >= 32 - row.shape[1] for row in rows]).long()
@@ -145,7 +145,7 @@ def test_left_padded_rows_equal_single_runs(family, changes):
 @torch.no_grad()
 @every_family
 def test_packed_documents_do_not_meet(family, changes):
-    model, ids = student("recommended", family, **changes), tokens(1, 30)
+    model, ids = student("plain", family, **changes), tokens(1, 30)
     positions = torch.cat([torch.arange(11), torch.arange(19)])[None]
     logits = model(ids, position_ids=positions).logits
     for here in (slice(0, 11), slice(11, 30)):
@@ -154,7 +154,7 @@ def test_packed_documents_do_not_meet(family, changes):
 
 @every_family
 def test_distillation_imitates_the_familys_own_attention(family, changes):
-    model, ids = student("recommended", family, keep_sliding_layers=False, **changes), tokens(2, 30)
+    model, ids = student("plain", family, keep_sliding_layers=False, **changes), tokens(2, 30)
     made, seen = teacher(family, **changes), {}
     for i, layer in enumerate(made.model.layers):
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
@@ -177,7 +177,7 @@ def test_distillation_imitates_the_familys_own_attention(family, changes):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_both_stages_train(tmp_path, family):
-    model = fresh("recommended", family=family)
+    model = fresh("plain", family=family)
     first, second = recipes(model, steps=8)
     before, held_out = snapshot(model), tokens(4, 48, seed=7)
     error = held_out_errors(model, held_out)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import student, teacher, tokens
 
-PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
+PRESETS = ["plain", "paper", "paper_literal", "lolcats", "liger", "window_only"]
 
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -131,14 +131,14 @@ def test_a_static_cache_and_a_snapshot_hold_sliding_layers_too():
 )
 def test_the_window_control_keeps_the_same_layers(kept):
     made = teacher("gemma3_text")
-    config = LizardConfig.preset("recommended", attention={"window": 8}, **kept)
+    config = LizardConfig.preset("plain", attention={"window": 8}, **kept)
     control = window_control(Teacher(made, None, "random"), config)
     assert kept_layers(control.config) == kept_layers(linearize(made, config).config)
     assert not list(control.lizard_parameters())
 
 
 def test_what_cannot_be_kept_or_converted_says_why():
-    recommended = LizardConfig.preset("recommended", attention={"window": 13})
+    recommended = LizardConfig.preset("plain", attention={"window": 13})
     with pytest.raises(ValueError, match="window=13 is wider than the teacher's sliding window of 12 in layer 2"):
         linearize(teacher("qwen2", **MIXED), recommended.replace(keep_sliding_layers=False))
     linearize(teacher("qwen2", **MIXED), recommended)

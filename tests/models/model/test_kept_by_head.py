@@ -30,7 +30,7 @@ def kept(places=BY_LAYER, **attention):
         (BY_LAYER, {"gate": "channel", "feature_activation": "exp", "key_map": "query_head", "score_received": True}),
         (BY_LAYER, {"positions": "clamped", "position_limit": 24, "position_step": 10}),
     ],
-    ids=["recommended", "beside all", "channel", "clamped"],
+    ids=["plain", "beside all", "channel", "clamped"],
 )
 def test_prefill_in_pieces_and_steps_equals_one_shot(places, choices):
     model, ids = kept(places, **choices), tokens(2, 50)
@@ -83,7 +83,7 @@ def test_a_saved_model_and_its_state_files_keep_their_places(tmp_path):
 
 
 def test_configs_come_back_from_json():
-    config = LizardConfig.preset("recommended", attention={"kept_keys": BY_LAYER})
+    config = LizardConfig.preset("plain", attention={"kept_keys": BY_LAYER})
     assert config.attention.kept_keys == ((5, 0), (0, 0), (2, 7)) and config.attention.keeps_keys
     assert LizardConfig.from_json(config.to_json()) == config
     assert config.replace(attention={"window": 64}).attention.kept_keys == config.attention.kept_keys
@@ -102,7 +102,7 @@ def test_configs_come_back_from_json():
 )
 def test_places_that_do_not_fit_the_model_are_refused(places, changes, message):
     with pytest.raises(ValueError, match=message):
-        linearize(teacher(), LizardConfig.preset("recommended", attention={"kept_keys": places}).replace(**changes))
+        linearize(teacher(), LizardConfig.preset("plain", attention={"kept_keys": places}).replace(**changes))
 
 
 def test_layers_kept_softmax_have_no_places():

@@ -29,7 +29,7 @@ def kept(**attention):
         {"coverage": "left", "positions": "clamped", "position_limit": 24, "position_step": 10},
         {"positions": "clamped", "position_limit": 24, "position_step": 10},
     ],
-    ids=["recommended", "beside all", "channel", "left, clamped", "clamped"],
+    ids=["plain", "beside all", "channel", "left, clamped", "clamped"],
 )
 def test_prefill_in_pieces_and_steps_equals_one_shot(choices):
     model, ids = kept(**choices), tokens(2, 50)

@@ -26,7 +26,7 @@ def largest_difference(a, b) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["recommended", "lolcats", "window_only"])
+@pytest.mark.parametrize("preset", ["plain", "lolcats", "window_only"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_untrained_student_equals_the_teacher_up_to_the_window(family, preset):
     made, ids = teacher(family), tokens(2, 24)
@@ -50,18 +50,18 @@ def test_untrained_student_equals_the_teacher_up_to_the_window(family, preset):
 )
 def test_every_shape_of_llama(changes):
     made, ids = teacher(**changes), tokens(2, 24)
-    model = linearize(made, LizardConfig.preset("recommended", attention={"window": 24}))
+    model = linearize(made, LizardConfig.preset("plain", attention={"window": 24}))
     assert largest_difference(model(ids).logits, made(ids).logits) < 1e-4
 
 
 @torch.no_grad()
 def test_sliding_window_mistral():
     made = teacher("mistral", sliding_window=16)
-    model = linearize(made, LizardConfig.preset("recommended", attention={"window": 16}))
+    model = linearize(made, LizardConfig.preset("plain", attention={"window": 16}))
     ids = tokens(2, 16)
     assert largest_difference(model(ids).logits, made(ids).logits) < 1e-4
     with pytest.raises(ValueError, match="window=17 is wider than the teacher's sliding window of 16"):
-        linearize(made, LizardConfig.preset("recommended", attention={"window": 17}))
+        linearize(made, LizardConfig.preset("plain", attention={"window": 17}))
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_teacher_mode_is_the_teacher(family):
 
 def test_weights_are_shared_not_copied():
     made = teacher(tie_word_embeddings=True)
-    model = linearize(made, LizardConfig.preset("recommended"))
+    model = linearize(made, LizardConfig.preset("plain"))
     ours, theirs = dict(model.named_parameters()), dict(made.named_parameters())
     new = {name for name, _ in model.lizard_parameters()}
     assert set(ours) == set(theirs) | new and not set(theirs) & new
@@ -101,14 +101,14 @@ def test_softmax_layers_are_the_teachers(kept):
 def test_training_flag_and_generation_config_carry_over():
     made = teacher().train()
     made.generation_config.temperature = 0.3
-    model = linearize(made, LizardConfig.preset("recommended"))
+    model = linearize(made, LizardConfig.preset("plain"))
     assert model.training and model.lizard_attentions()[0].lizard.training
     assert model.generation_config.temperature == 0.3
     assert model.config.architectures == ["LizardLlamaForCausalLM"]
 
 
 def test_new_parameters_are_float32_in_a_half_precision_teacher():
-    model = linearize(teacher().bfloat16(), LizardConfig.preset("recommended"))
+    model = linearize(teacher().bfloat16(), LizardConfig.preset("plain"))
     assert model.dtype == torch.bfloat16
     assert {p.dtype for _, p in model.lizard_parameters()} == {torch.float32}
     ids = tokens(1, 20)
@@ -118,7 +118,7 @@ def test_new_parameters_are_float32_in_a_half_precision_teacher():
 def test_meta_teachers_convert_without_memory():
     with torch.device("meta"):
         made = teacher()
-    model = linearize(made, LizardConfig.preset("recommended"))
+    model = linearize(made, LizardConfig.preset("plain"))
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -143,7 +143,7 @@ def test_other_architectures_hear_what_is_missing(config, message):
 
 
 def test_what_cannot_be_converted_says_why():
-    recommended = LizardConfig.preset("recommended")
+    recommended = LizardConfig.preset("plain")
     with pytest.raises(ValueError, match="GPT2Attention has no separate q_proj.*supported are llama"):
         linearize(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), recommended)
     with pytest.raises(ValueError, match="LlamaForSequenceClassification, without the head.*wanted a LlamaForCausalLM"):

@@ -25,7 +25,7 @@ def padded(rows: list[torch.Tensor], layout: str) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["left", "right", "mixed"])
-@pytest.mark.parametrize("preset", ["recommended", "paper", "lolcats", "liger", "window_only"])
+@pytest.mark.parametrize("preset", ["plain", "paper", "lolcats", "liger", "window_only"])
 def test_padded_rows_equal_single_runs(preset, layout):
     model = student(preset)
     rows = [tokens(1, length, seed=length)[0] for length in (30, 17, 5, 1)]
@@ -159,7 +159,7 @@ def test_distillation_keeps_one_layers_graph():
     assert kept == sum(p.numel() for _, p in model.lizard_parameters())
 
 
-@pytest.mark.parametrize("preset", ["recommended", "paper"])
+@pytest.mark.parametrize("preset", ["plain", "paper"])
 def test_text_shorter_than_the_window_trains_too(preset):
     model, ids = student(preset, window=32).double().requires_grad_(True), tokens(2, 10)
     model.set_attention_mode("distill")
@@ -256,7 +256,7 @@ def test_hidden_states_and_embeddings():
 
 
 def test_disturbed_students_differ_from_fresh_ones():
-    model = linearize(teacher(), LizardConfig.preset("recommended", attention={"window": 8}))
+    model = linearize(teacher(), LizardConfig.preset("plain", attention={"window": 8}))
     ids = tokens(1, 20)
     before = model(ids).logits
     disturb(model)
@@ -268,7 +268,7 @@ def test_half_precision_keeps_the_frequencies_of_rope():
     model, ids = student(), tokens(1, 30)
     exact = model.model.rotary_emb.inv_freq.clone()
     assert torch.equal(model.bfloat16().model.rotary_emb.inv_freq, exact)
-    rounded = linearize(teacher().bfloat16(), LizardConfig.preset("recommended", attention={"window": 8}))
+    rounded = linearize(teacher().bfloat16(), LizardConfig.preset("plain", attention={"window": 8}))
     assert torch.equal(rounded.model.rotary_emb.inv_freq, exact)
     disturb(rounded)
     assert torch.equal(rounded(ids).logits, model(ids).logits)

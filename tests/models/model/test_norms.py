@@ -63,7 +63,7 @@ def test_a_teacher_keeps_its_norms_and_shares_their_weights():
     from lizard_models import LizardConfig, linearize
 
     own = teacher()
-    model = linearize(own, LizardConfig.preset("recommended"))
+    model = linearize(own, LizardConfig.preset("plain"))
     for name in names(model):
         a, b = own.get_submodule(name), model.get_submodule(name)
         assert not isinstance(a, KernelNorm) and isinstance(b, KernelNorm)

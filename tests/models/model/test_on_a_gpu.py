@@ -32,7 +32,7 @@ def llama(**sizes):
 def test_a_long_prompt_in_pieces_before_compiled_steps():
     """Width and batch of a model of 8B parameters: a graph of each piece of 8192 tokens ended in a crash."""
     wide = dict(hidden_size=4096, intermediate_size=14_336, num_attention_heads=32, num_key_value_heads=8)
-    model = linearize(llama(**wide, max_position_embeddings=131_072).bfloat16(), LizardConfig.preset("recommended"))
+    model = linearize(llama(**wide, max_position_embeddings=131_072).bfloat16(), LizardConfig.preset("plain"))
     ids = torch.randint(1, 512, (16, 20_000), device="cuda")
     settings = dict(max_new_tokens=8, do_sample=False, cache_implementation="static", prefill_chunk_size=8192)
     found = model.generate(ids, **settings)
@@ -60,7 +60,7 @@ class Tokens(Dataset):
 def test_scores_are_fitted_from_a_graph_as_without_one(tmp_path):
     """Labels and gradients of every layer are made inside of the forward: the graph holds them all."""
     kept = {"kept_keys": 16, "score_received": True, "window": 32}
-    config = LizardConfig.preset("recommended").replace(attention=kept)
+    config = LizardConfig.preset("plain").replace(attention=kept)
     recipe = dataclasses.replace(
         config.stage0, epochs=None, max_steps=8, batch_size=2, sequence_length=256, label_queries=32, precision="fp32"
     )
@@ -76,7 +76,7 @@ def test_scores_are_fitted_from_a_graph_as_without_one(tmp_path):
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_loss_that_turns_nan_on_the_device_is_named(tmp_path, monkeypatch, cuda_graph):
     """Nothing waits for the device in between: the run stops a few steps later and names the step all the same."""
-    model = linearize(llama(), LizardConfig.preset("recommended")).requires_grad_(False)
+    model = linearize(llama(), LizardConfig.preset("plain")).requires_grad_(False)
     attention, calls = LizardAttention.teacher_attention, torch.zeros((), device="cuda")
 
     def broken(self, *args, **kwargs):
@@ -85,7 +85,7 @@ def test_a_loss_that_turns_nan_on_the_device_is_named(tmp_path, monkeypatch, cud
 
     monkeypatch.setattr(LizardAttention, "teacher_attention", broken)
     recipe = dataclasses.replace(
-        LizardConfig.preset("recommended").stage1, max_steps=60, batch_size=2, sequence_length=256, precision="fp32"
+        LizardConfig.preset("plain").stage1, max_steps=60, batch_size=2, sequence_length=256, precision="fp32"
     )
     run = RunArguments(output_dir=tmp_path / "run", device="cuda", cuda_graph=cuda_graph, save_steps=5)
     where = r"(first after|for) \S*layers\.0.*, its gradient is not finite in"
@@ -118,7 +118,7 @@ def eager_and_graphed(model, ids, **options):
 )
 def test_generate_replays_its_step_bit_for_bit(dtype, options, monkeypatch):
     monkeypatch.setattr(decode_graph, "tell", pytest.fail)
-    config = LizardConfig.preset("recommended", attention={"window": 16})
+    config = LizardConfig.preset("plain", attention={"window": 16})
     model = linearize(llama().to(dtype), config).eval()
     draw = torch.Generator("cuda").manual_seed(1)
     ids = torch.randint(1, 512, (3, 40), device="cuda", generator=draw)
@@ -159,7 +159,7 @@ def test_fused_layers_compute_what_the_families_do(dtype, family, monkeypatch):
 
 def test_a_pool_of_graphs_serves_calls_of_other_lengths(monkeypatch):
     monkeypatch.setattr(decode_graph, "tell", pytest.fail)
-    model = linearize(llama().bfloat16(), LizardConfig.preset("recommended")).eval()
+    model = linearize(llama().bfloat16(), LizardConfig.preset("plain")).eval()
     captures, capture = [], CudaRecorder.capture
     monkeypatch.setattr(CudaRecorder, "capture", lambda self, step: captures.append(1) or capture(self, step))
     for rows, length in ((2, 300), (2, 33), (5, 60), (2, 200), (5, 1)):
@@ -182,7 +182,7 @@ def test_a_pool_of_graphs_serves_calls_of_other_lengths(monkeypatch):
 def test_anchors_that_move_on_are_captured_a_second_time(monkeypatch):
     monkeypatch.setattr(decode_graph, "tell", pytest.fail)
     choices = {"window": 8, "position_limit": 24, "position_step": 10}
-    model = linearize(llama().float(), LizardConfig.preset("recommended", attention=choices)).eval()
+    model = linearize(llama().float(), LizardConfig.preset("plain", attention=choices)).eval()
     ids = torch.randint(1, 512, (2, 15), device="cuda")
     plain, graphed = eager_and_graphed(model, ids, max_new_tokens=50)
     assert torch.equal(plain.sequences, graphed.sequences)
@@ -192,7 +192,7 @@ def test_anchors_that_move_on_are_captured_a_second_time(monkeypatch):
 def test_a_step_that_waits_for_the_device_is_not_captured(monkeypatch):
     told = []
     monkeypatch.setattr(decode_graph, "tell", told.append)
-    model = linearize(llama().float(), LizardConfig.preset("recommended")).eval()
+    model = linearize(llama().float(), LizardConfig.preset("plain")).eval()
     norm = type(model.model.norm)
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda self, x: forward(self, x) * float(x.isfinite().all()))

@@ -38,7 +38,7 @@ def test_a_config_of_tuples_generates():
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"softmax_layers": (1,)}, {"family": "gemma3_text"}])
-@pytest.mark.parametrize("preset", ["recommended", "paper", "liger"])
+@pytest.mark.parametrize("preset", ["plain", "paper", "liger"])
 def test_shapes_are_known_without_data(preset, options):
     """A whole model on the meta device: a prompt and a step."""
     model, ids = student(preset, **options), tokens(2, 20)

@@ -13,7 +13,11 @@ from lizard_ops import apply_rotary
 LIMIT = 24  # the teacher's context; window 8 and 4 anchors fit
 
 
+<<<<<<< HEAD
 def student(preset="recommended", positions="clamped", layers=3, **changes):
+=======
+def student(preset="plain", positions="clamped", **changes):
+>>>>>>> switch
     attention = {"window": 8, "positions": positions} | changes
     model = linearize(
         teacher(max_position_embeddings=LIMIT, num_hidden_layers=layers),
@@ -83,7 +87,7 @@ def test_clamped_is_its_definition(step):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("preset", "step"), [("recommended", 1), ("recommended", 7), ("window_only", None)])
+@pytest.mark.parametrize(("preset", "step"), [("plain", 1), ("plain", 7), ("window_only", None)])
 def test_clamped_does_not_depend_on_how_the_text_arrives(preset, step):
     model, ids = student(preset, position_step=step), tokens(2, 45)
     whole = model(ids, use_cache=False).logits
@@ -237,7 +241,7 @@ DYNAMIC = dict(rope_type="dynamic", factor=10.0, rope_theta=10_000.0)
 
 @torch.no_grad()
 @pytest.mark.parametrize("rope", [DYNAMIC, LONG_ROPE], ids=lambda rope: rope["rope_type"])
-@pytest.mark.parametrize("preset", ["recommended", "lolcats"])
+@pytest.mark.parametrize("preset", ["plain", "lolcats"])
 def test_angles_are_the_same_whatever_was_read_before(preset, rope):
     """Kinds that change their frequencies: in the first forward, in the next, after a short text and after a teacher's.
 
@@ -256,7 +260,7 @@ def test_angles_are_the_same_whatever_was_read_before(preset, rope):
 
 @torch.no_grad()
 def test_a_teacher_that_rescales_is_not_distilled_past_its_context():
-    model, family = student_of("recommended", DYNAMIC), teacher(max_position_embeddings=LIMIT, rope_parameters=DYNAMIC)
+    model, family = student_of("plain", DYNAMIC), teacher(max_position_embeddings=LIMIT, rope_parameters=DYNAMIC)
     ids = tokens(1, LIMIT + 1)
     model.set_attention_mode("distill")
     hidden = model.model(ids[:, :LIMIT]).last_hidden_state
@@ -276,7 +280,7 @@ def student_of(preset, rope):
 
 def test_a_teacher_keeps_its_own_angles():
     family = teacher(max_position_embeddings=LIMIT)
-    model = linearize(family, LizardConfig.preset("recommended", attention={"window": 8}))
+    model = linearize(family, LizardConfig.preset("plain", attention={"window": 8}))
     model.set_attention_mode("teacher")
     ids = tokens(1, 60)
     assert torch.equal(model(ids, use_cache=False).logits, family(ids, use_cache=False).logits)
@@ -292,7 +296,7 @@ def test_pairs_that_promise_nothing_are_refused():
         ({"positions": "moving"}, "positions must be"),
     ):
         with pytest.raises(ValueError, match=reason):
-            LizardConfig.preset("recommended", attention={"positions": "true"} | changes)
+            LizardConfig.preset("plain", attention={"positions": "true"} | changes)
 
 
 @torch.no_grad()
@@ -316,7 +320,7 @@ def test_one_compiled_step_does_before_and_past_the_limit():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen3", "smollm3", "gemma2", "gemma3_text"])
 def test_every_family_goes_past_the_limit(family):
-    config = LizardConfig.preset("recommended", attention={"window": 8, "positions": "clamped", "position_step": 9})
+    config = LizardConfig.preset("plain", attention={"window": 8, "positions": "clamped", "position_step": 9})
     model = linearize(teacher(family, max_position_embeddings=LIMIT), config)
     disturb(model)
     ids = tokens(1, 60)
@@ -330,7 +334,7 @@ def test_every_family_goes_past_the_limit(family):
 def test_longrope_in_pieces_is_one_piece_where_the_first_passes_its_length():
     rope = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 8, long_factor=[4.0] * 8, factor=8.0)
     family = teacher(rope_parameters=rope | {"original_max_position_embeddings": 32}, num_hidden_layers=1)
-    model = linearize(family, LizardConfig.preset("recommended", attention={"window": 8}))
+    model = linearize(family, LizardConfig.preset("plain", attention={"window": 8}))
     disturb(model)
     ids = tokens(1, 60)
     whole = model(ids).logits

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from lizard_models import LizardConfig, linearize
 from lizard_models.model.families.llama import LizardLlamaConfig, LizardLlamaForCausalLM
 
-PRESETS = ["recommended", "paper", "paper_literal", "lolcats", "liger", "window_only"]
+PRESETS = ["plain", "paper", "paper_literal", "lolcats", "liger", "window_only"]
 
 
 @torch.no_grad()
@@ -140,6 +140,6 @@ def test_float64_is_followed_by_new_parameters(tmp_path):
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)  # angles are float32's
         for (name, a), (_, b) in zip(model.lizard_parameters(), loaded.lizard_parameters(), strict=True):
             assert b.dtype == torch.float64 and torch.equal(a, b), name
-    made = linearize(teacher().double(), LizardConfig.preset("recommended", attention={"window": 8}))
+    made = linearize(teacher().double(), LizardConfig.preset("plain", attention={"window": 8}))
     assert {p.dtype for _, p in made.lizard_parameters()} == {torch.float64}
     torch.testing.assert_close(made(ids).logits.float(), student(seed=None)(ids).logits, rtol=1e-4, atol=1e-4)

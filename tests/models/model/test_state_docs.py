@@ -28,7 +28,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
 
 def test_the_bytes_are_those_of_the_state():
     sizes = {"window": 128, "anchors": 4, "feature_dim": 128}
-    choices: AttentionChoices = LizardConfig.preset("recommended", attention=sizes).attention
+    choices: AttentionChoices = LizardConfig.preset("plain", attention=sizes).attention
     shape = dict(hidden_size=576, num_heads=9, num_key_heads=3, head_dim=64)
     state = empty_state(AttentionConfig.from_choices(choices, **shape), 1, torch.bfloat16, "meta")
     told = 0

@@ -184,7 +184,7 @@ def test_every_bit_and_every_place_counts():
 def test_the_command_line_reads_once_and_goes_on(tmp_path):
     save_teacher(tmp_path / "teacher")
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
-    linearize(teacher, LizardConfig.preset("recommended", attention={"window": 16})).save_pretrained(tmp_path / "model")
+    linearize(teacher, LizardConfig.preset("plain", attention={"window": 16})).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tmp_path / "teacher").save_pretrained(tmp_path / "model")
     book, state = tmp_path / "book.txt", tmp_path / "book.state"
     book.write_text("the first words of a book that goes on and on " * 8)

@@ -70,7 +70,7 @@ def test_they_survive_saving_train_and_are_counted(tmp_path):
     again = type(model).from_pretrained(tmp_path / "model")
     assert windows(again) == [8, 21, 8]
     assert torch.equal(again(tokens(1, 40)).logits, model(tokens(1, 40)).logits)
-    config = LizardConfig.preset("recommended", attention={"window": 8}, **WIDE)
+    config = LizardConfig.preset("plain", attention={"window": 8}, **WIDE)
     assert windows(window_control(Teacher(teacher(), None, "tiny"), config)) == [8, 21, 8]
     slower = config.replace(wide_gate_stretch=8.0).to_dict()
     assert "decays slower by 8" in _made({"config": slower}, MADE)[0]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lizard_models import LizardConfig, linearize, linearize_folder
 from lizard_models.cli.main import app
 
-CONFIG = LizardConfig.preset("recommended", attention={"window": 8})
+CONFIG = LizardConfig.preset("plain", attention={"window": 8})
 
 
 def saved(folder, shard: str = "50KB", dtype=torch.float32, **changes):
@@ -30,8 +30,8 @@ def saved(folder, shard: str = "50KB", dtype=torch.float32, **changes):
 @pytest.mark.parametrize(
     ("preset", "family"),
     [
-        *((preset, "llama") for preset in ("recommended", "paper", "lolcats", "liger", "window_only")),
-        *(("recommended", family) for family in ("mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")),
+        *((preset, "llama") for preset in ("plain", "paper", "lolcats", "liger", "window_only")),
+        *(("plain", family) for family in ("mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")),
     ],
 )
 def test_the_folder_holds_what_linearize_makes(tmp_path, preset, family):
@@ -160,7 +160,7 @@ from lizard_models import LizardConfig, linearize_folder
 def resident(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
-config = LizardConfig.preset("recommended", attention={"window": 8})
+config = LizardConfig.preset("plain", attention={"window": 8})
 linearize_folder(sys.argv[1], sys.argv[2] + "-first", config)
 for out, dtype in ((sys.argv[2] + "-same", None), (sys.argv[2] + "-cast", torch.bfloat16)):
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from benchmarks.quality.__main__ import app as quality
 from lizard_models import LizardConfig
 from lizard_models.cli.main import app
-from lizard_models.runs.cost import known_shapes, run_cost
+from lizard_models.runs.cost import check_run, known_shapes, run_cost
+from lizard_models.runs.plan import Plan
 
 PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
@@ -31,8 +32,8 @@ def test_public_shapes_have_their_number_of_parameters():
 
 
 def test_a_plan_counts_what_the_model_has():
-    model = student("recommended")
-    preset = LizardConfig.preset("recommended", attention={"window": 8})
+    model = student("plain")
+    preset = LizardConfig.preset("plain", attention={"window": 8})
     cost = run_cost(teacher().config, preset)
     assert cost.new_parameters == sum(p.numel() for _, p in model.lizard_parameters())
     names = dict(model.lizard_attentions()[0].lizard.named_parameters())
@@ -45,6 +46,32 @@ def test_a_plan_counts_what_the_model_has():
     assert dataclasses.asdict(cost)["stage1"]["steps"] == preset.stage1.max_steps
     full = run_cost(teacher().config, preset.replace(stage2={"trained": "full", "lora_targets": ["q_proj"]}))
     assert full.adapters == 3 * 64 * 64
+
+
+def test_what_a_cpu_takes_is_told_where_there_is_no_gpu(tmp_path, monkeypatch):
+    teacher().config.save_pretrained(tmp_path / "teacher")
+    many = {stage: {"max_steps": 10**7, "epochs": None} for stage in ("stage0", "stage1", "stage2")}
+    cost = run_cost(teacher().config, LizardConfig.preset("recommended", **many), checkpointing=False)
+    first, second, third = (stage.flop / 0.03e12 / 3600 for stage in (cost.stage0, cost.stage1, cost.stage2))
+    command = ["linearize", str(tmp_path / "teacher"), "--out", str(tmp_path / "never"), "--dry-run"]
+    steps = [word for stage in "012" for word in (f"--stage{stage}-steps", f"{10**7}")]
+
+    def told(*more, gpu=False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+        return " ".join(CliRunner().invoke(app, [*command, *steps, *more]).output.split())
+
+    every = told()
+    assert f"stage 0 {first:,.1f} h, stage 1 {second:,.1f} h, stage 2 {third:,.1f} h; a GPU, fewer steps" in every
+    assert "or preset plain, which has no stage 0, take less" in every and min(first, second, third) > 1
+    assert f"(two cores, float32): stage 1 {second:,.1f} h; a GPU" in told("--stage0-steps", "0", "--stage2-steps", "0")
+    assert "on a CPU" not in told(gpu=True) and "on a CPU" in told("--device", "cpu", gpu=True)
+    said: list[str] = []
+    lizard = LizardConfig.preset("recommended", **many)
+    plan, model = Plan(teacher="t", config=lizard, out=tmp_path / "never", data=["text"]), student("recommended")
+    for config, device in (LizardConfig.preset("plain"), "cpu"), (lizard, "cuda"), (lizard, "cpu"):
+        model.config.lizard = config.to_dict()
+        check_run(plan, model, ["stage1"], device, said.append)
+    assert len(said) == 1 and said[0].startswith("note: on a CPU, at 0.03 TFLOP/s (two cores, float32): stage 1 ")
 
 
 def test_dry_runs_show_the_plan_and_write_nothing(tmp_path, monkeypatch):

@@ -16,7 +16,20 @@ from lizard_models.files.folders import damaged, drafts_of
 from lizard_models.files.locks import FolderLock
 from lizard_models.runs import linearize_run, work
 
-STEPS = ["--stage1-steps", "2", "--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+STEPS = [
+    "--preset",
+    "plain",
+    "--stage1-steps",
+    "2",
+    "--stage2-steps",
+    "2",
+    "--seq-len",
+    "64",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -188,21 +201,21 @@ def test_two_runs_do_not_work_in_one_folder(command, tmp_path, monkeypatch):
 
 
 def test_a_run_that_began_meanwhile_is_seen(command, tmp_path, monkeypatch):
-    check, other = linearize_run.check_space, FolderLock(tmp_path / "out.training", print)
+    check, other = linearize_run.check_run, FolderLock(tmp_path / "out.training", print)
 
     def meanwhile(*args):
         (tmp_path / "out.training").mkdir()
         other.take()
         return check(*args)
 
-    monkeypatch.setattr(linearize_run, "check_space", meanwhile)
+    monkeypatch.setattr(linearize_run, "check_run", meanwhile)
     assert "another run works in" in error(*command)
     assert not (tmp_path / "out.training" / "plan.json").exists()
     other.release()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("place", ["load_teacher", "loss_by_position", "save_report", "check_space"])
+@pytest.mark.parametrize("place", ["load_teacher", "loss_by_position", "save_report", "check_run"])
 def test_a_signal_at_any_moment_ends_with_the_command_that_goes_on(
     command, tmp_path, monkeypatch, number, place, weights
 ):

@@ -26,10 +26,10 @@ from lizard_models.text.sequences import PackedTokens, StreamedTokens, load_sequ
 
 LENGTH, WINDOW, PLACES = 160, 16, 8
 RECIPE = Stage0Config(max_steps=3, sequence_length=LENGTH, label_queries=32)
-SMALL = ["--kept-keys", PLACES, "--set", f"attention.window={WINDOW}", "--set", "attention.score_dim=8",
-         "--set", f"stage0.sequence_length={LENGTH}", "--set", "stage0.label_queries=32", "--stage0-steps", "3",
-         "--stage1-steps", "2", "--stage2-steps", "1", "--seq-len", "64", "--batch-size", "2",
-         "--device", "cpu"]  # fmt: skip
+SMALL = ["--preset", "plain", "--kept-keys", PLACES, "--set", f"attention.window={WINDOW}",
+         "--set", "attention.score_dim=8", "--set", f"stage0.sequence_length={LENGTH}",
+         "--set", "stage0.label_queries=32", "--stage0-steps", "3", "--stage1-steps", "2", "--stage2-steps", "1",
+         "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,7 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_model(world, finished, t
     plan = tmp_path / "out.training" / "plan.json"
     values = json.loads(plan.read_text())
     values["config"]["attention"]["memory"] = "sum"  # as a version with this field wrote it, at its default
+    values["config"]["name"] = "recommended"  # as the preset plain was called
     plan.write_text(json.dumps(values))
     call(*command(world, out, "--resume", "--save-steps", "1"))
     whole, again = (AutoModelForCausalLM.from_pretrained(folder) for folder in (finished[0], out))
@@ -166,7 +167,7 @@ def test_stage_0_is_left_out_or_alone(world, tmp_path):
     output = call(*command(world, tmp_path / "without", "--stage0-steps", "0")).output
     assert "stage 0 is left out: the keys least like the mean key are kept" in output
     assert list(json.loads((tmp_path / "without" / "training.json").read_text())["stages"]) == ["stage1", "stage2"]
-    starts = linearize(teacher(), LizardConfig.preset("recommended", attention={"kept_keys": 1, "score_dim": 8}))
+    starts = linearize(teacher(), LizardConfig.preset("plain", attention={"kept_keys": 1, "score_dim": 8}))
     left = own_scores(AutoModelForCausalLM.from_pretrained(tmp_path / "without", dtype=torch.float32))
     assert all(torch.equal(left[name], p) for name, p in own_scores(starts).items())
 
@@ -187,6 +188,7 @@ def test_text_too_short_for_its_rows_is_refused_before_any_training(world, tmp_p
         and "the text gives 1: give" in line
     )
     assert "a shorter stage0.sequence_length (at least 52: window, anchors and stage0.label_queries=32)" in line
+    assert line.endswith("by which the keys least like the mean key are kept, or take preset plain, which keeps none")
     line = error(*command(world, out, "--set", "stage0.sequence_length=20000"))
     assert "tokens give none: give more text" in line
     line = error(*command(world, out, "--set", "stage0.label_queries=150"))
@@ -196,7 +198,7 @@ def test_text_too_short_for_its_rows_is_refused_before_any_training(world, tmp_p
 
 def test_rows_are_counted_from_steps_or_epochs_and_none_is_held_out_and_trained_on(world, monkeypatch):
     found = load_teacher(str(world / "teacher"))
-    model = linearize(found.model, LizardConfig.preset("recommended", attention={"window": 16, "kept_keys": 8}))
+    model = linearize(found.model, LizardConfig.preset("plain", attention={"window": 16, "kept_keys": 8}))
     whole = load_sequences([str(world / "texts")], found.tokenizer, LENGTH)
     seen = []
     make = score_rows.look_up_rows
@@ -232,9 +234,11 @@ def test_rows_are_counted_from_steps_or_epochs_and_none_is_held_out_and_trained_
 
 def test_converted_folders_and_students_start_alike(world, tmp_path):
     out = tmp_path / "converted"
-    call("convert", world / "teacher", "--kept-keys", "8", "--set", "attention.window=16", "--out", out)
+    options = ["--preset", "plain", "--kept-keys", "8", "--set", "attention.window=16"]
+    said = " ".join(call("convert", world / "teacher", *options, "--out", out).output.split())
+    assert "kept keys: 8 of each key head in every linearized layer, those least like the mean key: no score" in said
     made = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    config = LizardConfig.preset("recommended", attention={"window": 16, "kept_keys": 8})
+    config = LizardConfig.preset("plain", attention={"window": 16, "kept_keys": 8})
     found = load_teacher(str(world / "teacher"))
     direct = linearize(found.model, config)
     names = own_scores(made)
@@ -248,8 +252,9 @@ def test_converted_folders_and_students_start_alike(world, tmp_path):
 
 
 def test_info_and_plans_count_kept_keys(world):
-    plain = call("info", world / "teacher", "--set", "attention.window=16").output
-    shown = call("info", world / "teacher", "--set", "attention.window=16", "--kept-keys", "300").output
+    teacher_under = ["info", world / "teacher", "--preset", "plain", "--set", "attention.window=16"]
+    plain = call(*teacher_under).output
+    shown = call(*teacher_under, "--kept-keys", "300").output
     assert "kept keys" not in plain and "kept keys: 300 of each key head in every linearized layer" in shown
     config = student(attention={"kept_keys": 300}).config
     dims, heads = 16, 2  # of a key: itself, its value, 128 inputs of its features, a gate, a score and a position
@@ -258,7 +263,7 @@ def test_info_and_plans_count_kept_keys(world):
     assert lizard_bytes(config, 9, torch.float32) > 3 * 300 * heads * place
     assert "is linearized already" in error("info", save_kept(world), "--kept-keys", "9")
 
-    lizard = LizardConfig.preset("recommended", attention={"kept_keys": 64})
+    lizard = LizardConfig.preset("plain", attention={"kept_keys": 64})
     cost = run_cost(teacher().config, lizard)
     scores = sum(p.numel() for p in linearize(teacher(), lizard).key_scores().parameters())
     without = run_cost(teacher().config, lizard.replace(attention={"kept_keys": 0}))

@@ -12,12 +12,15 @@ from lizard_models.distill import stage1
 from lizard_models.files.folders import SUMS, write_sums
 from lizard_models.runs import linearize_run
 
-STEPS = ["--seq-len", "64", "--batch-size", "2", "--device", "cpu", "--set", "attention.window=16"]
+STEPS = ["--preset", "plain", "--seq-len", "64", "--batch-size", "2", "--device", "cpu", "--set", "attention.window=16"]
 KEPT = ["--kept-keys", "4", "--set", "attention.score_dim=8", "--set", "stage0.sequence_length=128"]
 KEPT += ["--stage0-steps", "2", "--set", "stage0.label_queries=8", "--set", "stage0.batch_size=2"]
 
 
-@pytest.fixture(scope="module", params=[[], KEPT], ids=["plain", "kept keys"])
+SHARED = [*KEPT, "--set", "stage0.share_places=true", "--kept-keys", "12"]
+
+
+@pytest.fixture(scope="module", params=[[], KEPT, SHARED], ids=["plain", "kept keys", "shared out"])
 def world(request, tmp_path_factory):
     """A whole run, the model of its stage 1 alone, and the work of one that stopped before stage 2."""
     folder = tmp_path_factory.mktemp("world")

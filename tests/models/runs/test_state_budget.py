@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from cli_calls import call, error
 from readable import save_teacher, save_texts
 from tiny import student, teacher
@@ -16,12 +17,14 @@ from lizard_models.model.linearize import student_config
 from lizard_models.runs import linearize_run, state_budget
 from lizard_models.runs.memory import constant_bytes, kept_bytes, lizard_bytes, told_places
 from lizard_models.runs.plan import work_folder
+from lizard_models.runs.recipe_file import read_recipe
 from lizard_models.runs.state_budget import evenly_kept, places_within, prices, shared_mib
 
 WINDOW = {"window": 16, "score_dim": 8}
 SMALL = ["--set", "attention.window=16", "--set", "attention.score_dim=8", "--set", "stage0.sequence_length=160",
          "--set", "stage0.label_queries=32", "--stage0-steps", "2", "--stage1-steps", "1", "--stage2-steps", "1",
          "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]  # fmt: skip
+PLAIN = [*SMALL, "--preset", "plain"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_windows_of_sliding_layers_are_counted_and_softmax_layers_are_not():
 
 
 def test_an_even_start_fills_the_budget():
-    config, mib = LizardConfig.preset("recommended", attention=WINDOW), 0.3
+    config, mib = LizardConfig.preset("plain", attention=WINDOW), 0.3
     even = evenly_kept(teacher().config, config, mib).attention.kept_keys
     fits = [
         lizard_bytes(student(attention=WINDOW | {"kept_keys": n}).config, 0, torch.float32) for n in (even, even + 1)
@@ -73,7 +76,7 @@ def test_places_fill_the_budget_and_leave_softmax_layers_out():
 
 def test_a_run_shares_places_out_once_and_goes_on_with_them(world, tmp_path, monkeypatch):
     out, mib = tmp_path / "out", 0.4
-    command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out, "--state-mib", mib]
+    command = ["linearize", world / "teacher", "--data", world / "texts", *PLAIN, "--out", out, "--state-mib", mib]
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -111,29 +114,35 @@ def test_a_run_shares_places_out_once_and_goes_on_with_them(world, tmp_path, mon
     assert "exists already" in error(*command[:-1], 0.5, "--resume", "auto")
 
 
-def test_a_recipe_shares_out_the_bytes_of_even_places(world, tmp_path, monkeypatch):
-    out, recipe = tmp_path / "out", ["--kept-keys", "6", "--set", "stage0.share_places=true"]
+def test_the_recommended_recipe_shares_out_the_bytes_of_even_places(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(linearize_run, "train_stage1", stop)
-    told = call(
-        "linearize", world / "teacher", "--data", world / "texts", *SMALL, *recipe, "--out", out, code=130
-    ).stdout
-    even = student(attention=WINDOW | {"kept_keys": 6}).config
+    command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out, "--kept-keys"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(linearize_run, "train_stage1", stop)
+        told = call(*command, 6, code=130).stdout
+    even = student("recommended", attention=WINDOW | {"kept_keys": 6}).config
     chosen = json.loads((work_folder(out) / "kept_keys.json").read_text())
     paid = prices(even)
     left = constant_bytes(even, torch.float32) - paid.without
     shared = share_places(chosen["errors"], chosen["levels"], left, paid.places, paid.layers)
     assert [tuple(heads) for heads in chosen["places"]] == shared and len({n for heads in shared for n in heads}) > 1
     assert f"of {constant_bytes(even, torch.float32) / 2**20:.4g} MiB (float32 keys)" in told
+    assert "of a run with other config; repeat" in error(*command, 7, "--resume")
+    call(*command, 6, "--resume")
+    training = json.loads((out / "training.json").read_text())
+    assert training["config"]["attention"]["kept_keys"] == chosen["places"] and training["kept_keys"] == 6
+    assert "finished before" in call(*command, 6, "--resume", "auto").output
+    assert "exists already" in error(*command, 7, "--resume", "auto")
 
 
 def test_places_are_shared_only_where_a_recipe_says_so():
     def told(kept_keys, share, scored=True, state_mib=None):
         choices = {"attention": WINDOW | {"kept_keys": kept_keys}, "stage0": {"share_places": share}}
-        config = student_config(teacher().config, LizardConfig.preset("recommended", **choices))
+        config = student_config(teacher().config, LizardConfig.preset("plain", **choices))
         return shared_mib(config, state_mib, scored), constant_bytes(config, torch.float32) / 2**20
 
     wanted, even = told(6, True)
@@ -152,9 +161,26 @@ def test_lists_come_from_the_command_line_too(world, tmp_path):
     assert "kept_keys has lists for 1 layers, but the model has 3" in error("convert", world / "teacher", *wrong)
 
 
+def test_a_budget_takes_the_place_of_the_presets_kept_keys(world, tmp_path):
+    """On the command line and in a file, which may not name both."""
+    command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--state-mib", 0.4, "--out"]
+    shown = yaml.safe_load(call(*command, tmp_path / "out", "--show-recipe").stdout)
+    assert (shown["preset"], shown["budget"]["state_mib"], shown["budget"]["kept_keys"]) == ("recommended", 0.4, 0)
+    assert "GiB" in call(*command, tmp_path / "out", "--dry-run").stdout
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(shown | {"budget": shown["budget"] | {"kept_keys": 480}}))
+    both = error("run", path)
+    assert "budget.state_mib: got kept_keys=480 as well, wanted one of the two" in both and "kept_keys=0 leaves" in both
+    del shown["budget"]["kept_keys"]
+    path.write_text(yaml.safe_dump(shown))
+    plan, wanted = read_recipe(path), LizardConfig.preset("recommended", attention=WINDOW | {"kept_keys": 0})
+    assert plan.config.attention == wanted.attention and plan.state_mib == 0.4
+    assert evenly_kept(teacher().config, plan.config, 0.4).attention.kept_keys > 1
+
+
 def test_what_does_not_fit_is_refused_by_name(world, tmp_path):
     out = tmp_path / "out"
-    command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out, "--state-mib"]
+    command = ["linearize", world / "teacher", "--data", world / "texts", *PLAIN, "--out", out, "--state-mib"]
     without = prices(student(attention=WINDOW).config).without / 2**20
     for planned in ([], ["--dry-run"]):
         assert f"--state-mib: got 0.01, wanted more than the {without:.2f} MiB" in error(*command, "0.01", *planned)

@@ -42,7 +42,7 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path):
 def test_unusable_teachers_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     GPT2Config().save_pretrained(tmp_path / "gpt2")
-    linearize(tiny_teacher(), LizardConfig.preset("recommended")).save_pretrained(tmp_path / "lizard")
+    linearize(tiny_teacher(), LizardConfig.preset("plain")).save_pretrained(tmp_path / "lizard")
     for name, reason in {
         str(tmp_path / "missing"): "is not a folder",
         "./missing": "is not a folder",

@@ -19,7 +19,7 @@ EMBEDDING, MLP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight
 READERS = {
     "teacher": load_teacher,
     "model": load_model,
-    "converted": lambda folder: linearize_folder(folder, f"{folder}-out", LizardConfig.preset("recommended")),
+    "converted": lambda folder: linearize_folder(folder, f"{folder}-out", LizardConfig.preset("plain")),
 }
 
 
@@ -106,7 +106,7 @@ def test_a_cast_that_overflows_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"not finite: {NORM}; .* load it in float32"):
         load_teacher(str(folder), dtype=torch.float16)
     with pytest.raises(ValueError, match=f"{NORM} .* is not finite as torch.float16: give another dtype"):
-        linearize_folder(folder, tmp_path / "out", LizardConfig.preset("recommended"), dtype=torch.float16)
+        linearize_folder(folder, tmp_path / "out", LizardConfig.preset("plain"), dtype=torch.float16)
     assert not (tmp_path / "out").exists()
 
 

@@ -231,7 +231,7 @@ def test_a_run_tells_of_it_all(tmp_path):
     (tmp_path / "other.txt").write_text("".join(chr(97 + n * n % 23) for n in range(300)) + SENTENCE)
     command = ["linearize", tmp_path / "teacher", "--data", folder, "--eval-length", "150", "--out", tmp_path / "out"]
     command += ["--stage1-steps", "1", "--stage2-steps", "0", "--seq-len", "64", "--batch-size", "2"]
-    command += ["--device", "cpu", "--eval-documents", "2"]
+    command += ["--preset", "plain", "--device", "cpu", "--eval-documents", "2"]
     output = call(*command, "--eval-data", folder).output
     assert output.count("% of the evaluation text stands in the training text too") == 1
     assert f"not read in {folder}: 1 hidden files or outputs of runs, such as {folder / '.a.txt'}" in output

@@ -54,7 +54,16 @@ def test_streamed_data_that_changed_are_refused_on_resume(tmp_path, monkeypatch)
     texts = save_texts(tmp_path / "texts")
     # The recipe takes all examples, else they are held.
     command = ["linearize", tmp_path / "teacher", "--data", texts, "--out", tmp_path / "out", "--device", "cpu"]
-    command += ["--set", "stage1.examples=null", "--set", "stage2.examples=null", "--stage1-steps", "3"]
+    command += [
+        "--preset",
+        "plain",
+        "--set",
+        "stage1.examples=null",
+        "--set",
+        "stage2.examples=null",
+        "--stage1-steps",
+        "3",
+    ]
     command += ["--stage2-steps", "2", "--seq-len", "64", "--batch-size", "2"]
     with monkeypatch.context() as stopped:
         stop_in_step(stopped, 2)
