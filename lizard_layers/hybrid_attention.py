@@ -273,8 +273,8 @@ class HybridAttention(nn.Module):
         if tokens.q.shape[1] == 1 and shared["initial_state"] is not None and begins is None:
             del choices["context_group"]
             o, new = recurrent_hybrid_attn(*inputs, config.window, **choices, inplace=inplace)
-        else:
-            o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices, has_state=begins)
+            return o, new, score
+        o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices, has_state=begins)
         return o, new, score
 
     def _at_once(

@@ -13,11 +13,7 @@ from lizard_ops import apply_rotary
 LIMIT = 24  # the teacher's context; window 8 and 4 anchors fit
 
 
-<<<<<<< HEAD
-def student(preset="recommended", positions="clamped", layers=3, **changes):
-=======
-def student(preset="plain", positions="clamped", **changes):
->>>>>>> switch
+def student(preset="plain", positions="clamped", layers=3, **changes):
     attention = {"window": 8, "positions": positions} | changes
     model = linearize(
         teacher(max_position_embeddings=LIMIT, num_hidden_layers=layers),
