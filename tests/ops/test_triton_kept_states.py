@@ -123,27 +123,6 @@ def test_no_token_leaves_the_state_as_it_is():
         torch.testing.assert_close(again[name], x, rtol=2e-5, atol=2e-6)
 
 
-def test_operator_is_well_formed(monkeypatch):
-    """As it is called, with a state and without."""
-    module = importlib.import_module("lizard_ops.hybrid_attn.triton.kept_state")
-    operator, calls = module.kept_prefill, []
-    monkeypatch.setattr(module, "kept_prefill", lambda **given: calls.append(given) or operator(**given))
-    case = make(16, gate="key", **MERGE).cast(torch.float32, DEVICE)
-    with torch.no_grad():
-        in_segments(case, [9], lambda part, state: call(part, "chunk", state, impl="triton", kept_keys=2))
-    for given in calls:
-        torch.library.opcheck(operator, (), given, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_gradients_are_refused_by_name():
-    case = make(16, gate="key", **MERGE).cast(torch.float32, DEVICE)
-    case.tokens["q"].requires_grad_()
-    with pytest.raises(
-        ValueError, match='got .triton., wanted "torch" or "auto" for gradients of kept keys with a state'
-    ):
-        call(case, "chunk", impl="triton", kept_keys=2)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["chunk", "recurrent"])
 def test_compiles_to_one_graph(form):

@@ -27,9 +27,12 @@ CLASSES = tl.constexpr(4)  # of lives: each four times as long as the next
 
 
 @triton.jit
-def beyond(j, end, t, length, W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr):
-    """(first query, end) of the part of a key's life in the segment from t on that the kernel of window keys leaves."""
-    return tl.maximum(j // KB * KB + (KB - 1 + W), t), tl.minimum(end, tl.minimum(t + SIZE, length))
+def beyond(j, end, t, rows, W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr):
+    """(first query, end) of the part of a key's life in the segment from t on that the kernel of window keys leaves.
+
+    Queries by their rows among those of the keys, of which there are ``rows``.
+    """
+    return tl.maximum(j // KB * KB + (KB - 1 + W), t), tl.minimum(end, tl.minimum(t + SIZE, rows))
 
 
 @triton.jit
@@ -42,11 +45,12 @@ def sort_kernel(
     head = tl.program_id(0) % HK
     _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, SIZE)
     entry = (tl.program_id(0) // HK).to(tl.int64) * HK + head
-    p_ends = ends + (batch.to(tl.int64) * HK + head) * tokens + first
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     out = order + entry * (PLACES + SIZE)
-    t = block * SIZE
+    t = block * SIZE + stream.prefix
+    rows = length + stream.prefix
     there = tl.load(carried_count + entry)
-    newest = tl.minimum(t + SIZE, length) - W  # the first key that is still in the window at the end
+    newest = tl.minimum(t + SIZE, rows) - W  # the first key that is still in the window at the end
     count = t * 0
     for c in tl.static_range(CLASSES):
         most = SIZE >> (2 * c - 1) if c > 0 else SIZE + 1
@@ -55,14 +59,14 @@ def sort_kernel(
             place = i + tl.arange(0, BLOCK)
             j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
             end = tl.load(p_ends + j, mask=place < there, other=0)
-            start, stop = beyond(j, end, t, length, W, KB, SIZE)
+            start, stop = beyond(j, end, t, rows, W, KB, SIZE)
             life = tl.maximum(stop - start, 0)
             chosen = (place < there) & (life >= least) & (life < most)
             count = append(out, place, chosen, count, PLACES + SIZE)
         for i in range(tl.maximum(t - W + 1, 0), newest, BLOCK):
             j = i + tl.arange(0, BLOCK)
             end = tl.load(p_ends + j, mask=j < newest, other=0)
-            start, stop = beyond(j, end, t, length, W, KB, SIZE)
+            start, stop = beyond(j, end, t, rows, W, KB, SIZE)
             life = stop - start
             chosen = (j < newest) & (life > 0) & (life >= least) & (life < most)
             count = append(out, PLACES + j - (t - W + 1), chosen, count, PLACES + SIZE)
@@ -89,7 +93,7 @@ def kept_key_kernel(
     if tile * BM >= count:
         return
     _, block, batch, first, length = locate_in_stream(segment, stream, 0, SIZE)
-    t0 = block * SIZE
+    t0 = block * SIZE + stream.prefix
     o_m = tile * BM + tl.arange(0, BM)
     there = o_m < count
     code = tl.load(order + entry * (PLACES + SIZE) + o_m, mask=there, other=0)
@@ -97,8 +101,9 @@ def kept_key_kernel(
     j = tl.load(carried + entry * PLACES + code, mask=is_carried, other=0)
     j = tl.where(is_carried, j, code - PLACES + (t0 - W + 1))
     j = tl.where(there, j, 0)
-    end = tl.load(ends + (batch.to(tl.int64) * HK + head) * tokens + first + j, mask=there, other=0)
-    start, stop = beyond(j, end, t0, length, W, KB, SIZE)
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
+    end = tl.load(p_ends + j, mask=there, other=0)
+    start, stop = beyond(j, end, t0, length + stream.prefix, W, KB, SIZE)
     lives = there & (start < stop)
     low = tl.min(tl.where(lives, start, FAR), 0)
     high = tl.max(tl.where(lives, stop, 0), 0)
@@ -116,8 +121,9 @@ def kept_key_kernel(
     o_q = o_t.to(tl.int64) * time_step(q) + o_g.to(tl.int64) * head_step(q)
     o_do = o_t.to(tl.int64) * time_step(do) + o_g.to(tl.int64) * head_step(do)
     o_row = o_t.to(tl.int64) + o_g.to(tl.int64) * tokens
-    p_q, p_do = at(q, batch, first, head * G), at(do, batch, first, head * G)
-    first_row = (batch.to(tl.int64) * HQ + head * G) * tokens + first
+    of_query = first - stream.prefix  # t is a row among those of the keys
+    p_q, p_do = at(q, batch, of_query, head * G), at(do, batch, of_query, head * G)
+    first_row = (batch.to(tl.int64) * HQ + head * G) * tokens + of_query
     b_dk = tl.zeros([BM, BD], tl.float32)
     b_dv = tl.zeros([BM, BV], tl.float32)
     for i in range(0, tl.cdiv(tl.maximum(high - low, 0), TOKENS) * SUBS):
@@ -178,9 +184,10 @@ def carried_gradient_kernel(
     place = tile * BLOCK + tl.arange(0, BLOCK)
     mine = place < tl.load(carried_count + entry)
     j = tl.load(carried + entry * PLACES + place, mask=mine, other=0)
-    mine = mine & ((j + (W + SIZE - 1)) // SIZE == block)
-    end = tl.load(ends + (batch.to(tl.int64) * HK + head) * tokens + first + j, mask=mine, other=0)
-    end = tl.minimum(end, length)
+    mine = mine & ((tl.maximum(j + (W - stream.prefix), 0) + (SIZE - 1)) // SIZE == block)
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
+    end = tl.load(p_ends + j, mask=mine, other=0)
+    end = tl.minimum(end - stream.prefix, length)  # as a query
     b_dk = tl.zeros([BLOCK, BD], tl.float32)
     b_dv = tl.zeros([BLOCK, BV], tl.float32)
     for i in range(block, tl.cdiv(tl.max(end, 0), SIZE)):

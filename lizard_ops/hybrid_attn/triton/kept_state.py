@@ -1,4 +1,4 @@
-"""Hybrid attention with kept keys between states on the GPU: prefill, whole or in pieces. There is no backward yet.
+"""Hybrid attention with kept keys between states on the GPU: prefill, whole or in pieces.
 
 The rows of the keys are those of a carried state, its kept ones in order of position and its ring, and the new ones;
 queries are the new rows alone. What the kernels cannot know of the carried keys is how far they have decayed by the
@@ -60,7 +60,7 @@ def of_rows(
     if past is not None:  # kept keys are among the sums, unless they enter them late
         past = F.pad(past, (rows.prefix - past.shape[2], 0))
     weight = x.weight
-    o, s, z, log_scale = kept_prefill(
+    o, s, z, log_scale, *_ = kept_prefill(
         q=x.q,
         k=all_k,
         v=all_v,
