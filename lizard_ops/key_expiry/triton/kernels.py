@@ -100,13 +100,27 @@ def scan_kernel(
     if kept is not None:
         b_kept = tl.load(kept + (i_n.to(tl.int64) * H + h) * P + o, mask=o < P, other=LOWEST)
     at = (block.to(tl.int64) * H + h) * BP + o
-    for _ in range(tl.cdiv(rows, C)):
+    blocks = tl.cdiv(rows, C)
+    b_new = tl.load(best + at, mask=o < blocks * BP, other=LOWEST)
+    for i in range(blocks):
         tl.store(before + at, b_kept)
-        b_new = tl.load(best + at)
-        # the larger of the i-th best and the i-th worst: of two sorted lists, that is the best half of both
-        b_kept = tl.sort(tl.maximum(b_kept, b_new), descending=True)
-        b_kept = tl.where(o < P, b_kept, LOWEST)
         at += H * BP
+        b_next = tl.load(best + at, mask=o < (blocks - 1 - i) * BP, other=LOWEST)  # on its way while the others merge
+        # the larger of the i-th best and the i-th worst: of two sorted lists, that is the best half of both
+        b_kept = merged(tl.maximum(b_kept, b_new), BP)
+        b_kept = tl.where(o < P, b_kept, LOWEST)
+        b_new = b_next
+
+
+@triton.jit
+def merged(b_x, BP: tl.constexpr):
+    """Numbers that fall and then rise, or the other way round, in falling order: the last steps of a bitonic sort."""
+    for i in tl.static_range(BP.bit_length() - 1):
+        b_x = tl.reshape(b_x, [1 << i, 2, BP >> (i + 1)])
+        b_other = b_x ^ tl.xor_sum(b_x, 1, True)  # of the same pair
+        is_left = (tl.arange(0, 2) == 0)[None, :, None]
+        b_x = tl.reshape(tl.where((b_x > b_other) == is_left, b_x, b_other), [BP])
+    return b_x
 
 
 @triton.jit

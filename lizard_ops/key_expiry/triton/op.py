@@ -31,6 +31,11 @@ def config_for(places: int) -> Launch:
     return Launch(rows=max(1, min(32, 8192 // block)), columns=block, warps=4, stages=1)
 
 
+def scan_warps(wide: int) -> int:
+    """Few: what a step takes is the time until its numbers have changed places, longest between warps."""
+    return max(1, min(4, wide // 256))
+
+
 @torch.library.custom_op("lizard_ops::key_expiry", mutates_args=())
 def displaced(
     kept: Tensor,  # [N, H, P] ranks, descending
@@ -56,7 +61,7 @@ def displaced(
     sizes = {"H": heads, "BP": wide, "C": block, "PACKED": packed}
     with on_device(kept, kept_keys=places):
         best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **sizes, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, ends, length, P=places, **sizes, **config.launch)
+        scan_kernel[(n * heads,)](kept, best, before, ends, length, P=places, **sizes, num_warps=scan_warps(wide))
         displaced_kernel[(blocks * heads,)](
             ranks, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows, **sizes,
             **config.launch,
@@ -110,7 +115,7 @@ def fresh(
             scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows
         )
         best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **sizes, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, None, length, P=places, **sizes, **config.launch)
+        scan_kernel[(n * heads,)](kept, best, before, None, length, P=places, **sizes, num_warps=scan_warps(wide))
         displaced_kernel[(blocks * heads,)](
             ranks, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows, **sizes,
             **config.launch,
