@@ -15,7 +15,7 @@ from lizard_ops.tiles.places import FAR, Stream, locate_in_stream, stream_blocks
 from lizard_ops.tiles.strided import at, strided, strided_heads
 from lizard_ops.tiles.widths import power_of_two
 
-SEGMENT = 1024  # queries between two of the lists that are made by going through all keys
+SEGMENT = 512  # queries between two of the lists that are made by going through all keys
 
 
 class Index(NamedTuple):
