@@ -72,11 +72,12 @@ def piece(case, state, **more):
 @pytest.mark.parametrize(
     "fixed, length, cuts, places, delay, dtype",
     [
-        (MERGE | {"gate": "key", "Hk": 2}, 37, (12,), (6, 2), 1, torch.float32),
-        (SUM | LEFT | EXP | {"gate": "query", "G": 2, "normalize": True}, 37, (15,), 4, 0, torch.float32),
+        (MERGE | {"gate": "key", "weight": "head"}, 34, (13,), 5, 1, torch.float32),
+        (SUM | LEFT | EXP | {"gate": "query", "G": 2, "normalize": True}, 30, (11,), 4, 0, torch.float32),
         *(
             pytest.param(*values, marks=gpu_alone)
             for values in (
+                (MERGE | {"gate": "key", "Hk": 2}, 37, (12,), (6, 2), 1, torch.float32),
                 (MERGE | {"gate": "key", "G": 2}, 48, (14, 40), 5, 1, torch.float32),
                 (MERGE | {"gate": "key", "G": 4}, 300, (90, 170), 20, 1, HALF),
                 (SUM | {"gate": "query", "B": 2, "Hk": 2, "G": 2}, 44, (19,), 3, 0, torch.float32),
@@ -100,13 +101,13 @@ def test_gradients_come_back_through_pieces(fixed, length, cuts, places, delay, 
 
 def test_resets_before_and_after_a_state():
     """They leave nothing of the keys before them, in the sums and where those keys expire; the last one not of all."""
-    case = make(30, gate="key", **SMALL | SUM | {"normalize": True})
-    case.tokens["g"][:, [3, 17, 22]] = -torch.inf
-    case.tokens["g"][:, [8, 19]] = -30.0
-    check(case, (14,), kept_keys=3, score_delay=1)
+    case = make(23, gate="key", **SMALL | SUM | {"normalize": True})
+    case.tokens["g"][:, [3, 12, 16]] = -torch.inf
+    case.tokens["g"][:, [6, 14]] = -30.0
+    check(case, (10,), kept_keys=3, score_delay=1)
 
 
-@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize("kind", ["packed", pytest.param("padded", marks=gpu_alone)])
 def test_gradients_of_states_are_those_of_pytorch(kind):
     """Of every field of texts that have seen nothing, some and all of another, of rows of every kind; twice the same
     bits."""
@@ -130,7 +131,8 @@ def test_gradients_of_states_are_those_of_pytorch(kind):
         weights = [torch.randn(x.shape, generator=generator).to(DEVICE) for x in ends]
         return torch.autograd.grad(ends, [*leaves.values(), *tokens.values()], weights)
 
-    found, again, wanted = gradients("triton"), gradients("triton"), gradients("torch")
+    found, wanted = gradients("triton"), gradients("torch")
+    again = gradients("triton") if DEVICE == "cuda" else found
     for name, x, y, z in zip([*names, *rows.tokens], found, again, wanted, strict=False):
         assert torch.equal(x, y), name
         torch.testing.assert_close(x, z, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: name + m)
@@ -151,22 +153,24 @@ def test_no_token_hands_the_gradient_on():
         assert (grad == 1.0).all()
 
 
-@pytest.mark.parametrize("name", ["kept_prefill", "kept_prefill_backward"])
-def test_operators_are_well_formed(name, monkeypatch):
+def test_operators_are_well_formed(monkeypatch):
     """As they are called, with a state and without."""
     operators, calls = importlib.import_module("lizard_ops.hybrid_attn.triton.kept_prefill"), []
-    user = "kept_state" if name == "kept_prefill" else "kept_prefill"
-    operator = getattr(operators, name)
-    module = importlib.import_module(f"lizard_ops.hybrid_attn.triton.{user}")
-    monkeypatch.setattr(module, name, lambda **given: calls.append(given) or operator(**given))
+    for user, name in (("kept_state", "kept_prefill"), ("kept_prefill", "kept_prefill_backward")):
+        operator = getattr(operators, name)
+        module = importlib.import_module(f"lizard_ops.hybrid_attn.triton.{user}")
+
+        def record(operator=operator, **given):
+            calls.append((operator, given))
+            return operator(**given)
+
+        monkeypatch.setattr(module, name, record)
     case = make(9, gate="key", **SMALL | MERGE).cast(torch.float32, DEVICE)
-    with torch.set_grad_enabled(name != "kept_prefill"):
-        case.tokens["q"].requires_grad_(name != "kept_prefill")
-        out = in_segments(case, [5], functools.partial(piece, kept_keys=2))
-        if name != "kept_prefill":
-            (out["o"].sum() + out["state.s"].sum()).backward()
-    assert len(calls) == 2
-    for given in calls:
+    case.tokens["q"].requires_grad_()
+    out = in_segments(case, [5], functools.partial(piece, kept_keys=2))
+    (out["o"].sum() + out["state.s"].sum()).backward()
+    assert len(calls) == 4
+    for operator, given in calls:
         given = {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in given.items()}
         torch.library.opcheck(operator, (), given, test_utils=("test_schema", "test_faketensor"))
 
