@@ -88,7 +88,7 @@ def best_kernel(
 @triton.jit
 def scan_kernel(
     kept, best, before, ends, length,
-    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """before [blocks, H, BP]: the best P of all keys before a block, descending; kept [N, H, P] those before row 0."""
     i_n, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -107,15 +107,16 @@ def scan_kernel(
         best += H * C
         b_next = tl.load(best, mask=o < (blocks - 1 - i) * BP, other=LOWEST)  # on its way while the others merge
         # the larger of the i-th best and the i-th worst: of two sorted lists, that is the best half of both
-        b_kept = merged(tl.maximum(b_kept, b_new), BP)
+        b_kept = merged(tl.maximum(b_kept, b_new), BP, LEVELS)
         b_kept = tl.where(o < P, b_kept, LOWEST)
         b_new = b_next
 
 
 @triton.jit
-def merged(b_x, BP: tl.constexpr):
-    """Numbers that fall and then rise, or the other way round, in falling order: the last steps of a bitonic sort."""
-    for i in tl.static_range(BP.bit_length() - 1):
+def merged(b_x, BP: tl.constexpr, LEVELS: tl.constexpr):
+    """BP = 2 ** LEVELS numbers that fall and then rise, or rise and then fall, in falling order: the last steps of a
+    bitonic sort."""
+    for i in tl.static_range(LEVELS):
         b_x = tl.reshape(b_x, [1 << i, 2, BP >> (i + 1)])
         b_other = b_x ^ tl.xor_sum(b_x, 1, True)  # of the same pair
         is_left = (tl.arange(0, 2) == 0)[None, :, None]

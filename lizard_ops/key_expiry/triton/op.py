@@ -31,9 +31,10 @@ def config_for(places: int) -> Launch:
     return Launch(rows=max(1, min(16, block, 4096 // block)), columns=block, warps=4, stages=1)
 
 
-def scan_warps(wide: int) -> int:
-    """Few: what a step takes is the time until its numbers have changed places, longest between warps."""
-    return max(1, min(4, wide // 256))
+def of_scan(places: int, wide: int) -> dict[str, int]:
+    """Options of ``scan_kernel`` alone. Few warps: what a step takes is the time until its numbers have changed places,
+    longest between warps."""
+    return {"P": places, "LEVELS": wide.bit_length() - 1, "num_warps": max(1, min(4, wide // 256))}
 
 
 @torch.library.custom_op("lizard_ops::key_expiry", mutates_args=())
@@ -61,7 +62,7 @@ def displaced(
     sizes = of_blocks | {"BP": wide}
     with on_device(kept, kept_keys=places):
         best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, ends, length, P=places, **sizes, num_warps=scan_warps(wide))
+        scan_kernel[(n * heads,)](kept, best, before, ends, length, **sizes, **of_scan(places, wide))
         displaced_kernel[(blocks * heads,)](
             ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows, **sizes,
             **config.launch,
@@ -115,7 +116,7 @@ def fresh(
             scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows
         )
         best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **of_blocks, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, None, length, P=places, **sizes, num_warps=scan_warps(wide))
+        scan_kernel[(n * heads,)](kept, best, before, None, length, **sizes, **of_scan(places, wide))
         displaced_kernel[(blocks * heads,)](
             ranks, best, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows, **sizes,
             **config.launch,
