@@ -107,8 +107,7 @@ def chunk_hybrid_attn(
             covers every key. The largest score m stays that of window and
             anchors: were a kept key's among them, the linear share would rise where such a key is found. ``key_expiry``
             gives the same expiries. States hold kept keys (``AttentionState``), so that chunks of any size, single
-            tokens and one pass agree, ties included. The kernels have no gradients of calls with both scores and a
-            state ("auto" takes PyTorch).
+            tokens and one pass agree, ties included.
         score_delay: place t of ``scores`` is the score of the key at position t - score_delay of its sequence, one that
             is known a few tokens late; 0 <= score_delay < window. The first score_delay places of a sequence score
             nothing.
@@ -183,9 +182,6 @@ def beyond_kept(inputs: HybridInputs, options: HybridOptions) -> str | None:
     """What the Triton kernels of keys that outlive their window leave out."""
     if inputs.scores is None and inputs.expiry is None:
         return None
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors())
-    if gradients and (inputs.initial_state is not None or options.output_final_state):
-        return "gradients of kept keys with a state"
     return "a gate per channel with kept keys" if inputs.g is not None and inputs.g.ndim == 4 else None
 
 

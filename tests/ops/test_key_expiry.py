@@ -197,10 +197,34 @@ def test_places_are_never_exceeded_and_one_key_expires_at_a_query(impl, small_ti
 
 @pytest.mark.parametrize("impl", FAST)
 def test_tiles_of_their_own_size(impl):
-    length, places = (20_000, 200) if impl == "torch" or DEVICE == "cuda" else (300, 70)
+    length, places = (20_000, 200) if impl == "torch" else (2**20, 256) if DEVICE == "cuda" else (300, 70)
     scores = scores_of("random", 1, length, 1, seed=5)
     found = key_expiry(scores.to(DEVICE), 128, 4, places, impl=impl).expiry
     assert found.flatten().tolist() == streamed(scores.flatten().tolist(), 128, 4, places)
+
+
+def test_a_million_positions_take_as_many_launches_as_a_few(monkeypatch):
+    """Five, and no loop on the host: the kernels are not run."""
+    module, launched = importlib.import_module("lizard_ops.key_expiry.triton.op"), []
+
+    class Recorded:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((self.name, grid))
+
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        monkeypatch.setattr(module, name, Recorded(name))
+
+    def launches(length):
+        launched.clear()
+        module.fresh(torch.zeros(1, length, 1, device=DEVICE), None, 128, 4, 256)
+        return dict(launched)
+
+    few, many = launches(300), launches(2**20)
+    assert len(launched) == len(many) == 5 and list(few) == list(many)
+    assert many["scan_kernel"] == (1,) and many["displaced_kernel"] == (2**20 // 256,)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

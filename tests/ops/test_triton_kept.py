@@ -120,6 +120,55 @@ def test_padding_adds_nothing_and_leftovers_are_never_read(monkeypatch):
     check(make(2, 40, 1, 1, 16, 16, 8, 1, weight=True), 5, 4, rows=rows, anchors=2, **SUM | OUTSIDE)
 
 
+@torch.no_grad()
+def test_keys_of_a_segment_stand_in_the_order_in_which_they_expire():
+    """All that live in it beyond what the kernel of window keys takes, and those found alive: neighbours in a tile have
+    much the same queries, so it goes through few that see none of its keys."""
+    from lizard_ops.hybrid_attn.triton.kept_bwd import sort_kernel
+    from lizard_ops.hybrid_attn.triton.kept_index import index_of
+    from lizard_ops.hybrid_attn.triton.kept_op import described
+
+    x, window, anchors, places, size, segment = make(1, 90, 1, 1, 16, 16, 8), 5, 2, 16, 7, 32
+    x = {name: t.to(DEVICE) for name, t in x.items()}
+    expiry = any_expiry(x, window, anchors, places, 3)
+    none = dict.fromkeys(("g", "weight", "sink", "cu_seqlens", "lengths", "softcap"))
+    numbers = {"window": window, "anchors": anchors, "outside": True, "mix": "sum", "scale": 1.0, "feature_scale": 1.0}
+    _, _, shape, stream = described(x | none | numbers | {"normalize": True, "feature_map": "softmax"})
+    index = index_of(expiry, places, stream, shape)
+    order = torch.full((3, 1, places + segment), -1, dtype=torch.int32, device=DEVICE)
+    at_end, count = torch.empty_like(order[..., :segment]), torch.empty_like(order[..., 0])
+    given = index.ends, index.carried, index.carried_count, at_end, order, count, 90, stream
+    sort_kernel[(3,)](*given, window, size, 1, segment, places, 16)
+    ends = [0] * anchors + [min(end, 90) for end in expiry[0, anchors:, 0].tolist()]
+    for n, t in enumerate(range(0, 90, segment)):
+        last, carried = min(t + segment, 90), index.carried[n, 0].tolist()
+        found = [int(code) for code in order[n, 0, : count[n, 0]]]
+        found = [carried[code] if code < places else code - places + t - window + 1 for code in found]
+        alive = [j for j in range(90) if j <= t - window and ends[j] > t]
+        leave = [j for j in range(max(t - window + 1, 0), last - window)]
+        leave = [j for j in leave if max(j // size * size + size - 1 + window, t) < min(ends[j], last)]
+        assert found == sorted(alive + leave, key=lambda j, last=last: min(ends[j], last))
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_no_places_are_the_kernels_without(final, monkeypatch):
+    """Outputs, gradients and the state by the same launches, bit for bit."""
+    module = importlib.import_module("lizard_ops.hybrid_attn.triton.chunk")
+    for name in ("kept_hybrid", "kept_between_states"):
+        monkeypatch.setattr(module, name, None)  # whoever calls it fails
+
+    def results(**more):
+        x = leaves_of(1, 6, 1, 1, 16, 16, 8, 1)
+        o, state = chunk_hybrid_attn(
+            **x, window=2, anchors=1, impl="triton", output_final_state=final, **more, **MERGE
+        )  # fmt: skip
+        ends = [o, *(t for t in state or () if t is not None and t.requires_grad)]
+        return [*ends, *torch.autograd.grad(sum(t.square().sum() for t in ends), list(x.values()))]
+
+    plain, found = results(), results(kept_keys=0, score_delay=0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+
+
 def test_rising_scores_make_a_wider_window():
     x = {name: t.to(DEVICE) for name, t in make(1, 60, 2, 1, 16, 16, 8, 1).items()}
     expiry = (torch.arange(60, device=DEVICE) + 5 + 11).view(1, -1, 1)

@@ -20,13 +20,20 @@ MERGE = {"mix": "merge", "coverage": "outside", "feature_map": "softmax", "merge
 SUM = {"mix": "sum", "coverage": "outside", "normalize": False, "feature_map": "identity"}
 EXP = {"feature_map": "exp"}
 ALL, LEFT = {"coverage": "all"}, {"coverage": "left"}
+LONG = 80 if DEVICE == "cuda" else 44  # longer than a chunk
 SIZES = {"B": 1, "Hk": 1, "G": 2, "K": 16, "V": 16, "Fp": 8, "window": 5, "anchors": 2, "sink_form": "exp"}
 
 
 @pytest.fixture(autouse=True)
-def small_segments(monkeypatch):
-    """So that short sequences meet the boundaries of a long one."""
+def small_tiles(monkeypatch):
+    """So that short sequences meet the boundaries of a long one: of segments, and in the interpreter of tiles too."""
     monkeypatch.setattr(importlib.import_module("lizard_ops.hybrid_attn.triton.kept_index"), "SEGMENT", 32)
+    if DEVICE == "cuda":
+        return
+    shape = importlib.import_module("lizard_ops.hybrid_attn.triton.config").FusedShape
+    launch = importlib.import_module("lizard_ops.tiles.launch").Launch
+    monkeypatch.setattr(shape, "chunk", 16)
+    monkeypatch.setattr(shape, "config", lambda self, kernel: launch(*(512, 1) if kernel == "scan" else (16, 16), 4, 1))
 
 
 def make(length, seed=0, **fixed):
@@ -48,7 +55,7 @@ def agree(case, cuts, dtype=torch.float32, **more):
 @pytest.mark.parametrize(
     "fixed, cuts, places, delay, dtype",
     [
-        (MERGE | {"gate": "key", "weight": "head", "T": 80}, (70,), 7, 0, torch.float32),
+        (MERGE | {"gate": "key", "weight": "head", "T": LONG}, (LONG - 10,), 7, 0, torch.float32),
         (MERGE | {"gate": "token", "sinks": True, "weight": "token", "Hk": 2, "G": 1}, (9, 30), 6, 2, torch.float32),
         (MERGE | EXP | {"gate": "query", "anchors": 0}, (20, 21), 3, 2, torch.float32),
         (SUM | {"gate": "key", "B": 2, "G": 1}, (3, 7, 25), 20, 1, torch.float32),
@@ -56,7 +63,7 @@ def agree(case, cuts, dtype=torch.float32, **more):
         (SUM | ALL | {"gate": "key", "normalize": True, "V": 20}, (12,), 17, 2, torch.float32),
         (MERGE | ALL | EXP | {"gate": "token"}, (12, 33), 3, 0, torch.float32),
         (MERGE | {"gate": "key"}, (23,), 5, 3, HALF),
-        (MERGE | LEFT | {"gate": "key", "weight": "head", "T": 80}, (9, 70), 7, 2, torch.float32),
+        (MERGE | LEFT | {"gate": "key", "weight": "head", "T": LONG}, (9, LONG - 10), 7, 2, torch.float32),
         (SUM | LEFT | EXP | {"gate": "query", "normalize": True}, (0, 20, 21), 3, 0, torch.float32),
     ],
 )
@@ -121,27 +128,6 @@ def test_no_token_leaves_the_state_as_it_is():
     again = call(case, "chunk", state_in(blank), **more)
     for name, x in before.items():
         torch.testing.assert_close(again[name], x, rtol=2e-5, atol=2e-6)
-
-
-def test_operator_is_well_formed(monkeypatch):
-    """As it is called, with a state and without."""
-    module = importlib.import_module("lizard_ops.hybrid_attn.triton.kept_state")
-    operator, calls = module.kept_prefill, []
-    monkeypatch.setattr(module, "kept_prefill", lambda **given: calls.append(given) or operator(**given))
-    case = make(16, gate="key", **MERGE).cast(torch.float32, DEVICE)
-    with torch.no_grad():
-        in_segments(case, [9], lambda part, state: call(part, "chunk", state, impl="triton", kept_keys=2))
-    for given in calls:
-        torch.library.opcheck(operator, (), given, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_gradients_are_refused_by_name():
-    case = make(16, gate="key", **MERGE).cast(torch.float32, DEVICE)
-    case.tokens["q"].requires_grad_()
-    with pytest.raises(
-        ValueError, match='got .triton., wanted "torch" or "auto" for gradients of kept keys with a state'
-    ):
-        call(case, "chunk", impl="triton", kept_keys=2)
 
 
 @torch.no_grad()

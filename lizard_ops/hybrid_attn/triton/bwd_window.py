@@ -83,7 +83,7 @@ def window_query_kernel(
             share = tl.load(p_weight, mask=inside, other=0.0).to(tl.float32)
         tl.store(share_io + out, share, mask=inside)
     if living is not None:
-        p_ends = living.ends + (batch.to(tl.int64) * HK + head_k) * tokens + first
+        p_ends = living.ends + (batch.to(tl.int64) * HK + head_k) * (tokens + stream.prefix) + key_row
         p_alive, alive = kept_list(living, tl.program_id(0) // (HQ // GH), head_k, HK)
     if EXACT:
         average = tl.zeros([BM], tl.float32)
@@ -219,7 +219,7 @@ def window_keys(
     shape: FusedShape, index: Index | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v; adds to the dv of
-    ``linear_keys``. index: of kept keys."""
+    ``linear_keys``, which has all rows of keys that enter the sums by an index. index: of kept keys."""
     tokens = x.q.shape[1]
     relative = shape.merge and shape.relative
     log_window, term, share = masses.window, -terms.shift, terms.share
@@ -238,8 +238,10 @@ def window_keys(
     numbers = WindowNumbers(
         window=shape.window, anchors=shape.anchors, prefix=stream.prefix, scale=options.scale, softcap=options.softcap
     )
+    enters = index is not None and options.outside
+    there = (dv, 0, -stream.prefix) if enters else (dv, stream.start, stream.shift)
     dk, _, *of_anchors = key_gradients(
-        call, numbers, do, stats, beyond=True, there=(dv, stream.start, stream.shift),
+        call, numbers, do, stats, beyond=True, there=there,
         ends=None if index is None else index.ends,
     )  # fmt: skip
     if index is not None:

@@ -1,7 +1,7 @@
 """Backward of kept keys: what queries that see a key beyond its window add to its gradients.
 
 The queries of a sequence are cut into segments. In each, a head has the keys that the segment found alive ("carried",
-at most kept_keys) and those that leave the window in it. They are sorted by how long they live there, so that the keys
+at most kept_keys) and those that leave the window in it. They are sorted by when they expire there, so that the keys
 of a tile have much the same queries. A key's first part goes to its row of dk and dv at once; what it gets in later
 segments waits in a buffer and is added by one program, in order.
 """
@@ -23,49 +23,66 @@ from lizard_ops.tiles.strided import at, head_step, load_rows, store_rows, strid
 from lizard_ops.window_attn.triton.bwd_keys import RowStats, key_block
 from lizard_ops.window_attn.triton.config import WindowCall, config_for
 
-CLASSES = tl.constexpr(4)  # of lives: each four times as long as the next
-
 
 @triton.jit
-def beyond(j, end, t, length, W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr):
-    """(first query, end) of the part of a key's life in the segment from t on that the kernel of window keys leaves."""
-    return tl.maximum(j // KB * KB + (KB - 1 + W), t), tl.minimum(end, tl.minimum(t + SIZE, length))
+def beyond(j, end, t, rows, W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr):
+    """(first query, end) of the part of a key's life in the segment from t on that the kernel of window keys leaves.
+
+    Queries by their rows among those of the keys, of which there are ``rows``.
+    """
+    return tl.maximum(j // KB * KB + (KB - 1 + W), t), tl.minimum(end, tl.minimum(t + SIZE, rows))
 
 
 @triton.jit
 def sort_kernel(
-    ends, carried, carried_count, order, order_count, tokens, stream,
+    ends, carried, carried_count, at_end, order, order_count, tokens, stream,
     W: tl.constexpr, KB: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a segment by length of life in it, then carried ones first: their places, then PLACES + position."""
+    """The keys of a segment by the end of their life in it: the places of carried ones, PLACES + position of others.
+
+    At most one key of a head expires at a query, so each that does here has an entry of its own in ``at_end``
+    [segments, HK, SIZE]. Behind them stand those that live on, carried ones first.
+    """
     head = tl.program_id(0) % HK
     _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, SIZE)
     entry = (tl.program_id(0) // HK).to(tl.int64) * HK + head
-    p_ends = ends + (batch.to(tl.int64) * HK + head) * tokens + first
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     out = order + entry * (PLACES + SIZE)
-    t = block * SIZE
+    at_end += entry * SIZE
+    t = block * SIZE + stream.prefix
+    rows = length + stream.prefix
     there = tl.load(carried_count + entry)
-    newest = tl.minimum(t + SIZE, length) - W  # the first key that is still in the window at the end
+    limit = tl.minimum(t + SIZE, rows)
+    oldest, newest = tl.maximum(t - W + 1, 0), limit - W  # the keys that leave the window here: oldest <= j < newest
+    for i in range(0, SIZE, BLOCK):
+        tl.store(at_end + i + tl.arange(0, BLOCK), tl.full([BLOCK], -1, tl.int32), mask=i + tl.arange(0, BLOCK) < SIZE)
+    tl.debug_barrier()  # other threads write what this one has
+    for i in range(0, there, BLOCK):
+        place = i + tl.arange(0, BLOCK)
+        j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
+        end = tl.load(p_ends + j, mask=place < there, other=FAR)
+        tl.store(at_end + (end - t), place, mask=end < limit)
+    for i in range(oldest, newest, BLOCK):
+        j = i + tl.arange(0, BLOCK)
+        end = tl.load(p_ends + j, mask=j < newest, other=FAR)
+        start, stop = beyond(j, end, t, rows, W, KB, SIZE)
+        tl.store(at_end + (end - t), PLACES + j - (t - W + 1), mask=(end < limit) & (start < stop))
+    tl.debug_barrier()
     count = t * 0
-    for c in tl.static_range(CLASSES):
-        most = SIZE >> (2 * c - 1) if c > 0 else SIZE + 1
-        least = SIZE >> (2 * c + 1) if c < CLASSES - 1 else 0
-        for i in range(0, there, BLOCK):
-            place = i + tl.arange(0, BLOCK)
-            j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
-            end = tl.load(p_ends + j, mask=place < there, other=0)
-            start, stop = beyond(j, end, t, length, W, KB, SIZE)
-            life = tl.maximum(stop - start, 0)
-            chosen = (place < there) & (life >= least) & (life < most)
-            count = append(out, place, chosen, count, PLACES + SIZE)
-        for i in range(tl.maximum(t - W + 1, 0), newest, BLOCK):
-            j = i + tl.arange(0, BLOCK)
-            end = tl.load(p_ends + j, mask=j < newest, other=0)
-            start, stop = beyond(j, end, t, length, W, KB, SIZE)
-            life = stop - start
-            chosen = (j < newest) & (life > 0) & (life >= least) & (life < most)
-            count = append(out, PLACES + j - (t - W + 1), chosen, count, PLACES + SIZE)
+    for i in range(0, SIZE, BLOCK):
+        code = tl.load(at_end + i + tl.arange(0, BLOCK), mask=i + tl.arange(0, BLOCK) < SIZE, other=-1)
+        count = append(out, code, code >= 0, count, PLACES + SIZE)
+    for i in range(0, there, BLOCK):
+        place = i + tl.arange(0, BLOCK)
+        j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
+        end = tl.load(p_ends + j, mask=place < there, other=0)
+        count = append(out, place, end >= limit, count, PLACES + SIZE)
+    for i in range(oldest, newest, BLOCK):
+        j = i + tl.arange(0, BLOCK)
+        end = tl.load(p_ends + j, mask=j < newest, other=0)
+        start, stop = beyond(j, end, t, rows, W, KB, SIZE)
+        count = append(out, PLACES + j - (t - W + 1), (end >= limit) & (start < stop), count, PLACES + SIZE)
     tl.store(order_count + entry, count)
 
 
@@ -77,19 +94,21 @@ def kept_key_kernel(
     W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of BM sorted keys of one head from the queries of one segment; the longest lives first.
+    """Gradients of a tile of BM sorted keys of one head from the queries of one segment; the last ones, which live
+    longest, first.
 
     The products are those of ``window_backward_keys_kernel``, whose largest scores are never a kept key's.
     """
     G: tl.constexpr = HQ // HK
-    tile, at_segment = tl.program_id(0) // (segments * HK), tl.program_id(0) % (segments * HK)
+    at_segment = tl.program_id(0) % (segments * HK)
     head, segment = at_segment % HK, at_segment // HK
     entry = segment.to(tl.int64) * HK + head
     count = tl.load(order_count + entry)
-    if tile * BM >= count:
+    tile = tl.cdiv(count, BM) - 1 - tl.program_id(0) // (segments * HK)
+    if tile < 0:
         return
     _, block, batch, first, length = locate_in_stream(segment, stream, 0, SIZE)
-    t0 = block * SIZE
+    t0 = block * SIZE + stream.prefix
     o_m = tile * BM + tl.arange(0, BM)
     there = o_m < count
     code = tl.load(order + entry * (PLACES + SIZE) + o_m, mask=there, other=0)
@@ -97,8 +116,9 @@ def kept_key_kernel(
     j = tl.load(carried + entry * PLACES + code, mask=is_carried, other=0)
     j = tl.where(is_carried, j, code - PLACES + (t0 - W + 1))
     j = tl.where(there, j, 0)
-    end = tl.load(ends + (batch.to(tl.int64) * HK + head) * tokens + first + j, mask=there, other=0)
-    start, stop = beyond(j, end, t0, length, W, KB, SIZE)
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
+    end = tl.load(p_ends + j, mask=there, other=0)
+    start, stop = beyond(j, end, t0, length + stream.prefix, W, KB, SIZE)
     lives = there & (start < stop)
     low = tl.min(tl.where(lives, start, FAR), 0)
     high = tl.max(tl.where(lives, stop, 0), 0)
@@ -116,8 +136,9 @@ def kept_key_kernel(
     o_q = o_t.to(tl.int64) * time_step(q) + o_g.to(tl.int64) * head_step(q)
     o_do = o_t.to(tl.int64) * time_step(do) + o_g.to(tl.int64) * head_step(do)
     o_row = o_t.to(tl.int64) + o_g.to(tl.int64) * tokens
-    p_q, p_do = at(q, batch, first, head * G), at(do, batch, first, head * G)
-    first_row = (batch.to(tl.int64) * HQ + head * G) * tokens + first
+    of_query = first - stream.prefix  # t is a row among those of the keys
+    p_q, p_do = at(q, batch, of_query, head * G), at(do, batch, of_query, head * G)
+    first_row = (batch.to(tl.int64) * HQ + head * G) * tokens + of_query
     b_dk = tl.zeros([BM, BD], tl.float32)
     b_dv = tl.zeros([BM, BV], tl.float32)
     for i in range(0, tl.cdiv(tl.maximum(high - low, 0), TOKENS) * SUBS):
@@ -178,9 +199,10 @@ def carried_gradient_kernel(
     place = tile * BLOCK + tl.arange(0, BLOCK)
     mine = place < tl.load(carried_count + entry)
     j = tl.load(carried + entry * PLACES + place, mask=mine, other=0)
-    mine = mine & ((j + (W + SIZE - 1)) // SIZE == block)
-    end = tl.load(ends + (batch.to(tl.int64) * HK + head) * tokens + first + j, mask=mine, other=0)
-    end = tl.minimum(end, length)
+    mine = mine & ((tl.maximum(j + (W - stream.prefix), 0) + (SIZE - 1)) // SIZE == block)
+    p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
+    end = tl.load(p_ends + j, mask=mine, other=0)
+    end = tl.minimum(end - stream.prefix, length)  # as a query
     b_dk = tl.zeros([BLOCK, BD], tl.float32)
     b_dv = tl.zeros([BLOCK, BV], tl.float32)
     for i in range(block, tl.cdiv(tl.max(end, 0), SIZE)):
@@ -214,14 +236,16 @@ def kept_key_gradients(
         return
     make = {"device": q.device}
     order = torch.empty(segments, heads, places + segment, dtype=torch.int32, **make)
+    at_end = torch.empty(segments, heads, segment, dtype=torch.int32, **make)
     order_count = torch.empty(segments, heads, dtype=torch.int32, **make)
     part_k, part_v = (
         torch.empty(segments, heads, places, dim, dtype=torch.float32, **make) for dim in (shape.dim, shape.value)
     )
     of_lists = (index.ends, index.carried, index.carried_count)
     sort_kernel[(segments * heads,)](
-        *of_lists, order, order_count, tokens, stream, shape.window, size, heads, segment, places, 256, num_warps=4
-    )
+        *of_lists, at_end, order, order_count, tokens, stream, shape.window, size, heads, segment, places, 256,
+        num_warps=4,
+    )  # fmt: skip
     dk, dv = (strided(x) for x in found)
     dims = (shape.dim, shape.dim_block, shape.value, shape.value_block)
     tiles = triton.cdiv(places + segment, c.rows)

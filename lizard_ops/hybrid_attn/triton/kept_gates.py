@@ -18,7 +18,7 @@ from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.kept_index import Index
 from lizard_ops.hybrid_attn.triton.units import FLOOR, SCAN, larger, unit_gate_kernel, unit_scan_kernel
 from lizard_ops.tiles.log2 import LOG2E
-from lizard_ops.tiles.places import Stream, first_slot, locate_chunk, sequence, slot_count
+from lizard_ops.tiles.places import FAR, Stream, first_slot, locate_chunk, sequence, slot_count
 from lizard_ops.tiles.strided import at, strided, strided_heads, time_step
 
 
@@ -180,17 +180,27 @@ def entering_gates(
 
 
 @triton.jit
-def received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, HS: tl.constexpr, HK: tl.constexpr,
-             C: tl.constexpr):  # fmt: skip
+def received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, stream, HS: tl.constexpr,
+             HK: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """What the key of each row receives of all queries, less what row r's own does once it has expired; float64."""
     here = ((slot_zero + r // C).to(tl.int64) * HS + head) * C + r % C
     b_sum = tl.load(near + here, mask=r < length, other=0.0) + tl.load(far + here, mask=r < length, other=0.0)
-    p_ends = ends + (batch.to(tl.int64) * HK + head // (HS // HK)) * tokens + first
-    end = tl.load(p_ends + r, mask=r < length, other=0)
-    inside = (end > 0) & (end < length)
-    there = ((slot_zero + end // C).to(tl.int64) * HS + head) * C + end % C
-    b_own = tl.load(near + there, mask=inside, other=0.0) + tl.load(far + there, mask=inside, other=0.0)
+    row = r + stream.prefix
+    b_own = received_late(near, far, ends, batch, head, first, length, row, slot_zero, tokens, stream, HS, HK, C)
     return b_sum.to(tl.float64) - b_own.to(tl.float64)
+
+
+@triton.jit
+def received_late(near, far, ends, batch, head, first, length, row, slot_zero, tokens, stream, HS: tl.constexpr,
+                  HK: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """What these rows of keys receive of all queries once they have entered the sums."""
+    rows = length + stream.prefix
+    p_ends = ends + (batch.to(tl.int64) * HK + head // (HS // HK)) * (tokens + stream.prefix) + first
+    end = tl.load(p_ends + row, mask=row < rows, other=0)
+    inside = (end > 0) & (end < rows)
+    end = tl.where(inside, end - stream.prefix, 0)
+    there = ((slot_zero + end // C).to(tl.int64) * HS + head) * C + end % C
+    return tl.load(near + there, mask=inside, other=0.0) + tl.load(far + there, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -202,7 +212,7 @@ def held_sum_kernel(
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
     r = i_chunk * C + tl.arange(0, C)
     slot_zero = first_slot(n, first, stream, C)
-    b_diff = received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, HS, HK, C)
+    b_diff = received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, stream, HS, HK, C)
     tl.store(sums + slot.to(tl.int64) * HS + head, tl.sum(b_diff, 0))
 
 
@@ -215,7 +225,7 @@ def held_kernel(
     n, i_chunk, batch, first, length = locate_chunk(slot, stream, C)
     r = i_chunk * C + tl.arange(0, C)
     slot_zero = first_slot(n, first, stream, C)
-    b_diff = received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, HS, HK, C)
+    b_diff = received(near, far, ends, batch, head, first, length, r, slot_zero, tokens, stream, HS, HK, C)
     chunks = tl.cdiv(length, C)
     later = tl.zeros([BLOCK], tl.float64)
     for i in range(i_chunk + 1, chunks, BLOCK):
@@ -241,3 +251,32 @@ def held_gradients(g: Tensor, keys: KeyTerms, index: Index, stream: Stream, shap
         )
     gate_heads = g.shape[2]
     return dg.unflatten(2, (gate_heads, heads // gate_heads)).sum(-1) if gate_heads != heads else dg
+
+
+@triton.jit
+def past_kernel(
+    near, far, ends, d_past, tokens, stream, HS: tl.constexpr, HK: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The log-decay of a carried key up to the first query scales what the key receives once it has expired."""
+    blocks = tl.cdiv(stream.prefix, BLOCK)
+    n, head, block = tl.program_id(0) // (blocks * HS), tl.program_id(0) // blocks % HS, tl.program_id(0) % blocks
+    batch, first, length = sequence(n, stream)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    slot_zero = first_slot(n, first, stream, C)
+    seen = tl.where(row < stream.prefix, row, FAR)
+    b_sum = received_late(near, far, ends, batch, head, first, length, seen, slot_zero, tokens, stream, HS, HK, C)
+    p_past = d_past + (batch.to(tl.int64) * HS + head) * stream.prefix
+    tl.store(p_past + row, b_sum.to(tl.float64), mask=row < stream.prefix)
+
+
+def past_gradients(keys: KeyTerms, index: Index, stream: Stream, shape: FusedShape) -> Tensor:
+    """Gradient of the log-decays [B, Hs, prefix] of the keys of a carried state, float64."""
+    batch, _, rows = index.ends.shape
+    d_past = torch.zeros(batch, shape.state_heads, stream.prefix, dtype=torch.float64, device=index.ends.device)
+    if rows > stream.prefix:
+        blocks = batch * shape.state_heads * triton.cdiv(stream.prefix, 128)
+        past_kernel[(blocks,)](
+            keys.near, keys.far, index.entries, d_past, rows - stream.prefix, stream, shape.state_heads,
+            shape.key_heads, shape.chunk, 128, num_warps=4,
+        )  # fmt: skip
+    return d_past

@@ -15,7 +15,7 @@ from lizard_ops.tiles.places import FAR, Stream, locate_in_stream, stream_blocks
 from lizard_ops.tiles.strided import at, strided, strided_heads
 from lizard_ops.tiles.widths import power_of_two
 
-SEGMENT = 1024  # queries between two of the lists that are made by going through all keys
+SEGMENT = 512  # queries between two of the lists that are made by going through all keys
 
 
 class Index(NamedTuple):
@@ -141,19 +141,24 @@ def alive_kernel(
 
 @triton.jit
 def move_kernel(
-    x, out, index, tokens, stream, LEAST: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
+    x, out, index, rows, stream, before, LEAST: tl.constexpr, HK: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x[index[row]], zeros where that is not in [LEAST, rows of x)."""
+    """out[row] = x[index[row] - before], zeros where index[row] is no row of keys from LEAST on.
+
+    out and index [B, HK, rows] have ``before`` rows more than there are queries.
+    """
     head = tl.program_id(0) % HK
-    _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, BLOCK)
+    _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, before, BLOCK)
     r, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
-    row = tl.load(index + (batch.to(tl.int64) * HK + head) * tokens + first + r, mask=r < length, other=-1)
+    there = r < length + before
+    row = tl.load(index + (batch.to(tl.int64) * HK + head) * rows + first + r, mask=there, other=-1)
     there = (row >= LEAST) & (row < length + stream.prefix)
+    row -= before
     p_x = at(x, batch, first, head) + row.to(tl.int64)[:, None] * (x.time * x.unit) + d[None, :]
     moved = tl.load(p_x, mask=there[:, None] & (d < DIM)[None, :], other=0.0)
     p_out = at(out, batch, first, head) + r.to(tl.int64)[:, None] * (out.time * out.unit) + d[None, :]
-    tl.store(p_out, moved, mask=(r < length)[:, None] & (d < DIM)[None, :])
+    tl.store(p_out, moved, mask=(r < length + before)[:, None] & (d < DIM)[None, :])
 
 
 def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape, late: bool = True) -> Index:
@@ -189,13 +194,13 @@ def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape, lat
 
 def empty_index(expiry: Tensor, places: int, stream: Stream, shape: FusedShape, late: bool) -> Index:
     """The shapes of ``index_of``, for tracing."""
-    (batch, tokens, heads), make = expiry.shape, {"dtype": torch.int32, "device": expiry.device}
-    rows = torch.empty(batch, heads, tokens, **make)
+    (batch, length, heads), make = expiry.shape, {"dtype": torch.int32, "device": expiry.device}
+    rows, queries = (torch.empty(batch, heads, n, **make) for n in (length, length - stream.prefix))
     lists = []
     for size in (block_size(shape), SEGMENT):
         blocks = stream_blocks(stream, 0, size)
         lists += [torch.empty(blocks, heads, list_length(places), **make), torch.empty(blocks, heads, **make)]
-    return Index(rows, torch.empty_like(rows), *lists, torch.empty(0, **make) if late else torch.empty_like(rows))
+    return Index(rows, queries, *lists, torch.empty(0, **make) if late else torch.empty_like(rows))
 
 
 def segment_size() -> int:
@@ -213,20 +218,22 @@ def list_length(places: int) -> int:
 
 def entering(x: Tensor, source: Tensor, stream: Stream) -> Tensor:
     """Rows of x [B, rows, Hk, dim] in the order in which their keys expire; zeros where none does."""
-    return _moved(x, source, stream, 0)
+    return _moved(x, source, stream, 0, 0)
 
 
 def from_entering(x: Tensor, ends: Tensor, stream: Stream) -> Tensor:
-    """The way back; zeros for keys that do not expire."""
-    return _moved(x, ends, stream, 1)
+    """The way back, [B, T, Hk, dim] to [B, rows, Hk, dim]; zeros for keys that do not expire."""
+    return _moved(x, ends, stream, 1, stream.prefix)
 
 
-def _moved(x: Tensor, index: Tensor, stream: Stream, least: int) -> Tensor:
-    (batch, _, heads, dim), tokens = x.shape, index.shape[2]
-    out = torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=x.device)
-    blocks = stream_blocks(stream, 0, 32)
+def _moved(x: Tensor, index: Tensor, stream: Stream, least: int, prefix: int) -> Tensor:
+    """prefix: rows of ``out`` before that of the first query, whose row in x is 0 then."""
+    (batch, _, heads, dim), rows = x.shape, index.shape[2]
+    out = torch.empty(batch, rows, heads, dim, dtype=x.dtype, device=x.device)
+    blocks = stream_blocks(stream, prefix, 32)
     if blocks and x.numel():
         move_kernel[(blocks * heads,)](
-            strided(x), strided(out), index, tokens, stream, least, heads, dim, power_of_two(dim), 32, num_warps=4
-        )
-    return out
+            strided(x), strided(out), index, rows, stream, prefix, least, heads, dim, power_of_two(dim), 32,
+            num_warps=4,
+        )  # fmt: skip
+    return out.zero_() if not x.numel() else out

@@ -20,7 +20,7 @@ from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.triton.kept_gates import KeptShape, entering_gates
 from lizard_ops.hybrid_attn.triton.kept_index import Index, empty_index, entering, index_of
-from lizard_ops.hybrid_attn.triton.op import Found, empty, gradients
+from lizard_ops.hybrid_attn.triton.op import Found, empty, gradients, of_entering
 from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
 from lizard_ops.tiles.places import Stream, slot_count
@@ -69,7 +69,8 @@ def kept_forward(
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
         index = index_of(expiry, kept_keys, stream, shape, late or not outside)
         gates, fk, linear_v = linear_rows(x, options, index, stream, shape)
-        states = chunk_states(fk, v if linear_v is None else linear_v, gates, None, stream, shape, end=False)
+        rows = of_entering(stream, shape) if outside else (stream, shape)
+        states = chunk_states(fk, v if linear_v is None else linear_v, gates, None, *rows, end=False)
         o, masses = hybrid_output(x, options, states, gates, stream, shape, linear_v, index.kept)
     return o, gates, *masses, *index
 

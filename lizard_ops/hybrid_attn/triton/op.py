@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from lizard_ops.hybrid_attn.triton.bwd_window import window_keys, window_queries
 from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, Pair, describe, pair
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
-from lizard_ops.hybrid_attn.triton.kept_gates import held_gradients
+from lizard_ops.hybrid_attn.triton.kept_gates import held_gradients, past_gradients
 from lizard_ops.hybrid_attn.triton.kept_index import Index, entering, from_entering
 from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
@@ -113,19 +114,43 @@ class Found(NamedTuple):
     d_end: Pair | None  # of the final sums
 
 
+class Gradients(NamedTuple):
+    """Of the tensors of a call, by their names in ``FusedInputs``; empty for those that are absent."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    fq: Tensor
+    fk: Tensor
+    g: Tensor
+    weight: Tensor
+    sink: Tensor
+    anchor_k: Tensor
+    anchor_v: Tensor
+    s: Tensor
+    z: Tensor
+    past: Tensor  # of the decays of carried keys, [B, Hs, prefix] float64
+
+
+def of_entering(stream: Stream, shape: FusedShape) -> tuple[Stream, FusedShape]:
+    """Those of the rows of keys as they enter the sums: the queries' own, of which none is an anchor."""
+    return stream._replace(position=None, prefix=0, start=0), dataclasses.replace(shape, anchors=0)
+
+
 def gradients(
     x: FusedInputs, options: FusedOptions, found: Found, shape: FusedShape, stream: Stream, gate_gradient: bool,
     index: Index | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What ``hybrid_backward`` returns. index: of keys with an expiry."""
+) -> Gradients:  # fmt: skip
+    """What ``hybrid_backward`` returns, and more. index: of keys with an expiry."""
     q, fq, g, s = x.q, x.fq, x.g, x.s
     _, gates, masses, d_o, d_end = found
     enters = index is not None and options.outside
-    rows = x
+    rows, linear = x, (stream, shape)
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
         if index is not None and enters:
             rows = x._replace(fk=entering(x.fk, index.source, stream), v=entering(x.v, index.source, stream))
-        states = chunk_states(rows.fk, rows.v, gates, x.start, stream, shape, end=False)
+            linear = of_entering(stream, shape)
+        states = chunk_states(rows.fk, rows.v, gates, x.start, *linear, end=False)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
 
         def of_queries(terms):
@@ -133,20 +158,21 @@ def gradients(
 
         if not shape.merge:
             dq, average = of_queries(terms)
-        dfq = linear_queries(rows, options, states, gates, found.o, d_o, masses, average, terms, stream, shape)
+        dfq = linear_queries(rows, options, states, gates, found.o, d_o, masses, average, terms, *linear)
         states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
         if shape.merge and shape.exact:
             dq, _ = of_queries(terms)
-        d_states = query_states(fq, d_o, gates, terms, d_end, stream, shape, s is not None)
+        d_states = query_states(fq, d_o, gates, terms, d_end, *linear, s is not None)
         dv, dfk, key_terms = linear_keys(
-            rows.v, fq, rows.fk, d_o, gates, terms, d_states, stream, shape, gate_gradient
+            rows.v, fq, rows.fk, d_o, gates, terms, d_states, *linear, gate_gradient
         )  # fmt: skip
         del rows
-        dg = empty(q, 0)
+        dg, d_past = empty(q, 0), empty(q, 0)
         if key_terms is not None:
-            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, stream, shape)
+            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, *linear)
             if index is not None and enters:
                 dg += held_gradients(g, key_terms, index, stream, shape)
+                d_past = past_gradients(key_terms, index, stream, shape) if stream.prefix else d_past
         d_start = (empty(q, 0), empty(q, 0)) if s is None else (d_states.end_s, d_states.end_z)
         del states, d_states, key_terms
         terms = terms._replace(slope=None, offset=None, entered=None)
@@ -163,7 +189,7 @@ def gradients(
     d_weight = terms.flow if average is None else average
     del terms, average
     d_weight = empty(q, 0) if x.weight is None else d_weight.transpose(1, 2).contiguous()
-    return dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start
+    return Gradients(dq, dk, dv, dfq, dfk, dg, d_weight, d_sink, da_k, da_v, *d_start, d_past)
 
 
 @torch.library.custom_op("lizard_ops::hybrid_attn_backward", mutates_args=())
@@ -181,7 +207,7 @@ def hybrid_backward(
     x, options = taken(FusedInputs, given), taken(FusedOptions, given)
     row = Found(o, gates, Masses(linear=linear, window=log_window, spread=spread, top_key=top_key), d_o, pair(d_s, d_z))
     del given
-    return gradients(x, options, row, *describe(x, options), gate_gradient)
+    return gradients(x, options, row, *describe(x, options), gate_gradient)[:12]
 
 
 @hybrid_backward.register_fake

@@ -72,9 +72,9 @@ def tell_kernel(
 @triton.jit
 def best_kernel(
     ranks, best, ends, R, length, n, steps,
-    H: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """best [blocks, H, BP]: the BP best of a block, ascending."""
+    """best [blocks, H, C]: a block's ranks, ascending."""
     block, h = tl.program_id(0) // H, tl.program_id(0) % H
     i_n, i_block, bos, rows = locate_in_rows(block, ends, length, n, steps, 1, 0, C, PACKED)
     c = tl.arange(0, C)
@@ -82,15 +82,13 @@ def best_kernel(
     if not PACKED:
         bos = i_n.to(tl.int64) * length
     b_x = tl.load(ranks + h.to(tl.int64) * R + bos + row, mask=row < rows, other=LOWEST)
-    b_x = tl.sort(b_x)
-    at = c - (C - BP)
-    tl.store(best + (block.to(tl.int64) * H + h) * BP + at, b_x, mask=at >= 0)
+    tl.store(best + (block.to(tl.int64) * H + h) * C + c, tl.sort(b_x))
 
 
 @triton.jit
 def scan_kernel(
     kept, best, before, ends, length,
-    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """before [blocks, H, BP]: the best P of all keys before a block, descending; kept [N, H, P] those before row 0."""
     i_n, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -100,28 +98,55 @@ def scan_kernel(
     if kept is not None:
         b_kept = tl.load(kept + (i_n.to(tl.int64) * H + h) * P + o, mask=o < P, other=LOWEST)
     at = (block.to(tl.int64) * H + h) * BP + o
-    for _ in range(tl.cdiv(rows, C)):
+    best += (block.to(tl.int64) * H + h) * C + (C - BP) + o
+    blocks = tl.cdiv(rows, C)
+    b_new = tl.load(best, mask=o < blocks * BP, other=LOWEST)
+    for i in range(blocks):
         tl.store(before + at, b_kept)
-        b_new = tl.load(best + at)
-        # the larger of the i-th best and the i-th worst: of two sorted lists, that is the best half of both
-        b_kept = tl.sort(tl.maximum(b_kept, b_new), descending=True)
-        b_kept = tl.where(o < P, b_kept, LOWEST)
         at += H * BP
+        best += H * C
+        b_next = tl.load(best, mask=o < (blocks - 1 - i) * BP, other=LOWEST)  # on its way while the others merge
+        # the larger of the i-th best and the i-th worst: of two sorted lists, that is the best half of both
+        b_kept = merged(tl.maximum(b_kept, b_new), BP, LEVELS)
+        b_kept = tl.where(o < P, b_kept, LOWEST)
+        b_new = b_next
 
 
 @triton.jit
-def come_to(b_x, b_new, b_lacking, C: tl.constexpr):
+def merged(b_x, BP: tl.constexpr, LEVELS: tl.constexpr):
+    """BP = 2 ** LEVELS numbers that fall and then rise, or rise and then fall, in falling order: the last steps of a
+    bitonic sort."""
+    for i in tl.static_range(LEVELS):
+        b_x = tl.reshape(b_x, [1 << i, 2, BP >> (i + 1)])
+        b_other = b_x ^ tl.xor_sum(b_x, 1, True)  # of the same pair
+        is_left = (tl.arange(0, 2) == 0)[None, :, None]
+        b_x = tl.reshape(tl.where((b_x > b_other) == is_left, b_x, b_other), [BP])
+    return b_x
+
+
+@triton.jit
+def come_to(b_x, b_new, b_lacking):
     """At which of the new keys [C] as many better ones have come as each key of b_x [X] lacks; C if at none."""
     b_come = tl.cumsum((b_new[None, :] > b_x[:, None]).to(tl.int32), 1)
     return tl.sum((b_come < b_lacking[:, None]).to(tl.int32), 1)
 
 
 @triton.jit
+def better(b_x, b_new):
+    """How many of the keys b_new [C] are better than each of b_x [X]."""
+    return tl.sum((b_new[None, :] > b_x[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
 def displaced_kernel(
-    ranks, before, by_kept, by_row, ends, R, length, n, steps,
+    ranks, best, before, by_kept, by_row, ends, R, length, n, steps,
     H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The row at which a key is displaced, of keys displaced in this block: of kept keys, by number, and of rows."""
+    """The row at which a key is displaced, of keys displaced in this block: of kept keys, by number, and of rows.
+
+    Both go by in the order of their ranks, X at a time. Who is displaced at all is a count; when, which takes longer,
+    is asked for no X of which none is, or each by its own row.
+    """
     block, h = tl.program_id(0) // H, tl.program_id(0) % H
     i_n, i_block, bos, rows = locate_in_rows(block, ends, length, n, steps, 1, 0, C, PACKED)
     if not PACKED:
@@ -132,6 +157,7 @@ def displaced_kernel(
         x = tl.arange(0, X)
         o = tl.arange(0, BP)
         ranks += h.to(tl.int64) * R + bos
+        best += (block.to(tl.int64) * H + h) * C
         before += (block.to(tl.int64) * H + h) * BP
         by_row += h.to(tl.int64) * R + bos
         if by_kept is not None:
@@ -140,19 +166,23 @@ def displaced_kernel(
         for start in range(0, P, X):  # the best before the block, P - place better ones short of being displaced
             place = start + x
             b_x = tl.load(before + place, mask=place < P, other=LOWEST)
-            b_at = come_to(b_x, b_new, P - place, C)
-            gone = (b_x != LOWEST) & (b_at < C)
-            number = ((b_x & LAST) ^ LAST).to(tl.int32)  # LAST less it
-            if by_kept is not None:
-                tl.store(by_kept + number, first + b_at, mask=gone & (number < P))
-            tl.store(by_row + (number - P), first + b_at, mask=gone & (number >= P))
+            gone = (b_x != LOWEST) & (better(b_x, b_new) >= P - place)
+            if tl.max(gone.to(tl.int32), 0) > 0:
+                b_at = first + come_to(b_x, b_new, P - place)
+                number = ((b_x & LAST) ^ LAST).to(tl.int32)  # LAST less it
+                if by_kept is not None:
+                    tl.store(by_kept + number, b_at, mask=gone & (number < P))
+                tl.store(by_row + (number - P), b_at, mask=gone & (number >= P))
         b_kept = tl.load(before + o)
         for start in range(0, C, X):
-            own = start + x
-            b_x = tl.load(ranks + first + own, mask=first + own < rows, other=LOWEST)
-            b_better = tl.sum((b_kept[None, :] > b_x[:, None]).to(tl.int32), 1)
-            b_at = tl.maximum(come_to(b_x, b_new, P - b_better, C), own)
-            tl.store(by_row + first + own, first + b_at, mask=(b_x != LOWEST) & (b_at < C))
+            b_x = tl.load(best + start + x)
+            row = ((b_x & LAST) ^ LAST).to(tl.int32) - P
+            lacking = P - better(b_x, b_kept)
+            gone = (b_x != LOWEST) & (better(b_x, b_new) >= lacking)
+            tl.store(by_row + row, row, mask=gone & (lacking <= 0))
+            gone = gone & (lacking > 0)
+            if tl.max(gone.to(tl.int32), 0) > 0:
+                tl.store(by_row + row, tl.maximum(first + come_to(b_x, b_new, lacking), row), mask=gone)
 
 
 @triton.jit

@@ -26,9 +26,15 @@ LEAST_BLOCK = 64  # keys
 
 
 def config_for(places: int) -> Launch:
-    """rows: keys compared at a time; columns: keys in a block, at least the places. Not tuned."""
+    """rows: keys compared at a time, a divisor of the columns: keys in a block, at least the places. Not tuned."""
     block = max(LEAST_BLOCK, triton.next_power_of_2(places))
-    return Launch(rows=max(1, min(32, 8192 // block)), columns=block, warps=4, stages=1)
+    return Launch(rows=max(1, min(16, block, 4096 // block)), columns=block, warps=4, stages=1)
+
+
+def of_scan(places: int, wide: int) -> dict[str, int]:
+    """Options of ``scan_kernel`` alone. Few warps: what a step takes is the time until its numbers have changed places,
+    longest between warps."""
+    return {"P": places, "LEVELS": wide.bit_length() - 1, "num_warps": max(1, min(4, wide // 256))}
 
 
 @torch.library.custom_op("lizard_ops::key_expiry", mutates_args=())
@@ -51,14 +57,14 @@ def displaced(
     config, packed, length = config_for(places), ends is not None, rows // n
     block, wide, steps = config.columns, triton.next_power_of_2(places), (n - 1).bit_length()
     blocks = block_count(rows if packed else length, n, 0, block, packed)
-    best = kept.new_empty(blocks, heads, wide)
-    before = torch.empty_like(best)
-    sizes = {"H": heads, "BP": wide, "C": block, "PACKED": packed}
+    best, before = (kept.new_empty(blocks, heads, width) for width in (block, wide))
+    of_blocks = {"H": heads, "C": block, "PACKED": packed}
+    sizes = of_blocks | {"BP": wide}
     with on_device(kept, kept_keys=places):
-        best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **sizes, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, ends, length, P=places, **sizes, **config.launch)
+        best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch)
+        scan_kernel[(n * heads,)](kept, best, before, ends, length, **sizes, **of_scan(places, wide))
         displaced_kernel[(blocks * heads,)](
-            ranks, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows, **sizes,
+            ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows, **sizes,
             **config.launch,
         )  # fmt: skip
         if judged is not None:
@@ -100,19 +106,19 @@ def fresh(
     steps, blocks, programs = (n - 1).bit_length(), n * triton.cdiv(length, block), n * triton.cdiv(length, tile)
     ranks = torch.empty(heads, rows, dtype=torch.int64, device=scores.device)
     by_row = torch.empty(heads, rows, dtype=torch.int32, device=scores.device)
-    best = torch.empty(blocks, heads, wide, dtype=torch.int64, device=scores.device)
-    before = torch.empty_like(best)
+    best, before = (ranks.new_empty(blocks, heads, width) for width in (block, wide))
     kept = None if each is None else blocked(tuple(each), scores.device).expand(n, -1, -1).contiguous()
     of_rows = {"H": heads, "BH": triton.next_power_of_2(heads), "BLOCK": tile}
-    sizes = {"H": heads, "BP": wide, "C": block, "PACKED": False}
+    of_blocks = {"H": heads, "C": block, "PACKED": False}
+    sizes = of_blocks | {"BP": wide}
     with on_device(scores, kept_keys=places):
         rank_kernel[(programs,)](
             scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows
         )
-        best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **sizes, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, None, length, P=places, **sizes, **config.launch)
+        best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **of_blocks, **config.launch)
+        scan_kernel[(n * heads,)](kept, best, before, None, length, **sizes, **of_scan(places, wide))
         displaced_kernel[(blocks * heads,)](
-            ranks, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows, **sizes,
+            ranks, best, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows, **sizes,
             **config.launch,
         )  # fmt: skip
         tell_kernel[(programs,)](by_row, expiry, rows, length, W=window, **of_rows)

@@ -60,8 +60,9 @@ def window_backward_keys_kernel(
     With w a row's share (1 without) and p = exp(s - lse): dv += w p do, ds = p (w do.v - row term), plus d max at the
     largest score. BEYOND: anchors are window rows like others until the window has left them behind. ADD: dv has
     something already in the stream rows from there_from on, as many as there are tokens less there_less. ends
-    [B, HK, T]: the first query that no longer sees a key, where that is behind its window; of the queries from then on
-    the program takes those that it goes through anyway, up to row i_block KB + KB - 1 + W.
+    [B, HK, P + T]: the row of the first query that no longer sees a key, where that is behind its window; of the
+    queries from then on the program takes those that it goes through anyway, up to row i_block KB + KB - 1 + W. Rows
+    before the last W of P have no window.
     """
     KB: tl.constexpr = BM - AB
     PARTS: tl.constexpr = (A + AB - 1) // AB if A > 0 else 1
@@ -102,8 +103,8 @@ def window_backward_keys_kernel(
     m_open = m_r & (o_r >= low)
     newest = tl.where(m_open, o_r + W - 1, -1)
     if ends is not None:
-        p_ends = ends + (bos * 0 + i_h) * T + bos if PACKED else ends + (i_row * HK + i_h) * T
-        newest = tl.maximum(newest, tl.load(p_ends + o_r, mask=m_open, other=0) - 1)
+        p_ends = ends + (bos * 0 + i_h) * T + bos if PACKED else ends + (i_row * HK + i_h) * (T + P)
+        newest = tl.maximum(newest, tl.load(p_ends + o_r, mask=m_r, other=0) - 1)
     p_k = k + o_r.to(tl.int64) * k_st
     p_v = v + o_r.to(tl.int64) * v_st
     m_k = m_r
