@@ -38,15 +38,15 @@ def beyond(j, end, t, rows, W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexp
 @triton.jit
 def sort_kernel(
     ends, carried, carried_count, order, order_count, tokens, stream,
-    W: tl.constexpr, KB: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
+    W: tl.constexpr, KB: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr, places,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a segment by length of life in it, then carried ones first: their places, then PLACES + position."""
+    """The keys of a segment by length of life in it, then carried ones first: their places, then places + position."""
     head = tl.program_id(0) % HK
     _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, SIZE)
     entry = (tl.program_id(0) // HK).to(tl.int64) * HK + head
     p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
-    out = order + entry * (PLACES + SIZE)
+    out = order + entry * (places + SIZE)
     t = block * SIZE + stream.prefix
     rows = length + stream.prefix
     there = tl.load(carried_count + entry)
@@ -57,19 +57,19 @@ def sort_kernel(
         least = SIZE >> (2 * c + 1) if c < CLASSES - 1 else 0
         for i in range(0, there, BLOCK):
             place = i + tl.arange(0, BLOCK)
-            j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
+            j = tl.load(carried + entry * places + place, mask=place < there, other=0)
             end = tl.load(p_ends + j, mask=place < there, other=0)
             start, stop = beyond(j, end, t, rows, W, KB, SIZE)
             life = tl.maximum(stop - start, 0)
             chosen = (place < there) & (life >= least) & (life < most)
-            count = append(out, place, chosen, count, PLACES + SIZE)
+            count = append(out, place, chosen, count, places + SIZE)
         for i in range(tl.maximum(t - W + 1, 0), newest, BLOCK):
             j = i + tl.arange(0, BLOCK)
             end = tl.load(p_ends + j, mask=j < newest, other=0)
             start, stop = beyond(j, end, t, rows, W, KB, SIZE)
             life = stop - start
             chosen = (j < newest) & (life > 0) & (life >= least) & (life < most)
-            count = append(out, PLACES + j - (t - W + 1), chosen, count, PLACES + SIZE)
+            count = append(out, places + j - (t - W + 1), chosen, count, places + SIZE)
     tl.store(order_count + entry, count)
 
 
@@ -78,7 +78,7 @@ def kept_key_kernel(
     q, k, v, do, dk, dv, lse, row_term, share, ends, carried, order, order_count, part_k, part_v, segments, tokens,
     stream, scale, cap,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr,
+    W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr, places, HB: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of BM sorted keys of one head from the queries of one segment; the longest lives first.
@@ -96,10 +96,10 @@ def kept_key_kernel(
     t0 = block * SIZE + stream.prefix
     o_m = tile * BM + tl.arange(0, BM)
     there = o_m < count
-    code = tl.load(order + entry * (PLACES + SIZE) + o_m, mask=there, other=0)
-    is_carried = there & (code < PLACES)
-    j = tl.load(carried + entry * PLACES + code, mask=is_carried, other=0)
-    j = tl.where(is_carried, j, code - PLACES + (t0 - W + 1))
+    code = tl.load(order + entry * (places + SIZE) + o_m, mask=there, other=0)
+    is_carried = there & (code < places)
+    j = tl.load(carried + entry * places + code, mask=is_carried, other=0)
+    j = tl.where(is_carried, j, code - places + (t0 - W + 1))
     j = tl.where(there, j, 0)
     p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     end = tl.load(p_ends + j, mask=there, other=0)
@@ -155,11 +155,11 @@ def kept_key_kernel(
         b_ds = b_p * (b_dp - b_term[None, :]) * slope
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     b_dk *= scale
-    o_part = entry * PLACES + code
+    o_part = entry * places + code
     store_rows(part_k + o_part * D, b_dk, is_carried, D, BD)
     store_rows(part_v + o_part * V, b_dv, is_carried, V, BV)
-    add_rows(at(dk, batch, first, head) + row * time_step(dk), b_dk, there & (code >= PLACES), D, BD)
-    add_rows(at(dv, batch, first, head) + row * time_step(dv), b_dv, there & (code >= PLACES), V, BV)
+    add_rows(at(dk, batch, first, head) + row * time_step(dk), b_dk, there & (code >= places), D, BD)
+    add_rows(at(dv, batch, first, head) + row * time_step(dv), b_dv, there & (code >= places), V, BV)
 
 
 @triton.jit
@@ -173,17 +173,17 @@ def add_rows(pointers, b_x, mask, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def carried_gradient_kernel(
     ends, carried, carried_count, part_k, part_v, dk, dv, tokens, stream,
     HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
-    SIZE: tl.constexpr, PLACES: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, places, bits, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What keys got in the segments that found them alive, added up by the first of these. BITS: of PLACES."""
-    TILES: tl.constexpr = (PLACES + BLOCK - 1) // BLOCK
-    head, tile = tl.program_id(0) // TILES % HK, tl.program_id(0) % TILES
-    segment = tl.program_id(0) // (TILES * HK)
+    """What keys got in the segments that found them alive, added up by the first of these. bits: of places."""
+    tiles = tl.cdiv(places, BLOCK)
+    head, tile = tl.program_id(0) // tiles % HK, tl.program_id(0) % tiles
+    segment = tl.program_id(0) // (tiles * HK)
     _, block, batch, first, length = locate_in_stream(segment, stream, 0, SIZE)
     entry = segment.to(tl.int64) * HK + head
     place = tile * BLOCK + tl.arange(0, BLOCK)
     mine = place < tl.load(carried_count + entry)
-    j = tl.load(carried + entry * PLACES + place, mask=mine, other=0)
+    j = tl.load(carried + entry * places + place, mask=mine, other=0)
     mine = mine & ((tl.maximum(j + (W - stream.prefix), 0) + (SIZE - 1)) // SIZE == block)
     p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     end = tl.load(p_ends + j, mask=mine, other=0)
@@ -195,12 +195,12 @@ def carried_gradient_kernel(
         at_segment = entry + tl.cast(i - block, tl.int64) * HK
         found = tl.load(carried_count + at_segment)
         place = tl.zeros([BLOCK], tl.int32)  # keys of the list that stand before j
-        for bit in tl.static_range(BITS):
-            before = place + ((1 << BITS) >> (bit + 1))
+        for bit in range(bits):
+            before = place + (1 << (bits - 1 - bit))
             inside = there & (before <= found)
-            other = tl.load(carried + at_segment * PLACES + before - 1, mask=inside, other=FAR)
+            other = tl.load(carried + at_segment * places + before - 1, mask=inside, other=FAR)
             place = tl.where(inside & (other < j), before, place)
-        o_part = at_segment * PLACES + place
+        o_part = at_segment * places + place
         b_dk += load_rows(part_k + o_part * D, there, D, BD)
         b_dv += load_rows(part_v + o_part * V, there, V, BV)
     row = j.to(tl.int64)

@@ -23,12 +23,17 @@ from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.places import block_count
 
 LEAST_BLOCK = 64  # keys
+LEAST_LIST = 32  # of the best: layers differ in their places, and each length of lists is a kernel of its own
 
 
 def config_for(places: int) -> Launch:
     """rows: keys compared at a time; columns: keys in a block, at least the places. Not tuned."""
     block = max(LEAST_BLOCK, triton.next_power_of_2(places))
     return Launch(rows=max(1, min(32, 8192 // block)), columns=block, warps=4, stages=1)
+
+
+def list_length(places: int, block: int) -> int:
+    return min(block, max(LEAST_LIST, triton.next_power_of_2(places)))
 
 
 @torch.library.custom_op("lizard_ops::key_expiry", mutates_args=())
@@ -49,7 +54,7 @@ def displaced(
     if rows == 0:
         return by_kept, by_row, last if judged is None else kept.clone()
     config, packed, length = config_for(places), ends is not None, rows // n
-    block, wide, steps = config.columns, triton.next_power_of_2(places), (n - 1).bit_length()
+    block, wide, steps = config.columns, list_length(places, config.columns), (n - 1).bit_length()
     blocks = block_count(rows if packed else length, n, 0, block, packed)
     best = kept.new_empty(blocks, heads, wide)
     before = torch.empty_like(best)
@@ -96,7 +101,7 @@ def fresh(
     if not expiry.numel():
         return expiry
     config, rows = config_for(places), n * length
-    block, wide, tile = config.columns, triton.next_power_of_2(places), 128
+    block, wide, tile = config.columns, list_length(places, config.columns), 128
     steps, blocks, programs = (n - 1).bit_length(), n * triton.cdiv(length, block), n * triton.cdiv(length, tile)
     ranks = torch.empty(heads, rows, dtype=torch.int64, device=scores.device)
     by_row = torch.empty(heads, rows, dtype=torch.int32, device=scores.device)
