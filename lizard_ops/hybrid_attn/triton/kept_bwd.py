@@ -173,9 +173,10 @@ def add_rows(pointers, b_x, mask, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def carried_gradient_kernel(
     ends, carried, carried_count, part_k, part_v, dk, dv, tokens, stream,
     HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
-    SIZE: tl.constexpr, places, bits, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, places, half, bits, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What keys got in the segments that found them alive, added up by the first of these. bits: of places."""
+    """What keys got in the segments that found them alive, added up by the first of these. half: the highest bit of
+    places, one of ``bits``."""
     tiles = tl.cdiv(places, BLOCK)
     head, tile = tl.program_id(0) // tiles % HK, tl.program_id(0) % tiles
     segment = tl.program_id(0) // (tiles * HK)
@@ -196,7 +197,7 @@ def carried_gradient_kernel(
         found = tl.load(carried_count + at_segment)
         place = tl.zeros([BLOCK], tl.int32)  # keys of the list that stand before j
         for bit in range(bits):
-            before = place + (1 << (bits - 1 - bit))
+            before = place + (half >> bit)
             inside = there & (before <= found)
             other = tl.load(carried + at_segment * places + before - 1, mask=inside, other=FAR)
             place = tl.where(inside & (other < j), before, place)
@@ -241,5 +242,5 @@ def kept_key_gradients(
     block = 16
     carried_gradient_kernel[(segments * heads * triton.cdiv(places, block),)](
         *of_lists, part_k, part_v, dk, dv, tokens, stream, heads, *dims, shape.window, segment, places,
-        places.bit_length(), block, num_warps=4,
+        1 << (places.bit_length() - 1), places.bit_length(), block, num_warps=4,
     )  # fmt: skip
