@@ -6,12 +6,15 @@ import inspect
 
 import pytest
 import torch
+from kernel_checks import DEVICE
 from triton.runtime.interpreter import InterpretedFunction
 
 from lizard_ops import chunk_hybrid_attn
 
 B, T, HQ, HK, D, F = 1, 40, 4, 2, 16, 8
 WINDOW, ANCHORS = 4, 1
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="what is compiled is read from launches in the interpreter")
 
 
 @pytest.fixture
