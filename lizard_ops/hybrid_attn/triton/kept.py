@@ -21,7 +21,7 @@ class Kept(NamedTuple):
     ends: Tensor  # [B, Hk, rows] int32; 0 for anchors, padding and what is no key
     alive: Tensor  # [blocks, Hk, places] int32
     count: Tensor  # [blocks, Hk] int32 keys in the list
-    places: tl.constexpr
+    places: int  # room in a list; layers may differ in it, so that no kernel is compiled for one
 
 
 @triton.jit

@@ -36,10 +36,10 @@ def beyond(j, end, t, rows, W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexp
 @triton.jit
 def sort_kernel(
     ends, carried, carried_count, at_end, order, order_count, tokens, stream,
-    W: tl.constexpr, KB: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr,
+    W: tl.constexpr, KB: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr, places,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a segment by the end of their life in it: the places of carried ones, PLACES + position of others.
+    """The keys of a segment by the end of their life in it: the places of carried ones, places + position of others.
 
     At most one key of a head expires at a query, so each that does here has an entry of its own in ``at_end``
     [segments, HK, SIZE]. Behind them stand those that live on, carried ones first.
@@ -48,7 +48,7 @@ def sort_kernel(
     _, block, batch, first, length = locate_in_stream(tl.program_id(0) // HK, stream, 0, SIZE)
     entry = (tl.program_id(0) // HK).to(tl.int64) * HK + head
     p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
-    out = order + entry * (PLACES + SIZE)
+    out = order + entry * (places + SIZE)
     at_end += entry * SIZE
     t = block * SIZE + stream.prefix
     rows = length + stream.prefix
@@ -60,29 +60,29 @@ def sort_kernel(
     tl.debug_barrier()  # other threads write what this one has
     for i in range(0, there, BLOCK):
         place = i + tl.arange(0, BLOCK)
-        j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
+        j = tl.load(carried + entry * places + place, mask=place < there, other=0)
         end = tl.load(p_ends + j, mask=place < there, other=FAR)
         tl.store(at_end + (end - t), place, mask=end < limit)
     for i in range(oldest, newest, BLOCK):
         j = i + tl.arange(0, BLOCK)
         end = tl.load(p_ends + j, mask=j < newest, other=FAR)
         start, stop = beyond(j, end, t, rows, W, KB, SIZE)
-        tl.store(at_end + (end - t), PLACES + j - (t - W + 1), mask=(end < limit) & (start < stop))
+        tl.store(at_end + (end - t), places + j - (t - W + 1), mask=(end < limit) & (start < stop))
     tl.debug_barrier()
     count = t * 0
     for i in range(0, SIZE, BLOCK):
         code = tl.load(at_end + i + tl.arange(0, BLOCK), mask=i + tl.arange(0, BLOCK) < SIZE, other=-1)
-        count = append(out, code, code >= 0, count, PLACES + SIZE)
+        count = append(out, code, code >= 0, count, places + SIZE)
     for i in range(0, there, BLOCK):
         place = i + tl.arange(0, BLOCK)
-        j = tl.load(carried + entry * PLACES + place, mask=place < there, other=0)
+        j = tl.load(carried + entry * places + place, mask=place < there, other=0)
         end = tl.load(p_ends + j, mask=place < there, other=0)
-        count = append(out, place, end >= limit, count, PLACES + SIZE)
+        count = append(out, place, end >= limit, count, places + SIZE)
     for i in range(oldest, newest, BLOCK):
         j = i + tl.arange(0, BLOCK)
         end = tl.load(p_ends + j, mask=j < newest, other=0)
         start, stop = beyond(j, end, t, rows, W, KB, SIZE)
-        count = append(out, PLACES + j - (t - W + 1), (end >= limit) & (start < stop), count, PLACES + SIZE)
+        count = append(out, places + j - (t - W + 1), (end >= limit) & (start < stop), count, places + SIZE)
     tl.store(order_count + entry, count)
 
 
@@ -91,7 +91,7 @@ def kept_key_kernel(
     q, k, v, do, dk, dv, lse, row_term, share, ends, carried, order, order_count, part_k, part_v, segments, tokens,
     stream, scale, cap,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr,
+    W: tl.constexpr, KB: tl.constexpr, SIZE: tl.constexpr, places, HB: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of BM sorted keys of one head from the queries of one segment; the last ones, which live
@@ -111,10 +111,10 @@ def kept_key_kernel(
     t0 = block * SIZE + stream.prefix
     o_m = tile * BM + tl.arange(0, BM)
     there = o_m < count
-    code = tl.load(order + entry * (PLACES + SIZE) + o_m, mask=there, other=0)
-    is_carried = there & (code < PLACES)
-    j = tl.load(carried + entry * PLACES + code, mask=is_carried, other=0)
-    j = tl.where(is_carried, j, code - PLACES + (t0 - W + 1))
+    code = tl.load(order + entry * (places + SIZE) + o_m, mask=there, other=0)
+    is_carried = there & (code < places)
+    j = tl.load(carried + entry * places + code, mask=is_carried, other=0)
+    j = tl.where(is_carried, j, code - places + (t0 - W + 1))
     j = tl.where(there, j, 0)
     p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     end = tl.load(p_ends + j, mask=there, other=0)
@@ -170,11 +170,11 @@ def kept_key_kernel(
         b_ds = b_p * (b_dp - b_term[None, :]) * slope
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     b_dk *= scale
-    o_part = entry * PLACES + code
+    o_part = entry * places + code
     store_rows(part_k + o_part * D, b_dk, is_carried, D, BD)
     store_rows(part_v + o_part * V, b_dv, is_carried, V, BV)
-    add_rows(at(dk, batch, first, head) + row * time_step(dk), b_dk, there & (code >= PLACES), D, BD)
-    add_rows(at(dv, batch, first, head) + row * time_step(dv), b_dv, there & (code >= PLACES), V, BV)
+    add_rows(at(dk, batch, first, head) + row * time_step(dk), b_dk, there & (code >= places), D, BD)
+    add_rows(at(dv, batch, first, head) + row * time_step(dv), b_dv, there & (code >= places), V, BV)
 
 
 @triton.jit
@@ -188,17 +188,18 @@ def add_rows(pointers, b_x, mask, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def carried_gradient_kernel(
     ends, carried, carried_count, part_k, part_v, dk, dv, tokens, stream,
     HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
-    SIZE: tl.constexpr, PLACES: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, places, half, bits, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What keys got in the segments that found them alive, added up by the first of these. BITS: of PLACES."""
-    TILES: tl.constexpr = (PLACES + BLOCK - 1) // BLOCK
-    head, tile = tl.program_id(0) // TILES % HK, tl.program_id(0) % TILES
-    segment = tl.program_id(0) // (TILES * HK)
+    """What keys got in the segments that found them alive, added up by the first of these. half: the highest bit of
+    places, one of ``bits``."""
+    tiles = tl.cdiv(places, BLOCK)
+    head, tile = tl.program_id(0) // tiles % HK, tl.program_id(0) % tiles
+    segment = tl.program_id(0) // (tiles * HK)
     _, block, batch, first, length = locate_in_stream(segment, stream, 0, SIZE)
     entry = segment.to(tl.int64) * HK + head
     place = tile * BLOCK + tl.arange(0, BLOCK)
     mine = place < tl.load(carried_count + entry)
-    j = tl.load(carried + entry * PLACES + place, mask=mine, other=0)
+    j = tl.load(carried + entry * places + place, mask=mine, other=0)
     mine = mine & ((tl.maximum(j + (W - stream.prefix), 0) + (SIZE - 1)) // SIZE == block)
     p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
     end = tl.load(p_ends + j, mask=mine, other=0)
@@ -210,12 +211,12 @@ def carried_gradient_kernel(
         at_segment = entry + tl.cast(i - block, tl.int64) * HK
         found = tl.load(carried_count + at_segment)
         place = tl.zeros([BLOCK], tl.int32)  # keys of the list that stand before j
-        for bit in tl.static_range(BITS):
-            before = place + ((1 << BITS) >> (bit + 1))
+        for bit in range(bits):
+            before = place + (half >> bit)
             inside = there & (before <= found)
-            other = tl.load(carried + at_segment * PLACES + before - 1, mask=inside, other=FAR)
+            other = tl.load(carried + at_segment * places + before - 1, mask=inside, other=FAR)
             place = tl.where(inside & (other < j), before, place)
-        o_part = at_segment * PLACES + place
+        o_part = at_segment * places + place
         b_dk += load_rows(part_k + o_part * D, there, D, BD)
         b_dv += load_rows(part_v + o_part * V, there, V, BV)
     row = j.to(tl.int64)
@@ -258,5 +259,5 @@ def kept_key_gradients(
     block = 16
     carried_gradient_kernel[(segments * heads * triton.cdiv(places, block),)](
         *of_lists, part_k, part_v, dk, dv, tokens, stream, heads, *dims, shape.window, segment, places,
-        places.bit_length(), block, num_warps=4,
+        1 << (places.bit_length() - 1), places.bit_length(), block, num_warps=4,
     )  # fmt: skip

@@ -36,7 +36,7 @@ class Index(NamedTuple):
 
     @property
     def kept(self) -> Kept:
-        return Kept(self.ends, self.alive, self.count, tl.constexpr(self.alive.shape[2]))
+        return Kept(self.ends, self.alive, self.count, self.alive.shape[2])
 
 
 @triton.jit
@@ -68,26 +68,26 @@ def ends_kernel(
 
 
 @triton.jit
-def append(pointer, keys, chosen, count, LIMIT: tl.constexpr):
+def append(pointer, keys, chosen, count, limit):
     """Put the chosen keys behind the ``count`` that a list has; its length then."""
     place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(pointer + place, keys, mask=chosen & (place < LIMIT))
+    tl.store(pointer + place, keys, mask=chosen & (place < limit))
     return count + tl.sum(chosen.to(tl.int32), 0)
 
 
 @triton.jit
-def end_list(pointer, p_count, count, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+def end_list(pointer, p_count, count, places, BLOCK: tl.constexpr):
     """Note how many keys a list has; -1 in the places behind them."""
-    for j in range(count, PLACES, BLOCK):
+    for j in range(count, places, BLOCK):
         place = j + tl.arange(0, BLOCK)
-        tl.store(pointer + place, tl.full([BLOCK], -1, tl.int32), mask=place < PLACES)
-    tl.store(p_count, tl.minimum(count, PLACES))
+        tl.store(pointer + place, tl.full([BLOCK], -1, tl.int32), mask=place < places)
+    tl.store(p_count, tl.minimum(count, places))
 
 
 @triton.jit
 def carried_kernel(
     ends, carried, count_out, tokens, stream, W: tl.constexpr, HK: tl.constexpr, SIZE: tl.constexpr,
-    PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    places, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The keys that a segment of SIZE queries finds alive and out of the window."""
     head = tl.program_id(0) % HK
@@ -101,14 +101,14 @@ def carried_kernel(
         for j in range(0, t - W + 1, BLOCK):
             c = j + tl.arange(0, BLOCK)
             end = tl.load(p_ends + c, mask=c <= t - W, other=0)
-            count = append(carried + entry * PLACES, c, end > t, count, PLACES)
-    end_list(carried + entry * PLACES, count_out + entry, count, PLACES, BLOCK)
+            count = append(carried + entry * places, c, end > t, count, places)
+    end_list(carried + entry * places, count_out + entry, count, places, BLOCK)
 
 
 @triton.jit
 def alive_kernel(
     ends, carried, carried_count, alive, count_out, tokens, stream, W: tl.constexpr, HK: tl.constexpr,
-    SIZE: tl.constexpr, SEGMENT: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, SEGMENT: tl.constexpr, places, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same of a block of SIZE queries: who is left of its segment's, and who has left the window since."""
     head = tl.program_id(0) % HK
@@ -117,7 +117,7 @@ def alive_kernel(
     t = block * SIZE + stream.prefix
     entry = tl.cast(pid, tl.int64) * HK + head
     p_ends = ends + (batch.to(tl.int64) * HK + head) * (tokens + stream.prefix) + first
-    out = alive + entry * PLACES
+    out = alive + entry * places
     count = t * 0
     if t < length + stream.prefix:
         start = block * SIZE // SEGMENT
@@ -129,14 +129,14 @@ def alive_kernel(
         there = tl.load(carried_count + from_segment)
         for j in range(0, there, BLOCK):
             i = j + tl.arange(0, BLOCK)
-            c = tl.load(carried + from_segment * PLACES + i, mask=i < there, other=0)
+            c = tl.load(carried + from_segment * places + i, mask=i < there, other=0)
             end = tl.load(p_ends + c, mask=i < there, other=0)
-            count = append(out, c, end > t, count, PLACES)
+            count = append(out, c, end > t, count, places)
         for j in range(tl.maximum(start * SEGMENT + stream.prefix - W + 1, 0), t - W + 1, BLOCK):
             c = j + tl.arange(0, BLOCK)
             end = tl.load(p_ends + c, mask=c <= t - W, other=0)
-            count = append(out, c, end > t, count, PLACES)
-    end_list(out, count_out + entry, count, PLACES, BLOCK)
+            count = append(out, c, end > t, count, places)
+    end_list(out, count_out + entry, count, places, BLOCK)
 
 
 @triton.jit

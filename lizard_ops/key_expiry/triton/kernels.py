@@ -6,8 +6,9 @@ finds for every block at once which of the best before it and of its own keys ar
 whom the final state keeps. Ranks are those of ``key_expiry.stream``: whole numbers, no two the same, so that no order
 of sums or comparisons shows. Each key is displaced in one block alone, whose program writes it: no atomics.
 
-H heads, R rows of all streams, P places, BP their power of two, C keys in a block. A stream has ``length`` rows, or the
-rows between two of ``ends``; its blocks are numbered as ``tiles.places.locate_in_rows`` says.
+H heads, R rows of all streams, C keys in a block, P places, BP a power of two no less. Layers may differ in P, so it is
+an argument like others: no kernel is compiled for it. A stream has ``length`` rows, or the rows between two of
+``ends``; its blocks are numbered as ``tiles.places.locate_in_rows`` says.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def first_block(n, ends, length, C: tl.constexpr, PACKED: tl.constexpr):
         return n * tl.cdiv(length, C), n.to(tl.int64) * length, length + n * 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def rank_kernel(
     scores, ranks, by_row, lengths, R, length, n_step, t_step, h_step,
-    ANCHORS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORS: tl.constexpr, P, H: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Ranks of rows [N, T, H] that nothing came before, as ``key_expiry.stream`` gives them, and by_row for no row."""
     i_n, i_block = tl.program_id(0) // tl.cdiv(length, BLOCK), tl.program_id(0) % tl.cdiv(length, BLOCK)
@@ -85,10 +86,10 @@ def best_kernel(
     tl.store(best + (block.to(tl.int64) * H + h) * C + c, tl.sort(b_x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def scan_kernel(
     kept, best, before, ends, length,
-    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    H: tl.constexpr, P, BP: tl.constexpr, LEVELS: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """before [blocks, H, BP]: the best P of all keys before a block, descending; kept [N, H, P] those before row 0."""
     i_n, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -137,10 +138,10 @@ def better(b_x, b_new):
     return tl.sum((b_new[None, :] > b_x[:, None]).to(tl.int32), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def displaced_kernel(
     ranks, best, before, by_kept, by_row, ends, R, length, n, steps,
-    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
+    H: tl.constexpr, P, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The row at which a key is displaced, of keys displaced in this block: of kept keys, by number, and of rows.
 
@@ -185,10 +186,10 @@ def displaced_kernel(
                 tl.store(by_row + row, tl.maximum(first + come_to(b_x, b_new, lacking), row), mask=gone)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def last_kernel(
     ranks, kept, before, judged, last, ends, R, length,
-    H: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
+    H: tl.constexpr, P, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """last [N, H, P]: the best P of the kept keys and the first ``judged`` rows [N], descending."""
     i_n, h = tl.program_id(0) // H, tl.program_id(0) % H

@@ -23,6 +23,7 @@ from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.places import block_count
 
 LEAST_BLOCK = 64  # keys
+LEAST_LIST = 32  # of the best: layers differ in their places, and each length of lists is a kernel of its own
 
 
 def config_for(places: int) -> Launch:
@@ -35,6 +36,10 @@ def of_scan(places: int, wide: int) -> dict[str, int]:
     """Options of ``scan_kernel`` alone. Few warps: what a step takes is the time until its numbers have changed places,
     longest between warps."""
     return {"P": places, "LEVELS": wide.bit_length() - 1, "num_warps": max(1, min(4, wide // 256))}
+
+
+def list_length(places: int, block: int) -> int:
+    return min(block, max(LEAST_LIST, triton.next_power_of_2(places)))
 
 
 @torch.library.custom_op("lizard_ops::key_expiry", mutates_args=())
@@ -55,7 +60,7 @@ def displaced(
     if rows == 0:
         return by_kept, by_row, last if judged is None else kept.clone()
     config, packed, length = config_for(places), ends is not None, rows // n
-    block, wide, steps = config.columns, triton.next_power_of_2(places), (n - 1).bit_length()
+    block, wide, steps = config.columns, list_length(places, config.columns), (n - 1).bit_length()
     blocks = block_count(rows if packed else length, n, 0, block, packed)
     best, before = (kept.new_empty(blocks, heads, width) for width in (block, wide))
     of_blocks = {"H": heads, "C": block, "PACKED": packed}
@@ -102,7 +107,7 @@ def fresh(
     if not expiry.numel():
         return expiry
     config, rows = config_for(places), n * length
-    block, wide, tile = config.columns, triton.next_power_of_2(places), 128
+    block, wide, tile = config.columns, list_length(places, config.columns), 128
     steps, blocks, programs = (n - 1).bit_length(), n * triton.cdiv(length, block), n * triton.cdiv(length, tile)
     ranks = torch.empty(heads, rows, dtype=torch.int64, device=scores.device)
     by_row = torch.empty(heads, rows, dtype=torch.int32, device=scores.device)
