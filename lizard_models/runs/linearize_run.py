@@ -24,28 +24,24 @@ from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, check_space, write_sums
 from lizard_models.files.records import write_record
-from lizard_models.files.sources import cache_dir
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers, lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
-from lizard_models.recipes import Recipe, Stage0Config
+from lizard_models.recipes import Recipe
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
 from lizard_models.runs.plan import Outcome, Plan, check_folders, precision
+from lizard_models.runs.run_data import RunData
 from lizard_models.runs.run_report import report_stop, write_run_report
-from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.runs.score_rows import ScoreRows
 from lizard_models.runs.start import begin_from
 from lizard_models.runs.state_budget import evenly_kept, share_out, shared_mib, told
 from lizard_models.runs.work import KEPT, LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
-from lizard_models.text.documents import files_left_out
-from lizard_models.text.mixture import MixedTokens, load_mixture
-from lizard_models.text.overlap import overlap
-from lizard_models.text.sequences import Documents, PackedTokens, load_documents
 
 UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
@@ -100,11 +96,8 @@ class _Run:
         if plan.state_mib is not None:
             self.config = evenly_kept(self.teacher.model.config, plan.config, plan.state_mib)
             self.plan = plan = dataclasses.replace(plan, config=self.config)
-        self.documents = self._evaluation_documents()
-        self.told: list[str] = []
-        for source in dict.fromkeys((*plan.data, *plan.eval_data)):
-            if left := files_left_out(source):
-                self.say(f"not read in {source}: {len(left)} hidden files or outputs of runs, such as {left[0]}")
+        self.data = RunData(plan, self.teacher, self.say)
+        self.documents = self.data.documents
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
         self.results: dict[str, StageResult] = {}
@@ -116,7 +109,7 @@ class _Run:
         total = sum(p.numel() for p in self.model.parameters())
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
-        self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
+        self.sequences = {stage: self.data.rows(stage, recipe, self.model) for stage, recipe in self._stages().items()}
         self.mib = shared_mib(self.model.config, plan.state_mib, "stage0" in self.sequences)
         for stage, rows in self.sequences.items():
             if stage != "stage0":
@@ -186,7 +179,7 @@ class _Run:
 
     def _check_widen(self) -> None:
         if self.plan.start is not None:
-            self.choice = self._training_sequences("the choice of layers", self.config.stage1)
+            self.choice = self.data.rows("the choice of layers", self.config.stage1, self.model)
         elif "stage1" not in self.sequences:
             raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
         else:
@@ -247,54 +240,6 @@ class _Run:
         self.results["stage0"] = result
         layers = " ".join(f"{sum(heads) / len(heads):.2f}" for heads in result.r2)
         self.say(f"scores: R2 {result.mean_r2:.3f} on {len(rows.held_out)} held-out rows, by layer {layers}")
-
-    def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
-        plan = self.plan
-        cache = cache_dir(plan.cache)
-        how: dict[str, Any] = dict(text_field=plan.text_field, encoding=plan.encoding, cache=cache, say=self.say)
-        if isinstance(recipe, Stage0Config):
-            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.weights, **how)
-            self.say(f"data of {stage}: {rows.told}")
-            return rows
-        sequences = load_mixture(
-            plan.data,
-            plan.weights,
-            self.teacher.tokenizer,
-            recipe.sequence_length,
-            seed=recipe.seed,
-            examples=recipe.examples,
-            vocab_size=self.teacher.model.config.vocab_size,
-            **how,
-        )
-        size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
-        size += f" ({', '.join(map(str, sequences.counts))} by weight)" if isinstance(sequences, MixedTokens) else ""
-        self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")
-        self._tell_overlap(sequences)
-        return sequences
-
-    def _tell_overlap(self, sequences: Any) -> None:
-        """Names what is both trained on and measured on; of streamed text nobody knows."""
-        if self.documents is None or not isinstance(sequences, PackedTokens) or not is_main_process():
-            return
-        found = overlap(self.documents.tokens, sequences)
-        if found is not None and (told := found.told()) and told not in self.told:
-            self.told.append(told)
-            self.say(f"warning: {told}")
-
-    def _evaluation_documents(self) -> Documents | None:
-        if self.plan.passkey_lengths and self.teacher.tokenizer is None:
-            raise ValueError("passkey lengths: the teacher has no tokenizer to write the test with")
-        if not self.plan.eval_data:
-            return None
-        return load_documents(
-            self.plan.eval_data,
-            self.teacher.tokenizer,
-            self.plan.eval_length + 1,
-            count=self.plan.eval_documents,
-            text_field=self.plan.text_field,
-            encoding=self.plan.encoding,
-            vocab_size=self.teacher.model.config.vocab_size,
-        )
 
     def _measure_starts(self, model: LizardCausalLM) -> None:
         if self.documents is None and not self.plan.passkey_lengths:
