@@ -40,6 +40,7 @@ def describe(plan: Plan, console: Console) -> None:
         "widen": plan.widen,
         "state_mib": plan.state_mib,
         "checkpointing": plan.gradient_checkpointing,
+        "longer": plan.stage3,
         "cache": plan.cache,
     }
     for part in describe_run(plan.teacher, plan.config, **settings):

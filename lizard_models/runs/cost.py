@@ -97,17 +97,23 @@ class RunCost:
     stage0: StageCost | None  # without kept keys there is none
     stage1: StageCost
     stage2: StageCost
+    stage3: StageCost | None = None  # where it is asked for
 
 
 def run_cost(
-    teacher: PreTrainedConfig, lizard: LizardConfig, *, micro_batch: int | None = None, checkpointing: bool = True
+    teacher: PreTrainedConfig,
+    lizard: LizardConfig,
+    *,
+    micro_batch: int | None = None,
+    checkpointing: bool = True,
+    longer: bool = False,
 ) -> RunCost:
     """Shapes exactly, from a model without memory; arithmetic and bytes by counting, in bf16 with float32 moments.
 
     Arithmetic counts matrix products (``Shape.stage_flop``). Bytes: weights, new parameters and adapters with gradient
     and two moments, activations of ``micro_batch`` sequences (default the recipe's batch): of one layer in stages 0 and
-    1, of all, or of one and every layer's input with checkpointing, in stage 2; attention matrices of a block of
-    labels; logits of a chunk.
+    1, of all, or of one and every layer's input with checkpointing, in stages 2 and 3; attention matrices of a block of
+    labels; logits of a chunk. longer: count stage 3, too.
 
     Raises ValueError as the student's configuration does.
     """
@@ -123,7 +129,9 @@ def run_cost(
     base = total - added
     stages: dict[str, StageCost] = {}
     scores = sum(p.numel() for p in model.key_scores().parameters())
-    recipes: dict[Stage, Recipe] = {"stage1": lizard.stage1, "stage2": lizard.stage2}
+    recipes: dict[str, Recipe] = {"stage1": lizard.stage1, "stage2": lizard.stage2}
+    if longer:
+        recipes["stage3"] = lizard.stage3.after(lizard.stage2)
     if scores:
         recipes["stage0"] = lizard.stage0
     for name, recipe in recipes.items():
@@ -131,7 +139,8 @@ def run_cost(
         tokens = steps * recipe.batch_size * recipe.sequence_length
         rows = (micro_batch or recipe.batch_size) * recipe.sequence_length
         kept = shape.layer_bytes * rows
-        flop = shape.stage_flop(name, recipe, scores, checkpointing)
+        kind: Stage = "stage0" if name == "stage0" else "stage1" if name == "stage1" else "stage2"
+        flop = shape.stage_flop(kind, recipe, scores, checkpointing)
         if name == "stage0":
             trained, activations = scores, kept + 2 * 4 * rows * config.num_attention_heads * lizard.stage0.label_block
         elif name == "stage1":
@@ -141,9 +150,10 @@ def run_cost(
             activations = kept * (1 if checkpointing else shape.layers)
             activations += 2 * config.hidden_size * rows * shape.layers
             activations += 3 * 4 * LOSS_CHUNK * config.vocab_size
-        size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (name == "stage2") + activations
+        size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (kind == "stage2") + activations
         stages[name] = StageCost(steps, tokens, flop * tokens, size)
-    return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"])
+    return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"],
+                   stages.get("stage3"))  # fmt: skip
 
 
 def disk_needed(model: Any, config: LizardConfig, stages: list[str]) -> int:
@@ -158,6 +168,7 @@ def disk_needed(model: Any, config: LizardConfig, stages: list[str]) -> int:
         "stage1": new,
         "stage2": tuned + new * config.stage2.train_new_parameters,
     }
+    trained["stage3"] = trained["stage2"]
     finished = sum(p.nbytes for p in model.parameters())
     return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
 
@@ -184,15 +195,16 @@ def describe_run(
     devices: int = 1,
     micro_batch: int | None = None,
     checkpointing: bool = True,
+    longer: bool = False,
     widen: int = 0,
     state_mib: float | None = None,
     cache: str | None = None,
 ) -> list[str | Table]:
     """What a dry run prints. name: as in ``load_teacher``, or of ``known_shapes`` where the hub is out of reach.
 
-    widen: layers that are to get the wide window, counted as if they had it from the start. state_mib: shared out
-    evenly, as it is until the scores are fitted. Raises ValueError for an unknown teacher, and what ``check_widen`` and
-    ``evenly_kept`` do.
+    longer: with stage 3. widen: layers that are to get the wide window, counted as if they had it from the start.
+    state_mib: shared out evenly, as it is until the scores are fitted. Raises ValueError for an unknown teacher, and
+    what ``check_widen`` and ``evenly_kept`` do.
     """
     try:
         config = AutoConfig.from_pretrained(find_teacher(name, cache=cache)[0])
@@ -206,7 +218,7 @@ def describe_run(
         plain = student_config(config, lizard)
         check_widen(plain, widen, lizard.stage1.sequence_length - 1)
         lizard = lizard.replace(wide_layers=converted_layers(plain)[:widen])
-    cost = run_cost(config, lizard, micro_batch=micro_batch, checkpointing=checkpointing)
+    cost = run_cost(config, lizard, micro_batch=micro_batch, checkpointing=checkpointing, longer=longer)
     student = student_config(config, lizard)
     lines: list[str | Table] = [
         f"{name}: hidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} query "
@@ -224,7 +236,7 @@ def describe_run(
     stages = Table(title=f"estimate at {achieved:g} TFLOP/s on each of {devices} devices", title_justify="left")
     for column in ("stage", "steps", "tokens", "arithmetic", "time", "memory in all"):
         stages.add_column(column, justify="right")
-    for stage, part in (("0", cost.stage0), ("1", cost.stage1), ("2", cost.stage2)):
+    for stage, part in (("0", cost.stage0), ("1", cost.stage1), ("2", cost.stage2), ("3", cost.stage3)):
         if part is None:
             continue
         minutes = part.seconds(achieved, devices) / 60

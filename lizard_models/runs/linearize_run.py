@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
+from lizard_models.distill import (
+    FineTuning,
+    RunArguments,
+    StageResult,
+    train_stage0,
+    train_stage1,
+    train_stage2,
+    train_stage3,
+)
 from lizard_models.distill.arguments import check_context, check_parts, total_steps, training_arguments
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
 from lizard_models.distill.stage2 import check_stage2
@@ -29,11 +37,11 @@ from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers, lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
-from lizard_models.recipes import Recipe
+from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.runs.plan import Outcome, Plan, check_folders, precision
+from lizard_models.runs.plan import Outcome, Plan, asked_stages, check_folders, precision
 from lizard_models.runs.run_data import RunData
 from lizard_models.runs.run_report import report_stop, write_run_report
 from lizard_models.runs.score_rows import ScoreRows
@@ -43,7 +51,7 @@ from lizard_models.runs.work import KEPT, LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
 
-UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
+UNTRAINED, STAGE1, STAGE2, STAGE3 = "untrained student", "after stage 1", "after stage 2", "after stage 3"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
 OF_EVERY_STAGE = (
     "micro_batch_size", "save_steps", "gradient_checkpointing", "fsdp", "cuda_graph", "compile", "report_to",
@@ -109,7 +117,8 @@ class _Run:
         total = sum(p.numel() for p in self.model.parameters())
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
-        self.sequences = {stage: self.data.rows(stage, recipe, self.model) for stage, recipe in self._stages().items()}
+        self.recipes = self._stages()
+        self.sequences = {stage: self.data.rows(stage, recipe, self.model) for stage, recipe in self.recipes.items()}
         self.mib = shared_mib(self.model.config, plan.state_mib, "stage0" in self.sequences)
         for stage, rows in self.sequences.items():
             if stage != "stage0":
@@ -144,17 +153,28 @@ class _Run:
             self._widen(model)
         if "stage2" in self.sequences:
             run = self._run_arguments("stage2", "stage 2, fine-tuning")
-            model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run)
-            self._measure(STAGE2, model)
+            longer = self._train_longer if "stage3" in self.sequences else None
+            model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run, None, longer)
+            self._measure(STAGE3 if longer else STAGE2, model)
         refuse_broken(model, self.device, self.home)
         report = Report(f"{self.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
         self._save(model, report)
         return Outcome(model, self.teacher, plan.out, report, self.results)
 
+    def _train_longer(self, tuning: FineTuning, result: StageResult) -> None:
+        """Stage 3, between stage 2 and the merge of what it trained."""
+        self.results["stage2"] = result
+        self._measure(STAGE2, tuning.model)
+        run, recipe = self._run_arguments("stage3", "stage 3, longer rows"), self.recipes["stage3"]
+        beside = {"frozen": self._frozen("stage3")}
+        run.frozen = agreed(content_digest(tuning.learned(), beside) if is_main_process() else None)
+        self.results["stage3"] = train_stage3(tuning, self.sequences["stage3"], run, recipe)
+
     def _stages(self) -> dict[str, Recipe]:
         config = self.plan.config
+        longer: dict[str, Recipe] = {"stage3": config.stage3.after(config.stage2)} if self.plan.stage3 else {}
         if self.plan.start is not None:
-            return {"stage2": config.stage2}
+            return {"stage2": config.stage2, **longer}
         stages: dict[str, Recipe] = {}
         if self.plan.stage0 and self.model.key_scores():
             stages["stage0"] = config.stage0
@@ -166,16 +186,24 @@ class _Run:
             self.say(f"stage 1 is left out: preset {config.name} has no new parameters to train")
         if self.plan.stage2:
             stages["stage2"] = config.stage2
-        return stages
+        return stages | longer
 
     def _check_stage(self, stage: str, rows: Any) -> None:
         """What a stage cannot do is said before the first one begins."""
-        run, recipe = self._run_arguments(stage, stage), getattr(self.config, stage)
-        training_arguments(recipe, run, total_steps(recipe, rows))
-        if stage == "stage2":
-            check_stage2(self.model, run, recipe)
-        else:
-            check_parts(self.model, recipe, run.context_parallel, softmax=True)
+        run, recipe = self._run_arguments(stage, stage), self.recipes[stage]
+        try:
+            training_arguments(recipe, run, total_steps(recipe, rows))
+            if isinstance(recipe, Stage2Config):
+                check_stage2(self.model, run, recipe)
+            else:
+                check_parts(self.model, recipe, run.context_parallel, softmax=True)
+        except ValueError as error:
+            raise ValueError(f"stage3: {error}" if stage == "stage3" else str(error)) from error
+        if stage == "stage3" and recipe.sequence_length <= self.config.stage2.sequence_length:
+            self.say(
+                f"note: rows of stage 3 have {recipe.sequence_length} tokens, no more than those of stage 2, "
+                f"{self.config.stage2.sequence_length}; longer ones (stage3.sequence_length) are what it is for"
+            )
 
     def _check_widen(self) -> None:
         if self.plan.start is not None:
@@ -317,6 +345,7 @@ class _Run:
             "eval_length": plan.eval_length,
             "eval_hash": self.documents.digest if self.documents else None,
             "passkey_trials": plan.passkey_trials,
+            "asked": asked_stages(plan),
             **({"start": str(plan.start), "start_sha256": self.start} if self.start else {}),
             "stages": {name: dataclasses.asdict(result) for name, result in self.results.items()},
         }

@@ -41,16 +41,21 @@ class RunData:
             rows = score_rows(plan.data, self.teacher, model, recipe, plan.weights, **how)
             self.say(f"data of {stage}: {rows.told}")
             return rows
-        sequences = load_mixture(
-            plan.data,
-            plan.weights,
-            self.teacher.tokenizer,
-            recipe.sequence_length,
-            seed=recipe.seed,
-            examples=recipe.examples,
-            vocab_size=self.teacher.model.config.vocab_size,
-            **how,
-        )
+        try:
+            sequences = load_mixture(
+                plan.data,
+                plan.weights,
+                self.teacher.tokenizer,
+                recipe.sequence_length,
+                seed=recipe.seed,
+                examples=recipe.examples,
+                vocab_size=self.teacher.model.config.vocab_size,
+                **how,
+            )
+        except ValueError as error:  # its length is no option of the other stages
+            raise ValueError(
+                str(error).replace("seq_len", "stage3.sequence_length") if stage == "stage3" else str(error)
+            ) from error
         size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
         size += f" ({', '.join(map(str, sequences.counts))} by weight)" if isinstance(sequences, MixedTokens) else ""
         self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")

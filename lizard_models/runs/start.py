@@ -23,7 +23,15 @@ from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.teachers.loading import TRAINING
 
 PLAN = "plan.json"
-FREE = ("version", "name", "stage2", "wide_layers", "wide_window", "wide_gate_stretch")  # no part of stages 0 and 1
+FREE = (
+    "version",
+    "name",
+    "stage2",
+    "stage3",
+    "wide_layers",
+    "wide_window",
+    "wide_gate_stretch",
+)  # no part of stages 0 and 1
 PARTS = ("stage0", "stage1")
 
 
