@@ -106,8 +106,8 @@ OPTIONS = {
     "--keep-sliding": (None, "budget.keep_sliding_layers", True),
     "--widen": ("2", "budget.widen", 2),
     "--stage0-steps": ("7", "stage0.max_steps", 7),
-    "--stage1-steps": ("8", "stage1.max_steps", 8),
-    "--stage2-steps": ("0", "stage2.run", False),
+    "--stage1-steps": ("0", "stage1.run", False),
+    "--stage2-steps": ("8", "stage2.max_steps", 8),
     "--stage3-steps": ("6", "stage3.max_steps", 6),
     "--batch-size": ("3", "stage2.batch_size", 3),
     "--seq-len": ("77", "stage1.sequence_length", 77),
@@ -304,9 +304,12 @@ def test_values_are_read_as_they_were_written(value, tmp_path):
 
 
 def test_the_document_shows_a_recipe(tmp_path):
-    [text] = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(), re.S)
+    text, longer = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(), re.S)
     plan = read(text, tmp_path)
     assert plan.weights == [3, 1] and plan.config.stage2.max_steps == 10 and plan.passkey_lengths == [256, 1024]
+    plan = read(LEAST_TEXT + longer, tmp_path)
+    assert plan.stage3 and plan.config.stage3.sequence_length == 16384
+    assert plan.config.stage3.after(plan.config.stage2).learning_rate == 1e-4
 
 
 def test_types_are_said_in_words():
