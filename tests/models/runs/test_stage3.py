@@ -160,6 +160,9 @@ def test_after_another_stage_2_it_does_not_go_on(command, tmp_path, monkeypatch)
 def test_it_follows_a_stage_2_after_a_stage_1_of_elsewhere(command, tmp_path, monkeypatch):
     first = [*command[: command.index("--stage3-steps")], *LONGER[4:], "--stage2-steps", "0", "--out"]
     call(*first, tmp_path / "first")
+    steps = LizardConfig.preset("recommended").stage2.max_steps  # the same configuration, but asked for
+    asked = [*first[:-2], steps, "--out", tmp_path / "first", "--resume", "auto"]
+    assert "exists already" in error(*asked)  # a model without stage 2 is not one with it
     call(*command)
     monkeypatch.setattr(stage1.AttentionTransfer, "forward", fail)
     call(*command[:-1], tmp_path / "second", "--from", tmp_path / "first")
