@@ -165,10 +165,10 @@ class _Run:
         """Stage 3, between stage 2 and the merge of what it trained."""
         self.results["stage2"] = result
         self._measure(STAGE2, tuning.model)
-        run, recipe = self._run_arguments("stage3", "stage 3, longer rows"), self.recipes["stage3"]
+        run, config = self._run_arguments("stage3", "stage 3, longer rows"), self.plan.config
         beside = {"frozen": self._frozen("stage3")}
         run.frozen = agreed(content_digest(tuning.learned(), beside) if is_main_process() else None)
-        self.results["stage3"] = train_stage3(tuning, self.sequences["stage3"], run, recipe)
+        self.results["stage3"] = train_stage3(tuning, self.sequences["stage3"], run, config.stage3.after(config.stage2))
 
     def _stages(self) -> dict[str, Recipe]:
         config = self.plan.config

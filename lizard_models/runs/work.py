@@ -118,7 +118,8 @@ class Work:
             return self._clear()
         remedy = f"delete {str(self.folder)!r}, and train anew" if trained else f"delete {str(path)!r}"
         before = read_json(path, remedy)
-        if not isinstance(before, dict) or "config" not in before:
+        whole = isinstance(before, dict) and isinstance(before.get("config"), dict)
+        if not whole or not isinstance(before.get("asked", []), list):
             raise ValueError(f"{path} is damaged (it has no configuration): {remedy}")
         damage = f", or {path} is damaged (another sha256 than when it was written)" if seal_broken(before) else ""
         before = {
