@@ -304,7 +304,9 @@ def test_values_are_read_as_they_were_written(value, tmp_path):
 
 
 def test_the_document_shows_a_recipe(tmp_path):
-    text, longer = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(), re.S)
+    text, longer = re.findall(
+        r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(), re.S
+    )
     plan = read(text, tmp_path)
     assert plan.weights == [3, 1] and plan.config.stage2.max_steps == 10 and plan.passkey_lengths == [256, 1024]
     plan = read(LEAST_TEXT + longer, tmp_path)
