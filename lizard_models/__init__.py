@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         train_stage0,
         train_stage1,
         train_stage2,
+        train_stage3,
     )
     from lizard_models.evaluation.neediest_layers import neediest_layers
     from lizard_models.model.cache import LizardCache
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lizard_models.model.state_file import load_state, save_state
     from lizard_models.model.state_pool import StatePool
     from lizard_models.model.widen import widen
-    from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
+    from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config, Stage3Config
     from lizard_models.runs.convert_folder import linearize_folder
     from lizard_models.teachers.find import load_teacher
     from lizard_models.teachers.loading import load_model
@@ -44,6 +45,7 @@ _HOMES = {
     "Stage0Config": "recipes",
     "Stage1Config": "recipes",
     "Stage2Config": "recipes",
+    "Stage3Config": "recipes",
     "StageResult": "distill",
     "StatePool": "model.state_pool",
     "TrainingInterrupted": "distill",
@@ -59,6 +61,7 @@ _HOMES = {
     "train_stage0": "distill",
     "train_stage1": "distill",
     "train_stage2": "distill",
+    "train_stage3": "distill",
     "widen": "model.widen",
 }
 
@@ -70,6 +73,7 @@ __all__ = [
     "Stage0Config",
     "Stage1Config",
     "Stage2Config",
+    "Stage3Config",
     "StageResult",
     "StatePool",
     "TrainingInterrupted",
@@ -85,6 +89,7 @@ __all__ = [
     "train_stage0",
     "train_stage1",
     "train_stage2",
+    "train_stage3",
     "widen",
 ]
 

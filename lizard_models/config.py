@@ -10,7 +10,7 @@ from typing import Any
 from lizard_layers import AttentionChoices
 from lizard_layers.field_types import check_fields
 from lizard_models.presets import PRESETS
-from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config, check_finite
+from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config, Stage3Config, check_finite
 
 CONFIG_VERSION = 1
 
@@ -82,6 +82,9 @@ class LizardConfig:
     stage2: Stage2Config = field(default_factory=Stage2Config)
     """Recipe of stage 2, what it trains included (A11)."""
 
+    stage3: Stage3Config = field(default_factory=Stage3Config)
+    """Recipe of stage 3, which goes on with stage 2 on longer rows where a run is asked for it."""
+
     def __post_init__(self) -> None:
         check_fields(self)
         check_finite(self)
@@ -152,6 +155,7 @@ class LizardConfig:
             "stage0": Stage0Config,
             "stage1": Stage1Config,
             "stage2": Stage2Config,
+            "stage3": Stage3Config,
         }
         for key, kind in nested.items():
             if isinstance(values.get(key), dict):

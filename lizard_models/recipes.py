@@ -1,9 +1,9 @@
-"""How each training stage is run: the recipes of stages 0 to 2."""
+"""How each training stage is run: the recipes of stages 0 to 3."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from lizard_layers.field_types import check_fields
@@ -227,3 +227,43 @@ class Stage2Config(Recipe):
                 "cross_entropy_weight and kl_weight must not be negative nor both zero, "
                 f"got {self.cross_entropy_weight} and {self.kl_weight}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage3Config(Recipe):
+    """Stage 2 gone on with on longer rows: adapters, what trains and the loss are those of stage 2."""
+
+    examples: int | None = None
+    """Examples taken from the data set; None takes all."""
+
+    epochs: float | None = None
+    """Passes over the examples."""
+
+    max_steps: int | None = 50
+    """Optimizer steps, when given instead of ``epochs``."""
+
+    sequence_length: int = 8192
+    """Tokens of a packed training sequence."""
+
+    batch_size: int = 1
+    """Sequences of an optimizer step, over all devices and accumulation steps."""
+
+    learning_rate: float = 2e-4
+    """Peak rate."""
+
+    new_learning_rate: float | None = None
+    """Peak rate of the new parameters; None is the adapters'."""
+
+    gate_learning_rate: float | None = None
+    """Peak rate of the weights that read the layer's input (gate and token bias of the merge); None is that of the
+    other new parameters."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("new_learning_rate", "gate_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
+
+    def after(self, stage2: Stage2Config) -> Stage2Config:
+        """The whole recipe of the stage: ``stage2`` with the fields that are here."""
+        return replace(stage2, **{field.name: getattr(self, field.name) for field in fields(self)})

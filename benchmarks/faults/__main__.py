@@ -1,4 +1,6 @@
-"""``python -m benchmarks.faults --signals 100 --kills 100``: what runs lose under faults, as a table.
+"""``python -m benchmarks.faults --minutes 60 --out faults.jsonl``: what runs lose under faults, as a table.
+
+Without options it is the whole campaign. With ``--out`` the same command again goes on with the trials that are left.
 
 Each trial is a small linearization in a process of its own, with one fault; then its command with ``--resume auto``
 until it is done. The model must be that of a run without faults, bit for bit.
@@ -7,6 +9,7 @@ until it is done. The model must be that of a run without faults, bit for bit.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -14,8 +17,10 @@ from pathlib import Path
 
 from benchmarks.faults import inputs as input_campaign
 from benchmarks.faults.campaign import Campaign
+from benchmarks.faults.results import Results
 
-KINDS = ("signals", "kills", "full_disks", "files")
+KINDS = ("signals", "kills", "full_disks", "cuts", "files")
+EVERY = sys.maxsize
 
 
 def main() -> None:
@@ -25,12 +30,14 @@ def main() -> None:
     if sys.argv[1:2] == ["ranks"]:
         return ranks(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument("--signals", type=int, default=8, help="trials with a signal at a random moment")
-    parser.add_argument("--kills", type=int, default=8, help="trials with SIGKILL at an event of the file system")
-    parser.add_argument("--full-disks", type=int, default=8, help="trials in which writes fail from an event on")
-    parser.add_argument("--files", type=int, default=1, help="times that each file of a stopped run is damaged")
+    parser.add_argument("--signals", type=int, default=100, help="trials with a signal at a random moment")
+    parser.add_argument("--kills", type=int, default=EVERY, help="with SIGKILL at an event of the file system")
+    parser.add_argument("--full-disks", type=int, default=EVERY, help="with a disk that is full from a write on")
+    parser.add_argument("--cuts", type=int, default=EVERY, help="with files cut in the middle from a write on")
+    parser.add_argument("--files", type=int, default=EVERY, help="with a file of a stopped run damaged")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no other trial begins")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="file for every trial as JSON")
+    parser.add_argument("--out", type=Path, help="file for a line of JSON a trial; trials that it has are left out")
     asked = parser.parse_args()
     started = time.monotonic()
 
@@ -38,12 +45,8 @@ def main() -> None:
         print(f"[{time.monotonic() - started:.0f} s] {message}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        campaign = Campaign(Path(folder), asked.seed, say)
-        for kind in KINDS:
-            getattr(campaign, kind)(getattr(asked, kind))
-            say(f"{kind}: done")
-            if asked.out is not None:
-                campaign.save(asked.out)
+        campaign = Campaign(Path(folder), asked.seed, say, asked.out)
+        campaign.go({kind: getattr(asked, kind) for kind in KINDS}, asked.minutes)
     print(campaign.table())
 
 
@@ -52,15 +55,15 @@ def inputs(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults inputs", description=input_campaign.__doc__)
     parser.add_argument("--count", type=int, help="as many cases, evenly over all; default: all")
     parser.add_argument("--area", help="cases of one area")
-    parser.add_argument("--out", type=Path, help="file for every case as JSON")
+    parser.add_argument("--out", type=Path, help="file for a line of JSON a case; cases that it has are left out")
+    parser.add_argument("--again", action="store_true", help="run cases again that were not as wanted")
     asked = parser.parse_args(words)
     cases = [case for case in input_campaign.all_cases() if asked.area in (None, case.area)]
     with tempfile.TemporaryDirectory(prefix="inputs-") as folder:
         Path(folder).chmod(0o755)
-        campaign = input_campaign.InputCampaign(Path(folder), lambda message: print(message, flush=True))
-        campaign.go(list(input_campaign.sample(cases, asked.count or len(cases))))
-        if asked.out is not None:
-            campaign.save(asked.out)
+        results = Results(asked.out, {"campaign": "inputs"})
+        campaign = input_campaign.InputCampaign(Path(folder), lambda message: print(message, flush=True), results)
+        campaign.go(list(input_campaign.sample(cases, asked.count or len(cases))), asked.again)
     print(campaign.table())
 
 

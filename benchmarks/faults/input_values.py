@@ -156,7 +156,9 @@ def flags() -> Iterator[Case]:
         yield Case("options", " ".join(words), lambda f, w, m=words: w.linearize(f, *m), ANY, valid)
     for words in OTHERS:
         make = lambda f, w, m=words: [str(w.model) if word == "MODEL" else word for word in m]  # noqa: E731
-        yield Case("options", " ".join(words)[:90], make, ANY, words[-1] in (HOT, "b"))  # a prompt of two words
+        wanted = "Usage" if words == ("recipe",) else ANY  # its help
+        valid = words[-1] in (HOT, "b", "a\0b")  # a prompt of two words, or one that no command line can hold
+        yield Case("options", " ".join(words)[:90], make, wanted, valid)
 
 
 SETTINGS = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -19,11 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.faults.results import Results
 from benchmarks.faults.world import Ended, World, end, run, start
 
 SHORT = r"fewer than one sequence"
 ANY = r"error: |Error"  # of a refusal that need not name more
 SECONDS = 120  # after which a command hangs
+AS_WANTED = ("refused", "valid")
 NOBODY = 65534  # user whom permissions hold back; root they do not
 
 
@@ -100,13 +101,20 @@ def judge(case: Case, ended: Ended, folder: Path) -> str:
 class InputCampaign:
     """All cases, or some, one after the other, each in a process of its own."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.world, self.say = InputWorld(folder), say
-        self.found: list[Found] = []
+    def __init__(self, folder: Path, say: Callable[[str], None], results: Results) -> None:
+        self.world, self.say, self.results = InputWorld(folder), say, results
 
-    def go(self, cases: list[Case]) -> None:
-        """Runs and judges them."""
+    @property
+    def found(self) -> list[Found]:
+        """What came of every case, those of earlier runs too."""
+        return [Found(**found) for found in self.results.found.values()]
+
+    def go(self, cases: list[Case], again: bool = False) -> None:
+        """Runs and judges those without a result. again: those whose result is not as wanted, too."""
         for case in cases:
+            known = self.results.found.get(key(case))
+            if known and not (again and known["outcome"] not in AS_WANTED):
+                continue
             folder = self.world.folder / "case"
             folder.mkdir()
             try:
@@ -129,8 +137,8 @@ class InputCampaign:
         folder.chmod(0o777 if not case.held_back else stat.S_IMODE(folder.stat().st_mode) | 0o055)
         ended = end(start(command, said, limits), said, 0.0)
         outcome = judge(case, ended, folder)
-        self.found.append(Found(case.area, case.name, outcome, ended.said[-600:]))
-        if outcome not in ("refused", "valid"):
+        self.results.add(key(case), Found(case.area, case.name, outcome, ended.said[-600:])._asdict())
+        if outcome not in AS_WANTED:
             self.say(f"{outcome}: {case.area}, {case.name}: {ended.said.strip()[-600:]}")
 
     def table(self) -> str:
@@ -143,10 +151,6 @@ class InputCampaign:
             rows.append(f"| {area or 'all'} | {counts.total()} | " + " | ".join(str(counts[c]) for c in columns) + " |")
         return "\n".join(rows)
 
-    def save(self, path: Path) -> None:
-        """Every case as JSON."""
-        path.write_text(json.dumps([found._asdict() for found in self.found], indent=1) + "\n")
-
 
 def _remove(folder: Path) -> None:
     for path, names, _ in os.walk(folder):
@@ -154,6 +158,11 @@ def _remove(folder: Path) -> None:
             with contextlib.suppress(OSError):
                 (Path(path) / name).chmod(0o700)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def key(case: Case) -> str:
+    """What a case is called among the results."""
+    return f"{case.area}: {case.name}"
 
 
 def all_cases() -> list[Case]:

@@ -1,4 +1,4 @@
-"""Runs in several processes of which one is killed in the middle of a step; then gone on with, in as many or others.
+"""Runs in several processes of which one is killed, or meets an error, in the middle of a step; then gone on with.
 
 ``python -m benchmarks.faults ranks`` starts them by torchrun. Each of them is this module, which kills itself where the
 environment says, and is ``lizard-attn`` otherwise.
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from benchmarks.faults.world import World
 
 KILLED = "LIZARD_FAULTS_KILLED"  # rank:stage:step, of the process that is killed and of the step that it is in
+ERROR = "data: a file of one process alone"  # of a process that is not killed but meets an error, rank:stage:step:error
 SECONDS = 600  # after which a run hangs
 CLOSE = 1e-4  # relative difference of losses (mse: a relative error is a ratio in each process by itself)
 STEPS = (
@@ -67,6 +68,7 @@ class RankCampaign:
             for place, count in enumerate(then):
                 rank, stage = place % 2, 1 + (place + (way == "fsdp")) % 2
                 self._try(way, f"{rank}:{stage}:{3 if stage == 1 else 2}", count)
+            self._try(way, "1:1:3:error", 2)
 
     def _try(self, way: str, killed: str, then: int) -> None:
         out = self.world.folder / f"{way}-{killed.replace(':', '-')}-{then}"
@@ -76,6 +78,8 @@ class RankCampaign:
             outcome = "it was not killed"
         elif seconds > SECONDS:
             outcome = "hangs"
+        elif killed.endswith("error") and told(said) != [f"process {killed[0]}: error: --{ERROR}"]:
+            outcome = f"not said once, by its process: {told(said)}"
         else:
             code, _, said = self._run(out, then, way if then > 1 else "ddp", resume=True)
             outcome = "same" if code == 0 else f"does not go on: {said[-800:]}"
@@ -124,9 +128,10 @@ class RankCampaign:
         head = ("spread", "killed: rank, stage, step", "went on in", "outcome", "ended after, s", "losses differ by")
         rows = ["| " + " | ".join((*head, "weights by")) + " |", "|---|" + "---|" * 6]
         for trial in self.trials:
-            rank, stage, step = trial.killed.split(":")
+            rank, stage, step, *error = trial.killed.split(":")
+            what = f"{rank}, {stage}, {step}" + " (an error)" * bool(error)
             rows.append(
-                f"| {trial.way}, {trial.processes} processes | {rank}, {stage}, {step} | {trial.then} | "
+                f"| {trial.way}, {trial.processes} processes | {what} | {trial.then} | "
                 f"{trial.outcome[:60]} | {trial.seconds:.0f} | {trial.difference:.1e} | {trial.weights:.1e} |"
             )
         return "\n".join(rows)
@@ -134,6 +139,11 @@ class RankCampaign:
     def save(self, path: Path) -> None:
         """Every trial as JSON."""
         path.write_text(json.dumps([trial._asdict() for trial in self.trials], indent=1) + "\n")
+
+
+def told(said: str) -> list[str]:
+    """Lines about the error of one process."""
+    return [line for line in said.splitlines() if ERROR in line]
 
 
 def losses(model: Path) -> dict[str, float]:
@@ -148,8 +158,8 @@ def losses(model: Path) -> dict[str, float]:
 
 def kill_at(place: str) -> None:
     """From here on this process kills itself in the middle of that step, if it is the one: in the backward pass, with
-    shards in the forward pass."""
-    rank, stage, step = place.split(":")
+    shards in the forward pass; or raises an error in front of it."""
+    rank, stage, step, *error = place.split(":")
     if os.environ.get("RANK", "0") != rank:
         return
     from lizard_models.distill.trainer import DistillTrainer
@@ -159,6 +169,8 @@ def kill_at(place: str) -> None:
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if Path(self.args.output_dir).name == f"stage{stage}" and self.state.global_step == int(step) - 1:
+            if error:
+                raise ValueError(ERROR)
             if self.sharded:  # in the forward pass: gradients of shards come in hooks of torch's own
                 attention = next(m for m in self.model.modules() if isinstance(m, LizardAttention))
                 attention.register_forward_hook(lambda *given: os.kill(os.getpid(), signal.SIGKILL))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
 import time
@@ -21,6 +23,10 @@ from lizard_models.files.weights import content_digest
 from lizard_models.runs import linearize_run, work
 
 LOADED = (linearize_run, work)  # here, so that no trial loads them anew
+with contextlib.suppress(ImportError):
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
 
 SENTENCE = "the wind turns the mill and the river runs down to the sea, year {n} after year. "
 STEPS = [
@@ -77,6 +83,7 @@ class World:
         (self.folder / "texts").mkdir()
         for n in range(3):
             (self.folder / "texts" / f"{n}.txt").write_text(SENTENCE.format(n=n) * 30)
+        gc.freeze()  # what forks share they need not collect, nor copy
 
     def command(self, out: Path, *more: str) -> list[str]:
         """The command of every trial."""

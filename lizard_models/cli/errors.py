@@ -77,9 +77,11 @@ def one_line_errors(go_on: Callable[[], str] | None = None) -> Iterator[None]:
     except Exception as error:
         line = explanation(error)
         if line is None or os.environ.get("LIZARD_TRACEBACK"):
+            if _several() and hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"process {os.environ.get('RANK', '0')} of {os.environ['WORLD_SIZE']}")
             raise
         again = f"; then go on with: {go_on()}" if go_on and is_of_the_system(error) else ""
-        _stop(f"error: {with_options(line)}{again}", 2, everywhere=not isinstance(error, ValueError))
+        _stop(f"error: {with_options(line)}{again}", 2)
     finally:
         signals.restore(handlers)
 
@@ -114,8 +116,7 @@ def is_of_the_system(error: BaseException) -> bool:
 
 def is_of_another_process(error: BaseException) -> bool:
     """Whether torch says that another process of several, which this one exchanged numbers with, is gone."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    return several and isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
+    return _several() and isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
 
 
 def refused_by(error: BaseException) -> str | None:
@@ -150,6 +151,12 @@ def explanation(error: Exception) -> str | None:
     return None
 
 
+def _says_first(message: str, signal: bool) -> bool:
+    from lizard_models.distill.parallel import first_to_say
+
+    return first_to_say(message, signal)
+
+
 def _resumed(args: list[str]) -> Iterator[str]:
     """Arguments in which ``--resume`` always has a value."""
     left = iter(args)
@@ -163,10 +170,14 @@ def _resumed(args: list[str]) -> Iterator[str]:
             yield value
 
 
-def _stop(message: str, code: int, everywhere: bool = False) -> None:
-    """everywhere: each process of several speaks, because only one may have failed; else the main one alone."""
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _stop(message: str, code: int) -> None:
+    """Of several processes each speaks that has something of its own to say."""
     process = os.environ.get("RANK", "0")
-    if process == "0" or everywhere:
+    if not _several() or _says_first(message, code > 128):
         start = "" if process == "0" else f"process {process}: "
         console("stderr", highlight=False).print(start + message, markup=False)
     raise typer.Exit(code)

@@ -66,6 +66,12 @@ def command(
     ] = None,
     stage1_steps: Annotated[int | None, typer.Option(help="Steps of stage 1; 0 leaves it out.", min=0)] = None,
     stage2_steps: Annotated[int | None, typer.Option(help="Steps of stage 2; 0 leaves it out.", min=0)] = None,
+    stage3_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of stage 3, which goes on with stage 2 on longer rows; without it, or with 0, none.", min=0
+        ),
+    ] = None,
     start: Annotated[
         Path | None,
         typer.Option(
@@ -82,16 +88,14 @@ def command(
         int | None, typer.Option(help="Sequences that go through at a time; less memory, same result.", min=1)
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Stage 2 with less memory and a quarter slower.")
+        bool, typer.Option("--gradient-checkpointing", help="Stages 2 and 3 with less memory and a quarter slower.")
     ] = False,
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Share the weights among the processes of torchrun, for large teachers.")
     ] = False,
     context_parallel: Annotated[
         int,
-        typer.Option(
-            help="Processes of torchrun over which each long sequence of stages 1 and 2 lies in parts.", min=1
-        ),
+        typer.Option(help="Processes of torchrun over which each long sequence of stages 1 to 3 lies in parts.", min=1),
     ] = 1,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Each training step as one CUDA graph, faster for small models.")
@@ -188,6 +192,8 @@ def command(
     A quarter of the layers kept as they are: [cyan]--softmax-share 0.25[/cyan], or by number:
     [cyan]--softmax-layers 3,11,19,27[/cyan]
 
+    At the end 50 more steps on rows of 16384 tokens: [cyan]--stage3-steps 50 --set stage3.sequence_length=16384[/cyan]
+
     On several GPUs, with the weights shared among them:
     [cyan]torchrun --nproc-per-node 8 -m lizard_models linearize meta-llama/Llama-3.1-8B --preset paper
     --fsdp --out paper-8b[/cyan]
@@ -221,10 +227,13 @@ def command(
             raise ValueError(
                 "--stage0-steps: stage 0 fits the scores of kept keys, and there are none; give --kept-keys"
             )
+        if not stage3_steps and any(setting.startswith("stage3.") for setting in settings or ()):
+            raise ValueError("--stage3-steps: stage 3 is left out, and --set changes its recipe; give it steps")
         chosen = chosen.replace(
             stage0=_recipe(stage0_steps, None, None, seed),
             stage1=_recipe(stage1_steps, batch_size, seq_len, seed),
             stage2=_recipe(stage2_steps, batch_size, seq_len, seed),
+            stage3=_recipe(stage3_steps, None, None, seed),
         )
         plan = Plan(
             teacher=teacher,
@@ -238,6 +247,7 @@ def command(
             stage0=stage0_steps != 0,
             stage1=stage1_steps != 0,
             stage2=stage2_steps != 0,
+            stage3=bool(stage3_steps),
             start=start,
             widen=widen,
             state_mib=state_mib,

@@ -43,6 +43,7 @@ def validate(recipe: Annotated[Path, typer.Argument(help="A recipe file.")]) -> 
     [cyan]lizard-attn recipe validate recipe.yaml[/cyan]
     """
     with one_line_errors():
+        from lizard_models.runs.plan import asked_stages
         from lizard_models.runs.recipe_file import RecipeError, read_recipe
 
         try:
@@ -51,7 +52,7 @@ def validate(recipe: Annotated[Path, typer.Argument(help="A recipe file.")]) -> 
             for fault in error.faults:
                 typer.echo(f"error: {fault}", err=True)
             raise typer.Exit(2) from None
-        stages = [name for name in ("stage0", "stage1", "stage2") if getattr(plan, name)]
+        stages = asked_stages(plan)
         typer.echo(
             f"valid: {plan.teacher} with preset {plan.config.name}, {', '.join(stages) or 'no stage'}, to {plan.out}"
         )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import os
+import socket
+import time
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+
+BEHIND = 3.0  # seconds that processes which end alike may be apart
 
 
 def process_count() -> int:
@@ -44,6 +51,56 @@ def join(device: str) -> str:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("the launcher asks for FSDP with settings of its own: launch without it, and give fsdp=True")
     return str(PartialState(cpu=device == "cpu").device)
+
+
+def first_to_say(line: str, signal: bool = False) -> bool:
+    """Whether this process is to say why it ends: the main one, or another if nobody has said the same.
+
+    signal: it ends by a signal, which is what launchers do to all when one has ended, and then it says nothing.
+
+    It asks no process to come anywhere, since the others may be in the middle of a step: they meet at the launcher's
+    store, or the main process's, which waits a moment for them. Where there is none, everybody speaks.
+    """
+    if process_count() == 1:
+        return True
+    start = f"lizard_attn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    key = f"{start}/{hashlib.sha256(line.encode()).hexdigest()}"
+    try:
+        store = _store()
+        store.set_timeout(timedelta(seconds=BEHIND))
+        if signal and store.add(start, 0):
+            return False
+        store.add(start, 1)
+        ends = time.monotonic() + (0 if is_main_process() else BEHIND)
+        while store.add(key, 0) == 0 and time.monotonic() < ends:
+            time.sleep(0.05)  # the main process often ends alike, and its word is enough
+        first = store.add(key, 1) == 1
+        store.set(f"{key}/{os.environ['RANK']}", "1")
+        if is_main_process() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            with contextlib.suppress(RuntimeError):  # it goes with this process
+                others = [f"{key}/{rank}" for rank in range(1, process_count())]
+                store.wait(others, timedelta(seconds=BEHIND))
+    except (RuntimeError, ValueError, OSError, KeyError):
+        return True
+    return first
+
+
+def _store() -> Any:
+    """Where processes leave words for each other, whether they have joined or not."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = is_main_process() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    ends = time.monotonic() + BEHIND
+    while not serves:  # whether anybody is there; torch would print pages where nobody is
+        try:
+            socket.create_connection((host, port), timeout=BEHIND).close()
+            break
+        except OSError:
+            if time.monotonic() > ends:
+                raise
+            time.sleep(0.05)
+    return dist.TCPStore(host, port, is_master=serves, timeout=timedelta(seconds=BEHIND), wait_for_workers=False)
 
 
 def wait_for_all() -> None:

@@ -28,6 +28,7 @@ OF_TRAINING = (
     "stage0",
     "stage1",
     "stage2",
+    "stage3",
 )  # what a Lizard's own record holds beside what it computes
 
 

@@ -1,7 +1,8 @@
-"""Stage 2, fine-tuning: LoRA or whole projections, on next tokens, the teacher's distribution, or both."""
+"""Stages 2 and 3, fine-tuning: LoRA or whole projections, on next tokens, the teacher's distribution, or both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,48 +79,89 @@ class LanguageModelling(nn.Module):
             student.set_attention_mode("student")
 
 
+class FineTuning:
+    """A model with what trains beside its projections, through one stage or several, until it is merged.
+
+    model: after stage 1, its other weights still the teacher's. recipe: what trains and how it begins.
+    """
+
+    def __init__(self, model: LizardCausalLM, recipe: Stage2Config) -> None:
+        new = {name for name, _ in model.stage_parameters()} if recipe.train_new_parameters else set()
+        torch.manual_seed(recipe.seed)  # LoRA's random half
+        self.model = model.requires_grad_(False)
+        self.adapted, prefix = _adapted(model, recipe)
+        self.trained = {name for name, p in self.adapted.named_parameters() if p.requires_grad}
+        self.trained |= {prefix + name for name in new}
+
+    def train(self, dataset: Dataset, run: RunArguments, recipe: Stage2Config) -> StageResult:
+        """A stage with the adapters as they are. Raises what ``run_stage`` does."""
+        if run.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        kinds = {"cross entropy": recipe.cross_entropy_weight, "KL": recipe.kl_weight}
+        try:
+            with only_training(self.adapted, self.trained):
+                return run_stage(
+                    LanguageModelling(self.adapted, recipe),
+                    dataset,
+                    recipe,
+                    run,
+                    quantity=" + ".join(name for name, weight in kinds.items() if weight),
+                    gate_learning_rate=recipe.gate_learning_rate,
+                    new_learning_rate=recipe.new_learning_rate,
+                    flop_per_token=Shape(self.model.config).stage_flop("stage2", recipe),
+                )
+        finally:
+            if run.gradient_checkpointing:
+                self.model.gradient_checkpointing_disable()
+
+    def learned(self) -> dict[str, Tensor]:
+        """What has trained so far, by name."""
+        return {name: p for name, p in self.adapted.named_parameters() if name in self.trained}
+
+
 def train_stage2(
-    model: LizardCausalLM, dataset: Dataset, run: RunArguments, recipe: Stage2Config | None = None
+    model: LizardCausalLM,
+    dataset: Dataset,
+    run: RunArguments,
+    recipe: Stage2Config | None = None,
+    then: Callable[[FineTuning, StageResult], None] | None = None,
 ) -> tuple[LizardCausalLM, StageResult]:
     """Fine-tunes with LoRA on the recipe's projections, or these as a whole, and new parameters; merges the result.
 
     Scores of keys are left alone.
 
     model: after stage 1, its other weights still the teacher's. dataset: items {"input_ids": [T]}. recipe: default
-    the model's own. Returns the same model without adapters, an ordinary Lizard, in eval mode and frozen.
+    the model's own. then: what follows before the merge, such as ``train_stage3``. Returns the same model without
+    adapters, an ordinary Lizard, in eval mode and frozen, and the result of this stage.
 
     Raises ValueError for a projection the model does not have, and what ``run_stage`` does.
     """
     recipe = recipe or lizard_config(model.config).stage2
     check_stage2(model, run, recipe)
-    new = {name for name, _ in model.stage_parameters()} if recipe.train_new_parameters else set()
-    torch.manual_seed(recipe.seed)  # LoRA's random half
-    model.requires_grad_(False)
-    adapted, prefix = _adapted(model, recipe)
-    trained = {name for name, p in adapted.named_parameters() if p.requires_grad} | {prefix + name for name in new}
-    if run.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    kinds = {"cross entropy": recipe.cross_entropy_weight, "KL": recipe.kl_weight}
+    tuning = FineTuning(model, recipe)
     try:
-        with only_training(adapted, trained):
-            quantity = " + ".join(name for name, weight in kinds.items() if weight)
-            result = run_stage(
-                LanguageModelling(adapted, recipe),
-                dataset,
-                recipe,
-                run,
-                quantity=quantity,
-                gate_learning_rate=recipe.gate_learning_rate,
-                new_learning_rate=recipe.new_learning_rate,
-                flop_per_token=Shape(model.config).stage_flop("stage2", recipe),
-            )
+        result = tuning.train(dataset, run, recipe)
+        if then is not None:
+            then(tuning, result)
     except BaseException:
-        adapted.unload()
+        tuning.adapted.unload()
         raise
-    finally:
-        if run.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-    return adapted.merge_and_unload(), result
+    return tuning.adapted.merge_and_unload(), result
+
+
+def train_stage3(
+    tuning: FineTuning, dataset: Dataset, run: RunArguments, recipe: Stage2Config | None = None
+) -> StageResult:
+    """Goes on with stage 2 on longer rows: the same adapters, new parameters and loss, with rates of its own.
+
+    tuning: after stage 2. dataset: items {"input_ids": [T]}. recipe: ``Stage3Config.after`` of stage 2's, default that
+    of the model's own. Raises what ``train_stage2`` does; ``run.frozen`` must tell what stage 2 has left, else a run
+    would go on after another one.
+    """
+    config = lizard_config(tuning.model.config)
+    recipe = recipe or config.stage3.after(config.stage2)
+    check_fine_tuning(tuning.model, run, recipe)
+    return tuning.train(dataset, run, recipe)
 
 
 def check_stage2(model: LizardCausalLM, run: RunArguments, recipe: Stage2Config) -> None:
@@ -133,6 +175,11 @@ def check_stage2(model: LizardCausalLM, run: RunArguments, recipe: Stage2Config)
     if other or not recipe.lora_targets:
         named = ", ".join(sorted(other)) or "nothing is named"
         raise ValueError(f"lora_targets: {named}; wanted projections such as q_proj and v_proj")
+    check_fine_tuning(model, run, recipe)
+
+
+def check_fine_tuning(model: LizardCausalLM, run: RunArguments, recipe: Stage2Config) -> None:
+    """Raises ValueError for a run that stages 2 and 3 cannot make, whatever their projections are."""
     check_parts(model, recipe, run.context_parallel, softmax=recipe.kl_weight > 0)
     if run.fsdp and recipe.trained == "full":
         raise ValueError('fsdp: trained="full" is not sharded; train adapters (trained="lora"), or without fsdp')

@@ -345,7 +345,7 @@ def run_stage(
             parallel.copy_trained(trained, objective)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     result = StageResult(steps, time.monotonic() - started, losses, parameters, digest)
-    if losses and result.final_loss > DIVERGED * losses[0][1]:
+    if losses and result.final_loss > DIVERGED * abs(losses[0][1]):  # a KL of nothing may round below 0
         progress.console.print(
             f"warning: {run.title}: {quantity} rose from {losses[0][1]:.4g} to {result.final_loss:.4g}, so this stage "
             "did harm; try a smaller learning rate",

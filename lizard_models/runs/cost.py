@@ -103,6 +103,7 @@ class RunCost:
     stage0: StageCost | None  # without kept keys there is none
     stage1: StageCost
     stage2: StageCost
+    stage3: StageCost | None = None  # where it is asked for
 
     def told_on_cpu(self, stages: Collection[str], least: float = 0.0) -> str:
         """What each of ``stages`` takes on two CPU cores, and what takes less; "" below ``least`` seconds in all."""
@@ -116,24 +117,29 @@ class RunCost:
 
 
 def run_cost(
-    teacher: PreTrainedConfig, lizard: LizardConfig, *, micro_batch: int | None = None, checkpointing: bool = True
+    teacher: PreTrainedConfig,
+    lizard: LizardConfig,
+    *,
+    micro_batch: int | None = None,
+    checkpointing: bool = True,
+    longer: bool = False,
 ) -> RunCost:
     """Shapes exactly, from a model without memory; arithmetic and bytes by counting, in bf16 with float32 moments.
 
     Arithmetic counts matrix products (``Shape.stage_flop``). Bytes: weights, new parameters and adapters with gradient
     and two moments, activations of ``micro_batch`` sequences (default the recipe's batch): of one layer in stages 0 and
-    1, of all, or of one and every layer's input with checkpointing, in stage 2; attention matrices of a block of
-    labels; logits of a chunk.
+    1, of all, or of one and every layer's input with checkpointing, in stages 2 and 3; attention matrices of a block of
+    labels; logits of a chunk. longer: count stage 3, too.
 
     Raises ValueError as the student's configuration does.
     """
     config = student_config(teacher, lizard)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
-    return _run_cost(model, lizard, micro_batch, checkpointing)
+    return _run_cost(model, lizard, micro_batch, checkpointing, longer)
 
 
-def _run_cost(model: Any, lizard: LizardConfig, micro_batch: int | None, checkpointing: bool) -> RunCost:
+def _run_cost(model: Any, lizard: LizardConfig, micro_batch: int | None, checkpointing: bool, longer: bool) -> RunCost:
     """The same of a student that there is."""
     config = model.config
     new = dict(model.lizard_parameters())
@@ -145,7 +151,9 @@ def _run_cost(model: Any, lizard: LizardConfig, micro_batch: int | None, checkpo
     base = total - added
     stages: dict[str, StageCost] = {}
     scores = sum(p.numel() for p in model.key_scores().parameters())
-    recipes: dict[Stage, Recipe] = {"stage1": lizard.stage1, "stage2": lizard.stage2}
+    recipes: dict[str, Recipe] = {"stage1": lizard.stage1, "stage2": lizard.stage2}
+    if longer:
+        recipes["stage3"] = lizard.stage3.after(lizard.stage2)
     if scores:
         recipes["stage0"] = lizard.stage0
     for name, recipe in recipes.items():
@@ -153,7 +161,8 @@ def _run_cost(model: Any, lizard: LizardConfig, micro_batch: int | None, checkpo
         tokens = steps * recipe.batch_size * recipe.sequence_length
         rows = (micro_batch or recipe.batch_size) * recipe.sequence_length
         kept = shape.layer_bytes * rows
-        flop = shape.stage_flop(name, recipe, scores, checkpointing)
+        kind: Stage = "stage0" if name == "stage0" else "stage1" if name == "stage1" else "stage2"
+        flop = shape.stage_flop(kind, recipe, scores, checkpointing)
         if name == "stage0":
             trained, activations = scores, kept + 2 * 4 * rows * config.num_attention_heads * lizard.stage0.label_block
         elif name == "stage1":
@@ -163,9 +172,10 @@ def _run_cost(model: Any, lizard: LizardConfig, micro_batch: int | None, checkpo
             activations = kept * (1 if checkpointing else shape.layers)
             activations += 2 * config.hidden_size * rows * shape.layers
             activations += 3 * 4 * LOSS_CHUNK * config.vocab_size
-        size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (name == "stage2") + activations
+        size = 2 * base + 4 * added + 12 * trained + 4 * adapters * (kind == "stage2") + activations
         stages[name] = StageCost(steps, tokens, flop * tokens, size)
-    return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"])
+    return RunCost(total, added, adapters, shapes, stages.get("stage0"), stages["stage1"], stages["stage2"],
+                   stages.get("stage3"))  # fmt: skip
 
 
 def check_run(plan: Plan, model: Any, stages: list[str], device: str, say: Say) -> None:
@@ -174,7 +184,7 @@ def check_run(plan: Plan, model: Any, stages: list[str], device: str, say: Say) 
     Raises ValueError for a disk that is too small.
     """
     if device == "cpu":
-        cost = _run_cost(model, lizard_config(model.config), None, plan.gradient_checkpointing)
+        cost = _run_cost(model, lizard_config(model.config), None, plan.gradient_checkpointing, plan.stage3)
         if told := cost.told_on_cpu(stages, LONG):
             say(f"note: {told}")
     check_space(plan.out, disk_needed(model, plan.config, stages), "the run")
@@ -192,6 +202,7 @@ def disk_needed(model: Any, config: LizardConfig, stages: list[str]) -> int:
         "stage1": new,
         "stage2": tuned + new * config.stage2.train_new_parameters,
     }
+    trained["stage3"] = trained["stage2"]
     finished = sum(p.nbytes for p in model.parameters())
     return finished + sum(3 * 4 * 3 * trained[stage] for stage in stages)
 
@@ -228,8 +239,7 @@ def describe_run(
 
     widen: layers that are to get the wide window, counted as if they had it from the start. state_mib: shared out
     evenly, as it is until the scores are fitted. stages: those that are run. cpu: also what they take without a GPU.
-    Raises ValueError for an unknown teacher, and what ``check_widen`` and
-    ``evenly_kept`` do.
+    Raises ValueError for an unknown teacher, and what ``check_widen`` and ``evenly_kept`` do.
     """
     try:
         config = AutoConfig.from_pretrained(find_teacher(name, cache=cache)[0])
@@ -243,7 +253,7 @@ def describe_run(
         plain = student_config(config, lizard)
         check_widen(plain, widen, lizard.stage1.sequence_length - 1)
         lizard = lizard.replace(wide_layers=converted_layers(plain)[:widen])
-    cost = run_cost(config, lizard, micro_batch=micro_batch, checkpointing=checkpointing)
+    cost = run_cost(config, lizard, micro_batch=micro_batch, checkpointing=checkpointing, longer="stage3" in stages)
     student = student_config(config, lizard)
     lines: list[str | Table] = [
         f"{name}: hidden {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} query "

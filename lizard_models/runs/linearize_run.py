@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lizard_models.distill import RunArguments, StageResult, train_stage0, train_stage1, train_stage2
+from lizard_models.distill import (
+    FineTuning,
+    RunArguments,
+    StageResult,
+    train_stage0,
+    train_stage1,
+    train_stage2,
+    train_stage3,
+)
 from lizard_models.distill.arguments import check_context, check_parts, total_steps, training_arguments
 from lizard_models.distill.parallel import agreed, is_main_process, join, process_count, wait_for_all
 from lizard_models.distill.stage2 import check_stage2
@@ -24,31 +32,27 @@ from lizard_models.evaluation.plot import save_report
 from lizard_models.evaluation.report import CONTROL, TEACHER
 from lizard_models.files.folders import KeptDraft, appear_whole, write_sums
 from lizard_models.files.records import write_record
-from lizard_models.files.sources import cache_dir
 from lizard_models.files.weights import content_digest
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.layer_configs import converted_layers, lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
-from lizard_models.recipes import Recipe, Stage0Config
+from lizard_models.recipes import Recipe, Stage2Config
 from lizard_models.runs.cost import check_run
 from lizard_models.runs.cost import disk_needed as disk_needed  # known by this name here too
 from lizard_models.runs.finished import refuse_broken
 from lizard_models.runs.model_card import write_model_card
-from lizard_models.runs.plan import Outcome, Plan, check_folders, precision
+from lizard_models.runs.plan import Outcome, Plan, asked_stages, check_folders, precision
+from lizard_models.runs.run_data import RunData
 from lizard_models.runs.run_report import report_stop, write_run_report
-from lizard_models.runs.score_rows import ScoreRows, score_rows
+from lizard_models.runs.score_rows import ScoreRows
 from lizard_models.runs.start import begin_from
 from lizard_models.runs.state_budget import evenly_kept, share_out, shared_mib, told
 from lizard_models.runs.work import KEPT, LOG, ROWS, WIDE, Work
 from lizard_models.teachers.find import load_teacher, save_tokenizer, teacher_digest
 from lizard_models.teachers.loading import TRAINING
-from lizard_models.text.documents import files_left_out
-from lizard_models.text.mixture import MixedTokens, load_mixture
-from lizard_models.text.overlap import overlap
-from lizard_models.text.sequences import Documents, PackedTokens, load_documents
 
-UNTRAINED, STAGE1, STAGE2 = "untrained student", "after stage 1", "after stage 2"
+UNTRAINED, STAGE1, STAGE2, STAGE3 = "untrained student", "after stage 1", "after stage 2", "after stage 3"
 WIDE_CONTROL, WIDENED = "control, widened", "widened"
 OF_EVERY_STAGE = (
     "micro_batch_size", "save_steps", "gradient_checkpointing", "fsdp", "cuda_graph", "compile", "report_to",
@@ -101,11 +105,8 @@ class _Run:
         if plan.state_mib is not None:
             self.config = evenly_kept(self.teacher.model.config, plan.config, plan.state_mib)
             self.plan = plan = dataclasses.replace(plan, config=self.config)
-        self.documents = self._evaluation_documents()
-        self.told: list[str] = []
-        for source in dict.fromkeys((*plan.data, *plan.eval_data)):
-            if left := files_left_out(source):
-                self.say(f"not read in {source}: {len(left)} hidden files or outputs of runs, such as {left[0]}")
+        self.data = RunData(plan, self.teacher, self.say)
+        self.documents = self.data.documents
         torch.manual_seed(plan.config.stage1.seed)  # some new parameters start at random
         self.model = linearize(self.teacher.model, plan.config).requires_grad_(False)
         self.results: dict[str, StageResult] = {}
@@ -118,7 +119,8 @@ class _Run:
         total = sum(p.numel() for p in self.model.parameters())
         self.say(f"student: preset {plan.config.name}, {added / 1e6:.2f}M of {total / 1e6:.1f}M parameters are new")
         # Read now, so that bad data stop the run before it starts.
-        self.sequences = {stage: self._training_sequences(stage, recipe) for stage, recipe in self._stages().items()}
+        self.recipes = self._stages()
+        self.sequences = {stage: self.data.rows(stage, recipe, self.model) for stage, recipe in self.recipes.items()}
         self.mib = shared_mib(self.model.config, plan.state_mib, "stage0" in self.sequences)
         for stage, rows in self.sequences.items():
             if stage != "stage0":
@@ -153,17 +155,28 @@ class _Run:
             self._widen(model)
         if "stage2" in self.sequences:
             run = self._run_arguments("stage2", "stage 2, fine-tuning")
-            model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run)
-            self._measure(STAGE2, model)
+            longer = self._train_longer if "stage3" in self.sequences else None
+            model, self.results["stage2"] = train_stage2(model, self.sequences["stage2"], run, None, longer)
+            self._measure(STAGE3 if longer else STAGE2, model)
         refuse_broken(model, self.device, self.home)
         report = Report(f"{self.config.name}: {Path(plan.teacher).name}", self.rows, self._settings())
         self._save(model, report)
         return Outcome(model, self.teacher, plan.out, report, self.results)
 
+    def _train_longer(self, tuning: FineTuning, result: StageResult) -> None:
+        """Stage 3, between stage 2 and the merge of what it trained."""
+        self.results["stage2"] = result
+        self._measure(STAGE2, tuning.model)
+        run, config = self._run_arguments("stage3", "stage 3, longer rows"), self.plan.config
+        beside = {"frozen": self._frozen("stage3")}
+        run.frozen = agreed(content_digest(tuning.learned(), beside) if is_main_process() else None)
+        self.results["stage3"] = train_stage3(tuning, self.sequences["stage3"], run, config.stage3.after(config.stage2))
+
     def _stages(self) -> dict[str, Recipe]:
         config = self.plan.config
+        longer: dict[str, Recipe] = {"stage3": config.stage3.after(config.stage2)} if self.plan.stage3 else {}
         if self.plan.start is not None:
-            return {"stage2": config.stage2}
+            return {"stage2": config.stage2, **longer}
         stages: dict[str, Recipe] = {}
         if self.plan.stage0 and self.model.key_scores():
             stages["stage0"] = config.stage0
@@ -175,20 +188,28 @@ class _Run:
             self.say(f"stage 1 is left out: preset {config.name} has no new parameters to train")
         if self.plan.stage2:
             stages["stage2"] = config.stage2
-        return stages
+        return stages | longer
 
     def _check_stage(self, stage: str, rows: Any) -> None:
         """What a stage cannot do is said before the first one begins."""
-        run, recipe = self._run_arguments(stage, stage), getattr(self.config, stage)
-        training_arguments(recipe, run, total_steps(recipe, rows))
-        if stage == "stage2":
-            check_stage2(self.model, run, recipe)
-        else:
-            check_parts(self.model, recipe, run.context_parallel, softmax=True)
+        run, recipe = self._run_arguments(stage, stage), self.recipes[stage]
+        try:
+            training_arguments(recipe, run, total_steps(recipe, rows))
+            if isinstance(recipe, Stage2Config):
+                check_stage2(self.model, run, recipe)
+            else:
+                check_parts(self.model, recipe, run.context_parallel, softmax=True)
+        except ValueError as error:
+            raise ValueError(f"stage3: {error}" if stage == "stage3" else str(error)) from error
+        if stage == "stage3" and recipe.sequence_length <= self.config.stage2.sequence_length:
+            self.say(
+                f"note: rows of stage 3 have {recipe.sequence_length} tokens, no more than those of stage 2, "
+                f"{self.config.stage2.sequence_length}; longer ones (stage3.sequence_length) are what it is for"
+            )
 
     def _check_widen(self) -> None:
         if self.plan.start is not None:
-            self.choice = self._training_sequences("the choice of layers", self.config.stage1)
+            self.choice = self.data.rows("the choice of layers", self.config.stage1, self.model)
         elif "stage1" not in self.sequences:
             raise ValueError("widen: layers are chosen after stage 1, which is left out; name them (wide_layers)")
         else:
@@ -248,54 +269,6 @@ class _Run:
         self.results["stage0"] = result
         layers = " ".join(f"{sum(heads) / len(heads):.2f}" for heads in result.r2)
         self.say(f"scores: R2 {result.mean_r2:.3f} on {len(rows.held_out)} held-out rows, by layer {layers}")
-
-    def _training_sequences(self, stage: str, recipe: Recipe) -> Any:
-        plan = self.plan
-        cache = cache_dir(plan.cache)
-        how: dict[str, Any] = dict(text_field=plan.text_field, encoding=plan.encoding, cache=cache, say=self.say)
-        if isinstance(recipe, Stage0Config):
-            rows = score_rows(plan.data, self.teacher, self.model, recipe, plan.weights, **how)
-            self.say(f"data of {stage}: {rows.told}")
-            return rows
-        sequences = load_mixture(
-            plan.data,
-            plan.weights,
-            self.teacher.tokenizer,
-            recipe.sequence_length,
-            seed=recipe.seed,
-            examples=recipe.examples,
-            vocab_size=self.teacher.model.config.vocab_size,
-            **how,
-        )
-        size = f"{len(sequences)} sequences" if hasattr(sequences, "__len__") else "streamed sequences"
-        size += f" ({', '.join(map(str, sequences.counts))} by weight)" if isinstance(sequences, MixedTokens) else ""
-        self.say(f"data of {stage}: {size} of {recipe.sequence_length} tokens")
-        self._tell_overlap(sequences)
-        return sequences
-
-    def _tell_overlap(self, sequences: Any) -> None:
-        """Names what is both trained on and measured on; of streamed text nobody knows."""
-        if self.documents is None or not isinstance(sequences, PackedTokens) or not is_main_process():
-            return
-        found = overlap(self.documents.tokens, sequences)
-        if found is not None and (told := found.told()) and told not in self.told:
-            self.told.append(told)
-            self.say(f"warning: {told}")
-
-    def _evaluation_documents(self) -> Documents | None:
-        if self.plan.passkey_lengths and self.teacher.tokenizer is None:
-            raise ValueError("passkey lengths: the teacher has no tokenizer to write the test with")
-        if not self.plan.eval_data:
-            return None
-        return load_documents(
-            self.plan.eval_data,
-            self.teacher.tokenizer,
-            self.plan.eval_length + 1,
-            count=self.plan.eval_documents,
-            text_field=self.plan.text_field,
-            encoding=self.plan.encoding,
-            vocab_size=self.teacher.model.config.vocab_size,
-        )
 
     def _measure_starts(self, model: LizardCausalLM) -> None:
         if self.documents is None and not self.plan.passkey_lengths:
@@ -374,6 +347,7 @@ class _Run:
             "eval_length": plan.eval_length,
             "eval_hash": self.documents.digest if self.documents else None,
             "passkey_trials": plan.passkey_trials,
+            "asked": asked_stages(plan),
             **({"start": str(plan.start), "start_sha256": self.start} if self.start else {}),
             "stages": {name: dataclasses.asdict(result) for name, result in self.results.items()},
         }

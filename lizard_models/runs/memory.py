@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lizard_models.model.layer_configs import (
 from lizard_models.model.linearize import student_config
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.teachers.find import find_teacher
+from lizard_models.teachers.loading import TRAINING, read_record
 
 LENGTHS = (8192, 32_768, 131_072)
 
@@ -126,10 +128,26 @@ def describe(
         f"{name}: preset {chosen.name}, {converted} of {config.num_hidden_layers} layers linearized",
         f"parameters: {everything:,}, of which {new:,} are new ({new / everything:.2%})",
     ]
+    lines += [f"trained: {told}"] if (told := _told_stages(expanded(name, "teacher") / TRAINING)) else []
     if chosen.attention.keeps_keys:
         size = kept_bytes(config, dtype) / 2**20
         lines.append(f"kept keys: {told_places(config)}, {size:,.1f} MiB of the state")
     return [*lines, memory_table(config, lengths, [dtype])]
+
+
+def _told_stages(path: Path) -> str:
+    """The stages of a saved model, by what its run recorded. Raises ValueError for a record that is damaged."""
+    record = read_record(path)
+    try:
+        recipes, stages = record.get("config", {}), record.get("stages", {})
+        told = [
+            f"{name} {stage['steps']:,} steps of {recipe['batch_size']} x {recipe['sequence_length']:,} tokens"
+            for name, stage in stages.items()
+            for recipe in [recipes[name]]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged (its stages cannot be read): copy the model again") from error
+    return ", ".join(told)
 
 
 def _config_of(name: str, preset: str | None, changes: dict[str, Any], cache: str | None) -> PreTrainedConfig:

@@ -22,7 +22,8 @@ from lizard_models.runs.start import start_config
 from lizard_models.teachers.find import Teacher
 
 LONGEST = 220  # bytes of a name, of 255, to which a run adds those of its own folders
-STAGES = ("stage0", "stage1", "stage2")
+STAGES = ("stage0", "stage1", "stage2", "stage3")
+FINE_TUNING = STAGES[2:]
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,8 @@ class Plan:
     """Train the new parameters to imitate the teacher's attention."""
     stage2: bool = True
     """Fine-tune the whole."""
+    stage3: bool = False
+    """Go on with stage 2 on longer rows, with the recipe of ``stage3``."""
     start: Path | None = None
     """Folder of a model after stage 1, or of the work of a run that has finished it: this plan begins with what stages
     0 and 1 left there, and takes over their recipes."""
@@ -76,11 +79,11 @@ class Plan:
     micro_batch_size: int | None = None
     """Sequences that go through at a time: less memory, same result. None takes a process's whole part of a batch."""
     gradient_checkpointing: bool = False
-    """Stage 2 with less memory and a quarter slower."""
+    """Stages 2 and 3 with less memory and a quarter slower."""
     fsdp: bool = False
     """Share the weights among the processes that torchrun or accelerate started."""
     context_parallel: int = 1
-    """Processes over which each sequence of stages 1 and 2 lies in parts, for rows too long for one device."""
+    """Processes over which each sequence of stages 1 to 3 lies in parts, for rows too long for one device."""
     cuda_graph: bool = False
     """Each training step as one CUDA graph: faster for small models, same numbers."""
     compile: bool = False
@@ -110,6 +113,8 @@ class Plan:
                 raise ValueError("start: stages 0 and 1 are done there, and stage 2 is left out: nothing is left to do")
             self.start = expanded(self.start, "start")
             self.config = start_config(self.start, self.config)
+        if self.stage3 and not self.stage2:
+            raise ValueError("stage3: it goes on with what stage 2 trains, and stage 2 is left out; leave out both")
         usable = [w for w in self.weights if math.isfinite(w) and w > 0]
         if self.weights and not len(usable) == len(self.weights) == len(self.data):
             raise ValueError(
@@ -127,8 +132,7 @@ class Plan:
 
     def stages(self) -> list[str]:
         """The stages that it asks for, as far as there is anything in them to train."""
-        asked = {"stage0": self.stage0, "stage1": self.stage1, "stage2": self.stage2}
-        return [stage for stage in STAGES if asked[stage] and (self.start is None or stage == "stage2")]
+        return [stage for stage in asked_stages(self) if self.start is None or stage in FINE_TUNING]
 
 
 @dataclass
@@ -140,6 +144,11 @@ class Outcome:
     folder: Path
     report: Report
     stages: dict[str, StageResult]
+
+
+def asked_stages(plan: Plan) -> list[str]:
+    """The stages that a plan does not leave out."""
+    return [stage for stage in STAGES if getattr(plan, stage)]
 
 
 def precision(recipe: Recipe, device: str) -> torch.dtype:

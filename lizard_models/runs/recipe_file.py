@@ -21,11 +21,11 @@ from lizard_models.runs.recipe_keys import LEAST, SECTIONS, Key, keys, required,
 from lizard_models.runs.recipe_show import preset_data
 
 NOT_THERE = {
-    "stage3": "there is no stage 3; longer rows are `sequence_length` of stage 2; leave the section out",
     "resume": "a recipe always goes on with what there is; leave the key out",
     "stage0.dataset": "the text of all stages is data.sources",
     "stage1.dataset": "the text of all stages is data.sources",
     "stage2.dataset": "the text of all stages is data.sources",
+    "stage3.dataset": "the text of all stages is data.sources",
 }
 """Keys that one could look for, and what to do without them."""
 
@@ -88,6 +88,8 @@ class _Reader:
         for name in required():
             if name not in self.lines:
                 self._fault(name, f"is missing, wanted {wanted(keys()[name].hint)}")
+        if "stage3.run" not in self.lines and (given := [key for key in self.values if key.startswith("stage3.")]):
+            self._fault(given[0], "stage 3 is left out unless stage3.run is true; say so, or that it is false")
         self._stop_if_faulty()
         config = self._config()
         self._stop_if_faulty()
@@ -184,7 +186,7 @@ class _Reader:
         config = LizardConfig.preset(self.values.get("preset", keys()["preset"].default))
         if self.values.get("budget.state_mib") is not None and "budget.kept_keys" not in self.values:
             config = config.replace(attention={"kept_keys": 0})  # the preset's give way to the budget
-        for part in ("attention", "stage0", "stage1", "stage2", ""):
+        for part in ("attention", "stage0", "stage1", "stage2", "stage3", ""):
             here = {key: value for key, value in given.items() if ".".join(key.target[1:-1]) == part}
             changes = {key.target[-1]: value for key, value in here.items()}
             for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):

@@ -20,7 +20,7 @@ import yaml
 from lizard_layers import AttentionChoices
 from lizard_models.config import LizardConfig
 from lizard_models.presets import PRESETS
-from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
+from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config, Stage3Config
 from lizard_models.runs.plan import Plan
 
 SECTIONS = {
@@ -31,6 +31,7 @@ SECTIONS = {
     "stage0": "Scores of the keys that are kept; without kept keys there is nothing to fit.",
     "stage1": "The new parameters imitate the teacher's attention.",
     "stage2": "The whole is fine-tuned.",
+    "stage3": "Stage 2 gone on with on longer rows: the same adapters and loss, other rows and rates.",
     "evaluation": "What is measured before, between and after the stages, beside the teacher and the window control.",
     "training": "How this machine does it.",
 }
@@ -49,6 +50,7 @@ FROM_PLAN = {
     "stage0.run": "stage0",
     "stage1.run": "stage1",
     "stage2.run": "stage2",
+    "stage3.run": "stage3",
     "evaluation.data": "eval_data",
     "evaluation.length": "eval_length",
     "evaluation.documents": "eval_documents",
@@ -82,7 +84,7 @@ IN_BUDGET = (
 )
 """Fields of ``LizardConfig`` that stand in the section ``budget``; others stand where they stand there."""
 
-NO_KEYS = ("name", "attention", "stage0", "stage1", "stage2", "dataset")  # ``name`` is told apart below
+NO_KEYS = ("name", "attention", "stage0", "stage1", "stage2", "stage3", "dataset")  # ``name`` is told apart below
 
 HINTS: dict[str, Any] = {
     "out": str,
@@ -152,7 +154,7 @@ def keys() -> dict[str, Key]:
         default = DEFAULTS.get(name, None if name == "data.sources" else _default(of_plan[attribute]))
         found.append(Key(name, (attribute,), HINTS.get(name, hints[attribute]), doc, default))
     kinds: dict[str, Any] = {"attention": AttentionChoices}
-    kinds |= {"stage0": Stage0Config, "stage1": Stage1Config, "stage2": Stage2Config}
+    kinds |= {"stage0": Stage0Config, "stage1": Stage1Config, "stage2": Stage2Config, "stage3": Stage3Config}
     for section, kind in {"": LizardConfig, **kinds}.items():
         hints, docs = get_type_hints(kind), documentation(kind)
         for attribute in (f.name for f in fields(kind) if f.name not in NO_KEYS):

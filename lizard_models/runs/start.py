@@ -26,7 +26,7 @@ from lizard_models.model.layer_configs import lizard_config
 from lizard_models.teachers.loading import TRAINING
 
 PLAN, KEPT = "plan.json", "kept_keys.json"
-FREE = ("version", "name", "stage2", "wide_layers", "wide_window", "wide_gate_stretch")  # no part of stages 0 and 1
+FREE = ("version", "name", "stage2", "stage3", "wide_layers", "wide_window", "wide_gate_stretch")  # of no earlier stage
 PARTS = ("stage0", "stage1")
 
 

@@ -18,7 +18,7 @@ from lizard_models.files.folders import SUMS, damaged, drafts_of, move_whole, wr
 from lizard_models.files.locks import LOCK, FolderLock
 from lizard_models.files.records import RECORD_SUMS, read_json, read_record, seal_broken, sealed, write_record
 from lizard_models.files.sources import Say, silent
-from lizard_models.runs.plan import STAGES, Plan, check_folders, work_folder
+from lizard_models.runs.plan import FINE_TUNING, STAGES, Plan, asked_stages, check_folders, work_folder
 from lizard_models.teachers.loading import TRAINING
 
 PLAN, ROWS, WIDE, KEPT, LOG = "plan.json", "rows.json", "wide_layers.json", "kept_keys.json", "log.jsonl"
@@ -118,7 +118,8 @@ class Work:
             return self._clear()
         remedy = f"delete {str(self.folder)!r}, and train anew" if trained else f"delete {str(path)!r}"
         before = read_json(path, remedy)
-        if not isinstance(before, dict) or "config" not in before:
+        whole = isinstance(before, dict) and isinstance(before.get("config"), dict)
+        if not whole or not isinstance(before.get("asked", []), list):
             raise ValueError(f"{path} is damaged (it has no configuration): {remedy}")
         damage = f", or {path} is damaged (another sha256 than when it was written)" if seal_broken(before) else ""
         before = {
@@ -132,8 +133,12 @@ class Work:
         with contextlib.suppress(ValueError, TypeError):  # and so do their configurations, of later fields
             before["config"] = _known(before["config"], settings["config"]["name"])
         known = before.setdefault("teacher_sha256", settings["teacher_sha256"])
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if not trained and (changed or not self.plan.resume):
+        before.setdefault("asked", [name for name in settings["asked"] if name != "stage3"])
+        changed = [
+            key for key, value in _but_fine_tuning(settings).items() if _but_fine_tuning(before).get(key) != value
+        ]
+        later = _other_fine_tuning(before, settings)
+        if not trained and (changed or later or not self.plan.resume):
             self.summed = True
             if self.plan.resume:
                 self.say(f"nothing was trained yet in {str(self.folder)!r}, so the run begins anew")
@@ -144,13 +149,17 @@ class Work:
                 f"weights or its configuration changed (sha256 {settings['teacher_sha256'][:12]}, was {known[:12]})"
                 f"{damage}; put the old one back, or delete that folder and train anew"
             )
-        if changed == ["config"] and _but_stage2(before["config"]) == _but_stage2(settings["config"]):
-            if not checkpoints(self.folder / "stage2"):
-                return self.say("stage 2 has another recipe than before; it has not begun, so the run goes on with it")
-            raise ValueError(
-                f"resume: {self.folder} has begun stage 2 with another recipe{damage}; repeat its command with "
-                f"resume=True, or delete {str(self.folder / 'stage2')!r}, and what was trained before it is kept"
-            )
+        if later:
+            begun = [stage for stage in FINE_TUNING[FINE_TUNING.index(later) :] if checkpoints(self.folder / stage)]
+            name = f"stage {later[-1]}"
+            if begun and not changed:
+                paths = " and ".join(repr(str(self.folder / stage)) for stage in begun)
+                raise ValueError(
+                    f"resume: {self.folder} has begun {name} with another recipe{damage}; repeat its command with "
+                    f"resume=True, or delete {paths}, and what was trained before it is kept"
+                )
+            if not changed:
+                self.say(f"{name} has another recipe than before; it has not begun, so the run goes on with it")
         if changed:
             raise ValueError(
                 f"resume: {self.folder} is of a run with other {', '.join(changed)}{damage}; repeat its command with "
@@ -231,8 +240,13 @@ def _is_model_of(plan: Plan, folder: Path) -> bool:
         return False
     if record.get("weights", []) != plan.weights:
         return False
-    wanted = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "config": plan.config.to_dict()}
-    return {**record, "config": config} == {**record, **wanted}
+    asked = asked_stages(plan)
+    theirs = {"asked": [name for name in asked if name != "stage3"], **record, "config": json.loads(json.dumps(config))}
+    ours = {"teacher": plan.teacher, "data": plan.data, "widen": plan.widen, "asked": asked}
+    ours["config"] = json.loads(json.dumps(plan.config.to_dict()))
+    if _other_fine_tuning(theirs, ours):
+        return False
+    return all(_but_fine_tuning(theirs).get(key) == value for key, value in _but_fine_tuning(ours).items())
 
 
 def _known(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -241,8 +255,20 @@ def _known(values: dict[str, Any], name: str) -> dict[str, Any]:
     return (config.replace(name=name) if (config.name, name) == ("recommended", "plain") else config).to_dict()
 
 
-def _but_stage2(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "stage2"}
+def _but_fine_tuning(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a run records of itself, without what stages 2 and 3 are asked to do."""
+    config = {key: value for key, value in settings["config"].items() if key not in FINE_TUNING}
+    asked = [name for name in settings["asked"] if name not in FINE_TUNING]
+    return {**settings, "config": config, "asked": asked}
+
+
+def _other_fine_tuning(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first of stages 2 and 3 that is asked to do something else, "" if both are asked to do the same."""
+    for stage in FINE_TUNING:
+        one, other = (record["config"].get(stage) if stage in record["asked"] else None for record in (before, now))
+        if one != other:
+            return stage
+    return ""
 
 
 def _gone(folder: Path) -> Path:

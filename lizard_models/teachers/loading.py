@@ -69,7 +69,7 @@ def load_model(
         config.lizard = lizard_config(config).replace(attention={"positions": positions, **limits}).to_dict()
     model: Any = load_causal_lm(source, dtype or "auto", what, config=config)
     model = model.to(device).eval().requires_grad_(False)
-    return LoadedModel(model, load_tokenizer(source), _record(folder / TRAINING))
+    return LoadedModel(model, load_tokenizer(source), read_record(folder / TRAINING))
 
 
 def _named(name: str, what: str, cache: str | None) -> str:
@@ -86,14 +86,15 @@ def _named(name: str, what: str, cache: str | None) -> str:
 
 
 def _check_version(folder: Path) -> None:
-    kind = _record(folder / "config.json").get("model_type", "")
+    kind = read_record(folder / "config.json").get("model_type", "")
     if kind.startswith("lizard_") and kind not in CONFIG_MAPPING:
         raise ValueError(
             f"{folder / 'config.json'} is of a {kind!r} model, which this version does not know: update lizard-attn"
         )
 
 
-def _record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model, empty without a file. Raises ValueError for another one."""
     record = read_json(path, "copy the model again") if path.is_file() else {}
     if not isinstance(record, dict):
         raise ValueError(f"{path} is damaged (it holds no object of JSON): copy the model again")

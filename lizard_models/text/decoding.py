@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,10 +16,11 @@ MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # with w
 
 def check_encoding(name: str) -> str:
     """The name of an encoding of text. Raises ValueError for one that Python does not know."""
-    try:
-        if codecs.lookup(name)._is_text_encoding:
+    try:  # Python itself reads over other characters: "utf-8;" is utf-8 to it
+        if re.fullmatch(r"\w[\w.-]*", name, re.ASCII) and codecs.lookup(name)._is_text_encoding:
+            "a".encode(name)  # "undefined" is the name of one that reads and writes nothing
             return name
-    except (LookupError, ValueError):  # ValueError: a NUL in the name
+    except (LookupError, ValueError):
         pass
     raise ValueError(f"encoding: {name!r} is no encoding of text that Python knows; wanted utf-8, latin-1, utf-16 ...")
 

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import torch
+import typer
 from training import Sequences, arguments, fresh, recipes
 
+from lizard_models.cli.errors import one_line_errors
 from lizard_models.distill import TrainingInterrupted, key_scores, train_stage0, train_stage1, train_stage2
-from lizard_models.distill.parallel import is_main_process, sharded
+from lizard_models.distill.parallel import is_main_process, sharded, wait_for_all
 from lizard_models.distill.stage1 import AttentionTransfer
 from lizard_models.recipes import Stage0Config
 
@@ -49,6 +51,18 @@ def one_run(
     return result.losses, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def ended(name: str, alone: bool) -> int:
+    """Exit code of a command that refuses a file, in the other process alone or in both."""
+    wait_for_all()
+    try:
+        with one_line_errors():
+            if not alone or not is_main_process():
+                raise ValueError(f"data: {name} is no text")
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
 def main(folder: Path) -> None:
     """All ways to train, each into a folder of its own."""
     gc.freeze()  # every Trainer collects; see tests/conftest.py
@@ -71,6 +85,7 @@ def main(folder: Path) -> None:
     except TrainingInterrupted as stopped:
         found["stopped"] = str(stopped)
     found["resumed"] = one_run(1, folder / "stopped", fsdp=True, resume=True)
+    found["ended"] = [ended(name, alone) for name, alone in (("nobody.txt", True), ("both.txt", False))]
     began = time.monotonic()
     try:  # the other process is killed in the middle of step 3; this one must not wait for ever
         one_run(

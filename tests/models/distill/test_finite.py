@@ -213,6 +213,15 @@ def test_a_stage_that_does_harm_is_warned_of(tmp_path, capfd):
     assert "'loss'" not in said.out  # no lines of dicts from transformers beside our own
 
 
+def test_a_loss_that_rounds_below_0_is_no_harm(tmp_path, capfd, monkeypatch):
+    """As the KL of a student that is its teacher still."""
+    model = fresh()
+    parameter = next(p for _, p in model.lizard_parameters())
+    monkeypatch.setattr(LanguageModelling, "forward", lambda *args, **given: {"loss": 0 * parameter.sum() - 1e-9})
+    _, result = train_stage2(model, Sequences(), arguments(tmp_path), recipes(model, steps=2)[1])
+    assert result.final_loss == pytest.approx(-1e-9) and "warning: test" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.2.mlp.down_proj.weight"])
 def test_a_teacher_that_is_not_finite_is_not_trained_against(tmp_path, stage, name):

@@ -67,7 +67,8 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     first, second = launch("-c", START, str(folder))
     assert (first.returncode, second.returncode) == (0, -signal.SIGKILL), first.stderr + second.stderr
-    return {**torch.load(folder / "found.pt"), "folder": folder}
+    said = [[line for line in one.stderr.splitlines() if "is no text" in line] for one in (first, second)]
+    return {**torch.load(folder / "found.pt"), "folder": folder, "said": said}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,11 @@ def test_a_sharded_run_may_go_on_in_one_process(found, tmp_path):
     for name, value in found["stage 1, ddp"][1].items():
         torch.testing.assert_close(parameters[name], value, rtol=1e-3, atol=1e-4)
     assert [step for step, _ in losses] == [1, 2, 3, 4]
+
+
+def test_an_error_is_said_by_the_process_that_has_it_and_once_where_all_have_it(found):
+    assert found["said"] == [["error: data: both.txt is no text"], ["process 1: error: data: nobody.txt is no text"]]
+    assert found["ended"] == [0, 2]  # of the main process
 
 
 def test_a_process_that_is_killed_ends_the_run_and_one_goes_on(found):

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.faults import campaign, events
 from benchmarks.faults.campaign import Campaign, Trial, half_written, harm
+from benchmarks.faults.results import Results
 from benchmarks.faults.world import Ended
 from lizard_models.distill.checkpoint_files import write_sums as sum_up
 from lizard_models.files.folders import write_sums
@@ -16,8 +17,9 @@ from lizard_models.files.folders import write_sums
 class Small(Campaign):
     """Without a world: for what judges."""
 
-    def __init__(self) -> None:
-        self.trials, self.said, self.wanted = [], [], "right"
+    def __init__(self, out: Path | None = None) -> None:
+        self.said, self.wanted, self.seed, self.name = [], "right", 0, "one"
+        self.results = Results(out, {"seed": 0})
         self.say = self.said.append
 
 
@@ -123,8 +125,56 @@ def test_a_file_is_harmed_as_it_says(tmp_path, damage):
 
 def test_the_table_counts_by_kind():
     small = Small()
-    small.trials = [Trial("a", "", "same", ""), Trial("a", "", "lost: x", ""), Trial("b", "", "named", "")]
+    for name, trial in enumerate(
+        [Trial("a", "", "same", ""), Trial("a", "", "lost: x", ""), Trial("b", "", "named", "")]
+    ):
+        small.results.add(str(name), trial._asdict())
     assert small.table().splitlines()[2:] == [
         "| a | 2 | 1 | 0 | 1 | 0 | 0 | 0 | 0 |",
         "| b | 1 | 0 | 1 | 0 | 0 | 0 | 0 | 0 |",
     ]
+
+
+class Counted(Small):
+    """Whose trials take what they draw, and no time."""
+
+    events = ["open a", "sync a", "os.rename b", "save c"]
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self.drawn: list[tuple[str, float]] = []
+
+    def _trial(self, kind: str, number: int, fault: object) -> None:
+        self.drawn.append((self.name, self.draw.random()))
+        self._add(Trial(kind, self.events[number - 1], "same", ""))
+
+
+def test_a_campaign_goes_on_where_it_ended_with_the_same_trials(tmp_path):
+    """Every event, each once, kinds in turn; what a file has is not tried again, and draws do not depend on it."""
+    whole, parts = Counted(tmp_path / "whole"), Counted(tmp_path / "parts")
+    every = {"kills": 99, "full_disks": 99, "cuts": 99}
+    whole.go(every)
+    names = [name for name, _ in whole.drawn]
+    assert sorted(names) == sorted([*(f"kill {n}" for n in (1, 2, 3, 4)), *(f"full disk {n}" for n in (1, 2, 4)),
+                                    "cut 1", "cut 4"])  # fmt: skip
+    assert [name.split()[0] for name in names[:3]] == ["kill", "full", "cut"]
+    parts.go({"kills": 2})
+    parts.go(every, minutes=0)  # begins nothing
+    with (tmp_path / "parts").open("a") as file:
+        file.write('{"case": "kill 3", "ki')  # a kill of the campaign itself
+    later = Counted(tmp_path / "parts")
+    later.go(every)
+    assert not {name for name, _ in parts.drawn} & {name for name, _ in later.drawn}
+    assert dict(parts.drawn + later.drawn) == dict(whole.drawn) and len(later.trials) == 9
+    with pytest.raises(ValueError, match="another campaign"):
+        Results(tmp_path / "parts", {"seed": 1})
+
+
+def test_drafts_have_one_name_in_every_run():
+    said = {
+        "open .again.q5_0kx1z/tokenizer.json": "open .again.*/tokenizer.json",
+        "sync out.training/stage2/.saving-ab12cd_9": "sync out.training/stage2/.saving-*",
+        "open again.training/log.jsonl": "open again.training/log.jsonl",
+        "os.remove again.training/plan.json": "os.remove again.training/plan.json",
+    }
+    assert {event: campaign.plain(event) for event in said} == said

@@ -1,13 +1,12 @@
 """A sample of the campaign of inputs, in this process; the campaign itself can fail."""
 
-import json
-
 import pytest
 from readable import save_teacher
 from typer.testing import CliRunner
 
 from benchmarks.faults import inputs
 from benchmarks.faults.inputs import ANY, Case, InputWorld, all_cases, judge, sample
+from benchmarks.faults.results import Results
 from benchmarks.faults.world import Ended
 from lizard_models.cli.main import app
 
@@ -64,21 +63,29 @@ def test_what_it_is_there_to_find_is_found(tmp_path):
     assert judge(case, Ended(*said["refused"], 0.0), tmp_path) == "left behind"
 
 
-def test_the_table_and_the_file_count_by_area(tmp_path):
-    campaign = object.__new__(inputs.InputCampaign)
-    campaign.found = [
-        inputs.Found("a", "1", "refused", ""),
-        inputs.Found("a", "2", "valid", ""),
-        inputs.Found("b", "1", "hangs", ""),
-    ]
-    assert campaign.table().splitlines()[2:] == [
+def test_the_table_counts_by_area_and_cases_are_tried_once(tmp_path, monkeypatch):
+    said = {"1": Ended(2, "error: x", 0.0), "2": Ended(0, "", 0.0), "3": Ended(-14, "", 0.0)}
+    cases = [Case("a", "1", lambda *given: ["1"], "x"), Case("a", "2", lambda *given: ["2"], None),
+             Case("b", "3", lambda *given: ["3"], "x")]  # fmt: skip
+    tried: list[str] = []
+    monkeypatch.setattr(inputs, "start", lambda command, *given: tried.append(command[0]))
+    monkeypatch.setattr(inputs, "end", lambda *given: said[tried[-1]])
+
+    def campaign() -> inputs.InputCampaign:
+        made = object.__new__(inputs.InputCampaign)
+        made.world = type("World", (), {"folder": tmp_path})()
+        made.say, made.results = lambda message: None, Results(tmp_path / "found", {"campaign": "inputs"})
+        return made
+
+    campaign().go(cases[:2])
+    later = campaign()
+    later.go(cases)
+    assert tried == ["1", "2", "3"]
+    assert later.table().splitlines()[2:] == [
         "| a | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 |",
         "| b | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 1 |",
         "| all | 3 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |",
     ]
-    campaign.save(tmp_path / "found.json")
-    assert [one["outcome"] for one in json.loads((tmp_path / "found.json").read_text())] == [
-        "refused",
-        "valid",
-        "hangs",
-    ]
+    said["3"] = Ended(2, "error: x", 0.0)
+    campaign().go(cases, again=True)
+    assert tried == ["1", "2", "3", "3"] and campaign().table().splitlines()[-1].startswith("| all | 3 | 2 | 1 | 0")

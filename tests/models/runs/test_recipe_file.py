@@ -17,7 +17,7 @@ from lizard_layers import AttentionChoices
 from lizard_models import LizardConfig
 from lizard_models.cli.main import app
 from lizard_models.presets import PRESETS
-from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config
+from lizard_models.recipes import Stage0Config, Stage1Config, Stage2Config, Stage3Config
 from lizard_models.runs.plan import Plan
 from lizard_models.runs.recipe_file import RecipeError, read_recipe
 from lizard_models.runs.recipe_keys import LEAST, keys, wanted, written
@@ -80,7 +80,7 @@ def test_a_shown_preset_is_that_preset(name, tmp_path):
 
 def test_every_field_is_a_key_and_every_key_has_a_comment():
     parts = {"": LizardConfig, "attention": AttentionChoices}
-    parts |= {"stage0": Stage0Config, "stage1": Stage1Config, "stage2": Stage2Config}
+    parts |= {"stage0": Stage0Config, "stage1": Stage1Config, "stage2": Stage2Config, "stage3": Stage3Config}
     wanted_keys = {
         ("config", *part.split("."), f.name) for part, kind in parts.items() for f in dataclasses.fields(kind)
     }
@@ -106,8 +106,9 @@ OPTIONS = {
     "--keep-sliding": (None, "budget.keep_sliding_layers", True),
     "--widen": ("2", "budget.widen", 2),
     "--stage0-steps": ("7", "stage0.max_steps", 7),
-    "--stage1-steps": ("8", "stage1.max_steps", 8),
-    "--stage2-steps": ("0", "stage2.run", False),
+    "--stage1-steps": ("0", "stage1.run", False),
+    "--stage2-steps": ("8", "stage2.max_steps", 8),
+    "--stage3-steps": ("6", "stage3.max_steps", 6),
     "--batch-size": ("3", "stage2.batch_size", 3),
     "--seq-len": ("77", "stage1.sequence_length", 77),
     "--micro-batch-size": ("2", "training.micro_batch_size", 2),
@@ -227,7 +228,9 @@ FAULTS = [
     ("data: {sources: [{a: 1}]}\n", 3, "data.sources: got [{a: 1}], wanted a list of texts or null"),
     ("data: {weights: [1, 2]}\n", 3, "data.weights: got [1, 2], wanted a positive number for each of 1 sources"),
     ("data: {sources: [a, b], weights: [1, 0]}\n", 3, "data.weights: got [1, 0], wanted a positive number for each"),
-    ("stage3: {max_steps: 5}\n", 3, "stage3: there is no stage 3"),
+    ("stage3: {max_steps: 5}\n", 3, "stage3.max_steps: stage 3 is left out unless stage3.run is true"),
+    ("stage3: {run: true, batch_size: 0}\n", 3, "stage3.batch_size: must be positive, got 0"),
+    ("stage2: {run: false}\nstage3: {run: true}\n", 4, "stage3.run: it goes on with what stage 2 trains"),
     ("resume: true\n", 3, "resume: a recipe always goes on"),
     ("evaluation: {passkey_lengths: [256, 0]}\n", 3, "evaluation.passkey_lengths: got [256, 0], wanted a list of "),
     ("evaluation: {length: 1}\n", 3, "evaluation.length: got 1, wanted a whole number, at least 2"),
@@ -301,9 +304,14 @@ def test_values_are_read_as_they_were_written(value, tmp_path):
 
 
 def test_the_document_shows_a_recipe(tmp_path):
-    [text] = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(), re.S)
+    text, longer = re.findall(
+        r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(), re.S
+    )
     plan = read(text, tmp_path)
     assert plan.weights == [3, 1] and plan.config.stage2.max_steps == 10 and plan.passkey_lengths == [256, 1024]
+    plan = read(LEAST_TEXT + longer, tmp_path)
+    assert plan.stage3 and plan.config.stage3.sequence_length == 16384
+    assert plan.config.stage3.after(plan.config.stage2).learning_rate == 1e-4
 
 
 def test_types_are_said_in_words():

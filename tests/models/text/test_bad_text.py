@@ -70,7 +70,7 @@ def test_an_encoding_that_is_named_is_read_and_held_to(tmp_path, suffix):
             assert all("is not ASCII" in one for one in refusals(path, encoding="ascii"))
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + WORDS.encode())
     assert list(read_file(tmp_path / "a.txt")) == [WORDS]  # the mark is no character
-    for name in ("base64", "rot13", "nothing", "", "a\0b"):
+    for name in ("base64", "rot13", "nothing", "", "a\0b", "utf-8;", "utf-8\n", "undefined"):
         with pytest.raises(ValueError, match="is no encoding of text"):
             check_encoding(name)
 
