@@ -9,17 +9,16 @@ import pytest
 import torch
 from readable import byte_tokenizer, save_teacher, save_texts
 from tiny import teacher
-from tokenizers import processors
 
 from benchmarks.quality import ruler
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.generated import Question, beginning, continuations
+from benchmarks.quality.generated import Question, continuations
 from benchmarks.quality.next_lines import next_line_questions, next_line_scores, read_projects
 from benchmarks.quality.rows import Budget, RowSpec
 from benchmarks.quality.ruler import CHAIN, KINDS, ROOM, questions, ruler_scores, score
 from benchmarks.quality.worker import run_row
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER, BEGINS = byte_tokenizer(), byte_tokenizer(around="<s> $A")
 LENGTH = 9000  # bytes: the list of common names alone takes most of it
 
 
@@ -75,6 +74,8 @@ def test_every_question_has_its_answer_in_its_text(kind):
         assert depths == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.05)
     with pytest.raises(ValueError, match=f"ruler: {kind} takes .* more than 60"):
         questions(TOKENIZER, kind, 60, 1)
+    longest = max(len(q.prompt) for q in questions(BEGINS, kind, LENGTH, 4))
+    assert 1 + longest + ROOM[kind] <= LENGTH  # the beginning is put before it
 
 
 def test_scores_are_shares_of_what_is_wanted(monkeypatch):
@@ -102,11 +103,6 @@ def test_batches_padded_on_the_left_give_what_single_prompts_give():
 
 def test_prompts_begin_as_the_tokenizer_begins_a_text():
     """Gemma's tokenizer puts its beginning before a text; others, that have one, do not."""
-    begins = byte_tokenizer()
-    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    assert beginning(begins) == [1] and beginning(TOKENIZER) == [] and TOKENIZER.bos_token_id == 1
     read = []
 
     class Reader(Solver):
@@ -115,7 +111,7 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text():
             return super().generate(prompts, **kwargs)
 
     asked = [Question([5, 6], ["a"], 1), Question([7, 8], ["a"], 1)]
-    continuations(Reader(lambda text: ["a"]), begins, asked, 100)
+    continuations(Reader(lambda text: ["a"]), BEGINS, asked, 100)
     assert sorted(read) == [[1, 5, 6], [1, 7, 8]]
 
 
@@ -139,6 +135,8 @@ def test_lines_follow_their_text_at_every_length(source):
         assert any(re.search(re.escape(before) + r"\s*" + re.escape(long.wanted[0]) + "\n", text) for text in projects)
         assert len(long.wanted[0]) >= 12 and long.room > len(long.wanted[0])
     assert len({(tuple(q.prompt), q.wanted[0]) for q in asked[512]}) == 12
+    begun = next_line_questions(BEGINS, projects, [64, 512], 12)  # a token shorter, for the beginning
+    assert [q.prompt for q in begun[64]] == [q.prompt[1:] for q in asked[64]]
 
     def next_of(text: str) -> list[str]:
         number, returned = re.findall(r"function_(\d+)\(x\):\n(    return)?", text)[-1]
