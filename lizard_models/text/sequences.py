@@ -296,19 +296,32 @@ def load_documents(
     Arguments and errors as in ``load_sequences``; ValueError too if no document is as long as ``length`` tokens.
     """
     check_encoding(encoding)
+
+    def documents(source: str) -> Iterable[Document]:
+        files = find_sources(source)
+        local = (d for f in files or [] for d in read_file(f, text_field, encoding))
+        return read_hub(source, text_field) if files is None else local
+
+    return documents_of(chain.from_iterable(map(documents, sources)), tokenizer, length, count, vocab_size)
+
+
+def documents_of(
+    found: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
+    count: int = 8,
+    vocab_size: int | None = None,
+) -> Documents:
+    """``load_documents`` of documents that are read already, no more of which are taken than it needs."""
     encode = _Encoder(tokenizer, vocab_size, separate=False)
     long_enough: list[np.ndarray] = []
     longest = 0
-    for source in sources:
-        files = find_sources(source)
-        local = (d for f in files or [] for d in read_file(f, text_field, encoding))
-        texts = read_hub(source, text_field) if files is None else local
-        for ids in encode(texts, at_once=1):
-            longest = max(longest, len(ids))
-            if len(ids) >= length:
-                long_enough.append(ids)
-            if len(long_enough) == count:
-                break
+    for ids in encode(found, at_once=1):
+        longest = max(longest, len(ids))
+        if len(ids) >= length:
+            long_enough.append(ids)
+        if len(long_enough) == count:
+            break
     if not long_enough:
         raise ValueError(
             f"eval data: the longest document has {longest} tokens, fewer than {length}; "

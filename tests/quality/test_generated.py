@@ -17,6 +17,7 @@ from benchmarks.quality.next_lines import next_line_questions, next_line_scores,
 from benchmarks.quality.rows import Budget, RowSpec
 from benchmarks.quality.ruler import CHAIN, KINDS, ROOM, questions, ruler_scores, score
 from benchmarks.quality.worker import run_row
+from lizard_models.teachers.find import load_teacher
 
 TOKENIZER, BEGINS = byte_tokenizer(), byte_tokenizer(around="<s> $A")
 LENGTH = 9000  # bytes: the list of common names alone takes most of it
@@ -165,10 +166,19 @@ def test_a_row_is_measured_by_generation_and_the_source_named(source, tmp_path, 
     plan = {"data": [texts], "eval_data": [texts], "budget": tiny, "eval_length": 64, "eval_documents": 1, **places}
     with pytest.raises(ValueError, match=r"lines needs held-out source \(--source\)"):
         Bench(**plan, measures=["lines"])
-    bench = Bench(**plan, measures=["ruler", "lines"], source=source, ruler_lengths=[2000], line_lengths=[64, 128],
-                  line_trials=3, passkey_trials=1)  # fmt: skip
+    with pytest.raises(ValueError, match=r"source needs held-out source \(--source\)"):
+        Bench(**plan, measures=["source"])
+    bench = Bench(**plan, measures=["source", "ruler", "lines"], source=source, ruler_lengths=[2000],
+                  line_lengths=[64, 128], line_trials=3, passkey_trials=1, long_length=2000)  # fmt: skip
     spec = RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False)
     record = run_row(spec, Bench.from_json(bench.to_json()), lambda message: None)
+    far = record["measures"].pop("source")
+    assert [*far["edges"]] == [0, 128, 512, 1024, 2000]
+    ids = torch.tensor([TOKENIZER(read_projects(source)[0])["input_ids"][:2001]])
+    with torch.no_grad():
+        logits = torch.log_softmax(load_teacher(str(tmp_path / "t")).model(ids[:, :-1]).logits[0], -1)
+    own = -logits[range(2000), ids[0, 1:]]
+    assert far["means"][-1] == pytest.approx(own[1024:].mean().item(), rel=1e-4)  # one document, of the first project
     assert record["measures"] == {
         "ruler": {kind: {"2000": 0.0} for kind in KINDS}, "lines": {"64": 0.0, "128": 0.0},
     }  # fmt: skip
