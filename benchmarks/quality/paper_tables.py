@@ -6,6 +6,7 @@ what compares. A cell without a record says so.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ ROTATIONS = 4
 LETTERS = "ABCD"
 TASKS = (("PIQA", "piqa", "acc_norm"), ("HellaSwag", "hellaswag", "acc_norm"), ("ARC-easy", "arc_easy", "acc"),
          ("LAMBADA", "lambada_openai", "acc"))  # fmt: skip
+FAR = ((2048, 32_768), (32_768, None))  # positions of long texts
 RULER_LENGTHS, PASSKEY = (4096, 8192, 16_384), 32_768
 BEGIN, END = "<!-- the teachers that have the headline: written by `paper` -->", "<!-- end of what `paper` writes -->"
 Value = Callable[[Record], float | None]
@@ -151,8 +153,8 @@ def headline(results: Results) -> str:
           for title, task, metric in TASKS),
         ("loss past 2048", lambda name: _plain(results.past(name))),
         ("share of the gap", lambda name: _share(results, name)),
-        ("loss to 32K, novels; source", lambda name: "; ".join(
-            _plain(results.number(name, _far(measure))) for measure in ("length", "source"))),
+        ("novels, 2K to 32K; past 32K", lambda name: _far(results, name, "length")),
+        ("source, 2K to 32K; past 32K", lambda name: _far(results, name, "source")),
         ("RULER 4, 8, 16K", lambda name: ", ".join(
             _percent(results.number(name, _ruler(length)), 0) for length in RULER_LENGTHS)),
         ("passkey at 32K", lambda name: _percent(results.number(name, _passkey), 0)),
@@ -284,12 +286,21 @@ def _chosen(results: Results, name: str) -> str:
     return ", ".join(f"{100 * count / total:.0f}" for count in counts.values()) if total else OPEN
 
 
-def _far(measure: str) -> Value:
-    """Loss past 2048 of a long text."""
+def _far(results: Results, name: str, measure: str) -> str:
+    """Loss of a long text from 2048 to 32,768 tokens, and after."""
+    return "; ".join(_plain(results.number(name, _between(measure, *span))) for span in FAR)
+
+
+def _between(measure: str, start: int, end: int | None) -> Value:
+    """Mean loss of the positions between two edges, or from one on."""
 
     def value(record: Record) -> float | None:
         loss = record.losses(measure)
-        return None if loss is None or 2048 not in loss.edges else loss.past(2048)
+        if loss is None or start not in loss.edges[:-1] or (end is not None and end not in loss.edges):
+            return None
+        first, last = loss.edges.index(start), len(loss.means) if end is None else loss.edges.index(end)
+        widths = [b - a for a, b in itertools.pairwise(loss.edges[first : last + 1])]
+        return sum(w * m for w, m in zip(widths, loss.means[first:last], strict=True)) / sum(widths)
 
     return value
 

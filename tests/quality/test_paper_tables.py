@@ -14,6 +14,8 @@ from benchmarks.quality.rows import BUDGETS, ROWS, TABLES, controls
 ROOT = Path(__file__).parents[2]
 SMALL = TEACHERS[1]
 FULL = BUDGETS["full"]
+EDGES = (0, 2048, 4096, 32_768, 65_536)
+FAR = {"edges": EDGES, "means": [9.0, 4.65, 3.15, 5.0], "errors": [0.1] * 4}  # 3.25 = (2 x 4.65 + 28 x 3.15) / 30
 
 
 def letters(*accuracies: float) -> dict:
@@ -41,7 +43,12 @@ def results(tmp_path):
     beside = controls(own, FULL)
     write(tmp_path, beside["teacher"], 3.0, letters(0.5, 0.4, 0.5, 0.6) | {"mmlu": {"acc": 0.4}}, ruler=ruler)
     write(tmp_path, beside["control"], 3.5, {})
-    more = {"lines": {"512": 0.1, "8192": 0.3}, "passkey": {"32768": 1.0}, "length": loss(3.25), "source": loss(1.5)}
+    more = {
+        "lines": {"512": 0.1, "8192": 0.3},
+        "passkey": {"32768": 1.0},
+        "length": FAR,
+        "source": loss(1.5, EDGES[:-1]),
+    }
     tasks = letters(0.5, 0.5, 0.4, 0.5) | {name: {"acc": 0.6, "acc_norm": 0.7} for name in ("piqa", "hellaswag")}
     write(tmp_path, own, 3.1, tasks | {"arc_easy": {"acc": 0.5}}, **more)
     write(tmp_path, ROWS["lolcats"].spec(None, 24), 4.0, letters(0.25, 0.25, 0.25))  # a rotation is missing
@@ -62,7 +69,8 @@ def test_shares_are_of_the_teacher_and_the_gap_of_the_control(results):
         cells(head, "chosen A, B, C, D")[0] == "40, 30, 20, 10" and cells(head, "MMLU by letter")[6] == "not measured"
     )
     assert cells(head, "share of the gap")[:4] == ["", "", "80%", "not measured"]
-    assert cells(head, "loss to 32K, novels; source")[:3] == ["not measured", "not measured", "3.250; 1.500"]
+    assert cells(head, "novels, 2K to 32K; past 32K")[:3] == ["not measured", "not measured", "3.250; 5.000"]
+    assert cells(head, "source, 2K to 32K; past 32K")[2] == "1.500; not measured"  # it ends there
     assert cells(head, "RULER 4, 8, 16K")[0] == "90%, 60%, 15%" and cells(head, "next line, exact")[2] == "30%"
     assert cells(head, "passkey at 32K")[2] == "100%"
     assert cells(rest, "Lizard") == ["61.2 (92%)", "60.8 (97%)", "74.6", "47.5% (95%)", "not measured", "63.3%"]
