@@ -49,7 +49,9 @@ def run(
     seq_len: Annotated[int | None, typer.Option(help="Instead of the budget's.", min=2)] = None,
     measures: Annotated[
         str,
-        typer.Option(help="Of loss, kl, branches, restore, length, passkey, passkeys5, found, ruler, lines, tasks."),
+        typer.Option(
+            help="Of loss, kl, branches, restore, length, source, passkey, passkeys5, found, ruler, lines, tasks."
+        ),
     ] = "loss,kl,branches",
     seeds: Annotated[str, typer.Option(help="Seeds, each a row of its own, e.g. 0,1,2.")] = "0",
     controls: Annotated[bool, typer.Option(help="The teacher and window control that each row needs, too.")] = True,
@@ -58,14 +60,14 @@ def run(
     jobs_per_gpu: Annotated[int, typer.Option(help="Rows side by side on each GPU (or on the CPU).", min=1)] = 1,
     eval_length: Annotated[int, typer.Option(help="Positions of an evaluation document.", min=2)] = 4096,
     eval_documents: Annotated[int, typer.Option(help="Evaluation documents.", min=1)] = 8,
-    long_length: Annotated[int, typer.Option(help="Positions for the measure length.", min=2)] = 65_536,
+    long_length: Annotated[int, typer.Option(help="Positions for the measures length and source.", min=2)] = 65_536,
     passkey_lengths: Annotated[str, typer.Option(help="Lengths of the passkey tests.")] = (
         "256,512,1024,2048,4096,8192,16384"
     ),
     passkey_trials: Annotated[int, typer.Option(help="Passkeys a length.", min=1)] = 20,
     found_lengths: Annotated[str, typer.Option(help="Lengths of the measure found.")] = "512,1024,2048,4096,8192",
     ruler_lengths: Annotated[str, typer.Option(help="Lengths of the measure ruler.")] = "4096,8192,16384,32768",
-    source: Annotated[Path | None, typer.Option(help="held_out.jsonl of code-data, for the measure lines.")] = None,
+    source: Annotated[Path | None, typer.Option(help="held_out.jsonl of code-data, for source and lines.")] = None,
     line_lengths: Annotated[str, typer.Option(help="Tokens before the lines of that measure.")] = "512,2048,8192",
     requests: Annotated[
         Path | None, typer.Option(help="File from `python -m benchmarks.quality requests`, for the measure tasks.")

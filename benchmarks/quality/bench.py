@@ -37,7 +37,7 @@ class Bench:
     """Of the measure ``found``, which reads a prompt once and takes no cache."""
     ruler_lengths: list[int] = field(default_factory=lambda: [4096, 8192, 16_384, 32_768])
     source: Path | None = None
-    """held_out.jsonl of ``code-data``, for the measure ``lines``."""
+    """held_out.jsonl of ``code-data``, for the measures ``source`` and ``lines``."""
     line_lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192])
     line_trials: int = 200
     requests: Path | None = None
@@ -54,8 +54,9 @@ class Bench:
             raise ValueError(f"measures: no {', '.join(unknown)}; known are {', '.join(MEASURES)}")
         if "tasks" in self.measures and self.requests is None:
             raise ValueError("measures: tasks needs a file of requests (--requests)")
-        if "lines" in self.measures and self.source is None:
-            raise ValueError("measures: lines needs held-out source (--source)")
+        for measure in ("source", "lines"):
+            if measure in self.measures and self.source is None:
+                raise ValueError(f"measures: {measure} needs held-out source (--source)")
 
     @property
     def results(self) -> Path:
@@ -118,10 +119,10 @@ class Bench:
                 path.unlink()
 
     def missing(self, spec: RowSpec, num_layers: int) -> list[str]:
-        """The measures that the row still lacks, in order."""
+        """The measures that the row still lacks, in the order in which they were asked for."""
         record = self.record(spec, num_layers)
         config = spec.config(self.budget, num_layers)
-        wanted = [m for m in MEASURES if m in self.measures and applies(m, spec, config)]
+        wanted = [m for m in self.measures if applies(m, spec, config)]
         done = set(record["measures"]) if record else set()
         if record and self.scores_path(spec).is_file():
             done.add("tasks")

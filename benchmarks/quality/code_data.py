@@ -22,6 +22,7 @@ from lizard_models.files.folders import appear_whole, sha256_of
 from lizard_models.files.sources import Say, silent
 from lizard_models.text.look_ups import look_up_rows
 from lizard_models.text.sequences import PackedTokens
+from lizard_models.text.text_start import text_start
 
 PERMISSIVE = re.compile(
     r"(MIT|MIT-0|MIT-CMU|HPND|ISC|0BSD|Zlib|CC0-1\.0|Unlicense|BSL-1\.0|LLVM-exception|CNRI-Python|Python-2\.0(\.1)?"
@@ -169,7 +170,8 @@ def write_code_data(
     """Writes ids of the source of ``projects`` into a new folder, and returns its manifest. The same input, the same
     files, byte for byte.
 
-    - train.npy: uint32 [T], files of the other projects, an end-of-text token after each;
+    - train.npy: uint32 [T], files of the other projects, each as the tokenizer begins a text, an end-of-text token
+      after it;
     - held_out/PROJECT.npy: uint32 [T], the files of a project in the order of their paths, each after a line that names
       it, for loss by position;
     - held_out.jsonl: their text, with project and path, for measures that need lines;
@@ -227,7 +229,8 @@ def _write_held_out(draft: Path, files: list[SourceFile], tokenizer: Any) -> dic
         for name in sorted({file.project for file in files}):
             own = [file for file in files if file.project == name]
             whole = "".join(f"# {name}/{file.path}\n{file.text}\n" for file in own)
-            ids = np.array(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"], np.uint32)
+            ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = np.array(text_start(tokenizer) + ids, np.uint32)
             np.save(draft / "held_out" / f"{name}.npy", ids)
             counts[f"held_out/{name}"] = len(ids)
             for file in own:
@@ -236,11 +239,11 @@ def _write_held_out(draft: Path, files: list[SourceFile], tokenizer: Any) -> dic
 
 
 def _encode(files: list[SourceFile], tokenizer: Any, limit: int | None) -> np.ndarray:
-    end, parts, total = [tokenizer.eos_token_id], [], 0
+    before, end, parts, total = text_start(tokenizer), [tokenizer.eos_token_id], [], 0
     for start in range(0, len(files), 64):
         texts = [file.text for file in files[start : start + 64]]
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            parts.append(np.array(ids + end, np.uint32))
+            parts.append(np.array(before + ids + end, np.uint32))
             total += len(parts[-1])
         if limit is not None and total >= limit:
             break

@@ -8,19 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lizard_models.text.text_start import text_start
+
 
 class Question(NamedTuple):
-    """A prompt, what its continuation should hold, and how many tokens it may take."""
+    """A prompt without what the tokenizer puts before a text, what its continuation should hold, and how many tokens
+    that may take."""
 
     prompt: list[int]
     wanted: list[str]
     room: int
-
-
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The id that a tokenizer puts before a text, if it puts its beginning there."""
-    ids = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 @torch.no_grad()
@@ -29,13 +26,13 @@ def continuations(
 ) -> list[str]:
     """The text that greedy generation puts after each prompt, in their order.
 
-    What the tokenizer puts before a text (Gemma's beginning, without which it reads badly) stands before each prompt.
+    What the tokenizer puts before a text (``text_start``) is put before each prompt.
     As many prompts of about one length go through together as fit into ``batch_tokens``, at least one, padded on the
     left. A text ends with the tokenizer's end, or after the most room that a question of its batch has.
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    first = beginning(tokenizer)
+    first = text_start(tokenizer)
     given = [first + question.prompt for question in questions]
     answers: dict[int, str] = {}
     order = sorted(range(len(questions)), key=lambda i: (len(given[i]), i))

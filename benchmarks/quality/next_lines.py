@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.quality.generated import Question, continuations
+from lizard_models.text.text_start import text_start
 
 LEAST = 12  # characters of a line that is asked for, white space at its ends not counted
 CHARACTERS = 8  # a token at most, of the text that is tokenised before a line
@@ -36,12 +37,13 @@ def read_projects(path: Path) -> list[str]:
 def next_line_questions(
     tokenizer: PreTrainedTokenizerBase, projects: Sequence[str], lengths: Sequence[int], count: int, seed: int = 0
 ) -> dict[int, list[Question]]:
-    """The same ``count`` lines of ``projects`` by length: prompts are the last ``length`` tokens before a line.
+    """The same ``count`` lines of ``projects`` by length: prompts are the last ``length`` tokens before a line, with
+    what the tokenizer puts before a text.
 
     A line has at least twelve characters, is not the same as one of the fifty before it, and follows at least as much
     text as the longest prompt takes. Raises ValueError if the projects have too few such lines.
     """
-    longest, draw = max(lengths), np.random.default_rng(seed)
+    longest, draw, begun = max(lengths), np.random.default_rng(seed), len(text_start(tokenizer))
     found: dict[int, list[Question]] = {length: [] for length in lengths}
     starts = [np.cumsum([0, *(len(line) + 1 for line in text.split("\n")[:-1])]) for text in projects]
     sizes = np.array([len(text) for text in projects], float)
@@ -67,7 +69,7 @@ def next_line_questions(
         taken.add((project, at))
         room = len(tokenizer(text[start:].partition("\n")[0] + "\n", add_special_tokens=False)["input_ids"]) + 4
         for length in lengths:
-            found[length].append(Question(ids[-length:], [line], room))
+            found[length].append(Question(ids[begun - length :], [line], room))
     if len(taken) < count:
         raise ValueError(f"source: {len(taken)} lines follow {longest} tokens of one project, wanted {count}")
     return found

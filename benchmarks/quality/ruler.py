@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.quality.generated import Question, continuations
 from lizard_models.evaluation.passkey import FILLER
+from lizard_models.text.text_start import text_start
 
 KINDS = ("single", "multi", "tracking", "words")
 FIRST = (
@@ -56,7 +57,8 @@ OFTENEST = "\nQuestion: which ten names come most often in the list? Answer: the
 
 
 def questions(tokenizer: PreTrainedTokenizerBase, kind: str, length: int, count: int, seed: int = 0) -> list[Question]:
-    """``count`` prompts of a kind, each at most ``length`` tokens with the room for its answer, and nearly as many.
+    """``count`` prompts of a kind, each at most ``length`` tokens with the room for its answer and what the tokenizer
+    puts before a text, and nearly as many.
 
     They are the same for every model of one tokenizer. Raises ValueError for an unknown kind and a length that cannot
     hold the question.
@@ -100,13 +102,14 @@ class _Maker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, kind: str) -> None:
         self.tokenizer, self.length, self.kind, self.room = tokenizer, length, kind, ROOM[kind]
+        self.start = len(text_start(tokenizer))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def left(self, *parts: list[int]) -> int:
         """Tokens left beside these parts and the answer."""
-        taken = sum(map(len, parts)) + self.room
+        taken = self.start + sum(map(len, parts)) + self.room
         if taken >= self.length:
             raise ValueError(f"ruler: {self.kind} takes {taken} tokens without its text, more than {self.length}")
         return self.length - taken

@@ -8,9 +8,10 @@ from benchmarks.quality.rows import BASE, PLAIN, RowSpec
 
 def layer_order(bench: Bench) -> list[int] | None:
     """Layers from the most KL saved to the least, as the row ``plain`` or ``base`` (seed 0) measured it after
-    stage 1, which both train alike. None where neither has."""
+    stage 1, which both train alike. None where neither has, of this teacher."""
     for name in (PLAIN, BASE):
         for record in bench.records(RowSpec(name=name)):
-            if measured := record["measures"].get("restore"):
+            measured = record["measures"].get("restore")
+            if measured and record["settings"]["teacher"] == bench.teacher:
                 return measured["order"]
     return None

@@ -37,6 +37,28 @@ def docs(
         Console(soft_wrap=True).print(f"written: {page}")
 
 
+def paper(
+    page: Annotated[Path, typer.Option(help="Page of tables to write, whole.")] = Path("benchmarks/results/PAPER.md"),
+    results_page: Annotated[
+        Path, typer.Option(help="Page whose first table is written, between its two marks.")
+    ] = Path("docs/results.md"),
+    out: Out = RESULTS,
+) -> None:
+    """Write the paper's Tables 1, 4, 7 and 10 in its form, ours beside theirs, from the records in OUT/TEACHER/.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality paper[/cyan]
+    """
+    with one_line_errors():
+        from benchmarks.quality.paper_tables import write_paper
+
+        if not out.is_dir():
+            raise ValueError(f"--out {str(out)!r} is not there; run from the repository, or give another")
+        write_paper(page, results_page, out)
+        typer.echo(f"written: {page}, {results_page}")
+
+
 def curve(
     budget: BudgetName = "quick",
     path: Annotated[
@@ -104,4 +126,10 @@ def list_rows() -> None:
                 console.print(f"  {row.name}: {row.about}", highlight=False, markup=False)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"docs": docs, "curve": curve, "goals": show_goals, "list": list_rows}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "docs": docs,
+    "paper": paper,
+    "curve": curve,
+    "goals": show_goals,
+    "list": list_rows,
+}

@@ -39,8 +39,9 @@ from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.state_budget import DTYPE, share_out, shared_mib
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import load_model
-from lizard_models.text.sequences import Documents, PackedTokens, load_documents, load_sequences
+from lizard_models.text.sequences import Documents, PackedTokens, documents_of, load_documents, load_sequences
 
+WRITTEN_TOKENS = 1 << 17  # of prompts that are continued together: a step of a batch takes as long as one of a row
 RESTORE_TOKENS = 2048  # of each document, for the KL that restoring a layer saves
 
 
@@ -245,6 +246,17 @@ class _Row:
         self.record["hashes"]["length"] = documents.digest
         return _plain(loss_by_position(model, documents.tokens))
 
+    def _source_of(self, model: Any) -> dict[str, Any]:
+        tokenizer, length = self._tokenizer("source"), self.bench.long_length + 1
+        vocabulary = self.teacher.model.config.vocab_size
+        documents = documents_of(self._projects(), tokenizer, length, self.bench.eval_documents, vocabulary)
+        return _plain(loss_by_position(model, documents.tokens))
+
+    def _projects(self) -> list[str]:
+        assert self.bench.source is not None
+        self.record["hashes"]["source"] = sha256_of(self.bench.source)
+        return read_projects(self.bench.source)
+
     def _passkey_of(self, model: Any) -> dict[str, float]:
         return self._passkeys(model, keys=1)
 
@@ -271,14 +283,12 @@ class _Row:
         return found
 
     def _ruler_of(self, model: Any) -> dict[str, dict[str, float]]:
-        trials = self.bench.passkey_trials
-        return ruler_scores(model, self._tokenizer("ruler"), self.bench.ruler_lengths, trials=trials)
+        lengths, trials = self.bench.ruler_lengths, self.bench.passkey_trials
+        return ruler_scores(model, self._tokenizer("ruler"), lengths, trials=trials, batch_tokens=WRITTEN_TOKENS)
 
     def _lines_of(self, model: Any) -> dict[str, float]:
-        assert self.bench.source is not None
-        self.record["hashes"]["source"] = sha256_of(self.bench.source)
-        projects, lengths = read_projects(self.bench.source), self.bench.line_lengths
-        return next_line_scores(model, self._tokenizer("lines"), projects, lengths, trials=self.bench.line_trials)
+        lengths, sizes = self.bench.line_lengths, {"trials": self.bench.line_trials, "batch_tokens": WRITTEN_TOKENS}
+        return next_line_scores(model, self._tokenizer("lines"), self._projects(), lengths, **sizes)
 
     def _tokenizer(self, measure: str) -> Any:
         if self.teacher.tokenizer is None:

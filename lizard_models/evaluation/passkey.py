@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lizard_models.text.text_start import text_start, without_start
+
 # Worded so that SmolLM2-135M finds a key at 2048 tokens every time; without a word of the question to come, 4 in 10.
 OPENING = (
     "One number matters in the long text below, and all the rest of it does not. Find the number and keep it in mind: "
@@ -36,22 +38,24 @@ MANY_DIGITS = (5, 8)
 def passkey_prompt(
     tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: str, text: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of its answer, ``length`` ids together.
+    """Token ids of a prompt and of its answer, ``length`` ids together. It begins as the tokenizer begins a text.
 
     depth: where the key stands in the text around it, from 0 (start) to 1 (end). text: ids of that text, of which the
-    first are taken; None is a filler of four sentences again and again. Raises ValueError if ``length`` cannot hold the
-    question, or is more than ``text`` fills.
+    first are taken, but for such a beginning; None is a filler of four sentences again and again.
+
+    Raises ValueError if ``length`` cannot hold the question, or is more than ``text`` fills.
     """
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    opening, question, answer = encode(OPENING), encode(QUESTION), encode(f" {key}")
+    start = text_start(tokenizer)
+    opening, question, answer = start + encode(OPENING), encode(QUESTION), encode(f" {key}")
     needle, filler = encode(KEY.format(key=key)), encode(FILLER)
     room = length - len(opening) - len(needle) - len(question) - len(answer)
     if room < 0:
         raise ValueError(f"passkey length {length} is too short, the question alone takes {length - room} tokens")
-    filler = filler * (room // len(filler) + 1) if text is None else list(text)
+    filler = filler * (room // len(filler) + 1) if text is None else list(without_start(text, start))
     if len(filler) < room:
         raise ValueError(f"passkey length {length} takes {room} tokens of text around the key, got {len(filler)}")
     before = round(depth * room)
@@ -63,7 +67,8 @@ def several_passkeys_prompt(
 ) -> tuple[list[int], list[int]]:
     """A prompt with several keys, spread evenly over the filler, each with an owner; one of them is asked for.
 
-    Returns the token ids of prompt and answer, ``length`` ids together. Raises ValueError if ``length`` cannot hold
+    Returns the token ids of prompt and answer, ``length`` ids together, which begin as the tokenizer begins a text.
+    Raises ValueError if ``length`` cannot hold
     the keys, or there are more keys than ``owners``.
     """
 
@@ -72,7 +77,7 @@ def several_passkeys_prompt(
 
     if len(keys) > len(owners):
         raise ValueError(f"keys: {len(keys)} of them, wanted at most {len(owners)}")
-    opening, filler = encode(MANY_OPENING), encode(FILLER)
+    opening, filler = text_start(tokenizer) + encode(MANY_OPENING), encode(FILLER)
     question, answer = encode(MANY_QUESTION.format(owner=owners[asked])), encode(f" {keys[asked]}")
     needles = [encode(MANY_KEY.format(owner=owner, key=key)) for owner, key in zip(owners, keys, strict=False)]
     room = length - len(opening) - sum(map(len, needles)) - len(question) - len(answer)
@@ -93,12 +98,13 @@ def shortest_length(tokenizer: PreTrainedTokenizerBase, keys: int) -> int:
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    start = len(text_start(tokenizer))
     if keys == 1:
-        return sum(map(count, (OPENING, KEY.format(key="0" * DIGITS), QUESTION, " " + "0" * DIGITS)))
+        return start + sum(map(count, (OPENING, KEY.format(key="0" * DIGITS), QUESTION, " " + "0" * DIGITS)))
     key = "0" * MANY_DIGITS[1]
     needles = sorted(count(MANY_KEY.format(owner=owner, key=key)) for owner in OWNERS)[-keys:]
     questions = [count(MANY_QUESTION.format(owner=owner)) for owner in OWNERS]
-    return count(MANY_OPENING) + sum(needles) + max(questions) + count(f" {key}")
+    return start + count(MANY_OPENING) + sum(needles) + max(questions) + count(f" {key}")
 
 
 def passkey_examples(

@@ -211,9 +211,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
 
 
+def in_own_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether ``format_chat`` has a chat template, which also writes what stands before a conversation."""
+    return tokenizer is not None and tokenizer.chat_template is not None
+
+
 def format_chat(turns: Chat, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """A conversation as one text: in the chat template of the tokenizer, or plainly if it has none."""
-    if tokenizer is None or tokenizer.chat_template is None:
+    if tokenizer is None or not in_own_template(tokenizer):
         return "\n\n".join(f"### {turn['role'].capitalize()}:\n{turn['content'].strip()}" for turn in turns)
     return in_template(turns, tokenizer)
 

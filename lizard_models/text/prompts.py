@@ -13,6 +13,7 @@ from transformers.generation.streamers import TextStreamer
 
 from lizard_models.model.cache import LizardCache, empty_cache
 from lizard_models.text.documents import in_template
+from lizard_models.text.text_start import text_start
 from lizard_models.text.token_stream import token_chunks, tokenise_pieces
 
 PREFILL_CHUNK = 4096  # tokens of a prompt that are read at a time, so that its length takes no memory
@@ -87,7 +88,7 @@ def prompt_tokens(
             raise ValueError("chat: the model's chat template does not take a user's text once; leave chat out")
         yield from tokenise_pieces(_around(before, pieces, after), tokenizer)
         return
-    start, empty = [] if goes_on else tokenizer("", verbose=False)["input_ids"], True
+    start, empty = [] if goes_on else text_start(tokenizer), True
     for ids in tokenise_pieces(pieces, tokenizer):
         if empty and start:
             yield np.asarray(start, dtype=np.int64)

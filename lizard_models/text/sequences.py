@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from lizard_models.files.folders import sha256_of
 from lizard_models.files.sources import Say, silent
 from lizard_models.text.decoding import UTF8, check_encoding
-from lizard_models.text.documents import Document, find_sources, format_chat, hub_version, read_file, read_hub
+from lizard_models.text.documents import (
+    Document,
+    find_sources,
+    format_chat,
+    hub_version,
+    in_own_template,
+    read_file,
+    read_hub,
+)
 from lizard_models.text.shards import Part, Shards
+from lizard_models.text.text_start import text_start, without_start
 from lizard_models.text.token_stream import check_ids
 
 STREAM_FROM_BYTES = 1 << 28  # local files beyond this are not held in memory
@@ -168,7 +177,8 @@ def load_sequences(
     """Training data from files, folders or hub data sets.
 
     sources: see ``documents.find_sources``; records: see ``documents.document_of``. tokenizer: may be None if every
-    source holds token ids. An end-of-text token is put between documents of text. examples: documents taken at most.
+    source holds token ids. Documents of text begin as the tokenizer begins a text (``text_start``), and an end-of-text
+    token is put between them; ids are taken as they are. examples: documents taken at most.
     vocab_size: ids are checked against it (default: the tokenizer's). encoding: of text files and JSON. cache: folder
     for tokens, where local text from 1 MB on, and hub data sets of which ``examples`` are taken, are tokenised once,
     for all later calls (``text.shards``); ``say`` hears of it. Text beyond 256 MB is then read from there. Without
@@ -256,13 +266,15 @@ def stream_digest(
 
 
 def _rules_of(tokenizer: PreTrainedTokenizerBase | None, text_field: str | None, encoding: str) -> list[str]:
-    """What makes ids out of files: field, encoding if it is not UTF-8, tokenizer, end of text, template."""
+    """What makes ids out of files: field, encoding if it is not UTF-8, tokenizer, end of text, template, and what is
+    put before a text, if anything is."""
     parts = [f"field {text_field}"]
     parts += [f"encoding {encoding}"] if encoding != UTF8 else []
     if tokenizer is not None:
         fast = getattr(tokenizer, "backend_tokenizer", None)
         rules = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
         parts += [rules, f"end {tokenizer.eos_token_id}", f"template {tokenizer.chat_template}"]
+        parts += [f"start {start}"] if (start := text_start(tokenizer)) else []
     return parts
 
 
@@ -278,35 +290,56 @@ def load_documents(
 ) -> Documents:
     """The first ``length`` tokens of the first ``count`` documents that have as many; then their next ones, if needed.
 
+    Text begins as the tokenizer begins one (``text_start``), in the middle of a document too; so do the later parts of
+    ids that begin in this way.
+
     Arguments and errors as in ``load_sequences``; ValueError too if no document is as long as ``length`` tokens.
     """
     check_encoding(encoding)
+
+    def documents(source: str) -> Iterable[Document]:
+        files = find_sources(source)
+        local = (d for f in files or [] for d in read_file(f, text_field, encoding))
+        return read_hub(source, text_field) if files is None else local
+
+    return documents_of(chain.from_iterable(map(documents, sources)), tokenizer, length, count, vocab_size)
+
+
+def documents_of(
+    found: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase | None,
+    length: int,
+    count: int = 8,
+    vocab_size: int | None = None,
+) -> Documents:
+    """``load_documents`` of documents that are read already, no more of which are taken than it needs."""
     encode = _Encoder(tokenizer, vocab_size, separate=False)
     long_enough: list[np.ndarray] = []
     longest = 0
-    for source in sources:
-        files = find_sources(source)
-        local = (d for f in files or [] for d in read_file(f, text_field, encoding))
-        texts = read_hub(source, text_field) if files is None else local
-        for ids in encode(texts, at_once=1):
-            longest = max(longest, len(ids))
-            if len(ids) >= length:
-                long_enough.append(ids)
-            if len(long_enough) == count:
-                break
+    for ids in encode(found, at_once=1):
+        longest = max(longest, len(ids))
+        if len(ids) >= length:
+            long_enough.append(ids)
+        if len(long_enough) == count:
+            break
     if not long_enough:
         raise ValueError(
             f"eval data: the longest document has {longest} tokens, fewer than {length}; "
             "give longer documents or a smaller eval_length"
         )
-    windows = [
-        ids[start : start + length]
-        for start in range(0, max(map(len, long_enough)), length)
-        for ids in long_enough
-        if start + length <= len(ids)
-    ]
-    tokens = np.stack(windows[:count]).astype(np.int64)
+    cut = [_windows(ids, length, encode.start) for ids in long_enough]
+    windows = (part for parts in zip_longest(*cut) for part in parts if part is not None)
+    tokens = np.stack([*islice(windows, count)]).astype(np.int64)
     return Documents(torch.from_numpy(tokens), hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest())
+
+
+def _windows(ids: np.ndarray, length: int, start: list[int]) -> Iterator[np.ndarray]:
+    """Ids [T] in parts of ``length`` ids, each of which begins with ``start`` if they do."""
+    text = without_start(ids, start)
+    first = ids[: len(ids) - len(text)]
+    step = length - len(first)
+    for at in range(0, len(text) - step + 1, step):
+        yield np.concatenate([first, text[at : at + step]])
 
 
 class _Encoder:
@@ -320,16 +353,19 @@ class _Encoder:
         self.dtype = np.uint16 if self.vocab_size and self.vocab_size <= 1 << 16 else np.int32
         end = tokenizer.eos_token_id if tokenizer is not None and separate else None
         self.end = [] if end is None else [end]
+        self.start = [] if tokenizer is None else text_start(tokenizer)
 
     def __call__(self, documents: Iterable[Document], at_once: int = TOKENISED_AT_ONCE) -> Iterator[np.ndarray]:
         """at_once: characters that are tokenised together, on as many cores as there are."""
-        waiting: list[str] = []
+        waiting: list[tuple[str, list[int]]] = []
         characters = 0
         for document in documents:
+            start = self.start
             if isinstance(document, list):
+                start = [] if in_own_template(self.tokenizer) else start
                 document = format_chat(document, self.tokenizer)
             if isinstance(document, str):
-                waiting.append(document)
+                waiting.append((document, start))
                 characters += len(document)
                 if characters < at_once:
                     continue
@@ -339,15 +375,17 @@ class _Encoder:
                 yield self._checked(document)
         yield from self._tokenise(waiting)
 
-    def _tokenise(self, texts: list[str]) -> Iterator[np.ndarray]:
-        if not texts:
+    def _tokenise(self, documents: list[tuple[str, list[int]]]) -> Iterator[np.ndarray]:
+        """documents: texts, each with the ids that stand before it."""
+        if not documents:
             return
         if self.tokenizer is None:
             raise ValueError(
                 "data: the model has no tokenizer, so it cannot read text; give token ids (.npy, input_ids)"
             )
-        for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield np.array(ids + self.end, dtype=self.dtype)
+        found = self.tokenizer([text for text, _ in documents], add_special_tokens=False, verbose=False)["input_ids"]
+        for ids, (_, start) in zip(found, documents, strict=True):
+            yield np.array(start + ids + self.end, dtype=self.dtype)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         return check_ids(ids, self.vocab_size).astype(self.dtype)

@@ -10,7 +10,8 @@ from typing import IO, Any
 import numpy as np
 
 from lizard_models.text.decoding import UTF8, check_encoding, text_pieces
-from lizard_models.text.documents import find_sources, format_chat, read_file
+from lizard_models.text.documents import find_sources, format_chat, in_own_template, read_file
+from lizard_models.text.text_start import text_start
 
 PIECE = 1 << 16  # characters, or ids, read at a time
 REACH = 1 << 12  # characters at the end of a piece in which a place to cut is looked for
@@ -30,14 +31,15 @@ def stream_tokens(
 
     sources: files or folders, see ``documents.find_sources``; no hub data sets. .txt is read and tokenised by ``piece``
     characters, .npy of ids by ``piece`` ids; of .jsonl and .parquet one record or batch is held at a time, .json is
-    held whole. encoding: of text and JSON. An end-of-text token stands between documents of text. tokenizer: may be
-    None for ids.
+    held whole. encoding: of text and JSON. Documents of text begin as the tokenizer begins a text (``text_start``), and
+    an end-of-text token stands between them. tokenizer: may be None for ids.
 
     Raises ValueError naming the source: missing, unreadable, text without a tokenizer, ids outside ``vocab_size``.
     """
     end = None if tokenizer is None else tokenizer.eos_token_id
+    start = None if tokenizer is None else np.array(text_start(tokenizer), dtype=np.int64)
     started = False
-    for document in _documents(sources, tokenizer, text_field, piece, check_encoding(encoding)):
+    for document, templated in _documents(sources, tokenizer, text_field, piece, check_encoding(encoding)):
         if started and end is not None and not isinstance(document, np.ndarray):
             yield np.array([end])
         if isinstance(document, np.ndarray):
@@ -48,6 +50,8 @@ def stream_tokens(
                 f"stream: {', '.join(sources)} holds text, but the model has no tokenizer; give ids (.npy)"
             )
         started = True
+        if start is not None and len(start) and not templated:
+            yield start
         yield from tokenise_pieces(document, tokenizer)
 
 
@@ -110,24 +114,26 @@ def check_ids(ids: np.ndarray, vocab_size: int | None) -> np.ndarray:
 
 def _documents(
     sources: Sequence[str], tokenizer: Any, text_field: str | None, piece: int, encoding: str
-) -> Iterator[np.ndarray | Iterable[str]]:
+) -> Iterator[tuple[np.ndarray | Iterable[str], bool]]:
+    """Documents, and whether a chat template has written them."""
     for source in sources:
         files = find_sources(source)
         if files is None:
             raise ValueError(f"stream: {source!r} does not exist; give a file or a folder")
         for path in files:
             if path.suffix == ".txt":
-                yield text_pieces(path, encoding, piece)
+                yield text_pieces(path, encoding, piece), False
             elif path.suffix == ".npy":
-                yield from _read_ids(path, piece)
+                yield from ((ids, False) for ids in _read_ids(path, piece))
             else:
                 for document in read_file(path, text_field, encoding):
+                    templated = isinstance(document, list) and in_own_template(tokenizer)
                     if isinstance(document, list):
                         document = format_chat(document, tokenizer)
                     if isinstance(document, str):
-                        yield (document[i : i + piece] for i in range(0, len(document), piece))
+                        yield (document[i : i + piece] for i in range(0, len(document), piece)), templated
                     else:
-                        yield document
+                        yield document, False
 
 
 def _read_ids(path: Path, piece: int) -> Iterator[np.ndarray]:

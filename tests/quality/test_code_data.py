@@ -106,9 +106,12 @@ def test_ids_are_those_of_the_files_and_the_same_again(projects, tmp_path):
     rows = np.load(tmp_path / "one" / "look_ups.npy")
     assert rows.shape == (6, 1024) and rows.dtype == np.uint32
 
-    cut = write_code_data(tmp_path / "cut", projects, tokenizer, CodePlan(held_out=0.3, tokens=5000))
-    assert cut["tokens"]["train"] == 5000
-    assert np.array_equal(np.load(tmp_path / "cut" / "train.npy"), ids[:5000])
+    begins = byte_tokenizer(around="<s> $A")  # which begins every file
+    cut = write_code_data(tmp_path / "cut", projects, begins, CodePlan(held_out=0.3, tokens=5000))
+    begun = np.load(tmp_path / "cut" / "train.npy")
+    assert cut["tokens"]["train"] == len(begun) == 5000 and np.load(tmp_path / "cut" / "held_out" / first.name)[0] == 1
+    assert (begun[np.flatnonzero(begun[:-1] == 2) + 1] == 1).all() and begun[0] == 1 and (begun == 1).sum() > 2
+    assert np.array_equal(begun[begun != 1], ids[: 5000 - (begun == 1).sum()])
     assert len(load_sequences([str(tmp_path / "cut" / "train.npy")], None, 512, vocab_size=259)) == 9
     assert load_documents([str(first)], None, 1000, count=1, vocab_size=259).tokens.shape == (1, 1000)
 

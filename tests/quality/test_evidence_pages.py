@@ -11,6 +11,7 @@ from benchmarks.quality.rows import BUDGETS, TABLES, Row
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/results.md", "docs/diary.md", "docs/quality.md", "benchmarks/results/TABLES.md",
+         "benchmarks/results/PAPER.md", "docs/models.md",
          "benchmarks/results/quality/TABLES-0.1.md")  # fmt: skip
 
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from readable import byte_tokenizer, save_teacher, save_texts
 from tiny import teacher
-from tokenizers import processors
 
 from benchmarks.quality import ruler
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.generated import Question, beginning, continuations
+from benchmarks.quality.generated import Question, continuations
 from benchmarks.quality.next_lines import next_line_questions, next_line_scores, read_projects
 from benchmarks.quality.rows import Budget, RowSpec
 from benchmarks.quality.ruler import CHAIN, KINDS, ROOM, questions, ruler_scores, score
 from benchmarks.quality.worker import run_row
+from lizard_models.teachers.find import load_teacher
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER, BEGINS = byte_tokenizer(), byte_tokenizer(around="<s> $A")
 LENGTH = 9000  # bytes: the list of common names alone takes most of it
 
 
@@ -75,6 +75,8 @@ def test_every_question_has_its_answer_in_its_text(kind):
         assert depths == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.05)
     with pytest.raises(ValueError, match=f"ruler: {kind} takes .* more than 60"):
         questions(TOKENIZER, kind, 60, 1)
+    longest = max(len(q.prompt) for q in questions(BEGINS, kind, LENGTH, 4))
+    assert 1 + longest + ROOM[kind] <= LENGTH  # the beginning is put before it
 
 
 def test_scores_are_shares_of_what_is_wanted(monkeypatch):
@@ -102,11 +104,6 @@ def test_batches_padded_on_the_left_give_what_single_prompts_give():
 
 def test_prompts_begin_as_the_tokenizer_begins_a_text():
     """Gemma's tokenizer puts its beginning before a text; others, that have one, do not."""
-    begins = byte_tokenizer()
-    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    assert beginning(begins) == [1] and beginning(TOKENIZER) == [] and TOKENIZER.bos_token_id == 1
     read = []
 
     class Reader(Solver):
@@ -115,7 +112,7 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text():
             return super().generate(prompts, **kwargs)
 
     asked = [Question([5, 6], ["a"], 1), Question([7, 8], ["a"], 1)]
-    continuations(Reader(lambda text: ["a"]), begins, asked, 100)
+    continuations(Reader(lambda text: ["a"]), BEGINS, asked, 100)
     assert sorted(read) == [[1, 5, 6], [1, 7, 8]]
 
 
@@ -139,6 +136,8 @@ def test_lines_follow_their_text_at_every_length(source):
         assert any(re.search(re.escape(before) + r"\s*" + re.escape(long.wanted[0]) + "\n", text) for text in projects)
         assert len(long.wanted[0]) >= 12 and long.room > len(long.wanted[0])
     assert len({(tuple(q.prompt), q.wanted[0]) for q in asked[512]}) == 12
+    begun = next_line_questions(BEGINS, projects, [64, 512], 12)  # a token shorter, for the beginning
+    assert [q.prompt for q in begun[64]] == [q.prompt[1:] for q in asked[64]]
 
     def next_of(text: str) -> list[str]:
         number, returned = re.findall(r"function_(\d+)\(x\):\n(    return)?", text)[-1]
@@ -167,10 +166,19 @@ def test_a_row_is_measured_by_generation_and_the_source_named(source, tmp_path, 
     plan = {"data": [texts], "eval_data": [texts], "budget": tiny, "eval_length": 64, "eval_documents": 1, **places}
     with pytest.raises(ValueError, match=r"lines needs held-out source \(--source\)"):
         Bench(**plan, measures=["lines"])
-    bench = Bench(**plan, measures=["ruler", "lines"], source=source, ruler_lengths=[2000], line_lengths=[64, 128],
-                  line_trials=3, passkey_trials=1)  # fmt: skip
+    with pytest.raises(ValueError, match=r"source needs held-out source \(--source\)"):
+        Bench(**plan, measures=["source"])
+    bench = Bench(**plan, measures=["source", "ruler", "lines"], source=source, ruler_lengths=[2000],
+                  line_lengths=[64, 128], line_trials=3, passkey_trials=1, long_length=2000)  # fmt: skip
     spec = RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False)
     record = run_row(spec, Bench.from_json(bench.to_json()), lambda message: None)
+    far = record["measures"].pop("source")
+    assert [*far["edges"]] == [0, 128, 512, 1024, 2000]
+    ids = torch.tensor([TOKENIZER(read_projects(source)[0])["input_ids"][:2001]])
+    with torch.no_grad():
+        logits = torch.log_softmax(load_teacher(str(tmp_path / "t")).model(ids[:, :-1]).logits[0], -1)
+    own = -logits[range(2000), ids[0, 1:]]
+    assert far["means"][-1] == pytest.approx(own[1024:].mean().item(), rel=1e-4)  # one document, of the first project
     assert record["measures"] == {
         "ruler": {kind: {"2000": 0.0} for kind in KINDS}, "lines": {"64": 0.0, "128": 0.0},
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The bench's rows: what they are, that they train, measure, resume, and keep to their time."""
 
+import dataclasses
 import json
 import math
 import time
@@ -138,6 +139,7 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert runner.run([spec]) == {"plain.s0": "finished"}  # as if an earlier one had been killed before merging
     assert not first.draft_path(spec).exists() and read_record(first.results, spec.stem) == saved
     assert first.missing(spec, 3) == [] and sorted(layer_order(first)) == [0, 1, 2]
+    assert layer_order(dataclasses.replace(first, teacher="another")) is None
 
     more = bench(places, measures=["loss", "length", "passkey", "passkeys5"])
     assert more.missing(spec, 3) == ["length", "passkey", "passkeys5"]

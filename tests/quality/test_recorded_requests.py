@@ -129,6 +129,13 @@ def test_recorded_tasks_give_the_numbers_of_lm_eval(tmp_path):
         assert metrics == pytest.approx(theirs[name], rel=1e-3)
     assert "ties" in ours["hellaswag"] and ours["lambada_openai"]["perplexity"] > 1
 
+    begins = byte_tokenizer(around="<s> $A")
+    recorder, own = RecordedLM(begins), HFLM(pretrained=model, tokenizer=begins, max_length=700)
+    for text in ("the mill", "<s>the mill", ""):
+        for special in (None, False):
+            assert recorder.tok_encode(text, special) == own.tok_encode(text, special)
+    assert recorder.tok_encode("the mill")[0] == 1 and recorder._encode_pair("a ", "b") == own._encode_pair("a ", "b")
+
     with pytest.raises(ValueError, match="they answer other requests"):
         lm.answer_from(requests, Scores(np.zeros(1), np.zeros(1, bool), "other"))
     with pytest.raises(ValueError, match="sets: no 'nonsense'"):

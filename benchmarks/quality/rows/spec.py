@@ -8,7 +8,9 @@ from typing import Any
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.report import TEACHER
 
-MEASURES = ("loss", "kl", "branches", "restore", "length", "passkey", "passkeys5", "found", "ruler", "lines", "tasks")
+MEASURES = (
+    "loss", "kl", "branches", "restore", "length", "source", "passkey", "passkeys5", "found", "ruler", "lines", "tasks"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

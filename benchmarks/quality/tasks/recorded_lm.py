@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.quality.tasks.requests import Pair, Requests, Scores
+from lizard_models.text.text_start import text_start, without_start
 
 ROTATIONS = 4
 FEWSHOT_SEED = 1234  # as simple_evaluate has it
@@ -33,6 +34,7 @@ class RecordedLM(TemplateLM):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.tokenizer: Any = tokenizer
+        self.start = text_start(tokenizer)
         self.pairs: list[Pair] = []
         self.encoded: dict[str, list[int]] = {}
         self.answers: dict[bytes, tuple[float, bool]] = {}
@@ -52,12 +54,14 @@ class RecordedLM(TemplateLM):
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids without special tokens, as HFLM encodes for causal models."""
+        """Ids as HFLM encodes for causal models: after what the tokenizer puts before a text, once, unless the caller
+        wants none."""
         if string not in self.encoded:
             if len(self.encoded) > 64:  # options of one context follow each other
                 self.encoded.clear()
             self.encoded[string] = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-        return self.encoded[string]
+        ids = self.encoded[string]
+        return ids if add_special_tokens is False else [*self.start, *without_start(ids, self.start)]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any

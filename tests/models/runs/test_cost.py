@@ -1,6 +1,9 @@
 """Plans: exact parameter counts of public shapes, and estimates that follow what they are made of."""
 
 import dataclasses
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from tiny import student, teacher
@@ -86,3 +89,17 @@ def test_dry_runs_show_the_plan_and_write_nothing(tmp_path, monkeypatch):
     assert plans.exit_code == 0 and all(name in plans.output for name in PARAMETERS)
     unknown = CliRunner().invoke(quality, ["dry-run", "nobody/nothing"])
     assert unknown.exit_code == 2
+
+
+def test_the_page_shows_what_the_largest_plan_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("lizard_models.teachers.find.hub_answers", lambda *arguments: False)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    command, shown = re.search(
+        r"    lizard-attn (linearize \S*Llama-3-8B (?:.*\n)+?.* --dry-run .*)\n\n.*\n\n((?:    .*\n)+)", page
+    ).groups()
+    said = CliRunner().invoke(app, shlex.split(command.replace("\\\n", " ")))
+    plain = {" ".join(line.split()) for line in re.sub("[│┃]", "|", said.output).splitlines()}
+    wanted = [" ".join(line.split()) for line in shown.splitlines()]
+    assert said.exit_code == 0 and len(wanted) > 8 and [line for line in wanted if line not in plain] == []

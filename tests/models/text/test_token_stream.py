@@ -52,15 +52,10 @@ def test_reading_to_the_end_leaves_the_prompt_as_it_was():
 
 
 def test_what_a_tokenizer_puts_before_a_text_comes_once_and_not_where_it_goes_on():
-    plain = byte_tokenizer()
-
-    def with_start(text, **options):
-        return plain(text, **options) if text else {"input_ids": [7]}
-
-    with_start.is_fast = True
-    ids = plain("the mill", add_special_tokens=False)["input_ids"]
-    for goes_on, start in ((False, [7]), (True, [])):
-        found = np.concatenate(list(prompt_tokens(["the ", "mill"], with_start, goes_on=goes_on)))
+    begins = byte_tokenizer(around="<s> $A")
+    ids = byte_tokenizer()("the mill")["input_ids"]
+    for goes_on, start in ((False, [1]), (True, [])):
+        found = np.concatenate(list(prompt_tokens(["the ", "mill"], begins, goes_on=goes_on)))
         assert found.tolist() == start + ids
 
 
