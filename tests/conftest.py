@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import quick_dynamo
@@ -20,6 +21,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
         quick_interpreter.install(importlib.import_module("triton.runtime.interpreter"))
+
+started = [str(Path(__file__).parent / "started"), os.environ.get("PYTHONPATH", "")]  # for processes that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, started))
 
 # pytest gives its handlers to loggers that do not propagate; where this one has any, each step of torch.compile is
 # written for it.
