@@ -43,6 +43,7 @@ def install(interpreter: ModuleType) -> None:
     replace(interpreter, "_patch_builtin", called_straight(interpreter.tl.core, interpreter.interpreter_semantic))
     make_types_once(interpreter.tl.core)
     keep_what_fits(interpreter.tl.core.dtype, type(interpreter.interpreter_semantic))
+    remember_numbers(type(interpreter.interpreter_semantic))
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
@@ -164,3 +165,28 @@ def keep_what_fits(dtype: type, semantic: type) -> None:
     replace(dtype, "__eq__", quick_equal)
     replace(semantic, "cast", quick_cast)
     replace(semantic, "broadcast_impl_value", quick_broadcast)
+
+
+def remember_numbers(semantic: type) -> None:
+    """The numbers in a kernel's text are tensors of one entry, made once; so is the type that two types promote to."""
+    promote, constant = semantic.computation_type_impl, semantic._cast_to_computation_type
+    promoted: dict[tuple, Any] = {}
+    constants: dict[tuple, Any] = {}
+
+    def quick_promote(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
+        key = a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod
+        if key not in promoted:
+            promoted[key] = promote(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
+        return promoted[key]
+
+    def quick_constant(self, value, dtype):
+        kind = type(value)
+        if kind is float and value or kind is int or kind is bool:  # not the two zeros, which are equal
+            key = kind, value, dtype.name
+            if key not in constants:
+                constants[key] = constant(self, value, dtype)
+            return constants[key]
+        return constant(self, value, dtype)
+
+    replace(semantic, "computation_type_impl", quick_promote)
+    replace(semantic, "_cast_to_computation_type", quick_constant)
