@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
+from pathlib import Path
 
 import pytest
+import quick_dynamo
 import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
@@ -18,6 +21,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
         quick_interpreter.install(importlib.import_module("triton.runtime.interpreter"))
+
+started = [str(Path(__file__).parent / "started"), os.environ.get("PYTHONPATH", "")]  # for processes that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, started))
+
+# pytest gives its handlers to loggers that do not propagate; where this one has any, each step of torch.compile is
+# written for it.
+logging.getLogger("torch.__trace").propagate = True
 
 torch.set_num_threads(1)  # the workers share the cores; threads of their own only wait for each other
 
@@ -37,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda: no CUDA device is visible")
     if not 1 <= config.getoption("--effort") < float("inf"):
         raise pytest.UsageError(f"--effort {config.getoption('--effort')}: wanted a number from 1 on")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_graphs() -> None:
+    """Not where conftest is imported: the process that only hands out tests compiles nothing."""
+    quick_dynamo.install()
 
 
 @pytest.fixture(autouse=True, scope="module")

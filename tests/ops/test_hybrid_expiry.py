@@ -50,9 +50,13 @@ def small_chunks(monkeypatch):
         monkeypatch.setattr(importlib.import_module(f"lizard_ops.{module}"), name, size)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("coverage", [*HYBRID["coverage"], "left"])
-@pytest.mark.parametrize("mix", HYBRID["mix"])
+def triples(first: int) -> list[tuple[str, str, str | None]]:
+    """Mix, coverage and gate: every pair of two, and with both values of ``first`` all three."""
+    coverages = [*HYBRID["coverage"], "left"]
+    return [(HYBRID["mix"][(first + i + j) % 2], c, g) for i, c in enumerate(coverages) for j, g in enumerate(GATES)]
+
+
+@pytest.mark.parametrize("mix, coverage, gate", triples(0))
 def test_chunked_is_the_reference(mix, coverage, gate, small_chunks):
     """Outputs and gradients, of rows of every kind."""
     rows, places = st.sampled_from(["plain", "padded", "packed"]), st.sampled_from([3, 1, 0, 7, 20])
@@ -160,9 +164,7 @@ def test_two_key_heads_of_two_query_heads_by_hand(coverage):
             torch.testing.assert_close(o[b, :, h], wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("coverage", [*HYBRID["coverage"], "left"])
-@pytest.mark.parametrize("mix", HYBRID["mix"])
+@pytest.mark.parametrize("mix, coverage, gate", triples(1))
 def test_hybrid_is_its_formula(mix, coverage, gate):
     kinds = st.sampled_from((expiry_of, arbitrary_expiry))
 

@@ -50,12 +50,12 @@ def test_models_are_causal_and_their_memories_equal(kind):
 
 
 def test_every_mixer_trains_and_attention_learns():
-    for kind in MIXERS:
-        result = train_recall(kind, SMALL, "cpu")
+    results = {kind: train_recall(kind, SMALL, "cpu") for kind in MIXERS}
+    for result in results.values():
         assert set(result["accuracy"]) == {"2", "4"} and len(result["losses"]) == 4
     for kind in ("lizard", "gla"):
         halves = train_recall(kind, dataclasses.replace(SMALL, precision="bf16"), "cpu")["losses"][-1][1]
-        assert halves == pytest.approx(train_recall(kind, SMALL, "cpu")["losses"][-1][1], rel=0.05)
+        assert halves == pytest.approx(results[kind]["losses"][-1][1], rel=0.05)
     with pytest.raises(ValueError, match="precision must be fp32 or bf16, got 'fp8'"):
         dataclasses.replace(SMALL, precision="fp8")
     learnt = train_recall("attention", dataclasses.replace(SMALL, steps=300, width=32, learning_rate=1e-2), "cpu")

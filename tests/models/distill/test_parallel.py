@@ -1,5 +1,6 @@
 """Two processes give what one gives, whether each holds the model or they share it (FSDP-2)."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -19,55 +20,56 @@ from lizard_models.distill.parallel import sharded
 from lizard_models.distill.resume import RUN, checkpoint_to_resume, checkpoints
 from lizard_models.distill.stage1 import AttentionTransfer
 
+START = """
+import os, pathlib, sys
+from parallel_run import main
+started = []
+for rank in map(str, range(2)):
+    started.append(os.fork())
+    if not started[-1]:
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+        main(pathlib.Path(sys.argv[1]))
+print(*(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started))
+"""  # two processes, whose imports one has made
 
-def launch(*command: str, processes: int = 2) -> list[subprocess.CompletedProcess]:
-    """The command in several processes with the environment that torchrun gives; fails if one fails."""
+
+def launch(folder: Path) -> tuple[list[int], str]:
+    """How two processes ended that have the environment that torchrun gives, and what they said."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), str(here.parents[2]), os.environ.get("PYTHONPATH", "")]
     shared = {
-        **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
+        "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, str(folder)],
+        env=os.environ | shared,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        outputs = [process.communicate(timeout=240) for process in started]
+        said, errors = process.communicate(timeout=240)
     finally:
-        for process in started:
-            process.kill()
-    done = zip(started, outputs, strict=True)
-    return [subprocess.CompletedProcess(command, p.returncode, out, err) for p, (out, err) in done]
-
-
-START = """
-import pathlib, sys
-sys.modules["bitsandbytes"] = None  # peft imports it where it is installed, half of the time that starting takes
-from parallel_run import main
-main(pathlib.Path(sys.argv[1]))
-"""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return [int(code) for code in said.split()[-2:]], errors
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    first, second = launch("-c", START, str(folder))
-    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL), first.stderr + second.stderr
-    said = [[line for line in one.stderr.splitlines() if "is no text" in line] for one in (first, second)]
+    codes, errors = launch(folder)
+    assert codes == [0, -signal.SIGKILL], errors
+    said = sorted(line for line in errors.splitlines() if "is no text" in line)
     return {**torch.load(folder / "found.pt"), "folder": folder, "said": said}
 
 
@@ -128,7 +130,7 @@ def test_a_sharded_run_may_go_on_in_one_process(found, tmp_path):
 
 
 def test_an_error_is_said_by_the_process_that_has_it_and_once_where_all_have_it(found):
-    assert found["said"] == [["error: data: both.txt is no text"], ["process 1: error: data: nobody.txt is no text"]]
+    assert found["said"] == ["error: data: both.txt is no text", "process 1: error: data: nobody.txt is no text"]
     assert found["ended"] == [0, 2]  # of the main process
 
 

@@ -22,17 +22,8 @@ def fresh_graphs():
     torch.compiler.reset()
 
 
-def compiled(model, **options):
-    return torch.compile(model, backend="eager", **options)
-
-
-@torch.no_grad()
-def test_a_compiled_forward_reads_packed_texts_apart():
-    """By the numbers of their texts; by their positions below, where it trains."""
-    model, ids = student(num_hidden_layers=1).train(), tokens(1, 20)
-    logits = compiled(model)(ids, **FORMS["seq_idx"]).logits
-    for start, end in zip(ENDS, ENDS[1:], strict=False):
-        torch.testing.assert_close(logits[:, start:end], model(ids[:, start:end]).logits, rtol=1e-4, atol=1e-4)
+def compiled(model, backend="eager", **options):
+    return torch.compile(model, backend=backend, **options)
 
 
 @torch.no_grad()
@@ -78,14 +69,20 @@ def test_an_export_reads_one_text_and_fails_on_packed_ones():
         exported(ids, POSITIONS)
 
 
-def test_a_compiled_forward_trains_on_packed_texts_apart():
+def test_a_compiled_forward_reads_and_trains_on_packed_texts_apart():
+    """By their positions, with a loss, and by their numbers, in what it has compiled for those."""
     model, ids, gradients = student(num_hidden_layers=1).train().requires_grad_(True), tokens(1, 20), []
-    for forward in (torch.compile(model, backend="aot_eager"), model):
+    alone = torch.cat([model(ids[:, a:b]).logits for a, b in zip(ENDS, ENDS[1:], strict=False)], 1)
+    forward = compiled(model, backend="aot_eager")
+    for read in (forward, model):
         model.zero_grad()
-        forward(ids, position_ids=POSITIONS, labels=ids).loss.backward()
+        out = read(ids, position_ids=POSITIONS, labels=ids)
+        torch.testing.assert_close(out.logits, alone, rtol=1e-4, atol=1e-4)
+        out.loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for found, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forward(ids, **FORMS["seq_idx"]).logits, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_jit_trace_refuses_packed_rows():

@@ -123,7 +123,7 @@ def work(folder, seed: int, bound: int, seconds: float) -> None:
 def test_processes_that_share_a_folder_and_are_killed(tmp_path):
     """The bytes stay bounded at every moment, and nobody reads half of a file or another's."""
     bound = 6 * 18_000
-    workers = [FORK.Process(target=work, args=(tmp_path, seed, bound, 3.0)) for seed in range(4)]
+    workers = [FORK.Process(target=work, args=(tmp_path, seed, bound, 1.0)) for seed in range(4)]
     for worker in workers:
         worker.start()
     draw, killed, begun = random.Random(5), 0, 0
@@ -137,7 +137,7 @@ def test_processes_that_share_a_folder_and_are_killed(tmp_path):
         else:  # on a slow machine it ended in time
             assert workers[victim].exitcode == 0
         begun += 1
-        workers[victim] = FORK.Process(target=work, args=(tmp_path, 100 + begun, bound, 3.0))
+        workers[victim] = FORK.Process(target=work, args=(tmp_path, 100 + begun, bound, 1.0))
         workers[victim].start()
     for worker in workers:
         worker.join()
