@@ -21,7 +21,7 @@ from lizard_models.model.layer_configs import lizard_config
 from lizard_models.runs import linearize_run
 from lizard_models.runs.cost import disk_needed, run_cost
 
-STEPS = ["--stage1-steps", "1", "--stage2-steps", "1", "--seq-len", "64", "--batch-size", "2", "--device", "cpu"]
+STEPS = "--preset plain --stage1-steps 1 --stage2-steps 1 --seq-len 64 --batch-size 2 --device cpu".split()
 LONGER = ["--stage3-steps", "2", "--set", "stage3.sequence_length=128", "--set", "attention.window=16"]
 LENGTH = 96  # of rows of stage 3, twice those of stages 1 and 2
 
@@ -160,7 +160,7 @@ def test_after_another_stage_2_it_does_not_go_on(command, tmp_path, monkeypatch)
 def test_it_follows_a_stage_2_after_a_stage_1_of_elsewhere(command, tmp_path, monkeypatch):
     first = [*command[: command.index("--stage3-steps")], *LONGER[4:], "--stage2-steps", "0", "--out"]
     call(*first, tmp_path / "first")
-    steps = LizardConfig.preset("recommended").stage2.max_steps  # the same configuration, but asked for
+    steps = LizardConfig.preset("plain").stage2.max_steps  # the same configuration, but asked for
     asked = [*first[:-2], steps, "--out", tmp_path / "first", "--resume", "auto"]
     assert "exists already" in error(*asked)  # a model without stage 2 is not one with it
     call(*command)
@@ -192,7 +192,7 @@ def test_its_mistakes_are_seen_before_stage_1(command, tmp_path, monkeypatch, mo
 
 def test_the_estimate_counts_it():
     """A token of longer rows costs what stage 2's costs and more attention of the teacher, 2 d a position."""
-    config, preset = teacher().config, LizardConfig.preset("recommended", attention={"window": 8})
+    config, preset = teacher().config, LizardConfig.preset("plain", attention={"window": 8})
     preset = preset.replace(stage3={"max_steps": 7, "sequence_length": 4096, "batch_size": 2})
     assert run_cost(config, preset).stage3 is None
     cost = run_cost(config, preset, longer=True)
