@@ -23,7 +23,7 @@ from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.model.layer_configs import kept_layers, lizard_config
 from lizard_models.runs import linearize_run as pipeline
-from lizard_models.runs import memory
+from lizard_models.runs import memory, run_data
 from lizard_models.runs.plan import work_folder
 from lizard_models.text.sequences import load_documents
 
@@ -262,13 +262,13 @@ def test_an_interrupted_run_is_resumed_as_the_message_says(world, tmp_path, monk
     command = ["linearize", world / "teacher", "--data", world / "texts", *SMALL, "--out", out]
     monkeypatch.setattr("sys.argv", ["lizard-attn", *map(str, command)])
     with monkeypatch.context() as stopped:
-        stopped.setattr(pipeline, "load_mixture", lambda *args, **kwargs: Sequences(stop_at=3))
+        stopped.setattr(run_data, "load_mixture", lambda *args, **kwargs: Sequences(stop_at=3))
         line = error(*command, code=130)
     assert "stage 1, attention approximation stopped at step" in line and "nothing half-written" in line
     assert line.endswith(f"--out {out} --resume")
     assert not out.exists() and work_folder(out).exists()
     assert "holds an unfinished run; go on with --resume" in error(*command)
-    monkeypatch.setattr(pipeline, "load_mixture", lambda *args, **kwargs: Sequences())
+    monkeypatch.setattr(run_data, "load_mixture", lambda *args, **kwargs: Sequences())
     assert "with other config" in error(*command, "--resume", "--seed", "5")
     call(*command, "--resume")
     assert (out / "model.safetensors").exists() and not work_folder(out).exists()
