@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_arguments import FORMS, HK, HQ, B, F, K, T, tensors
+from test_arguments import FORMS, HK, HQ, B, F, T, tensors
 
 import lizard_ops
 
@@ -41,11 +41,6 @@ def test_bad_scores_are_refused_by_name(form, changes, message):
     [
         ("chunk_hybrid_attn", {"expiry": torch.full((B, T, HK), 9)}, "expiry: got shape"),
         ("chunk_hybrid_attn", {"gate_form": "absorbed"}, "gate_form: got 'absorbed', wanted \"stable\" with scores"),
-        (
-            "chunk_hybrid_attn",
-            {"impl": "triton", "output_final_state": True, "q": torch.rand(B, T, HQ, K, requires_grad=True)},
-            'impl: got \'triton\', wanted "torch" or "auto" for gradients of kept keys with a state',
-        ),
         (
             "recurrent_hybrid_attn",
             {"impl": "triton", "g": -torch.rand(B, T, HK, F)},
