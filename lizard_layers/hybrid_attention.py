@@ -292,14 +292,9 @@ class HybridAttention(nn.Module):
         return hybrid_heads(q, k, v, *weights, *rope, read[1], config.window, **choices, gate_form=config.gate_form)
 
     def op_inputs(
-        self,
-        tokens: _Tokens,
-        read: Read,
-        past: ScoreState | ReceivingState | None,
-        shared: dict[str, Any],
-        inplace: bool,
-        heads: Heads | None = None,
-    ) -> tuple[_OfOp, dict[str, Any], tuple[ScoreState | ReceivingState | None, ...]]:
+        self, tokens: _Tokens, read: Read, past: ScoreState | ReceivingState | None, shared: dict[str, Any],
+        inplace: bool, heads: Heads | None = None,
+    ) -> tuple[_OfOp, dict[str, Any], tuple[ScoreState | ReceivingState | None, ...]]:  # fmt: skip
         """((q, k, v, fq, fk, g), options of the op, the state of the score after the tokens and before them)."""
         config, (_, q, k, v, rope, _), (x, g, mixed) = self.config, tokens, read
         if config.linear_key_heads != k.shape[2]:
