@@ -182,7 +182,7 @@ def test_what_the_command_line_refuses_itself(command):
 NO_HOME = "~nobody-at-all/x"
 PLACES = {
     "data": (["linearize", "TEACHER", "--data", "PLACE", "--out", "OUT"], "--data: "),
-    "out": (["linearize", "TEACHER", "--data", "TEXTS", "--out", "PLACE"], "--out: "),
+    "out": (["linearize", "TEACHER", "--preset", "plain", "--data", "TEXTS", "--out", "PLACE"], "--out: "),
     "cache": (["linearize", "TEACHER", "--data", "TEXTS", "--out", "OUT", "--cache", "PLACE"], "--cache: "),
     "from": (["linearize", "TEACHER", "--data", "TEXTS", "--out", "OUT", "--from", "PLACE"], "--from: "),
     "teacher": (["linearize", "PLACE", "--data", "TEXTS", "--out", "OUT"], "teacher: "),
