@@ -58,7 +58,8 @@ def launch(
     """The fields of ``TokenHeads``."""
     q, k, x = rows(q), rows(k), x.contiguous()
     (of_q, of_k), (cos, sin) = (weight.contiguous() for weight in maps), unit_rows(*rope)
-    gate_weight, bias_weight = gate[0].contiguous(), merge[0].contiguous()
+    (gate_weight, gate_bias), bias_weight = (t.contiguous() for t in gate), merge[0].contiguous()
+    bias = None if merge[1] is None else merge[1].contiguous()
     (batch, length, heads, dim), key_heads = q.shape, k.shape[2]
     tokens, tile, (gates, hidden), biases = batch * length, blocks(of_q), gate_weight.shape, bias_weight.shape[0]
     g, m = (gate_weight.new_empty(batch, length, count) for count in (gates, biases))
@@ -72,7 +73,7 @@ def launch(
     with on_device(q, dim=dim, features=tile["F"]):
         c = config_for("output", q, of_q)
         token_heads_kernel[(sum(counts) + tokens * (gates + biases),)](
-            x, q, k, of_q, of_k, cos, sin, gate_weight, gate[1], bias_weight, merge[1],
+            x, q, k, of_q, of_k, cos, sin, gate_weight, gate_bias, bias_weight, bias,
             g, m, y_q, y_k, fq, fk, temperature, tokens, length,
             *q.stride()[:3], *k.stride()[:3], *steps_of(cos, sin), *counts,
             HIDDEN=hidden, G=gates, H=biases, BH=columns_of(hidden), HQ=heads, MQ=of_q.shape[0], HK=key_heads,

@@ -72,7 +72,8 @@ def both(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """(g [B, T, G], m [B, T, H]) float32 of x [B, T, D]."""
-    x, gate_weight, bias_weight = x.contiguous(), gate_weight.contiguous(), bias_weight.contiguous()
+    x, gate_weight, gate_bias, bias_weight = (t.contiguous() for t in (x, gate_weight, gate_bias, bias_weight))
+    bias = None if bias is None else bias.contiguous()
     (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
     g = x.new_empty(batch, length, gates, dtype=torch.float32)
     m = x.new_empty(batch, length, biases, dtype=torch.float32)

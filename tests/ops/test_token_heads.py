@@ -65,6 +65,16 @@ def test_the_bits_of_the_ops_in_one_launch(more, monkeypatch):
     )
 
 
+@torch.no_grad()
+def test_biases_of_any_stride_are_read_as_they_are():
+    given = inputs()
+    (gate_weight, gate_bias), (bias_weight, bias) = given["gate"], given["merge"]
+    apart = [torch.stack([t, torch.full_like(t, 9.0)], -1)[..., 0] for t in (gate_bias, bias)]
+    strided = given | {"gate": (gate_weight, apart[0]), "merge": (bias_weight, apart[1])}
+    wanted = one_by_one(**given, impl="triton")
+    assert same(one_by_one(**strided, impl="triton"), wanted) and same(token_heads(**strided, impl="triton"), wanted)
+
+
 def test_others_go_through_the_ops_themselves(monkeypatch):
     """Gradients, many tokens, maps of different widths, float64 and the CPU."""
     given = inputs()
