@@ -13,7 +13,7 @@ from op_checks import judge, with_gradients
 from target_cases import in_segments, rows_of
 from test_kept_state import in_order as in_order_of_all
 from test_places_in_states import in_order as in_order_of_each
-from test_triton_kept_states import ALL, EXP, HALF, LEFT, MERGE, SUM, make
+from test_triton_kept_states import ALL, EXP, HALF, LEFT, MERGE, SUM, make, smaller
 
 pytest.importorskip("lizard_ops.hybrid_attn.triton.kept_prefill")
 
@@ -23,14 +23,9 @@ gpu_alone = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes tw
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """So that short sequences meet the boundaries of a long one: of segments, and in the interpreter of tiles too."""
-    monkeypatch.setattr(importlib.import_module("lizard_ops.hybrid_attn.triton.kept_index"), "SEGMENT", 16)
+    smaller(monkeypatch, segment=16)
     if DEVICE == "cuda":
         return
-    shape = importlib.import_module("lizard_ops.hybrid_attn.triton.config").FusedShape
-    launch = importlib.import_module("lizard_ops.tiles.launch").Launch
-    monkeypatch.setattr(shape, "chunk", 16)
-    monkeypatch.setattr(shape, "config", lambda self, kernel: launch(*(512, 1) if kernel == "scan" else (16, 16), 4, 1))
     for module in ("hybrid_attn.triton.kept_bwd", "window_attn.triton.bwd_keys"):  # which must agree on blocks of keys
         module = importlib.import_module(f"lizard_ops.{module}")
         large = module.config_for

@@ -24,16 +24,20 @@ LONG = 80 if DEVICE == "cuda" else 44  # longer than a chunk
 SIZES = {"B": 1, "Hk": 1, "G": 2, "K": 16, "V": 16, "Fp": 8, "window": 5, "anchors": 2, "sink_form": "exp"}
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """So that short sequences meet the boundaries of a long one: of segments, and in the interpreter of tiles too."""
-    monkeypatch.setattr(importlib.import_module("lizard_ops.hybrid_attn.triton.kept_index"), "SEGMENT", 32)
+def smaller(monkeypatch, segment):
+    """Short sequences meet the boundaries of a long one: of segments, and in the interpreter of tiles too."""
+    monkeypatch.setattr(importlib.import_module("lizard_ops.hybrid_attn.triton.kept_index"), "SEGMENT", segment)
     if DEVICE == "cuda":
         return
     shape = importlib.import_module("lizard_ops.hybrid_attn.triton.config").FusedShape
     launch = importlib.import_module("lizard_ops.tiles.launch").Launch
     monkeypatch.setattr(shape, "chunk", 16)
     monkeypatch.setattr(shape, "config", lambda self, kernel: launch(*(512, 1) if kernel == "scan" else (16, 16), 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    smaller(monkeypatch, segment=32)
 
 
 def make(length, seed=0, **fixed):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from cli_calls import call, error
+from cli_calls import call, error, few_steps
 from readable import save_teacher, save_texts
 from safetensors.torch import load_file
 
@@ -13,20 +13,7 @@ from lizard_models.distill import stage1
 from lizard_models.runs import linearize_run
 from lizard_models.runs.recipe_show import preset_recipe
 
-STEPS = [
-    "--preset",
-    "plain",
-    "--stage1-steps",
-    "2",
-    "--stage2-steps",
-    "2",
-    "--seq-len",
-    "64",
-    "--batch-size",
-    "2",
-    "--device",
-    "cpu",
-]
+STEPS = few_steps(2, 2)
 MEASURED = ["--eval-length", "200", "--eval-documents", "1"]
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from cli_calls import call, error
+from cli_calls import call, error, few_steps
 from readable import save_teacher, save_texts
 from safetensors.torch import load_file, save_file
 from tiny import teacher
@@ -16,20 +16,7 @@ from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage
 from lizard_models.runs import linearize_run
 from lizard_models.teachers.find import load_teacher, teacher_digest
 
-SMALL = [
-    "--preset",
-    "plain",
-    "--stage1-steps",
-    "3",
-    "--stage2-steps",
-    "2",
-    "--seq-len",
-    "64",
-    "--batch-size",
-    "2",
-    "--device",
-    "cpu",
-]
+SMALL = few_steps(3, 2)
 
 
 def edit_weights(folder, name: str) -> None:

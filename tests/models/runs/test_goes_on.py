@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from cli_calls import call, error
+from cli_calls import call, error, few_steps
 from readable import save_teacher, save_texts
 from safetensors.torch import load_file
 
@@ -16,20 +16,7 @@ from lizard_models.files.folders import damaged, drafts_of
 from lizard_models.files.locks import FolderLock
 from lizard_models.runs import linearize_run, work
 
-STEPS = [
-    "--preset",
-    "plain",
-    "--stage1-steps",
-    "2",
-    "--stage2-steps",
-    "2",
-    "--seq-len",
-    "64",
-    "--batch-size",
-    "2",
-    "--device",
-    "cpu",
-]
+STEPS = few_steps(2, 2)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from cli_calls import call, error
+from cli_calls import call, error, few_steps
 from readable import save_teacher, save_texts
 from safetensors.torch import load_file
 from tiny import teacher, tokens
@@ -21,7 +21,7 @@ from lizard_models.model.layer_configs import lizard_config
 from lizard_models.runs import linearize_run
 from lizard_models.runs.cost import disk_needed, run_cost
 
-STEPS = "--preset plain --stage1-steps 1 --stage2-steps 1 --seq-len 64 --batch-size 2 --device cpu".split()
+STEPS = few_steps(1, 1)
 LONGER = ["--stage3-steps", "2", "--set", "stage3.sequence_length=128", "--set", "attention.window=16"]
 LENGTH = 96  # of rows of stage 3, twice those of stages 1 and 2
 
