@@ -20,7 +20,7 @@ from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.triton.kept_gates import entering_gates
 from lizard_ops.hybrid_attn.triton.kept_index import Index, empty_index, entering, index_of
 from lizard_ops.hybrid_attn.triton.kept_op import described
-from lizard_ops.hybrid_attn.triton.op import Found, Gradients, empty, gradients, of_entering
+from lizard_ops.hybrid_attn.triton.op import Found, Gradients, empty, gradients, in_full, of_entering
 from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
 from lizard_ops.tiles.places import Stream, slot_count
@@ -191,12 +191,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_o, d_s, d_z, *_):
     saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-    o = saved["o"]
-    if d_o is None:
-        d_o = torch.zeros_like(o)
-    if d_s is not None or d_z is not None:
-        d_s = torch.zeros(ctx.end_shape, device=o.device) if d_s is None else d_s
-        d_z = torch.zeros(ctx.end_shape[:-1], device=o.device) if d_z is None else d_z
+    d_o, d_s, d_z = in_full(saved["o"], ctx.end_shape, d_o, d_s, d_z)
     wanted = by_name(FORWARD, ctx.needs_input_grad)
     gate_gradient = wanted["g"] or wanted["past"]
     grads = kept_prefill_backward(**saved, **ctx.options, d_o=d_o, d_s=d_s, d_z=d_z, gate_gradient=gate_gradient)

@@ -228,6 +228,17 @@ FORWARD = torch.ops.lizard_ops.hybrid_attn_forward.default
 DIFFERENTIABLE = ("q", "k", "v", "fq", "fk", "g", "weight", "sink", "anchor_k", "anchor_v", "s", "z")
 
 
+def in_full(
+    o: Tensor, end_shape: torch.Size, d_o: Tensor | None, d_s: Tensor | None, d_z: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the output and of the final sums, zeros for one that nobody asked for; none of sums without both."""
+    d_o = torch.zeros_like(o) if d_o is None else d_o
+    if d_s is None and d_z is None:
+        return d_o, None, None
+    d_s = torch.zeros(end_shape, device=o.device) if d_s is None else d_s
+    return d_o, d_s, torch.zeros(end_shape[:-1], device=o.device) if d_z is None else d_z
+
+
 def _save(ctx, inputs, output):
     given = by_name(FORWARD, inputs)
     o, end_s, _, _, gates, linear, log_window, spread, top_key = output
@@ -243,13 +254,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_o, d_s, d_z, *_):
     saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-    o = saved["o"]
-    if d_o is None:
-        d_o = torch.zeros_like(o)
-    if d_s is not None or d_z is not None:
-        s_shape = ctx.end_shape
-        d_s = torch.zeros(s_shape, device=o.device) if d_s is None else d_s
-        d_z = torch.zeros(s_shape[:-1], device=o.device) if d_z is None else d_z
+    d_o, d_s, d_z = in_full(saved["o"], ctx.end_shape, d_o, d_s, d_z)
     gate_gradient = by_name(FORWARD, ctx.needs_input_grad)["g"]
     backward = direct(hybrid_backward, *saved.values(), d_o, d_s, d_z)
     grads = backward(**saved, **ctx.options, d_o=d_o, d_s=d_s, d_z=d_z, gate_gradient=gate_gradient)
