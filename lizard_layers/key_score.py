@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
 from lizard_layers.parameters import Float32Module, float32_parameter
-from lizard_layers.received import InWindow, ReceivedTerm, WindowForm, attention_received, facts_of
+from lizard_layers.received import InWindow, ReceivedTerm, WindowForm, facts_of
+from lizard_layers.received_bands import received_by
 from lizard_layers.score_ring import RING, STATISTICS, NewFacts, through_ring
 from lizard_layers.token_order import TokenOrder, sums_along_rows, wide
 from lizard_ops import KeyScoreState, KeyScoreWeights, ReceivedInputs, key_score_step, without_autocast
@@ -234,7 +235,7 @@ class KeyScore(Float32Module):
         assert self.window_form is not None
         order = TokenOrder.of(k, None, None)
         with torch.no_grad(), without_autocast(k):
-            got = attention_received(seen, self.window_form, order, order.counts * 0)
+            got = received_by(seen, self.window_form, order, order.counts * 0)
             row = torch.arange(k.shape[0], device=k.device)[:, None]
             sums = got.collected(row, order.rank, order.rank, order.counts[:, None] - 1, self.window_form.stride)
             return facts_of(self.statistics(k, v), sums.to(self.bias.dtype))
