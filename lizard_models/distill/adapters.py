@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from lizard_models.model.hooks import is_hooked
 
 
-def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
-) -> Tensor:
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     """x weight^T + bias + scaling (x down^T) up^T, with products in the dtype of x and sums in float32.
 
     x [..., I], weight [O, I] and bias [O] of one dtype, the latter two frozen; down [R, I] and up [O, R] float32,

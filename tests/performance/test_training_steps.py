@@ -107,7 +107,9 @@ def test_every_stage_is_a_row_and_rows_that_are_there_are_left(call, tmp_path, m
 
 def test_a_stage_is_made_once_and_anew_after_a_row_that_failed(call, monkeypatch):
     made, original, timed = [], train_step.objective_of, train_step.timed
-    monkeypatch.setattr(train_step, "objective_of", lambda stage, options: made.append(stage) or original(stage, options))
+    monkeypatch.setattr(
+        train_step, "objective_of", lambda stage, options: made.append(stage) or original(stage, options)
+    )
     rows = call("--sizes", "1x24", "1x32", "--stages", "stage 2 CE", "teacher LoRA", "--kinds", "plain", "checkpoint")
     assert made == ["stage 2 CE", "teacher LoRA"] and not [row for row in rows if "failed" in row]
 

@@ -133,7 +133,9 @@ def test_a_captured_step_has_the_plain_steps_numbers(checkpointing):
     names = {name for name, _ in model.stage_parameters()}
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    made = LanguageModelling(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])), Stage2Config(kl_weight=1.0))
+    made = LanguageModelling(
+        get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])), Stage2Config(kl_weight=1.0)
+    )
     for name, parameter in model.named_parameters():
         if name in names:
             parameter.requires_grad_(True)
