@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import without_autocast
+from lizard_ops.common.direct import PLAIN, is_watched
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
+from lizard_ops.gate.formula import gate_and_bias_formula
 
 _accepted = Kinds()
 
@@ -39,7 +40,9 @@ def gate_and_bias(
         bias_weight, bias: [H, D] and [H]; bias None is 0.
         temperature: a positive finite number.
         impl: "auto" (Triton for at most 128 tokens on a GPU, as in decoding, unless a tensor is float64, a gradient is
-            recorded or torch.compile traces; PyTorch elsewhere), "triton", "torch" or "naive" (which is "torch").
+            recorded or torch.compile traces; elsewhere products of matrices, of bfloat16 x on a GPU with the weights
+            as sums of three bfloat16 parts, which have float32's digits), "triton", "torch" or "naive" (which is
+            "torch").
 
     Products and sums are those of float32 (float64 for float64 tensors), under autocast too.
 
@@ -62,10 +65,14 @@ def gate_and_bias(
 
         return gate_and_bias_triton(*given, float(temperature))
     checks.check_choice("impl", impl, ("auto", "torch", "naive"))
-    x = x if double else x.float()
+    plain = all(t is None or type(t) in PLAIN for t in given) and not is_watched()
+    in_parts = impl == "auto" and not double and x.dtype == torch.bfloat16 and plain
     with without_autocast(x):
-        g = F.logsigmoid(F.linear(x, gate_weight, gate_bias))
-        return g if temperature == 1 else g / temperature, F.linear(x, bias_weight, bias)
+        if in_parts and choose_impl(impl, x, None) == "triton":
+            from lizard_ops.gate.parts import gate_and_bias_in_parts
+
+            return gate_and_bias_in_parts(*given, temperature)
+        return gate_and_bias_formula(x if double else x.float(), *given[1:], temperature)
 
 
 def check_gate_and_bias(
