@@ -6,7 +6,7 @@ float32, which a GPU forms on slower units and from a float32 copy of the tokens
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -161,9 +161,8 @@ class _InParts(torch.autograd.Function):
 
 def _again(given: tuple[Tensor | None, ...], ctx: Any, dg: Tensor, dm: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, differentiable."""
-    x, *weights = given
-    assert x is not None
-    outputs = gate_and_bias_formula(x.float(), *weights, ctx.temperature)  # type: ignore[arg-type]
-    wanted = [t for t, needed in zip(given, ctx.needs_input_grad, strict=False) if needed]
+    x, gate_weight, gate_bias, bias_weight, bias = cast(Any, given)
+    outputs = gate_and_bias_formula(x.float(), gate_weight, gate_bias, bias_weight, bias, ctx.temperature)
+    wanted = [t for t, needed in zip(given, ctx.needs_input_grad, strict=False) if needed and t is not None]
     found = iter(torch.autograd.grad(outputs, wanted, (dg, dm), create_graph=True))
     return *(next(found) if needed else None for needed in ctx.needs_input_grad[:5]), None
