@@ -120,6 +120,6 @@ class _GradientsAtOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            gradients = [grad * g for g in ctx.saved_tensors]
+            gradients = torch._foreach_mul(list(ctx.saved_tensors), grad)
         instead = "the graph of a layer is freed as soon as its loss is known"
         return once('the losses of mode "distill"', instead, (None, *gradients), (grad, *ctx.parameters))
