@@ -336,6 +336,8 @@ def resumed(options: argparse.Namespace) -> dict[str, Any]:
         if any(kept.get("arguments", {}).get(name) != arguments[name] for name in ("shape", "layers")):
             raise ValueError(f"--out {options.out} is of another model; wanted {options.shape}")
         report["rows"] = kept["rows"]
+        if kept.get("command") != report["command"]:
+            report["command"] = " && ".join(filter(None, [kept.get("command"), report["command"]]))
     return report
 
 

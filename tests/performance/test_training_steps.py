@@ -100,7 +100,8 @@ def test_every_stage_is_a_row_and_rows_that_are_there_are_left(call, tmp_path, m
         ("teacher LoRA", 32, "plain", "out of memory"),
         ("teacher LoRA", 32, "checkpoint", "out of memory"),
     ]
-    assert reports(tmp_path)[0].arguments["shape"] == "tiny"
+    whole = reports(tmp_path)[0]
+    assert whole.arguments["shape"] == "tiny" and whole.command.count("train_step.py") == 2
     with pytest.raises(ValueError, match="--out .* is of another model; wanted tiny"):
         call("--layers", "2")
 
