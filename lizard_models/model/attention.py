@@ -83,7 +83,7 @@ class LizardAttention(nn.Module):
         if self.mode == "teacher":
             if plan.without_mask:  # in training: the same heads with fewer kernels
                 o = self.teacher_attention(*self.heads(x), rope, context_group=plan.context_group, **kwargs)
-                return self._project(o), None
+                return self.o_proj(o.flatten(2)), None
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -94,7 +94,7 @@ class LizardAttention(nn.Module):
         q, k, v = self.heads(x)
         if self.mode == "distill":
             return self._distill(x, q, k, v, rope, attention_mask, plan, **kwargs), None
-        return self._project(self._student(x, q, k, v, rope, past_key_values, plan)), None
+        return self.o_proj(self._student(x, q, k, v, rope, past_key_values, plan).flatten(2)), None
 
     def _project(self, o: Tensor) -> Tensor:
         """o [B, T, Hq, D] -> [B, T, hidden]."""

@@ -64,15 +64,19 @@ def gate_and_bias(
         from lizard_ops.gate.triton_op import gate_and_bias_triton
 
         return gate_and_bias_triton(*given, float(temperature))
-    checks.check_choice("impl", impl, ("auto", "torch", "naive"))
-    plain = all(t is None or type(t) in PLAIN for t in given) and not is_watched()
-    in_parts = impl == "auto" and not double and x.dtype == torch.bfloat16 and plain
     with without_autocast(x):
-        if in_parts and choose_impl(impl, x, None) == "triton":
+        if impl == "auto" and x.dtype == torch.bfloat16 and not double and takes_parts(given):
             from lizard_ops.gate.parts import gate_and_bias_in_parts
 
             return gate_and_bias_in_parts(*given, temperature)
         return gate_and_bias_formula(x if double else x.float(), *given[1:], temperature)
+
+
+def takes_parts(given: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are plain tensors on a GPU that nobody looks at."""
+    if is_watched() or not all(t is None or type(t) in PLAIN for t in given):
+        return False
+    return choose_impl("auto", given[0], None) == "triton"  # type: ignore[arg-type]
 
 
 def check_gate_and_bias(
