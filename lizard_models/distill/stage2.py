@@ -19,6 +19,7 @@ from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.context import context_part
 from lizard_models.model.layer_configs import lizard_config
+from lizard_models.model.norms import fused_norms
 from lizard_models.recipes import Stage2Config
 
 
@@ -71,10 +72,12 @@ class LanguageModelling(nn.Module):
 
     @torch.no_grad()
     def _teacher_hidden(self, student: LizardCausalLM, inputs: dict[str, Any]) -> Tensor:
+        decoder: Any = student.model
+        off = without_adapters(self.adapters) if self.adapters else self.adapted.disable_adapter()
         student.set_attention_mode("teacher")
         try:
-            with without_adapters(self.adapters) if self.adapters else self.adapted.disable_adapter():
-                return student.model(**inputs).last_hidden_state
+            with off, fused_norms(decoder.layers, decoder.norm):  # no gradient is recorded, so kernels may be taken
+                return decoder(**inputs).last_hidden_state
         finally:
             student.set_attention_mode("student")
 
