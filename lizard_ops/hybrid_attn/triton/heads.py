@@ -68,7 +68,8 @@ class _Heads(torch.autograd.Function):
                 d_s=None, d_z=None, gate_gradient=needed[7],
             )  # fmt: skip
         else:
-            found = gradients(x, options, Found(o, gates, masses, d_o, None), *describe(x, options), needed[7])
+            row = Found(o, gates, masses, d_o, None)
+            found = gradients(x, options, row, *describe(x, options), needed[7], of_heads=any(needed[:3]))
         dq, dk, dv, dfq, dfk, dg, d_weight = found[:7]
         if again:
             dq, dk = rotary.turn(dq, cos, sin, True), rotary.turn(dk, cos, sin, True)
@@ -90,7 +91,8 @@ def of_projection(
     if torch.is_grad_enabled():
         dx, d_weight = projection.project_backward(x, weight, dy, d_x, of_x, of_weight)
     elif of_x or of_weight:
-        dx, d_weight = d_x, projection.gradients(x, weight, dy, d_x, d_x if of_x else None, of_weight)
+        d_x = d_x if of_x else None
+        dx, d_weight = d_x, projection.gradients(x, weight, dy, d_x, d_x, of_weight)
     else:
         return None, None
     return dx if of_x else None, d_weight if of_weight else None
