@@ -50,7 +50,7 @@ def received_from_start(seen: InWindow, form: WindowForm, order: TokenOrder) -> 
     block, blocks = per * stride, count // per + 1  # one more than may be needed, and so never none
     front = window - stride  # keys before position 0 that the first block's band has; below 0: first keys that none has
     span = block + front
-    keys = F.pad(k, (0, 0, 0, 0, front, (blocks - 1) * block + span - front - length)).unfold(1, span, block)
+    keys = F.pad(k, (0, 0, 0, 0, max(front, 0), blocks * block - length))[:, max(-front, 0) :].unfold(1, span, block)
     queries = F.pad(q[:, stride - 1 :: stride], (0, 0, 0, 0, 0, blocks * per - count))
     queries = queries.unflatten(1, (blocks, per)).unflatten(3, (heads, -1))
     anchor = F.pad(k[:, :anchors], (0, 0, 0, 0, 0, anchors))[:, :anchors].permute(0, 2, 3, 1).unsqueeze(2)
@@ -63,7 +63,7 @@ def received_from_start(seen: InWindow, form: WindowForm, order: TokenOrder) -> 
     own, after = F.pad(torch.cat(parts, 3), (0, 2 * block - span)).split(block, -1)
     own, after = F.pad(own, (0, 0, 0, 1)), F.pad(after, (0, 0, 1, 0))
     joined = torch.cat([own[:2] + after[:2], torch.maximum(own[2:], after[2:])]).flatten(3)
-    sums = F.pad(joined, (-front, length + front - joined.shape[-1]))
+    sums = F.pad(joined, (max(-front, 0), 0))[..., max(front, 0) :][..., :length]
     return FromStart(sums.permute(1, 3, 2, 0))
 
 

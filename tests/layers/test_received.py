@@ -31,6 +31,7 @@ FORMS = {
     "capped": dict(window=4, score_stride=2, anchors=1, softcap=0.8),
     "smallest": dict(window=3, score_stride=1, anchors=4),
     "few queries": dict(window=4, score_stride=5),
+    "fewer queries": dict(window=3, score_stride=7),
 }
 
 
@@ -159,6 +160,18 @@ def test_steps_are_the_whole(form):
         torch.testing.assert_close(torch.cat(parts[n]), wanted[n][0][0], **FLOAT64)
         for name, field in state._asdict().items():
             torch.testing.assert_close(field[n], getattr(wanted[n][1], name)[0], **FLOAT64, msg=name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 11])
+@torch.no_grad()
+def test_short_texts_are_those_of_the_packed_form(form, length):
+    """From the start by bands, packed by a gather."""
+    made, tokens = module(**FORMS[form]), layer_inputs(length, batch=1)[:4]
+    (found, state), (wanted, left) = (read(made, tokens, cu_seqlens=c) for c in (None, torch.tensor([0, length])))
+    torch.testing.assert_close(found, wanted, **FLOAT64)
+    for name, field in state._asdict().items():
+        torch.testing.assert_close(field, getattr(left, name), **FLOAT64)
 
 
 @pytest.mark.parametrize("numbers", [1, 300])
