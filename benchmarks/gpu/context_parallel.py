@@ -214,7 +214,12 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if dist.get_rank() == 0 and options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"ranks": mesh.size(), "gpus": torch.cuda.device_count(), "tokens": options.tokens, "check": options.check}
+        about = {
+            "ranks": mesh.size(),
+            "gpus": torch.cuda.device_count(),
+            "tokens": options.tokens,
+            "check": options.check,
+        }
         about |= {"environment": environment()} if on_gpu else {}
         options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
