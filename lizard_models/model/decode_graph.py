@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from lizard_layers import state_bytes
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.read_graph import free_read_graphs, read_graphs_off
 from lizard_models.model.replayable import is_plain, key_of, why_not
 from lizard_models.model.step_recorder import Recorder, Replay, recorder_for
 
@@ -26,7 +27,7 @@ LEAST_STEPS = 4  # to come, for which a capture is worth the time of one step
 POOLED = 2  # caches with their graphs that a model keeps from one call to the next
 SHARE = 16  # a state of more than a sixteenth of the memory is not kept between calls
 GIVEN = {"next_sequence_length", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-NO_PART = ("use_cache", "return_dict", "within_causal_lm", "output_attentions", "output_hidden_states", "decode_graph")
+NO_PART = ("use_cache", "return_dict", "within_causal_lm", "output_attentions", "output_hidden_states")
 
 
 class _Captured(NamedTuple):
@@ -214,7 +215,8 @@ def decode_steps(
     if reason is not None:
         tell(reason)
     if recorder is None or reason is not None:
-        yield
+        with read_graphs_off(not wanted):
+            yield
         return
     own = not kept and not getattr(cache, "_is_user_defined", False)
     if own and cache.seen.on_host == 0:
@@ -240,8 +242,9 @@ def running_steps(model: Any) -> DecodeSteps | None:
 
 
 def free_decode_graphs(model: nn.Module) -> None:
-    """Let go of the caches and graphs that ``generate`` has kept for its next call."""
+    """Let go of the caches and graphs that ``generate`` has kept for its next call, and of those that read prompts."""
     _pools.pop(model, None)
+    free_read_graphs(model)
 
 
 def _take(model: Any, rows: int) -> LizardCache | None:

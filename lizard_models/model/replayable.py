@@ -14,11 +14,31 @@ PLAIN = ("torch", "transformers", "lizard_layers", "lizard_models")  # packages 
 
 
 def key_of(model: nn.Module) -> tuple[Any, ...]:
-    """What a captured forward depends on beside its cache: where the weights lie, and the choices that Python makes."""
-    weights = tuple((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers()))
+    """What a captured forward depends on beside its cache: where the weights lie, and the choices that Python makes.
+
+    One walk through the modules, since every reading asks: ``parameters()`` and ``buffers()`` take longer.
+    """
+    weights: list[Any] = []
+    left = [model]
+    while left:
+        module = left.pop()
+        own = module.__dict__
+        for t in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if t is not None:
+                weights += (t.data_ptr(), t.dtype)
+        weights.append(type(module))
+        if is_changed(module, model):
+            weights.append(id(module))
+        left.extend(m for m in own["_modules"].values() if m is not None)
     choices = tuple((a.mode, a.lizard.config) for a in model.lizard_attentions())  # type: ignore[operator]
     flags = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), model.training
-    return weights, choices, flags
+    return tuple(weights), choices, flags
+
+
+def is_changed(module: nn.Module, model: nn.Module) -> bool:
+    """Whether more than its class says what this part of a model does. Hooks of the model itself run around it."""
+    hooked = module is not model and is_hooked(module)
+    return hooked or "_hf_hook" in module.__dict__ or module._compiled_call_impl is not None
 
 
 def is_plain(model: nn.Module) -> bool:
