@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,26 @@ def direct(op: Any, *tensors: Tensor | None) -> Callable[..., Any]:
     leaves that to the caller.
     """
     return getattr(op, "_init_fn", op) if nobody_looks(*tensors) else op
+
+
+class Looking(enum.Enum):
+    """Who sees an operator that is called now."""
+
+    NOBODY = enum.auto()
+    AUTOGRAD = enum.auto()
+    MORE = enum.auto()
+
+
+def who_looks(*tensors: Tensor) -> Looking:
+    """Whether an operator on these only runs, is recorded for its gradient too, or is seen by a transform, a mode, a
+    tracer or a class of tensors."""
+    recorded, looking = torch.is_grad_enabled(), Looking.NOBODY
+    for x in tensors:
+        if type(x) not in PLAIN:
+            return Looking.MORE
+        if recorded and x.requires_grad:
+            looking = Looking.AUTOGRAD
+    return Looking.MORE if is_watched() else looking
 
 
 def nobody_looks(*tensors: Tensor | None) -> bool:

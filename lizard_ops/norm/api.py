@@ -26,11 +26,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         weight: [D] in any of these dtypes; without unit_offset that of x.
         eps: added to the mean square, a positive number.
         unit_offset: the weight is what is beyond 1.
-        impl: "auto" (Triton on CUDA tensors where no gradient is recorded and torch.compile does not trace, which fuses
-            the formula; PyTorch elsewhere), "triton", "torch" or "naive" (which is "torch").
+        impl: "auto" (Triton on CUDA tensors where torch.compile does not trace, which fuses the formula; PyTorch
+            elsewhere), "triton", "torch" or "naive" (which is "torch").
 
     Returns:
-        y like x. Sums are in another order in Triton, so that a few values round otherwise.
+        y like x. Sums are in another order in Triton, so that a few values round otherwise; gradients are float32 sums
+        in one order, rounded once, that of the weight only where it is asked for. Triton has first derivatives alone.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or an impl that cannot do what is asked.
@@ -38,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     Source: RMSNorm (arXiv 1910.07467).
     """
     _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset))
-    if _chosen(impl, x, weight) == "triton":
+    if _chosen(impl, x) == "triton":
         from lizard_ops.norm.triton_op import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, unit_offset)
@@ -74,7 +75,7 @@ def add_rms_norm(
         checks.check_tensor("residual", residual, x.shape, x, (x.dtype,))
 
     _accepted.check((x, weight, residual), (eps, unit_offset), check)
-    if _chosen(impl, x, weight, residual) == "triton":
+    if _chosen(impl, x) == "triton":
         from lizard_ops.norm.triton_op import add_rms_norm_triton
 
         return add_rms_norm_triton(x, residual, weight, eps, unit_offset)
@@ -93,9 +94,6 @@ def _check(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> None:
     checks.check_flag("unit_offset", unit_offset)
 
 
-def _chosen(impl: str, *tensors: Tensor) -> str:
+def _chosen(impl: str, x: Tensor) -> str:
     """The implementation that runs; while torch.compile traces, "torch" for "auto"."""
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    fuses = impl == "auto" and torch.compiler.is_compiling()
-    chosen = choose_impl(impl, tensors[0], "gradients" if recorded else None)
-    return "torch" if fuses else chosen
+    return "torch" if impl == "auto" and torch.compiler.is_compiling() else choose_impl(impl, x, None)
