@@ -286,7 +286,7 @@ class LizardDecoder(LizardModelMixin):
         return outputs
 
     def _family_forward(self, **inputs: Any) -> Any:
-        if self.mode != "student" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return super().forward(**inputs)
         if self.training and torch.is_grad_enabled() and checkpointed_layers(self):
             return super().forward(**inputs)  # layers are read again in the backward, as the family has them

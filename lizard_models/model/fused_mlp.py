@@ -1,4 +1,4 @@
-"""The families' MLPs with one kernel between their projections where a student reads without gradients."""
+"""The families' MLPs with one kernel between their projections where a student reads or trains."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class FusedMLP:
         if running_norms(x) is None or type(mlp.act_fn).__name__ not in SILU or is_hooked(mlp.act_fn):
             return family.forward(x)
         gate, up = joined_product(mlp, x) or (mlp.gate_proj(x), mlp.up_proj(x))
-        recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-        if recorded or gate.dtype == torch.float64 or up.dtype != gate.dtype:
+        if gate.dtype == torch.float64 or up.dtype != gate.dtype:
             return mlp.down_proj(mlp.act_fn(gate) * up)
         return mlp.down_proj(silu_product(gate, up))
 

@@ -1,5 +1,5 @@
-"""The families' norms in one kernel where a student reads without gradients, with the residual sum before them; their
-own formulas everywhere else."""
+"""The families' norms in one kernel where a student reads or trains, with the residual sum before them; their own
+formulas everywhere else."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ class FusedNorms:
     def sum(self, residual: Tensor, x: Tensor, norm: nn.Module | None) -> Tensor:
         """residual + x. ``norm`` finds its own of it ready where it is called with the sum as it is now."""
         if not isinstance(norm, KernelNorm) or is_hooked(norm) or residual.dtype != x.dtype or not norm.takes(x):
-            return residual + x
-        if torch.is_grad_enabled() and residual.requires_grad:
             return residual + x
         s, y = add_rms_norm(x, residual, norm.weight, norm.epsilon, unit_offset=norm.unit_offset)
         self.ready = norm, s, version(s), y
@@ -97,8 +95,7 @@ class KernelNorm:
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel has this norm of x."""
-        floats = x.dtype != torch.float64 and (self.unit_offset or self.weight.dtype == x.dtype)
-        return floats and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+        return x.dtype != torch.float64 and (self.unit_offset or self.weight.dtype == x.dtype)
 
     @property
     def unit_offset(self) -> bool:
@@ -139,7 +136,7 @@ class SummingLayer:
 
 def reads_alone(layer: Any, x: Tensor) -> bool:
     """Whether a student's layer is called without its decoder, which would say that kernels may be taken."""
-    if torch.compiler.is_compiling() or not on_gpu(x) or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.compiler.is_compiling() or not on_gpu(x):
         return False
     if layer.training and layer.gradient_checkpointing:  # whose layers are read again, without their decoder
         return False
