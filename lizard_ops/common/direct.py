@@ -30,7 +30,7 @@ class Looking(enum.Enum):
     MORE = enum.auto()
 
 
-def who_looks(*tensors: Tensor) -> Looking:
+def who_looks(*tensors: Any) -> Looking:
     """Whether an operator on these only runs, is recorded for its gradient too, or is seen by a transform, a mode, a
     tracer or a class of tensors."""
     recorded, looking = torch.is_grad_enabled(), Looking.NOBODY
@@ -59,5 +59,11 @@ def is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
     )
+
+
+def recorded(function: Any) -> Callable[..., Any]:
+    """``apply`` of a function of autograd where ``is_watched`` has found nobody: without its own look for transforms,
+    which walks through all arguments."""
+    return super(torch.autograd.Function, function).apply

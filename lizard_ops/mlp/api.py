@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.direct import Looking, who_looks
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
 
@@ -33,12 +34,13 @@ def silu_product(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
 
     Source: SwiGLU (arXiv 2002.05202).
     """
-    _accepted.check((gate, up), (), lambda: _check(gate, up))
-    fuses = impl == "auto" and torch.compiler.is_compiling()
-    if not fuses and choose_impl(impl, gate, None) == "triton":
+    looking = who_looks(gate, up)
+    traced = looking is Looking.MORE and torch.compiler.is_compiling()
+    _accepted.check((gate, up), (), lambda: _check(gate, up), traced)
+    if choose_impl("torch" if traced and impl == "auto" else impl, gate, None) == "triton":
         from lizard_ops.mlp.triton_op import silu_product_triton
 
-        return silu_product_triton(gate, up)
+        return silu_product_triton(gate, up, looking)
     return F.silu(gate) * up
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.common.direct import Looking, is_watched, who_looks
+from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import cdiv, power_of_2
@@ -77,7 +77,8 @@ def _(gate, up):
 @torch.library.custom_op("lizard_ops::silu_product_backward", mutates_args=())
 def product_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, like them."""
-    d_gate, d_up = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+    d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    d_up = torch.empty_like(d_gate)
     if d_gate.numel():
         gate, up, dy = as_rows(gate), as_rows(up), as_rows(dy)
         rows, columns = gate.shape
@@ -105,8 +106,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         quiet = not torch.is_grad_enabled() and not is_watched()
-        found = (product_backward._init_fn if quiet else product_backward)(*ctx.saved_tensors, dy)
-        return tuple(d if needed else None for d, needed in zip(found, ctx.needs_input_grad, strict=True))
+        d_gate, d_up = (product_backward._init_fn if quiet else product_backward)(*ctx.saved_tensors, dy)
+        of_gate, of_up = ctx.needs_input_grad
+        return d_gate if of_gate else None, d_up if of_up else None
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -115,11 +117,11 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 product.register_autograd(_Product.backward, setup_context=_save)
 differentiable_once(product_backward, "silu_product")
+record_product = recorded(_Product)
 
 
-def silu_product_triton(gate: Tensor, up: Tensor) -> Tensor:
-    """The product."""
-    looking = who_looks(gate, up)
+def silu_product_triton(gate: Tensor, up: Tensor, looking: Looking) -> Tensor:
+    """The product. looking: at these tensors."""
     if looking is Looking.NOBODY:
         return product._init_fn(gate, up)
-    return (_Product.apply if looking is Looking.AUTOGRAD else product)(gate, up)
+    return (record_product if looking is Looking.AUTOGRAD else product)(gate, up)

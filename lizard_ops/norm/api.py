@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.direct import Looking, who_looks
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
 
@@ -38,11 +39,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
 
     Source: RMSNorm (arXiv 1910.07467).
     """
-    _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset))
-    if _chosen(impl, x) == "triton":
+    looking = who_looks(x, weight)
+    traced = looking is Looking.MORE and torch.compiler.is_compiling()
+    _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset), traced)
+    if choose_impl("torch" if traced and impl == "auto" else impl, x, None) == "triton":
         from lizard_ops.norm.triton_op import rms_norm_triton
 
-        return rms_norm_triton(x, weight, eps, unit_offset)
+        return rms_norm_triton(x, weight, eps, unit_offset, looking)
     exact = x.float()
     normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
@@ -74,11 +77,13 @@ def add_rms_norm(
         _check(x, weight, eps, unit_offset)
         checks.check_tensor("residual", residual, x.shape, x, (x.dtype,))
 
-    _accepted.check((x, weight, residual), (eps, unit_offset), check)
-    if _chosen(impl, x) == "triton":
+    looking = who_looks(x, residual, weight)
+    traced = looking is Looking.MORE and torch.compiler.is_compiling()
+    _accepted.check((x, weight, residual), (eps, unit_offset), check, traced)
+    if choose_impl("torch" if traced and impl == "auto" else impl, x, None) == "triton":
         from lizard_ops.norm.triton_op import add_rms_norm_triton
 
-        return add_rms_norm_triton(x, residual, weight, eps, unit_offset)
+        return add_rms_norm_triton(x, residual, weight, eps, unit_offset, looking)
     s = residual + x
     return s, rms_norm(s, weight, eps, unit_offset=unit_offset, impl="torch")
 
@@ -92,8 +97,3 @@ def _check(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> None:
     real = isinstance(eps, float) and math.isfinite(eps) and eps > 0
     checks.want(real, "eps", eps, "a positive finite float")
     checks.check_flag("unit_offset", unit_offset)
-
-
-def _chosen(impl: str, x: Tensor) -> str:
-    """The implementation that runs; while torch.compile traces, "torch" for "auto"."""
-    return "torch" if impl == "auto" and torch.compiler.is_compiling() else choose_impl(impl, x, None)

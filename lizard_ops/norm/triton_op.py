@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.common.direct import Looking, is_watched, who_looks
+from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import power_of_2
@@ -232,21 +232,20 @@ def _save_sum(ctx: Any, inputs: Any, output: Any) -> None:
 
 add_norm.register_autograd(_AddNorm.backward, setup_context=_save_sum)
 differentiable_once(norm_backward, "rms_norm")
+record_norm, record_sum = recorded(_Norm), recorded(_AddNorm)
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-    """The norm."""
-    looking = who_looks(x, weight)
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking) -> Tensor:
+    """The norm. looking: at these tensors."""
     if looking is Looking.NOBODY:
         return launch(x, None, weight, None, eps, unit_offset)
-    return (_Norm.apply if looking is Looking.AUTOGRAD else norm)(x, weight, eps, unit_offset)
+    return (record_norm if looking is Looking.AUTOGRAD else norm)(x, weight, eps, unit_offset)
 
 
 def add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking
 ) -> tuple[Tensor, Tensor]:
-    """The sum and its norm."""
-    looking = who_looks(x, residual, weight)
+    """The sum and its norm. looking: at these tensors."""
     if looking is Looking.NOBODY:
         return add_norm._init_fn(x, residual, weight, eps, unit_offset)
-    return (_AddNorm.apply if looking is Looking.AUTOGRAD else add_norm)(x, residual, weight, eps, unit_offset)
+    return (record_sum if looking is Looking.AUTOGRAD else add_norm)(x, residual, weight, eps, unit_offset)
