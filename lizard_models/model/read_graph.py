@@ -110,9 +110,9 @@ class ReadGraphs:
         self, model: Any, recorder: Recorder, shape: Shape, ids: Tensor, cache: LizardCache, inputs: dict[str, Any]
     ) -> Tensor | None:
         """A reading as it is on the stream of the capture: libraries allocate, what cannot be captured shows."""
-        self.came[shape] = why_not_at_all(model, cache)
-        if self.came[shape] is not None:
-            tell(self.came[shape])
+        reason = self.came[shape] = why_not_at_all(model, cache)
+        if reason is not None:
+            tell(reason)
             return None
         logits, found = recorder.warm_up(lambda: forward(model, ids, inputs.get("position_ids"), cache, shape.keep))
         if found is not None:
@@ -237,7 +237,8 @@ def shape_of(input_ids: Tensor, cache: LizardCache, inputs: dict[str, Any]) -> S
     positions, begins = inputs.get("position_ids"), cache.seen.on_host == 0 and is_empty(cache)
     places = None if positions is None else tuple(positions.shape)
     keep = inputs.get("logits_to_keep") or 0
-    return Shape(begins, *input_ids.shape, keep, places, torch.is_inference_mode_enabled())
+    rows, length = input_ids.shape
+    return Shape(begins, rows, length, keep, places, torch.is_inference_mode_enabled())
 
 
 def is_empty(cache: LizardCache) -> bool:
