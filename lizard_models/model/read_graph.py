@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from lizard_layers import tensors_of
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.graphs import accompanied
 from lizard_models.model.packing import find_packing
 from lizard_models.model.replayable import is_plain, key_of, why_not
 from lizard_models.model.step_recorder import Recorder, Replay, recorder_for
@@ -153,7 +154,7 @@ class ReadGraphs:
     def _replay(self, graph: _Captured, ids: Tensor, cache: LizardCache, inputs: dict[str, Any]) -> Tensor | None:
         rows, length = ids.shape
         given = states(cache) if graph.before else []
-        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(graph.before, given, strict=True)):
+        if [(t.shape, t.dtype, t.device) for t in graph.before] != [(t.shape, t.dtype, t.device) for t in given]:
             return None
         cache.make_ready(rows)
         with self._in_turn(ids):
@@ -289,9 +290,9 @@ def too_large(model: Any, shape: Shape) -> str | None:
 
 
 def forward(model: Any, input_ids: Tensor, position_ids: Tensor | None, cache: LizardCache, keep: int) -> Tensor:
-    """Logits of a forward that runs as it is."""
+    """Logits of a forward that runs as it is, but for what ``why_not_now`` has looked at."""
     inputs = {"position_ids": position_ids, "past_key_values": cache, "logits_to_keep": keep}
-    with read_graphs_off():  # hooks of the model itself run around every call
+    with read_graphs_off(), accompanied():  # hooks of the model itself run around every call
         return type(model).forward(model, input_ids, **inputs, use_cache=True, return_dict=True).logits
 
 

@@ -170,7 +170,8 @@ def assert_same_caches(a, b):
 @pytest.mark.parametrize(("rows", "length", "keep"), [(1, 1024, 1), (3, 300, 0), (2, 17, 1)])
 def test_prompts_are_read_from_a_graph_bit_for_bit(dtype, attention, rows, length, keep, monkeypatch):
     """Of a whole text, and of the pieces of one, into new caches and into one that is read into again."""
-    monkeypatch.setattr(read_graph, "tell", pytest.fail)
+    if "kept_keys" not in attention:
+        monkeypatch.setattr(read_graph, "tell", pytest.fail)
     model = linearize(llama().to(dtype), LizardConfig.preset("plain", attention=attention)).eval()
     kept, found = model.new_cache(), []
     for n in range(5):
@@ -198,10 +199,13 @@ def test_prompts_are_read_from_a_graph_bit_for_bit(dtype, attention, rows, lengt
         assert torch.equal(one.logits, other.logits)
         assert_same_caches(one.past_key_values, other.past_key_values)
     graphs = read_graph._graphs[model].graphs
-    assert sorted(shape.begins for shape in graphs) == [False, True]
-    assert torch.equal(
-        *(model.generate(ids, max_new_tokens=9, do_sample=False, decode_graph=graph) for graph in (None, False))
-    )
+    assert "kept_keys" in attention or sorted(shape.begins for shape in graphs) == [False, True]
+    for _ in range(4):
+        written = [
+            model.generate(ids, max_new_tokens=9, do_sample=False, decode_graph=graph) for graph in (None, False)
+        ]
+        assert torch.equal(*written)
+    assert "kept_keys" in attention or any(shape.positions for shape in graphs)  # with generate's position ids
     free_decode_graphs(model)
     assert not read_graph._graphs.get(model)
 
