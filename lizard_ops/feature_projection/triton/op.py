@@ -60,6 +60,13 @@ def tiles_each(tokens: int) -> int:
     return STEPS if tokens > TOKENS else 1
 
 
+@functools.lru_cache(maxsize=1024)
+def shares(tokens: int) -> tuple[int, int]:
+    """(programs that share the tokens of a weight gradient, tiles that each takes)."""
+    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
+    return splits, cdiv(tokens, TOKENS * splits)
+
+
 @torch.library.custom_op("lizard_ops::project_heads", mutates_args=())
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """y [B, T, H, F] = x [B, T, H, D] times weight [M, D, F]."""
@@ -122,8 +129,7 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
     y_strides = [step // unit for step in dy.stride()[:3]]
     common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
     strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
-    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
-    steps = cdiv(tokens, TOKENS * splits)
+    splits, steps = shares(tokens)
     of_x = dx is not None
     together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
     with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
@@ -234,7 +240,7 @@ def gradients_of_both(
         weight_q.contiguous(),
         weight_k.contiguous(),
     )
-    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
+    splits, steps = shares(tokens)
     parts = [weight_q.new_empty(splits, n, *weight_q.shape[1:]) for n in (heads, key_heads)]
     strides = [
         step for x, dy, dx in ((q, dy_q, dq), (k, dy_k, dk))
@@ -244,7 +250,7 @@ def gradients_of_both(
         c = config_for("both", q, weight_q)
         gradients_of_both_kernel[(splits * (heads + key_heads),)](
             q, dy_q, weight_q, dq, parts[0], k, dy_k, weight_k, dk, parts[1], tokens, length, *strides,
-            cdiv(tokens, TOKENS * splits), HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
+            steps, HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
             first=splits * heads, YU=units[0], PRECISION=precision(q), STAGES=c.stages, **tile, **c.launch,
         )  # fmt: skip
     return tuple(
