@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lizard_layers import AttentionConfig, EarlierRanks, HybridAttention
 from lizard_models.model.context import softmax_over_ranks
 from lizard_models.model.forward_plan import ForwardPlan
-from lizard_models.model.joined import joined_product
+from lizard_models.model.joined import products
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
 from lizard_models.model.layer_loss import layer_loss
 from lizard_ops import apply_rotary
@@ -102,8 +102,7 @@ class LizardAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, hidden] -> q [B, T, Hq, D], k and v [B, T, Hk, D] as the family has them before RoPE."""
-        parts = joined_product(self, x) or (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in products(self, x))
         return q, k, v
 
     def _student(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lizard_ops.common.direct import recorded
 from lizard_ops.common.state import AttentionState
 from lizard_ops.feature_projection.triton import op as projection
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
@@ -23,7 +24,7 @@ NO_MORE = (None,) * 9  # sinks, anchors, sums, positions and ends, which a call 
 def hybrid_heads_triton(heads: Heads, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o, state); options as ``chunk_hybrid_attn`` normalises them."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads):
-        return _Heads.apply(*heads, options), None
+        return record_heads(*heads, options), None
     x = turned(heads)
     if not options.output_final_state:
         return forward(x, chosen(options), False)[0], None
@@ -82,6 +83,9 @@ class _Heads(torch.autograd.Function):
             dk, d_key_map = of_projection(k, key_map, dk, dfk, needed[1], needed[4])
         rest = (None if x.g is None or not needed[7] else dg, d_weight if needed[8] else None)
         return dq, dk, dv if needed[2] else None, d_query_map, d_key_map, None, None, *rest, None
+
+
+record_heads = recorded(_Heads)
 
 
 def of_projection(

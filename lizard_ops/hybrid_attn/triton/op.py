@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lizard_ops.common.direct import direct, is_watched, nobody_looks
+from lizard_ops.common.direct import direct, is_watched, nobody_looks, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
@@ -281,9 +281,12 @@ class _Hybrid(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+record_hybrid = recorded(_Hybrid)
+
+
 def hybrid(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
     """``hybrid_forward``; a registered operator for those who look at operators."""
     if nobody_looks(*x):
         return forward(x, options, final)
     given = x._asdict() | options._asdict() | {"final": final}
-    return hybrid_forward(**given) if is_watched() else _Hybrid.apply(*in_order(FORWARD, given))
+    return hybrid_forward(**given) if is_watched() else record_hybrid(*in_order(FORWARD, given))
