@@ -289,7 +289,7 @@ class LizardDecoder(LizardModelMixin):
         if torch.compiler.is_compiling():
             return super().forward(**inputs)
         if self.training and torch.is_grad_enabled() and checkpointed_layers(self):
-            return super().forward(**inputs)  # layers are read again in the backward, as the family has them
+            return super().forward(**inputs)  # layers are run again in the backward, each by itself both times
         this: Any = self
         with fused_norms(this.layers, this.norm):
             return super().forward(**inputs)

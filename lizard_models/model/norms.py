@@ -148,10 +148,9 @@ class SummingLayer:
 
 
 def reads_alone(layer: Any, x: Tensor) -> bool:
-    """Whether a student's layer is called without its decoder, which would say that kernels may be taken."""
+    """Whether a student's layer is called without its decoder, which would say that kernels may be taken; also where
+    layers are run again in the backward, both times."""
     if torch.compiler.is_compiling() or not on_gpu(x):
-        return False
-    if layer.training and layer.gradient_checkpointing:  # whose layers are read again, without their decoder
         return False
     return getattr(layer.self_attn, "mode", None) == "student"
 

@@ -65,11 +65,20 @@ def test_gradients_in_training_are_the_familys(calls, family, frozen):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
-def test_layers_that_are_read_again_keep_the_familys(calls):
-    model = student().train().requires_grad_(True)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model(tokens(2, 12), use_cache=False).logits.sum().backward()
-    assert not calls
+def test_layers_that_are_run_again_take_it_both_times(calls):
+    """Each by itself: a norm's sum is not handed on to the next layer, and the last norm is the family's."""
+    model, ids = student().train().requires_grad_(True), tokens(2, 12)
+    layers, found = len(model.model.layers), []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        calls.clear()
+        model.zero_grad()
+        model(ids, use_cache=False).logits.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert calls.count("rms_norm") == calls.count("add_rms_norm") == 2 * layers
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 def test_stage_1_takes_it_around_its_losses(calls):
