@@ -96,8 +96,7 @@ class KernelNorm:
         """As the family's, within ``fused_norms`` in one kernel."""
         fused = running_norms(x)
         if fused is None or not self.takes(x):
-            family: Any = super()
-            return family.forward(x)
+            return super().forward(x)  # type: ignore[misc]
         return self.kernel(fused, x)
 
     def kernel(self, fused: FusedNorms, x: Tensor) -> Tensor:
@@ -133,8 +132,7 @@ class SummingLayer:
             with fused_norms([layer], None):
                 return SummingLayer.forward(layer, hidden_states, **kwargs)
         if fused is None:
-            family: Any = super()
-            return family.forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         parts = layer._modules  # a Module's own look-up of an attribute is a function of Python
         first, second = parts["input_layernorm"], parts["post_attention_layernorm"]
         o, _ = parts["self_attn"](hidden_states=fused.of(first, hidden_states), **kwargs)

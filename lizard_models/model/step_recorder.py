@@ -48,6 +48,8 @@ class Uncapturable(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:  # its tag is for masks
+            reads = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         draws = torch.Tag.nondeterministic_seeded in func.tags
         if func in COPIES:
             devices = {x.device for x in (*args, out) if isinstance(x, Tensor)}

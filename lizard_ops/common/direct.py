@@ -54,9 +54,18 @@ def nobody_looks(*tensors: Tensor | None) -> bool:
 
 def is_watched() -> bool:
     """Whether a tracer, a mode or a transform sees the operators that are called now."""
+    return is_traced() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_in_mode() -> bool:
+    """Whether modes see the operators that are called now, and neither tracers nor transforms."""
+    return not is_traced() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_traced() -> bool:
+    """Whether a tracer or a transform does."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import without_autocast
-from lizard_ops.common.direct import PLAIN, is_watched
+from lizard_ops.common.direct import PLAIN, is_in_mode, is_watched
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
 from lizard_ops.gate.formula import gate_and_bias_formula
@@ -65,16 +65,17 @@ def gate_and_bias(
 
         return gate_and_bias_triton(*given, float(temperature))
     with without_autocast(x):
-        if impl == "auto" and x.dtype == torch.bfloat16 and not double and takes_parts(given):
+        if impl == "auto" and x.dtype == torch.bfloat16 and not double and takes_parts(given, recorded):
             from lizard_ops.gate.parts import gate_and_bias_in_parts
 
             return gate_and_bias_in_parts(*given, temperature)
         return gate_and_bias_formula(x if double else x.float(), *given[1:], temperature)
 
 
-def takes_parts(given: tuple[Tensor | None, ...]) -> bool:
-    """Whether these are plain tensors on a GPU that nobody looks at."""
-    if is_watched() or not all(t is None or type(t) in PLAIN for t in given):
+def takes_parts(given: tuple[Tensor | None, ...], recorded: bool) -> bool:
+    """Whether these are plain tensors on a GPU, no gradient of which is recorded where somebody looks at operators, and
+    that no tracer or transform has."""
+    if not all(t is None or type(t) in PLAIN for t in given) or (is_watched() and (recorded or not is_in_mode())):
         return False
     return choose_impl("auto", given[0], None) == "triton"  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lizard_ops.common.direct import is_watched
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.gate.formula import gate_and_bias_formula
@@ -101,10 +102,49 @@ def rows_of(columns: int) -> dict[str, int]:
     return {"BN": max(1, min(64, NUMBERS // wide)), "BC": wide}
 
 
+def outputs(
+    x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """g, m, and what the backward reads: the logits of the gates, and high, high and middle of the weights."""
+    (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
+    tokens, columns = batch * length, gates + biases
+    g, z = (x.new_empty(batch, length, gates, dtype=torch.float32) for _ in range(2))
+    m = x.new_empty(batch, length, biases, dtype=torch.float32)
+    parts = x.new_empty(4 * columns, dim)
+    if tokens:
+        with on_device(x, dim=dim):
+            split_weights_kernel[(columns, cdiv(dim, COLUMNS))](
+                gate_weight.contiguous(), bias_weight.contiguous(), parts, dim, G=gates, C=columns, BD=COLUMNS,
+            )  # fmt: skip
+            y = product(x.reshape(tokens, dim), parts[columns:].mT)
+            tile = rows_of(columns)
+            outputs_kernel[(cdiv(tokens, tile["BN"]),)](
+                y, gate_bias.contiguous(), None if bias is None else bias.contiguous(), g, m, z, tokens,
+                float(temperature), G=gates, C=columns, **tile,
+            )  # fmt: skip
+    return g, m, z, parts[: 3 * columns]
+
+
+@torch.library.custom_op("lizard_ops::gate_and_bias_parts", mutates_args=())
+def unrecorded(
+    x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """g and m without a gradient, as one operator for whoever looks at operators: the bits of ``_InParts``."""
+    return outputs(x, gate_weight, gate_bias, bias_weight, bias, temperature)[:2]
+
+
+@unrecorded.register_fake
+def _(x, gate_weight, gate_bias, bias_weight, bias, temperature):
+    shape = x.shape[:2]
+    return tuple(x.new_empty(*shape, len(weight), dtype=torch.float32) for weight in (gate_weight, bias_weight))
+
+
 def gate_and_bias_in_parts(
     x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """``gate_and_bias`` of bfloat16 x [B, T, D], checked, on Triton; differentiable any number of times."""
+    if is_watched():  # by a mode, where nothing is recorded: ``takes_parts``
+        return unrecorded(x, gate_weight, gate_bias, bias_weight, bias, float(temperature))
     return _InParts.apply(x, gate_weight, gate_bias, bias_weight, bias, temperature)
 
 
@@ -112,23 +152,8 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         gate_weight, gate_bias, bias_weight, bias, temperature = given
-        (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
-        tokens, columns = batch * length, gates + biases
-        g, z = (x.new_empty(batch, length, gates, dtype=torch.float32) for _ in range(2))
-        m = x.new_empty(batch, length, biases, dtype=torch.float32)
-        parts = x.new_empty(4 * columns, dim)
-        if tokens:
-            with on_device(x, dim=dim):
-                split_weights_kernel[(columns, cdiv(dim, COLUMNS))](
-                    gate_weight.contiguous(), bias_weight.contiguous(), parts, dim, G=gates, C=columns, BD=COLUMNS,
-                )  # fmt: skip
-                y = product(x.reshape(tokens, dim), parts[columns:].mT)
-                tile = rows_of(columns)
-                outputs_kernel[(cdiv(tokens, tile["BN"]),)](
-                    y, gate_bias.contiguous(), None if bias is None else bias.contiguous(), g, m, z, tokens,
-                    float(temperature), G=gates, C=columns, **tile,
-                )  # fmt: skip
-        ctx.save_for_backward(x, gate_weight, gate_bias, bias_weight, bias, z, parts[: 3 * columns])
+        g, m, z, parts = outputs(x, *given)
+        ctx.save_for_backward(x, gate_weight, gate_bias, bias_weight, bias, z, parts)
         ctx.temperature = temperature
         return g, m
 

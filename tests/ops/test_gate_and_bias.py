@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_checks import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lizard_ops import gate_and_bias
 from lizard_ops.gate import api, parts
@@ -126,6 +127,27 @@ def test_parts_are_taken_on_a_gpu_of_bfloat16(monkeypatch):
     assert len(taken) == 1
 
 
+def test_parts_have_the_same_bits_for_a_mode_that_looks_at_operators(monkeypatch):
+    """As what watches a warm-up does; where a gradient is recorded it sees operators that it knows."""
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(api, "choose_impl", lambda impl, x, beyond: "torch" if beyond else "triton")
+    given, seen = drawn(1, api.FEW + 2, 12, 1, 3, torch.bfloat16), []
+    with torch.no_grad():
+        alone = gate_and_bias(*given)
+        with Looks():
+            watched = gate_and_bias(*given)
+    assert all(map(torch.equal, alone, watched)) and "lizard_ops.gate_and_bias_parts.default" in seen
+    del seen[:]
+    with Looks():
+        gate_and_bias(given[0], *(t.requires_grad_() for t in given[1:]))
+    assert seen and not any("lizard_ops" in name for name in seen)
+
+
 def test_gates_in_parts_keep_their_digits_near_one_and_zero():
     logits = torch.tensor([-1e4, -90.0, -3.0, 0.0, 3.0, 12.0, 17.5, 60.0, 1e4], device=DEVICE).requires_grad_()
     zeros = torch.zeros(len(logits), 4, device=DEVICE)
@@ -155,7 +177,10 @@ def test_a_second_derivative_in_parts_is_the_formulas():
 
 
 def test_registered_as_torch_wants_it():
+    from lizard_ops.gate.parts import unrecorded
     from lizard_ops.gate.triton_op import both
+
+    torch.library.opcheck(unrecorded, (*(t.detach() for t in drawn(1, 5, 8, 2, 3, torch.bfloat16)), 1.0))
 
     torch.library.opcheck(both, (*(t.contiguous() for t in drawn(2, 1, 8, 2, 4)), 1.0))
 

@@ -307,6 +307,7 @@ def test_a_warm_up_sees_what_a_graph_cannot_hold():
     assert "waits for the device" in found(lambda: x.sum().item())
     assert "waits for the device" in found(lambda: x.nonzero())
     assert "waits for the device" in found(lambda: x[x > 1])
+    assert found(lambda: x[torch.tensor([1, 2])]) is None
     assert "random numbers" in found(lambda: nn.functional.dropout(x, 0.5))
     assert "waits for the device" in found(lambda: torch.ones(2, device="meta").copy_(torch.ones(2)))
 

@@ -167,7 +167,7 @@ def assert_same_caches(a, b):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("attention", [{"window": 16}, {"window": 16, "kept_keys": 8}])
-@pytest.mark.parametrize(("rows", "length", "keep"), [(1, 1024, 1), (3, 300, 0), (2, 17, 1)])
+@pytest.mark.parametrize(("rows", "length", "keep"), [(1, 640, 1), (3, 300, 0), (2, 17, 1)])
 def test_prompts_are_read_from_a_graph_bit_for_bit(dtype, attention, rows, length, keep, monkeypatch):
     """Of a whole text, and of the pieces of one, into new caches and into one that is read into again."""
     if "kept_keys" not in attention:
