@@ -16,6 +16,7 @@ from lizard_layers.gate import build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.one_text import step_of_one_text, takes_text_step
 from lizard_layers.packed_blocks import PackedBlock, by_kind, read_packed
 from lizard_layers.parameters import has_hooks
 from lizard_layers.read_input import Heads, Read, read_input, read_token
@@ -95,6 +96,7 @@ class HybridAttention(nn.Module):
             one_turn = config.window_rope and not config.linear_rope
             self.takes_heads = of_heads and one_turn and not self.feature_maps.one_sided and config.impl in KERNELS
             self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
+        self.steps_at_once = takes_text_step(self)
 
     def forward(
         self,
@@ -130,6 +132,10 @@ class HybridAttention(nn.Module):
         paged = state if isinstance(state, PagedState) else None
         state = state.pool if isinstance(state, PagedState) else state
         self._check(x, q, k, v, rope, state)
+        if inplace and self.steps_at_once and padding_mask is None and cu_seqlens is None and anchor_blocks is None:
+            o = step_of_one_text(self, x, q, k, v, rope, state if paged is None else paged)
+            if o is not None:
+                return o, state if use_state else None  # type: ignore[return-value]
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
         if isinstance(state, EarlierRanks):
             if state.group is None:
