@@ -57,8 +57,8 @@ class OneText:
     """
 
     __slots__ = (
-        "anchor_k", "anchor_v", "fields", "memory", "near_k", "near_v", "options", "ring_g", "ring_k", "ring_v", "rings",
-        "s", "slots", "z", "z_column",
+        "anchor_k", "anchor_v", "fields", "memory", "near_k", "near_v", "options", "ring_g", "ring_k", "ring_v",
+        "rings", "s", "slots", "z", "z_column",
     )  # fmt: skip
 
     def __init__(self, state: AttentionState, options: HybridOptions) -> None:
@@ -77,10 +77,12 @@ class OneText:
     def holds(self, state: AttentionState, options: HybridOptions) -> bool:
         """Whether these are the views of this state, where it lies now."""
         same = options is self.options or options == self.options
-        return same and all(a is b for a, b in zip(self.fields, state[1:], strict=True)) and places(state) == self.memory
+        return (
+            same and all(a is b for a, b in zip(self.fields, state[1:], strict=True)) and places(state) == self.memory
+        )
 
     def slot(self, position: int) -> list[Tensor]:
-        """What the rings hold of the token a window before ``position``: key, value, features, and gates if there are."""
+        """What the rings hold of the token a window before ``position``: key, value, features, gates if there are."""
         place = position % self.options.window
         found = self.slots[place]
         if found is None:

@@ -66,7 +66,7 @@ def text_step(
     """
     given = (x, q, k, v, *maps, *rope, *gate, *merge)
     options = _options(window, anchors, feature_map, merge_mass, scale, softcap, feature_scale, q.shape[3])
-    _accepted.check(given, (temperature,), lambda: _check(given, temperature, options))
+    _accepted.check(given, (temperature, feature_map), lambda: _check(given, temperature, options))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, *state)):
         raise ValueError("state: got one to overwrite, wanted torch.no_grad(): gradients are recorded")
     text = text_of(state, options, lambda: _check_state(given, state, options))
@@ -111,7 +111,8 @@ def _check(given: tuple[Tensor | None, ...], temperature: float, options: Hybrid
     check_token_heads(x, q, k, (of_q, of_k), (cos, sin), (gate, of_gate), (merge, of_merge), temperature)
     checks.want(x.shape[:2] == (1, 1) and x.device.type == "cpu", "x", x, "one token of one text on a CPU")
     checks.want(x.dtype in checks.GATE_FLOATS, "x", x, "float32 or float64")
-    for name, t in zip(("q", "k", "v", "maps", "maps", "rope", "rope", "gate", "gate", "merge", "merge"), given[1:]):
+    names = ("q", "k", "v", "maps", "maps", "rope", "rope", "gate", "gate", "merge", "merge")
+    for name, t in zip(names, given[1:], strict=True):
         checks.want(t is None or t.dtype == x.dtype, name, t, "the dtype of x, {}", x.dtype)
     checks.want(gate.shape[0] in (1, k.shape[2]), "gate", gate, "one row, or one a key head")
     kinds = ("identity", "softmax")

@@ -43,13 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         from lizard_ops.norm.triton_op import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, unit_offset)
-    if x.numel() == x.shape[-1] and _is_exact(x, weight) and nobody_looks(x, weight):
-        row = x.view(-1)
-        normed = x * ((row @ row).item() / x.shape[-1] + eps) ** -0.5
-        return normed.addcmul_(normed, weight) if unit_offset else normed.mul_(weight)
-    exact = x.float()
-    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
+    return _by_torch(x, weight, eps, unit_offset)
 
 
 def add_rms_norm(
@@ -84,12 +78,19 @@ def add_rms_norm(
 
         return add_rms_norm_triton(x, residual, weight, eps, unit_offset)
     s = residual + x
-    return s, rms_norm(s, weight, eps, unit_offset=unit_offset, impl="torch")
+    return s, _by_torch(s, weight, eps, unit_offset)
 
 
-def _is_exact(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are float32 on a CPU."""
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+def _by_torch(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    """``rms_norm`` in PyTorch; of a row on a CPU in fewer operators, where nobody looks at them."""
+    if x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        if nobody_looks(x, weight):
+            row = x.view(-1)
+            normed = x * ((row @ row).item() / x.shape[-1] + eps) ** -0.5
+            return normed.addcmul_(normed, weight) if unit_offset else normed.mul_(weight)
+    exact = x.float()
+    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> None:
