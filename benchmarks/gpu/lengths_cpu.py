@@ -3,8 +3,8 @@
     python benchmarks/gpu/lengths_cpu.py --out benchmarks/results/decode/NAME.json
 
 The whole SmolLM2-135M shape, random weights, float32, one text, greedy ``generate()``. Of each length both models have
-a cache, and write some tokens by turns until ``--seconds`` of that length are over; ``ms_token`` is the fastest of
-all, since what else runs on the machine only adds (``median_ms`` stands beside it). On a machine that others use,
+a cache; round by round each writes some tokens at each length, until ``--seconds`` are over. ``ms_token`` is the least
+of all tokens, since what else runs on the machine only adds (``median_ms`` stands beside it). On a shared machine
 ``--threads 1 --clock thread`` counts what the one thread has worked, without its waiting for a core. Rows are those of
 ``lengths.py``, as ``goals.py`` reads them.
 
@@ -73,48 +73,63 @@ def token_times(model: Any, cache: Any, ids: Tensor, tokens: int, kind: str) -> 
     return [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)], ids
 
 
-@torch.no_grad()
-def measure(args: argparse.Namespace, models: dict[str, Any], length: int) -> list[dict[str, Any]]:
-    draw = torch.Generator().manual_seed(length)
-    text = torch.randint(1, models["teacher"].vocab_size, (1, length), generator=draw)
-    caches = {way: cache_of(way, models[way], text, args.read) for way in WAYS}
-    texts = {way: torch.cat([text, torch.ones(1, 1, dtype=torch.long)], 1) for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    begun, rounds = time.perf_counter(), 0
-    while rounds < args.rounds or time.perf_counter() - begun < args.seconds:
+class Text:
+    """A text of one length, which both models go on with."""
+
+    def __init__(self, args: argparse.Namespace, models: dict[str, Any], length: int) -> None:
+        self.args, self.models, self.length = args, models, length
+        draw = torch.Generator().manual_seed(length)
+        text = torch.randint(1, models["teacher"].vocab_size, (1, length), generator=draw)
+        self.caches = {way: cache_of(way, models[way], text, args.read) for way in WAYS}
+        self.ids = {way: torch.cat([text, torch.ones(1, 1, dtype=torch.long)], 1) for way in WAYS}
+        self.times: dict[str, list[float]] = {way: [] for way in WAYS}
+
+    def go_on(self) -> None:
+        """A few tokens of either."""
         for way in WAYS:
-            found, texts[way] = token_times(models[way], caches[way], texts[way], args.tokens, args.clock)
-            times[way] += found
-        rounds += 1
-    return [
-        {
-            "way": way, "length": length, "filled": length > args.read, "tokens": len(times[way]), "rounds": rounds,
-            "ms_token": 1e3 * min(times[way]), "median_ms": 1e3 * statistics.median(times[way]),
-        }
-        for way in WAYS
-    ]  # fmt: skip
+            given = self.models[way], self.caches[way], self.ids[way]
+            found, self.ids[way] = token_times(*given, self.args.tokens, self.args.clock)
+            self.times[way] += found
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "way": way, "length": self.length, "filled": self.length > self.args.read, "tokens": len(times),
+                "ms_token": 1e3 * min(times), "median_ms": 1e3 * statistics.median(times),
+            }
+            for way, times in self.times.items()
+        ]  # fmt: skip
 
 
+@torch.no_grad()
 def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     teacher: Any = build(args)
     models = {"teacher": teacher, "lizard": linearize(build(args), LizardConfig.preset(args.preset)).eval()}
     models["lizard"].requires_grad_(False)
+    texts = [Text(args, models, length) for length in args.lengths]
+    begun, rounds = time.perf_counter(), 0
+    while rounds < args.rounds or time.perf_counter() - begun < args.seconds:
+        for text in texts:
+            text.go_on()
+        rounds += 1
     report: dict[str, Any] = {
-        "environment": environment(), "command": shlex.join(["python", *sys.argv]), "rows": [],
+        "environment": environment(), "command": shlex.join(["python", *sys.argv]), "rounds": rounds,
+        "rows": [row for text in texts for row in text.rows()],
         "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()},
     }  # fmt: skip
-    print(f"{'length':>8}{'teacher':>10}{'lizard':>10}{'ratio':>8}   ms a token (fastest), medians")
-    for length in args.lengths:
-        rows = measure(args, models, length)
-        report["rows"] += rows
-        one, other = (row["ms_token"] for row in rows)
-        medians = ", ".join(f"{row['median_ms']:.1f}" for row in rows)
-        print(f"{length:8}{one:10.1f}{other:10.1f}{other / one:8.2f}   {medians}", flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"{'length':>8}{'teacher':>10}{'lizard':>10}{'ratio':>8}   ms a token (fastest); medians")
+    rows = report["rows"]
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        times, medians = (one["ms_token"], other["ms_token"]), f"{one['median_ms']:.1f}, {other['median_ms']:.1f}"
+        print(f"{one['length']:8}{times[0]:10.1f}{times[1]:10.1f}{times[1] / times[0]:8.2f}   {medians}")
 
 
 def main() -> int:
@@ -125,8 +140,8 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--read", type=int, default=1024, help="tokens that are read at most")
     parser.add_argument("--tokens", type=int, default=8, help="that are timed in each call")
-    parser.add_argument("--rounds", type=int, default=3, help="calls of either at the least")
-    parser.add_argument("--seconds", type=float, default=30, help="for which either is called in turns at one length")
+    parser.add_argument("--rounds", type=int, default=3, help="at the least")
+    parser.add_argument("--seconds", type=float, default=120, help="after which no round is begun")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--clock",
@@ -138,7 +153,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.clock == "thread" and options.threads != 1:
         raise ValueError(f"--clock thread: got --threads {options.threads}, wanted 1, whose work is all")
-    run(argparse.Namespace(**vars(options), batch=1, device="cpu"))
+    print_table(run(argparse.Namespace(**vars(options), batch=1, device="cpu")))
     return 0
 
 
