@@ -108,19 +108,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     models = {"teacher": teacher, "lizard": linearize(build(args), LizardConfig.preset(args.preset)).eval()}
     models["lizard"].requires_grad_(False)
     texts = [Text(args, models, length) for length in args.lengths]
-    begun, rounds = time.perf_counter(), 0
-    while rounds < args.rounds or time.perf_counter() - begun < args.seconds:
-        for text in texts:
-            text.go_on()
-        rounds += 1
     report: dict[str, Any] = {
-        "environment": environment(), "command": shlex.join(["python", *sys.argv]), "rounds": rounds,
-        "rows": [row for text in texts for row in text.rows()],
+        "environment": environment(), "command": shlex.join(["python", *sys.argv]), "rounds": 0,
         "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()},
     }  # fmt: skip
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    begun = time.perf_counter()
+    while report["rounds"] < args.rounds or time.perf_counter() - begun < args.seconds:
+        for text in texts:
+            text.go_on()
+        report |= {"rounds": report["rounds"] + 1, "rows": [row for text in texts for row in text.rows()]}
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
