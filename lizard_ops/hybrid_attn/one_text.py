@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class OneText:
         self.fields, self.options, self.memory = state[1:], options, places(state)
         assert state.s is not None and state.z is not None
         with torch.inference_mode(state.s.is_inference()), torch.no_grad():
-            parts = {name: None if x is None else x[0] for name, x in state._asdict().items()}
+            parts: dict[str, Any] = {name: None if x is None else x[0] for name, x in state._asdict().items()}
             self.ring_k, self.ring_v, self.ring_g = parts["ring_k"], parts["ring_v"], parts["ring_g"]
             self.rings = [x for x in (self.ring_k, self.ring_v, parts["ring_fk"], self.ring_g) if x is not None]
             self.slots: list[list[Tensor] | None] = [None] * options.window  # of each ring, once it was stepped on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,10 +105,9 @@ def _options(
     )  # fmt: skip
 
 
-def _check(given: tuple[Tensor | None, ...], temperature: float, options: HybridOptions) -> None:
+def _check(given: tuple[Any, ...], temperature: float, options: HybridOptions) -> None:
     """Raises as ``text_step``, but for the state."""
     x, q, k, v, of_q, of_k, cos, sin, gate, of_gate, merge, of_merge = given
-    assert x is not None and q is not None and k is not None and v is not None and gate is not None
     check_token_heads(x, q, k, (of_q, of_k), (cos, sin), (gate, of_gate), (merge, of_merge), temperature)
     checks.want(x.shape[:2] == (1, 1) and x.device.type == "cpu", "x", x, "one token of one text on a CPU")
     checks.want(x.dtype in checks.GATE_FLOATS, "x", x, "float32 or float64")
@@ -115,14 +115,12 @@ def _check(given: tuple[Tensor | None, ...], temperature: float, options: Hybrid
     for name, t in zip(names, given[1:], strict=True):
         checks.want(t is None or t.dtype == x.dtype, name, t, "the dtype of x, {}", x.dtype)
     checks.want(gate.shape[0] in (1, k.shape[2]), "gate", gate, "one row, or one a key head")
-    kinds = ("identity", "softmax")
-    checks.check_choice("feature_map", options.feature_map, kinds)
+    checks.check_choice("feature_map", options.feature_map, ("identity", "softmax"))
 
 
-def _check_state(given: tuple[Tensor | None, ...], state: AttentionState, options: HybridOptions) -> None:
+def _check_state(given: tuple[Any, ...], state: AttentionState, options: HybridOptions) -> None:
     """Raises for a state that is not one of such a call, as ``recurrent_hybrid_attn``."""
     _, q, k, v, _, of_k, _, _, gate, *_ = given
-    assert q is not None and k is not None and v is not None and of_k is not None and gate is not None
     fq, fk = (t.new_zeros(*t.shape[:3], of_k.shape[2]) for t in (q, k))
     g = q.new_zeros(1, 1, gate.shape[0])
     hybrid_arguments(HybridInputs(q=q, k=k, v=v, fq=fq, fk=fk, g=g, initial_state=state), options)
