@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lizard_layers import read_input
 from lizard_layers.gate import SigmoidGate
 from lizard_layers.parameters import has_hooks
 from lizard_layers.read_input import gate_and_mix
@@ -31,9 +32,14 @@ def step_of_one_text(
 ) -> Tensor | None:
     """o [1, 1, Hq, D] with the state overwritten; None where it is not one text's, is on another device, or somebody
     looks at what the parts compute."""
-    if x.shape[:2] != (1, 1) or x.device.type != "cpu" or torch.is_grad_enabled() or rope is None:
+    if x.shape[:2] != (1, 1) or x.device.type != "cpu" or read_input.on_gpu(x) or torch.is_grad_enabled():
         return None
-    if type(state) is not AttentionState or not nobody_looks(x, q, k, v) or torch.is_autocast_enabled("cpu"):
+    if (
+        rope is None
+        or type(state) is not AttentionState
+        or not nobody_looks(x, q, k, v)
+        or torch.is_autocast_enabled("cpu")
+    ):
         return None
     maps, gate, config = layer.feature_maps, layer.gate, layer.config
     weights, read = maps.weights(), gate_and_mix(gate, layer.mix)
