@@ -16,6 +16,7 @@ from lizard_layers.gate import build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.one_text import step_of_one_text, takes_text_step
 from lizard_layers.packed_blocks import PackedBlock, by_kind, read_packed
 from lizard_layers.parameters import has_hooks
 from lizard_layers.read_input import Heads, Read, read_input, read_token
@@ -95,6 +96,7 @@ class HybridAttention(nn.Module):
             one_turn = config.window_rope and not config.linear_rope
             self.takes_heads = of_heads and one_turn and not self.feature_maps.one_sided and config.impl in KERNELS
             self.reads_input = any(p.ndim == 2 for m in readers for p in m.parameters())
+        self.steps_at_once = takes_text_step(self)
 
     def forward(
         self,
@@ -130,6 +132,9 @@ class HybridAttention(nn.Module):
         paged = state if isinstance(state, PagedState) else None
         state = state.pool if isinstance(state, PagedState) else state
         self._check(x, q, k, v, rope, state)
+        plain = inplace and self.steps_at_once and padding_mask is None and cu_seqlens is None and anchor_blocks is None
+        if plain and paged is None and (one := step_of_one_text(self, x, q, k, v, rope, state)) is not None:
+            return one, state if use_state else None  # type: ignore[return-value]
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
         if isinstance(state, EarlierRanks):
             if state.group is None:
@@ -152,8 +157,7 @@ class HybridAttention(nn.Module):
         cu_seqlens: Tensor | None,
         anchor_blocks: Sequence[AnchorBlock | PackedBlock] | None,
     ) -> Tensor:
-        """The outputs, with the states of the sequences in their pages. The op reads and writes these where it can; the
-        rest is taken out and put back."""
+        """The outputs. The op reads and writes pages where it can; what it cannot is taken out and put back."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*tokens[:4], *self.parameters())):
             raise ValueError(
                 "state: got pages, which would be overwritten where gradients are recorded: torch.no_grad()"
@@ -188,10 +192,9 @@ class HybridAttention(nn.Module):
         anchor_blocks: Sequence[AnchorBlock | PackedBlock] | None,
         inplace: bool,
     ) -> tuple[Tensor, State | None]:
-        x = tokens.x
         if anchor_blocks is None:
             return self._attend(tokens, state, use_state, cu_seqlens, inplace)
-        plain, packed = by_kind(anchor_blocks, cu_seqlens, x.shape[1])
+        plain, packed = by_kind(anchor_blocks, cu_seqlens, tokens.x.shape[1])
         if packed:
 
             def read(block: PackedBlock, held: State | None, wanted: bool) -> tuple[Tensor, State | None]:
@@ -202,7 +205,7 @@ class HybridAttention(nn.Module):
         outputs, end = [], 0
         for block in plain:
             part = tokens.part(slice(end, end := end + block.length))
-            o, state = self._attend_moved(block, part, state, use_state or end < x.shape[1], inplace)
+            o, state = self._attend_moved(block, part, state, use_state or end < tokens.x.shape[1], inplace)
             outputs.append(o)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
 

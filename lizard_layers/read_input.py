@@ -22,7 +22,7 @@ Heads = tuple[Tensor, Tensor, Tensor, Tensor]  # (q, k, fq, fk) as the op takes 
 def read_input(layer: HybridAttention, x: Tensor, k: Tensor) -> Read:
     """(x for the scores, log-decays or None, arguments of the mix) of a layer's input x [B, T, hidden] and its keys."""
     gate, mix, impl = layer.gate, layer.mix, layer.config.impl
-    if (weights := _weights(gate, mix)) is not None:
+    if (weights := gate_and_mix(gate, mix)) is not None:
         assert isinstance(gate, SigmoidGate)
         of_gate, of_merge = weights
         g, bias = gate_and_bias(
@@ -45,7 +45,7 @@ def read_token(
     fits = config.window_rope and not config.linear_rope and not maps.one_sided
     if not fits or config.linear_key_heads != k.shape[2] or config.impl in ("torch", "naive") or has_hooks(maps):
         return None
-    of_maps, weights = maps.weights(), _weights(gate, layer.mix)
+    of_maps, weights = maps.weights(), gate_and_mix(gate, layer.mix)
     if of_maps is None or weights is None or not isinstance(gate, SigmoidGate):
         return None
     found = token_heads(x, q, k, of_maps, rope, *weights, temperature=gate.temperature)
@@ -57,7 +57,7 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _weights(
+def gate_and_mix(
     gate: nn.Module | None, mix: nn.Module
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None:
     """Weight and bias of the gate and of the merge bias; None where those are others, or somebody sees them called."""

@@ -2,6 +2,7 @@
 
 from lizard_ops.common.autocast import without_autocast
 from lizard_ops.common.checks import checked
+from lizard_ops.common.direct import nobody_looks
 from lizard_ops.common.features import expand_features
 from lizard_ops.common.padding import Compaction, compact, compaction, packed_cumsum, restore
 from lizard_ops.common.pages import PageLayout, PoolRows
@@ -16,6 +17,7 @@ from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.heads import hybrid_heads
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.hybrid_attn.ranks import context_state
+from lizard_ops.hybrid_attn.text_step import text_step
 from lizard_ops.key_expiry.api import key_expiry
 from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
 from lizard_ops.key_expiry.naive import naive_key_expiry
@@ -63,6 +65,7 @@ __all__ = [
     "naive_hybrid_attn",
     "naive_key_expiry",
     "naive_window_attn",
+    "nobody_looks",
     "overwrite_state",
     "packed_cumsum",
     "project_both",
@@ -74,6 +77,7 @@ __all__ = [
     "rotary_both",
     "row_losses",
     "silu_product",
+    "text_step",
     "token_heads",
     "tune",
     "use_tuned",

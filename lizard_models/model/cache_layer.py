@@ -320,8 +320,10 @@ def split_blocks(
 
 def is_writable(state: State) -> bool:
     """Whether the tensors may be overwritten: in no graph of gradients, and not left by inference mode to the world."""
-    if any(t.requires_grad for t in tensors_of(state).values()):
-        return False
+    tensors = tensors_of(state).values()
+    for t in tensors:  # a loop: this is asked before every step of every layer
+        if t.requires_grad:
+            return False
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return True
-    return not any(t.is_inference() for t in tensors_of(state).values())
+    return not any(t.is_inference() for t in tensors)

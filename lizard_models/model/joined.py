@@ -19,12 +19,12 @@ from lizard_models.model.norms import running_norms
 
 
 def wants_joined(weight: Tensor) -> bool:
-    """Where a product costs a launch."""
-    return weight.is_cuda
+    """Where a product costs a launch, or the threads of a CPU wait for one another after each."""
+    return weight.is_cuda or weight.device.type == "cpu"
 
 
 def join_projections(layers: Sequence[nn.Module]) -> None:
-    """Lay the projections of one input in each of these decoder layers side by side, where they are on a GPU.
+    """Lay the projections of one input in each of these decoder layers side by side.
 
     Which these are a part of a layer says in ``joins``. A group at a time is copied: that much memory more for a
     moment, none afterwards. The parameters are the same objects with other addresses, so this is for when a model is

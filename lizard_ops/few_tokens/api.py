@@ -93,6 +93,14 @@ def _check(
 ) -> None:  # fmt: skip
     """Raises as ``token_heads``; ops that are called one by one check an impl that cannot do what is asked."""
     checks.check_choice("impl", impl, ("auto", "triton", "torch", "naive"))
+    check_token_heads(x, q, k, maps, rope, gate, merge, temperature)
+
+
+def check_token_heads(
+    x: Tensor, q: Tensor, k: Tensor, maps: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor],
+    gate: tuple[Tensor, Tensor], merge: tuple[Tensor, Tensor | None], temperature: float,
+) -> None:  # fmt: skip
+    """Raises as ``token_heads`` but for its impl."""
     check_gate_and_bias(x, *gate, *merge, temperature)
     check_both(q, k, *maps)
     for name, heads in (("q", q), ("k", k)):

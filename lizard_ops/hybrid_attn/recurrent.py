@@ -9,12 +9,13 @@ from lizard_ops.common.checks import window_state_shapes, work_dtype
 from lizard_ops.common.numerics import tied_to
 from lizard_ops.common.places import padded
 from lizard_ops.common.rows import over_rows
-from lizard_ops.common.state import AttentionState, overwrite_state
+from lizard_ops.common.state import AttentionState, map_fields, overwrite_state
 from lizard_ops.common.steps import blank_state, take_at, token, where_active
 from lizard_ops.gated_attn.recurrent import blank_linear_state, linear_step
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, scored_state_shapes
 from lizard_ops.hybrid_attn.keeping import Fields, keep_step
 from lizard_ops.hybrid_attn.mix import mixed
+from lizard_ops.hybrid_attn.one_text import one_text_step, takes_one_text
 from lizard_ops.window_attn.recurrent import window_step
 
 SEEN = (("kept_k", 0), ("kept_v", 0), ("kept_positions", -1))  # by the window branch; what is no place
@@ -26,6 +27,11 @@ def recurrent_hybrid_torch(inputs: HybridInputs, options: HybridOptions) -> tupl
     With ``inplace`` one token per row updates the state where it lies; padding, packing and other lengths work on
     copies and overwrite it at the end.
     """
+    if inputs.initial_state is not None and takes_one_text(inputs, options):
+        if not options.inplace:
+            inputs = inputs._replace(initial_state=map_fields(Tensor.clone, inputs.initial_state))
+        o = one_text_step(inputs, options)
+        return o, inputs.initial_state if options.output_final_state else None
     one_token = inputs.q.shape[1] == 1 and inputs.cu_seqlens is None and inputs.padding_mask is None
     direct, window = options.inplace and one_token, options.window
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common import checks
-from lizard_ops.common.direct import Looking, who_looks
+from lizard_ops.common.direct import Looking, nobody_looks, who_looks
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
 
@@ -46,9 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         from lizard_ops.norm.triton_op import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, unit_offset, looking)
-    exact = x.float()
-    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
+    return _by_torch(x, weight, eps, unit_offset)
 
 
 def add_rms_norm(
@@ -85,7 +83,19 @@ def add_rms_norm(
 
         return add_rms_norm_triton(x, residual, weight, eps, unit_offset, looking)
     s = residual + x
-    return s, rms_norm(s, weight, eps, unit_offset=unit_offset, impl="torch")
+    return s, _by_torch(s, weight, eps, unit_offset)
+
+
+def _by_torch(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    """``rms_norm`` in PyTorch; of a row on a CPU in fewer operators, where nobody looks at them."""
+    if x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        if nobody_looks(x, weight):
+            row = x.view(-1)
+            normed = x * ((row @ row).item() / x.shape[-1] + eps) ** -0.5
+            return normed.addcmul_(normed, weight) if unit_offset else normed.mul_(weight)
+    exact = x.float()
+    normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> None:

@@ -69,6 +69,8 @@ def window_rows(
     values = _reach(stream_v.to(work), anchor_v.to(work), size, back, blocks, prefix)
     seen = near = _visible(layout.position, anchors, window, size, back, blocks)[:, None]  # [B, 1, n, C, A + S]
     if expiry is not None:
+        if is_known(length):  # no block lists more keys than there are before those that the last one reaches
+            places = min(places, max((blocks - 1 - back) * size, 0) + prefix)
         alive = living(expiry, blocks, size, back, places, prefix)
         keys = torch.cat([keys, rows_at(stream_k.to(work), alive)], 3)
         values = torch.cat([values, rows_at(stream_v.to(work), alive)], 3)

@@ -297,3 +297,16 @@ def test_what_does_not_fit_an_expiry_is_refused_by_name(changes, message):
     with pytest.raises(ValueError) as error:
         chunk_hybrid_attn(**(x | {"expiry": torch.full((2, 6, 2), NEVER)} | changes))
     assert str(error.value).startswith(message)
+
+
+def test_short_texts_list_no_places_for_keys_that_are_not_there(monkeypatch):
+    found, listed = [], importlib.import_module("lizard_ops.window_attn.chunk_torch")
+    of = listed.living
+    monkeypatch.setattr(listed, "BLOCK", 64)
+    monkeypatch.setattr(listed, "living", lambda *a: found.append(a[1:]) or of(*a))
+    scores = torch.randn(1, 512, 1)
+    q, k, v, fq, fk = torch.randn(5, 1, 512, 1, 4).unbind()
+    chunk_hybrid_attn(
+        q, k, v, fq, fk, None, 128, feature_map="softmax", coverage="outside", scores=scores, kept_keys=256
+    )
+    assert found == [(2, 256, 1, 0, 0)]  # the last of two blocks reaches all keys

@@ -168,7 +168,8 @@ def test_stage_2_has_no_kind_that_the_teachers_lora_was_not_tried_in(table):
 
 
 def test_a_cpu_has_goals_of_its_own(table):
-    rows = lengths({1024: 2.0, 16384: 4.0, 100_000: 9.0}, {1024: 2.0, 16384: 2.0, 100_000: 2.1}, "ms_token")
+    teacher = {64: 2.0, 1024: 2.0, 4096: 3.0, 16384: 4.0, 100_000: 9.0}
+    rows = lengths(teacher, {64: 2.0, 1024: 2.0, 4096: 2.0, 16384: 2.0, 100_000: 2.1}, "ms_token")
     found = table({"decode/a.json": report(rows, device=CPU, **SMALL)})
     assert found["CPU, 135M: a token's time over the teacher's"].state == "met"
     assert found["CPU, 135M: slowest over fastest length to 100K"].found == "1.05"

@@ -5,6 +5,7 @@ import json
 import sys
 
 import lengths
+import lengths_cpu
 import plot_lengths
 import pytest
 import torch
@@ -145,3 +146,32 @@ def test_the_plot_and_the_goals_read_the_file(call, tmp_path, monkeypatch):
     once = out.read_bytes()
     plot_lengths.main()
     assert once == out.read_bytes() and b"80K" in once and b"<svg" in once
+
+
+def test_a_cpu_measures_teacher_and_student_in_turns(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "decode" / "cpu.json"
+    given = [
+        "--shape",
+        "tiny",
+        "--lengths",
+        "20",
+        "40",
+        "--read",
+        "24",
+        "--seconds",
+        "0",
+        "--rounds",
+        "2",
+        "--tokens",
+        "3",
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu/lengths_cpu.py", *given, "--out", str(out)])
+    assert lengths_cpu.main() == 0 and "ratio" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["way"], r["length"], r["filled"], r["tokens"]) for r in rows] == [
+        ("teacher", 20, False, 6), ("lizard", 20, False, 6), ("teacher", 40, True, 6), ("lizard", 40, True, 6)
+    ]  # fmt: skip
+    assert all(0 < r["ms_token"] <= r["median_ms"] for r in rows)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu/lengths_cpu.py", "--clock", "thread"])
+    with pytest.raises(ValueError, match="--clock thread: got --threads 2, wanted 1"):
+        lengths_cpu.main()
