@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 
 import lengths
@@ -68,7 +69,8 @@ def test_rows_that_are_there_are_not_measured_again(call):
     assert [(r["way"], r["length"]) for r in second["rows"][2:]] == [
         ("teacher-static", 80), ("lizard", 32), ("lizard", 80)
     ]  # fmt: skip
-    assert all(r["ms_token"] > 0 and r["prefill_tokens_s"] > 0 for r in second["rows"])
+    # a token's time is a difference of calls: on a busy machine those of two tokens may take less than those of one
+    assert all(math.isfinite(r["ms_token"]) and r["prefill_tokens_s"] > 0 for r in second["rows"])
     assert second["commands_before"] == [first["command"]]
     with pytest.raises(ValueError, match="--out .* is of another run: tokens"):
         call("--tokens", "3")
