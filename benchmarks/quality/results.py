@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.quality.records import read_records
-from benchmarks.quality.rows import BASE, PLAIN, ROWS, Budget, RowSpec, controls
+from benchmarks.quality.rows import BASE, BUDGETS, PLAIN, ROWS, TEACHER, Budget, RowSpec, controls
 from lizard_models.config import LizardConfig
 from lizard_models.evaluation.position_loss import PositionLoss, recovered_share
 from lizard_models.evaluation.report import past_edge
@@ -94,7 +94,8 @@ class Record:
 class Results:
     """The rows of one budget that are declared, and the controls of these, from its file of records.
 
-    The file has others too, of rows whose options are retired: they are not read further.
+    The file has others too, of rows whose options are retired: they are not read further. What a file lacks of the
+    teacher as it is, which no budget changes, is that of the other budget's beside it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,6 +106,18 @@ class Results:
         for record in every:
             if record.name in ROWS or record.name in beside:
                 self.records.setdefault(record.name, {})[record.seed] = record
+        for budget in BUDGETS:
+            other = path.with_name(f"{budget}.jsonl")
+            if other != path and other.is_file():
+                self._take_teacher([Record(values) for values in read_records(other).values()])
+
+    def _take_teacher(self, others: list[Record]) -> None:
+        """Measures of the untrained teacher that are not there yet."""
+        for record in others:
+            own = self.records.get(TEACHER, {}).get(record.seed)
+            if record.name == TEACHER and own is not None and not (record.spec.stage2 or own.spec.stage2):
+                measures = record.values["measures"] | own.values["measures"]
+                self.records[TEACHER][record.seed] = Record(own.values | {"measures": measures})
 
     def has(self, name: str, measure: str = "loss") -> bool:
         """Whether a row has a measure."""

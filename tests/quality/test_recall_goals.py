@@ -56,6 +56,14 @@ def recorded(path, kind: str, seed: int, share: float, size: int = 120_000) -> N
     merge_records(path, {f"{kind}.s{seed}": record})
 
 
+def test_what_the_teacher_finds_is_read_in_either_budget(results, tmp_path):
+    (tmp_path / "quick.jsonl").rename(tmp_path / "full.jsonl")
+    write_row(tmp_path, TEACHER, 3.0, found={"novel": {"8192": 0.4}}, kl=loss(0.5))  # quick.jsonl, anew
+    here, there = (Results(tmp_path / f"{name}.jsonl").records["teacher"][0] for name in ("full", "quick"))
+    assert here.values["measures"]["found"]["novel"]["512"] == 1.0 and "kl" in here.values["measures"]
+    assert there.values["measures"]["found"]["novel"] == {"8192": 0.4} and "tasks" in there.values["measures"]
+
+
 def test_a_row_is_held_against_every_goal(results, tmp_path):
     judged = recall_goals(results, tmp_path / "mqar.jsonl")
     share, small, kl, *found, novel, five, far, piqa, _, _, lambada, recall = judged
