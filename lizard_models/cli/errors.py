@@ -120,8 +120,9 @@ def is_of_another_process(error: BaseException) -> bool:
 
 
 def refused_by(error: BaseException) -> str | None:
-    """What the system said where safetensors could not read or write, None for another error."""
-    number = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    """What the system said where safetensors or tokenizers could not read or write, None for another error."""
+    theirs = type(error) is Exception or type(error).__name__ == "SafetensorError"
+    number = OS_ERROR.search(str(error)) if theirs else None
     return os.strerror(int(number[1])) if number else None
 
 
@@ -139,7 +140,7 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return "the machine is out of memory: give a smaller --micro-batch-size or --seq-len, or a smaller model"
     if reason := refused_by(error):
-        return f"a file of weights: {reason}"
+        return f"a file of {'the tokenizer' if type(error) is Exception else 'weights'}: {reason}"
     if type(error).__name__ == "SafetensorError":
         return f"a file of weights is damaged or cut short ({text}): fetch or copy the model again"
     if isinstance(error, BrokenPipeError):
