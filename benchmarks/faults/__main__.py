@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no other trial begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file for a line of JSON a trial; trials that it has are left out")
+    parser.add_argument("--again", action="store_true", help="run trials again that were not as wanted")
     parser.add_argument("--workers", type=int, default=1, help="trials at the same time")
     parser.add_argument("--fresh", action="store_true", help="processes that import everything themselves")
     parser.add_argument("--beside", type=Path, help="results of the same trials elsewhere, to compare with")
@@ -53,7 +54,7 @@ def main() -> None:
 
     with _folder("faults-") as folder:
         campaign = Campaign(folder, asked.seed, say, asked.out, asked.fresh, asked.workers)
-        campaign.go({kind: getattr(asked, kind) for kind in KINDS}, asked.minutes)
+        campaign.go({kind: getattr(asked, kind) for kind in KINDS}, asked.minutes, asked.again)
     print(campaign.table())
     if asked.beside is not None:
         both, other = differing(campaign.results, asked.beside)

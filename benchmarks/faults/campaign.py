@@ -88,10 +88,11 @@ class Campaign:
         """Every trial so far, those of earlier runs too."""
         return [Trial(**found) for found in self.results.found.values()]
 
-    def go(self, counts: dict[str, int], minutes: float = math.inf) -> None:
+    def go(self, counts: dict[str, int], minutes: float = math.inf, again: bool = False) -> None:
         """As many trials of each kind, one of each in turn, or all that it has; those with a result are left out.
 
-        counts: by name of the method that gives them. minutes: after which no other trial begins.
+        counts: by name of the method that gives them. minutes: after which no other trial begins. again: those whose
+        result is not as wanted, too.
         """
         kinds = [islice(getattr(self, name)(), count) for name, count in counts.items()]
         ends = time.monotonic() + 60 * minutes
@@ -99,7 +100,8 @@ class Campaign:
             for name, trial in (one for turn in zip_longest(*kinds) for one in turn if one is not None):
                 if time.monotonic() >= ends:
                     break
-                if name not in self.results.found:
+                known = self.results.found.get(name)
+                if known is None or (again and known["outcome"] not in FINE):
                     draw = random.Random(f"{self.seed} {name}")
                     pool.begin(name, partial(_found, trial, draw))
 
@@ -167,41 +169,47 @@ class Campaign:
         return random.Random(f"{self.seed} {kinds}").sample(every, len(every))
 
     def _judge(self, kind: str, what: str, out: Path, ended: Ended) -> Trial:
-        wrong = wrong_of(ended, out)
-        before = trained(out)
-        said = [f"[{ended.code}] {last_line(ended.said)}"]
-        unclear = ended.unclear
+        found, wrong, before = [ended], wrong_of(ended, out), trained(out)
         for _ in range(ATTEMPTS):
             if ended.code == 0 and weights_of(out):
                 break
-            ended = self.world.run(self.world.command(out, "--resume", "auto"), out.with_name("said again"))
-            said.append(f"[{ended.code}] {last_line(ended.said)}")
-            unclear = unclear or ended.unclear
+            ended = self._go_on(out, found)
             wrong = wrong or wrong_of(ended, out)
             if "stopped" not in ended.said and trained(out) < before and not out.exists():
                 wrong = wrong or "lost: a checkpoint is gone"
-        return self._outcome(kind, what, wrong, unclear, out, said)
+        return self._outcome(kind, what, wrong, out, found)
 
     def _judge_damage(self, kind: str, what: str, out: Path, ended: Ended) -> Trial:
-        """A damaged file is named, or makes no difference; the command ends in one of both."""
-        path = Path(what.split(" ")[0])
-        said = [f"[{ended.code}] {last_line(ended.said)}"]
+        """A damaged file makes no difference, or is named with what to delete; without that the run goes on."""
+        path, found = Path(what.split(" ")[0]), [ended]
         names = (path.name, f"/{path.parent.name}/") if path.name == "sums.json" else (path.name,)
-        if ended.code == 2 and any(name in ended.said for name in names):  # of sums, their folder does
-            return Trial(kind, what, "named", said[0])
-        return self._outcome(kind, what, wrong_of(ended, out), ended.unclear, out, said)
+        if ended.code != 2 or not any(name in ended.said for name in names):  # of sums, their folder is
+            return self._outcome(kind, what, wrong_of(ended, out), out, found)
+        for _ in range(ATTEMPTS):
+            if ended.code == 0 or not delete_what_is_told(ended.said, out.parent):
+                break
+            ended = self._go_on(out, found)
+        trial = self._outcome(kind, what, wrong_of(ended, out), out, found)
+        return trial._replace(outcome="named") if trial.outcome == "same" else trial
 
-    def _outcome(self, kind: str, what: str, wrong: str, unclear: bool, out: Path, said: list[str]) -> Trial:
-        found = weights_of(out)
-        if not wrong and not found:
+    def _go_on(self, out: Path, found: list[Ended]) -> Ended:
+        found.append(self.world.run(self.world.command(out, "--resume", "auto"), out.with_name("said again")))
+        return found[-1]
+
+    def _outcome(self, kind: str, what: str, wrong: str, out: Path, found: list[Ended]) -> Trial:
+        made = weights_of(out)
+        if not wrong and not made:
             wrong = "lost: it does not go on"
-        if not wrong and found != self.wanted:
+        if not wrong and made != self.wanted:
             wrong = "different"
         if not wrong and (rest := sorted(p.name for p in out.parent.iterdir() if not p.name.startswith("said"))) != [
             "out"
         ]:
             wrong = f"left behind: {rest}"
-        return Trial(kind, what, wrong or ("unclear" if unclear else "same"), " | ".join(said))
+        if not wrong and any(ended.unclear for ended in found):
+            wrong = "unclear"
+        said = [f"[{ended.code}] {ended.said[-2000:] if wrong else last_line(ended.said)}" for ended in found]
+        return Trial(kind, what, wrong or "same", " | ".join(said))
 
     def _add(self, name: str, found: dict[str, Any]) -> None:
         self.results.add(name, found)
@@ -252,6 +260,18 @@ def harm(path: Path, damage: str, draw: random.Random) -> str:
     data[place] ^= 1 << bit
     path.write_bytes(data)
     return f" bit {bit} of byte {place}"
+
+
+def delete_what_is_told(said: str, place: Path) -> bool:
+    """Deletes the file or folder of ``place`` that an error says to delete; whether it said so."""
+    told = re.search(r"delete '([^']+)'", said)
+    if told is None or place not in Path(told[1]).parents:
+        return False
+    if Path(told[1]).is_dir():
+        shutil.rmtree(told[1])
+    else:
+        Path(told[1]).unlink()
+    return True
 
 
 def half_written(out: Path) -> str:

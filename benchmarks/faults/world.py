@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import forks
-from lizard_models.cli.main import app
+from lizard_models.cli.main import main
 from lizard_models.files.weights import content_digest
 from lizard_models.runs import linearize_run, work
 
@@ -62,8 +62,10 @@ class Ended(NamedTuple):
 
     @property
     def unclear(self) -> bool:
-        """Whether it ended with an error of ours, which keeps its traceback."""
-        return self.code == 1 or "Traceback (most recent call last)" in self.said
+        """Whether it ended with an error of ours, which keeps its traceback. Ctrl-C before a command has begun is said
+        by the command line in one word."""
+        aborted = self.said.strip().endswith(("Aborted!", "Aborted."))
+        return (self.code == 1 and not aborted) or "Traceback (most recent call last)" in self.said
 
 
 @dataclass
@@ -136,7 +138,7 @@ def _call(arguments: list[str], fault: Fault | None) -> None:
     sys.argv = ["lizard-attn", *arguments]
     if fault is not None:
         fault()
-    app(arguments)
+    main()
 
 
 def _exec(arguments: list[str], fault: Fault | None) -> None:
