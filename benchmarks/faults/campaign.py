@@ -63,6 +63,8 @@ class Campaign:
         Raises ValueError if the file is of another campaign.
         """
         self.world, self.seed, self.say, self.workers = World(folder, fresh), seed, say, workers
+        if not fresh:
+            self.world.warm()
         places = [folder / name for name in ("one", "other")]
         commands = [self.world.command(place / "out") for place in places]
         faults = [events.list_into(place, folder / f"events of {place.name}") for place in places]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
+import importlib
 import os
 import pickle
 import sys
@@ -22,13 +24,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks import forks
 from lizard_models.cli.main import main
 from lizard_models.files.weights import content_digest
-from lizard_models.runs import linearize_run, work
-
-LOADED = (linearize_run, work)  # here, so that no trial loads them anew
-with contextlib.suppress(ImportError):
-    import matplotlib.backends.backend_agg
-    import matplotlib.backends.backend_svg
-    import matplotlib.figure  # noqa: F401
 
 SENTENCE = "the wind turns the mill and the river runs down to the sea, year {n} after year. "
 STEPS = [
@@ -82,7 +77,7 @@ class World:
             code, _ = forks.end(forks.start(self.make, said.fileno(), self.folder), SECONDS)
         if code:
             raise RuntimeError(f"no teacher could be made: {(self.folder / 'said').read_text()[-2000:]}")
-        gc.freeze()  # what forks share they need not collect, nor copy
+        gc.freeze()
 
     def make(self) -> None:
         """Writes the teacher and its text."""
@@ -103,6 +98,29 @@ class World:
         (self.folder / "texts").mkdir()
         for n in range(3):
             (self.folder / "texts" / f"{n}.txt").write_text(SENTENCE.format(n=n) * 30)
+
+    def warm(self) -> None:
+        """Imports what a run imports, and fills the caches that take it longest, so that forks need not."""
+        place, names = self.folder / "warm", self.folder / "imported"
+        place.mkdir()
+        ended = self.run(self.command(place / "out"), place / "said", partial(_names_at_end, names))
+        if ended.code:
+            raise RuntimeError(f"a run fails without a fault: {ended.said[-2000:]}")
+        for name in names.read_text().splitlines():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+            get_checkpoint_conversion_mapping("llama")
+        with contextlib.suppress(ImportError):
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+
+            figure = Figure()
+            figure.suptitle("fonts")
+            FigureCanvasAgg(figure).draw()
+        gc.freeze()  # what forks share they need not collect, nor copy
 
     def command(self, out: Path, *more: str) -> list[str]:
         """The command of every trial."""
@@ -139,6 +157,10 @@ def _call(arguments: list[str], fault: Fault | None) -> None:
     if fault is not None:
         fault()
     main()
+
+
+def _names_at_end(path: Path) -> None:
+    atexit.register(lambda: path.write_text("\n".join(sys.modules)))
 
 
 def _exec(arguments: list[str], fault: Fault | None) -> None:
