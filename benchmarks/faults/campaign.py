@@ -29,6 +29,7 @@ from lizard_models.runs.plan import STAGES, work_folder
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 DAMAGES = ("flipped", "truncated", "removed")
 ATTEMPTS = 3  # to go on after one fault
+EARLIER = 0.8  # of the moment of a signal that came too late
 FINE = ("same", "named")
 Named = tuple[str, Callable[[random.Random, Path], "Trial"]]  # a trial and its name
 
@@ -143,12 +144,19 @@ class Campaign:
             yield f"{damage} {plain(str(name))}", partial(self._damage, work, name, damage)
 
     def _signal(self, number: signal.Signals, draw: random.Random, out: Path) -> Trial:
+        """At a moment of the run's usual time; of a run that had ended by then, at an earlier one."""
         moment, said = draw.uniform(0, self.seconds), out.with_name("said")
-        started = time.monotonic()
-        child = self.world.start(self.world.command(out), said)
-        time.sleep(moment)
-        os.kill(child, number)
-        ended = end(child, said, started)
+        while True:
+            started = time.monotonic()
+            child = self.world.start(self.world.command(out), said)
+            time.sleep(moment)
+            over = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            os.kill(child, number)
+            ended = end(child, said, started)
+            if not over:
+                break
+            moment *= EARLIER
+            shutil.rmtree(out)
         return self._judge("a signal at a random moment", f"{number.name} {moment / self.seconds:.3f}", out, ended)
 
     def _cut(self, number: int, draw: random.Random, out: Path) -> Trial:
@@ -304,4 +312,4 @@ def weights_of(out: Path) -> str:
 
 def last_line(text: str) -> str:
     """The end of what a command said."""
-    return (text.strip().splitlines() or [""])[-1][-300:]
+    return (text.strip().splitlines() or [""])[-1][-120:]
