@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -58,9 +59,12 @@ class Ended(NamedTuple):
     @property
     def unclear(self) -> bool:
         """Whether it ended with an error of ours, which keeps its traceback. Ctrl-C before a command has begun is said
-        by the command line in one word."""
-        aborted = self.said.strip().endswith(("Aborted!", "Aborted."))
-        return (self.code == 1 and not aborted) or "Traceback (most recent call last)" in self.said
+        by the command line in one word, or by Python where it still imports."""
+        said = self.said.strip()
+        if self.code == -signal.SIGINT and said.endswith("\nKeyboardInterrupt"):
+            return False
+        aborted = said.endswith(("Aborted!", "Aborted."))
+        return (self.code == 1 and not aborted) or "Traceback (most recent call last)" in said
 
 
 @dataclass

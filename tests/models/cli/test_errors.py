@@ -1,12 +1,14 @@
 """An error of the library names its argument, the command line the option."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 
 import pytest
+import typer
 
-from lizard_models.cli.errors import RUNNING, explanation, is_of_the_system, with_options
+from lizard_models.cli.errors import RUNNING, explanation, is_of_the_system, one_line_errors, with_options
 
 
 def test_what_the_system_refuses_in_a_file_of_weights_is_said():
@@ -22,6 +24,27 @@ def test_what_the_system_refuses_in_a_file_of_weights_is_said():
     assert "the disk is full" in explanation(full) and is_of_the_system(full)
     cut = SafetensorError("Error while deserializing header: incomplete metadata")
     assert "damaged or cut short" in explanation(cut) and not is_of_the_system(cut)
+
+
+@pytest.mark.parametrize(("number", "what"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "stopped by SIGTERM")])
+def test_what_a_signal_broke_off_ends_as_the_signal_asks(capsys, number, what):
+    """An import that it ends in the middle leaves a module in part: whoever imports it next has another error."""
+
+    def imports() -> str:
+        raise AttributeError("partially initialized module")
+
+    for go_on, again in (
+        (imports, "repeat the command to go on"),
+        (lambda: "lizard-attn x", "go on with: lizard-attn x"),
+    ):
+        with pytest.raises(typer.Exit) as end, one_line_errors(go_on):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(number)
+            imports()
+        assert end.value.exit_code == 128 + number
+        assert capsys.readouterr().err == f"{what}; nothing half-written is left; {again}\n"
+    with pytest.raises(AttributeError), one_line_errors():
+        imports()
 
 
 ENDS = """

@@ -64,6 +64,8 @@ def test_each_outcome_is_told_from_the_others(out, tmp_path):
     assert judged(out, failed, DONE) == "unclear"
     assert judged(out, failed._replace(code=0)) == "unclear"
     assert judged(out, Ended(1, "Aborted!\n", 1.0), DONE) == "same"  # Ctrl-C before the command has begun
+    importing = Ended(-2, "Traceback (most recent call last)\n  import\nKeyboardInterrupt\n", 1.0)
+    assert judged(out, importing, DONE) == "same" and judged(out, importing._replace(code=130), DONE) == "unclear"
     assert judged(out, Ended(forks.HANGS, "", 1.0), DONE) == "lost: it hangs"
     assert judged(out, Ended(-9, "", 1.0), Ended(forks.HANGS, "", 1.0), DONE) == "lost: it hangs"
     (out / "model.safetensors").write_text("cut")
