@@ -80,8 +80,10 @@ class FeatureMaps(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor] | None:
         """Those of queries and of keys; None where there are none, or somebody sees what the maps are called with."""
-        of_k = self.key_map
-        of_q = self.query_map or of_k
+        parts = self._modules  # a Module's own look-up of an attribute is a function of Python
+        of_k = parts.get("key_map")
+        of_q = parts.get("query_map") or of_k
         if of_q is None or of_k is None or has_hooks(of_q) or has_hooks(of_k):
             return None
-        return of_q.weight, of_k.weight
+        weight_q, weight_k = of_q._parameters["weight"], of_k._parameters["weight"]
+        return None if weight_q is None or weight_k is None else (weight_q, weight_k)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
 from lizard_layers.parameters import Float32Module, float32_parameter
-from lizard_layers.received import InWindow, ReceivedTerm, WindowForm, attention_received, facts_of
+from lizard_layers.received import InWindow, ReceivedTerm, WindowForm, facts_of
+from lizard_layers.received_bands import received_by
 from lizard_layers.score_ring import RING, STATISTICS, NewFacts, through_ring
-from lizard_layers.token_order import TokenOrder, wide
+from lizard_layers.token_order import TokenOrder, sums_along_rows, wide
 from lizard_ops import KeyScoreState, KeyScoreWeights, ReceivedInputs, key_score_step, without_autocast
 
 INPUTS = LOOK_AHEAD + 2  # x at j - 1, j, j + 1 and j + 2
@@ -224,7 +225,7 @@ class KeyScore(Float32Module):
         k [B, T, Hk, D] before RoPE, v [B, T, Hk, Dv].
         """
         k, v = k.to(self.bias.dtype), v.to(self.bias.dtype)
-        return _statistics(k, v, F.normalize(k, dim=-1, eps=LEAST_NORM).double().cumsum(1))
+        return _statistics(k, v, sums_along_rows(F.normalize(k, dim=-1, eps=LEAST_NORM).double()))
 
     def facts(self, k: Tensor, v: Tensor, seen: InWindow) -> Tensor:
         """What the ``ReceivedTerm`` reads, [B, T, Hk, 6], of texts given from their start; no gradient.
@@ -234,7 +235,7 @@ class KeyScore(Float32Module):
         assert self.window_form is not None
         order = TokenOrder.of(k, None, None)
         with torch.no_grad(), without_autocast(k):
-            got = attention_received(seen, self.window_form, order, order.counts * 0)
+            got = received_by(seen, self.window_form, order, order.counts * 0)
             row = torch.arange(k.shape[0], device=k.device)[:, None]
             sums = got.collected(row, order.rank, order.rank, order.counts[:, None] - 1, self.window_form.stride)
             return facts_of(self.statistics(k, v), sums.to(self.bias.dtype))

@@ -61,8 +61,10 @@ def _weights(
     gate: nn.Module | None, mix: nn.Module
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None:
     """Weight and bias of the gate and of the merge bias; None where those are others, or somebody sees them called."""
-    if not isinstance(gate, SigmoidGate) or not isinstance(mix, MergeMix) or mix.weight is None:
+    if not isinstance(gate, SigmoidGate) or not isinstance(mix, MergeMix) or has_hooks(gate) or has_hooks(mix):
         return None
-    if has_hooks(gate) or has_hooks(mix):
+    of_mix = mix._parameters  # a Module's own look-up of an attribute is a function of Python
+    if (weight := of_mix.get("weight")) is None:
         return None
-    return (gate.weight, gate.bias), (mix.weight, mix.bias)
+    of_gate = gate._parameters
+    return (of_gate["weight"], of_gate["bias"]), (weight, of_mix.get("bias"))  # type: ignore[return-value]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
-from lizard_layers.received import SUMS, InWindow, Received, WindowForm, attention_received
+from lizard_layers.received import SUMS, InWindow, Received, WindowForm
+from lizard_layers.received_bands import FromStart, received_by
 from lizard_layers.token_order import TokenOrder, wide
 
 STATISTICS = 3  # log norm of the key, log norm of the value, likeness to the mean key
@@ -42,13 +43,13 @@ def through_ring(
 
     position [N]: tokens of earlier calls.
     """
-    got = attention_received(seen, form, order, position)
+    got = received_by(seen, form, order, position)
     leaving = _leaving(new, got, form, order, position, ring)
     return leaving, _after(new, got, form, order, position, ring) if wanted else ring
 
 
 def _leaving(
-    new: NewFacts, got: Received, form: WindowForm, order: TokenOrder, position: Tensor, ring: Tensor
+    new: NewFacts, got: Received | FromStart, form: WindowForm, order: TokenOrder, position: Tensor, ring: Tensor
 ) -> Leaving:
     window, (rows, length) = form.window, new.base.shape[:2]
     rank = order.rank.expand(rows, -1)
@@ -69,7 +70,9 @@ def _leaving(
     )
 
 
-def _after(new: NewFacts, got: Received, form: WindowForm, order: TokenOrder, position: Tensor, ring: Tensor) -> Tensor:
+def _after(
+    new: NewFacts, got: Received | FromStart, form: WindowForm, order: TokenOrder, position: Tensor, ring: Tensor
+) -> Tensor:
     """The ring with the keys of the last W tokens."""
     window, length = form.window, new.base.shape[1]
     row, last = (t[:, None] for t in order.last_places())  # [N, 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -130,13 +130,18 @@ def moved_state(state: State, device: torch.device | str | None, dtype: torch.dt
 def overwrite_layer_state(state: State, new: State) -> State:
     """``state`` with the values of ``new``, which holds the same tensors, in the memory and dtypes it has."""
     values = tensors_of(new)
-    pairs: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    for name, kept in tensors_of(state).items():
-        if kept is not values[name]:
-            pairs.setdefault((kept.dtype, values[name].dtype), []).append((kept, values[name]))
-    for same in pairs.values():  # one launch for each pair of dtypes
-        torch._foreach_copy_([kept for kept, _ in same], [value for _, value in same])
+    copy_together((kept, values[name]) for name, kept in tensors_of(state).items())
     return state
+
+
+def copy_together(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give the first tensor of each pair the values of the second."""
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for kept, value in pairs:
+        if kept is not value:
+            kinds.setdefault((kept.dtype, value.dtype), []).append((kept, value))
+    for same in kinds.values():  # one launch for each pair of dtypes
+        torch._foreach_copy_([kept for kept, _ in same], [value for _, value in same])
 
 
 def clear_state(state: State) -> None:

@@ -71,7 +71,7 @@ class TokenOrder(NamedTuple):
     def running_sum(self, z: Tensor, start: Tensor) -> Tensor:
         """Sums over each sequence up to each token, its own included, from ``start`` [N, ...] on."""
         if self.sequence is None:
-            return z.cumsum(1) + start[:, None]
+            return sums_along_rows(z) + start[:, None]
         return packed_cumsum(z, self.rank) + start[self.sequence][None]
 
     def last(self, z: Tensor, otherwise: Tensor) -> Tensor:
@@ -83,6 +83,12 @@ class TokenOrder(NamedTuple):
         else:
             rows = z[0, (self.ends[1:] - 1).clamp(min=0)]
         return torch.where((self.counts > 0).view(-1, *[1] * (rows.ndim - 1)), rows, otherwise)
+
+
+def sums_along_rows(z: Tensor) -> Tensor:
+    """z [B, T, ...] summed up to each token. With T innermost: along another axis a GPU has a thread for each of the
+    other numbers, which goes through all tokens alone (2.4 ms for [2, 8192, 3, 64] in float64 on an H200)."""
+    return z.movedim(1, -1).cumsum(-1).movedim(-1, 1)
 
 
 def wide(t: Tensor, like: Tensor) -> Tensor:

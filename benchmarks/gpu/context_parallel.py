@@ -6,13 +6,15 @@ Every rank computes the whole by itself too, and compares its part: relative RMS
 gradient, in float32 on --check tokens and in bfloat16 on --tokens. A row with an error over its tolerance is red and
 has no time. Times are milliseconds a call, the slowest rank's, of --repeats calls after two that do not count; "alone"
 is the whole text on one GPU (on each at once), "of which the state" what comes before the op in the forward: the sums
-of the part, the messages, and what is made of them. Memory is the peak above the inputs.
+of the part, the messages, and what is made of them. Memory is the peak above the inputs. Where there are more ranks
+than GPUs, they share one: messages go by gloo through the host, and times, of ranks that take turns, are no speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -199,7 +201,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    alone = on_gpu and int(os.environ["WORLD_SIZE"]) <= torch.cuda.device_count()
+    dist.init_process_group("nccl" if alone else "gloo")
     device = f"cuda:{dist.get_rank() % torch.cuda.device_count()}" if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -211,7 +214,12 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if dist.get_rank() == 0 and options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"ranks": mesh.size(), "tokens": options.tokens, "check": options.check}
+        about = {
+            "ranks": mesh.size(),
+            "gpus": torch.cuda.device_count(),
+            "tokens": options.tokens,
+            "check": options.check,
+        }
         about |= {"environment": environment()} if on_gpu else {}
         options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()

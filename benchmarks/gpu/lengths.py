@@ -5,12 +5,14 @@
     python benchmarks/gpu/plot_lengths.py benchmarks/results/decode/NAME.json --out docs/figures/NAME.svg
 
 The whole model, random weights, bfloat16, greedy. One row of text is read in pieces, from each length on to the next
-(``--fresh``: each length from its start, three times), and what it left, state or keys and values, is repeated for
+(``--fresh``: each length from its start, ``READS`` times), and what it left, state or keys and values, is repeated for
 every row of the batch: memory and work of a step are those of as many texts. Then ``generate()`` goes on from there as
 everyone calls it. Ways: ``teacher`` (transformers' growing cache), ``teacher-static`` (its static cache, whose step
 transformers compiles anew for each length, a minute or more: see ``--static-lengths``) and ``lizard``. A row:
 
-    prefill_tokens_s  tokens a second of reading, one row       read_peak_gib  most memory while reading
+    prefill_tokens_s  tokens a second of reading, one row: the median; with ``--fresh`` from the third reading on a text
+                      of a length that has come before is read from a CUDA graph (Lizard)
+    first_read_s      the first of several readings             read_peak_gib  most memory while reading
     first_s           the first call, which captures or compiles
     ms_token          of a step, from calls with 1 and with N + 1 new tokens, medians of three; tokens_s of all rows
     peak_gib          most memory while generating              counted_gib    weights, state or keys and values
@@ -47,6 +49,7 @@ from lizard_models.files.environment import environment
 from lizard_models.model.decode_graph import free_decode_graphs
 
 WAYS = ("teacher", "teacher-static", "lizard")
+READS = 7  # of a length with --fresh
 DOUBLING = [2**n for n in range(10, 21)]  # 1K to 1M
 SAME = ("shape", "layers", "batch", "tokens", "piece", "fresh", "fill", "preset")  # of two runs that share a file
 SHOWN = ("length", "prefill_tokens_s", "first_s", "ms_token", "tokens_s", "floor_ms", "read_peak_gib", "peak_gib",
@@ -157,20 +160,20 @@ class Reader:
         self.cache: Any = None
         self.seen = 0
 
-    def go_to(self, length: int) -> float | None:
-        """Tokens a second of what was read, None where nothing was."""
+    def go_to(self, length: int) -> dict[str, float | None]:
+        """Tokens a second of what was read and seconds of the first reading, None where nothing was."""
         if self.args.fill and self.way != "lizard":
             self.cache = filled(self.model, length)
-            return None
+            return {"prefill_tokens_s": None}
         times, begin = [], 0 if self.args.fresh else self.seen
-        for _ in range(3 if self.args.fresh else 1):
+        for _ in range(READS if self.args.fresh else 1):
             if self.args.fresh:
                 self.cache = None
             start = clock(self.args)
             self.cache = read(self.model, self.cache, self.ids[:, begin:length], self.args.piece)
             times.append(clock(self.args) - start)
         self.seen = length
-        return (length - begin) / statistics.median(times)
+        return {"prefill_tokens_s": (length - begin) / statistics.median(times), "first_read_s": times[0]}
 
 
 @torch.no_grad()
@@ -179,7 +182,7 @@ def measure(args: argparse.Namespace, model: Any, reader: Reader, length: int, s
     row: dict[str, Any] = {"way": way, "length": length, "weights_gib": weight_bytes(model) / 2**30}
     try:
         with Memory(args.device) as reading:
-            row["prefill_tokens_s"] = reader.go_to(length)
+            row |= reader.go_to(length)
         row["read_peak_gib"] = reading.gib
         held, moved = state_bytes(way, reader.cache, args.batch)
         row["counted_gib"] = (sum(p.nbytes for p in model.parameters()) + held) / 2**30

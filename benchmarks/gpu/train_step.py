@@ -2,18 +2,23 @@
 
     python benchmarks/gpu/train_step.py --out benchmarks/results/training/NAME.json
     python benchmarks/gpu/train_step.py --shape llama-3-8b --sizes 1x2048 1x8192 --stages "teacher forward" "stage 1" \\
-        "teacher LoRA" "stage 2" --kinds plain --steps 3 --warm-up 2 --out benchmarks/results/training/NAME.json
+        "teacher LoRA" "stage 2" --kinds plain graph --steps 3 --warm-up 2 --out benchmarks/results/training/NAME.json
 
 For each stage and size (rows x tokens), as the Trainer runs it ("plain"), with the step as a CUDA graph ("graph"), with
-MLPs and norms compiled ("compile"), with both, and with layers run again in the backward ("checkpoint"; stage 2 and the
-teacher's LoRA alone): ms a step, tokens a second, share of the time in which the GPU runs no kernel, kernels a step,
-peak memory, model-flops use, and the kernels that take longest. Every way's losses and gradients are first compared
-with those of the plain step, where ``--compare`` is not off. Under three minutes for one size of SmolLM2-135M's shape.
+MLPs and norms compiled ("compile"), with both, and with layers run again in the backward ("checkpoint", also in a
+graph; stage 2 and the teacher's LoRA alone): ms a step, tokens a second, share of the time in which the GPU runs no
+kernel, kernels a step, peak memory, model-flops use, and the kernels that take longest. Every kind's losses and
+gradients are first compared with those of the plain step, where ``--compare`` is not off. A stage's model is made once
+for all its rows.
 
-"teacher forward" is the teacher's forward of the same tokens without gradients, with logits of every token; "teacher
-LoRA" its own fine-tuning with SDPA, on next tokens, with stage 2's adapters kept in bfloat16, so that it has no casts.
-"stage 2" learns the teacher's distribution, as the preset says, and so has the teacher's forward in each step; "stage 2
-CE" learns next tokens alone, as that LoRA does.
+"teacher forward" is the teacher's forward of the same tokens without gradients, with logits of every token, which no
+graph is captured of; "teacher LoRA" its own fine-tuning with SDPA, on next tokens, with stage 2's adapters kept in
+bfloat16, so that it has no casts. It has every kind that stage 2 has; transformers makes a mask of the whole square
+where it is captured, so that SDPA would take a slower kernel, and is kept from it. "stage 2" learns the teacher's
+distribution, as the preset says, and so has the teacher's forward in each step; "stage 2 CE" learns next tokens alone,
+as that LoRA does.
+Peak memory is what is allocated at most, the capture included; of a graph, whose memory stays its own, what is reserved
+after its steps where that is more.
 Model-flops use (``mfu``): operations that the step needs (``model_flops.py``) over its time, against the 989 TFLOP/s of
 a H100's or H200's tensor cores; ``of_product`` is the same against a large product measured in this run. The same
 command again goes on where the file ends; no row is begun after ``--seconds``.
@@ -28,6 +33,7 @@ import itertools
 import json
 import shlex
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,6 +49,7 @@ from roofline import product_speed
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lizard_models import LizardConfig, linearize
 from lizard_models.distill.compiled import compiled
@@ -54,9 +61,11 @@ from lizard_models.files.environment import environment
 from lizard_models.model.layer_configs import lizard_config
 
 SIZES = ((4, 1024), (8, 2048))
-KINDS = ("plain", "graph", "compile", "compile+graph", "checkpoint")
+KINDS = ("plain", "graph", "compile", "compile+graph", "checkpoint", "checkpoint+graph")
 STAGES = ("teacher forward", "stage 1", "teacher LoRA", "stage 2", "stage 2 CE")
 COLUMNS = ("ms", "gpu_busy_ms", "kernels", "peak_gib", "mfu", "loss", "relative_gradient")
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
+MASKLESS = "sdpa_without_mask"
 PEAK = 989.4e12  # operations a second, dense, bfloat16, as NVIDIA's data sheets of both chips have it
 
 
@@ -79,8 +88,9 @@ class NextTokens(nn.Module):
         super().__init__()
         self.adapted = adapted
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.adapted(input_ids=input_ids, labels=input_ids, use_cache=False).loss}
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        given = {"input_ids": input_ids, "labels": input_ids, "attention_mask": attention_mask}
+        return {"loss": self.adapted(**given, use_cache=False).loss}
 
 
 class Forward(nn.Module):
@@ -95,7 +105,7 @@ class Forward(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-def objective_of(stage: str, kind: str, options: argparse.Namespace) -> tuple[nn.Module, Any]:
+def objective_of(stage: str, options: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The module the Trainer would train, and its recipe."""
     config = LizardConfig.preset("plain")
     model: Any = teacher(options)
@@ -112,8 +122,6 @@ def objective_of(stage: str, kind: str, options: argparse.Namespace) -> tuple[nn
         model.set_attention_mode("distill", recipe)
         objective: nn.Module = AttentionTransfer(model)
     else:
-        if kind == "checkpoint":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         adapters = LoraConfig(
             r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules=list(recipe.lora_targets)
         )
@@ -153,8 +161,38 @@ def gradients(objective: nn.Module, tokens: Tensor) -> tuple[float, list[Tensor]
 @contextlib.contextmanager
 def stepping(objective: nn.Module, kind: str) -> Iterator[None]:
     """Within: the objective runs in one of the ways of ``KINDS``."""
-    with compiled(objective, "compile" in kind), graphed(objective, "graph" in kind):
+    captured, again = "graph" in kind, "checkpoint" in kind
+    with compiled(objective, "compile" in kind), graphed(objective, captured), without_mask(objective, captured):
+        model = language_model(objective)
+        if again:  # as stage 2 asks for it
+            kept = {"preserve_rng_state": False} if captured else {}
+            model.gradient_checkpointing_enable({"use_reentrant": False} | kept)
+        try:
+            yield
+        finally:
+            if again:
+                model.gradient_checkpointing_disable()
+
+
+def language_model(objective: nn.Module) -> Any:
+    return next(m for m in objective.modules() if isinstance(m, LlamaForCausalLM))
+
+
+@contextlib.contextmanager
+def without_mask(objective: nn.Module, enabled: bool) -> Iterator[None]:
+    """Within: a teacher's SDPA has no mask where it is captured, as elsewhere. A name that transformers knows no mask
+    for does it."""
+    config = language_model(objective).config
+    name = config._attn_implementation
+    if not enabled or not isinstance(objective, NextTokens) or name != "sdpa":
         yield
+        return
+    ALL_ATTENTION_FUNCTIONS.register(MASKLESS, ALL_ATTENTION_FUNCTIONS[name])
+    config._attn_implementation = MASKLESS
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
 
 
 def difference(plain: list[Any], others: list[Any]) -> dict[str, float]:
@@ -173,8 +211,6 @@ def timed(step: Callable[[Tensor], Tensor], batches: list[Tensor], steps: int, w
     for i in range(warm_up):
         step(batches[i % 2])
     synchronize()
-    if batches[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     for i in range(steps):
         step(batches[i % 2])
@@ -183,62 +219,111 @@ def timed(step: Callable[[Tensor], Tensor], batches: list[Tensor], steps: int, w
     result: dict[str, Any] = {"ms": 1e3 * seconds, "tokens_per_second": batches[0].numel() / seconds}
     if not batches[0].is_cuda:
         return result
-    result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for i in range(2):
-            step(batches[i % 2])
+        step(batches[0])
         synchronize()
-    kernels = [e for e in trace.key_averages() if e.self_device_time_total > 0]
-    busy = sum(e.self_device_time_total for e in kernels) / 2e3  # ms a step
-    top = sorted(kernels, key=lambda e: -e.self_device_time_total)[:12]
+    kernels = kernel_times(trace)
+    busy = sum(ms for ms, _ in kernels.values())
+    top = sorted(kernels.items(), key=lambda item: -item[1][0])[:12]
     return result | {
         "gpu_busy_ms": busy,
         "gpu_idle_share": max(0.0, 1 - busy / result["ms"]),
-        "kernels": sum(e.count for e in kernels) // 2,
-        "top": [[e.key[:80], round(e.self_device_time_total / 2e3, 3), e.count // 2] for e in top],
+        "kernels": sum(count for _, count in kernels.values()),
+        "top": [[name[:80], round(ms, 3), count] for name, (ms, count) in top],
     }
 
 
-def measure(stage: str, kind: str, size: tuple[int, int], options: argparse.Namespace) -> dict[str, Any]:
+def kernel_times(trace: Any) -> dict[str, tuple[float, int]]:
+    """ms and calls of each kernel, copy and fill by its name. From the trace's file: ``key_averages`` takes a
+    millisecond for each."""
+    found: dict[str, tuple[float, int]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    for event in events:
+        if event.get("cat") in ON_DEVICE:
+            ms, count = found.get(event["name"], (0.0, 0))
+            found[event["name"]] = ms + 1e-3 * event["dur"], count + 1
+    return found
+
+
+class Objectives:
+    """What is trained in a stage, made anew for another stage and after a row that failed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.stage = options, ""
+        self.held: tuple[nn.Module, Any] | None = None
+
+    def of(self, stage: str) -> tuple[nn.Module, Any]:
+        if self.held is None or stage != self.stage:
+            self.drop()
+            self.stage, self.held = stage, objective_of(stage, self.options)
+        return self.held
+
+    def drop(self) -> None:
+        self.held = None
+        gc.collect()
+
+
+def measure(
+    stage: str, kind: str, size: tuple[int, int], options: argparse.Namespace, objectives: Objectives
+) -> dict[str, Any]:
     """A row of the report."""
     batch, length = size
     row: dict[str, Any] = {"stage": stage, "batch": batch, "length": length, "kind": kind}
+    on_gpu, started = options.device == "cuda", time.perf_counter()
     objective: Any = None
-    started = time.perf_counter()
+    before: list[Any] = []
     try:
         torch.manual_seed(1)
         torch.compiler.reset()
         vocabulary = SHAPES[options.shape]["vocab_size"]
         batches = [torch.randint(vocabulary, (batch, length), device=options.device) for _ in range(2)]
-        objective, recipe = objective_of(stage, kind, options)
-        config = next(m.config for m in objective.modules() if isinstance(m, LlamaForCausalLM))
+        objective, recipe = objectives.of(stage)
+        config = language_model(objective).config
         attention = None if stage.startswith("teacher") else lizard_config(config).attention
         row["flops"] = of_a_step(stage, objective, config, attention, batch, length)
-        plain = kind in ("plain", "checkpoint") or recipe is None or not options.compare
-        before = [] if plain else [gradients(objective, tokens) for tokens in batches]
+        if kind not in ("plain", "checkpoint") and recipe is not None and options.compare:
+            before = [gradients(objective, tokens) for tokens in batches]
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         with stepping(objective, kind):
             if before:
                 row["difference"] = difference(before, [gradients(objective, tokens) for tokens in batches])
             row |= timed(stepper(objective, recipe), batches, options.steps, options.warm_up)
+            if on_gpu:
+                held = torch.cuda.memory_reserved() if "graph" in kind else 0
+                row["peak_gib"] = max(torch.cuda.max_memory_allocated(), held) / 2**30
         row["mfu"] = row["flops"] / (1e-3 * row["ms"]) / PEAK
     except torch.OutOfMemoryError:
         row["failed"] = "out of memory"
     except Exception:
         row["failed"] = traceback.format_exc()
+    if objective is not None:
+        objective.zero_grad(set_to_none=True)
     objective = before = None
+    if "failed" in row:
+        objectives.drop()
     gc.collect()
-    if options.device == "cuda":
+    if on_gpu:
         torch.cuda.empty_cache()
     return row | {"seconds": time.perf_counter() - started}
 
 
 def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """(stage, kind, size) of every row."""
+    """(stage, kind, size) of every row, those of a stage together."""
     sizes = [tuple(map(int, s.split("x"))) for s in options.sizes] if options.sizes else SIZES
-    for size, stage, kind in itertools.product(sizes, options.stages, options.kinds):
-        graph = "graph" in kind and (options.device == "cpu" or stage == "teacher forward")
-        if not graph and (kind != "checkpoint" or stage in STAGES[2:]):
+    for stage, size, kind in itertools.product(options.stages, sizes, options.kinds):
+        if is_offered(stage, kind) and not ("graph" in kind and options.device == "cpu"):
             yield stage, kind, size  # type: ignore[misc]
+
+
+def is_offered(stage: str, kind: str) -> bool:
+    """Whether a stage can be run so: no graph of a forward alone, and layers run again where gradients go through."""
+    if "graph" in kind and stage == "teacher forward":
+        return False
+    return "checkpoint" not in kind or stage in STAGES[2:]
 
 
 def resumed(options: argparse.Namespace) -> dict[str, Any]:
@@ -251,6 +336,8 @@ def resumed(options: argparse.Namespace) -> dict[str, Any]:
         if any(kept.get("arguments", {}).get(name) != arguments[name] for name in ("shape", "layers")):
             raise ValueError(f"--out {options.out} is of another model; wanted {options.shape}")
         report["rows"] = kept["rows"]
+        if kept.get("command") != report["command"]:
+            report["command"] = " && ".join(filter(None, [kept.get("command"), report["command"]]))
     return report
 
 
@@ -272,10 +359,11 @@ def main() -> None:
     if options.device == "cuda":
         report["product_operations_s"] = product_speed()
     done = {(row["stage"], row["kind"], row["batch"], row["length"]) for row in report["rows"]}
+    objectives = Objectives(options)
     for stage, kind, size in wanted(options):
         if (stage, kind, *size) in done or time.perf_counter() - begun > options.seconds:
             continue
-        row = measure(stage, kind, size, options)
+        row = measure(stage, kind, size, options, objectives)
         if "mfu" in row and options.device == "cuda":
             row["of_product"] = row["mfu"] * PEAK / report["product_operations_s"]
         report["rows"].append(row)
@@ -290,12 +378,12 @@ def main() -> None:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line a row, differences from the plain step last."""
-    print(f"\n{'':42}" + "".join(f"{name:>14}" for name in COLUMNS))
+    print(f"\n{'':44}" + "".join(f"{name:>14}" for name in COLUMNS))
     for row in rows:
         values = row | row.get("difference", {})
         cells = "".join(f"{values[name]:14.4g}" if name in values else f"{'-':>14}" for name in COLUMNS)
         failed = f"  failed: {row['failed'].strip().splitlines()[-1][:60]}" if "failed" in row else ""
-        print(f"{row['stage']:15}  {row['batch']} x {row['length']:<6} {row['kind']:<14}{cells}{failed}")
+        print(f"{row['stage']:15}  {row['batch']} x {row['length']:<6} {row['kind']:<16}{cells}{failed}")
 
 
 if __name__ == "__main__":

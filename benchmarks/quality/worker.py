@@ -49,6 +49,7 @@ from lizard_models.runs.score_rows import ScoreRows, score_rows
 from lizard_models.runs.state_budget import DTYPE, share_out, shared_mib
 from lizard_models.teachers.find import load_teacher
 from lizard_models.teachers.loading import load_model
+from lizard_models.text.look_ups import look_up_rows
 from lizard_models.text.sequences import Documents, PackedTokens, documents_of, load_documents, load_sequences
 
 WRITTEN_TOKENS = 1 << 17  # of prompts that are continued together: a step of a batch takes as long as one of a row
@@ -130,6 +131,8 @@ class _Row:
             tokens = self.documents.tokens[:, : self.config.stage1.sequence_length]
             errors = held_out_errors(model, tokens, batch_size=4)
             after |= {"relative_error": errors.mean().item(), "layer_errors": errors.tolist()}
+            if "found" in missing:
+                after["found"] = self._found_of(model)
             self.record["after_stage1"] = after
             if "restore" in missing:
                 self._measure("restore", model)
@@ -203,8 +206,14 @@ class _Row:
             if not isinstance(sequences, PackedTokens) or self.teacher.tokenizer is None:
                 raise ValueError("data: passkeys are mixed into local text, with a teacher that has a tokenizer")
             sequences = WithPasskeys(sequences, self.teacher.tokenizer, self.spec.passkeys, recipe.seed)
+        if self.spec.look_ups:
+            sequences = look_up_rows(sequences, self.teacher.tokenizer, self._rows_of(recipe), seed=recipe.seed)
         self.record["hashes"][stage] = sequences.digest
         return sequences
+
+    @staticmethod
+    def _rows_of(recipe: Any) -> int:
+        return recipe.max_steps * recipe.batch_size
 
     def _run_arguments(self, stage: str) -> RunArguments:
         folder = self.folder / stage

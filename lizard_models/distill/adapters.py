@@ -7,41 +7,57 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lizard_models.model.hooks import is_hooked
 
-def low_rank_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """y + scaling (x down^T) up^T, with products in the dtype of x and sums in float32.
 
-    y [..., O], x [..., I] of one dtype; down [R, I] and up [O, R] float32, rounded to that dtype for the products, as
-    under autocast. Result and gradient of x have their dtype, the gradients of down and up are float32. Differentiable
-    any number of times.
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """x weight^T + bias + scaling (x down^T) up^T, with products in the dtype of x and sums in float32.
+
+    x [..., I], weight [O, I] and bias [O] of one dtype, the latter two frozen; down [R, I] and up [O, R] float32,
+    rounded to that dtype for the products, as under autocast. Result [..., O] and gradient of x have their dtype, the
+    gradients of down and up are float32. The update is added where the product with the weight lies, in both
+    directions, with no copy of either. Differentiable any number of times.
+
+    Raises ValueError for a weight or bias that trains.
     """
-    return _LowRank.apply(y, x, down, up, scaling)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.requires_grad:
+            raise ValueError(f"{name}: got one that trains, wanted it frozen: its gradient is not computed")
+    return _AdaptedLinear.apply(x, weight, bias, down, up, scaling)
 
 
-class _LowRank(torch.autograd.Function):
+class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
         rows, a, b = x.flatten(0, -2), down.to(x.dtype), up.to(x.dtype)
         inner = rows @ a.mT  # [N, R]
-        ctx.save_for_backward(rows, inner, a, b, x, down, up)  # the last three are there anyway
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return torch.addmm(y.flatten(0, -2), inner, b.mT, alpha=scaling).view_as(y)
+        y = F.linear(rows, weight, bias).addmm_(inner, b.mT, alpha=scaling)
+        ctx.save_for_backward(rows, inner, a, b, x, weight, down, up)  # the last four are there anyway
+        ctx.scaling = scaling
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, a, b, x, down, up = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the same, as functions of the inputs
+        rows, inner, a, b, x, weight, down, up = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if again:  # the same, as functions of the inputs
             rows, a, b = x.flatten(0, -2), down.to(x.dtype), up.to(x.dtype)
             inner = rows @ a.mT
         of_y = grad.flatten(0, -2)
         of_inner = ctx.scaling * (of_y @ b)
-        of_x = (of_inner @ a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_y @ weight
+            of_x = (of_x.addmm(of_inner, a) if again else of_x.addmm_(of_inner, a)).view(x.shape)
         of_up = ctx.scaling * _sum_of_products(of_y, inner)
-        return grad, of_x, _sum_of_products(of_inner, rows), of_up, None
+        return of_x, None, None, _sum_of_products(of_inner, rows), of_up, None
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
@@ -53,24 +69,27 @@ def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 class HalfPrecisionLora(Linear):
-    """peft's LoRA of a linear layer, its update added with ``low_rank_update``.
+    """peft's LoRA of a linear layer as one ``adapted_linear``.
 
     peft casts the input to float32, multiplies there and casts the sum back: more memory, and slower units of a GPU.
+    Under autocast, or where somebody looks at the layer inside, its forward is peft's.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or args or kwargs:
+        base: Any = self.base_layer
+        seen = is_hooked(base) or torch.is_autocast_enabled(x.device.type)
+        if self.disable_adapters or self.merged or args or kwargs or seen:
             return super().forward(x, *args, **kwargs)
         (name,) = self.lora_A
         down: Any = self.lora_A[name].weight
         up: Any = self.lora_B[name].weight
-        return low_rank_update(self.base_layer(x), x, down, up, self.scaling[name])
+        return adapted_linear(x, base.weight, base.bias, down, up, self.scaling[name])
 
 
 def fuse_adapters(model: nn.Module) -> None:
     """Makes every plain LoRA layer of ``model`` a ``HalfPrecisionLora``, in place.
 
-    A layer with dropout, biases, a variant of LoRA or several adapters keeps peft's forward.
+    A layer with dropout, biases, a variant of LoRA, several adapters or a base that trains keeps peft's forward.
     """
     for layer in model.modules():
         if type(layer) is Linear and _is_plain(layer):
@@ -107,4 +126,6 @@ def _is_plain(layer: Any) -> bool:
         and isinstance(layer.lora_dropout[names[0]], nn.Identity)
         and layer.lora_A[names[0]].bias is None
         and layer.lora_B[names[0]].bias is None
+        and type(layer.base_layer) is nn.Linear
+        and not any(p.requires_grad for p in layer.base_layer.parameters())
     )

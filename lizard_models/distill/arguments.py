@@ -55,7 +55,7 @@ class RunArguments:
 
     cuda_graph: bool = False
     """Run forward and backward of a step as one CUDA graph: the same numbers with one launch, for models so small that
-    launching their kernels takes longer than running them. Not with dropout or gradient checkpointing."""
+    launching their kernels takes longer than running them. Not with dropout."""
 
     compile: bool = False
     """Run MLPs and norms that do not train through torch.compile: fewer kernels, about a minute more at the start."""

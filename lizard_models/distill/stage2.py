@@ -19,6 +19,7 @@ from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_models.model.context import context_part
 from lizard_models.model.layer_configs import lizard_config
+from lizard_models.model.norms import fused_norms
 from lizard_models.recipes import Stage2Config
 
 
@@ -71,10 +72,12 @@ class LanguageModelling(nn.Module):
 
     @torch.no_grad()
     def _teacher_hidden(self, student: LizardCausalLM, inputs: dict[str, Any]) -> Tensor:
+        decoder: Any = student.model
+        off = without_adapters(self.adapters) if self.adapters else self.adapted.disable_adapter()
         student.set_attention_mode("teacher")
         try:
-            with without_adapters(self.adapters) if self.adapters else self.adapted.disable_adapter():
-                return student.model(**inputs).last_hidden_state
+            with off, fused_norms(decoder.layers, decoder.norm):  # no gradient is recorded, so kernels may be taken
+                return decoder(**inputs).last_hidden_state
         finally:
             student.set_attention_mode("student")
 
@@ -96,7 +99,9 @@ class FineTuning:
     def train(self, dataset: Dataset, run: RunArguments, recipe: Stage2Config) -> StageResult:
         """A stage with the adapters as they are. Raises what ``run_stage`` does."""
         if run.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # A capture may not read the generators' states, and what it holds draws nothing.
+            kept = {"preserve_rng_state": False} if run.cuda_graph else {}
+            self.model.gradient_checkpointing_enable({"use_reentrant": False} | kept)
         kinds = {"cross entropy": recipe.cross_entropy_weight, "KL": recipe.kl_weight}
         try:
             with only_training(self.adapted, self.trained):
@@ -183,8 +188,10 @@ def check_fine_tuning(model: LizardCausalLM, run: RunArguments, recipe: Stage2Co
     check_parts(model, recipe, run.context_parallel, softmax=recipe.kl_weight > 0)
     if run.fsdp and recipe.trained == "full":
         raise ValueError('fsdp: trained="full" is not sharded; train adapters (trained="lora"), or without fsdp')
-    if run.cuda_graph and (recipe.lora_dropout or run.gradient_checkpointing):
-        raise ValueError("cuda_graph: a graph holds neither lora_dropout nor gradient_checkpointing; leave one out")
+    if run.cuda_graph and recipe.lora_dropout:
+        raise ValueError(
+            f"cuda_graph: got it with lora_dropout={recipe.lora_dropout}, wanted one of the two: a graph draws nothing"
+        )
 
 
 def _adapted(model: LizardCausalLM, recipe: Stage2Config) -> tuple[Any, str]:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lizard_layers import AttentionConfig, EarlierRanks, HybridAttention
 from lizard_models.model.context import softmax_over_ranks
 from lizard_models.model.forward_plan import ForwardPlan
-from lizard_models.model.joined import joined_product
+from lizard_models.model.joined import products
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
 from lizard_models.model.layer_loss import layer_loss
 from lizard_ops import apply_rotary
@@ -93,15 +93,16 @@ class LizardAttention(nn.Module):
             )
         q, k, v = self.heads(x)
         if self.mode == "distill":
-            o = self._distill(x, q, k, v, rope, attention_mask, plan, **kwargs)
-        else:
-            o = self._student(x, q, k, v, rope, past_key_values, plan)
-        return self.o_proj(o.flatten(2)), None
+            return self._distill(x, q, k, v, rope, attention_mask, plan, **kwargs), None
+        return self.o_proj(self._student(x, q, k, v, rope, past_key_values, plan).flatten(2)), None
+
+    def _project(self, o: Tensor) -> Tensor:
+        """o [B, T, Hq, D] -> [B, T, hidden]."""
+        return self.o_proj(o.flatten(2))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, hidden] -> q [B, T, Hq, D], k and v [B, T, Hk, D] as the family has them before RoPE."""
-        parts = joined_product(self, x) or (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in products(self, x))
         return q, k, v
 
     def _student(
@@ -144,8 +145,10 @@ class LizardAttention(nn.Module):
         plan: ForwardPlan,
         **kwargs: Any,
     ) -> Tensor:
-        target = self.teacher_attention(q, k, v, rope, attention_mask, plan.context_group, **kwargs)
+        heads = self.teacher_attention(q, k, v, rope, attention_mask, plan.context_group, **kwargs)
         parameters = [p for p in self.lizard.parameters() if p.requires_grad] if plan.with_gradients else []
+        behind = self.stage1.target == "output"
+        target = self._project(heads) if behind else heads  # once: it is also what the layer passes on
         with torch.set_grad_enabled(plan.with_gradients):
             self.last_loss, student = layer_loss(
                 lambda: self._student(x, q, k, v, rope, None, plan),
@@ -153,10 +156,11 @@ class LizardAttention(nn.Module):
                 self.stage1.error,
                 plan.padding_mask,
                 parameters,
-                self.o_proj if self.stage1.target == "output" else None,
+                self._project if behind else None,
                 plan.context_group,
             )
-        return target if self.stage1.inputs == "teacher" else student
+        chosen = target if self.stage1.inputs == "teacher" else student
+        return chosen if behind else self._project(chosen)
 
     def teacher_attention(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
-from lizard_layers import empty_state, state_bytes
+from lizard_layers import copy_together, empty_state, state_bytes, tensors_of
 from lizard_models.model.cache_layer import LizardCacheLayer
 from lizard_models.model.graphs import SeenPositions, is_graphed, mark_static
 from lizard_models.model.layer_configs import attention_config, converted_layers
@@ -62,6 +62,13 @@ class LizardCache(Cache):
                 layer.reset()
         self.seen.live_on(torch.device(device or "cpu"))
         return self
+
+    def take(self, other: LizardCache) -> None:
+        """Hold the states of another cache of the same model, in tensors of its own. Counts no positions."""
+        layers = zip(self.lizard_layers(), other.lizard_layers(), strict=True)
+        states = [(layer.place_for(of.state), of.state) for layer, of in layers if of.state is not None]
+        pairs = [zip(tensors_of(a).values(), tensors_of(b).values(), strict=True) for a, b in states]
+        copy_together(pair for of_a_layer in pairs for pair in of_a_layer)
 
     def blank(self) -> None:
         """Forget every sequence, where the next forward reads a text eagerly: it overwrites every state as it is."""

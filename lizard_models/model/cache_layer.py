@@ -122,6 +122,21 @@ class LizardCacheLayer(CacheLayerMixin):
                 mark_static(t)
         self.is_initialized = True
 
+    def place_for(self, state: State) -> State:
+        """Tensors of its own for the values of ``state``, which the caller writes: those it has where they fit."""
+        if self.state is None or not is_writable(self.state) or not fits(self.state, state):
+            with outside_inference_mode():
+                self.state = map_state(state, lambda t: torch.empty_like(t, memory_format=torch.contiguous_format))
+            for t in tensors_of(self.state).values():
+                mark_static(t)
+        self._blank, self.is_initialized = False, True
+        return self.state
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the next forward finds nothing to read."""
+        return self._to_read() is None
+
     def get_seq_length(self) -> int:
         """Positions seen, padding included."""
         return self.seen.value()

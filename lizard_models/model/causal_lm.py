@@ -18,6 +18,7 @@ from lizard_models.model.decoder import LizardDecoder
 from lizard_models.model.layer_configs import has_context
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.prefix.generation import ReadsFromPrefixes
+from lizard_models.model.read_graph import read_from_graph
 from lizard_models.model.tensor_parallel import HEAD_PLAN
 
 NO_PAGES = (
@@ -58,12 +59,14 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        decode_graph: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As the family's model. In mode "distill" the loss is the mean of ``layer_losses()``, without logits.
 
         A Trainer that accumulates hands ``num_items_in_batch`` over, the labels of all forwards of a step; the loss is
         then times the share of them that are in this forward, so that the losses of a step add up to their mean.
+        decode_graph False: not from a CUDA graph, where a reading of this shape would be (docs/performance.md).
         Raises ValueError for it without labels, and as the decoder's forward.
         """
         inputs = dict(
@@ -81,6 +84,10 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
             logits = steps.logits(past_key_values, input_ids, others)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        if decode_graph is not False:
+            found = read_from_graph(self, inputs | kwargs | {"labels": labels, "logits_to_keep": logits_to_keep})
+            if found is not None:
+                return CausalLMOutputWithPast(logits=found[0], past_key_values=found[1])
         if kwargs.get("context_group") is not None and labels is not None and kwargs.get("shift_labels") is None:
             raise ValueError(
                 "labels: the last position of a part predicts the next part's first: give shift_labels too"

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from lizard_layers import state_bytes
 from lizard_models.model.cache import LizardCache
-from lizard_models.model.hooks import is_hooked
+from lizard_models.model.read_graph import free_read_graphs, read_graphs_off
+from lizard_models.model.replayable import is_plain, key_of, why_not
 from lizard_models.model.step_recorder import Recorder, Replay, recorder_for
 
 logger = logging.get_logger(__name__)
@@ -25,9 +26,8 @@ logger = logging.get_logger(__name__)
 LEAST_STEPS = 4  # to come, for which a capture is worth the time of one step
 POOLED = 2  # caches with their graphs that a model keeps from one call to the next
 SHARE = 16  # a state of more than a sixteenth of the memory is not kept between calls
-PLAIN = ("torch", "transformers", "lizard_layers", "lizard_models")  # packages whose modules hide no choice in Python
 GIVEN = {"next_sequence_length", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-NO_PART = ("use_cache", "return_dict", "within_causal_lm", "output_attentions", "output_hidden_states", "decode_graph")
+NO_PART = ("use_cache", "return_dict", "within_causal_lm", "output_attentions", "output_hidden_states")
 
 
 class _Captured(NamedTuple):
@@ -63,7 +63,7 @@ class DecodeSteps:
     def __init__(self, model: Any, cache: LizardCache, recorder: Recorder, to_come: int) -> None:
         self.model, self.recorder, self.to_come = model, recorder, to_come
         self.key = key_of(model)
-        self.reusable = all(type(m).__module__.split(".")[0] in PLAIN for m in model.modules())
+        self.reusable = is_plain(model)
         self.inside = False
         self.warm: set[bool] = set()  # for which of the two steps, before the anchors move and after
         self.refused: str | None = None
@@ -179,44 +179,9 @@ def tell(reason: str) -> None:
     logger.warning_once(f"generate decodes step by step, without a CUDA graph: {reason}")
 
 
-def key_of(model: nn.Module) -> tuple[Any, ...]:
-    """What a captured step depends on beside its cache: where the weights lie, and the choices that Python makes."""
-    weights = tuple((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers()))
-    choices = tuple((a.mode, a.lizard.config) for a in model.lizard_attentions())  # type: ignore[operator]
-    flags = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), model.training
-    return weights, choices, flags
-
-
 def _belongs(cache: LizardCache, model: nn.Module, key: tuple[Any, ...]) -> bool:
     captured = _graphs.get(cache)
     return captured is None or (captured.model() is model and captured.key == key)
-
-
-def why_not(model: Any, cache: Any) -> str | None:
-    """Why the steps of ``generate`` with this cache cannot be captured, or None."""
-    if not isinstance(cache, LizardCache):
-        return "there is no cache of the model's own"
-    if model.model.has_softmax_layers:
-        return "kept softmax layers have keys and values that grow"
-    if torch.is_grad_enabled():
-        return "gradients are recorded"
-    if torch.is_autocast_enabled(model.device.type):
-        return "autocast is on"
-    if getattr(model, "hf_quantizer", None) is not None:
-        return "the weights are quantised"
-    if any(layer.record_past for layer in cache.lizard_layers()):
-        return "the cache records its past"
-    for name, p in model.named_parameters():
-        if type(p) is not nn.Parameter:
-            return f"{name} is a {type(p).__name__}"
-        if p.device != model.device:
-            return f"{name} is on {p.device}, the model on {model.device}"
-    for name, module in model.named_modules():
-        if module is not model and is_hooked(module) or hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} has hooks or a forward of its own"
-        if module._compiled_call_impl is not None:
-            return f"{name or 'the model'} is compiled"
-    return None
 
 
 def why_not_this(cache: Any, inputs: dict[str, Any]) -> str | None:
@@ -250,7 +215,8 @@ def decode_steps(
     if reason is not None:
         tell(reason)
     if recorder is None or reason is not None:
-        yield
+        with read_graphs_off(not wanted):
+            yield
         return
     own = not kept and not getattr(cache, "_is_user_defined", False)
     if own and cache.seen.on_host == 0:
@@ -276,8 +242,9 @@ def running_steps(model: Any) -> DecodeSteps | None:
 
 
 def free_decode_graphs(model: nn.Module) -> None:
-    """Let go of the caches and graphs that ``generate`` has kept for its next call."""
+    """Let go of the caches and graphs that ``generate`` has kept for its next call, and of those that read prompts."""
     _pools.pop(model, None)
+    free_read_graphs(model)
 
 
 def _take(model: Any, rows: int) -> LizardCache | None:

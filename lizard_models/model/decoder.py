@@ -21,7 +21,7 @@ from lizard_models.model.checkpointing import checkpointed_layers, without_check
 from lizard_models.model.context import check_part, part_positions
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.fused_mlp import with_product
-from lizard_models.model.graphs import is_exporting, is_graphed, may_leave_graph
+from lizard_models.model.graphs import is_accompanied, is_exporting, is_graphed, may_leave_graph
 from lizard_models.model.joined import join_projections
 from lizard_models.model.layer_configs import converted_layers, kept_layers, sliding_windows
 from lizard_models.model.modes import LizardModelMixin
@@ -286,10 +286,10 @@ class LizardDecoder(LizardModelMixin):
         return outputs
 
     def _family_forward(self, **inputs: Any) -> Any:
-        if self.mode != "student" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return super().forward(**inputs)
         if self.training and torch.is_grad_enabled() and checkpointed_layers(self):
-            return super().forward(**inputs)  # layers are read again in the backward, as the family has them
+            return super().forward(**inputs)  # layers are run again in the backward, each by itself both times
         this: Any = self
         with fused_norms(this.layers, this.norm):
             return super().forward(**inputs)
@@ -318,7 +318,7 @@ class LizardDecoder(LizardModelMixin):
         length: int,
     ) -> tuple[LizardCache | None, Packing | None]:
         packing = None
-        if position_ids is not None and length > 1:
+        if position_ids is not None and length > 1 and (torch.compiler.is_compiling() or not is_accompanied()):
             if not is_graphed(position_ids):
                 packing = find_packing(position_ids, batch, real)
             elif cache is None and not use_cache and may_leave_graph():

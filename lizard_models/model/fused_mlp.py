@@ -1,14 +1,14 @@
-"""The families' MLPs with one kernel between their projections where a student reads without gradients."""
+"""The families' MLPs with one kernel between their projections where a student reads or trains."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lizard_models.model.hooks import is_hooked
-from lizard_models.model.joined import joined_product
+from lizard_models.model.hooks import is_hooked, linear
+from lizard_models.model.joined import products
 from lizard_models.model.norms import blank, running_norms, twin
 from lizard_ops import silu_product
 
@@ -23,14 +23,16 @@ class FusedMLP:
 
     def forward(self, x: Tensor) -> Tensor:
         """As the family's, within ``fused_norms`` with SiLU and product in one kernel."""
-        family, mlp = cast(Any, super()), cast(Any, self)
-        if running_norms(x) is None or type(mlp.act_fn).__name__ not in SILU or is_hooked(mlp.act_fn):
+        this: Any = self
+        parts, fused = this._modules, running_norms(x)
+        act = parts["act_fn"]
+        if fused is None or type(act).__name__ not in SILU or is_hooked(act):
+            family: Any = super()
             return family.forward(x)
-        gate, up = joined_product(mlp, x) or (mlp.gate_proj(x), mlp.up_proj(x))
-        recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-        if recorded or gate.dtype == torch.float64 or up.dtype != gate.dtype:
-            return mlp.down_proj(mlp.act_fn(gate) * up)
-        return mlp.down_proj(silu_product(gate, up))
+        gate, up = products(this, x)
+        if gate.dtype == torch.float64 or up.dtype != gate.dtype:
+            return linear(parts["down_proj"], act(gate) * up)
+        return linear(parts["down_proj"], silu_product(gate, up))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: the class is made at run time, so a copy is made from the family's."""

@@ -87,6 +87,11 @@ def accompanied() -> Iterator[None]:
         _accompanied.reset(token)
 
 
+def is_accompanied() -> bool:
+    """Whether what runs now is, or is like, what is captured for such a one, who has looked at masks and positions."""
+    return _accompanied.get()
+
+
 def is_graphed(like: Tensor | None) -> bool:
     """Whether what runs now is traced by torch.compile or captured in a CUDA graph, to be replayed without Python."""
     if torch.compiler.is_compiling():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lizard_models.model.hooks import is_hooked
+from lizard_models.model.hooks import is_hooked, linear
 from lizard_models.model.norms import running_norms
 
 
@@ -108,20 +108,24 @@ class Joined:
         return Joined, ()
 
 
-def joined_product(part: Any, x: Tensor) -> tuple[Tensor, ...] | None:
-    """What each of the projections that this part ``joins`` makes of x, as views of one product; None where it is to be
-    asked itself.
+def products(part: Any, x: Tensor) -> Sequence[Tensor]:
+    """What each of the projections that this part ``joins`` makes of x.
 
-    As for ``running_norms``, and where weights do not lie side by side, a gradient is recorded or somebody looks.
+    As for ``running_norms`` views of one product, unless weights do not lie side by side, a gradient is recorded or
+    somebody looks.
     """
-    if running_norms(x) is None:
-        return None
     group = [part._modules[name] for name in part.joins]
-    if any(type(m) is not nn.Linear or is_hooked(m) for m in group):
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for m in group for p in m.parameters())):
-        return None
+    if running_norms(x) is None:
+        return [module(x) for module in group]
+    for module in group:
+        if type(module) is not nn.Linear or is_hooked(module) or (torch.is_grad_enabled() and is_recorded(module, x)):
+            return [linear(other, x) for other in group]
     held: Joined = part.__dict__.setdefault("joined", Joined())
     if not held.find(group):
-        return None
+        return [linear(module, x) for module in group]
     return torch.split_with_sizes(F.linear(x, cast(Tensor, held.weight), held.bias), held.rows, -1)
+
+
+def is_recorded(module: nn.Module, x: Tensor) -> bool:
+    """Whether a product of x with this module's own parameters has a gradient."""
+    return x.requires_grad or any(p is not None and p.requires_grad for p in module._parameters.values())

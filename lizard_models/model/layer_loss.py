@@ -75,20 +75,22 @@ def layer_loss(
     project: Callable[[Tensor], Tensor] | None = None,
     context_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """``output_error`` of ``student_heads()`` [B, T, Hq, D] against ``target``, and those heads, detached.
+    """``output_error`` of what ``student_heads()`` [B, T, Hq, D] gives against ``target``, and the former, detached.
 
     The error is differentiable in ``parameters``. The layer's graph is walked and freed at once, and only the gradients
     of its parameters are kept for the backward to come: a forward through every layer needs the memory of one.
-    ``project`` is applied to both sides first (the output projection).
+    ``project`` (the output projection, [B, T, hidden]) is applied to the student's heads first; target is then what it
+    makes of the teacher's.
     """
 
     def error() -> tuple[Tensor, Tensor]:
-        heads = student_heads()
-        student, wanted = heads, target
-        if project is not None:
-            student, wanted = (project(t.flatten(2)).unsqueeze(2) for t in (heads, target))
-        value = output_error(student, wanted, kind, padding_mask, context_group)
-        return value, heads.detach()
+        student = student_heads()
+        if project is None:
+            value = output_error(student, target, kind, padding_mask, context_group)
+        else:  # which has one head
+            student = project(student)
+            value = output_error(student.unsqueeze(2), target.unsqueeze(2), kind, padding_mask, context_group)
+        return value, student.detach()
 
     return gradients_at_once(error, parameters)
 
@@ -118,6 +120,6 @@ class _GradientsAtOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            gradients = [grad * g for g in ctx.saved_tensors]
+            gradients = torch._foreach_mul(list(ctx.saved_tensors), grad)
         instead = "the graph of a layer is freed as soon as its loss is known"
         return once('the losses of mode "distill"', instead, (None, *gradients), (grad, *ctx.parameters))

@@ -1,5 +1,5 @@
-"""The families' norms in one kernel where a student reads without gradients, with the residual sum before them; their
-own formulas everywhere else."""
+"""The families' norms in one kernel where a student reads or trains, with the residual sum before them; their own
+formulas everywhere else."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lizard_models.model.hooks import is_hooked
+from lizard_models.model.hooks import is_bare, is_hooked
 from lizard_ops import add_rms_norm, rms_norm
 
 UNIT_OFFSET = {
@@ -33,13 +33,18 @@ class FusedNorms:
         self.readers = readers
         self.ready: tuple[nn.Module, Tensor, int, Tensor] | None = None  # norm, sum, its version, the norm of it
 
+    def of(self, norm: Any, x: Tensor) -> Tensor:
+        """What this norm makes of x, without the way through a module where nobody stands on it."""
+        if not isinstance(norm, KernelNorm) or not is_bare(norm) or not norm.takes(x):  # type: ignore[arg-type]
+            return norm(x)
+        return norm.kernel(self, x)
+
     def sum(self, residual: Tensor, x: Tensor, norm: nn.Module | None) -> Tensor:
         """residual + x. ``norm`` finds its own of it ready where it is called with the sum as it is now."""
         if not isinstance(norm, KernelNorm) or is_hooked(norm) or residual.dtype != x.dtype or not norm.takes(x):
             return residual + x
-        if torch.is_grad_enabled() and residual.requires_grad:
-            return residual + x
-        s, y = add_rms_norm(x, residual, norm.weight, norm.epsilon, unit_offset=norm.unit_offset)
+        weight = norm._parameters["weight"]
+        s, y = add_rms_norm(x, residual, weight, norm.epsilon, unit_offset=norm.unit_offset)
         self.ready = norm, s, version(s), y
         return s
 
@@ -84,26 +89,28 @@ def on_gpu(x: Tensor) -> bool:
 class KernelNorm:
     """Mixed into a family's norm by ``with_kernel``."""
 
-    weight: Tensor
+    unit_offset: bool  # whether the weight is what is beyond 1
+    _parameters: dict[str, Any]
 
     def forward(self, x: Tensor) -> Tensor:
         """As the family's, within ``fused_norms`` in one kernel."""
-        family: Any = super()
         fused = running_norms(x)
         if fused is None or not self.takes(x):
+            family: Any = super()
             return family.forward(x)
-        ready = fused.take(cast(nn.Module, self), x)
-        return rms_norm(x, self.weight, self.epsilon, unit_offset=self.unit_offset) if ready is None else ready
+        return self.kernel(fused, x)
+
+    def kernel(self, fused: FusedNorms, x: Tensor) -> Tensor:
+        """The norm of x, ready or computed."""
+        this: Any = self
+        ready = fused.take(this, x)
+        weight = self._parameters["weight"]
+        return rms_norm(x, weight, self.epsilon, unit_offset=self.unit_offset) if ready is None else ready
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel has this norm of x."""
-        floats = x.dtype != torch.float64 and (self.unit_offset or self.weight.dtype == x.dtype)
-        return floats and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
-
-    @property
-    def unit_offset(self) -> bool:
-        """Whether the weight is what is beyond 1."""
-        return UNIT_OFFSET[type(self).__name__]
+        weight = self._parameters.get("weight")  # None where it was flattened with others
+        return weight is not None and x.dtype != torch.float64 and (self.unit_offset or weight.dtype == x.dtype)
 
     @property
     def epsilon(self) -> float:
@@ -120,16 +127,19 @@ class SummingLayer:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the family's, within ``fused_norms`` with each residual sum and the norm of it in one kernel."""
-        family, layer = cast(Any, super()), cast(Any, self)
+        layer: Any = self
         fused = None if args else running_norms(hidden_states)
         if fused is None and not args and reads_alone(layer, hidden_states):
             with fused_norms([layer], None):
                 return SummingLayer.forward(layer, hidden_states, **kwargs)
         if fused is None:
+            family: Any = super()
             return family.forward(hidden_states, *args, **kwargs)
-        o, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-        x = fused.sum(hidden_states, o, layer.post_attention_layernorm)
-        o = layer.mlp(layer.post_attention_layernorm(x))
+        parts = layer._modules  # a Module's own look-up of an attribute is a function of Python
+        first, second = parts["input_layernorm"], parts["post_attention_layernorm"]
+        o, _ = parts["self_attn"](hidden_states=fused.of(first, hidden_states), **kwargs)
+        x = fused.sum(hidden_states, o, second)
+        o = parts["mlp"](fused.of(second, x))
         return fused.sum(x, o, fused.readers.get(id(self)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -138,17 +148,17 @@ class SummingLayer:
 
 
 def reads_alone(layer: Any, x: Tensor) -> bool:
-    """Whether a student's layer is called without its decoder, which would say that kernels may be taken."""
-    if torch.compiler.is_compiling() or not on_gpu(x) or (torch.is_grad_enabled() and x.requires_grad):
-        return False
-    if layer.training and layer.gradient_checkpointing:  # whose layers are read again, without their decoder
+    """Whether a student's layer is called without its decoder, which would say that kernels may be taken; also where
+    layers are run again in the backward, both times."""
+    if torch.compiler.is_compiling() or not on_gpu(x):
         return False
     return getattr(layer.self_attn, "mode", None) == "student"
 
 
 @functools.cache
 def _mixed(kind: type, family: Any) -> type:
-    return type(family.__name__, (kind, family), {})
+    own = {"unit_offset": UNIT_OFFSET[family.__name__]} if kind is KernelNorm else {}
+    return type(family.__name__, (kind, family), own)
 
 
 def blank(kind: type, family: Any) -> Any:

@@ -30,8 +30,14 @@ class Recorder(Protocol):
     def warm_up(self, step: Step) -> tuple[Tensor, str | None]:
         """What the step returns, run as it is, and why it cannot be captured, or None."""
 
-    def capture(self, step: Step) -> Replay:
-        """A function that runs what the step does, without its Python, and returns what it returned."""
+    def capture(self, step: Step, pool: Any = None) -> Replay:
+        """A function that runs what the step does, without its Python, and returns what it returned.
+
+        pool: of ``new_pool``, memory that it shares with others of which one runs at a time; None is memory of its own.
+        """
+
+    def new_pool(self) -> Any:
+        """Memory for several captures."""
 
 
 class Uncapturable(TorchDispatchMode):
@@ -76,10 +82,13 @@ class CudaRecorder:
         out.record_stream(torch.cuda.current_stream(self.device))
         return out, looking.found
 
-    def capture(self, step: Step) -> Replay:
+    def new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, step: Step, pool: Any = None) -> Replay:
         graph = torch.cuda.CUDAGraph()
         with _one_at_a_time, self._on_stream(), _without_collection(), accompanied():
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 out = step()
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,26 @@ def direct(op: Any, *tensors: Tensor | None) -> Callable[..., Any]:
     return getattr(op, "_init_fn", op) if nobody_looks(*tensors) else op
 
 
+class Looking(enum.Enum):
+    """Who sees an operator that is called now."""
+
+    NOBODY = enum.auto()
+    AUTOGRAD = enum.auto()
+    MORE = enum.auto()
+
+
+def who_looks(*tensors: Any) -> Looking:
+    """Whether an operator on these only runs, is recorded for its gradient too, or is seen by a transform, a mode, a
+    tracer or a class of tensors."""
+    recorded, looking = torch.is_grad_enabled(), Looking.NOBODY
+    for x in tensors:
+        if type(x) not in PLAIN:
+            return Looking.MORE
+        if recorded and x.requires_grad:
+            looking = Looking.AUTOGRAD
+    return Looking.MORE if is_watched() else looking
+
+
 def nobody_looks(*tensors: Tensor | None) -> bool:
     """Whether an operator on these does nothing but run: no gradient is recorded, and no transform, mode, tracer or
     class of tensors sees it."""
@@ -38,5 +59,11 @@ def is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
     )
+
+
+def recorded(function: Any) -> Callable[..., Any]:
+    """``apply`` of a function of autograd where ``is_watched`` has found nobody: without its own look for transforms,
+    which walks through all arguments."""
+    return super(torch.autograd.Function, function).apply

@@ -51,7 +51,7 @@ class on_device:  # noqa: N801  # reads as the context that it is
     def __init__(self, x: Tensor, **sizes: int):
         self.x, self.sizes = x, sizes
         self.device: contextlib.AbstractContextManager[object] | None = None
-        if x.is_cuda and x.device.index != torch.cuda.current_device():
+        if x.is_cuda and x.device.index != torch._C._cuda_getDevice():  # CUDA is up where there is such a tensor
             self.device = torch.cuda.device(x.device)
 
     def __enter__(self) -> None:

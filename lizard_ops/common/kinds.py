@@ -19,13 +19,16 @@ class Kinds:
     def __init__(self) -> None:
         self.known: set[Kind] = set()
 
-    def check(self, tensors: tuple[Any, ...], others: tuple[Any, ...], check: Callable[[], None]) -> None:
+    def check(
+        self, tensors: tuple[Any, ...], others: tuple[Any, ...], check: Callable[[], None], traced: bool | None = None
+    ) -> None:
         """Calls ``check``, which raises for what does not fit, unless it has accepted tensors of these shapes, dtypes
         and devices with these other arguments.
 
-        While torch.compile traces it always does: a trace that looked at what is known would be one for that.
+        While torch.compile traces it always does: a trace that looked at what is known would be one for that. traced:
+        whether it does, where that is known.
         """
-        kind = None if torch.compiler.is_compiling() else kind_of(tensors, others)
+        kind = None if traced or (traced is None and torch.compiler.is_compiling()) else kind_of(tensors, others)
         if kind is None:
             check()
         elif kind not in self.known:

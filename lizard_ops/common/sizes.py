@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,7 @@ def cdiv(n: int, d: int) -> int:
     return (n + d - 1) // d
 
 
+@functools.cache  # sizes of heads and tiles: few, and asked in every launch
 def power_of_2(n: int) -> int:
     """The least power of two that is no less than n >= 1; as ``triton.next_power_of_2``, without what kernels need."""
     return 1 << (n - 1).bit_length()

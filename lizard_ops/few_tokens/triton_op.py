@@ -61,7 +61,8 @@ def launch(
     (gate_weight, gate_bias), bias_weight = (t.contiguous() for t in gate), merge[0].contiguous()
     bias = None if merge[1] is None else merge[1].contiguous()
     (batch, length, heads, dim), key_heads = q.shape, k.shape[2]
-    tokens, tile, (gates, hidden), biases = batch * length, blocks(of_q), gate_weight.shape, bias_weight.shape[0]
+    tokens, tile, biases = batch * length, blocks(*of_q.shape[1:]), bias_weight.shape[0]
+    gates, hidden = gate_weight.shape
     g, m = (gate_weight.new_empty(batch, length, count) for count in (gates, biases))
     fq, fk = (t.new_empty(*t.shape[:3], tile["F"]) for t in (q, k))
     y_q, y_k = q.new_empty(q.shape), k.new_empty(k.shape)

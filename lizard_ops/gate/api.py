@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import without_autocast
+from lizard_ops.common.direct import PLAIN, is_watched
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
+from lizard_ops.gate.formula import gate_and_bias_formula
 
 _accepted = Kinds()
 
@@ -39,7 +40,9 @@ def gate_and_bias(
         bias_weight, bias: [H, D] and [H]; bias None is 0.
         temperature: a positive finite number.
         impl: "auto" (Triton for at most 128 tokens on a GPU, as in decoding, unless a tensor is float64, a gradient is
-            recorded or torch.compile traces; PyTorch elsewhere), "triton", "torch" or "naive" (which is "torch").
+            recorded or torch.compile traces; elsewhere products of matrices, of bfloat16 x on a GPU with the weights
+            as sums of three bfloat16 parts, which have float32's digits), "triton", "torch" or "naive" (which is
+            "torch").
 
     Products and sums are those of float32 (float64 for float64 tensors), under autocast too.
 
@@ -61,11 +64,19 @@ def gate_and_bias(
         from lizard_ops.gate.triton_op import gate_and_bias_triton
 
         return gate_and_bias_triton(*given, float(temperature))
-    checks.check_choice("impl", impl, ("auto", "torch", "naive"))
-    x = x if double else x.float()
     with without_autocast(x):
-        g = F.logsigmoid(F.linear(x, gate_weight, gate_bias))
-        return g if temperature == 1 else g / temperature, F.linear(x, bias_weight, bias)
+        if impl == "auto" and x.dtype == torch.bfloat16 and not double and takes_parts(given):
+            from lizard_ops.gate.parts import gate_and_bias_in_parts
+
+            return gate_and_bias_in_parts(*given, temperature)
+        return gate_and_bias_formula(x if double else x.float(), *given[1:], temperature)
+
+
+def takes_parts(given: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are plain tensors on a GPU that nobody looks at."""
+    if is_watched() or not all(t is None or type(t) in PLAIN for t in given):
+        return False
+    return choose_impl("auto", given[0], None) == "triton"  # type: ignore[arg-type]
 
 
 def check_gate_and_bias(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.direct import Looking, who_looks
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
 
@@ -21,24 +22,25 @@ def silu_product(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     Args:
         gate: [..., F], float32 or half precision.
         up: like gate in shape and dtype; both may be halves of one tensor [..., 2 F].
-        impl: "auto" (Triton on CUDA tensors where no gradient is recorded and torch.compile does not trace, which fuses
-            the formula; PyTorch elsewhere), "triton", "torch" or "naive" (which is "torch").
+        impl: "auto" (Triton on CUDA tensors where torch.compile does not trace, which fuses the formula; PyTorch
+            elsewhere), "triton", "torch" or "naive" (which is "torch").
 
     Returns:
-        y like gate. Triton's exponential may differ from PyTorch's in the last bit of float32.
+        y like gate. Triton's exponential may differ from PyTorch's in the last bit of float32; both gradients come
+        from one kernel, rounded once. Triton has first derivatives alone.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or an impl that cannot do what is asked.
 
     Source: SwiGLU (arXiv 2002.05202).
     """
-    _accepted.check((gate, up), (), lambda: _check(gate, up))
-    recorded = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    fuses = impl == "auto" and torch.compiler.is_compiling()
-    if choose_impl(impl, gate, "gradients" if recorded else None) == "triton" and not fuses:
+    looking = who_looks(gate, up)
+    traced = looking is Looking.MORE and torch.compiler.is_compiling()
+    _accepted.check((gate, up), (), lambda: _check(gate, up), traced)
+    if choose_impl("torch" if traced and impl == "auto" else impl, gate, None) == "triton":
         from lizard_ops.mlp.triton_op import silu_product_triton
 
-        return silu_product_triton(gate, up)
+        return silu_product_triton(gate, up, looking)
     return F.silu(gate) * up
 
 

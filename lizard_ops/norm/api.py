@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lizard_ops.common import checks
+from lizard_ops.common.direct import Looking, who_looks
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
 
@@ -26,22 +27,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         weight: [D] in any of these dtypes; without unit_offset that of x.
         eps: added to the mean square, a positive number.
         unit_offset: the weight is what is beyond 1.
-        impl: "auto" (Triton on CUDA tensors where no gradient is recorded and torch.compile does not trace, which fuses
-            the formula; PyTorch elsewhere), "triton", "torch" or "naive" (which is "torch").
+        impl: "auto" (Triton on CUDA tensors where torch.compile does not trace, which fuses the formula; PyTorch
+            elsewhere), "triton", "torch" or "naive" (which is "torch").
 
     Returns:
-        y like x. Sums are in another order in Triton, so that a few values round otherwise.
+        y like x. Sums are in another order in Triton, so that a few values round otherwise; gradients are float32 sums
+        in one order, rounded once, that of the weight only where it is asked for. Triton has first derivatives alone.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or an impl that cannot do what is asked.
 
     Source: RMSNorm (arXiv 1910.07467).
     """
-    _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset))
-    if _chosen(impl, x, weight) == "triton":
+    looking = who_looks(x, weight)
+    traced = looking is Looking.MORE and torch.compiler.is_compiling()
+    _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset), traced)
+    if choose_impl("torch" if traced and impl == "auto" else impl, x, None) == "triton":
         from lizard_ops.norm.triton_op import rms_norm_triton
 
-        return rms_norm_triton(x, weight, eps, unit_offset)
+        return rms_norm_triton(x, weight, eps, unit_offset, looking)
     exact = x.float()
     normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
@@ -73,11 +77,13 @@ def add_rms_norm(
         _check(x, weight, eps, unit_offset)
         checks.check_tensor("residual", residual, x.shape, x, (x.dtype,))
 
-    _accepted.check((x, weight, residual), (eps, unit_offset), check)
-    if _chosen(impl, x, weight, residual) == "triton":
+    looking = who_looks(x, residual, weight)
+    traced = looking is Looking.MORE and torch.compiler.is_compiling()
+    _accepted.check((x, weight, residual), (eps, unit_offset), check, traced)
+    if choose_impl("torch" if traced and impl == "auto" else impl, x, None) == "triton":
         from lizard_ops.norm.triton_op import add_rms_norm_triton
 
-        return add_rms_norm_triton(x, residual, weight, eps, unit_offset)
+        return add_rms_norm_triton(x, residual, weight, eps, unit_offset, looking)
     s = residual + x
     return s, rms_norm(s, weight, eps, unit_offset=unit_offset, impl="torch")
 
@@ -91,11 +97,3 @@ def _check(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> None:
     real = isinstance(eps, float) and math.isfinite(eps) and eps > 0
     checks.want(real, "eps", eps, "a positive finite float")
     checks.check_flag("unit_offset", unit_offset)
-
-
-def _chosen(impl: str, *tensors: Tensor) -> str:
-    """The implementation that runs; while torch.compile traces, "torch" for "auto"."""
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    fuses = impl == "auto" and torch.compiler.is_compiling()
-    chosen = choose_impl(impl, tensors[0], "gradients" if recorded else None)
-    return "torch" if fuses else chosen

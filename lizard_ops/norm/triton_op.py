@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.common.direct import direct
+from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import power_of_2
+
+PROGRAMS = 512  # that share the rows of a weight's gradient
 
 
 @triton.jit
@@ -37,6 +42,43 @@ def rms_norm_kernel(
     else:
         n = n.to(y.dtype.element_ty).to(tl.float32) * w
     tl.store(y + row + d, n.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    x, weight, dy, ds, dx, parts, eps, rows, heads, x_t, x_h, D: tl.constexpr, BD: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Of each P-th row of P programs: dx [rows, D] with ds added, and in parts [P, D] the sum of the weight's gradient.
+
+    ds, dx and parts may be None. Rows of x as in ``rms_norm_kernel``.
+    """
+    program = tl.program_id(0)
+    d = tl.arange(0, BD)
+    here = d < D
+    w = tl.load(weight + d, mask=here, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        w += 1.0
+    total = tl.zeros([BD], tl.float32)
+    for i in range(program, rows, tl.num_programs(0)):
+        number = tl.cast(i, tl.int64)
+        n = tl.load(x + number // heads * x_t + number % heads * x_h + d, mask=here, other=0.0).to(tl.float32)
+        g = tl.load(dy + number * D + d, mask=here, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(n * n, 0) / D + eps)
+        n = n * scale
+        if parts is not None:
+            if UNIT_OFFSET:
+                total += g * n
+            else:
+                total += g * n.to(x.dtype.element_ty).to(tl.float32)
+        if dx is not None:
+            g = g * w
+            g = (g - n * (tl.sum(g * n, 0) / D)) * scale
+            if ds is not None:
+                g += tl.load(ds + number * D + d, mask=here, other=0.0).to(tl.float32)
+            tl.store(dx + number * D + d, g.to(dx.dtype.element_ty), mask=here)
+    if parts is not None:
+        tl.store(parts + tl.cast(program, tl.int64) * D + d, total, mask=here)
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
@@ -68,6 +110,29 @@ def launch(
     return y
 
 
+def gradients(
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, dy: Tensor, ds: Tensor | None, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight), None where not asked for, of the norm y of x. ds: what comes back for x itself, to be added to dx.
+
+    Sums are float32, in one order.
+    """
+    dim = x.shape[-1]
+    rows, block = x.numel() // dim, power_of_2(dim)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
+    programs = min(rows, PROGRAMS) if of_weight else rows
+    parts = x.new_empty(programs, dim, dtype=torch.float32) if of_weight else None
+    if rows:
+        x, heads, *steps = rows_of(x)
+        ds = None if ds is None else ds.contiguous()
+        with on_device(x):
+            rms_norm_backward_kernel[(programs,)](
+                x, weight.contiguous(), dy.contiguous(), ds, dx, parts, eps, rows, heads, *steps, D=dim, BD=block,
+                UNIT_OFFSET=unit_offset, num_warps=max(1, min(16, block // 256)),
+            )  # fmt: skip
+    return dx, None if parts is None else parts.sum(0).to(weight.dtype)
+
+
 @torch.library.custom_op("lizard_ops::rms_norm", mutates_args=())
 def norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """y [..., D] like x."""
@@ -93,13 +158,94 @@ def _(x, residual, weight, eps, unit_offset):
     return like, torch.empty_like(like)
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-    """The norm, where no gradient is recorded."""
-    return direct(norm, x, weight)(x, weight, eps, unit_offset)
+@torch.library.custom_op("lizard_ops::rms_norm_backward", mutates_args=())
+def norm_backward(
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, dy: Tensor, ds: Tensor | None, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """``gradients``, empty where not asked for."""
+    dx, d_weight = gradients(x, weight, eps, unit_offset, dy, ds, of_x, of_weight)
+    return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if d_weight is None else d_weight
+
+
+@norm_backward.register_fake
+def _(x, weight, eps, unit_offset, dy, ds, of_x, of_weight):
+    return x.new_empty(x.shape if of_x else (0,)), weight.new_empty(weight.shape if of_weight else (0,))
+
+
+def _backward(ctx: Any, x: Tensor, weight: Tensor, dy: Tensor, ds: Tensor | None, of_x: bool, of_weight: bool) -> Any:
+    given = (x, weight, ctx.eps, ctx.unit_offset, dy, ds, of_x, of_weight)
+    if not torch.is_grad_enabled() and not is_watched():
+        return gradients(*given)
+    dx, d_weight = norm_backward(*given)
+    return dx if of_x else None, d_weight if of_weight else None
+
+
+class _Norm(torch.autograd.Function):
+    """``norm`` without the dispatch of a registered operator, which takes longer than the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+        ctx.eps, ctx.unit_offset = eps, unit_offset
+        ctx.save_for_backward(x, weight)
+        return launch(x, None, weight, None, eps, unit_offset)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        return *_backward(ctx, *ctx.saved_tensors, dy, None, of_x, of_weight), None, None
+
+
+def _save_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.eps, ctx.unit_offset = inputs
+    ctx.save_for_backward(*tensors)
+
+
+norm.register_autograd(_Norm.backward, setup_context=_save_norm)
+
+
+class _AddNorm(torch.autograd.Function):
+    """As ``_Norm``, of ``add_norm``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Any:
+        ctx.eps, ctx.unit_offset = eps, unit_offset
+        ctx.set_materialize_grads(False)
+        s, y = add_norm._init_fn(x, residual, weight, eps, unit_offset)
+        ctx.save_for_backward(s, weight)
+        return s, y
+
+    @staticmethod
+    def backward(ctx: Any, ds: Tensor | None, dy: Tensor | None) -> Any:
+        s, weight = ctx.saved_tensors
+        of_x, of_residual, of_weight, *_ = ctx.needs_input_grad
+        of_sum, d_weight = of_x or of_residual, None
+        if dy is not None:
+            ds, d_weight = _backward(ctx, s, weight, dy, ds, of_sum, of_weight)
+        return ds if of_x else None, ds if of_residual else None, d_weight, None, None
+
+
+def _save_sum(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    _, _, weight, ctx.eps, ctx.unit_offset = inputs
+    ctx.save_for_backward(output[0], weight)
+
+
+add_norm.register_autograd(_AddNorm.backward, setup_context=_save_sum)
+differentiable_once(norm_backward, "rms_norm")
+record_norm, record_sum = recorded(_Norm), recorded(_AddNorm)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking) -> Tensor:
+    """The norm. looking: at these tensors."""
+    if looking is Looking.NOBODY:
+        return launch(x, None, weight, None, eps, unit_offset)
+    return (record_norm if looking is Looking.AUTOGRAD else norm)(x, weight, eps, unit_offset)
 
 
 def add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking
 ) -> tuple[Tensor, Tensor]:
-    """The sum and its norm, where no gradient is recorded."""
-    return direct(add_norm, x, residual, weight)(x, residual, weight, eps, unit_offset)
+    """The sum and its norm. looking: at these tensors."""
+    if looking is Looking.NOBODY:
+        return add_norm._init_fn(x, residual, weight, eps, unit_offset)
+    return (record_sum if looking is Looking.AUTOGRAD else add_norm)(x, residual, weight, eps, unit_offset)

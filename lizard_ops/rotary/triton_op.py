@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.common.direct import is_watched, nobody_looks
+from lizard_ops.common.direct import is_watched, nobody_looks, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.sizes import cdiv, power_of_2
 
@@ -234,10 +234,13 @@ class _TurnBoth(torch.autograd.Function):
         return (*launch_both(d_q, d_k, *turns, True), None, None)
 
 
+record_both = recorded(_TurnBoth)
+
+
 def rotary_both_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Turned heads of queries and keys; two operators for those who look at operators."""
     if is_watched() or not q.numel() or not k.numel():
         return apply_rotary_triton(q, cos, sin), apply_rotary_triton(k, cos, sin)
     if nobody_looks(q, k, cos, sin):
         return launch_both(q, k, cos, sin, False)
-    return _TurnBoth.apply(q, k, cos, sin)
+    return record_both(q, k, cos, sin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -16,11 +17,13 @@ class Launch(NamedTuple):
     heads: int = 1  # query heads stacked in the rows of a tile
 
     @property
+    @functools.cache  # noqa: B019  # few configurations, asked in every launch
     def launch(self) -> dict[str, int]:
         """Keyword arguments of a launch whose kernel takes its stages as a constant."""
         return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
     @property
+    @functools.cache  # noqa: B019
     def options(self) -> dict[str, int]:
         """Keyword arguments of any other launch."""
         return self.launch | {"num_stages": self.stages}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -28,12 +29,18 @@ class Strided(NamedTuple):
 
 def strided(x: Tensor) -> Strided:
     """The tensor as kernels take it; copied if its last stride is not one."""
-    batch, time, head, last = x.stride()
-    if last != 1 and x.shape[3] != 1:
+    strides = x.stride()
+    if strides[3] != 1 and x.shape[3] != 1:
         x = x.contiguous()
-        batch, time, head, _ = x.stride()
+        strides = x.stride()
+    return tuple.__new__(Strided, (x, *steps_of(*strides[:3])))  # a NamedTuple's own takes twice as long
+
+
+@functools.lru_cache(maxsize=4096)
+def steps_of(batch: int, time: int, head: int) -> tuple[int, int, int, tl.constexpr]:
+    """These strides in units, and the unit."""
     unit = math.gcd(8, batch, time, head)
-    return Strided(x, batch // unit, time // unit, head // unit, UNITS[unit])
+    return batch // unit, time // unit, head // unit, UNITS[unit]
 
 
 def strided_heads(x: Tensor) -> Strided:

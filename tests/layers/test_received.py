@@ -11,7 +11,17 @@ from layer_checks import inputs as layer_inputs
 from test_moved_anchors import turned
 from torch.export import Dim, export
 
-from lizard_layers import InWindow, KeyScore, ReceivingState, ScoreState, WindowForm, map_state, received, tensors_of
+from lizard_layers import (
+    InWindow,
+    KeyScore,
+    ReceivingState,
+    ScoreState,
+    WindowForm,
+    map_state,
+    received,
+    received_bands,
+    tensors_of,
+)
 
 FLOAT64 = dict(atol=1e-11, rtol=1e-11)
 FORMS = {
@@ -21,6 +31,7 @@ FORMS = {
     "capped": dict(window=4, score_stride=2, anchors=1, softcap=0.8),
     "smallest": dict(window=3, score_stride=1, anchors=4),
     "few queries": dict(window=4, score_stride=5),
+    "fewer queries": dict(window=3, score_stride=7),
 }
 
 
@@ -151,18 +162,31 @@ def test_steps_are_the_whole(form):
             torch.testing.assert_close(field[n], getattr(wanted[n][1], name)[0], **FLOAT64, msg=name)
 
 
-@pytest.mark.parametrize("numbers", [1, 1500])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 11])
+@torch.no_grad()
+def test_short_texts_are_those_of_the_packed_form(form, length):
+    """From the start by bands, packed by a gather."""
+    made, tokens = module(**FORMS[form]), layer_inputs(length, batch=1)[:4]
+    (found, state), (wanted, left) = (read(made, tokens, cu_seqlens=c) for c in (None, torch.tensor([0, length])))
+    torch.testing.assert_close(found, wanted, **FLOAT64)
+    for name, field in state._asdict().items():
+        torch.testing.assert_close(field, getattr(left, name), **FLOAT64)
+
+
+@pytest.mark.parametrize("numbers", [1, 300])
 @torch.no_grad()
 def test_a_long_text_is_read_in_blocks(monkeypatch, numbers):
-    made, tokens = module(**FORMS["odd"]), layer_inputs(70)[:4]
+    made, tokens = module(**FORMS["odd"]), layer_inputs(70, batch=1)[:4]
     whole = read(made, tokens)
-    monkeypatch.setattr(received, "NUMBERS", numbers)
-    sizes, weigh = [], received._weights
-    monkeypatch.setattr(received, "_weights", lambda *a: sizes.append(a[-1].shape[1]) or weigh(*a))
-    blocks = read(made, tokens)
-    torch.testing.assert_close(blocks[0], whole[0], **FLOAT64)
-    torch.testing.assert_close(blocks[1].ring, whole[1].ring, **FLOAT64)
-    assert sum(sizes) == 70 // 3 + 2 and len(sizes) > 3
+    for form, of, packed in ((received, "_weights", torch.tensor([0, 70])), (received_bands, "_of_blocks", None)):
+        monkeypatch.setattr(form, "NUMBERS", numbers)
+        calls, weigh = [], getattr(form, of)
+        monkeypatch.setattr(form, of, lambda *a, weigh=weigh, calls=calls: calls.append(a) or weigh(*a))
+        blocks = read(made, tokens, cu_seqlens=packed)
+        torch.testing.assert_close(blocks[0], whole[0], **FLOAT64)
+        torch.testing.assert_close(blocks[1].ring, whole[1].ring, **FLOAT64)
+        assert len(calls) > 3
 
 
 @pytest.mark.parametrize("name", ["x", "q", "k", "v"])

@@ -8,6 +8,7 @@ from kernel_checks import DEVICE
 
 from lizard_ops import checked, chunk_hybrid_attn, hybrid_heads, project_both, rotary_both
 from lizard_ops.hybrid_attn import heads
+from lizard_ops.hybrid_attn.triton import op
 
 B, T, HQ, HK, D, F = 1, 9, 2, 1, 8, 6
 MERGE = dict(mix="merge", coverage="outside", feature_map="softmax", anchors=2, impl="triton")
@@ -87,6 +88,22 @@ def test_the_gradients_of_the_ops(form, requires, monkeypatch):
     for graph in (False, True) if form == "merge" else (False,):
         o, state = hybrid_heads(**given, window=3, **FORMS[form])
         assert state is None and same(torch.autograd.grad(o, leaves, draw, create_graph=graph), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_window_has_no_backward_where_heads_need_none(dtype, monkeypatch):
+    """As in stage 1, which trains what is not in the window; in float32 its sums are in the gradient of the merge."""
+    requires = ("query_map", "key_map", "g", "merge_bias")
+    given = inputs(dtype, requires=requires)
+    leaves = [given[name] for name in requires]
+    draw = torch.randn(B, T, HQ, D, device=DEVICE).to(dtype)
+    wanted = torch.autograd.grad(one_by_one(**given, window=3, **MERGE)[0], leaves, draw)
+    hybrid_heads(**given, window=3, **MERGE)
+    monkeypatch.setattr(op, "window_keys", pytest.fail)
+    if dtype == torch.float16:
+        monkeypatch.setattr(op, "window_queries", pytest.fail)
+    found = torch.autograd.grad(hybrid_heads(**given, window=3, **MERGE)[0], leaves, draw)
+    assert same(found, wanted)
 
 
 def test_second_derivatives_are_refused():

@@ -134,23 +134,37 @@ def test_a_slower_kernel_misses_and_fewer_rows_are_not_measured(table):
     assert found.state == "missed" and found.found.startswith("1.10 at window, ours, 2048, training; 1.00")
 
 
-def test_training_takes_the_fastest_kind_of_each(table):
+def step(stage, kind, ms, batch=4, length=2048):
+    time = {"failed": "out of memory"} if ms is None else {"ms": ms}
+    return {"stage": stage, "batch": batch, "length": length, "kind": kind} | time
+
+
+def test_training_takes_the_fastest_kind_of_each_and_names_it(table):
     rows = [
-        {"stage": stage, "batch": batch, "length": 2048, "kind": kind, "ms": ms}
-        for stage, batch, kind, ms in (
-            ("teacher forward", 8, "plain", 100.0),
-            ("stage 1", 4, "plain", 90.0),
-            ("stage 1", 4, "graph", 70.0),
-            ("teacher LoRA", 4, "plain", 120.0),
-            ("stage 2", 4, "graph", 100.0),
-            ("stage 2 CE", 4, "plain", 150.0),
-        )
+        step("teacher forward", "plain", 100.0, batch=8),
+        step("stage 1", "plain", 90.0),
+        step("stage 1", "graph", 70.0),
+        step("teacher LoRA", "plain", 120.0),
+        step("teacher LoRA", "graph", None),
+        step("stage 2", "graph", 100.0),
+        step("stage 2 CE", "plain", 150.0),
     ]
     found = table({"training/a.json": report(rows, shape="llama-3-8b")})
-    assert found["8B shape: step of stage 1 over a teacher's forward"].found == "1.40 at 2K; not measured: 8K"
-    assert found["8B shape, 2048 tokens: the teacher's LoRA step over stage 2's"].found == "1.20"
+    first = found["8B shape: step of stage 1 over a teacher's forward"]
+    assert first.found == "1.40 at 2K (graph beside plain); not measured: 8K"
+    second = found["8B shape, 2048 tokens: the teacher's LoRA step over stage 2's"]
+    assert (second.found, second.state) == ("1.20 (graph beside plain)", "met")
     alone = found["8B shape, 2048 tokens: the teacher's LoRA step over stage 2's on next tokens alone"]
-    assert (alone.found, alone.state) == ("0.80", "missed")
+    assert (alone.found, alone.state) == ("0.80 (plain beside plain)", "missed")
+    assert found["8B shape, 32768 tokens: the teacher's LoRA step over stage 2's"].state == "not measured"
+
+
+def test_stage_2_has_no_kind_that_the_teachers_lora_was_not_tried_in(table):
+    rows = [step("teacher LoRA", "plain", 120.0), step("stage 2", "plain", 150.0), step("stage 2", "graph", 60.0)]
+    goal = "8B shape, 2048 tokens: the teacher's LoRA step over stage 2's"
+    assert table({"training/a.json": report(rows, shape="llama-3-8b")})[goal].found == "0.80 (plain beside plain)"
+    rows.append(step("teacher LoRA", "graph", 90.0))
+    assert table({"training/a.json": report(rows, shape="llama-3-8b")})[goal].found == "1.50 (graph beside graph)"
 
 
 def test_a_cpu_has_goals_of_its_own(table):

@@ -99,7 +99,8 @@ def test_each_length_from_its_start_and_a_teacher_that_reads_nothing(call, monke
     read, parts = lengths.read, []
     monkeypatch.setattr(lengths, "read", lambda m, c, ids, piece: parts.append(ids.shape[1]) or read(m, c, ids, piece))
     _, report = call("--fresh", "--fill")
-    assert parts == [32] * 3 + [80] * 3
+    assert parts == [32] * lengths.READS + [80] * lengths.READS
+    assert all(r["first_read_s"] > 0 for r in report["rows"][2:])
     assert [r["prefill_tokens_s"] is None for r in report["rows"]] == [True, True, False, False]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,11 +95,76 @@ def test_every_stage_is_a_row_and_rows_that_are_there_are_left(call, tmp_path, m
     assert second[: len(first)] == first
     rest = [(row["stage"], row["length"], row["kind"], row["failed"]) for row in second[len(first) :]]
     assert rest == [
-        ("teacher LoRA", 24, "checkpoint", "out of memory"),
         ("stage 1", 32, "plain", "out of memory"),
+        ("teacher LoRA", 24, "checkpoint", "out of memory"),
         ("teacher LoRA", 32, "plain", "out of memory"),
         ("teacher LoRA", 32, "checkpoint", "out of memory"),
     ]
-    assert reports(tmp_path)[0].arguments["shape"] == "tiny"
+    whole = reports(tmp_path)[0]
+    assert whole.arguments["shape"] == "tiny" and whole.command.count("train_step.py") == 2
     with pytest.raises(ValueError, match="--out .* is of another model; wanted tiny"):
         call("--layers", "2")
+
+
+def test_a_stage_is_made_once_and_anew_after_a_row_that_failed(call, monkeypatch):
+    made, original, timed = [], train_step.objective_of, train_step.timed
+    monkeypatch.setattr(
+        train_step, "objective_of", lambda stage, options: made.append(stage) or original(stage, options)
+    )
+    rows = call("--sizes", "1x24", "1x32", "--stages", "stage 2 CE", "teacher LoRA", "--kinds", "plain", "checkpoint")
+    assert made == ["stage 2 CE", "teacher LoRA"] and not [row for row in rows if "failed" in row]
+
+    def fails_once(*given):
+        monkeypatch.setattr(train_step, "timed", timed)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made.clear()
+    monkeypatch.setattr(train_step, "timed", fails_once)
+    rows = call("--sizes", "1x40", "1x48", "--stages", "stage 1", "--kinds", "plain")[-2:]
+    assert [row.get("failed") for row in rows] == ["out of memory", None] and made == ["stage 1"] * 2
+
+
+def test_stages_have_the_kinds_that_they_can_run_in():
+    def kinds(stage):
+        return [kind for kind in train_step.KINDS if train_step.is_offered(stage, kind)]
+
+    assert kinds("teacher forward") == ["plain", "compile"]
+    assert kinds("stage 1") == ["plain", "graph", "compile", "compile+graph"]
+    assert kinds("teacher LoRA") == kinds("stage 2") == kinds("stage 2 CE") == list(train_step.KINDS)
+
+
+def test_a_captured_teacher_attends_without_a_mask(monkeypatch):
+    """transformers makes one of the whole square for a capture, and SDPA's fast kernels take none."""
+    config = LlamaConfig(**SIZES, num_hidden_layers=1, attn_implementation="sdpa")
+    objective = train_step.NextTokens(LlamaForCausalLM(config))
+    ids, seen, attend = torch.randint(30, (1, 12)), [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        seen.append(None if attn_mask is None else attn_mask.shape[-2:])
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    plain = objective(ids)["loss"]
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+    with train_step.without_mask(objective, False):
+        objective(ids)
+    with train_step.without_mask(objective, True):
+        loss = objective(ids)["loss"]
+    assert seen == [None, (12, 12), None] and torch.equal(loss, plain)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_times_of_kernels_are_read_from_the_trace():
+    events = [
+        {"cat": "kernel", "name": "a", "dur": 1500.0},
+        {"cat": "kernel", "name": "a", "dur": 500.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "dur": 250.0},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "dur": 9.0},
+        {"name": "process_name"},
+    ]
+
+    class Trace:
+        def export_chrome_trace(self, path):
+            Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    assert train_step.kernel_times(Trace()) == {"a": (2.0, 2), "Memcpy DtoD": (0.25, 1)}

@@ -63,7 +63,8 @@ class Row:
     without: tuple[str, ...] = ()
     """Stages left out."""
     passkeys: int = 0
-    """See ``RowSpec``; so are the next five."""
+    """See ``RowSpec``; so are the next six."""
+    look_ups: bool = False
     widened: bool = False
     oracle: bool = False
     longer: int = 1
@@ -124,6 +125,7 @@ class Row:
             stage1="stage1" not in self.without,
             stage2="stage2" not in self.without,
             passkeys=self.passkeys,
+            look_ups=self.look_ups,
             widened=self.widened,
             oracle=self.oracle,
             longer=self.longer,

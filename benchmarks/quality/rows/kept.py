@@ -83,6 +83,7 @@ LESS: tuple[tuple[int, str, str, dict[str, int]], ...] = (
     (272, "-w64-features-64", ", half the window and half the features", {"window": 64, "feature_dim": 64}),
 )
 """Places that features and window pay for: the first in the 40 MiB of 480 places, the others in 20."""
+NO_QK = {"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
@@ -113,14 +114,30 @@ SCORES = (
         256,
         "-received-longer-x4-no-qk",
         RECEIVED + ", longer sequences, no adapters on q and k",
-        stage2={"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+        stage2=NO_QK,
         **LONG,
     ),
 )
+
+RECALLS = tuple(
+    Row(
+        name=f"recommended-{name}",
+        about=f"`recommended` {about}",
+        on="recommended",
+        longer=LONG["longer"],
+        compared=True,
+        **more,
+    )
+    for name, about, more in (
+        ("look-ups", "with passages and records that come again in half of its rows", {"look_ups": True}),
+        ("no-qk", "without adapters on q and k", {"changes": {"stage2": NO_QK}}),
+    )
+)
+"""What may keep far keys found while the long stages of the full budget train on plain text."""
 
 TABLE = Table(
     name="kept",
     about="Keys that stay exact because a learned score says so, beside the same bytes of a wider window.",
     title="Kept keys, beside the same bytes of window",
-    rows=tuple(row for places in PLACES for row in (window(places), kept(places), shared(places))) + SCORES,
+    rows=tuple(row for places in PLACES for row in (window(places), kept(places), shared(places))) + SCORES + RECALLS,
 )

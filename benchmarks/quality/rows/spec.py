@@ -56,6 +56,8 @@ class RowSpec:
     stage2: bool = True
     passkeys: int = 0
     """Synthetic examples of five passkeys among the training text of both stages."""
+    look_ups: bool = False
+    """Passages and records come again in half of the rows of both stages, as in those of stage 0."""
     widened: bool = False
     """Wide layers get their window after stage 1, which trains every layer with the others' (see ``widen``)."""
     oracle: bool = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lizard_ops.common.direct import direct, is_watched, nobody_looks
+from lizard_ops.common.direct import direct, is_watched, nobody_looks, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import cdiv, power_of_2
@@ -31,15 +32,15 @@ SPLITS = 32  # programs that share the tokens of a weight gradient
 @tunable("project")
 def config_for(kernel: str, x: Tensor, weight: Tensor) -> Launch:
     """Launch configuration of a kernel, "output", "input", "weight" or "both" (gradients)."""
-    columns = blocks(weight)
+    columns = blocks(*weight.shape[1:])
     one = columns["F"] <= columns["BF"]  # else the matrix is read anew a tile, and every stage holds all of it
     stages = {"output": 3, "input": 3 if one else 1}.get(kernel, 2)
     return Launch(columns["BN"], columns["BF"], 4, stages)
 
 
-def blocks(weight: Tensor) -> dict[str, Any]:
-    """Tile shapes: the whole head dim, and as many features as registers hold."""
-    dim, features = weight.shape[1:]
+@functools.cache
+def blocks(dim: int, features: int) -> dict[str, Any]:
+    """Tile shapes for a weight [M, dim, features]: the whole head dim, and as many features as registers hold."""
     wide = max(16, power_of_2(dim))
     columns = max(16, min(power_of_2(features), 64 if wide > 128 else 128))
     return {"D": dim, "BD": wide, "F": features, "BF": columns, "BN": TOKENS}
@@ -59,13 +60,20 @@ def tiles_each(tokens: int) -> int:
     return STEPS if tokens > TOKENS else 1
 
 
+@functools.lru_cache(maxsize=1024)
+def shares(tokens: int) -> tuple[int, int]:
+    """(programs that share the tokens of a weight gradient, tiles that each takes)."""
+    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
+    return splits, cdiv(tokens, TOKENS * splits)
+
+
 @torch.library.custom_op("lizard_ops::project_heads", mutates_args=())
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """y [B, T, H, F] = x [B, T, H, D] times weight [M, D, F]."""
     x, weight = rows(x), weight.contiguous()
     batch, length, heads = x.shape[:3]
     y = x.new_empty(batch, length, heads, weight.shape[2])
-    tokens, tile = batch * length, blocks(weight)
+    tokens, tile = batch * length, blocks(*weight.shape[1:])
     each = tiles_each(tokens)
     if tokens:
         count = cdiv(tokens, TOKENS * each) * heads * cdiv(tile["F"], tile["BF"])
@@ -112,7 +120,7 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
     """dweight; fills dx, contiguous, if it is there. It may be d_x: a tile is read before it is written."""
     x, dy, weight = rows(x), rows(dy), weight.contiguous()
     batch, length, heads = x.shape[:3]
-    maps, tokens, tile = weight.shape[0], batch * length, blocks(weight)
+    maps, tokens, tile = weight.shape[0], batch * length, blocks(*weight.shape[1:])
     if not of_weight:
         d_weight = weight.new_empty(0)
     elif not tokens:
@@ -121,8 +129,7 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
     y_strides = [step // unit for step in dy.stride()[:3]]
     common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
     strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
-    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
-    steps = cdiv(tokens, TOKENS * splits)
+    splits, steps = shares(tokens)
     of_x = dx is not None
     together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
     with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
@@ -201,7 +208,7 @@ def launch_both(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor) -> tup
     q, k, weight_q, weight_k = rows(q), rows(k), weight_q.contiguous(), weight_k.contiguous()
     (batch, length, heads), key_heads = q.shape[:3], k.shape[2]
     y_q, y_k = (x.new_empty(*x.shape[:3], weight_q.shape[2]) for x in (q, k))
-    tokens, tile = batch * length, blocks(weight_q)
+    tokens, tile = batch * length, blocks(*weight_q.shape[1:])
     each = tiles_each(tokens)
     of_head = cdiv(tokens, TOKENS * each) * cdiv(tile["F"], tile["BF"])
     with on_device(q, dim=tile["D"], features=tile["F"]):
@@ -220,7 +227,7 @@ def gradients_of_both(
     """``gradients`` of queries and of keys, those of both weights; what comes to q and k is added to dq and dk,
     contiguous. In one launch where half-precision tiles hold a row of both."""
     batch, length, heads, dim = q.shape
-    tokens, tile, key_heads = batch * length, blocks(weight_q), k.shape[2]
+    tokens, tile, key_heads = batch * length, blocks(*weight_q.shape[1:]), k.shape[2]
     units = [math.gcd(8, *dy.stride()[:3]) for dy in (dy_q, dy_k)]
     one = weight_q.shape[1:] == weight_k.shape[1:] and q.dtype == k.dtype != torch.float32 and units[0] == units[1]
     if not one or not tokens or tile["F"] > tile["BF"] or tile["BD"] > 128:
@@ -233,7 +240,7 @@ def gradients_of_both(
         weight_q.contiguous(),
         weight_k.contiguous(),
     )
-    splits = max(1, min(SPLITS, cdiv(tokens, TOKENS)))
+    splits, steps = shares(tokens)
     parts = [weight_q.new_empty(splits, n, *weight_q.shape[1:]) for n in (heads, key_heads)]
     strides = [
         step for x, dy, dx in ((q, dy_q, dq), (k, dy_k, dk))
@@ -243,7 +250,7 @@ def gradients_of_both(
         c = config_for("both", q, weight_q)
         gradients_of_both_kernel[(splits * (heads + key_heads),)](
             q, dy_q, weight_q, dq, parts[0], k, dy_k, weight_k, dk, parts[1], tokens, length, *strides,
-            cdiv(tokens, TOKENS * splits), HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
+            steps, HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
             first=splits * heads, YU=units[0], PRECISION=precision(q), STAGES=c.stages, **tile, **c.launch,
         )  # fmt: skip
     return tuple(
@@ -271,6 +278,9 @@ class _ProjectTwo(torch.autograd.Function):
         return dq, dk, d_weight_q, d_weight_k, None
 
 
+record_two = recorded(_ProjectTwo)
+
+
 def project_both_triton(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, reuse_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -282,7 +292,7 @@ def project_both_triton(
         return q, k, fq, fk
     if nobody_looks(q, k, weight_q, weight_k):
         return q, k, *launch_both(q, k, weight_q, weight_k)
-    return _ProjectTwo.apply(q, k, weight_q, weight_k, reuse_gradient)
+    return record_two(q, k, weight_q, weight_k, reuse_gradient)
 
 
 def project_heads_triton(x: Tensor, weight: Tensor, reuse_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lizard_ops.common.direct import recorded
 from lizard_ops.common.state import AttentionState
 from lizard_ops.feature_projection.triton import op as projection
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
@@ -23,7 +24,7 @@ NO_MORE = (None,) * 9  # sinks, anchors, sums, positions and ends, which a call 
 def hybrid_heads_triton(heads: Heads, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o, state); options as ``chunk_hybrid_attn`` normalises them."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads):
-        return _Heads.apply(*heads, options), None
+        return record_heads(*heads, options), None
     x = turned(heads)
     if not options.output_final_state:
         return forward(x, chosen(options), False)[0], None
@@ -68,7 +69,8 @@ class _Heads(torch.autograd.Function):
                 d_s=None, d_z=None, gate_gradient=needed[7],
             )  # fmt: skip
         else:
-            found = gradients(x, options, Found(o, gates, masses, d_o, None), *describe(x, options), needed[7])
+            row = Found(o, gates, masses, d_o, None)
+            found = gradients(x, options, row, *describe(x, options), needed[7], of_heads=any(needed[:3]))
         dq, dk, dv, dfq, dfk, dg, d_weight = found[:7]
         if again:
             dq, dk = rotary.turn(dq, cos, sin, True), rotary.turn(dk, cos, sin, True)
@@ -83,6 +85,9 @@ class _Heads(torch.autograd.Function):
         return dq, dk, dv if needed[2] else None, d_query_map, d_key_map, None, None, *rest, None
 
 
+record_heads = recorded(_Heads)
+
+
 def of_projection(
     x: Tensor, weight: Tensor, d_x: Tensor, dy: Tensor, of_x: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -90,7 +95,8 @@ def of_projection(
     if torch.is_grad_enabled():
         dx, d_weight = projection.project_backward(x, weight, dy, d_x, of_x, of_weight)
     elif of_x or of_weight:
-        dx, d_weight = d_x, projection.gradients(x, weight, dy, d_x, d_x if of_x else None, of_weight)
+        d_x = d_x if of_x else None
+        dx, d_weight = d_x, projection.gradients(x, weight, dy, d_x, d_x, of_weight)
     else:
         return None, None
     return dx if of_x else None, d_weight if of_weight else None

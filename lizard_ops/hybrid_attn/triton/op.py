@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lizard_ops.common.direct import direct, is_watched, nobody_looks
+from lizard_ops.common.direct import direct, is_watched, nobody_looks, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
@@ -139,9 +139,10 @@ def of_entering(stream: Stream, shape: FusedShape) -> tuple[Stream, FusedShape]:
 
 def gradients(
     x: FusedInputs, options: FusedOptions, found: Found, shape: FusedShape, stream: Stream, gate_gradient: bool,
-    index: Index | None = None,
+    index: Index | None = None, of_heads: bool = True,
 ) -> Gradients:  # fmt: skip
-    """What ``hybrid_backward`` returns, and more. index: of keys with an expiry."""
+    """What ``hybrid_backward`` returns, and more. index: of keys with an expiry. of_heads: whether those of q, k, v and
+    carried anchors are asked for; else they may be empty, or not what they should be."""
     q, fq, g, s = x.q, x.fq, x.g, x.s
     _, gates, masses, d_o, d_end = found
     enters = index is not None and options.outside
@@ -178,9 +179,11 @@ def gradients(
         terms = terms._replace(slope=None, offset=None, entered=None)
         if index is not None and enters:
             dfk, dv = from_entering(dfk, index.entries, stream), from_entering(dv, index.entries, stream)
-        dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index)
+        dk = da_k = da_v = empty(q, 0)
+        if of_heads:
+            dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index)
         if not shape.exact:
-            dq, _ = of_queries(terms)
+            dq = of_queries(terms)[0] if of_heads else empty(q, 0)
         d_sink = empty(q, 0)
         if x.sink is not None:  # p_sink times the shift that every score shares
             there = masses.window.isfinite()
@@ -278,9 +281,12 @@ class _Hybrid(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+record_hybrid = recorded(_Hybrid)
+
+
 def hybrid(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
     """``hybrid_forward``; a registered operator for those who look at operators."""
     if nobody_looks(*x):
         return forward(x, options, final)
     given = x._asdict() | options._asdict() | {"final": final}
-    return hybrid_forward(**given) if is_watched() else _Hybrid.apply(*in_order(FORWARD, given))
+    return hybrid_forward(**given) if is_watched() else record_hybrid(*in_order(FORWARD, given))

@@ -141,12 +141,12 @@ def better(b_x, b_new):
 @triton.jit(do_not_specialize=["P"])
 def displaced_kernel(
     ranks, best, before, by_kept, by_row, ends, R, length, n, steps,
-    H: tl.constexpr, P, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PACKED: tl.constexpr,
+    H: tl.constexpr, P, BP: tl.constexpr, C: tl.constexpr, X: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The row at which a key is displaced, of keys displaced in this block: of kept keys, by number, and of rows.
 
-    Both go by in the order of their ranks, X at a time. Who is displaced at all is a count; when, which takes longer,
-    is asked for no X of which none is, or each by its own row.
+    Both go by in the order of their ranks, X at a time, and each of PARTS programs takes every PARTS-th X. Who is
+    displaced at all is a count; when, which takes longer, is asked for no X of which none is, or each by its own row.
     """
     block, h = tl.program_id(0) // H, tl.program_id(0) % H
     i_n, i_block, bos, rows = locate_in_rows(block, ends, length, n, steps, 1, 0, C, PACKED)
@@ -164,7 +164,9 @@ def displaced_kernel(
         if by_kept is not None:
             by_kept += (i_n.to(tl.int64) * H + h) * P
         b_new = tl.load(ranks + first + c, mask=first + c < rows, other=LOWEST)
-        for start in range(0, P, X):  # the best before the block, P - place better ones short of being displaced
+        part = tl.program_id(1) * X
+        # the best before the block, P - place better ones short of being displaced
+        for start in range(part, P, X * PARTS):
             place = start + x
             b_x = tl.load(before + place, mask=place < P, other=LOWEST)
             gone = (b_x != LOWEST) & (better(b_x, b_new) >= P - place)
@@ -175,7 +177,7 @@ def displaced_kernel(
                     tl.store(by_kept + number, b_at, mask=gone & (number < P))
                 tl.store(by_row + (number - P), b_at, mask=gone & (number >= P))
         b_kept = tl.load(before + o)
-        for start in range(0, C, X):
+        for start in range(part, C, X * PARTS):
             b_x = tl.load(best + start + x)
             row = ((b_x & LAST) ^ LAST).to(tl.int32) - P
             lacking = P - better(b_x, b_kept)

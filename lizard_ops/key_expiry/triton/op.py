@@ -32,6 +32,11 @@ def config_for(places: int) -> Launch:
     return Launch(rows=max(1, min(16, block, 4096 // block)), columns=block, warps=4, stages=1)
 
 
+def parts_of(config: Launch) -> int:
+    """Programs that share a block's displaced keys, of eight comparisons each: blocks are few where places are many."""
+    return max(1, config.columns // (8 * config.rows))
+
+
 def of_scan(places: int, wide: int) -> dict[str, int]:
     """Options of ``scan_kernel`` alone. Few warps: what a step takes is the time until its numbers have changed places,
     longest between warps."""
@@ -68,9 +73,9 @@ def displaced(
     with on_device(kept, kept_keys=places):
         best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch)
         scan_kernel[(n * heads,)](kept, best, before, ends, length, **sizes, **of_scan(places, wide))
-        displaced_kernel[(blocks * heads,)](
-            ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows, **sizes,
-            **config.launch,
+        displaced_kernel[(blocks * heads, parts_of(config))](
+            ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows,
+            PARTS=parts_of(config), **sizes, **config.launch,
         )  # fmt: skip
         if judged is not None:
             last_kernel[(n * heads,)](
@@ -122,9 +127,9 @@ def fresh(
         )
         best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **of_blocks, **config.launch)
         scan_kernel[(n * heads,)](kept, best, before, None, length, **sizes, **of_scan(places, wide))
-        displaced_kernel[(blocks * heads,)](
-            ranks, best, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows, **sizes,
-            **config.launch,
+        displaced_kernel[(blocks * heads, parts_of(config))](
+            ranks, best, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows,
+            PARTS=parts_of(config), **sizes, **config.launch,
         )  # fmt: skip
         tell_kernel[(programs,)](by_row, expiry, rows, length, W=window, **of_rows)
     return expiry

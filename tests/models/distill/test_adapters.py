@@ -9,9 +9,9 @@ from tiny import student, tokens
 
 from lizard_models.distill.adapters import (
     HalfPrecisionLora,
+    adapted_linear,
     adapter_layers,
     fuse_adapters,
-    low_rank_update,
     without_adapters,
 )
 
@@ -64,28 +64,72 @@ def test_what_the_update_does_not_cover_stays_pefts():
         assert not any(isinstance(m, HalfPrecisionLora) for m in model.modules())
 
 
+def test_layers_that_somebody_looks_into_run_pefts_forward():
+    plain = adapted()
+    fused = copy.deepcopy(plain)
+    fuse_adapters(fused)
+    ids, seen = tokens(1, 24), []
+    layers = [m for m in fused.modules() if isinstance(m, HalfPrecisionLora)]
+    hook = layers[0].base_layer.register_forward_hook(lambda module, args, y: seen.append(y))
+    torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits)
+    hook.remove()
+    assert len(seen) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_a_step_copies_and_adds_no_tensor_of_its_tokens():
+    """Forward the update is added where the product lies, backward both parts of the input's gradient in one place."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(65, 32, requires_grad=True), torch.randn(48, 32), torch.randn(65, 48)
+    down, up = torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    y = adapted_linear(x, weight, None, down, up, 2.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as trace:
+        y = adapted_linear(x, weight, None, down, up, 2.0)
+        torch.autograd.grad(y, [x, down, up], grad)
+    large = [e.name for e in trace.events() if [65, 32] in e.input_shapes[:1] or [65, 48] in e.input_shapes[:1]]
+    assert not {"aten::copy_", "aten::clone", "aten::add", "aten::add_"} & set(large)
+    assert large.count("aten::addmm_") == 2
+
+
+def test_a_base_that_trains_is_refused():
+    x, down, up = torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2)
+    for name, given in (("weight", (torch.randn(5, 4, requires_grad=True), None)),
+                        ("bias", (torch.randn(5, 4), torch.randn(5, requires_grad=True)))):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: got one that trains"):
+            adapted_linear(x, *given, down, up, 1.0)
+    model = adapted(bias="lora_only")
+    layers = [m for m in model.modules() if getattr(m, "base_layer", None) is not None]
+    layers[0].base_layer.weight.requires_grad_(True)
+    fuse_adapters(model)
+    assert [isinstance(m, HalfPrecisionLora) for m in layers] == [False] + [True] * (len(layers) - 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_update_against_float64(dtype):
+@pytest.mark.parametrize("biased", [False, True])
+def test_update_against_float64(dtype, biased):
     """No further from float64 than twice autocast, and the gradients of the float32 parameters are float32."""
     torch.manual_seed(0)
-    x, y = torch.randn(2, 65, 32).to(dtype), torch.randn(2, 65, 48).to(dtype)
+    x, w = torch.randn(2, 65, 32).to(dtype), (torch.randn(48, 32) / 6).to(dtype)
+    bias = torch.randn(48).to(dtype) if biased else None
     down, up = torch.randn(4, 32) / 6, torch.randn(48, 4) / 2
     weight = torch.randn(2, 65, 48).to(dtype)
 
-    def plain(y, x, down, up):
-        return y + 0.7 * ((x @ down.to(x.dtype).mT) @ up.to(x.dtype).mT)
+    def plain(x, down, up):
+        base = torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return base + 0.7 * ((x @ down.to(x.dtype).mT) @ up.to(x.dtype).mT)
 
     found = []
-    for apply, high in ((plain, True), (plain, False), (lambda *a: low_rank_update(*a, 0.7), False)):
-        leaves = [t.double() if high else t.clone() for t in (y, x, down, up)]
-        leaves = [t.requires_grad_() for t in leaves]
+    ours = lambda x, down, up: adapted_linear(x, w, bias, down, up, 0.7)  # noqa: E731
+    for apply, high in ((plain, True), (plain, False), (ours, False)):
+        leaves = [(t.double() if high else t.clone()).requires_grad_() for t in (x, down, up)]
         out = apply(*leaves)
         found.append([out, *torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)])
     # The products in the dtype of x, nothing rounded to it after them.
     inner, outer = ((weight @ up.to(dtype)) * 0.7).flatten(0, 1), (x @ down.to(dtype).mT).flatten(0, 1)
-    torch.testing.assert_close(found[2][3], (inner.mT @ x.flatten(0, 1)).float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[2][4], 0.7 * (weight.flatten(0, 1).mT @ outer).float(), rtol=1e-6, atol=0)
-    for i, (exact, simple, ours) in enumerate(zip(*found, strict=True)):
+    torch.testing.assert_close(found[2][2], (inner.mT @ x.flatten(0, 1)).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[2][3], 0.7 * (weight.flatten(0, 1).mT @ outer).float(), rtol=1e-6, atol=0)
+    for i, (exact, simple, one) in enumerate(zip(*found, strict=True)):
         allowed = 2 * (simple.double() - exact).norm() + 1e-6 * exact.norm()
-        assert (ours.double() - exact).norm() <= allowed, i
-        assert ours.dtype == (torch.float32 if i > 2 else dtype)
+        assert (one.double() - exact).norm() <= allowed, i
+        assert one.dtype == (torch.float32 if i > 1 else dtype)

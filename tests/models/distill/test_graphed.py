@@ -4,12 +4,15 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import student, tokens
 
-from lizard_models.distill import RunArguments, train_stage2
+from lizard_models.distill import RunArguments, stage2, train_stage2
 from lizard_models.distill import graphed as graphed_module
 from lizard_models.distill.graphed import GraphedForward, _HandOut, graphed
 from lizard_models.distill.stage1 import AttentionTransfer
+from lizard_models.distill.stage2 import LanguageModelling
+from lizard_models.distill.trainer import StageResult
 from lizard_models.recipes import Stage2Config
 
 
@@ -99,5 +102,52 @@ def test_a_graph_is_captured_once_for_a_shape_and_replayed_where_gradients_are_a
 
 def test_a_graph_is_refused_where_it_would_change_the_numbers(tmp_path):
     run = RunArguments(output_dir=tmp_path, device="cpu", cuda_graph=True)
-    with pytest.raises(ValueError, match="cuda_graph"):
+    with pytest.raises(ValueError, match=r"cuda_graph: got it with lora_dropout=0\.1"):
         train_stage2(student(), [], run, Stage2Config(lora_dropout=0.1))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_layers_that_are_read_again_in_a_graph_read_no_generator(tmp_path, monkeypatch, cuda_graph):
+    """Which a capture forbids; layers that may draw numbers draw the same again elsewhere."""
+    run = RunArguments(output_dir=tmp_path, device="cpu", gradient_checkpointing=True, cuda_graph=cuda_graph)
+    read, state = [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: read.append(1) or state())
+    seen = []
+
+    def trained(objective, *args, **kwargs):
+        read.clear()
+        objective.train()(tokens(1, 40))["loss"].backward()
+        seen.append(len(read))
+        return StageResult(1, 0.0)
+
+    monkeypatch.setattr(stage2, "run_stage", trained)
+    model = student()
+    train_stage2(model, [], run, Stage2Config())
+    assert (seen[0] == 0) == cuda_graph
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which captures")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_captured_step_has_the_plain_steps_numbers(checkpointing):
+    model = student().to("cuda", torch.bfloat16).requires_grad_(False)
+    names = {name for name, _ in model.stage_parameters()}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    made = LanguageModelling(
+        get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])), Stage2Config(kl_weight=1.0)
+    )
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(True)
+    made.train()
+    parameters = [p for p in made.parameters() if p.requires_grad]
+    batches = [tokens(2, 40, seed=seed).to("cuda") for seed in (1, 2)]
+    found = []
+    for captured in (False, True):
+        with graphed(made, captured):
+            for ids in batches:
+                loss = made(ids)["loss"]
+                found.append([loss, *torch.autograd.grad(loss, parameters)])
+    for plain, ours in zip(found[:2], found[2:], strict=True):
+        for one, other in zip(plain, ours, strict=True):
+            assert (one - other).norm() <= 1e-3 * one.norm() + 1e-9

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lizard_models.distill.adapters import low_rank_update
+from lizard_models.distill.adapters import adapted_linear
 from lizard_models.distill.frozen_head import frozen_head_loss
 from lizard_models.distill.graphed import _HandOut
 from lizard_models.model.layer_loss import layer_loss, output_error
@@ -22,34 +22,41 @@ def leaves(*shapes):
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
-@pytest.mark.parametrize("which", range(4), ids=["y", "x", "down", "up"])
-def test_a_low_rank_update_has_the_curvature_of_its_formula(which):
-    inputs = leaves((2, 3, 5), (2, 3, 4), (2, 4), (5, 2))
+WEIGHT = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)
 
-    def formula(y, x, down, up):
-        return y + 0.7 * (x @ down.mT) @ up.mT
+
+def updated(x, down, up):
+    return adapted_linear(x, WEIGHT.to(x), None, down, up, 0.7)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["x", "down", "up"])
+def test_an_adapted_product_has_the_curvature_of_its_formula(which):
+    inputs = leaves((2, 3, 4), (2, 4), (5, 2))
+
+    def formula(x, down, up):
+        return x @ WEIGHT.mT + 0.7 * (x @ down.mT) @ up.mT
 
     def cubes(update, x):
         return update(*inputs[:which], x, *inputs[which + 1 :]).pow(3).sum()
 
     wanted = curvature(lambda x: cubes(formula, x), inputs[which])
-    found = curvature(lambda x: cubes(lambda *inputs: low_rank_update(*inputs, 0.7), x), inputs[which])
+    found = curvature(lambda x: cubes(updated, x), inputs[which])
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_crossed_derivatives_of_a_low_rank_update():
-    inputs = [t.requires_grad_() for t in leaves((3, 5), (3, 4), (2, 4), (5, 2))]
-    assert torch.autograd.gradgradcheck(lambda *inputs: low_rank_update(*inputs, 0.7), inputs)
+def test_crossed_derivatives_of_an_adapted_product():
+    inputs = [t.requires_grad_() for t in leaves((3, 4), (2, 4), (5, 2))]
+    assert torch.autograd.gradgradcheck(updated, inputs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, where half precision sums in float32")
-def test_a_low_rank_update_in_half_precision_on_a_gpu():
+def test_an_adapted_product_in_half_precision_on_a_gpu():
     """float32 factors beside bfloat16 tokens, as stage 2 has them."""
-    y, x, down, up = (t.cuda() for t in leaves((40, 64), (40, 32), (8, 32), (64, 8)))
-    exact = curvature(lambda a: (y + 0.7 * (x @ a.mT) @ up.mT).pow(3).sum(), down)
+    w, x, down, up = (t.cuda() for t in leaves((64, 32), (40, 32), (8, 32), (64, 8)))
+    exact = curvature(lambda a: (x @ w.mT + 0.7 * (x @ a.mT) @ up.mT).pow(3).sum(), down)
     half = lambda t: t.bfloat16()  # noqa: E731
     found = curvature(
-        lambda a: low_rank_update(half(y), half(x), a, up.float(), 0.7).float().pow(3).sum(), down.float()
+        lambda a: adapted_linear(half(x), half(w), None, a, up.float(), 0.7).float().pow(3).sum(), down.float()
     )
     for one, wanted in zip(found, exact, strict=True):
         assert one.dtype == torch.float32

@@ -13,8 +13,10 @@ from training import Sequences, arguments, fresh, moved, recipes, snapshot
 from lizard_models.distill import TrainingInterrupted, train_stage1, train_stage2
 from lizard_models.distill.full_weights import FullWeights
 from lizard_models.distill.stage2 import LanguageModelling
+from lizard_models.model import norms
 from lizard_models.model.families.llama import LizardLlamaForCausalLM
 from lizard_models.presets import PRESETS
+from lizard_models.recipes import Stage2Config
 
 
 def test_projections_and_new_parameters_learn_and_the_adapters_go(tmp_path):
@@ -202,3 +204,21 @@ def test_whole_projections_refuse_what_belongs_to_adapters(tmp_path):
     with pytest.raises(ValueError, match="fsdp"):
         full = dataclasses.replace(recipe, trained="full")
         train_stage2(fresh(), Sequences(), arguments(tmp_path, fsdp=True), full)
+
+
+def test_the_teacher_inside_takes_the_kernels_of_its_norms(monkeypatch):
+    """As if on a GPU: every norm, with the sum before it, and nothing else of the loss."""
+    calls = []
+    for name in ("rms_norm", "add_rms_norm"):
+        op = getattr(norms, name)
+        monkeypatch.setattr(norms, name, lambda *a, op=op, **k: calls.append(1) or op(*a, **k))
+    model = fresh().requires_grad_(False)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    objective, ids = LanguageModelling(adapted, Stage2Config(kl_weight=1.0)).train(), tokens(2, 24)
+    with torch.no_grad():
+        family = objective._teacher_hidden(model, {"input_ids": ids, "use_cache": False})
+        assert not calls
+        monkeypatch.setattr(norms, "on_gpu", lambda x: True)
+        found = objective._teacher_hidden(model, {"input_ids": ids, "use_cache": False})
+    torch.testing.assert_close(found, family)
+    assert len(calls) == 2 * len(model.model.layers) + 1 and model.mode == "student"

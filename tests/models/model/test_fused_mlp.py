@@ -1,4 +1,4 @@
-"""SiLU and product of a family's MLP in one kernel: only in a student that reads without gradients."""
+"""SiLU and product of a family's MLP in one kernel: only in a student."""
 
 import copy
 
@@ -36,18 +36,27 @@ def test_a_student_takes_the_kernel_of_its_familys_formula(calls, family):
 
 def test_nobody_else_takes_it(calls):
     model, ids = student(), tokens(2, 12)
-    model.requires_grad_(True)
-    model(ids, use_cache=False).logits.sum().backward()
-    assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())
-    model.requires_grad_(False)
-    for mode in ("teacher", "distill"):
-        model.set_attention_mode(mode)
-        model(ids, use_cache=False)
+    model.set_attention_mode("teacher")
+    model(ids, use_cache=False)
     model.set_attention_mode("student")
     model.double()(ids, use_cache=False)
     changed = student(hidden_act="relu")
     changed(ids, use_cache=False)
     assert not calls
+
+
+def test_training_takes_it(calls):
+    model, ids = student().train().requires_grad_(True), tokens(2, 12)
+    found = []
+    for on_gpu in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(norms, "on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
+            model.zero_grad()
+            model(ids, use_cache=False).logits.square().sum().backward()
+        found.append([p.grad for p in model.model.layers[0].mlp.parameters()])
+    assert len(calls) == len(model.model.layers)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 @torch.no_grad()

@@ -125,6 +125,23 @@ def test_gradients_taken_at_once_are_the_gradients(target):
     assert abs(parameter.grad.item() - numeric) < 2e-2 * abs(numeric)
 
 
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+@pytest.mark.parametrize(("target", "products"), [("heads", 1), ("output", 2)])
+def test_distillation_projects_no_output_twice(inputs, target, products):
+    model, ids = student(), tokens(1, 40)
+    model.set_attention_mode("distill", Stage1Config(target=target, inputs=inputs))
+    made = []
+    hook = model.lizard_attentions()[0].o_proj.register_forward_hook(lambda *args: made.append(args[2]))
+    layer = model.model.layers[0].self_attn.register_forward_hook(lambda *args: made.append(args[2][0]))
+    model(ids)
+    hook.remove()
+    layer.remove()
+    *projected, passed_on = made
+    assert len(projected) == products
+    which = 0 if inputs == "teacher" else -1  # the target's comes first
+    assert torch.equal(passed_on, projected[which])
+
+
 def test_distillation_reads_the_students_stream_when_told():
     model, ids = student(), tokens(2, 30)
     model.set_attention_mode("distill", Stage1Config(error="relative"))

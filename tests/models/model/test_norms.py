@@ -1,5 +1,4 @@
-"""The families' norms, and the sums before them, in one kernel: only in a student that reads without gradients, and as
-the family rounds."""
+"""The families' norms, and the sums before them, in one kernel: only in a student, and as the family rounds."""
 
 import copy
 import pickle
@@ -44,15 +43,60 @@ def test_a_student_takes_the_kernel_of_its_familys_formula(calls, family, dtype)
     assert torch.equal(found, wanted) and len(calls) == used
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_in_training_are_the_familys(calls, family, frozen):
+    model, ids = student(family=family).train(), tokens(2, 12)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or ".lizard." in name)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, use_cache=False).logits.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    found, used = gradients(), len(calls)
+    assert used == len(names(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norms, "on_gpu", lambda x: False)
+        wanted = gradients()
+    assert len(found) == len(wanted) and len(calls) == used
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_layers_that_are_run_again_take_it_both_times(calls):
+    """Each by itself: a norm's sum is not handed on to the next layer, and the last norm is the family's."""
+    model, ids = student().train().requires_grad_(True), tokens(2, 12)
+    layers, found = len(model.model.layers), []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        calls.clear()
+        model.zero_grad()
+        model(ids, use_cache=False).logits.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert calls.count("rms_norm") == calls.count("add_rms_norm") == 2 * layers
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_stage_1_takes_it_around_its_losses(calls):
+    model, ids, losses = student(), tokens(2, 12), []
+    model.set_attention_mode("distill")
+    for on_gpu in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(norms, "on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
+            losses.append(model(ids, use_cache=False).loss)
+    torch.testing.assert_close(*losses)
+    assert len(calls) == len(names(model))
+
+
 def test_nobody_else_takes_it(calls, monkeypatch):
     monkeypatch.setattr(fused_mlp, "silu_product", pytest.fail)
     model, ids = student(), tokens(2, 12)
-    model.requires_grad_(True)
-    model(ids, use_cache=False).logits.sum().backward()
-    model.requires_grad_(False)
-    for mode in ("teacher", "distill"):
-        model.set_attention_mode(mode)
-        model(ids, use_cache=False)
+    model.set_attention_mode("teacher")
+    model(ids, use_cache=False)
     with torch.no_grad():
         model.model.norm(torch.randn(2, 64))
         torch.compile(student(num_hidden_layers=1), backend="eager", fullgraph=True)(ids, use_cache=False)

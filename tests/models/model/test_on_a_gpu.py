@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lizard_layers import tensors_of
 from lizard_models import LizardConfig, linearize
 from lizard_models.distill import RunArguments, train_stage0, train_stage1
-from lizard_models.model import decode_graph, joined, norms
+from lizard_models.model import decode_graph, joined, norms, read_graph
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.decode_graph import free_decode_graphs
 from lizard_models.model.step_recorder import CudaRecorder
@@ -155,6 +155,96 @@ def test_fused_layers_compute_what_the_families_do(dtype, family, monkeypatch):
     monkeypatch.setattr(norms, "on_gpu", lambda x: False)
     errors = [(found - exact).square().mean().sqrt() for found in (fused, logits(model))]
     assert errors[0] <= 1.5 * errors[1] + 1e-5 * exact.abs().max()
+
+
+def assert_same_caches(a, b):
+    for one, other in zip(a.lizard_layers(), b.lizard_layers(), strict=True):
+        for name, t in tensors_of(one.state).items():
+            assert torch.equal(t, tensors_of(other.state)[name]), name
+    assert a.get_seq_length() == b.get_seq_length() and torch.equal(a.positions(), b.positions())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("attention", [{"window": 16}, {"window": 16, "kept_keys": 8}])
+@pytest.mark.parametrize(("rows", "length", "keep"), [(1, 1024, 1), (3, 300, 0), (2, 17, 1)])
+def test_prompts_are_read_from_a_graph_bit_for_bit(dtype, attention, rows, length, keep, monkeypatch):
+    """Of a whole text, and of the pieces of one, into new caches and into one that is read into again."""
+    if "kept_keys" not in attention:
+        monkeypatch.setattr(read_graph, "tell", pytest.fail)
+    model = linearize(llama().to(dtype), LizardConfig.preset("plain", attention=attention)).eval()
+    kept, found = model.new_cache(), []
+    for n in range(5):
+        draw = torch.Generator("cuda").manual_seed(n)
+        ids = torch.randint(1, 512, (rows, length), device="cuda", generator=draw)
+        kept.reset()
+        for cache in (None, kept):
+            pair = [
+                model(ids, past_key_values=c, use_cache=True, logits_to_keep=keep, decode_graph=graph)
+                for c, graph in ((cache, None), (None, False))
+            ]
+            assert torch.equal(pair[0].logits, pair[1].logits)
+            assert_same_caches(*(outputs.past_key_values for outputs in pair))
+            if cache is None:
+                found.append(pair)
+            more = ids.flip(1)
+            for _ in range(2):
+                outputs = [
+                    model(more, past_key_values=of.past_key_values, logits_to_keep=keep, decode_graph=graph)
+                    for of, graph in zip(pair, (None, False), strict=True)
+                ]
+                assert torch.equal(outputs[0].logits, outputs[1].logits)
+            assert_same_caches(*(of.past_key_values for of in pair))
+    for one, other in found:  # what came back first has not been written to
+        assert torch.equal(one.logits, other.logits)
+        assert_same_caches(one.past_key_values, other.past_key_values)
+    graphs = read_graph._graphs[model].graphs
+    assert "kept_keys" in attention or sorted(shape.begins for shape in graphs) == [False, True]
+    for _ in range(4):
+        written = [
+            model.generate(ids, max_new_tokens=9, do_sample=False, decode_graph=graph) for graph in (None, False)
+        ]
+        assert torch.equal(*written)
+    assert "kept_keys" in attention or any(shape.positions for shape in graphs)  # with generate's position ids
+    free_decode_graphs(model)
+    assert not read_graph._graphs.get(model)
+
+
+def test_memory_of_read_graphs_is_given_back():
+    model = linearize(llama().bfloat16(), LizardConfig.preset("plain")).eval()
+    ids = torch.randint(1, 512, (2, 700), device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            model(ids, use_cache=True, logits_to_keep=1)
+        free_decode_graphs(model)
+        gc.collect()
+        held = torch.cuda.memory_allocated()
+        for length in (700, 600, 500, 400, 300, 200):
+            for _ in range(4):
+                model(ids[:, :length], use_cache=True, logits_to_keep=1)
+        free_decode_graphs(model)
+        gc.collect()
+    assert torch.cuda.memory_allocated() <= held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_of_fused_layers_are_the_families(dtype, family, monkeypatch):
+    """Beside float64 no further off."""
+    model = student(family=family, window=8).cuda().train().requires_grad_(True)
+    ids = torch.randint(1, 97, (3, 40), device="cuda")
+
+    def gradients(of):
+        of.zero_grad()
+        of(ids, use_cache=False).logits.double().square().mean().backward()
+        return torch.cat([p.grad.double().flatten() for p in of.parameters() if p.grad is not None])
+
+    exact = gradients(copy.deepcopy(model).double())
+    fused = gradients(model.to(dtype))
+    assert torch.equal(fused, gradients(model))
+    monkeypatch.setattr(norms, "on_gpu", lambda x: False)
+    errors = [(found - exact).norm() for found in (fused, gradients(model))]
+    assert errors[0] <= 1.5 * errors[1] + 1e-5 * exact.norm()
 
 
 def test_a_pool_of_graphs_serves_calls_of_other_lengths(monkeypatch):
