@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from benchmarks import forks
 from benchmarks.faults import events
+from benchmarks.faults.pool import Pool
 from benchmarks.faults.results import Results
-from benchmarks.faults.world import Ended, World, end, run, start, weights
+from benchmarks.faults.world import Ended, Fault, World, end, weights
 from lizard_models.distill.checkpoint_files import damaged as damaged_checkpoint
 from lizard_models.distill.resume import checkpoints, step_of
 from lizard_models.files.folders import SUMS, damaged
@@ -27,7 +29,9 @@ from lizard_models.runs.plan import STAGES, work_folder
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 DAMAGES = ("flipped", "truncated", "removed")
 ATTEMPTS = 3  # to go on after one fault
-Named = tuple[str, Callable[[], None]]  # a trial and its name
+EARLIER = 0.8  # of the moment of a signal that came too late
+FINE = ("same", "named")
+Named = tuple[str, Callable[[random.Random, Path], "Trial"]]  # a trial and its name
 
 
 class Trial(NamedTuple):
@@ -46,22 +50,39 @@ class Campaign:
     before, it is the same trial.
     """
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None], out: Path | None = None) -> None:
-        """out: file of the results, gone on with if it is there. Raises ValueError if it is of another campaign."""
-        self.world, self.seed, self.say = World(folder), seed, say
-        whole = self.world.folder / "whole" / "out"
-        whole.parent.mkdir()
-        first = run(self.world.command(whole), self.world.folder / "said")
-        listed = self.world.folder / "events"
-        again = run(
-            self.world.command(whole.with_name("again")),
-            self.world.folder / "said",
-            events.list_into(whole.parent, listed),
-        )
-        if first.code or weights(whole) != weights(whole.with_name("again")):
-            raise RuntimeError(f"the run is not the same twice without a fault: {first.said[-2000:]}")
-        self.wanted, self.seconds = weights(whole), again.seconds
-        self.events = [plain(kind) for kind in listed.read_text().splitlines()]
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        say: Callable[[str], None],
+        out: Path | None = None,
+        fresh: bool = False,
+        workers: int = 1,
+    ) -> None:
+        """out: file of the results, gone on with if it is there. fresh: of ``World``. workers: trials at the same time.
+
+        Raises ValueError if the file is of another campaign.
+        """
+        self.world, self.seed, self.say, self.workers = World(folder, fresh), seed, say, workers
+        if not fresh:
+            self.world.warm()
+        places = [folder / name for name in ("one", "other")]
+        commands = [self.world.command(place / "out") for place in places]
+        faults = [events.list_into(place, folder / f"events of {place.name}") for place in places]
+        started = time.monotonic()
+        for place in places:
+            place.mkdir()
+        if workers == 1:
+            found = [self.world.run(*one) for one in zip(commands, [p / "said" for p in places], faults, strict=True)]
+        else:  # as slow as trials are beside each other
+            children = [self.world.start(c, p / "said", f) for c, p, f in zip(commands, places, faults, strict=True)]
+            found = [end(child, place / "said", started) for child, place in zip(children, places, strict=True)]
+        lists = [(folder / f"events of {place.name}").read_text().splitlines() for place in places]
+        made, listed = ({weights_of(p / "out") for p in places}, {tuple(map(plain, kinds)) for kinds in lists})
+        if any(ended.code or ended.left for ended in found) or len(made) > 1 or len(listed) > 1:
+            raise RuntimeError(f"the run is not the same twice without a fault: {[e.said[-1000:] for e in found]}")
+        (self.wanted,), (kinds,) = made, listed
+        self.seconds, self.events = found[0].seconds, list(kinds)
         self.results = Results(out, {"seed": seed, "weights": self.wanted, "events": self.events})
         say(f"a run takes {self.seconds:.1f} s here and has {len(self.events)} events in the file system")
 
@@ -70,35 +91,37 @@ class Campaign:
         """Every trial so far, those of earlier runs too."""
         return [Trial(**found) for found in self.results.found.values()]
 
-    def go(self, counts: dict[str, int], minutes: float = math.inf) -> None:
+    def go(self, counts: dict[str, int], minutes: float = math.inf, again: bool = False) -> None:
         """As many trials of each kind, one of each in turn, or all that it has; those with a result are left out.
 
-        counts: by name of the method that gives them. minutes: after which no other trial begins.
+        counts: by name of the method that gives them. minutes: after which no other trial begins. again: those whose
+        result is not as wanted, too.
         """
         kinds = [islice(getattr(self, name)(), count) for name, count in counts.items()]
         ends = time.monotonic() + 60 * minutes
-        for name, trial in (one for turn in zip_longest(*kinds) for one in turn if one is not None):
-            if time.monotonic() >= ends:
-                break
-            if name not in self.results.found:
-                self.name, self.draw = name, random.Random(f"{self.seed} {name}")
-                trial()
+        with Pool(self.world.folder, self.workers, self._add) as pool:
+            for name, trial in (one for turn in zip_longest(*kinds) for one in turn if one is not None):
+                if time.monotonic() >= ends:
+                    break
+                known = self.results.found.get(name)
+                if known is None or (again and known["outcome"] not in FINE):
+                    draw = random.Random(f"{self.seed} {name}")
+                    pool.begin(name, partial(_found, trial, draw))
 
     def signals(self) -> Iterator[Named]:
         """Signals in turn at random moments, without an end."""
         for n in count():
-            number = SIGNALS[n % len(SIGNALS)]
-            yield f"signal {n}", partial(self._signal, number)
+            yield f"signal {n}", partial(self._signal, SIGNALS[n % len(SIGNALS)])
 
     def kills(self) -> Iterator[Named]:
         """SIGKILL in front of every event of the file system, in a drawn order."""
         for number in self._events(""):
-            yield f"kill {number}", partial(self._trial, "SIGKILL at an event", number, events.kill_at)
+            yield f"kill {number}", partial(self._event, "SIGKILL at an event", number, events.kill_at)
 
     def full_disks(self) -> Iterator[Named]:
         """A disk that is full from an event on that writes."""
         for number in self._events("open|save|os.mkdir|sync"):
-            yield f"full disk {number}", partial(self._trial, "full disk", number, events.full_at)
+            yield f"full disk {number}", partial(self._event, "full disk", number, events.full_at)
 
     def cuts(self) -> Iterator[Named]:
         """Files that are cut in the middle of a write, from an event on that opens or writes one."""
@@ -112,7 +135,7 @@ class Campaign:
             stopped.mkdir()
             at = next(i for i, kind in enumerate(self.events, 1) if kind.startswith("os.rename") and "stage2/" in kind
                       and "checkpoint-4" in kind)  # fmt: skip
-            run(self.world.command(stopped / "out"), self.world.folder / "said", events.kill_at(stopped, at))
+            self.world.run(self.world.command(stopped / "out"), stopped / "said", events.kill_at(stopped, at))
         work = work_folder(stopped / "out")
         names = [p.relative_to(stopped) for p in sorted(work.rglob("*")) if p.is_file() and p.name != ".lock"]
         every = [(name, damage) for name in names for damage in DAMAGES]
@@ -120,81 +143,88 @@ class Campaign:
         for name, damage in every:
             yield f"{damage} {plain(str(name))}", partial(self._damage, work, name, damage)
 
-    def _signal(self, number: signal.Signals) -> None:
-        moment = self.draw.uniform(0, self.seconds)
-        with self._folder() as (out, said):
+    def _signal(self, number: signal.Signals, draw: random.Random, out: Path) -> Trial:
+        """At a moment of the run's usual time; of a run that had ended by then, at an earlier one."""
+        moment, said = draw.uniform(0, self.seconds), out.with_name("said")
+        while True:
             started = time.monotonic()
-            child = start(self.world.command(out), said)
+            child = self.world.start(self.world.command(out), said)
             time.sleep(moment)
+            over = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
             os.kill(child, number)
             ended = end(child, said, started)
-            self._judge("a signal at a random moment", f"{number.name} {moment / self.seconds:.3f}", out, ended)
+            if not over:
+                break
+            moment *= EARLIER
+            shutil.rmtree(out)
+        return self._judge("a signal at a random moment", f"{number.name} {moment / self.seconds:.3f}", out, ended)
 
-    def _cut(self, number: int) -> None:
-        size = self.draw.choice([0, 1, 100, 1000, 20_000])
-        self._trial("writes cut short", number, lambda folder, at: events.cut_at(folder, at, size))
+    def _cut(self, number: int, draw: random.Random, out: Path) -> Trial:
+        size = draw.choice([0, 1, 100, 1000, 20_000])
+        return self._event("writes cut short", number, partial(events.cut_at, size=size), draw, out)
 
-    def _damage(self, work: Path, name: Path, damage: str) -> None:
-        with self._folder() as (out, said):
-            shutil.copytree(work, work_folder(out))
-            what = harm(out.parent / name, damage, self.draw)
-            ended = run(self.world.command(out, "--resume"), said)
-            self._judge_damage(f"a file {damage}", f"{name}{what}", out, ended)
+    def _damage(self, work: Path, name: Path, damage: str, draw: random.Random, out: Path) -> Trial:
+        shutil.copytree(work, work_folder(out))
+        what = harm(out.parent / name, damage, draw)
+        ended = self.world.run(self.world.command(out, "--resume"), out.with_name("said"))
+        return self._judge_damage(f"a file {damage}", f"{name}{what}", out, ended)
 
-    def _trial(self, kind: str, number: int, fault: Callable[[Path, int], Callable[[], None]]) -> None:
-        with self._folder() as (out, said):
-            ended = run(self.world.command(out), said, fault(out.parent, number))
-            self._judge(kind, f"{number}: {self.events[number - 1]}", out, ended)
+    def _event(self, kind: str, number: int, fault: Callable[..., Fault], draw: random.Random, out: Path) -> Trial:
+        ended = self.world.run(self.world.command(out), out.with_name("said"), fault(out.parent, number))
+        return self._judge(kind, f"{number}: {self.events[number - 1]}", out, ended)
 
     def _events(self, kinds: str) -> list[int]:
         """Numbers of all events of these kinds, in a drawn order, so that the first ones are a fair sample."""
         every = [n for n, kind in enumerate(self.events, 1) if re.match(kinds, kind)]
         return random.Random(f"{self.seed} {kinds}").sample(every, len(every))
 
-    def _folder(self) -> Folder:
-        return Folder(self.world.folder / "trial")
-
-    def _judge(self, kind: str, what: str, out: Path, ended: Ended) -> None:
-        wrong = half_written(out)
-        before = trained(out)
-        said = [f"[{ended.code}] {last_line(ended.said)}"]
-        unclear = ended.unclear
+    def _judge(self, kind: str, what: str, out: Path, ended: Ended) -> Trial:
+        found, wrong, before = [ended], wrong_of(ended, out), trained(out)
         for _ in range(ATTEMPTS):
             if ended.code == 0 and weights_of(out):
                 break
-            ended = run(self.world.command(out, "--resume", "auto"), out.parent / "said again")
-            said.append(f"[{ended.code}] {last_line(ended.said)}")
-            unclear = unclear or ended.unclear
-            wrong = wrong or half_written(out)
+            ended = self._go_on(out, found)
+            wrong = wrong or wrong_of(ended, out)
             if "stopped" not in ended.said and trained(out) < before and not out.exists():
                 wrong = wrong or "lost: a checkpoint is gone"
-        self._record(kind, what, wrong, unclear, out, said)
+        return self._outcome(kind, what, wrong, out, found)
 
-    def _judge_damage(self, kind: str, what: str, out: Path, ended: Ended) -> None:
-        """A damaged file is named, or makes no difference; the command ends in one of both."""
-        path = Path(what.split(" ")[0])
-        said = [f"[{ended.code}] {last_line(ended.said)}"]
+    def _judge_damage(self, kind: str, what: str, out: Path, ended: Ended) -> Trial:
+        """A damaged file makes no difference, or is named with what to delete; without that the run goes on."""
+        path, found = Path(what.split(" ")[0]), [ended]
         names = (path.name, f"/{path.parent.name}/") if path.name == "sums.json" else (path.name,)
-        if ended.code == 2 and any(name in ended.said for name in names):  # of sums, their folder does
-            self._add(Trial(kind, what, "named", said[0]))
-        else:
-            self._record(kind, what, half_written(out), ended.unclear, out, said)
+        if ended.code != 2 or not any(name in ended.said for name in names):  # of sums, their folder is
+            return self._outcome(kind, what, wrong_of(ended, out), out, found)
+        for _ in range(ATTEMPTS):
+            if ended.code == 0 or not delete_what_is_told(ended.said, out.parent):
+                break
+            ended = self._go_on(out, found)
+        trial = self._outcome(kind, what, wrong_of(ended, out), out, found)
+        return trial._replace(outcome="named") if trial.outcome == "same" else trial
 
-    def _record(self, kind: str, what: str, wrong: str, unclear: bool, out: Path, said: list[str]) -> None:
-        found = weights_of(out)
-        if not wrong and not found:
+    def _go_on(self, out: Path, found: list[Ended]) -> Ended:
+        found.append(self.world.run(self.world.command(out, "--resume", "auto"), out.with_name("said again")))
+        return found[-1]
+
+    def _outcome(self, kind: str, what: str, wrong: str, out: Path, found: list[Ended]) -> Trial:
+        made = weights_of(out)
+        if not wrong and not made:
             wrong = "lost: it does not go on"
-        if not wrong and found != self.wanted:
+        if not wrong and made != self.wanted:
             wrong = "different"
         if not wrong and (rest := sorted(p.name for p in out.parent.iterdir() if not p.name.startswith("said"))) != [
             "out"
         ]:
             wrong = f"left behind: {rest}"
-        self._add(Trial(kind, what, wrong or ("unclear" if unclear else "same"), " | ".join(said)))
+        if not wrong and any(ended.unclear for ended in found):
+            wrong = "unclear"
+        said = [f"[{ended.code}] {ended.said[-2000:] if wrong else last_line(ended.said)}" for ended in found]
+        return Trial(kind, what, wrong or "same", " | ".join(said))
 
-    def _add(self, trial: Trial) -> None:
-        self.results.add(self.name, trial._asdict())
-        if trial.outcome not in ("same", "named"):
+    def _add(self, name: str, found: dict[str, Any]) -> None:
+        self.results.add(name, found)
+        trial = Trial(**found)
+        if trial.outcome not in FINE:
             self.say(f"{trial.outcome}: {trial.kind}, {trial.what}: {trial.said}")
 
     def table(self) -> str:
@@ -209,24 +239,21 @@ class Campaign:
         return "\n".join(rows)
 
 
-class Folder:
-    """An empty folder for one trial, gone after it."""
+def _found(trial: Callable[[random.Random, Path], Trial], draw: random.Random, place: Path) -> dict[str, Any]:
+    return trial(draw, place / "out")._asdict()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __enter__(self) -> tuple[Path, Path]:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
-        return self.folder / "out", self.folder / "said"
-
-    def __exit__(self, *exception: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+def wrong_of(ended: Ended, out: Path) -> str:
+    """What a process did or left that it must not, empty for nothing."""
+    if ended.code == forks.HANGS:
+        return "lost: it hangs"
+    return "left behind: a process" if ended.left else half_written(out)
 
 
 def plain(event: str) -> str:
-    """An event or a path without the random part of a draft's name, so that runs can be compared."""
-    return re.sub(r"(\.saving-|\.[\w.]+\.)[a-z0-9_]{8}(?=/|$)", r"\1*", event)
+    """An event or a path without the part of a draft's name that is random or the process's, so that runs can be
+    compared."""
+    return re.sub(r"(\.saving-|\.[\w.]+\.)([a-z0-9_]{8}(?=/|$)|\d+$)", r"\1*", event)
 
 
 def harm(path: Path, damage: str, draw: random.Random) -> str:
@@ -243,6 +270,18 @@ def harm(path: Path, damage: str, draw: random.Random) -> str:
     data[place] ^= 1 << bit
     path.write_bytes(data)
     return f" bit {bit} of byte {place}"
+
+
+def delete_what_is_told(said: str, place: Path) -> bool:
+    """Deletes the file or folder of ``place`` that an error says to delete; whether it said so."""
+    told = re.search(r"delete '([^']+)'", said)
+    if told is None or place not in Path(told[1]).parents:
+        return False
+    if Path(told[1]).is_dir():
+        shutil.rmtree(told[1])
+    else:
+        Path(told[1]).unlink()
+    return True
 
 
 def half_written(out: Path) -> str:
@@ -273,4 +312,4 @@ def weights_of(out: Path) -> str:
 
 def last_line(text: str) -> str:
     """The end of what a command said."""
-    return (text.strip().splitlines() or [""])[-1][-300:]
+    return (text.strip().splitlines() or [""])[-1][-120:]

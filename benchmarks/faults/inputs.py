@@ -11,15 +11,15 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import forks
 from benchmarks.faults.results import Results
-from benchmarks.faults.world import Ended, World, end, run, start
+from benchmarks.faults.world import Ended, World
 
 SHORT = r"fewer than one sequence"
 ANY = r"error: |Error"  # of a refusal that need not name more
@@ -55,7 +55,8 @@ class InputWorld(World):
         for path in self.teacher.iterdir():
             path.chmod(0o644)
         codecs.lookup("utf-8-sig")  # now, for Python may lie where a user without rights cannot load it
-        made = run(["convert", str(self.teacher), "--preset", "plain", "--out", str(self.model)], self.folder / "said")
+        words = ["convert", str(self.teacher), "--preset", "plain", "--out", str(self.model)]
+        made = self.run(words, self.folder / "said")
         if made.code:
             raise RuntimeError(f"no model could be made: {made.said[-2000:]}")
 
@@ -81,7 +82,7 @@ class Found(NamedTuple):
 def judge(case: Case, ended: Ended, folder: Path) -> str:
     """The outcome of a case's command."""
     lines = [line for line in ended.said.strip().splitlines() if line.strip()]
-    if ended.code == -signal.SIGALRM:
+    if ended.code == forks.HANGS:
         return "hangs"
     if ended.unclear or ended.code < 0:
         return "traceback"
@@ -89,7 +90,7 @@ def judge(case: Case, ended: Ended, folder: Path) -> str:
         return "valid" if case.wanted is None or case.may_be_valid else "taken"
     if case.wanted is None:
         return "refused wrongly"
-    if (folder / "out").is_dir() or (folder / "out.training").exists():
+    if ended.left or (folder / "out").is_dir() or (folder / "out.training").exists():
         return "left behind"
     errors = [line for line in lines if line.startswith("error: ")]
     usage = any("Usage: " in line or "─ Error ─" in line for line in lines)  # of the command line itself
@@ -126,7 +127,6 @@ class InputCampaign:
         command, said = case.make(folder, self.world), self.world.folder / "said"
 
         def limits() -> None:
-            signal.alarm(SECONDS)
             os.chdir(folder)
             os.environ["HF_HUB_OFFLINE"] = "1"
             if case.held_back and os.getuid() == 0:
@@ -135,7 +135,7 @@ class InputCampaign:
                 os.setuid(NOBODY)
 
         folder.chmod(0o777 if not case.held_back else stat.S_IMODE(folder.stat().st_mode) | 0o055)
-        ended = end(start(command, said, limits), said, 0.0)
+        ended = self.world.run(command, said, limits, SECONDS)
         outcome = judge(case, ended, folder)
         self.results.add(key(case), Found(case.area, case.name, outcome, ended.said[-600:])._asdict())
         if outcome not in AS_WANTED:

@@ -17,7 +17,7 @@ class Results:
         Raises ValueError for a file of another campaign.
         """
         self.path, self.found = path, dict[str, dict[str, Any]]()
-        campaign = json.loads(json.dumps(campaign))
+        self.campaign = campaign = json.loads(json.dumps(campaign))
         if path is None:
             return
         whole = b"".join(line for line in _lines(path) if line.endswith(b"\n"))
@@ -36,6 +36,19 @@ class Results:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"case": case, **found}) + "\n")
+
+
+def differing(results: Results, path: Path) -> tuple[int, dict[str, str]]:
+    """How many cases a file of results has too, and the outcomes of those whose outcome is another in it.
+
+    Raises ValueError if the file is missing, or of another campaign.
+    """
+    if not path.is_file():
+        raise ValueError(f"there are no results to compare with: {path}")
+    other = Results(path, results.campaign).found
+    both = results.found.keys() & other.keys()
+    apart = {case: (results.found[case]["outcome"], other[case]["outcome"]) for case in sorted(both)}
+    return len(both), {case: f"{ours}, there {theirs}" for case, (ours, theirs) in apart.items() if ours != theirs}
 
 
 def _lines(path: Path) -> list[bytes]:

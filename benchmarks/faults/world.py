@@ -1,15 +1,19 @@
-"""A tiny teacher, its text, and the command that a campaign does harm to, run in forked processes."""
+"""A tiny teacher, its text, and the command that a campaign does harm to: in forks, or in fresh processes."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
+import importlib
 import os
+import pickle
+import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +22,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lizard_models.cli.main import app
+from benchmarks import forks
+from lizard_models.cli.main import main
 from lizard_models.files.weights import content_digest
-from lizard_models.runs import linearize_run, work
-
-LOADED = (linearize_run, work)  # here, so that no trial loads them anew
-with contextlib.suppress(ImportError):
-    import matplotlib.backends.backend_agg
-    import matplotlib.backends.backend_svg
-    import matplotlib.figure  # noqa: F401
 
 SENTENCE = "the wind turns the mill and the river runs down to the sea, year {n} after year. "
 STEPS = [
@@ -44,19 +42,29 @@ STEPS = [
     "2",
 ]
 MEASURED = ["--eval-length", "120", "--eval-documents", "1"]
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 300  # after which a command hangs
+Fault = Callable[[], None]  # what a process does to itself before its command; a fresh one must be able to unpickle it
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit code, negative for the signal that killed it; what it said; the seconds it took."""
+    """How a process ended: its exit code, negative for the signal that killed it; what it said; the seconds it took;
+    whether processes that it started went on."""
 
     code: int
     said: str
     seconds: float
+    left: bool = False
 
     @property
     def unclear(self) -> bool:
-        """Whether it ended with an error of ours, which keeps its traceback."""
-        return self.code == 1 or "Traceback (most recent call last)" in self.said
+        """Whether it ended with an error of ours, which keeps its traceback. Ctrl-C before a command has begun is said
+        by the command line in one word, or by Python where it still imports."""
+        said = self.said.strip()
+        if self.code == -signal.SIGINT and said.endswith("\nKeyboardInterrupt"):
+            return False
+        aborted = said.endswith(("Aborted!", "Aborted."))
+        return (self.code == 1 and not aborted) or "Traceback (most recent call last)" in said
 
 
 @dataclass
@@ -65,7 +73,18 @@ class World:
 
     folder: Path
 
+    fresh: bool = False
+    """Whether commands run in processes that import everything themselves, in place of forks of this one."""
+
     def __post_init__(self) -> None:
+        with (self.folder / "said").open("wb") as said:  # in a fork: this process keeps no thread and no random state
+            code, _ = forks.end(forks.start(self.make, said.fileno(), self.folder), SECONDS)
+        if code:
+            raise RuntimeError(f"no teacher could be made: {(self.folder / 'said').read_text()[-2000:]}")
+        gc.freeze()
+
+    def make(self) -> None:
+        """Writes the teacher and its text."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -83,6 +102,28 @@ class World:
         (self.folder / "texts").mkdir()
         for n in range(3):
             (self.folder / "texts" / f"{n}.txt").write_text(SENTENCE.format(n=n) * 30)
+
+    def warm(self) -> None:
+        """Imports what a run imports, and fills the caches that take it longest, so that forks need not."""
+        place, names = self.folder / "warm", self.folder / "imported"
+        place.mkdir()
+        ended = self.run(self.command(place / "out"), place / "said", partial(_names_at_end, names))
+        if ended.code:
+            raise RuntimeError(f"a run fails without a fault: {ended.said[-2000:]}")
+        for name in names.read_text().splitlines():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+            get_checkpoint_conversion_mapping("llama")
+        with contextlib.suppress(ImportError):
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+
+            figure = Figure()
+            figure.suptitle("fonts")
+            FigureCanvasAgg(figure).draw()
         gc.freeze()  # what forks share they need not collect, nor copy
 
     def command(self, out: Path, *more: str) -> list[str]:
@@ -93,42 +134,47 @@ class World:
             *("--set", "attention.window=16", "--out", str(out), *more),
         ]
 
+    def start(self, arguments: list[str], said: Path, fault: Fault | None = None) -> int:
+        """Begins a command in a process of its own, in the folder of ``said``, after ``fault`` is done there.
 
-def start(arguments: list[str], said: Path, fault: Callable[[], None] = lambda: None) -> int:
-    """Begins a command in a forked process, after ``fault`` is done there. Returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        written = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(written, 1)
-        os.dup2(written, 2)
-        sys.argv = ["lizard-attn", *arguments]
+        Returns its id. It computes in one thread: those of several campaigns would wait for each other.
+        """
+        work = partial(_exec if self.fresh else _call, arguments, fault)
+        with said.open("wb") as output:
+            return forks.start(work, output.fileno(), said.parent)
+
+    def run(self, arguments: list[str], said: Path, fault: Fault | None = None, seconds: float = SECONDS) -> Ended:
+        """``start``, and ``end``."""
+        started = time.monotonic()
+        return end(self.start(arguments, said, fault), said, started, seconds)
+
+
+def end(child: int, said: Path, started: float, seconds: float = SECONDS) -> Ended:
+    """Waits for a process of ``World.start``; its code is ``forks.HANGS`` if it takes longer."""
+    code, left = forks.end(child, seconds)
+    return Ended(code, said.read_text(errors="replace"), time.monotonic() - started, left)
+
+
+def _call(arguments: list[str], fault: Fault | None) -> None:
+    torch.set_num_threads(1)
+    sys.argv = ["lizard-attn", *arguments]
+    if fault is not None:
         fault()
-        try:
-            app(arguments)
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:  # what a command does not expect
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
+    main()
 
 
-def end(child: int, said: Path, started: float) -> Ended:
-    """Waits for a process of ``start``."""
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return Ended(code, said.read_text(errors="replace"), time.monotonic() - started)
+def _names_at_end(path: Path) -> None:
+    atexit.register(lambda: path.write_text("\n".join(sys.modules)))
 
 
-def run(arguments: list[str], said: Path, fault: Callable[[], None] = lambda: None) -> Ended:
-    """Both."""
-    started = time.monotonic()
-    return end(start(arguments, said, fault), said, started)
+def _exec(arguments: list[str], fault: Fault | None) -> None:
+    module = ["lizard_models"] if fault is None else ["benchmarks.faults.fresh", pickle.dumps(fault).hex()]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", *module, *arguments],
+        {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def weights(model: Path) -> str:

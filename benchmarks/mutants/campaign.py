@@ -126,7 +126,7 @@ class Worker:
         kept = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
         kept.update(TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("zygote.py")],
+            [sys.executable, "-m", "benchmarks.mutants.zygote"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept, cwd=tree,
         )  # fmt: skip
 

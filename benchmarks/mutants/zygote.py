@@ -1,7 +1,7 @@
 """A process that has the large libraries imported, and runs pytest in a fork of itself for each request.
 
 It reads a line of JSON, {"tree": folder, "arguments": [...], "seconds": limit}, and writes one: {"code": exit code or
-None past the limit, "said": output}. None of the project's own modules are imported before the fork.
+None past the limit, "said": output}. None of the modules that tests are asked about is imported before the fork.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import sys
 import tempfile
-import time
 from typing import Any
+
+from benchmarks import forks
 
 LIBRARIES = (
     "torch", "torch._dynamo", "triton", "hypothesis", "pytest", "transformers.models.llama.modeling_llama",
@@ -35,40 +35,19 @@ def main() -> None:
 
 def answer(tree: str, arguments: list[str], seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryFile() as output:
-        child = os.fork()
-        if child == 0:
-            run(tree, arguments, output.fileno())
-        until, code = time.monotonic() + seconds, None
-        while code is None and time.monotonic() < until:
-            found, status = os.waitpid(child, os.WNOHANG)
-            code = os.waitstatus_to_exitcode(status) if found else None
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what the tests left running too
-        if code is None:
-            os.waitpid(child, 0)
+        child = forks.start(lambda: run(tree, arguments), output.fileno(), tree)
+        code = forks.end(child, seconds).code  # and with it what the tests left running
         output.seek(0)
-        return {"code": code, "said": output.read().decode(errors="replace")}
+        return {"code": None if code == forks.HANGS else code, "said": output.read().decode(errors="replace")}
 
 
-def run(tree: str, arguments: list[str], output: int) -> None:
-    """The child: a session of its own, so that all of it can be ended."""
-    os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(tree)
+def run(tree: str, arguments: list[str]) -> int:
+    """The child."""
     sys.path.insert(0, tree)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [tree, os.environ.get("PYTHONPATH")]))
     import pytest
 
-    code = 3
-    try:
-        code = pytest.main(arguments)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(code))
+    return int(pytest.main(arguments))
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ class Bench:
 
 WINDOW_FIELDS = ("linear_branch", "window", "window_rope", "anchors", "positions", "position_limit", "position_step",
                  "num_sinks", "sinks_per_head", "sink_form", "sink_init", "sink_spread")  # fmt: skip
+OF_CONFIG = ("name", "preset", "changes", "longer", "stage3_longer")  # of a row, what its configuration says
 
 
 def _completed(settings: dict[str, Any]) -> Any:
@@ -164,11 +165,11 @@ def _completed(settings: dict[str, Any]) -> Any:
             del config["attention"]
         elif not config["attention"]["linear_branch"]:
             config["attention"] = {key: config["attention"][key] for key in WINDOW_FIELDS}
-        for stage in ("stage1", "stage2"):
+        for stage in ("stage1", "stage2", "stage3"):
             if not row[stage]:
                 del config[stage]
         config.get("stage0", {}).pop("label_block", None)
-        row = {key: value for key, value in row.items() if key not in ("name", "preset", "changes", "longer")}
+        row = {key: value for key, value in row.items() if key not in OF_CONFIG}
         del config["name"]
     except (TypeError, ValueError):
         return None

@@ -112,7 +112,7 @@ def curve_lines(results: Results) -> list[Line]:
 
 
 def _drawn(row: Row) -> bool:
-    return row.on in (PLAIN, "recommended") and not row.passkeys and not row.without
+    return row.on in (PLAIN, "recommended") and not row.passkeys and not row.without and not row.stage3
 
 
 def _alike(record: Record, family: str) -> str:

@@ -149,7 +149,7 @@ class Runner:
             if row.config(budget, self.num_layers).attention.kept_keys:
                 seconds += SCORES * beside * self._labelled(row)
             seconds += max(least[0], scale * BUSY[0]) * budget.stage1_steps * (row.stage1 and converts)
-            seconds += max(least[1], scale * BUSY[1]) * budget.stage2_steps * row.stage2
+            seconds += max(least[1], scale * BUSY[1]) * budget.stage2_steps * row.stage2 * (1 + row.stage3)
         return seconds * (statistics.median(self.ratios) if self.ratios else 1.0)
 
     def _labelled(self, row: RowSpec) -> float:

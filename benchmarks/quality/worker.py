@@ -23,13 +23,23 @@ from benchmarks.quality.records import write_json
 from benchmarks.quality.retrieval_data import WithPasskeys
 from benchmarks.quality.rows import TEACHER, RowSpec
 from benchmarks.quality.ruler import ruler_scores
-from lizard_models.distill import RunArguments, held_out_errors, train_stage0, train_stage1, train_stage2
+from lizard_models.distill import (
+    FineTuning,
+    RunArguments,
+    StageResult,
+    held_out_errors,
+    train_stage0,
+    train_stage1,
+    train_stage2,
+    train_stage3,
+)
 from lizard_models.evaluation import PositionLoss, divergence_by_position, loss_by_position, passkey_accuracy
 from lizard_models.evaluation.passkey import passkeys_found, shortest_length
 from lizard_models.evaluation.restoration import restoration_savings
 from lizard_models.files.environment import environment
 from lizard_models.files.folders import appear_whole, sha256_of
 from lizard_models.files.sources import Say
+from lizard_models.files.weights import content_digest
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.linearize import linearize
 from lizard_models.model.widen import widen
@@ -129,14 +139,26 @@ class _Row:
         if spec.widened:
             widen(model, self.config.wide_layers)
         if spec.stage2 and self.bench.budget.stage2_steps:
-            model, result = train_stage2(model, self._sequences("stage2"), self._run_arguments("stage2"))
-            self._trained("stage2", result)
+            then = self._train_longer if spec.stage3 else None
+            sequences = self._sequences("stage2")
+            model, result = train_stage2(model, sequences, self._run_arguments("stage2"), None, then)
+            if then is None:
+                self._trained("stage2", result)
         if scored:
             self.record["scores"] = scores.score_sum(model)
         if spec.stage1 or spec.stage2 or scored:
             with appear_whole(finished) as draft:
                 model.save_pretrained(draft)
         return model
+
+    def _train_longer(self, tuning: FineTuning, result: StageResult) -> None:
+        """Stage 3, before what stage 2 trained is merged; what it gains is told by the losses before it and after."""
+        self._trained("stage2", result)
+        self.record["after_stage2"] = {"loss": _plain(self._loss(tuning.model))}
+        run = self._run_arguments("stage3")
+        run.frozen = content_digest(tuning.learned(), {})
+        recipe = self.config.stage3.after(self.config.stage2)
+        self._trained("stage3", train_stage3(tuning, self._sequences("stage3"), run, recipe))
 
     def _foretold(self, model: Any) -> Any:
         """The model, whose keys an oracle chooses if the row has one. Its labels are those of the teacher as it is."""

@@ -60,7 +60,10 @@ def one_line_errors(go_on: Callable[[], str] | None = None) -> Iterator[None]:
     Ctrl-C). Any other error is a fault of ours and keeps its traceback, as does everything if $LIZARD_TRACEBACK is set.
     """
 
+    asked: list[int] = []
+
     def stop(number: int, frame: object) -> None:
+        asked.append(number)
         raise Stopped(number)
 
     handlers = signals.handle(stop)
@@ -71,11 +74,11 @@ def one_line_errors(go_on: Callable[[], str] | None = None) -> Iterator[None]:
             signals.ignore(handlers)  # how it ended is said to the end
             raise
     except KeyboardInterrupt as interrupt:
-        what = str(interrupt) or "stopped"
-        again = f"; go on with: {go_on()}" if go_on else ""
-        _stop(f"{what}; nothing half-written is left{again}", 128 + getattr(interrupt, "number", signal.SIGINT))
+        _stopped(interrupt, go_on)
     except Exception as error:
         line = explanation(error)
+        if line is None and asked and not os.environ.get("LIZARD_TRACEBACK"):
+            _stopped(Stopped(asked[0]), go_on)  # an import that it broke off fails in other words
         if line is None or os.environ.get("LIZARD_TRACEBACK"):
             if _several() and hasattr(error, "add_note"):  # from Python 3.11 on
                 error.add_note(f"process {os.environ.get('RANK', '0')} of {os.environ['WORLD_SIZE']}")
@@ -120,8 +123,9 @@ def is_of_another_process(error: BaseException) -> bool:
 
 
 def refused_by(error: BaseException) -> str | None:
-    """What the system said where safetensors could not read or write, None for another error."""
-    number = OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    """What the system said where safetensors or tokenizers could not read or write, None for another error."""
+    theirs = type(error) is Exception or type(error).__name__ == "SafetensorError"
+    number = OS_ERROR.search(str(error)) if theirs else None
     return os.strerror(int(number[1])) if number else None
 
 
@@ -139,7 +143,7 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return "the machine is out of memory: give a smaller --micro-batch-size or --seq-len, or a smaller model"
     if reason := refused_by(error):
-        return f"a file of weights: {reason}"
+        return f"a file of {'the tokenizer' if type(error) is Exception else 'weights'}: {reason}"
     if type(error).__name__ == "SafetensorError":
         return f"a file of weights is damaged or cut short ({text}): fetch or copy the model again"
     if isinstance(error, BrokenPipeError):
@@ -172,6 +176,18 @@ def _resumed(args: list[str]) -> Iterator[str]:
 
 def _several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _stopped(interrupt: KeyboardInterrupt, go_on: Callable[[], str] | None) -> None:
+    """Ends the command as a signal asks it to. ``go_on`` may need a module whose import was broken off."""
+    again = ""
+    if go_on is not None:
+        try:
+            again = f"; go on with: {go_on()}"
+        except Exception:
+            again = "; repeat the command to go on"
+    what = str(interrupt) or "stopped"
+    _stop(f"{what}; nothing half-written is left{again}", 128 + getattr(interrupt, "number", signal.SIGINT))
 
 
 def _stop(message: str, code: int) -> None:

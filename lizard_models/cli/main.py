@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import typer
 
 from lizard_models.cli import (
@@ -53,8 +55,11 @@ app.command("with", cls=Command, context_settings=with_module.PASS_ON)(with_modu
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script. Ctrl-C while Python ends is no error: there is nothing left to stop."""
+    try:
+        app()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

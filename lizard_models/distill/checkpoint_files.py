@@ -60,7 +60,7 @@ def refuse_pickles(checkpoint: Path) -> None:
     if found := sorted(path.name for pattern in PICKLES for path in checkpoint.glob(pattern)):
         raise ValueError(
             f"{checkpoint} holds {', '.join(found)}: pickles, which can run code and are never read; "
-            "delete the run's folder and train again"
+            f"delete {str(checkpoint.parent)!r}, and train again"
         )
 
 
@@ -140,5 +140,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}): delete this checkpoint to resume from an older one"
+            f"{path} cannot be read ({error}): delete {str(path.parent)!r} to resume from an older checkpoint"
         ) from error

@@ -68,8 +68,8 @@ def older(checkpoint: Path) -> str:
     """What to do about a checkpoint that cannot be used."""
     before = [path for path in checkpoints(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
     if not before:
-        return "there is no older checkpoint: delete the run's folder and train again"
-    return f"delete this checkpoint, and resume goes on from {str(before[-1])!r}"
+        return f"there is no older checkpoint: delete {str(checkpoint.parent)!r}, and resume trains this stage anew"
+    return f"delete {str(checkpoint)!r}, and resume goes on from {str(before[-1])!r}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -103,9 +103,11 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
             write_whole(path, json.dumps(sealed(record), indent=2) + "\n")
         return None
     if not resume:
-        raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True) or delete the folder")
+        raise ValueError(f"{folder} holds checkpoints already: resume from them (resume=True), or delete it")
     (newest,) = found
-    wanted = "the record of a run, which its checkpoints need: delete the folder and train again"
+    wanted = (
+        f"the record of a run, which its checkpoints need: delete {str(folder)!r}, and resume trains this stage anew"
+    )
     if not path.is_file():
         raise ValueError(f"{path} is missing: it is {wanted}")
     before = read_json(path, f"it is {wanted}")
@@ -118,12 +120,13 @@ def checkpoint_to_resume(folder: Path, resume: bool, record: dict[str, Any]) -> 
     changed += [key for key, value in retired.items() if value != RETIRED.get(f"stage1.{key}")]
     if changed:
         raise ValueError(
-            f"{folder} is of a run with other {', '.join(changed)}{damage}: repeat its command, or delete the folder"
+            f"{folder} is of a run with other {', '.join(changed)}{damage}: repeat its command, "
+            f"or delete {str(folder)!r}"
         )
     if before.get("model", record["model"]) != record["model"]:  # runs of earlier versions do not know it
         raise ValueError(
             f"{folder} is of a run on another model{damage}: its frozen parameters differ, or its configuration; go on "
-            "with the one it began with, or delete the folder"
+            f"with the one it began with, or delete {str(folder)!r}"
         )
     refuse_pickles(newest)
     sums = before.get("sums", False)  # runs of earlier versions have none

@@ -42,7 +42,7 @@ def read_record(path: Path, remedy: str, required: bool) -> Any:
     """
     sums = _sums(path.parent)
     if not path.is_file():
-        if len(sums.get(path.name, ())) > 1:  # a second version was on its way, so that the first one was there
+        if is_gone(path):
             raise ValueError(f"{path} is missing: {remedy}")
         return None
     if required and not (path.parent / RECORD_SUMS).is_file():
@@ -51,6 +51,13 @@ def read_record(path: Path, remedy: str, required: bool) -> Any:
     if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() not in known:
         raise ValueError(f"{path} is damaged (another sha256 than when it was written): {remedy}")
     return read_json(path, remedy)
+
+
+def is_gone(path: Path) -> bool:
+    """Whether ``write_record`` wrote there, and the file is not there any more."""
+    if path.is_file():
+        return False
+    return len(_sums(path.parent).get(path.name, ())) > 1  # a second version was on its way: the first one was there
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def seal_broken(values: dict[str, Any]) -> bool:
 
 def _sums(folder: Path) -> dict[str, list[str]]:
     path = folder / RECORD_SUMS
-    remedy = "delete it and the files it names, and what they hold is measured again"
+    remedy = f"delete {str(path)!r} and the files it names, and what they hold is measured again"
     sums = read_json(path, remedy) if path.is_file() else {}
     if not isinstance(sums, dict) or not all(isinstance(value, list) for value in sums.values()):
         raise ValueError(f"{path} is damaged (no lists of sums by name): {remedy}")

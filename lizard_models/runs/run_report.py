@@ -59,6 +59,8 @@ def report_stop(folder: Path, error: BaseException, say: Say) -> None:
         say(f"report: {write_run_report(folder, say)[-1]}")
     except OSError as refused:
         say(f"note: there is no report, its file cannot be written ({refused.strerror or refused})")
+    except Exception as broken:  # why the run stops counts more: a signal may have left a library imported in part
+        say(f"note: there is no report ({type(broken).__name__}: {broken}); lizard-attn report {folder} writes it")
 
 
 def _plots(log: RunLog, say: Say) -> dict[str, tuple[str, str]]:

@@ -16,7 +16,7 @@ from lizard_models.distill.parallel import agreed, is_main_process, join, wait_f
 from lizard_models.distill.resume import RUN, checkpoints, step_of
 from lizard_models.files.folders import SUMS, damaged, drafts_of, move_whole, write_whole
 from lizard_models.files.locks import LOCK, FolderLock
-from lizard_models.files.records import RECORD_SUMS, read_json, read_record, seal_broken, sealed, write_record
+from lizard_models.files.records import RECORD_SUMS, is_gone, read_json, read_record, seal_broken, sealed, write_record
 from lizard_models.files.sources import Say, silent
 from lizard_models.runs.plan import FINE_TUNING, STAGES, Plan, asked_stages, check_folders, work_folder
 from lizard_models.teachers.loading import TRAINING
@@ -33,6 +33,7 @@ class Work:
         self.folder = work_folder(plan.out)
         self.lock = FolderLock(self.folder, say)
         self.summed = True  # whether what is there has sums; work of earlier versions has none
+        self.gone = set[str]()  # records that were deleted, and said to be
 
     def hold(self) -> None:
         """Makes the folder this process's own, if it is there; every process must call it.
@@ -98,8 +99,16 @@ class Work:
                     self.say(done if step == steps else f"{stage} goes on from step {step} of {steps}")
 
     def read(self, name: str) -> Any:
-        """What ``write_record`` wrote there, None if nothing. Raises ValueError for a file that is damaged."""
+        """What ``write_record`` wrote there, None if nothing, or if it was deleted, as is said of one that is damaged.
+
+        Raises ValueError for a file that is damaged.
+        """
         path = self.folder / name
+        if is_gone(path):
+            if name not in self.gone:
+                self.say(f"note: {path} is missing, and is made again")
+            self.gone.add(name)
+            return None
         return read_record(path, f"delete {str(path)!r}, and it is made again", True)
 
     def remove(self) -> None:
@@ -114,7 +123,10 @@ class Work:
         trained = has_checkpoints(self.folder)
         if not path.is_file():
             if trained:
-                raise ValueError(f"{path} is missing, by which its checkpoints are known: delete that folder")
+                raise ValueError(
+                    f"{path} is missing, by which its checkpoints are known: delete {str(self.folder)!r}, "
+                    "and train anew"
+                )
             return self._clear()
         remedy = f"delete {str(self.folder)!r}, and train anew" if trained else f"delete {str(path)!r}"
         before = read_json(path, remedy)
@@ -147,7 +159,7 @@ class Work:
             raise ValueError(
                 f"resume: teacher {self.plan.teacher!r} is not the one that {str(self.folder)!r} began with: its "
                 f"weights or its configuration changed (sha256 {settings['teacher_sha256'][:12]}, was {known[:12]})"
-                f"{damage}; put the old one back, or delete that folder and train anew"
+                f"{damage}; put the old one back, or delete {str(self.folder)!r}, and train anew"
             )
         if later:
             begun = [stage for stage in FINE_TUNING[FINE_TUNING.index(later) :] if checkpoints(self.folder / stage)]
@@ -163,7 +175,7 @@ class Work:
         if changed:
             raise ValueError(
                 f"resume: {self.folder} is of a run with other {', '.join(changed)}{damage}; repeat its command with "
-                "resume=True, or delete that folder"
+                f"resume=True, or delete {str(self.folder)!r}"
             )
 
     def _clear(self) -> None:
@@ -202,6 +214,8 @@ def _finish(work: Work) -> bool:
         if plan.out.is_dir() and _is_model_of(plan, plan.out):
             if work.folder.is_dir():
                 work.remove()
+            else:
+                shutil.rmtree(_gone(work.folder), ignore_errors=True)  # a kill in the middle of that
             return True
         if plan.out.exists() or not work.folder.is_dir():
             return False

@@ -167,6 +167,30 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
         bench(places, measures=["nonsense"])
 
 
+def test_stage_3_goes_on_with_stage_2_and_tells_what_it_gains(places):
+    """A row as declared: a quarter of stage 2's tokens again, four times as long or as long; two steps of its own."""
+    full = BUDGETS["full"]
+    longer, same = (ROWS[f"recommended-stage3{end}"].spec(None, LAYERS) for end in ("", "-same-length"))
+    without = RowSpec(name="recommended", preset="recommended").config(full, LAYERS)
+    for spec, length, batch in ((longer, 8192, 1), (same, 2048, 4)):
+        config = spec.config(full, LAYERS)
+        assert (config.stage3.sequence_length, config.stage3.batch_size) == (length, batch)
+        assert config.stage3.max_steps * length * batch == pytest.approx(full.tokens[1] / 4, rel=0.01)
+        assert config.replace(stage3=without.to_dict()["stage3"]) == without
+    row = {"name": "longer", "changes": {"attention": {"window": 16}}, "stage3": 2.0}
+    spec = RowSpec(**row, stage3_longer=2)
+    config = spec.config(TINY, 3)
+    assert (config.stage3.max_steps, config.stage3.sequence_length, config.stage3.batch_size) == (2, 96, 2)
+    plan = bench(places, measures=["loss"])
+    record = run_row(spec, plan, lambda message: None)
+    assert [*record["stages"]] == ["stage1", "stage2", "stage3"] and record["stages"]["stage3"]["steps"] == 2
+    assert record["after_stage2"]["loss"]["means"] != record["measures"]["loss"]["means"]
+    assert record["hashes"]["stage3"] != record["hashes"]["stage2"]
+    alone = run_row(RowSpec(name="not-longer", changes=row["changes"]), plan, lambda message: None)
+    assert alone["measures"]["loss"]["means"] == pytest.approx(record["after_stage2"]["loss"]["means"], rel=1e-5)
+    assert plan.missing(spec, 3) == [] and plan.missing(RowSpec(**row, stage3_longer=1), 3) == ["loss"]
+
+
 def test_widened_layers_get_their_window_after_stage_1(places, monkeypatch):
     seen, train = [], worker.train_stage1
 

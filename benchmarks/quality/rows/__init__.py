@@ -4,6 +4,7 @@ from benchmarks.quality.rows import (
     choices,
     gates,
     kept,
+    longer,
     lora,
     parts,
     presets,
@@ -40,6 +41,7 @@ TABLES: dict[str, Table] = {
         kept.TABLE,
         choices.TABLE,
         retrieval.TABLE,
+        longer.TABLE,
     )
 }
 ROWS: dict[str, Row] = {row.name: row for table in TABLES.values() for row in table.rows}

@@ -63,11 +63,13 @@ class Row:
     without: tuple[str, ...] = ()
     """Stages left out."""
     passkeys: int = 0
-    """See ``RowSpec``; so are the next four."""
+    """See ``RowSpec``; so are the next six."""
     look_ups: bool = False
     widened: bool = False
     oracle: bool = False
     longer: int = 1
+    stage3: float = 0.0
+    stage3_longer: int = 4
     beside: str | None = None
     """The row whose loss is taken from its loss, and which its tables show too; None is that of the name of what it
     starts from, "" none. Teacher and window control follow from what it changes (``controls``)."""
@@ -127,6 +129,8 @@ class Row:
             widened=self.widened,
             oracle=self.oracle,
             longer=self.longer,
+            stage3=self.stage3,
+            stage3_longer=self.stage3_longer,
         )
 
 

@@ -64,6 +64,10 @@ class RowSpec:
     """No score is fitted: the labels that it would learn choose the keys, in training and in what is measured."""
     longer: int = 1
     """Training sequences are this many times as long as the budget's, and as many times fewer a step."""
+    stage3: float = 0.0
+    """Tokens of stage 3 as a share of those of stage 2; 0 leaves it out."""
+    stage3_longer: int = 4
+    """Its sequences are this many times as long as those of stage 2, and four by as many a step."""
 
     @property
     def stem(self) -> str:
@@ -81,6 +85,15 @@ class RowSpec:
             "stage1": {**common, "max_steps": budget.stage1_steps, "seed": self.seed},
             "stage2": {**common, "max_steps": budget.stage2_steps, "seed": self.seed},
         }
+        if self.stage3:
+            rows, length = max(1, 4 // self.stage3_longer), budget.sequence_length * self.longer * self.stage3_longer
+            recipes["stage3"] = {
+                "epochs": None,
+                "max_steps": max(1, round(self.stage3 * budget.tokens[1] / (rows * length))),
+                "batch_size": rows,
+                "sequence_length": length,
+                "seed": self.seed,
+            }
         if budget.stage0_steps:
             recipes["stage0"] = {"epochs": None, "max_steps": budget.stage0_steps, "seed": self.seed}
         if self.preset == TEACHER:

@@ -124,7 +124,8 @@ def test_sources_come_by_their_weights_in_every_stage(world, tmp_path, monkeypat
     assert "data of stage1: 138 sequences (79, 39, 20 by weight) of 64 tokens" in output
     assert "data of stage0: 4 rows of 200 tokens" in output
     other = recipe_of(world, out, data=data | {"weights": [4, 2, 2]}, **changes)
-    again = "repeat its command with the recipe that it began with, or delete that folder"
+    again = "repeat its command with the recipe that it began with, or delete "
+    again += repr(f"{out}.training")
     assert error("run", other).endswith(f"{out}.training is of a run with other weights; {again}")
     output = call("run", recipe_of(world, out, data=data, **changes)).output
     assert "trained before: stage0, 2 steps" in output and "trained before: stage1, 2 steps" in output

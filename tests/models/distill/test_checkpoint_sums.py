@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -44,14 +45,15 @@ def test_a_flipped_bit_is_seen_and_the_older_checkpoint_is_as_good(finished, tmp
     run = tmp_path / "run"
     shutil.copytree(folder, run)
     flip(run / "checkpoint-6" / file, place)
-    wanted = f"checkpoint-6/{file} cannot be read .*damaged.*; delete this checkpoint, and resume goes on from .*-3'"
+    wanted = f"checkpoint-6/{file} cannot be read .*damaged.*; delete '.*checkpoint-6', and resume goes on from .*-3'"
     with pytest.raises(ValueError, match=wanted):
         train(run, resume=True)
     shutil.rmtree(run / "checkpoint-6")  # as it says
     assert moved(weights, train(run, resume=True)) == set()
     flip(run / "checkpoint-3" / file, place)
     shutil.rmtree(run / "checkpoint-6")
-    with pytest.raises(ValueError, match="checkpoint-3/.*; there is no older checkpoint: delete the run's folder"):
+    remedy = re.escape(f"delete {str(run)!r}, and resume trains this stage anew")
+    with pytest.raises(ValueError, match=f"checkpoint-3/.*; there is no older checkpoint: {remedy}"):
         train(run, resume=True)
 
 
@@ -62,11 +64,11 @@ def test_missing_files_and_broken_sums_are_seen(finished, tmp_path, file):
     shutil.copytree(folder, run)
     for wrong in ("", "{", "[]", "{}"):
         (run / "checkpoint-6" / SUMS).write_text(wrong)
-        with pytest.raises(ValueError, match=r"checkpoint-6/.*; delete this checkpoint, .*checkpoint-3"):
+        with pytest.raises(ValueError, match=r"checkpoint-6/.*; delete '.*checkpoint-6', .*checkpoint-3'"):
             train(run, resume=True)
     (run / "checkpoint-6" / SUMS).write_bytes((folder / "checkpoint-6" / SUMS).read_bytes())
     (run / "checkpoint-6" / file).unlink()
-    with pytest.raises(ValueError, match=f"checkpoint-6/{file} is missing; delete this checkpoint, .*checkpoint-3"):
+    with pytest.raises(ValueError, match=f"checkpoint-6/{file} is missing; delete '.*checkpoint-6', .*checkpoint-3'"):
         train(run, resume=True)
 
 

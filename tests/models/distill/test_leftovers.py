@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -72,10 +73,11 @@ def test_other_names_are_nobodys_checkpoints(tmp_path, whole):
 def test_a_damaged_record_is_named(tmp_path, text):
     train(tmp_path)
     (tmp_path / trainer.RUN).write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is damaged .*delete the folder and train again"):
+    remedy = re.escape(f"delete {str(tmp_path)!r}, and resume trains this stage anew")
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*" + remedy):
         train(tmp_path, resume=True)
     (tmp_path / trainer.RUN).unlink()
-    with pytest.raises(ValueError, match=r"run\.json is missing: .*delete the folder and train again"):
+    with pytest.raises(ValueError, match=r"run\.json is missing: .*" + remedy):
         train(tmp_path, resume=True)
 
 

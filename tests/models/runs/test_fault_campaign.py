@@ -3,24 +3,29 @@
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import forks
 from benchmarks.faults import campaign, events
 from benchmarks.faults.campaign import Campaign, Trial, half_written, harm
-from benchmarks.faults.results import Results
+from benchmarks.faults.results import Results, differing
 from benchmarks.faults.world import Ended
 from lizard_models.distill.checkpoint_files import write_sums as sum_up
 from lizard_models.files.folders import write_sums
 
 
 class Small(Campaign):
-    """Without a world: for what judges."""
+    """Without a run of its own: for what judges, and what goes on."""
 
-    def __init__(self, out: Path | None = None) -> None:
-        self.said, self.wanted, self.seed, self.name = [], "right", 0, "one"
+    def __init__(self, folder: Path, then: tuple[Ended, ...] = (), out: Path | None = None) -> None:
+        """then: how commands of the world end, in turn."""
+        self.said, self.wanted, self.seed, self.workers = [], "right", 0, 2
         self.results = Results(out, {"seed": 0})
         self.say = self.said.append
+        ends = iter(then)
+        self.world = SimpleNamespace(folder=folder, command=lambda *given: [], run=lambda *given: next(ends))
 
 
 @pytest.fixture
@@ -35,33 +40,62 @@ def out(tmp_path):
 DONE = Ended(0, "saved", 1.0)
 
 
-def judged(out: Path, monkeypatch, ended: Ended = DONE, code: int = 0) -> str:
-    """The outcome of one trial, whose next command ends with ``code``."""
+@pytest.fixture(autouse=True)
+def weights(monkeypatch):
     monkeypatch.setattr(campaign, "weights", lambda model: (model / "model.safetensors").read_text())
-    monkeypatch.setattr(campaign, "run", lambda *given: Ended(code, "again", 1.0))
-    small = Small()
-    small.world = type("World", (), {"command": lambda *given: []})()
-    small._judge("kind", "what", out, ended)
-    (trial,) = small.trials
-    assert bool(small.said) == (trial.outcome != "same")
+
+
+def judged(out: Path, ended: Ended = DONE, *then: Ended) -> str:
+    """The outcome of one trial, whose next commands end with ``then``."""
+    small = Small(out.parent, then)
+    trial = small._judge("kind", "what", out, ended)
+    small._add("one", trial._asdict())
+    assert bool(small.said) == (trial.outcome != "same") and small.trials == [trial]
     return trial.outcome
 
 
-def test_each_outcome_is_told_from_the_others(out, monkeypatch, tmp_path):
-    assert judged(out, monkeypatch) == "same"
+def test_each_outcome_is_told_from_the_others(out, tmp_path):
+    assert judged(out) == "same"
     (tmp_path / "out.training").mkdir()
-    assert judged(out, monkeypatch).startswith("left behind: ['out', 'out.training']")
+    assert judged(out).startswith("left behind: ['out', 'out.training']")
     (tmp_path / "out.training").rmdir()
-    assert judged(out, monkeypatch, Ended(1, "Traceback (most recent call last)", 1.0)) == "unclear"
+    assert judged(out, DONE._replace(left=True)) == "left behind: a process"
+    failed = Ended(1, "Traceback (most recent call last)", 1.0)
+    assert judged(out, failed, DONE) == "unclear"
+    assert judged(out, failed._replace(code=0)) == "unclear"
+    assert judged(out, Ended(1, "Aborted!\n", 1.0), DONE) == "same"  # Ctrl-C before the command has begun
+    importing = Ended(-2, "Traceback (most recent call last)\n  import\nKeyboardInterrupt\n", 1.0)
+    assert judged(out, importing, DONE) == "same" and judged(out, importing._replace(code=130), DONE) == "unclear"
+    assert judged(out, Ended(forks.HANGS, "", 1.0), DONE) == "lost: it hangs"
+    assert judged(out, Ended(-9, "", 1.0), Ended(forks.HANGS, "", 1.0), DONE) == "lost: it hangs"
     (out / "model.safetensors").write_text("cut")
-    assert judged(out, monkeypatch) == "half-written: out"  # before its sums are asked, it is another model too
+    assert judged(out) == "half-written: out"  # before its sums are asked, it is another model too
     (out / "SHA256SUMS").unlink()
     write_sums(out)
-    assert judged(out, monkeypatch) == "different"
+    assert judged(out) == "different"
     (out / "model.safetensors").unlink()
     (out / "SHA256SUMS").unlink()
     out.rmdir()
-    assert judged(out, monkeypatch, Ended(-9, "", 1.0), code=2) == "lost: it does not go on"
+    assert judged(out, Ended(-9, "", 1.0), *[Ended(2, "again", 1.0)] * 3) == "lost: it does not go on"
+
+
+def test_what_an_error_says_to_delete_is_deleted_and_the_run_must_go_on(out, tmp_path):
+    work = tmp_path / "out.training"
+
+    def damage(said: str, *then: Ended) -> str:
+        (work / "stage1").mkdir(parents=True, exist_ok=True)
+        (work / "rows.json").write_text("cut")
+        ended = Ended(2, f"error: {work}/rows.json is damaged: {said}", 1.0)
+        trial = Small(tmp_path, then)._judge_damage("a file cut", "out.training/rows.json", out, ended)
+        return trial.outcome
+
+    assert damage("good luck").startswith("left behind: ['out', 'out.training']")  # it ended there
+    assert damage(f"delete '{tmp_path.parent}'").startswith("left behind") and tmp_path.is_dir()
+    assert damage(f"delete '{work / 'rows.json'}'", DONE).startswith("left behind")
+    assert (work / "stage1").is_dir() and not (work / "rows.json").exists()
+    assert damage(f"delete '{work}'", DONE) == "named" and not work.exists()
+    assert damage(f"delete '{work}'", DONE._replace(said="Traceback (most recent call last)")) == "unclear"
+    assert Small(tmp_path)._judge_damage("a file cut", "out.training/x", out, DONE).outcome == "same"
 
 
 def test_half_a_checkpoint_and_one_that_is_gone_are_seen(out, monkeypatch, tmp_path):
@@ -123,8 +157,8 @@ def test_a_file_is_harmed_as_it_says(tmp_path, damage):
         assert len(changed) == 1 and changed[0].bit_count() == 1
 
 
-def test_the_table_counts_by_kind():
-    small = Small()
+def test_the_table_counts_by_kind(tmp_path):
+    small = Small(tmp_path)
     for name, trial in enumerate(
         [Trial("a", "", "same", ""), Trial("a", "", "lost: x", ""), Trial("b", "", "named", "")]
     ):
@@ -139,35 +173,56 @@ class Counted(Small):
     """Whose trials take what they draw, and no time."""
 
     events = ["open a", "sync a", "os.rename b", "save c"]
+    outcome = "same"
 
-    def __init__(self, out: Path) -> None:
-        super().__init__(out)
-        self.drawn: list[tuple[str, float]] = []
+    def _event(self, kind: str, number: int, fault: object, draw: random.Random, out: Path) -> Trial:
+        assert os.listdir(out.parent) == []  # each in a folder of its own
+        out.mkdir()
+        return Trial(kind, self.events[number - 1], self.outcome, str(draw.random()))
 
-    def _trial(self, kind: str, number: int, fault: object) -> None:
-        self.drawn.append((self.name, self.draw.random()))
-        self._add(Trial(kind, self.events[number - 1], "same", ""))
+    @property
+    def drawn(self) -> dict[str, str]:
+        return {name: found["said"] for name, found in self.results.found.items()}
 
 
 def test_a_campaign_goes_on_where_it_ended_with_the_same_trials(tmp_path):
     """Every event, each once, kinds in turn; what a file has is not tried again, and draws do not depend on it."""
-    whole, parts = Counted(tmp_path / "whole"), Counted(tmp_path / "parts")
+    files = {name: tmp_path / name for name in ("whole", "parts")}
+    whole, parts = (Counted(tmp_path, out=file) for file in files.values())
     every = {"kills": 99, "full_disks": 99, "cuts": 99}
+    whole.workers = 1
     whole.go(every)
-    names = [name for name, _ in whole.drawn]
+    names = list(whole.drawn)
     assert sorted(names) == sorted([*(f"kill {n}" for n in (1, 2, 3, 4)), *(f"full disk {n}" for n in (1, 2, 4)),
                                     "cut 1", "cut 4"])  # fmt: skip
     assert [name.split()[0] for name in names[:3]] == ["kill", "full", "cut"]
+    parts.outcome = "lost"
     parts.go({"kills": 2})
     parts.go(every, minutes=0)  # begins nothing
-    with (tmp_path / "parts").open("a") as file:
+    before = dict(parts.drawn)
+    assert len(before) == 2
+    with files["parts"].open("a") as file:
         file.write('{"case": "kill 3", "ki')  # a kill of the campaign itself
-    later = Counted(tmp_path / "parts")
+    later = Counted(tmp_path, out=files["parts"])
     later.go(every)
-    assert not {name for name, _ in parts.drawn} & {name for name, _ in later.drawn}
-    assert dict(parts.drawn + later.drawn) == dict(whole.drawn) and len(later.trials) == 9
+    assert later.drawn == whole.drawn and before.items() <= later.drawn.items() and len(later.trials) == 9
+    assert [t.outcome for t in later.trials].count("lost") == 2
+    assert differing(whole.results, files["parts"]) == (9, {name: "same, there lost" for name in before})
+    later.go(every, again=True)
+    assert [t.outcome for t in later.trials].count("lost") == 0 and differing(whole.results, files["parts"]) == (9, {})
     with pytest.raises(ValueError, match="another campaign"):
-        Results(tmp_path / "parts", {"seed": 1})
+        Results(files["parts"], {"seed": 1})
+    with pytest.raises(ValueError, match="no results to compare with: nowhere"):
+        differing(whole.results, Path("nowhere"))
+
+
+def test_a_trial_that_fails_itself_is_no_result(tmp_path):
+    small = Counted(tmp_path)
+    small.events = ["open a"]
+    small._event = lambda *given: 1 / 0
+    with pytest.raises(RuntimeError, match="kill 1: not the run but its trial"):
+        small.go({"kills": 1})
+    assert small.trials == []
 
 
 def test_drafts_have_one_name_in_every_run():
@@ -176,5 +231,7 @@ def test_drafts_have_one_name_in_every_run():
         "sync out.training/stage2/.saving-ab12cd_9": "sync out.training/stage2/.saving-*",
         "open again.training/log.jsonl": "open again.training/log.jsonl",
         "os.remove again.training/plan.json": "os.remove again.training/plan.json",
+        "open out.training/.plan.json.11475": "open out.training/.plan.json.*",
+        "sync out.training/stage1/checkpoint-2": "sync out.training/stage1/checkpoint-2",
     }
     assert {event: campaign.plain(event) for event in said} == said

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -142,12 +143,16 @@ def test_auto_begins_goes_on_and_is_content_with_what_is_finished(command, tmp_p
     assert "No such command" not in error(*command, "--resume", "maybe")
 
 
-@pytest.mark.parametrize("moment", ["before the last rename", "after it", "in the way"])
+@pytest.mark.parametrize("moment", ["before the last rename", "after it", "while its work is deleted", "in the way"])
 def test_a_kill_around_the_last_rename_loses_nothing(command, tmp_path, monkeypatch, weights, moment):
     out = tmp_path / "out"
     with monkeypatch.context() as killed:
         if moment == "after it":
             killed.setattr(work.Work, "remove", stop)
+            error(*command, code=130)
+        elif moment == "while its work is deleted":
+            gone = tmp_path / ".out.training.gone"
+            killed.setattr(work.Work, "remove", lambda self: (self.folder.rename(gone), stop()))
             error(*command, code=130)
         elif moment == "in the way":
             save = linearize_run.save_report
@@ -158,7 +163,7 @@ def test_a_kill_around_the_last_rename_loses_nothing(command, tmp_path, monkeypa
             rename = type(tmp_path).rename
             killed.setattr(type(tmp_path), "rename", lambda self, to: stop() if to == out else rename(self, to))
             call(*command, code=130)
-    assert (tmp_path / "out.training").is_dir()
+    assert any((tmp_path / name).is_dir() for name in ("out.training", ".out.training.gone"))
     monkeypatch.setattr(linearize_run, "load_teacher", fail)  # nothing is done again
     assert f"finished before: {out}" in call(*command, "--resume").output
     assert same(out, weights) and damaged(out) == []
@@ -293,6 +298,24 @@ def test_a_damaged_file_of_the_work_is_named(command, tmp_path, monkeypatch, nam
         assert f"{path} is damaged" in line or named
     path.write_bytes(whole)
     call(*command, "--resume")
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "sums cut"])
+def test_what_a_run_says_to_delete_lets_it_go_on(command, world, tmp_path, weights, monkeypatch, damage):
+    """rows.json after its second version: it was said to be missing where it had been deleted as told, for ever."""
+    command = [*command, "--eval-data", world / "texts", "--eval-length", "200", "--eval-documents", "1"]
+    stopped_before("train_stage2", command, monkeypatch)
+    rows, sums = tmp_path / "out.training" / "rows.json", tmp_path / "out.training" / "sums.json"
+    path = sums if damage == "sums cut" else rows
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:20])
+        for _ in range(2 if path == sums else 1):  # without sums, each file that had one is named in turn
+            os.unlink(re.search(r"delete '([^']+)'", error(*command, "--resume"))[1])
+    said = " ".join(call(*command, "--resume").output.split())
+    assert (f"note: {rows} is missing, and is made again" in said) == (path == rows)
+    assert same(tmp_path / "out", weights)
 
 
 def json_of(data: bytes) -> bool:

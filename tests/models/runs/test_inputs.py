@@ -1,5 +1,7 @@
 """A sample of the campaign of inputs, in this process; the campaign itself can fail."""
 
+from types import SimpleNamespace
+
 import pytest
 from readable import save_teacher
 from typer.testing import CliRunner
@@ -63,17 +65,19 @@ def test_what_it_is_there_to_find_is_found(tmp_path):
     assert judge(case, Ended(*said["refused"], 0.0), tmp_path) == "left behind"
 
 
-def test_the_table_counts_by_area_and_cases_are_tried_once(tmp_path, monkeypatch):
+def test_the_table_counts_by_area_and_cases_are_tried_once(tmp_path):
     said = {"1": Ended(2, "error: x", 0.0), "2": Ended(0, "", 0.0), "3": Ended(-14, "", 0.0)}
     cases = [Case("a", "1", lambda *given: ["1"], "x"), Case("a", "2", lambda *given: ["2"], None),
              Case("b", "3", lambda *given: ["3"], "x")]  # fmt: skip
     tried: list[str] = []
-    monkeypatch.setattr(inputs, "start", lambda command, *given: tried.append(command[0]))
-    monkeypatch.setattr(inputs, "end", lambda *given: said[tried[-1]])
+
+    def run(command: list[str], *given: object) -> Ended:
+        tried.append(command[0])
+        return said[command[0]]
 
     def campaign() -> inputs.InputCampaign:
         made = object.__new__(inputs.InputCampaign)
-        made.world = type("World", (), {"folder": tmp_path})()
+        made.world = SimpleNamespace(folder=tmp_path, run=run)
         made.say, made.results = lambda message: None, Results(tmp_path / "found", {"campaign": "inputs"})
         return made
 

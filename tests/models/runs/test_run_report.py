@@ -151,3 +151,13 @@ def test_a_stop_is_logged_and_reported_as_far_as_the_disk_lets_it(tmp_path, monk
     report_stop(tmp_path / "out", KeyboardInterrupt(), said.append)
     assert said[1:] == ["note: there is no report, its file cannot be written (No space left on device)"]
     assert read_log(tmp_path / "out" / "log.jsonl").stopped == "stopped by a signal"
+
+    def half(*given):
+        raise AttributeError("matplotlib has no attribute get_data_path")
+
+    monkeypatch.setattr(run_report, "write_run_report", half)  # as where a signal came while matplotlib was imported
+    report_stop(tmp_path / "out", KeyboardInterrupt(), said.append)
+    assert said[2:] == [
+        "note: there is no report (AttributeError: matplotlib has no attribute get_data_path); "
+        f"lizard-attn report {tmp_path / 'out'} writes it"
+    ]
