@@ -35,8 +35,9 @@ def three_parts(w):
 @triton.jit
 def split_weights_kernel(gate_weight, bias_weight, parts, D, G: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
     """parts [4, C, D], high, high, middle and low, of the C rows of both weights."""
-    row = tl.program_id(0)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    blocks = tl.cdiv(D, BD)
+    row = tl.program_id(0) // blocks
+    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     weight = gate_weight + row * D
     if row >= G:
         weight = bias_weight + (row - G) * D
@@ -113,7 +114,7 @@ def outputs(
     parts = x.new_empty(4 * columns, dim)
     if tokens:
         with on_device(x, dim=dim):
-            split_weights_kernel[(columns, cdiv(dim, COLUMNS))](
+            split_weights_kernel[(columns * cdiv(dim, COLUMNS),)](
                 gate_weight.contiguous(), bias_weight.contiguous(), parts, dim, G=gates, C=columns, BD=COLUMNS,
             )  # fmt: skip
             y = product(x.reshape(tokens, dim), parts[columns:].mT)

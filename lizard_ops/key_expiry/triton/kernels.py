@@ -148,7 +148,8 @@ def displaced_kernel(
     Both go by in the order of their ranks, X at a time, and each of PARTS programs takes every PARTS-th X. Who is
     displaced at all is a count; when, which takes longer, is asked for no X of which none is, or each by its own row.
     """
-    block, h = tl.program_id(0) // H, tl.program_id(0) % H
+    part = tl.program_id(0) % PARTS * X
+    block, h = tl.program_id(0) // PARTS // H, tl.program_id(0) // PARTS % H
     i_n, i_block, bos, rows = locate_in_rows(block, ends, length, n, steps, 1, 0, C, PACKED)
     if not PACKED:
         bos = i_n.to(tl.int64) * length
@@ -164,7 +165,6 @@ def displaced_kernel(
         if by_kept is not None:
             by_kept += (i_n.to(tl.int64) * H + h) * P
         b_new = tl.load(ranks + first + c, mask=first + c < rows, other=LOWEST)
-        part = tl.program_id(1) * X
         # the best before the block, P - place better ones short of being displaced
         for start in range(part, P, X * PARTS):
             place = start + x

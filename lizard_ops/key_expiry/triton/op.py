@@ -73,7 +73,7 @@ def displaced(
     with on_device(kept, kept_keys=places):
         best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch)
         scan_kernel[(n * heads,)](kept, best, before, ends, length, **sizes, **of_scan(places, wide))
-        displaced_kernel[(blocks * heads, parts_of(config))](
+        displaced_kernel[(blocks * heads * parts_of(config),)](
             ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows,
             PARTS=parts_of(config), **sizes, **config.launch,
         )  # fmt: skip
@@ -127,7 +127,7 @@ def fresh(
         )
         best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **of_blocks, **config.launch)
         scan_kernel[(n * heads,)](kept, best, before, None, length, **sizes, **of_scan(places, wide))
-        displaced_kernel[(blocks * heads, parts_of(config))](
+        displaced_kernel[(blocks * heads * parts_of(config),)](
             ranks, best, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows,
             PARTS=parts_of(config), **sizes, **config.launch,
         )  # fmt: skip
