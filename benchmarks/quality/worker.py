@@ -144,6 +144,8 @@ class _Row:
             model, result = train_stage2(model, sequences, self._run_arguments("stage2"), None, then)
             if then is None:
                 self._trained("stage2", result)
+        if spec.refit:
+            self._fit_again(model, rows if scored else None, missing)
         if scored:
             self.record["scores"] = scores.score_sum(model)
         if spec.stage1 or spec.stage2 or scored:
@@ -191,6 +193,16 @@ class _Row:
             self._trained("stage0", result, **told, **scores.marks(shared, model))
             scores.give(shared, Path(run.output_dir), self.record["stages"]["stage0"])
         return rows
+
+    def _fit_again(self, model: Any, rows: ScoreRows | None, missing: list[str]) -> None:
+        """Stage 0 on the trained weights: they have moved the keys that the scores were fitted on."""
+        if rows is None:
+            raise ValueError(f"{self.spec.stem}: scores are fitted again, and there are none")
+        if "found" in missing:
+            self.record["before_refit"] = {"found": self._found_of(model)}
+        run = self._run_arguments("refit")
+        result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
+        self._trained("refit", result, r2=result.mean_r2, r2_by_layer=result.r2)
 
     def _sequences(self, stage: str) -> Any:
         recipe = getattr(self.config, stage)

@@ -130,6 +130,7 @@ RECALLS = tuple(
     )
     for name, about, more in (
         ("look-ups", "with passages and records that come again in half of its rows", {"look_ups": True}),
+        ("refit", "with scores fitted again at the end", {"refit": True}),
         ("no-qk", "without adapters on q and k", {"changes": {"stage2": NO_QK}}),
     )
 )
