@@ -109,7 +109,8 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path):
     save_file(state, newest / trainer.TRAINED)
     (newest / SUMS).unlink()
     write_sums(newest)
-    with pytest.raises(ValueError, match="checkpoint-6/.* not finite: .*; delete '.*checkpoint-6', .* goes on from .*checkpoint-3"):
+    wanted = "checkpoint-6/.* not finite: .*; delete '.*checkpoint-6', .* goes on from .*checkpoint-3"
+    with pytest.raises(ValueError, match=wanted):
         train_stage1(fresh(), Sequences(), arguments(tmp_path, resume=True), recipe)
 
 
