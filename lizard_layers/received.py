@@ -207,9 +207,19 @@ def _shares(q: Tensor, k: Tensor, hidden: Tensor, form: WindowForm) -> tuple[Ten
 
     Summed over the group, and the largest.
     """
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    work = work_dtype(q)
     logits = (q.to(work) * form.scale) @ k.to(work).transpose(-1, -2)
+    shares = weights_of(logits, hidden, form)[..., : form.window]
+    return shares.sum(-2), shares.amax(-2)
+
+
+def weights_of(logits: Tensor, hidden: Tensor, form: WindowForm) -> Tensor:
+    """Softmax of scaled logits over all keys that are not ``hidden``."""
     if form.softcap is not None:
         logits = form.softcap * torch.tanh(logits / form.softcap)
-    shares = logits.masked_fill(hidden, -torch.inf).softmax(-1)[..., : form.window]
-    return shares.sum(-2), shares.amax(-2)
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """In which weights are formed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizard_layers.config import LOOK_AHEAD
-from lizard_layers.received import InWindow, Received, WindowForm, attention_received, late_from
+from lizard_layers.received import (
+    InWindow,
+    Received,
+    WindowForm,
+    attention_received,
+    late_from,
+    weights_of,
+    work_dtype,
+)
 from lizard_layers.token_order import TokenOrder, wide
 
 NUMBERS = 1 << 24  # logits held at a time
@@ -85,19 +93,12 @@ def _of_blocks(
     hidden = outside | (place.unsqueeze(-1) < distance)  # [n, per, span]
     far = place.unsqueeze(-1) - torch.arange(anchors, device=keys.device) < window  # the window has them, or nobody
     hidden = torch.cat([hidden, far], -1).unsqueeze(2)
-    q = queries.permute(0, 3, 1, 2, 4, 5).to(_work(keys)) * form.scale  # [B, Hk, n, per, G, D]
+    q = queries.permute(0, 3, 1, 2, 4, 5).to(work_dtype(keys)) * form.scale  # [B, Hk, n, per, G, D]
     k = keys.permute(0, 2, 1, 3, 4).to(q.dtype)
     logits = torch.cat([q.flatten(3, 4) @ k, q.flatten(3, 4) @ anchor.to(q.dtype)], -1)
-    if form.softcap is not None:
-        logits = form.softcap * torch.tanh(logits / form.softcap)
-    logits = logits.unflatten(3, (per, -1)).masked_fill(hidden, -torch.inf)
-    shares = logits.softmax(-1)[..., :span]
+    shares = weights_of(logits.unflatten(3, (per, -1)), hidden, form)[..., :span]
     real = place < counts[:, None, None]  # [B, n, per]
     counted = (real[..., None] & (distance >= LOOK_AHEAD))[:, None]  # [B, 1, n, per, span]
     late = counted & (distance >= late_from(window))
     total, largest = shares.sum(4).masked_fill(~counted, 0.0), shares.amax(4).masked_fill(~counted, 0.0)
     return torch.stack([total.sum(3), total.masked_fill(~late, 0.0).sum(3), largest.amax(3)])
-
-
-def _work(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
