@@ -119,6 +119,8 @@ class _Row:
         scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0 and not spec.oracle
         if self.config.attention.keeps_keys and self.config.stage0.share_places and not scored:
             raise ValueError(f"{spec.stem}: places are shared out by fitted scores, and there is no stage 0")
+        if spec.refit and not scored:
+            raise ValueError(f"{spec.stem}: scores are fitted again, and there are none")
         if scored:
             rows = self._fit_scores(model)
             if shared_mib(model.config, None, scored) is not None:
@@ -145,7 +147,7 @@ class _Row:
             if then is None:
                 self._trained("stage2", result)
         if spec.refit:
-            self._fit_again(model, rows if scored else None, missing)
+            self._fit_again(model, rows, missing)
         if scored:
             self.record["scores"] = scores.score_sum(model)
         if spec.stage1 or spec.stage2 or scored:
@@ -194,10 +196,8 @@ class _Row:
             scores.give(shared, Path(run.output_dir), self.record["stages"]["stage0"])
         return rows
 
-    def _fit_again(self, model: Any, rows: ScoreRows | None, missing: list[str]) -> None:
+    def _fit_again(self, model: Any, rows: ScoreRows, missing: list[str]) -> None:
         """Stage 0 on the trained weights: they have moved the keys that the scores were fitted on."""
-        if rows is None:
-            raise ValueError(f"{self.spec.stem}: scores are fitted again, and there are none")
         if "found" in missing:
             self.record["before_refit"] = {"found": self._found_of(model)}
         run = self._run_arguments("refit")
@@ -219,13 +219,10 @@ class _Row:
                 raise ValueError("data: passkeys are mixed into local text, with a teacher that has a tokenizer")
             sequences = WithPasskeys(sequences, self.teacher.tokenizer, self.spec.passkeys, recipe.seed)
         if self.spec.look_ups:
-            sequences = look_up_rows(sequences, self.teacher.tokenizer, self._rows_of(recipe), seed=recipe.seed)
+            count = recipe.max_steps * recipe.batch_size
+            sequences = look_up_rows(sequences, self.teacher.tokenizer, count, seed=recipe.seed)
         self.record["hashes"][stage] = sequences.digest
         return sequences
-
-    @staticmethod
-    def _rows_of(recipe: Any) -> int:
-        return recipe.max_steps * recipe.batch_size
 
     def _run_arguments(self, stage: str) -> RunArguments:
         folder = self.folder / stage
