@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["teacher", "lizard"])
     parser.add_argument("--tokens", type=int, default=32, help="new tokens that are timed")
     parser.add_argument("--piece", type=int, default=8192, help="tokens that are read at once")
-    parser.add_argument("--fresh", action="store_true", help="read each length from its start, three times")
+    parser.add_argument("--fresh", action="store_true", help=f"read each length from its start, {READS} times")
     parser.add_argument(
         "--fill", action="store_true", help="random keys and values in place of a text the teacher read"
     )
