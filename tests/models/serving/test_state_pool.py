@@ -1,6 +1,7 @@
 """Many texts over one pool of pages write what each writes alone; and the benchmark that serves so."""
 
 import cProfile
+import json
 import pstats
 
 import pytest
@@ -89,9 +90,11 @@ def test_what_has_no_page_is_refused():
 
 
 @torch.no_grad()
-def test_the_benchmark_serves_every_text_as_generate_writes_it(tmp_path, capsys):
+@pytest.mark.parametrize("preset", ["plain", "recommended"])
+def test_the_benchmark_serves_every_text_as_generate_writes_it(preset, tmp_path, capsys):
     given = "--shape tiny --window 8 --together 3 --requests 7 --prompts 3 40 --answers 2 9 --chunk 16 --rate 200"
-    records, (texts,), model = serving.main([*given.split(), "--out", str(tmp_path / "pool.json")])
+    records, (texts,), model = serving.main([*given.split(), "--preset", preset, "--out", str(tmp_path / "pool.json")])
+    assert json.loads((tmp_path / "pool.json").read_text())["preset"] == preset
     for text in texts:
         prompt = text.prompt[None]
         wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=text.answer)
