@@ -40,6 +40,9 @@ def passkey_prompt(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of its answer, ``length`` ids together. It begins as the tokenizer begins a text.
 
+    The answer is the key alone: a space that is a token of its own before it ends the prompt, as a model that knows
+    the key may as well go on with "the" or "a" there.
+
     depth: where the key stands in the text around it, from 0 (start) to 1 (end). text: ids of that text, of which the
     first are taken, but for such a beginning; None is a filler of four sentences again and again.
 
@@ -50,7 +53,7 @@ def passkey_prompt(
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     start = text_start(tokenizer)
-    opening, question, answer = start + encode(OPENING), encode(QUESTION), encode(f" {key}")
+    opening, (question, answer) = start + encode(OPENING), _asked(tokenizer, QUESTION, key)
     needle, filler = encode(KEY.format(key=key)), encode(FILLER)
     room = length - len(opening) - len(needle) - len(question) - len(answer)
     if room < 0:
@@ -67,8 +70,7 @@ def several_passkeys_prompt(
 ) -> tuple[list[int], list[int]]:
     """A prompt with several keys, spread evenly over the filler, each with an owner; one of them is asked for.
 
-    Returns the token ids of prompt and answer, ``length`` ids together, which begin as the tokenizer begins a text.
-    Raises ValueError if ``length`` cannot hold
+    Returns the token ids of prompt and answer, as ``passkey_prompt`` does. Raises ValueError if ``length`` cannot hold
     the keys, or there are more keys than ``owners``.
     """
 
@@ -78,7 +80,7 @@ def several_passkeys_prompt(
     if len(keys) > len(owners):
         raise ValueError(f"keys: {len(keys)} of them, wanted at most {len(owners)}")
     opening, filler = text_start(tokenizer) + encode(MANY_OPENING), encode(FILLER)
-    question, answer = encode(MANY_QUESTION.format(owner=owners[asked])), encode(f" {keys[asked]}")
+    question, answer = _asked(tokenizer, MANY_QUESTION.format(owner=owners[asked]), keys[asked])
     needles = [encode(MANY_KEY.format(owner=owner, key=key)) for owner, key in zip(owners, keys, strict=False)]
     room = length - len(opening) - sum(map(len, needles)) - len(question) - len(answer)
     if room < 0:
@@ -90,6 +92,13 @@ def several_passkeys_prompt(
         middle = (start + end) // 2
         body += filler[start:middle] + needle + filler[middle:end]
     return opening + body + question, answer
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, question: str, key: str) -> tuple[list[int], list[int]]:
+    """Token ids of a question with the space after it, where that is a token, and of the key."""
+    ids, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, f" {key}"))
+    space = next(i for i, token in enumerate(answer) if tokenizer.decode([token]).strip())
+    return ids + answer[:space], answer[space:]
 
 
 def shortest_length(tokenizer: PreTrainedTokenizerBase, keys: int) -> int:

@@ -194,12 +194,12 @@ def test_a_key_is_found_where_every_digit_is_the_likeliest():
         model = Reader(pairs)
         assert passkeys_found(model, tokenizer, [400], advance=done.append, **options) == {400: 1.0}
         assert sorted(model.asked) == [*range(6)] and sum(done) == 6 and max(done) == 2
-        for digit in range(6):
+        for digit in range(5):
             assert passkeys_found(Reader(pairs, 4, digit), tokenizer, [400], **options) == {400: pytest.approx(5 / 6)}
     plain, hidden = (passkey_examples(tokenizer, 400, 6, seed=5, texts=around) for around in (None, texts))
     assert [answer for _, answer in plain] == [answer for _, answer in hidden]  # the same keys
     for number, (prompt, answer) in enumerate(hidden):
-        key = tokenizer.decode(answer).strip()
+        key = tokenizer.decode(answer)
         assert tokenizer.decode(prompt).count(f"The pass key is {key}. Keep it in mind. {key} is the pass key. ") == 1
         row, needle = texts[number % 3].tolist(), tokenizer(f"The pass key is {key}")["input_ids"]
         at = next(i for i in range(400) if prompt[i : i + len(needle)] == needle)
@@ -213,10 +213,10 @@ def test_it_is_what_greedy_generation_finds():
     tokenizer = byte_tokenizer()
     model = teacher(vocab_size=len(tokenizer), max_position_embeddings=4096)
     taught = [prompt + answer for prompt, answer in passkey_examples(tokenizer, 340, 4)]
-    ids, asked = torch.tensor(taught), slice(-7, None)  # the space and five digits, and what stands before
+    ids, asked = torch.tensor(taught), slice(-6, None)  # five digits, and what stands before
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(12):
-        logits = model(ids, logits_to_keep=7).logits[:, :-1]
+        logits = model(ids, logits_to_keep=6).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, asked][:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -73,11 +73,19 @@ def test_passkey_prompts_have_their_length_and_their_key(depth):
     tokenizer = byte_tokenizer()
     prompt, answer = passkey_prompt(tokenizer, 900, depth, "48213")
     text = tokenizer.decode(prompt)
-    assert len(prompt) + len(answer) == 900 and tokenizer.decode(answer) == " 48213"
-    assert text.count("48213") == 2 and text.endswith("The pass key is")
+    assert len(prompt) + len(answer) == 900 and tokenizer.decode(answer) == "48213"
+    assert text.count("48213") == 2 and text.endswith("The pass key is ")
     assert abs(text.index("48213") / len(text) - depth) < 0.25
     with pytest.raises(ValueError, match=r"passkey length 50 is too short, the question alone takes \d+ tokens"):
         passkey_prompt(tokenizer, 50, depth, "48213")
+
+
+def test_answers_are_keys_without_the_space_before_them():
+    """What stands there instead, "the" or "a", says nothing about the key."""
+    tokenizer = byte_tokenizer()
+    for keys in (1, 5):
+        for prompt, answer in passkey_examples(tokenizer, 1100, 5, keys=keys):
+            assert tokenizer.decode(answer).isdigit() and tokenizer.decode(prompt).endswith(" is ")
 
 
 def test_passkey_accuracy_counts_exact_answers():
@@ -95,7 +103,7 @@ def test_passkey_accuracy_counts_exact_answers():
                 key = text[text.index("pass key is ") + 12 :][:5]
                 wrong = str((int(key[-1]) + self.asked % 2) % 10)
                 EveryOther.asked += 1
-                rows.append(tokenizer(f" {key[:-1]}{wrong}", return_tensors="pt")["input_ids"][0])
+                rows.append(tokenizer(f"{key[:-1]}{wrong}", return_tensors="pt")["input_ids"][0])
             return torch.cat([prompts, torch.stack(rows)], 1)
 
     accuracy = passkey_accuracy(EveryOther(1, 1), tokenizer, [500, 700], trials=6, batch_tokens=2100)
