@@ -8,6 +8,7 @@ has no time. Times are milliseconds a call, the slowest rank's, of --repeats cal
 is the whole text on one GPU (on each at once), "of which the state" what comes before the op in the forward: the sums
 of the part, the messages, and what is made of them. Memory is the peak above the inputs. Where there are more ranks
 than GPUs, they share one: messages go by gloo through the host, and times, of ranks that take turns, are no speed.
+Rows are written as they come.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,9 @@ def measured(call: Callable[[], object], repeats: int, on_gpu: bool) -> tuple[fl
     return tuple(slowest.tolist())  # type: ignore[return-value]
 
 
-def op_rows(options: argparse.Namespace, mesh: Any, device: str) -> list[dict[str, Any]]:
+def op_rows(options: argparse.Namespace, mesh: Any, device: str) -> Iterator[dict[str, Any]]:
     """A row for each form, forward alone and with the backward."""
-    rows, on_gpu = [], device != "cpu"
+    on_gpu = device != "cpu"
     for name, form in FORMS.items():
         for trains in (False, True):
             if trains and "kept_keys" in form and options.tokens > options.kept_tokens:
@@ -141,10 +143,7 @@ def op_rows(options: argparse.Namespace, mesh: Any, device: str) -> list[dict[st
                 }
                 for what, call in calls.items():
                     row[what] = dict(zip(("ms", "GiB"), measured(call, options.repeats, on_gpu), strict=True))
-            rows.append(row)
-            if dist.get_rank() == 0:
-                print(json.dumps(row), flush=True)
-    return rows
+            yield row
 
 
 def state_alone(x: dict[str, Tensor], mesh: Any, kept_keys: int = 0, window: int = WINDOW) -> None:
@@ -157,7 +156,7 @@ def state_alone(x: dict[str, Tensor], mesh: Any, kept_keys: int = 0, window: int
         )  # fmt: skip
 
 
-def model_row(options: argparse.Namespace, mesh: Any, device: str) -> dict[str, Any]:
+def model_rows(options: argparse.Namespace, mesh: Any, device: str) -> Iterator[dict[str, Any]]:
     """A student of SmolLM2-135M's shape in training with gradient checkpointing: the sum of its last hidden states."""
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers,
@@ -187,7 +186,7 @@ def model_row(options: argparse.Namespace, mesh: Any, device: str) -> dict[str, 
     for what, inputs in (("alone", {"input_ids": ids}), ("over ranks", own)):
         found = measured(lambda inputs=inputs: step(**inputs), max(options.repeats // 3, 1), device != "cpu")
         row[what] = dict(zip(("ms", "GiB"), found, strict=True))
-    return row
+    yield row
 
 
 def main() -> None:
@@ -207,21 +206,16 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),), mesh_dim_names=("context",))
-    rows = op_rows(options, mesh, device)
-    if options.layers:
-        rows.append(model_row(options, mesh, device))
+    about = {"ranks": mesh.size(), "gpus": torch.cuda.device_count(), "tokens": options.tokens, "check": options.check}
+    about |= {"environment": environment()} if on_gpu else {}
+    rows = []
+    for row in chain(op_rows(options, mesh, device), model_rows(options, mesh, device) if options.layers else ()):
+        rows.append(row)
         if dist.get_rank() == 0:
-            print(json.dumps(rows[-1]), flush=True)
-    if dist.get_rank() == 0 and options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "ranks": mesh.size(),
-            "gpus": torch.cuda.device_count(),
-            "tokens": options.tokens,
-            "check": options.check,
-        }
-        about |= {"environment": environment()} if on_gpu else {}
-        options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     dist.destroy_process_group()
 
 
