@@ -277,17 +277,7 @@ def why_not_now(model: Any, shape: Shape, cache: LizardCache, inputs: dict[str, 
 def why_not_at_all(model: Any, cache: LizardCache) -> str | None:
     """Why no forward of the model as it is can be captured, or None."""
     other = None if is_plain(model) else "adapters, or modules of other packages"
-    return why_not(model, cache) or other or untried(model, model.device)
-
-
-def untried(model: Any, device: torch.device) -> str | None:
-    """What no graph of a GPU has been seen to read as a forward does, though tapes on a CPU do; or None."""
-    keeps = any(attention.lizard.config.keeps_keys for attention in model.lizard_attentions())
-    return (
-        "kept keys, of which no captured reading has been compared on a GPU"
-        if keeps and device.type == "cuda"
-        else None
-    )
+    return why_not(model, cache) or other
 
 
 def too_large(model: Any, shape: Shape) -> str | None:

@@ -166,12 +166,18 @@ def assert_same_caches(a, b):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("attention", [{"window": 16}, {"window": 16, "kept_keys": 8}])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"window": 16},
+        {"window": 16, "kept_keys": 8},
+        {"window": 16, "kept_keys": [[8, 0], [3, 20]], "score_received": True, "coverage": "left"},
+    ],
+)
 @pytest.mark.parametrize(("rows", "length", "keep"), [(1, 640, 1), (3, 300, 0), (2, 17, 1)])
 def test_prompts_are_read_from_a_graph_bit_for_bit(dtype, attention, rows, length, keep, monkeypatch):
     """Of a whole text, and of the pieces of one, into new caches and into one that is read into again."""
-    if "kept_keys" not in attention:
-        monkeypatch.setattr(read_graph, "tell", pytest.fail)
+    monkeypatch.setattr(read_graph, "tell", pytest.fail)
     model = linearize(llama().to(dtype), LizardConfig.preset("plain", attention=attention)).eval()
     kept, found = model.new_cache(), []
     for n in range(5):
@@ -199,13 +205,13 @@ def test_prompts_are_read_from_a_graph_bit_for_bit(dtype, attention, rows, lengt
         assert torch.equal(one.logits, other.logits)
         assert_same_caches(one.past_key_values, other.past_key_values)
     graphs = read_graph._graphs[model].graphs
-    assert "kept_keys" in attention or sorted(shape.begins for shape in graphs) == [False, True]
+    assert sorted(shape.begins for shape in graphs) == [False, True]
     for _ in range(4):
         written = [
             model.generate(ids, max_new_tokens=9, do_sample=False, decode_graph=graph) for graph in (None, False)
         ]
         assert torch.equal(*written)
-    assert "kept_keys" in attention or any(shape.positions for shape in graphs)  # with generate's position ids
+    assert any(shape.positions for shape in graphs)  # with generate's position ids
     free_decode_graphs(model)
     assert not read_graph._graphs.get(model)
 

@@ -256,13 +256,6 @@ def test_few_graphs_are_kept_and_go_with_their_model(recorder):
     assert gone() is None and held() is None
 
 
-def test_kept_keys_are_not_captured_on_a_gpu():
-    for places, reason in ((0, None), (5, "kept keys, of which no captured reading has been compared on a GPU")):
-        model = student(num_hidden_layers=1, attention={"kept_keys": places})
-        assert read_graph.untried(model, torch.device("cuda")) == reason
-        assert read_graph.untried(model, torch.device("cpu")) is None
-
-
 def test_large_readings_are_not_kept(recorder, told, monkeypatch):
     model = student(num_hidden_layers=1)
     monkeypatch.setattr(read_graph, "TOKENS", 17)
