@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from benchmarks.quality.results import Record, Results, markdown
 from benchmarks.quality.rows import ROWS
+from benchmarks.quality.rows.spec import SPACED
 
 TASKS = {"piqa": "acc_norm", "hellaswag": "acc_norm", "arc_easy": "acc", "lambada_openai": "acc"}
 Goal = tuple[str, str, str, bool]  # goal, wanted, measured, whether it is met
@@ -26,9 +27,11 @@ def _goals(results: Results) -> Iterator[Goal]:
     yield from _length(results)
     for name in (row.name for row in ROWS.values() if row.goal == "passkeys"):
         for longest, wanted in ((1024, 1.0), (8192, 0.9)):
-            found = _passkeys(results, name, longest)
-            if found is not None:
-                goal = f"one passkey up to {longest} tokens, `{name}`"
+            for measure, more in (("passkey", ""), ("passkey" + SPACED, " (and the space before it)")):
+                found = _passkeys(results, name, longest, measure)
+                if found is None:
+                    continue
+                goal = f"one passkey{more} up to {longest} tokens, `{name}`"
                 yield goal, f"at least {wanted:.0%}", f"{found:.0%} at the worst length", found >= wanted
 
 
@@ -89,11 +92,11 @@ def _length(results: Results) -> Iterator[Goal]:
         yield goal, "at most 0.030", number.text(3), number.mean <= 0.03
 
 
-def _passkeys(results: Results, name: str, longest: int) -> float | None:
+def _passkeys(results: Results, name: str, longest: int, measure: str) -> float | None:
     worst = [
         share
         for record in results.records.get(name, {}).values()
-        for length, share in record.values["measures"].get("passkey", {}).items()
+        for length, share in record.values["measures"].get(measure, {}).items()
         if int(length) <= longest
     ]
     return min(worst) if worst else None

@@ -185,9 +185,13 @@ def _worst(shares: Mapping[int, Mapping[int, float]], longest: int) -> dict[int,
     }
 
 
-def found_shares(record: Record, kind: str) -> dict[int, float] | None:
-    """One passkey by length in ``filler`` or ``novel``. In filler it is what greedy generation answers, too."""
-    return shares_of(record, "found", kind) or (shares_of(record, "passkey") if kind == "filler" else None)
+def found_shares(record: Record, kind: str, suffix: str = "") -> dict[int, float] | None:
+    """One passkey by length in ``filler`` or ``novel``. In filler it is what greedy generation answers, too.
+
+    suffix: of the measures' names, ``SPACED`` for what was asked before.
+    """
+    read = shares_of(record, "found" + suffix, kind)
+    return read or (shares_of(record, "passkey" + suffix) if kind == "filler" else None)
 
 
 def shares_of(record: Record, measure: str, kind: str = "") -> dict[int, float] | None:

@@ -13,6 +13,7 @@ from benchmarks.quality.recall_goals import goals_table, keeping_rows, recall_go
 from benchmarks.quality.records import read_records, write_whole
 from benchmarks.quality.results import Number, Record, Results, markdown
 from benchmarks.quality.rows import ROWS, TABLES, Table, rows_of
+from benchmarks.quality.rows.spec import SPACED
 from benchmarks.quality.ruler import KINDS
 from lizard_models.evaluation.report import past_edge, short
 
@@ -75,6 +76,15 @@ def _budget_text(results: Results, name: str, figures: Path, link: str) -> str:
         _passkeys(results, compared, "passkeys5", "Passkey, five keys of five to eight digits, by length"),
         _passkeys(results, compared, "found", "Passkey in filler, every digit of the answer the likeliest", "filler"),
         _passkeys(results, compared, "found", "Passkey in novels, the same", "novel"),
+        *(
+            _passkeys(results, compared, measure + SPACED, f"{title}, and the space before it (docs/quality.md)", kind)
+            for measure, title, kind in (
+                ("passkey", "Passkey, one key", ""),
+                ("passkeys5", "Passkey, one of five keys", ""),
+                ("found", "Passkey in filler, read once", "filler"),
+                ("found", "Passkey in novels, read once", "novel"),
+            )
+        ),
         *(_passkeys(results, compared, "ruler", f"RULER's tasks, {kind}, by length", kind) for kind in KINDS),
         _passkeys(results, compared, "lines", "The next line of held-out source, by tokens before it"),
         _length(results, compared),

@@ -97,7 +97,7 @@ def several_passkeys_prompt(
 def _asked(tokenizer: PreTrainedTokenizerBase, question: str, key: str) -> tuple[list[int], list[int]]:
     """Token ids of a question with the space after it, where that is a token, and of the key."""
     ids, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, f" {key}"))
-    space = next(i for i, token in enumerate(answer) if tokenizer.decode([token]).strip())
+    space = next(i for i, token in enumerate(answer) if str(tokenizer.decode([token])).strip())
     return ids + answer[:space], answer[space:]
 
 

@@ -8,7 +8,7 @@ from measured import BUDGET, write_row
 from typer.testing import CliRunner
 
 from benchmarks.quality.__main__ import app
-from benchmarks.quality.curve import curve_lines, write_curve
+from benchmarks.quality.curve import curve_lines, panels, write_curve
 from benchmarks.quality.records import change_record
 from benchmarks.quality.results import Results
 from benchmarks.quality.rows import ROWS, RowSpec, controls
@@ -54,6 +54,24 @@ def test_a_line_joins_rows_that_differ_in_their_bytes_alone(folder):
     # 8 layers x 8,192 tokens x 3 heads x (key and value of 64) x 4 bytes = 96 MiB, and 22 layers of recommended
     assert places["recommended-softmax-25"] == pytest.approx(96 + places["plain"] * 22 / 30)
     assert places["recommended-kept-256"] == pytest.approx(40.17, abs=0.01)
+
+
+def test_no_figure_has_passkeys_of_both_kinds(folder):
+    """Those with the space before them are drawn where more rows have them, and said to be so."""
+    results = Results(folder / "quick.jsonl")
+    assert [panel.title for panel in panels(results)][2] == "one passkey, 2,048 tokens (% found)"
+    for name in DRAWN:
+
+        def rename(record):
+            for key in ("found", "passkey"):
+                if key in record["measures"]:
+                    record["measures"][key + "_and_space"] = record["measures"].pop(key)
+
+        change_record(folder / "quick.jsonl", f"{name}.s0", rename)
+    results = Results(folder / "quick.jsonl")
+    panel = panels(results)[3]
+    assert panel.title == "one passkey and the space before it, 4,096 tokens (% found)"
+    assert results.number("recommended", panel.value).mean == 25 and results.number("base", panel.value) is None
 
 
 def test_another_preset_later_moves_no_row_that_is_recorded(folder):

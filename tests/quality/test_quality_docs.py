@@ -80,6 +80,16 @@ def test_hybrids_have_a_goal_however_they_were_trained(folder):
     assert all("passkeys`" in line for line in lines if "**no**" not in line)
 
 
+def test_passkeys_that_were_asked_for_with_a_space_are_told_so(folder, tmp_path):
+    write_row(folder, RowSpec(name="recommended-softmax-25"), 3.0, passkey_and_space={"1024": 0.5, "8192": 0.5})
+    write_row(folder, RowSpec(name="plain"), 3.1, passkey_and_space={"1024": 0.3})
+    results = Results(folder / "quick.jsonl")
+    lines = [line for line in goals(results).splitlines() if "passkey" in line]
+    assert len(lines) == 2 and all("one passkey (and the space before it) up to" in line for line in lines)
+    _, told = quality_text(folder, tmp_path, "figures").split("**Passkey, one key, and the space before it")
+    assert "| plain | 30% |" in told
+
+
 def test_reasons_cite_the_rows_and_say_what_the_tables_would_choose(folder):
     results = Results(folder / "quick.jsonl")
     changes = differences(results, "attention.gate")

@@ -11,6 +11,9 @@ from lizard_models.evaluation.report import TEACHER
 MEASURES = (
     "loss", "kl", "branches", "restore", "length", "source", "passkey", "passkeys5", "found", "ruler", "lines", "tasks"
 )  # fmt: skip
+SPACED = "_and_space"
+"""Ends the names of measures of passkeys in records of before 2026-11-30, which asked for the token of the space before
+a key as well: a lower bound of what is asked now."""
 
 
 @dataclass(frozen=True, kw_only=True)
