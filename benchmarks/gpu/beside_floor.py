@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train_step import PEAK, SHAPES
+from train_step import PEAK, PRESET, SHAPES
 from transformers import LlamaConfig
 
 from lizard_models import LizardConfig
@@ -40,7 +40,7 @@ def counted(shape: str, layers: int | None, stage: str, batch: int, length: int,
     """Bytes of a step at its fullest moment, as the estimate of a run has them."""
     size: dict[str, Any] = {"sequence_length": length, "batch_size": batch}
     weights = {"cross_entropy_weight": 1.0, "kl_weight": 0.0} if stage == "stage 2 CE" else {}
-    lizard = LizardConfig.preset("recommended").replace(stage1=size, stage2=size | weights)
+    lizard = LizardConfig.preset(PRESET).replace(stage1=size, stage2=size | weights)
     values = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     cost = run_cost(LlamaConfig(**values), lizard, checkpointing=checkpointing)
     return (cost.stage1 if stage == "stage 1" else cost.stage2).bytes

@@ -66,6 +66,7 @@ STAGES = ("teacher forward", "stage 1", "teacher LoRA", "stage 2", "stage 2 CE")
 COLUMNS = ("ms", "gpu_busy_ms", "kernels", "peak_gib", "mfu", "loss", "relative_gradient")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
 MASKLESS = "sdpa_without_mask"
+PRESET = "plain"  # what every row trains, kept keys left out
 PEAK = 989.4e12  # operations a second, dense, bfloat16, as NVIDIA's data sheets of both chips have it
 
 
@@ -107,7 +108,7 @@ class Forward(nn.Module):
 
 def objective_of(stage: str, options: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The module the Trainer would train, and its recipe."""
-    config = LizardConfig.preset("plain")
+    config = LizardConfig.preset(PRESET)
     model: Any = teacher(options)
     if stage == "teacher forward":
         return Forward(model), None

@@ -67,6 +67,7 @@ def command(
         from rich.console import Console
 
         from lizard_models.model import state_file
+        from lizard_models.model.cache_name import CACHE
         from lizard_models.teachers.loading import load_model
         from lizard_models.text import prompts
         from lizard_models.text.decoding import check_encoding
@@ -109,7 +110,7 @@ def command(
         )
         seconds = time.monotonic() - started
         written = output.sequences.shape[1] - 1
-        cache = output.past_key_values
+        cache = output[CACHE]
         held = f", {cache.state_bytes() / 1e6:.1f} MB of state" if hasattr(cache, "state_bytes") else ""
         report.print(f"{prefilled.length - before} tokens read, {written} written in {seconds:.1f} s{held}")
 

@@ -40,6 +40,7 @@ from lizard_models.distill.resume import (
     older,
     put_in_place,
     remove,
+    step_of,
 )
 from lizard_models.distill.schedule import cosine_schedule
 from lizard_models.distill.speed import Speed, peak_of
@@ -97,6 +98,7 @@ class DistillTrainer(StateFiles):
     sharded = False
     halved = False  # whether it goes on with half the rate that the checkpoint has
     watch: FiniteWatch
+    divergence: DivergenceCallback
     speed: Speed
     loss_sum: Tensor | float = 0.0
     inputs: Any = None
@@ -180,8 +182,10 @@ class DistillTrainer(StateFiles):
                 write_sums(written)
                 sync_all(written)
                 put_in_place(written, run_dir)
+                good = self.divergence.last_good()  # stays apart from the others, which are of a loss that ran away
                 for old in checkpoints(run_dir)[: -(self.args.save_total_limit or 1)]:
-                    remove(old)
+                    if old != good:
+                        remove(old)
         finally:
             if main:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -315,7 +319,7 @@ def run_stage(
         for callback in own:
             callback.trainer = trainer
         trainer.speed = speed
-        trainer.sharded, trainer.halved = run.fsdp, halved
+        trainer.divergence, trainer.sharded, trainer.halved = divergence, run.fsdp, halved
         if run.context_parallel > 1:
             parallel.share_batches(trainer.accelerator, run.context_parallel)
         trainer.watch = FiniteWatch(run.title, quantity, folder, trainer.where)
@@ -329,12 +333,18 @@ def run_stage(
     else:
         ways = compiled(objective, run.compile), graphed(objective, run.cuda_graph)
         with interrupt, contextlib.closing(progress), ways[0], ways[1]:
+            good: Path | None = None
             try:
                 trainer = new_trainer(halved=False)
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            except RollBack:
+            except RollBack as back:
+                good = back.to
+            if good is not None:  # not where it is caught: the first trainer's averages live as long as its traceback
+                if parallel.is_main_process():
+                    for later in (path for path in checkpoints(folder) if step_of(path) > step_of(good)):
+                        remove(later)
                 trainer = new_trainer(halved=True)
-                trainer.train(resume_from_checkpoint=str(checkpoints(folder)[-1]))
+                trainer.train(resume_from_checkpoint=str(good))
         history = trainer.state.log_history
         # In the last step too: the checkpoint is written, and what would come next was not asked for.
         if parallel.any_process(interrupt.asked, arguments.device):

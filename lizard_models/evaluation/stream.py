@@ -24,6 +24,7 @@ from lizard_models.evaluation.position_loss import PositionLoss, bucket_edges, f
 from lizard_models.evaluation.report import short
 from lizard_models.files.environment import environment, without_nan
 from lizard_models.model.cache import empty_cache
+from lizard_models.model.cache_name import CACHE
 from lizard_models.text.token_stream import token_chunks
 
 CHUNK = 2048
@@ -50,7 +51,7 @@ def stream_losses(
     position, head = 0, float32_head(model)
     for ids in token_chunks(tokens, chunk, overlap=1):
         row = torch.from_numpy(ids.astype(np.int64)).to(device)[None]
-        hidden = model.model(input_ids=row[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = model.model(input_ids=row[:, :-1], use_cache=True, **{CACHE: cache}).last_hidden_state
         losses = position_losses(hidden, head, row[:, 1:])[0].cpu()
         yield position, losses
         position += len(losses)

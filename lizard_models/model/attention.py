@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lizard_layers import AttentionConfig, EarlierRanks, HybridAttention
+from lizard_models.model.cache_name import CACHE, either_name
 from lizard_models.model.context import softmax_over_ranks
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.joined import products
@@ -67,6 +68,7 @@ class LizardAttention(nn.Module):
             self.config, self.layer_idx, scale=self.scaling, softcap=self.softcap, rope=bool(self.use_rope)
         )
 
+    @either_name
     def forward(
         self,
         hidden_states: Tensor,
@@ -88,8 +90,7 @@ class LizardAttention(nn.Module):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
+                **{CACHE: past_key_values} | kwargs,
             )
         q, k, v = self.heads(x)
         if self.mode == "distill":

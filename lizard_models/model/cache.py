@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLay
 
 from lizard_layers import copy_together, empty_state, state_bytes, tensors_of
 from lizard_models.model.cache_layer import LizardCacheLayer
+from lizard_models.model.cache_name import CACHE
 from lizard_models.model.graphs import SeenPositions, is_graphed, mark_static
 from lizard_models.model.layer_configs import attention_config, converted_layers
 
@@ -178,8 +179,13 @@ class LizardCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """True for converted layers, so that masks take their sizes from the kept softmax ones."""
-        return [isinstance(layer, LizardCacheLayer) for layer in self.layers]
+        """True for converted layers beside kept softmax ones, so that masks take their sizes from these.
+
+        Not where all are converted: since 5.24 ``generate`` reads a whole text into a cache of linear layers alone,
+        whatever it has read of it before.
+        """
+        kept = len(self.lizard_layers()) < len(self.layers)
+        return [kept and isinstance(layer, LizardCacheLayer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen, padding included."""
@@ -211,7 +217,7 @@ class LizardCache(Cache):
         new = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         seen, start = self.get_seq_length(), self.positions()
         if start is None:
-            return {"input_ids": input_ids, "attention_mask": new, "past_key_values": self}
+            return {"input_ids": input_ids, "attention_mask": new, CACHE: self}
         if start.shape[0] != input_ids.shape[0] or new.shape != input_ids.shape:
             raise ValueError(
                 f"input_ids and attention_mask have shapes {tuple(input_ids.shape)} and {tuple(new.shape)}, wanted "
@@ -222,7 +228,7 @@ class LizardCache(Cache):
         if len(self.lizard_layers()) < len(self.layers) and not bool(past.all()):
             raise ValueError("this cache has softmax layers and padding: give generate the mask of the whole text")
         mask = torch.cat([past.to(new.dtype), new], 1)
-        return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": self}
+        return {"input_ids": input_ids, "attention_mask": mask, CACHE: self}
 
     def positions(self) -> Tensor | None:
         """Position [B] int64 of each row's next token, padding not counted. None before the first state."""

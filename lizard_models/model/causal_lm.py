@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.cache_name import CACHE, either_name, transformers_names
 from lizard_models.model.decode_graph import decode_steps, running_steps
 from lizard_models.model.decoder import LizardDecoder
 from lizard_models.model.layer_configs import has_context
@@ -49,6 +50,7 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
         """
         return self.model.new_cache(static=static, max_cache_len=max_cache_len)
 
+    @either_name
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -83,18 +85,19 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
             del others["input_ids"], others["past_key_values"]
             logits = steps.logits(past_key_values, input_ids, others)
             if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                return _read(logits, past_key_values)
         if decode_graph is not False:
             found = read_from_graph(self, inputs | kwargs | {"labels": labels, "logits_to_keep": logits_to_keep})
             if found is not None:
-                return CausalLMOutputWithPast(logits=found[0], past_key_values=found[1])
+                return _read(*found)
         if kwargs.get("context_group") is not None and labels is not None and kwargs.get("shift_labels") is None:
             raise ValueError(
                 "labels: the last position of a part predicts the next part's first: give shift_labels too"
             )
         kwargs["within_causal_lm"] = True
         if self.mode != "distill":
-            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+            given = transformers_names(inputs) | kwargs
+            return super().forward(**given, labels=labels, logits_to_keep=logits_to_keep)
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         share = 1 if items is None else share_of_items(labels, kwargs.get("shift_labels"), items)
         outputs = self.model(**inputs, **kwargs)
@@ -145,17 +148,17 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
                 f"cache_implementation={kind!r}: a Lizard model has a constant-size cache of its own; "
                 'wanted None, "dynamic", or "static" to compile the decode step'
             )
-        makes_cache = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        makes_cache = model_kwargs.get(CACHE) is None and generation_config.use_cache is not False
         if self.mode == "student" and makes_cache:
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             if kind == "static":  # no shorter than before, so that what was compiled for it serves again
                 length = self._previous_max_cache_length = max(length, getattr(self, "_previous_max_cache_length", 0))
-            model_kwargs["past_key_values"] = self.new_cache(static=kind == "static", max_cache_len=length)
+            model_kwargs[CACHE] = self.new_cache(static=kind == "static", max_cache_len=length)
         else:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if generation_config.is_assistant and isinstance(cache, LizardCache):
             cache.activate_past_recording(generation_config.max_new_tokens or max_cache_length)  # the draft to come
             mask, read = model_kwargs.get("attention_mask"), cache.mask_of_the_past()
@@ -193,7 +196,7 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
 
     def _assisted_decoding(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises ValueError for a cache that has read tokens without the whole text beside it."""
-        cache, mask, new = kwargs.get("past_key_values"), kwargs.get("attention_mask"), input_ids.shape[1]
+        cache, mask, new = kwargs.get(CACHE), kwargs.get("attention_mask"), input_ids.shape[1]
         if isinstance(cache, LizardCache) and (seen := cache.get_seq_length()):
             columns = getattr(kwargs["generation_config"], "_mask_length", new) if mask is None else mask.shape[1]
             if columns != new or new <= seen:
@@ -217,7 +220,7 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
         drafts = super()._get_candidate_generator(  # type: ignore[misc]
             generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
         )
-        cache, remaining = model_kwargs.get("past_key_values"), generation_config.max_length - input_ids.shape[1]
+        cache, remaining = model_kwargs.get(CACHE), generation_config.max_length - input_ids.shape[1]
         if isinstance(cache, LizardCache):
             model_kwargs["read_before"] = cache.get_seq_length()
             own = getattr(drafts, "assistant_generation_config", None)
@@ -261,10 +264,10 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         step = inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1 and not is_first_iteration
-        if step and inputs.get("past_key_values") is not None and not self.model.has_softmax_layers:
+        if step and inputs.get(CACHE) is not None and not self.model.has_softmax_layers:
             if self.mode == "student" and inputs.get("position_ids") is not None:
                 inputs.pop("attention_mask", None)  # generate appends real tokens only
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = inputs.get(CACHE), inputs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and isinstance(cache, LizardCache) and cache.mask_columns is not None:
             to_come = cache.mask_columns - mask.shape[1]
             if to_come > 0 and self.model.has_softmax_layers:
@@ -278,7 +281,7 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
         steps = running_steps(self)
         advanced = None if steps is None else steps.advance(model_kwargs)
         if advanced is not None:
-            return advanced | {"past_key_values": outputs.past_key_values}
+            return advanced | {CACHE: outputs[CACHE]}
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(
@@ -288,7 +291,7 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
 
         Each length of piece would be a graph more, and as a CUDA graph keep what thousands of tokens need for good.
         """
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache, mask = model_kwargs.get(CACHE), model_kwargs.get("attention_mask")
         if self.mode == "student" and generation_config.prefill_chunk_size is not None:
             generation_config = copy.copy(generation_config)
             generation_config.disable_compile = True
@@ -312,6 +315,11 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
                 if isinstance(criterion, MaxLengthCriteria):
                     criterion.max_position_embeddings = None
         return criteria
+
+
+def _read(logits: Tensor, cache: Cache | None) -> CausalLMOutputWithPast:
+    held: dict[str, Any] = {CACHE: cache}
+    return CausalLMOutputWithPast(logits=logits, **held)
 
 
 def share_of_items(labels: Tensor | None, shift_labels: Tensor | None, items: Tensor | int) -> Tensor:

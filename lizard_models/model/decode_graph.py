@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from lizard_layers import state_bytes
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.cache_name import CACHE
 from lizard_models.model.read_graph import free_read_graphs, read_graphs_off
 from lizard_models.model.replayable import is_plain, key_of, why_not
 from lizard_models.model.step_recorder import Recorder, Replay, recorder_for
@@ -26,7 +27,7 @@ logger = logging.get_logger(__name__)
 LEAST_STEPS = 4  # to come, for which a capture is worth the time of one step
 POOLED = 2  # caches with their graphs that a model keeps from one call to the next
 SHARE = 16  # a state of more than a sixteenth of the memory is not kept between calls
-GIVEN = {"next_sequence_length", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+GIVEN = {"next_sequence_length", CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 NO_PART = ("use_cache", "return_dict", "within_causal_lm", "output_attentions", "output_hidden_states")
 
 
@@ -120,7 +121,7 @@ class DecodeSteps:
         more = {name for name, x in given.items() if x is not None} - GIVEN
         if not self.prepares or more or positions is None or given.get("next_sequence_length") != 1:
             return None
-        made = {"input_ids": input_ids[:, -1:], "past_key_values": given["past_key_values"]}
+        made = {"input_ids": input_ids[:, -1:], CACHE: given[CACHE]}
         made["position_ids"] = positions if positions.shape[1] == 1 else positions[:, -1:]
         return made | {name: given[name] for name in ("use_cache", "logits_to_keep") if name in given}
 
@@ -209,7 +210,7 @@ def decode_steps(
     inputs: of ``generate``, whose new cache may be replaced by one of the model's pool, to which it goes back. kept:
     the cache is the caller's afterwards. to_come: how many steps at most.
     """
-    cache: Any = inputs.get("past_key_values")
+    cache: Any = inputs.get(CACHE)
     recorder = recorder_for(model.device) if wanted and model.mode == "student" else None
     reason = None if recorder is None else why_not(model, cache)
     if reason is not None:
@@ -220,7 +221,7 @@ def decode_steps(
         return
     own = not kept and not getattr(cache, "_is_user_defined", False)
     if own and cache.seen.on_host == 0:
-        cache = inputs["past_key_values"] = _take(model, rows) or cache
+        cache = inputs[CACHE] = _take(model, rows) or cache
     steps = DecodeSteps(model, cache, recorder, to_come)
     before = _running.set(steps)
     try:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
+from lizard_models.model.cache_name import CACHE, either_name
 from lizard_models.model.checkpointing import checkpointed_layers, without_checkpointing
 from lizard_models.model.context import check_part, part_positions
 from lizard_models.model.forward_plan import ForwardPlan
@@ -119,6 +120,7 @@ class LizardDecoder(LizardModelMixin):
             return DynamicCache(config=self.config)
         return LizardCache(self.config, static=static, max_cache_len=max_cache_len)
 
+    @either_name
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -185,11 +187,10 @@ class LizardDecoder(LizardModelMixin):
                 input_ids,
                 attention_mask,
                 position_ids,
-                past_key_values,
-                inputs_embeds,
+                inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 return_dict=True,
-                **kwargs,
+                **{CACHE: past_key_values} | kwargs,
             )
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -270,11 +271,11 @@ class LizardDecoder(LizardModelMixin):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=past_key_values is not None,
                 plan=plan,
                 return_dict=True,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         if past_key_values is not None:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lizard_layers import empty_state, state_of, tensors_of
 from lizard_models.config import RETIRED
+from lizard_models.files.records import seal_broken, sealed
 from lizard_models.files.sources import expanded
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.cache_layer import LizardCacheLayer
@@ -40,7 +41,7 @@ PIECE = 1 << 20  # numbers summed at a time
 
 
 def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> int:
-    """Write what ``cache`` remembers, and checksums of it and of the model, into one safetensors file.
+    """Write what ``cache`` remembers, with sums of it, of the model and of the header, into one safetensors file.
 
     Any number of rows; positions are kept with them. The file appears whole or not at all. Returns its bytes. Raises
     ValueError for a folder that is not there, and a cache that has read nothing, or is static with kept softmax layers.
@@ -52,7 +53,7 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
         raise ValueError("cache: has read nothing, wanted one with a state to save")
     target = place_for(path)
     tensors = {name: t.detach().contiguous() for name, t in tensors_of_cache(cache).items()}
-    metadata = {
+    metadata: dict[str, str] = {
         "format": FORMAT,
         "version": str(VERSION),
         "positions": str(cache.get_seq_length()),
@@ -63,7 +64,7 @@ def save_state(path: str | os.PathLike[str], model: Any, cache: LizardCache) -> 
     }
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, partial, metadata)
+        save_file(tensors, partial, sealed(metadata))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -193,6 +194,8 @@ def _check_metadata(file: Path, metadata: dict[str, str], model: Any) -> None:
             f"state file {str(file)!r} has version {metadata.get('version')}, this lizard-attn reads {VERSION}: "
             "update lizard-attn"
         )
+    if seal_broken(metadata):  # files of earlier versions have none
+        raise ValueError(f"state file {str(file)!r} is damaged: what it says of itself does not have the sum it names")
     theirs, ours = json.loads(metadata["config"]), comparable(model.config)
     theirs, ours = RETIRED | ADDED | theirs, RETIRED | ADDED | ours  # what configs of other versions leave out
     different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import TextStreamer
 
 from lizard_models.model.cache import LizardCache, empty_cache
+from lizard_models.model.cache_name import CACHE
 from lizard_models.text.documents import in_template
 from lizard_models.text.text_start import text_start
 from lizard_models.text.token_stream import token_chunks, tokenise_pieces
@@ -37,7 +38,7 @@ class Prefilled(NamedTuple):
             "input_ids": self.last,
             "attention_mask": torch.ones(1, self.length, dtype=torch.int8, device=device),
             "position_ids": torch.tensor([[self.length - 1]], device=device),
-            "past_key_values": self.cache,
+            CACHE: self.cache,
         }
 
 
@@ -57,7 +58,7 @@ def prefill(
         row = torch.from_numpy(ids.astype(np.int64)).to(device)[None]
         new = row[:, :-1] if last is None else torch.cat([last, row[:, :-1]], 1)
         if new.shape[1]:
-            model.model(input_ids=new, past_key_values=cache, use_cache=True)
+            model.model(input_ids=new, use_cache=True, **{CACHE: cache})
         last, length = row[:, -1:], length + len(ids)
     if last is None:
         raise ValueError("prompt is empty: give some text to continue")
@@ -70,7 +71,7 @@ def read_to_the_end(model: Any, prompt: Prefilled) -> LizardCache:
     if not isinstance(prompt.cache, LizardCache):
         raise ValueError("the model is not linearized: its cache grows with the text and has no state to save")
     cache = prompt.cache.copy()
-    model.model(input_ids=prompt.last, past_key_values=cache, use_cache=True)
+    model.model(input_ids=prompt.last, use_cache=True, **{CACHE: cache})
     return cache
 
 

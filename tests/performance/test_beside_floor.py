@@ -2,7 +2,11 @@
 
 from beside_floor import counted, table
 from host_time import SHAPES
-from train_step import PEAK
+from train_step import PEAK, PRESET
+from transformers import LlamaConfig
+
+from lizard_models import LizardConfig
+from lizard_models.runs.cost import run_cost
 
 
 def test_rows_stand_beside_their_counts():
@@ -27,3 +31,13 @@ def test_rows_stand_beside_their_counts():
     ]
     assert layers[0] == layers[1]  # a layer more costs what the one before it did
     assert shape["num_hidden_layers"] == 4
+
+
+def test_what_is_counted_is_of_the_preset_that_is_measured():
+    """Kept keys, of which the steps have none, are in no count beside them."""
+    size = {"sequence_length": 64, "batch_size": 1}
+    of_preset = LizardConfig.preset(PRESET).replace(stage1=size, stage2=size)
+    assert not of_preset.attention.kept_keys
+    cost = run_cost(LlamaConfig(**SHAPES["tiny"]), of_preset, checkpointing=False)
+    for stage, expected in (("stage 1", cost.stage1), ("stage 2", cost.stage2)):
+        assert counted("tiny", None, stage, 1, 64, False) == expected.bytes

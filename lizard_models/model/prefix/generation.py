@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from lizard_models.model.cache import LizardCache, rows_of
 from lizard_models.model.cache_layer import LizardCacheLayer
+from lizard_models.model.cache_name import CACHE
 from lizard_models.model.prefix.store import PrefixStates
 from lizard_models.model.state_file import fill_cache
 
@@ -74,7 +75,7 @@ class ReadsFromPrefixes:
     ) -> Any:
         call = _CALL.get()
         if call is not None:
-            cache: Any = model_kwargs.get("past_key_values")
+            cache: Any = model_kwargs.get(CACHE)
             why = _why_not(self, input_ids, model_kwargs)
             if why is not None:
                 call.cannot(why)
@@ -91,7 +92,7 @@ class ReadsFromPrefixes:
 
 def _why_not(model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> str | None:
     """Why a store does not help this call; None where it does."""
-    cache, mask, positions = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    cache, mask, positions = (model_kwargs.get(name) for name in (CACHE, "attention_mask", "position_ids"))
     if not isinstance(cache, LizardCache):
         return f"there is no constant-size cache (use_cache=False or mode {model.mode!r})"
     if model_kwargs.get("inputs_embeds") is not None:

@@ -106,6 +106,31 @@ def test_a_signal_while_it_is_high_still_ends_with_a_checkpoint(tmp_path, monkey
     assert [path.name for path in trainer.checkpoints(folder)][-1] == "checkpoint-34"
 
 
+def test_signals_while_it_is_high_leave_the_last_good_checkpoint_to_go_back_to(tmp_path, monkeypatch):
+    """As many as a scheduler sends: what they ask for is beside it, and is not what the stage goes back to."""
+    folder = tmp_path / "run"
+    for stop in (32, 34, 36):
+        with monkeypatch.context() as ran:
+            begins = stop - 2 if stop > 32 else 0
+
+            def judged(n, stop=stop, begins=begins):
+                if begins + n == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return begins + n >= 30
+
+            high(ran, judged)
+            with pytest.raises(TrainingInterrupted):
+                train(folder, resume=stop > 32)
+        names = [path.name for path in trainer.checkpoints(folder)]
+        assert (names[0], names[-1]) == ("checkpoint-28", f"checkpoint-{stop}") and len(names) <= 3
+    with monkeypatch.context() as ran:
+        calls = high(ran, lambda n: n <= 4)  # steps 37 to 40, then from 28 on as ever
+        train(folder, resume=True)
+    assert [event for event, _ in events(folder)].count("high") == 1  # it is known since when
+    assert events(folder)[-2:] == [("rolled back", 40), ("resumed", 28)] and len(calls) == 4 + STEPS - 28
+    assert {path.name for path in trainer.checkpoints(folder)} == {"checkpoint-40", f"checkpoint-{STEPS}"}
+
+
 def test_factors_and_reports_are_checked_before_a_step(tmp_path):
     for changes, said in (
         ({"diverged": 1.0}, "diverged: it must be above 1"),

@@ -222,7 +222,8 @@ def test_a_move_that_is_refused_moves_nothing(kept):
     with pytest.raises(ValueError, match="records its past cannot be moved"):
         cache.to("cpu", torch.bfloat16)
     (layer,) = (cache.layers[i] for i in kept)
-    assert layer.dtype == layer.keys.dtype == layer.values.dtype == torch.float32
+    named = getattr(layer, "dtype", torch.float32)  # by transformers up to 5.23
+    assert named == layer.keys.dtype == layer.values.dtype == torch.float32
     more = tokens(2, 3, seed=3)
     found, wanted = (model(more, past_key_values=c).logits for c in (cache, untouched))
     assert torch.equal(found, wanted)

@@ -13,6 +13,7 @@ from tiny import student, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lizard_models import LizardConfig, linearize, load_state, save_state
+from lizard_models.files.records import SEAL
 from lizard_models.model.state_file import checksum, place_for
 
 
@@ -68,8 +69,10 @@ def saved(tmp_path):
 
 
 def rewrite(path, tensors=lambda t: t, **changes):
+    """As a version wrote it that knew no sum of what a file says of itself."""
     with safe_open(path, "pt") as file:
         held, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    metadata.pop(SEAL, None)
     save_file(tensors(held), path, metadata | changes)
 
 
@@ -87,6 +90,19 @@ def test_other_models_are_refused(saved):
     one.view(-1)[3] += 1e-6
     with pytest.raises(ValueError, match="other weights"):
         load_state(path, model)
+
+
+def test_a_bit_flipped_in_what_a_file_says_of_itself_is_seen(saved):
+    """But in the name of its sum: then it is a file of before there were any, in which nothing else has changed."""
+    model, path = saved
+    whole = path.read_bytes()
+    header, name = 8 + int.from_bytes(whole[:8], "little"), whole.index(f'"{SEAL}"'.encode())
+    places = {*range(8, header, 41), whole.index(b'"positions":"20"') + 14} - {*range(name, name + len(SEAL) + 2)}
+    assert len(places) > 90
+    for at in places:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="book.state' is (truncated or damaged|damaged|no state file)|has version"):
+            load_state(path, model)
 
 
 def test_what_a_state_does_not_depend_on_may_differ(saved):

@@ -18,6 +18,16 @@ from lizard_models.files.locks import FolderLock
 from lizard_models.runs import linearize_run, work
 
 STEPS = few_steps(2, 2)
+AT_A_TERMINAL = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """nohup has SIGHUP ignored, and a shell's & SIGINT."""
+    before = {number: signal.signal(number, handler) for number, handler in AT_A_TERMINAL.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
