@@ -13,6 +13,7 @@ from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import cdiv, power_of_2
+from lizard_ops.tiles.launcher import launch_kernel
 
 COLUMNS = 1024  # of a program
 
@@ -63,9 +64,10 @@ def product(gate: Tensor, up: Tensor) -> Tensor:
         rows, columns = gate.shape
         block = min(COLUMNS, power_of_2(columns))
         with on_device(gate):
-            silu_product_kernel[(rows * cdiv(columns, block),)](
-                gate, up, y, gate.stride(0), up.stride(0), F=columns, BF=block, num_warps=4
-            )
+            launch_kernel(
+                silu_product_kernel, rows * cdiv(columns, block),
+                gate, up, y, gate.stride(0), up.stride(0), F=columns, BF=block, num_warps=4,
+            )  # fmt: skip
     return y
 
 
@@ -84,9 +86,10 @@ def product_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tens
         rows, columns = gate.shape
         block = min(COLUMNS, power_of_2(columns))
         with on_device(gate):
-            silu_product_backward_kernel[(rows * cdiv(columns, block),)](
+            launch_kernel(
+                silu_product_backward_kernel, rows * cdiv(columns, block),
                 gate, up, dy, d_gate, d_up, gate.stride(0), up.stride(0), dy.stride(0), F=columns, BF=block, num_warps=4
-            )
+            )  # fmt: skip
     return d_gate, d_up
 
 

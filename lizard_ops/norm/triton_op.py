@@ -13,6 +13,7 @@ from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import power_of_2
+from lizard_ops.tiles.launcher import launch_kernel
 
 PROGRAMS = 512  # that share the rows of a weight's gradient
 
@@ -103,7 +104,8 @@ def launch(
     if rows:
         x, heads, *steps = rows_of(x)
         with on_device(x):
-            rms_norm_kernel[(rows,)](
+            launch_kernel(
+                rms_norm_kernel, rows,
                 x, residual, weight, s, y, eps, heads, *steps, D=dim, BD=block, UNIT_OFFSET=unit_offset,
                 num_warps=max(1, min(16, block // 256)),
             )  # fmt: skip
@@ -126,7 +128,8 @@ def gradients(
         x, heads, *steps = rows_of(x)
         ds = None if ds is None else ds.contiguous()
         with on_device(x):
-            rms_norm_backward_kernel[(programs,)](
+            launch_kernel(
+                rms_norm_backward_kernel, programs,
                 x, weight.contiguous(), dy.contiguous(), ds, dx, parts, eps, rows, heads, *steps, D=dim, BD=block,
                 UNIT_OFFSET=unit_offset, num_warps=max(1, min(16, block // 256)),
             )  # fmt: skip

@@ -11,6 +11,7 @@ from lizard_ops.hybrid_attn.triton.bwd_linear import KeyTerms, RowTerms
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.state import States
 from lizard_ops.tiles.decays import decay_since_start, load_gates
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.places import Stream, first_rows, first_slot, locate_in_stream, stream_blocks
 from lizard_ops.tiles.strided import at, strided_heads
 from lizard_ops.tiles.widths import power_of_two
@@ -99,7 +100,8 @@ def gate_gradients(
     blocks = stream_blocks(stream, stream.prefix - stream.start, shape.chunk)
     heads, window = g.shape[2], shape.window if shape.outside else 0
     if blocks:
-        gate_gradient_kernel[(blocks * shape.state_heads,)](
+        launch_kernel(
+            gate_gradient_kernel, blocks * shape.state_heads,
             strided_heads(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, keys.near,
             keys.far, keys.sent,
             terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, window, power_of_two(window),

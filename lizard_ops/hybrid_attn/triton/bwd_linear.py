@@ -15,6 +15,7 @@ from lizard_ops.hybrid_attn.triton.fwd import Masses, shares
 from lizard_ops.hybrid_attn.triton.state import States, empty_states, scan_states, store_state
 from lizard_ops.tiles.decays import decay_between, decay_since_start, load_ahead, load_gates, load_key_gates
 from lizard_ops.tiles.features import exponential_log2, features, features_backward, half_features
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.places import (
     Stream,
     first_rows,
@@ -399,7 +400,8 @@ def linear_queries(
     count, stacked = shape.stack(c.rows)
     blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
     if blocks and tokens:
-        linear_query_kernel[(blocks * (heads // stacked),)](
+        launch_kernel(
+            linear_query_kernel, blocks * (heads // stacked),
             strided(v), strided(fq), strided(states.phi), strided(o), strided(do), strided(dfq), states.s, states.z,
             gates, None if weight is None else strided_heads(weight), masses.linear, masses.window, masses.spread,
             average, terms.slope, terms.offset, terms.share, terms.shift, terms.flow, terms.entered, gates.shape[1],
@@ -419,7 +421,8 @@ def query_states(
     states = empty_states(gates, stream, shape, start)
     slots, c = gates.shape[1], shape.config("query_state")
     if slots:
-        query_state_kernel[(slots * shape.state_heads * shape.halves,)](
+        launch_kernel(
+            query_state_kernel, slots * shape.state_heads * shape.halves,
             strided(fq), strided(do), gates, terms.slope, terms.offset, states.s, states.z, slots, do.shape[1], stream,
             shape.query_heads, shape.state_heads, gates.shape[2], shape.pre, shape.pre_block, shape.value,
             shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype, shape.precision,
@@ -446,7 +449,8 @@ def linear_keys(
     blocks = stream_blocks(stream, stream.prefix - stream.start, c.rows)
     if blocks:
         of_keys = found or KeyTerms(None, None, None)
-        linear_key_kernel[(blocks * shape.key_heads,)](
+        launch_kernel(
+            linear_key_kernel, blocks * shape.key_heads,
             strided(v), strided(fq), strided(fk), strided(do), strided(dv), strided(dfk), d_states.s, d_states.z, gates,
             terms.slope, terms.offset, of_keys.near, of_keys.far, of_keys.sent, terms.flow.numel(),
             gates.shape[1], fq.shape[1], stream,

@@ -14,6 +14,7 @@ from lizard_ops.hybrid_attn.triton.fwd import Masses, anchor_seen, in_window
 from lizard_ops.hybrid_attn.triton.kept import kept_keys, kept_list, outlives
 from lizard_ops.hybrid_attn.triton.kept_bwd import kept_key_gradients
 from lizard_ops.hybrid_attn.triton.kept_index import Index
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, first_rows, locate_in_stream, stream_blocks
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
@@ -202,7 +203,8 @@ def window_queries(
     blocks = stream_blocks(stream, 0, count)
     if blocks and tokens:
         anchor_k, anchor_v = x.kept_anchors or (k, v)
-        window_query_kernel[(blocks * (heads // stacked),)](
+        launch_kernel(
+            window_query_kernel, blocks * (heads // stacked),
             strided(q), strided(k), strided(v), strided(anchor_k), strided(anchor_v), strided(do), strided(dq),
             None if weight is None else strided_heads(weight), x.sink, masses.window, masses.top_key, terms.share,
             terms.shift, terms.flow, average, tokens, stream, options.scale, cap_of(options.scale, options.softcap),

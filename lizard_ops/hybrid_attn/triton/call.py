@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lizard_ops.hybrid_attn.arguments import HybridOptions
 from lizard_ops.hybrid_attn.triton.config import FusedShape, fused_shape
 from lizard_ops.tiles.places import Stream
+from lizard_ops.tiles.plans import Plan
 
 Pair = tuple[Tensor, Tensor]
 
@@ -84,6 +85,25 @@ def describe(x: FusedInputs, options: FusedOptions) -> tuple[FusedShape, Stream]
         shift=options.window - prefix if options.outside else 0, start=0 if options.outside else prefix,
     )  # fmt: skip
     return shape, stream
+
+
+class Known:
+    """A kind of call without a state that has been accepted: tensors of the same shapes, strides, dtypes and devices,
+    and the same choices."""
+
+    __slots__ = ("_described", "fused", "gradients", "options", "plan")
+
+    def __init__(self, options: HybridOptions) -> None:
+        self.options, self.fused = options, chosen(options)
+        self.plan = Plan()  # of the forward's launches
+        self.gradients: dict[Any, Plan] = {}  # of the backward's, by what is asked for and how it comes in
+        self._described: tuple[FusedShape, Stream] | None = None
+
+    def described(self, x: FusedInputs) -> tuple[FusedShape, Stream]:
+        """``describe`` of these calls."""
+        if self._described is None:
+            self._described = describe(x, self.fused)
+        return self._described
 
 
 def pair(a: Tensor | None, b: Tensor | None) -> Pair | None:

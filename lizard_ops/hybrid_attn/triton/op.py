@@ -14,12 +14,12 @@ from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
 from lizard_ops.hybrid_attn.triton.bwd_linear import empty_terms, linear_keys, linear_queries, query_states
 from lizard_ops.hybrid_attn.triton.bwd_window import window_keys, window_queries
-from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, Pair, describe, pair
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, Known, Pair, describe, pair
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.triton.kept_gates import held_gradients, past_gradients
 from lizard_ops.hybrid_attn.triton.kept_index import Index, entering, from_entering
-from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
+from lizard_ops.hybrid_attn.triton.state import States, chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, slot_count
@@ -66,21 +66,38 @@ def hybrid_forward(
     return forward(taken(FusedInputs, given), taken(FusedOptions, given), final)
 
 
-def forward(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
-    """The launches of ``hybrid_forward``."""
-    shape, stream = describe(x, options)
-    q = x.q
+def forward(x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None) -> tuple[Tensor, ...]:
+    """What ``hybrid_forward`` returns. known: of a kind of call without a state, which comes again."""
+    o, states, log_scale, gates, masses = launches(x, options, final, known)
+    log_scale = empty(x.q, 0) if log_scale is None else log_scale
+    if states.end_s is None or states.end_z is None:
+        return o, empty(x.q, 0), empty(x.q, 0), log_scale, gates, *masses
+    return o, states.end_s, states.end_z, log_scale, gates, *masses
+
+
+class Launched(NamedTuple):
+    """What the launches of a forward call leave."""
+
+    o: Tensor
+    states: States
+    log_scale: Tensor | None  # of the final sums, with exponential features
+    gates: Tensor
+    masses: Masses
+
+
+def launches(x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None) -> Launched:
+    """Those of ``forward``."""
+    shape, stream = describe(x, options) if known is None else known.described(x)
+    q, plan = x.q, None if known is None else known.plan
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
-        end_log = empty(q, 0)
+        end_log = None
         if options.feature_map == "exp":
             gates, end_log = unit_gates(x.fk, x.g, x.log_scale, stream, shape)
         else:
-            gates = running_gates(x.g, stream, shape)
-        states = chunk_states(x.fk, x.v, gates, x.start, stream, shape, final)
-        o, masses = hybrid_output(x, options, states, gates, stream, shape)
-    if states.end_s is None or states.end_z is None:
-        return o, empty(q, 0), empty(q, 0), end_log, gates, *masses
-    return o, states.end_s, states.end_z, end_log, gates, *masses
+            gates = running_gates(x.g, stream, shape, plan)
+        states = chunk_states(x.fk, x.v, gates, x.start, stream, shape, final, plan)
+        o, masses = hybrid_output(x, options, states, gates, stream, shape, plan=plan)
+    return Launched(o, states, end_log, gates, masses)
 
 
 @hybrid_forward.register_fake
@@ -284,9 +301,9 @@ class _Hybrid(torch.autograd.Function):
 record_hybrid = recorded(_Hybrid)
 
 
-def hybrid(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
-    """``hybrid_forward``; a registered operator for those who look at operators."""
+def hybrid(x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None) -> tuple[Tensor, ...]:
+    """``hybrid_forward``; a registered operator for those who look at operators. known: as for ``forward``."""
     if nobody_looks(*x):
-        return forward(x, options, final)
+        return forward(x, options, final, known)
     given = x._asdict() | options._asdict() | {"final": final}
     return hybrid_forward(**given) if is_watched() else record_hybrid(*in_order(FORWARD, given))

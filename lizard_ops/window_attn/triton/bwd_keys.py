@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.tiles.launch import Launch
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import FAR, block_count, locate_in_rows, stream_bounds
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
@@ -276,7 +277,8 @@ def key_gradients(
     blocks = block_count(length, n, prefix, size, packed) * key_heads
     part_k, part_v = (stats.lse.new_empty(blocks, anchors, size) for size in (dim, v_dim))
     if blocks:
-        window_backward_keys_kernel[(blocks * max(1, cdiv(anchors, max(kept, 1))),)](
+        launch_kernel(
+            window_backward_keys_kernel, blocks * max(1, cdiv(anchors, max(kept, 1))),
             q, k, v, x.anchor_k, x.anchor_v, first, cu_seqlens, lengths, d_o, stats.lse, stats.term, stats.share,
             stats.arg_max, stats.d_max, dk, dv, part_k, part_v, *x.strides, *strides(d_o), *stats.strides, length, n,
             (n - 1).bit_length(), there_from, there_less, scale, cap_of(scale, numbers.softcap), ends, HB=config.heads,
@@ -285,7 +287,8 @@ def key_gradients(
         )  # fmt: skip
     for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
         if anchors and blocks:
-            window_backward_anchors_kernel[(n * key_heads * anchors,)](
+            launch_kernel(
+                window_backward_anchors_kernel, n * key_heads * anchors,
                 part, cu_seqlens, lengths, out, length, n, HK=key_heads, DIM=part.shape[2], A=anchors, P=prefix,
                 KB=size, BR=64, BX=power_of_2(part.shape[2]), PACKED=packed, CARRIED=carried,
                 ADD=beyond and not carried,
