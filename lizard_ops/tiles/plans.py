@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from lizard_ops import tuning
 from lizard_ops.tiles import launcher
 from lizard_ops.tiles.launcher import ODD, Prepared, is_hooked, launch_kernel, within
 from lizard_ops.tiles.strided import Strided
@@ -38,6 +39,7 @@ class Plan(dict[str, Any]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.tuned = tuning.active()  # what the launches' configurations come from
         _plans.add(self)
 
 
@@ -58,7 +60,12 @@ def launch_planned(
 
     tensors: all that are among the arguments, in their order; None where there is none.
     """
-    bound = None if plan is None else plan.get(name)
+    bound = None
+    if plan is not None:
+        if plan.tuned is not tuning.active():
+            plan.clear()
+            plan.tuned = tuning.active()
+        bound = plan.get(name)
     if type(bound) is Bound and not is_hooked():
         prepared, programs, device, values, places = bound
         addresses = [x.data_ptr() for x in tensors if x is not None]

@@ -91,12 +91,12 @@ class Known:
     """A kind of call without a state that has been accepted: tensors of the same shapes, strides, dtypes and devices,
     and the same choices."""
 
-    __slots__ = ("_described", "fused", "gradients", "options", "plan")
+    __slots__ = ("_described", "_gradients", "fused", "options", "plan")
 
     def __init__(self, options: HybridOptions) -> None:
         self.options, self.fused = options, chosen(options)
         self.plan = Plan()  # of the forward's launches
-        self.gradients: dict[Any, Plan] = {}  # of the backward's, by what is asked for and how it comes in
+        self._gradients: dict[Any, Plan] = {}  # of the backward's, by how the gradient comes in and what is asked for
         self._described: tuple[FusedShape, Stream] | None = None
 
     def described(self, x: FusedInputs) -> tuple[FusedShape, Stream]:
@@ -104,6 +104,13 @@ class Known:
         if self._described is None:
             self._described = describe(x, self.fused)
         return self._described
+
+    def plan_of_gradients(self, d_o: Tensor, needed: tuple[bool, ...]) -> Plan:
+        """The launches of a backward of these calls."""
+        kind = (d_o.stride(), d_o.dtype, needed)
+        if (plan := self._gradients.get(kind)) is None:
+            plan = self._gradients[kind] = Plan()
+        return plan
 
 
 def pair(a: Tensor | None, b: Tensor | None) -> Pair | None:

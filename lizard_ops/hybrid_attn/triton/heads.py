@@ -72,12 +72,13 @@ class _Heads(torch.autograd.Function):
             )  # fmt: skip
         else:
             row = Found(o, gates, masses, d_o, None)
-            found = gradients(x, options, row, *ctx.known.described(x), needed[7], of_heads=any(needed[:3]))
+            plan = ctx.known.plan_of_gradients(d_o, needed)
+            found = gradients(x, options, row, *ctx.known.described(x), needed[7], None, any(needed[:3]), plan)
         dq, dk, dv, dfq, dfk, dg, d_weight = found[:7]
         if again:
             dq, dk = rotary.turn(dq, cos, sin, True), rotary.turn(dk, cos, sin, True)
         elif needed[0] or needed[1]:
-            dq, dk = rotary.launch_both(dq, dk, cos, sin, True)
+            dq, dk = rotary.launch_both(dq, dk, cos, sin, True, plan)
         if needed[0] and needed[1] and needed[3] and needed[4] and not again:
             d_query_map, d_key_map = projection.gradients_of_both(q, k, query_map, key_map, dfq, dfk, dq, dk)
         else:

@@ -23,6 +23,7 @@ from lizard_ops.hybrid_attn.triton.state import States, chunk_states, running_ga
 from lizard_ops.hybrid_attn.triton.units import unit_gates
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, slot_count
+from lizard_ops.tiles.plans import Plan
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,10 +157,11 @@ def of_entering(stream: Stream, shape: FusedShape) -> tuple[Stream, FusedShape]:
 
 def gradients(
     x: FusedInputs, options: FusedOptions, found: Found, shape: FusedShape, stream: Stream, gate_gradient: bool,
-    index: Index | None = None, of_heads: bool = True,
+    index: Index | None = None, of_heads: bool = True, plan: Plan | None = None,
 ) -> Gradients:  # fmt: skip
     """What ``hybrid_backward`` returns, and more. index: of keys with an expiry. of_heads: whether those of q, k, v and
-    carried anchors are asked for; else they may be empty, or not what they should be."""
+    carried anchors are asked for; else they may be empty, or not what they should be. plan: of a known kind of call
+    without either."""
     q, fq, g, s = x.q, x.fq, x.g, x.s
     _, gates, masses, d_o, d_end = found
     enters = index is not None and options.outside
@@ -168,26 +170,26 @@ def gradients(
         if index is not None and enters:
             rows = x._replace(fk=entering(x.fk, index.source, stream), v=entering(x.v, index.source, stream))
             linear = of_entering(stream, shape)
-        states = chunk_states(rows.fk, rows.v, gates, x.start, *linear, end=False)
+        states = chunk_states(rows.fk, rows.v, gates, x.start, *linear, end=False, plan=plan)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
 
         def of_queries(terms):
-            return window_queries(x, options, d_o, masses, terms, stream, shape, index)
+            return window_queries(x, options, d_o, masses, terms, stream, shape, index, plan)
 
         if not shape.merge:
             dq, average = of_queries(terms)
-        dfq = linear_queries(rows, options, states, gates, found.o, d_o, masses, average, terms, *linear)
+        dfq = linear_queries(rows, options, states, gates, found.o, d_o, masses, average, terms, *linear, plan)
         states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
         if shape.merge and shape.exact:
             dq, _ = of_queries(terms)
-        d_states = query_states(fq, d_o, gates, terms, d_end, *linear, s is not None)
+        d_states = query_states(fq, d_o, gates, terms, d_end, *linear, s is not None, plan)
         dv, dfk, key_terms = linear_keys(
-            rows.v, fq, rows.fk, d_o, gates, terms, d_states, *linear, gate_gradient
+            rows.v, fq, rows.fk, d_o, gates, terms, d_states, *linear, gate_gradient, plan
         )  # fmt: skip
         del rows
         dg, d_past = empty(q, 0), empty(q, 0)
         if key_terms is not None:
-            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, *linear)
+            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, *linear, plan)
             if index is not None and enters:
                 dg += held_gradients(g, key_terms, index, stream, shape)
                 d_past = past_gradients(key_terms, index, stream, shape) if stream.prefix else d_past
@@ -198,7 +200,7 @@ def gradients(
             dfk, dv = from_entering(dfk, index.entries, stream), from_entering(dv, index.entries, stream)
         dk = da_k = da_v = empty(q, 0)
         if of_heads:
-            dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index)
+            dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index, plan)
         if not shape.exact:
             dq = of_queries(terms)[0] if of_heads else empty(q, 0)
         d_sink = empty(q, 0)

@@ -275,4 +275,4 @@ def scan_states(
         return (stream.ends - 1) * shape.state_heads * tiles, args, c.launch
 
     if stream.ends > 1:
-        launch_planned(plan, "scan", scan_kernel, tensors, arguments)
+        launch_planned(plan, "scan back" if reverse else "scan", scan_kernel, tensors, arguments)
