@@ -53,6 +53,15 @@ def forget() -> None:
         plan.clear()
 
 
+def plan_of(known: dict[Any, Any] | None, kind: Any) -> Plan | None:
+    """The plan of this kind among what is known of calls; None where nothing is kept of them."""
+    if known is None:
+        return None
+    if (plan := known.get(kind)) is None:
+        plan = known[kind] = Plan()
+    return plan
+
+
 def launch_planned(
     plan: Plan | None, name: str, kernel: Any, tensors: tuple[Tensor | None, ...], arguments: Callable[[], Arguments]
 ) -> None:
