@@ -48,7 +48,7 @@ def without_kernels() -> Iterator[Launches]:
     def prepared(kernel: Any, programs: int, args: Any, options: Any) -> Any:
         run = counted(kernel, (programs,))
         run()
-        return launchers[0].Prepared(run, 0, None, lambda device: 0, ())
+        return launchers[0].Prepared(None, run, 0, None, lambda device: 0, ())
 
     changed = []
     for module in _modules():

@@ -28,6 +28,7 @@ RUNTIME: Any = triton.knobs.runtime if TAKES_ADDRESSES else None
 class Prepared(NamedTuple):
     """A compiled kernel as its launcher takes it."""
 
+    compiled: Any  # lets go of the function when it is let go of
     run: Any
     function: int
     metadata: Any
@@ -87,7 +88,7 @@ def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> Non
                 _known.clear()
             _known[key] = found
         return
-    run, function, metadata, stream_of, rest = found
+    _, run, function, metadata, stream_of, rest = found
     run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *values, *rest)
 
 
@@ -123,7 +124,7 @@ def prepare(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str
     if any(isinstance(x, (Tensor, tuple)) for x in rest):
         return None
     stream_of = driver.active.get_current_stream
-    return Prepared(compiled.run, compiled.function, compiled.packed_metadata, stream_of, rest)
+    return Prepared(compiled, compiled.run, compiled.function, compiled.packed_metadata, stream_of, rest)
 
 
 def is_hooked() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -105,9 +106,9 @@ class Known:
             self._described = describe(x, self.fused)
         return self._described
 
-    def plan_of_gradients(self, d_o: Tensor, needed: tuple[bool, ...]) -> Plan:
-        """The launches of a backward of these calls."""
-        kind = (d_o.stride(), d_o.dtype, needed)
+    def plan_of_gradients(self, d_o: Tensor, saved: Sequence[Tensor | None], needed: tuple[bool, ...]) -> Plan:
+        """The launches of a backward of these calls. saved: to what hooks of saved tensors may give other strides."""
+        kind = (d_o.stride(), needed, *(None if x is None else (x.stride(), x.dtype) for x in saved))
         if (plan := self._gradients.get(kind)) is None:
             plan = self._gradients[kind] = Plan()
         return plan

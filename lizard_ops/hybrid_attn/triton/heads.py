@@ -58,21 +58,22 @@ class _Heads(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_o is None:
             return (None,) * 10
-        q, k, query_map, key_map, cos, sin, *saved = ctx.saved_tensors
+        given = ctx.saved_tensors
+        q, k, query_map, key_map, cos, sin, *saved = given
         x, o, gates, masses = FusedInputs(*saved[:7], *NO_MORE), saved[7], saved[8], Masses(*saved[9:])
         options, needed = ctx.known.fused, ctx.needs_input_grad
         again = torch.is_grad_enabled()  # create_graph=True: operators say that they have no second derivative
         if again:
-            given = x._asdict() | options._asdict()
-            del given["log_scale"]
+            named = x._asdict() | options._asdict()
+            del named["log_scale"]
             linear, window, spread, top_key = masses
             found = hybrid_backward(
-                **given, o=o, gates=gates, linear=linear, log_window=window, spread=spread, top_key=top_key, d_o=d_o,
+                **named, o=o, gates=gates, linear=linear, log_window=window, spread=spread, top_key=top_key, d_o=d_o,
                 d_s=None, d_z=None, gate_gradient=needed[7],
             )  # fmt: skip
         else:
             row = Found(o, gates, masses, d_o, None)
-            plan = ctx.known.plan_of_gradients(d_o, needed)
+            plan = ctx.known.plan_of_gradients(d_o, given, needed)
             found = gradients(x, options, row, *ctx.known.described(x), needed[7], None, any(needed[:3]), plan)
         dq, dk, dv, dfq, dfk, dg, d_weight = found[:7]
         if again:
