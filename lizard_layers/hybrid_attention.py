@@ -18,15 +18,14 @@ from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
 from lizard_layers.one_text import step_of_one_text, takes_text_step
 from lizard_layers.packed_blocks import PackedBlock, by_kind, read_packed
-from lizard_layers.parameters import has_hooks
 from lizard_layers.read_input import Heads, Read, read_input, read_token
+from lizard_layers.read_text import read_text
 from lizard_layers.received import InWindow, WindowForm
 from lizard_layers.state import LayerState, State, overwrite_layer_state, state_of, tensors_of
 from lizard_ops import (
     AttentionState,
     PoolRows,
     chunk_hybrid_attn,
-    hybrid_heads,
     overwrite_state,
     recurrent_hybrid_attn,
     rotary_both,
@@ -135,6 +134,9 @@ class HybridAttention(nn.Module):
         plain = inplace and self.steps_at_once and padding_mask is None and cu_seqlens is None and anchor_blocks is None
         if plain and paged is None and (one := step_of_one_text(self, x, q, k, v, rope, state)) is not None:
             return one, state if use_state else None  # type: ignore[return-value]
+        alone = state is None and padding_mask is None and cu_seqlens is None and anchor_blocks is None
+        if alone and (read := read_text(self, x, q, k, v, rope, use_state)) is not None:
+            return read
         tokens = _Tokens(x, q, k, v, rope, padding_mask)
         if isinstance(state, EarlierRanks):
             if state.group is None:
@@ -269,8 +271,6 @@ class HybridAttention(nn.Module):
         config, few = self.config, tokens.q.shape[1] == 1
         token = read_token(self, tokens.x, tokens.q, tokens.k, tokens.rope) if few else None
         read, heads = (read_input(self, tokens.x, tokens.k), None) if token is None else token
-        if heads is None and (found := self._at_once(tokens, read, shared)) is not None:
-            return *found, None
         inputs, choices, (score, _) = self.op_inputs(tokens, read, past, shared, inplace, heads)
         begins = choices.pop("has_state", None)
         if tokens.q.shape[1] == 1 and shared["initial_state"] is not None and begins is None:
@@ -279,20 +279,6 @@ class HybridAttention(nn.Module):
             return o, new, score
         o, new = chunk_hybrid_attn(*inputs, config.window, gate_form=config.gate_form, **choices, has_state=begins)
         return o, new, score
-
-    def _at_once(
-        self, tokens: _Tokens, read: Read, shared: dict[str, Any]
-    ) -> tuple[Tensor, AttentionState | None] | None:
-        """What ``hybrid_heads`` gives, where it may stand for the ops apart."""
-        config, (_, q, k, v, rope, _) = self.config, tokens
-        plain = shared["initial_state"] is None and shared["context_group"] is None and "state_indices" not in shared
-        if rope is None or not plain or not self.takes_heads or has_hooks(self.feature_maps):
-            return None
-        if (weights := self.feature_maps.weights()) is None:
-            return None
-        choices = self._choices(read[2], shared)
-        del choices["context_group"]
-        return hybrid_heads(q, k, v, *weights, *rope, read[1], config.window, **choices, gate_form=config.gate_form)
 
     def op_inputs(
         self, tokens: _Tokens, read: Read, past: ScoreState | ReceivingState | None, shared: dict[str, Any],

@@ -52,6 +52,11 @@ class _Active:
 _active: _Active | None = None
 
 
+def active() -> Any:
+    """An object for each set of configurations; None for the tables beside the kernels."""
+    return _active
+
+
 def tunable(op: str, fixed: tuple[str, ...] = ()) -> Callable[[Config], Config]:
     """Let the decorated function's configuration (a NamedTuple) be replaced by a tuned one.
 

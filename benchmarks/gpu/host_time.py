@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/host_time.py --out benchmarks/results/host/NAME.json
     python benchmarks/gpu/host_time.py --device cpu --no-launch --shapes tiny      # without a GPU: what it would cost
+    python benchmarks/gpu/host_time.py --device cpu --prepare --shapes tiny-half   # and what Triton does first
 
 For a layer (``layers[0]``) and a whole model: the forward without gradients (``prefill``, as generate reads a prompt,
 into a new cache), forward and backward of a training step (``train``) and a decode step (``decode``), random weights.
@@ -15,7 +16,9 @@ into a new cache), forward and backward of a training step (``train``) and a dec
 
 On a CPU the operators compute inside the host's time, so the shape ``tiny`` has sizes that cost little, and times are
 those of the thread. With ``--no-launch`` CPU tensors take the Triton path, whose kernels are counted (``launches``) and
-left out: what remains of the host's time is Python, operators and allocations.
+left out: what remains of the host's time is Python, operators and allocations. With ``--prepare`` Triton compiles them
+for an H200 (minutes, once) and prepares each launch; the driver's call alone is left out. The shape ``tiny-half`` reads
+160 tokens in bfloat16, whose gates take the path of long texts.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = MODELS | {
         num_key_value_heads=1, tie_word_embeddings=True,
     ),
 }  # fmt: skip
+SHAPES["tiny-half"] = SHAPES["tiny"] | {"dtype": "bfloat16"}
 SHOWN = ("host_us", "whole_us", "gpu_us", "launches", "ops", "python", "py_us")
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaMemcpyAsync",
             "cudaMemsetAsync")  # fmt: skip
@@ -56,8 +60,9 @@ Call = Callable[[], Any]
 def build(shape: str, layers: int, device: str, window: int) -> tuple[Any, Any]:
     """The teacher and its Lizard, which share their weights."""
     sizes = SHAPES[shape] | {"num_hidden_layers": layers}
+    half = sizes.pop("dtype", "bfloat16" if device == "cuda" else "float32") == "bfloat16"
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
     with torch.device(device):
         teacher = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=131072))
     torch.set_default_dtype(torch.float32)
@@ -165,11 +170,15 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-launch", action="store_true", help="on a CPU: the Triton path without its kernels")
+    parser.add_argument("--prepare", action="store_true", help="as --no-launch, but what the driver does")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.no_launch and args.device != "cpu":
-        parser.error("--no-launch is for --device cpu")
-    with without_kernels() if args.no_launch else contextlib.nullcontext() as left_out:
+    left = args.no_launch or args.prepare
+    if left and args.device != "cpu":
+        parser.error("--no-launch and --prepare are for --device cpu")
+    if left:
+        torch.set_num_threads(1)
+    with without_kernels(args.prepare) if left else contextlib.nullcontext() as left_out:
         report = rows(args, left_out)
     print_table(args, report)
 
@@ -179,7 +188,7 @@ def rows(args: argparse.Namespace, left_out: Launches | None) -> dict[str, Any]:
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     report: dict[str, Any] = {"environment": environment(), "arguments": arguments, "rows": []}
     for shape in args.shapes:
-        length, window = (16, 8) if shape == "tiny" else (args.length, 128)
+        length, window = {"tiny": (16, 8), "tiny-half": (160, 8)}.get(shape, (args.length, 128))
         for of in ("layer", "model"):
             for kind in args.kinds:
                 models = dict(zip(("teacher", "lizard"), build(shape, args.layers, args.device, window), strict=True))

@@ -294,10 +294,14 @@ def own_memory(state: State, others: tuple[Tensor | None, ...]) -> bool:
     """Whether every tensor of the state fills memory of its own, which none of the others lies in."""
     if torch.jit.is_tracing():
         return False
-    tensors = tensors_of(state).values()
-    taken = [t.untyped_storage().data_ptr() for t in (*tensors, *(t for t in others if t is not None))]
-    whole = all(t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
-    return whole and all(taken.count(place) == 1 for place in taken[: len(tensors)])
+    taken = {t.untyped_storage().data_ptr() for t in others if t is not None}
+    for t in tensors_of(state).values():
+        memory = t.untyped_storage()
+        place = memory.data_ptr()
+        if place in taken or memory.nbytes() != t.nbytes or not t.is_contiguous():
+            return False
+        taken.add(place)
+    return True
 
 
 def split_blocks(

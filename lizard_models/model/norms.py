@@ -134,8 +134,11 @@ class SummingLayer:
         layer: Any = self
         fused = None if args else running_norms(hidden_states)
         if fused is None and not args and reads_alone(layer, hidden_states):
-            with fused_norms([layer], None):
+            token = _fused.set(FusedNorms({}))  # as ``fused_norms``, of a layer whose output no norm reads
+            try:
                 return SummingLayer.forward(layer, hidden_states, **kwargs)
+            finally:
+                _fused.reset(token)
         if fused is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         parts = layer._modules  # a Module's own look-up of an attribute is a function of Python

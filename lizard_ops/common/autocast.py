@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AS_IT_IS: contextlib.AbstractContextManager = contextlib.nullcontext()  # one for all, asked for in every layer
+
 
 def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
     """Under autocast, float32 and half inputs in its dtype; everything else, and everything without it, unchanged."""
@@ -22,7 +24,7 @@ def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
 def without_autocast(like: Tensor) -> contextlib.AbstractContextManager:
     """A context in which products of float32 tensors stay float32."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if _enabled(kind) else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _enabled(kind) else AS_IT_IS
 
 
 def _enabled(kind: str) -> bool:

@@ -17,12 +17,14 @@ class Kinds:
     """What an op remembers of the calls that it has accepted."""
 
     def __init__(self) -> None:
-        self.known: set[Kind] = set()
+        self.known: dict[Kind, dict[Any, Any]] = {}
 
     def check(
         self, tensors: tuple[Any, ...], others: tuple[Any, ...], check: Callable[[], None], traced: bool | None = None
-    ) -> None:
-        """Calls ``check``, which raises for what does not fit, unless it has accepted tensors of these shapes, dtypes
+    ) -> dict[Any, Any] | None:
+        """Where to keep what else is known of such calls; None where none is remembered.
+
+        Calls ``check``, which raises for what does not fit, unless it has accepted tensors of these shapes, dtypes
         and devices with these other arguments.
 
         While torch.compile traces it always does: a trace that looked at what is known would be one for that. traced:
@@ -31,11 +33,13 @@ class Kinds:
         kind = None if traced or (traced is None and torch.compiler.is_compiling()) else kind_of(tensors, others)
         if kind is None:
             check()
-        elif kind not in self.known:
+            return None
+        if (known := self.known.get(kind)) is None:
             check()
             if len(self.known) >= MOST:
                 self.known.clear()
-            self.known.add(kind)
+            known = self.known[kind] = {}
+        return known
 
 
 def kind_of(tensors: tuple[Any, ...], others: tuple[Any, ...]) -> Kind | None:

@@ -159,6 +159,8 @@ def final_ring(rows: Tensor, ring: Tensor | None, window: int, layout: Layout) -
         return _with_zeros(rows, window)
     if layout.whole:
         oldest = length - length % window  # of those that stay, after which come the slots from 0 on
+        if not torch.compiler.is_compiling() and oldest == length:  # which would be a trace for such lengths alone
+            return rows[:, length - window :].clone(memory_format=torch.contiguous_format)
         return torch.cat([rows[:, oldest:], rows[:, length - window : oldest]], 1)
     slot = torch.arange(window, device=rows.device)
     back = (layout.end.unsqueeze(1) - 1 - slot) % window  # rows between the slot's position and the newest

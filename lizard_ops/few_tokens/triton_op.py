@@ -12,6 +12,7 @@ from lizard_ops.feature_projection.triton.kernels import project_tiles
 from lizard_ops.feature_projection.triton.op import TOKENS, blocks, config_for, precision, rows, tiles_each
 from lizard_ops.gate.triton_op import columns_of, one_number
 from lizard_ops.rotary.triton_op import PAIRS, steps_of, turn_rows, unit_rows
+from lizard_ops.tiles.launcher import launch_kernel
 
 
 @triton.jit(do_not_specialize=["temperature", "maps_q", "maps_k", "turns_q", "turns_k"])
@@ -73,7 +74,8 @@ def launch(
     counts = [of_head * heads, of_head * key_heads, *(cdiv(tokens, n) for n in turned)]
     with on_device(q, dim=dim, features=tile["F"]):
         c = config_for("output", q, of_q)
-        token_heads_kernel[(sum(counts) + tokens * (gates + biases),)](
+        launch_kernel(
+            token_heads_kernel, sum(counts) + tokens * (gates + biases),
             x, q, k, of_q, of_k, cos, sin, gate_weight, gate_bias, bias_weight, bias,
             g, m, y_q, y_k, fq, fk, temperature, tokens, length,
             *q.stride()[:3], *k.stride()[:3], *steps_of(cos, sin), *counts,

@@ -6,6 +6,7 @@ float32, which a GPU forms on slower units and from a float32 copy of the tokens
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -13,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.common.direct import is_watched
+from lizard_ops.common.direct import is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.gate.formula import gate_and_bias_formula
 from lizard_ops.gate.triton_op import log_sigmoid
+from lizard_ops.tiles.launcher import launch_kernel
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 
 COLUMNS = 1024  # of a weight's row that a program splits
 NUMBERS = 4096  # of outputs that a program has in registers
@@ -106,24 +109,38 @@ def rows_of(columns: int) -> dict[str, int]:
 def outputs(
     x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """g, m, and what the backward reads: the logits of the gates, and high, high and middle of the weights."""
+    """g, m, and what the backward reads: the logits of the gates, and the parts of the weights."""
     (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
     tokens, columns = batch * length, gates + biases
     g, z = (x.new_empty(batch, length, gates, dtype=torch.float32) for _ in range(2))
     m = x.new_empty(batch, length, biases, dtype=torch.float32)
     parts = x.new_empty(4 * columns, dim)
-    if tokens:
-        with on_device(x, dim=dim):
-            split_weights_kernel[(columns * cdiv(dim, COLUMNS),)](
-                gate_weight.contiguous(), bias_weight.contiguous(), parts, dim, G=gates, C=columns, BD=COLUMNS,
-            )  # fmt: skip
-            y = product(x.reshape(tokens, dim), parts[columns:].mT)
+    if not tokens:
+        return g, m, z, parts
+    plan = plan_of(tokens, dim, gates, biases, bias is None, float(temperature), x.device)
+    of_parts = (gate_weight.contiguous(), bias_weight.contiguous(), parts)
+
+    def split() -> Arguments:
+        return columns * cdiv(dim, COLUMNS), (*of_parts, dim, gates, columns, COLUMNS), {}
+
+    with on_device(x, dim=dim):
+        launch_planned(plan, "split", split_weights_kernel, of_parts, split)
+        y = product(x.reshape(tokens, dim), parts[columns:].mT)
+        of_outputs = (y, gate_bias.contiguous(), None if bias is None else bias.contiguous(), g, m, z)
+
+        def finish() -> Arguments:
             tile = rows_of(columns)
-            outputs_kernel[(cdiv(tokens, tile["BN"]),)](
-                y, gate_bias.contiguous(), None if bias is None else bias.contiguous(), g, m, z, tokens,
-                float(temperature), G=gates, C=columns, **tile,
-            )  # fmt: skip
-    return g, m, z, parts[: 3 * columns]
+            args = (*of_outputs, tokens, float(temperature), gates, columns, tile["BN"], tile["BC"])
+            return cdiv(tokens, tile["BN"]), args, {}
+
+        launch_planned(plan, "outputs", outputs_kernel, of_outputs, finish)
+    return g, m, z, parts
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_of(*facts: Any) -> Plan:
+    """The launches of these sizes, float32 weights and tokens of bfloat16 with the same temperature and device."""
+    return Plan()
 
 
 @torch.library.custom_op("lizard_ops::gate_and_bias_parts", mutates_args=())
@@ -141,12 +158,17 @@ def _(x, gate_weight, gate_bias, bias_weight, bias, temperature):
 
 
 def gate_and_bias_in_parts(
-    x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """``gate_and_bias`` of bfloat16 x [B, T, D], checked, on Triton; differentiable any number of times."""
+    x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float,
+    quiet: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``gate_and_bias`` of bfloat16 x [B, T, D], checked, on Triton; differentiable any number of times. quiet: nobody
+    looks, and nothing is recorded."""
+    given = (x, gate_weight, gate_bias, bias_weight, bias)
+    if quiet:
+        return outputs(*given, temperature)[:2]
     if is_watched():  # by a mode, where nothing is recorded: ``takes_parts``
-        return unrecorded(x, gate_weight, gate_bias, bias_weight, bias, float(temperature))
-    return _InParts.apply(x, gate_weight, gate_bias, bias_weight, bias, temperature)
+        return unrecorded(*given, float(temperature))
+    return record_parts(*given, temperature)
 
 
 class _InParts(torch.autograd.Function):
@@ -160,7 +182,7 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dg: Tensor, dm: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_weight, gate_bias, bias_weight, bias, z, weights = ctx.saved_tensors
+        x, gate_weight, gate_bias, bias_weight, bias, z, of_weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # the same, as functions of the inputs
             return _again((x, gate_weight, gate_bias, bias_weight, bias), ctx, dg, dm)
         (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
@@ -170,12 +192,15 @@ class _InParts(torch.autograd.Function):
         if tokens:
             tile = rows_of(columns)
             with on_device(x, dim=dim):
-                gradient_parts_kernel[(cdiv(tokens, tile["BN"]),)](
+                launch_kernel(
+                    gradient_parts_kernel, cdiv(tokens, tile["BN"]),
                     z, dg.contiguous(), dm.contiguous(), total, parts, tokens, float(ctx.temperature),
                     G=gates, C=columns, **tile,
                 )  # fmt: skip
         of_x, *needed = ctx.needs_input_grad[:5]
-        dx = (parts[:, : 3 * columns] @ weights).view(x.shape) if of_x else None
+        dx = None
+        if of_x:  # high, high and middle of the weights
+            dx = (parts[:, : 3 * columns] @ of_weights[: 3 * columns]).view(x.shape)
         d_weight = d_bias = (None, None)
         if needed[0] or needed[2]:
             whole = product(parts[:, columns:].mT, x.reshape(tokens, dim)).view(3, columns, dim).sum(0)
@@ -183,6 +208,9 @@ class _InParts(torch.autograd.Function):
         if needed[1] or needed[3]:
             d_bias = total.sum(0).split([gates, biases])
         return dx, d_weight[0], d_bias[0], d_weight[1], None if bias is None else d_bias[1], None
+
+
+record_parts = recorded(_InParts)
 
 
 def _again(given: tuple[Tensor | None, ...], ctx: Any, dg: Tensor, dm: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lizard_ops.common.direct import direct
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.sizes import power_of_2
+from lizard_ops.tiles.launcher import launch_kernel
 
 CHANNELS = 4096  # of x that a program has in registers at once
 
@@ -80,9 +81,10 @@ def both(
     programs = batch * length * (gates + biases)
     if programs:
         with on_device(x):
-            gate_and_bias_kernel[(programs,)](
+            launch_kernel(
+                gate_and_bias_kernel, programs,
                 x, gate_weight, gate_bias, bias_weight, bias, g, m, temperature,
-                D=dim, G=gates, H=biases, BD=columns_of(dim), num_warps=4,  # as in ``token_heads``
+                D=dim, G=gates, H=biases, BD=columns_of(dim), num_warps=4,  # as in ``token_heads``,
             )  # fmt: skip
     return g, m
 

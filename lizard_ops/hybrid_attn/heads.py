@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from lizard_ops.hybrid_attn.api import chunk_hybrid_attn
 from lizard_ops.hybrid_attn.arguments import HybridOptions
 from lizard_ops.rotary.api import rotary_both
 
+if TYPE_CHECKING:
+    from lizard_ops.hybrid_attn.triton.call import Known
+
 MOST = 256  # kinds of calls that are remembered
 RARE = ("sinks", "alpha", "initial_state", "cu_seqlens", "padding_mask", "scores", "expiry")
-_known: dict[tuple[Any, ...], HybridOptions] = {}
+_known: dict[tuple[Any, ...], Known] = {}
 
 
 class Heads(NamedTuple):
@@ -76,59 +79,66 @@ def hybrid_heads(
     """
     heads = Heads(q, k, v, query_map, key_map, cos, sin, g, merge_bias)
     kind = _kind(heads, window, choices)
-    options = None if kind is None else _known.get(kind)
-    if options is not None:
+    known = None if kind is None else _known.get(kind)
+    if known is not None and not _needs_more(heads, choices):
         from lizard_ops.hybrid_attn.triton.heads import hybrid_heads_triton
 
         if g is not None:
             checks.check_gate_values(g, None)
-        return hybrid_heads_triton(heads, options)
+        return hybrid_heads_triton(heads, known)
     impl = choices.get("impl", "auto")
     q, k, fq, fk = project_both(q, k, query_map, key_map, reuse_gradient=True, impl=impl)
     q, k = rotary_both(q, k, cos, sin, impl=impl)
     found = chunk_hybrid_attn(q, k, v, fq, fk, g, window, merge_bias=merge_bias, **choices)
-    if kind is not None:
+    if kind is not None and known is None and _may_be_known(heads, choices) and not _needs_more(heads, choices):
         if len(_known) >= MOST:
             _known.clear()
-        _known[kind] = _options(heads, window, choices)
+        from lizard_ops.hybrid_attn.triton.call import Known
+
+        _known[kind] = Known(_options(heads, window, choices))
     return found
 
 
 def _kind(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Any, ...] | None:
-    """All that the checks of shapes read; None for calls that go through the three ops."""
+    """All that the checks of shapes and the launches read; None where somebody looks, or it cannot be remembered."""
     if is_watched():  # torch.compile must not look at what is known: it would compile again where that has grown
         return None
-    recorded = torch.is_grad_enabled()
     facts: list[Any] = []
     for x in heads:
         if x is None:
             facts.append(None)
         elif type(x) in PLAIN:
-            facts.append((x.shape, x.dtype, x.device))
+            facts += (x.shape, x.stride(), x.dtype, x.device)
         else:
             return None
-    q, k, _, query_map, key_map, cos, sin, g, bias = heads
-    for name in RARE:
-        if choices.get(name) is not None:
-            return None
-    if choices.get("gate_form", "stable") != "stable" or choices.get("feature_map") == "exp":
-        return None
-    if any(x is not None and (x.ndim != 3 or x.dtype != torch.float32) for x in (g, bias)):
-        return None
-    if q.dtype != k.dtype or query_map.shape[1:] != key_map.shape[1:] or not q.numel() or not k.numel():
-        return None
-    if recorded and (choices.get("output_final_state") or cos.requires_grad or sin.requires_grad):
-        return None
-    if choose_impl(choices.get("impl", "auto"), q, None) != "triton" or q.dtype == torch.float64:
-        return None
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        return None
     kind = (*facts, window, type(window), *choices.items(), *map(type, choices.values()))
     try:
         hash(kind)
     except TypeError:  # a list among the choices
         return None
     return kind
+
+
+def _needs_more(heads: Heads, choices: dict[str, Any]) -> bool:
+    """Whether a call needs the three ops for what is no part of its kind: gradients that one node has not, autocast."""
+    q, cos, sin = heads.q, heads.cos, heads.sin
+    if torch.is_grad_enabled() and (choices.get("output_final_state") or cos.requires_grad or sin.requires_grad):
+        return True
+    return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
+
+
+def _may_be_known(heads: Heads, choices: dict[str, Any]) -> bool:
+    """Whether the launches of ``hybrid_heads_triton`` are those of this kind of call."""
+    q, k, _, query_map, key_map, _, _, g, bias = heads
+    if any(choices.get(name) is not None for name in RARE):
+        return False
+    if choices.get("gate_form", "stable") != "stable" or choices.get("feature_map") == "exp":
+        return False
+    if any(x is not None and (x.ndim != 3 or x.dtype != torch.float32) for x in (g, bias)):
+        return False
+    if q.dtype != k.dtype or query_map.shape[1:] != key_map.shape[1:] or not q.numel() or not k.numel():
+        return False
+    return choose_impl(choices.get("impl", "auto"), q, None) == "triton" and q.dtype != torch.float64
 
 
 def _options(heads: Heads, window: int, choices: dict[str, Any]) -> HybridOptions:

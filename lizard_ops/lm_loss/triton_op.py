@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lizard_ops.common.dispatch import on_device
+from lizard_ops.tiles.launcher import launch_kernel
 
 BLOCK = 2048  # logits that a program holds at a time
 
@@ -79,7 +80,8 @@ def triton_row_losses(
     teacher = teacher if teacher is None or teacher.stride(1) == 1 else teacher.contiguous()
     targets = targets.contiguous()
     with on_device(student):
-        loss_kernel[(rows,)](
+        launch_kernel(
+            loss_kernel, rows,
             student, teacher, targets, losses, columns, student.stride(0), 0 if teacher is None else teacher.stride(0),
             float(entropy_weight), float(kl_weight), 0.0 if scale is None else scale,
             BLOCK=min(BLOCK, triton.next_power_of_2(columns)), GRADIENT=scale is not None, num_warps=8,

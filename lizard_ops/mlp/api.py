@@ -36,11 +36,11 @@ def silu_product(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     """
     looking = who_looks(gate, up)
     traced = looking is Looking.MORE and torch.compiler.is_compiling()
-    _accepted.check((gate, up), (), lambda: _check(gate, up), traced)
+    known = _accepted.check((gate, up), (), lambda: _check(gate, up), traced)
     if choose_impl("torch" if traced and impl == "auto" else impl, gate, None) == "triton":
         from lizard_ops.mlp.triton_op import silu_product_triton
 
-        return silu_product_triton(gate, up, looking)
+        return silu_product_triton(gate, up, looking, known)
     return F.silu(gate) * up
 
 

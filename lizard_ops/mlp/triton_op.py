@@ -13,6 +13,8 @@ from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import cdiv, power_of_2
+from lizard_ops.tiles.launcher import launch_kernel
+from lizard_ops.tiles.plans import Arguments, launch_planned, plan_of
 
 COLUMNS = 1024  # of a program
 
@@ -57,15 +59,23 @@ def as_rows(x: Tensor) -> Tensor:
 @torch.library.custom_op("lizard_ops::silu_product", mutates_args=())
 def product(gate: Tensor, up: Tensor) -> Tensor:
     """y [..., F] like gate."""
+    return launch(gate, up)
+
+
+def launch(gate: Tensor, up: Tensor, known: dict[Any, Any] | None = None) -> Tensor:
+    """``product``. known: of calls like this one, which differ in strides at most."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel():
         gate, up = as_rows(gate), as_rows(up)
-        rows, columns = gate.shape
-        block = min(COLUMNS, power_of_2(columns))
+        steps = (gate.stride(0), up.stride(0))
+
+        def arguments() -> Arguments:
+            rows, columns = gate.shape
+            block = min(COLUMNS, power_of_2(columns))
+            return rows * cdiv(columns, block), (gate, up, y, *steps, columns, block), {"num_warps": 4}
+
         with on_device(gate):
-            silu_product_kernel[(rows * cdiv(columns, block),)](
-                gate, up, y, gate.stride(0), up.stride(0), F=columns, BF=block, num_warps=4
-            )
+            launch_planned(plan_of(known, steps), "product", silu_product_kernel, (gate, up, y), arguments)
     return y
 
 
@@ -84,9 +94,10 @@ def product_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tens
         rows, columns = gate.shape
         block = min(COLUMNS, power_of_2(columns))
         with on_device(gate):
-            silu_product_backward_kernel[(rows * cdiv(columns, block),)](
+            launch_kernel(
+                silu_product_backward_kernel, rows * cdiv(columns, block),
                 gate, up, dy, d_gate, d_up, gate.stride(0), up.stride(0), dy.stride(0), F=columns, BF=block, num_warps=4
-            )
+            )  # fmt: skip
     return d_gate, d_up
 
 
@@ -101,7 +112,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return product._init_fn(gate, up)
+        return launch(gate, up)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -120,8 +131,8 @@ differentiable_once(product_backward, "silu_product")
 record_product = recorded(_Product)
 
 
-def silu_product_triton(gate: Tensor, up: Tensor, looking: Looking) -> Tensor:
-    """The product. looking: at these tensors."""
+def silu_product_triton(gate: Tensor, up: Tensor, looking: Looking, known: dict[Any, Any] | None = None) -> Tensor:
+    """The product. looking: at these tensors. known: of this kind of call."""
     if looking is Looking.NOBODY:
-        return product._init_fn(gate, up)
+        return launch(gate, up, known)
     return (record_product if looking is Looking.AUTOGRAD else product)(gate, up)

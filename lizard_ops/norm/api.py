@@ -41,11 +41,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     """
     looking = who_looks(x, weight)
     traced = looking is Looking.MORE and torch.compiler.is_compiling()
-    _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset), traced)
+    known = _accepted.check((x, weight), (eps, unit_offset), lambda: _check(x, weight, eps, unit_offset), traced)
     if choose_impl("torch" if traced and impl == "auto" else impl, x, None) == "triton":
         from lizard_ops.norm.triton_op import rms_norm_triton
 
-        return rms_norm_triton(x, weight, eps, unit_offset, looking)
+        return rms_norm_triton(x, weight, eps, unit_offset, looking, known)
     return _by_torch(x, weight, eps, unit_offset)
 
 
@@ -77,11 +77,11 @@ def add_rms_norm(
 
     looking = who_looks(x, residual, weight)
     traced = looking is Looking.MORE and torch.compiler.is_compiling()
-    _accepted.check((x, weight, residual), (eps, unit_offset), check, traced)
+    known = _accepted.check((x, weight, residual), (eps, unit_offset), check, traced)
     if choose_impl("torch" if traced and impl == "auto" else impl, x, None) == "triton":
         from lizard_ops.norm.triton_op import add_rms_norm_triton
 
-        return add_rms_norm_triton(x, residual, weight, eps, unit_offset, looking)
+        return add_rms_norm_triton(x, residual, weight, eps, unit_offset, looking, known)
     s = residual + x
     return s, _by_torch(s, weight, eps, unit_offset)
 

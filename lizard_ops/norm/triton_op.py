@@ -13,6 +13,8 @@ from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import power_of_2
+from lizard_ops.tiles.launcher import launch_kernel
+from lizard_ops.tiles.plans import Arguments, launch_planned, plan_of
 
 PROGRAMS = 512  # that share the rows of a weight's gradient
 
@@ -94,19 +96,25 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, s: Tensor | None, eps: float, unit_offset: bool
-) -> Tensor:
-    """y; fills s where there is a residual."""
-    weight, dim = weight.contiguous(), x.shape[-1]
+    x: Tensor, residual: Tensor | None, weight: Tensor, s: Tensor | None, eps: float, unit_offset: bool,
+    known: dict[Any, Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """y; fills s where there is a residual. known: of calls like this one, which differ in strides at most."""
+    weight = weight.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows, block = x.numel() // dim, power_of_2(dim)
-    if rows:
+    if x.numel():
+        plan = plan_of(known, "norm") if x.is_contiguous() else None
         x, heads, *steps = rows_of(x)
+        tensors = (x, residual, weight, s, y)
+
+        def arguments() -> Arguments:
+            dim = x.shape[-1]
+            block = power_of_2(dim)
+            args = (*tensors, eps, heads, *steps, dim, block, unit_offset)
+            return x.numel() // dim, args, {"num_warps": max(1, min(16, block // 256))}
+
         with on_device(x):
-            rms_norm_kernel[(rows,)](
-                x, residual, weight, s, y, eps, heads, *steps, D=dim, BD=block, UNIT_OFFSET=unit_offset,
-                num_warps=max(1, min(16, block // 256)),
-            )  # fmt: skip
+            launch_planned(plan, "norm", rms_norm_kernel, tensors, arguments)
     return y
 
 
@@ -126,7 +134,8 @@ def gradients(
         x, heads, *steps = rows_of(x)
         ds = None if ds is None else ds.contiguous()
         with on_device(x):
-            rms_norm_backward_kernel[(programs,)](
+            launch_kernel(
+                rms_norm_backward_kernel, programs,
                 x, weight.contiguous(), dy.contiguous(), ds, dx, parts, eps, rows, heads, *steps, D=dim, BD=block,
                 UNIT_OFFSET=unit_offset, num_warps=max(1, min(16, block // 256)),
             )  # fmt: skip
@@ -147,9 +156,16 @@ def _(x, weight, eps, unit_offset):
 @torch.library.custom_op("lizard_ops::add_rms_norm", mutates_args=())
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
     """(s, y), both [..., D] like x."""
+    return both(x, residual, weight, eps, unit_offset)
+
+
+def both(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, known: dict[Any, Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``add_norm``. known: as for ``launch``."""
     x, residual = x.contiguous(), residual.contiguous()
     s = torch.empty_like(x)
-    return s, launch(x, residual, weight, s, eps, unit_offset)
+    return s, launch(x, residual, weight, s, eps, unit_offset, known)
 
 
 @add_norm.register_fake
@@ -210,7 +226,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Any:
         ctx.eps, ctx.unit_offset = eps, unit_offset
         ctx.set_materialize_grads(False)
-        s, y = add_norm._init_fn(x, residual, weight, eps, unit_offset)
+        s, y = both(x, residual, weight, eps, unit_offset)
         ctx.save_for_backward(s, weight)
         return s, y
 
@@ -235,17 +251,20 @@ differentiable_once(norm_backward, "rms_norm")
 record_norm, record_sum = recorded(_Norm), recorded(_AddNorm)
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking) -> Tensor:
-    """The norm. looking: at these tensors."""
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking, known: dict[Any, Any] | None = None
+) -> Tensor:
+    """The norm. looking: at these tensors. known: of this kind of call."""
     if looking is Looking.NOBODY:
-        return launch(x, None, weight, None, eps, unit_offset)
+        return launch(x, None, weight, None, eps, unit_offset, known)
     return (record_norm if looking is Looking.AUTOGRAD else norm)(x, weight, eps, unit_offset)
 
 
 def add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking
-) -> tuple[Tensor, Tensor]:
-    """The sum and its norm. looking: at these tensors."""
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool, looking: Looking,
+    known: dict[Any, Any] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sum and its norm. looking: at these tensors. known: of this kind of call."""
     if looking is Looking.NOBODY:
-        return add_norm._init_fn(x, residual, weight, eps, unit_offset)
+        return both(x, residual, weight, eps, unit_offset, known)
     return (record_sum if looking is Looking.AUTOGRAD else add_norm)(x, residual, weight, eps, unit_offset)

@@ -12,6 +12,8 @@ from torch import Tensor
 from lizard_ops.common.direct import is_watched, nobody_looks, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.sizes import cdiv, power_of_2
+from lizard_ops.tiles.launcher import launch_kernel
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 
 PAIRS = 2048  # of channels that a program turns, as many as registers hold
 
@@ -101,7 +103,8 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     tokens, wide, deep = batch * length, power_of_2(heads), power_of_2(dim // 2)
     rows = max(1, PAIRS // (wide * deep))
     with on_device(x):
-        turn_kernel[(cdiv(tokens, rows),)](
+        launch_kernel(
+            turn_kernel, cdiv(tokens, rows),
             x, cos, sin, y, tokens, length, *x.stride()[:3], *steps_of(cos, sin),
             H=heads, HALF=dim // 2, BH=wide, BD=deep, BN=rows,
             BACKWARD=backward, num_warps=4,
@@ -109,22 +112,29 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     return y
 
 
-def launch_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """``launch`` of queries [B, T, Hq, D] and keys [B, T, Hk, D], T and B > 0, at once."""
+def launch_both(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool, plan: Plan | None = None
+) -> tuple[Tensor, Tensor]:
+    """``launch`` of queries [B, T, Hq, D] and keys [B, T, Hk, D], T and B > 0, at once. plan: of a known
+    kind of call."""
     q, k, cos, sin = unit_rows(q, k, cos, sin)
-    batch, length, heads, dim = q.shape
-    y_q, y_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    tokens, deep = batch * length, power_of_2(dim // 2)
-    wide = [power_of_2(heads), power_of_2(k.shape[2])]
-    rows = [max(1, PAIRS // (w * deep)) for w in wide]
-    programs = [cdiv(tokens, r) for r in rows]
-    with on_device(q):
-        turn_both_kernel[(sum(programs),)](
-            q, k, cos, sin, y_q, y_k, tokens, length, *q.stride()[:3], *k.stride()[:3], *steps_of(cos, sin),
-            programs[0], HQ=heads, HK=k.shape[2], HALF=dim // 2, BHQ=wide[0], BHK=wide[1], BD=deep, BNQ=rows[0],
-            BNK=rows[1], BACKWARD=backward, num_warps=4,
+    tensors = (q, k, cos, sin, q.new_empty(q.shape), k.new_empty(k.shape))
+
+    def arguments() -> Arguments:
+        batch, length, heads, dim = q.shape
+        tokens, deep = batch * length, power_of_2(dim // 2)
+        wide = [power_of_2(heads), power_of_2(k.shape[2])]
+        rows = [max(1, PAIRS // (w * deep)) for w in wide]
+        programs = [cdiv(tokens, r) for r in rows]
+        args = (
+            *tensors, tokens, length, *q.stride()[:3], *k.stride()[:3], *steps_of(cos, sin), programs[0], heads,
+            k.shape[2], dim // 2, *wide, deep, *rows, backward,
         )  # fmt: skip
-    return y_q, y_k
+        return sum(programs), args, {"num_warps": 4}
+
+    with on_device(q):
+        launch_planned(plan, "turned", turn_both_kernel, tensors, arguments)
+    return tensors[4], tensors[5]
 
 
 @torch.library.custom_op("lizard_ops::apply_rotary", mutates_args=())
@@ -204,7 +214,8 @@ def turn_by_steps(x: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
     deep = triton.next_power_of_2(dim // 2)
     block = max(1, PAIRS // 4 // deep)  # cosines of float64 take many registers
     with on_device(x):
-        steps_kernel[(triton.cdiv(number * length, block),)](
+        launch_kernel(
+            steps_kernel, triton.cdiv(number * length, block),
             x, steps, frequencies, y, number * length, length, *x.stride()[:2],
             HALF=dim // 2, BD=deep, BR=block, num_warps=4,
         )  # fmt: skip

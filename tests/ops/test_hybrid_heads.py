@@ -148,3 +148,17 @@ def test_what_torch_watches_goes_through_the_ops(monkeypatch):
     monkeypatch.setattr(heads, "_known", dict.fromkeys(heads._known, None))  # no call may take it
     with torch.autograd.forward_ad.dual_level():
         assert torch.equal(hybrid_heads(**given, window=3, **MERGE)[0], wanted)
+
+
+def test_saved_tensors_may_come_back_with_other_strides():
+    def gradients():
+        given = inputs(requires=("q", "k", "v", "query_map", "key_map", "g", "merge_bias"))
+        o, _ = hybrid_heads(**given, window=3, **MERGE)
+        return torch.autograd.grad(o.square().sum(), [x for x in given.values() if x.requires_grad])
+
+    wanted = gradients()
+    assert same(gradients(), wanted)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        found = [gradients() for _ in range(2)]
+    assert same(found[0], wanted) and same(found[1], wanted)
+    assert same(gradients(), wanted)

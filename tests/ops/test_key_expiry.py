@@ -214,7 +214,7 @@ def test_a_million_positions_take_as_many_launches_as_a_few(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((self.name, grid))
 
-    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+    for name in [name for name in vars(module) if name.endswith("_kernel") and name != "launch_kernel"]:
         monkeypatch.setattr(module, name, Recorded(name))
 
     def launches(length):

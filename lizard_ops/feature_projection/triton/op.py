@@ -22,6 +22,8 @@ from lizard_ops.feature_projection.triton.kernels import (
     weight_gradient_kernel,
 )
 from lizard_ops.tiles.launch import Launch
+from lizard_ops.tiles.launcher import launch_kernel
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 from lizard_ops.tuning import tunable
 
 TOKENS = 64  # rows of a tile
@@ -79,7 +81,8 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         count = cdiv(tokens, TOKENS * each) * heads * cdiv(tile["F"], tile["BF"])
         with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
             c = config_for("output", x, weight)
-            project_kernel[(count,)](
+            launch_kernel(
+                project_kernel, count,
                 x, weight, y, tokens, length, *x.stride()[:3], H=heads, M=weight.shape[0], STEPS=each,
                 PRECISION=precision(x), **tile, num_stages=c.stages, **c.launch,
             )  # fmt: skip
@@ -137,20 +140,23 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
             parts = weight.new_empty(splits, heads, *weight.shape[1:])
         if together and tokens:
             c = config_for("both", x, weight)
-            both_gradients_kernel[(splits * heads,)](
+            launch_kernel(
+                both_gradients_kernel, splits * heads,
                 x, dy, weight, d_x, dx, parts, tokens, length, *x.stride()[:3], *y_strides, *strides, steps,
                 STAGES=c.stages, **common, **c.launch,
             )  # fmt: skip
         elif tokens and of_x:
             c, each = config_for("input", x, weight), tiles_each(tokens)
-            input_gradient_kernel[(cdiv(tokens, TOKENS * each) * heads,)](
+            launch_kernel(
+                input_gradient_kernel, cdiv(tokens, TOKENS * each) * heads,
                 dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=each, num_stages=c.stages,
                 **common, **c.launch,
             )  # fmt: skip
         if of_weight and tokens:
             if not together:
                 c = config_for("weight", x, weight)
-                weight_gradient_kernel[(splits * heads * cdiv(tile["F"], tile["BF"]),)](
+                launch_kernel(
+                    weight_gradient_kernel, splits * heads * cdiv(tile["F"], tile["BF"]),
                     x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, STAGES=c.stages, **common,
                     **c.launch,
                 )  # fmt: skip
@@ -203,21 +209,31 @@ class _ProjectBoth(torch.autograd.Function):
         return *both_gradients(*ctx.saved_tensors, d_x, dy, *ctx.needs_input_grad[:2], ctx.reuse_gradient), None
 
 
-def launch_both(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor) -> tuple[Tensor, Tensor]:
-    """``project`` of queries [B, T, Hq, D] and keys [B, T, H, D], T and B > 0, of one dtype, at once."""
+def launch_both(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, plan: Plan | None = None
+) -> tuple[Tensor, Tensor]:
+    """``project`` of queries [B, T, Hq, D] and keys [B, T, H, D], T and B > 0, of one dtype, at once. plan: of a known
+    kind of call."""
     q, k, weight_q, weight_k = rows(q), rows(k), weight_q.contiguous(), weight_k.contiguous()
-    (batch, length, heads), key_heads = q.shape[:3], k.shape[2]
-    y_q, y_k = (x.new_empty(*x.shape[:3], weight_q.shape[2]) for x in (q, k))
-    tokens, tile = batch * length, blocks(*weight_q.shape[1:])
-    each = tiles_each(tokens)
-    of_head = cdiv(tokens, TOKENS * each) * cdiv(tile["F"], tile["BF"])
-    with on_device(q, dim=tile["D"], features=tile["F"]):
+    dim, features = weight_q.shape[1:]
+    y_q, y_k = q.new_empty(*q.shape[:3], features), k.new_empty(*k.shape[:3], features)
+    tensors = (q, k, weight_q, weight_k, y_q, y_k)
+
+    def arguments() -> Arguments:
+        (batch, length, heads), key_heads = q.shape[:3], k.shape[2]
+        tokens, tile = batch * length, blocks(dim, features)
+        each = tiles_each(tokens)
+        of_head = cdiv(tokens, TOKENS * each) * cdiv(tile["F"], tile["BF"])
         c = config_for("output", q, weight_q)
-        project_both_kernel[(of_head * (heads + key_heads),)](
-            q, k, weight_q, weight_k, y_q, y_k, tokens, length, *q.stride()[:3], *k.stride()[:3],
-            HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0], first=of_head * heads,
-            STEPS=each, PRECISION=precision(q), **tile, num_stages=c.stages, **c.launch,
-        )  # fmt: skip
+        args = (*tensors, tokens, length, *q.stride()[:3], *k.stride()[:3])
+        named = {
+            "HQ": heads, "MQ": weight_q.shape[0], "HK": key_heads, "MK": weight_k.shape[0], "first": of_head * heads,
+            "STEPS": each, "PRECISION": precision(q), "num_stages": c.stages,
+        }  # fmt: skip
+        return of_head * (heads + key_heads), args, named | tile | c.launch
+
+    with on_device(q, dim=dim, features=features):
+        launch_planned(plan, "projected", project_both_kernel, tensors, arguments)
     return y_q, y_k
 
 
@@ -248,7 +264,8 @@ def gradients_of_both(
     ]  # fmt: skip
     with on_device(q, dim=dim, features=tile["F"]):
         c = config_for("both", q, weight_q)
-        gradients_of_both_kernel[(splits * (heads + key_heads),)](
+        launch_kernel(
+            gradients_of_both_kernel, splits * (heads + key_heads),
             q, dy_q, weight_q, dq, parts[0], k, dy_k, weight_k, dk, parts[1], tokens, length, *strides,
             steps, HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
             first=splits * heads, YU=units[0], PRECISION=precision(q), STAGES=c.stages, **tile, **c.launch,

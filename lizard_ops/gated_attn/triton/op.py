@@ -27,6 +27,7 @@ from lizard_ops.gated_attn.triton.channel import (
 from lizard_ops.gated_attn.triton.config import scan_launch
 from lizard_ops.gated_attn.triton.fwd import output_kernel
 from lizard_ops.gated_attn.triton.state import gate_sum_kernel, scan_kernel, state_kernel
+from lizard_ops.tiles.launcher import launch_kernel
 
 
 class Backward(NamedTuple):
@@ -81,16 +82,18 @@ def prepare_gates(g: Tensor | None, shape: GatedShape, rows: ChunkPlan) -> Gates
         cfg, levels = shape.launch("factor"), shape.chunk.bit_length() - 1
         factors = g.new_empty(rows.chunks, shape.hk, levels + 2, shape.chunk, shape.k, dtype=shape.operand)
         near = g.new_empty(rows.chunks, shape.hk, cdiv(shape.k, cfg.rows), dtype=torch.int32)
-        factor_kernel[(near.numel(),)](
+        launch_kernel(
+            factor_kernel, near.numel(),
             g, factors, decays, near, *place, HK=shape.hk, K=shape.k, C=shape.chunk, LEVELS=levels, BK=cfg.rows,
             VARLEN=rows.table is not None, OPERAND=shape.operand_tl, **cfg.options,
         )  # fmt: skip
         return Gates(factors, near, decays)
     hi, lo = torch.empty_like(g), torch.empty_like(g)
     block = min(8, power_of_2(shape.hg))
-    gate_sum_kernel[(rows.chunks * cdiv(shape.hg, block),)](
-        g, hi, lo, *place, HG=shape.hg, C=shape.chunk, BH=block, VARLEN=rows.table is not None, num_warps=1
-    )
+    launch_kernel(
+        gate_sum_kernel, rows.chunks * cdiv(shape.hg, block),
+        g, hi, lo, *place, HG=shape.hg, C=shape.chunk, BH=block, VARLEN=rows.table is not None, num_warps=1,
+    )  # fmt: skip
     return Gates(hi, lo, decays)
 
 
@@ -112,14 +115,16 @@ def chunk_states(
     cross = torch.empty_like(z_states) if reverse and shape.gate != GATE_NONE else None
     varlen, name = rows.table is not None, "state_reverse" if reverse else "state"
     cfg = shape.launch(("channel_" if shape.gate == GATE_CHANNEL else "") + name)
-    state_kernel[(rows.chunks * hs * cdiv(shape.k, cfg.rows) * cdiv(shape.v, cfg.columns),)](
+    launch_kernel(
+        state_kernel, rows.chunks * hs * cdiv(shape.k, cfg.rows) * cdiv(shape.v, cfg.columns),
         a, b, mass, extra, gates.first, gates.second, states, z_states, gates.decays, rows.table, rows.owner, scale,
         *rows.place, HA=a.shape[2], HS=hs, HG=shape.hg, AG=shape.hq // hs if reverse else 1, BK=cfg.rows,
         BV=cfg.columns, GATE=shape.gate, TILES=shape.chunk.bit_length() + 1, NORMALIZE=normalize, REVERSE=reverse,
         VARLEN=varlen, **shape.dims, **cfg.options,
     )  # fmt: skip
     cfg = scan_launch(shape.v, shape.operand.itemsize)
-    scan_kernel[(n * hs * cdiv(shape.k, cfg.rows),)](
+    launch_kernel(
+        scan_kernel, n * hs * cdiv(shape.k, cfg.rows),
         states, z_states, gates.decays, *(start or (None, None)), s_out, z_out, cross, *(forward or (None, None)),
         rows.table, rows.pairs, HS=hs, K=shape.k, V=shape.v, C=shape.chunk, BK=cfg.rows, BV=cfg.columns,
         GATE=shape.gate, REVERSE=reverse, INIT=start is not None, CROSS=cross is not None, VARLEN=varlen,
@@ -162,13 +167,15 @@ def gated_chunk(
         ends = o, log_mass, mass, rows.table, rows.owner, scale, *rows.place
         if shape.gate == GATE_CHANNEL:
             cfg = shape.launch("channel_output")
-            channel_output_kernel[(rows.chunks * shape.hs * cdiv(shape.v, cfg.columns),)](
+            launch_kernel(
+                channel_output_kernel, rows.chunks * shape.hs * cdiv(shape.v, cfg.columns),
                 q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
                 **shape.score_constants, BK=cfg.rows, BV=cfg.columns, VARLEN=table is not None, **cfg.options,
             )  # fmt: skip
         else:
             cfg = shape.launch("output", shape.hq // shape.hs)
-            output_kernel[(rows.chunks * shape.hs * cdiv(shape.v, cfg.columns),)](
+            launch_kernel(
+                output_kernel, rows.chunks * shape.hs * cdiv(shape.v, cfg.columns),
                 q, k, v, gates.first, gates.second, states, z_states, *ends, NORMALIZE=normalize,
                 ABSORBED=absorbed and g is not None, **shape.constants, GH=cfg.heads, BK=cfg.rows,
                 BV=cfg.columns, VARLEN=table is not None, **cfg.options,
@@ -237,7 +244,8 @@ def _rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Tensor | No
     cfg = x.shape.launch("row", x.shape.hq // x.shape.hs)
     blocks = cdiv(x.shape.k, cfg.rows)
     row_dot = x.mass.new_empty(blocks, *x.mass.shape) if x.shape.gate != GATE_NONE else None
-    row_kernel[(x.rows.chunks * x.shape.hs * blocks,)](
+    launch_kernel(
+        row_kernel, x.rows.chunks * x.shape.hs * blocks,
         x.q, x.k, x.v, x.gates.first, x.gates.second, *states, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
         row_dot, *x.place, x.mass.numel(), GH=cfg.heads, BK=cfg.rows, BV=cfg.columns,
         **x.shape.constants, **x.flags, **cfg.options,
@@ -251,7 +259,8 @@ def _keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Tensor:
     dg = None
     if x.shape.gate != GATE_NONE:
         dg = blank(x.mass, (blocks, *x.k.shape[:2], x.shape.hs), ends.covered)
-    key_kernel[(x.rows.chunks * x.shape.hk * blocks,)](
+    launch_kernel(
+        key_kernel, x.rows.chunks * x.shape.hk * blocks,
         x.q, x.k, x.v, x.gates.first, x.gates.second, *d_states, x.d_o, x.mass, x.d_log_mass, x.own, ends.row_dot,
         ends.cross, ends.dk, ends.dv, dg, *x.place, x.mass.numel(), 0 if dg is None else dg[0].numel(), BQ=cfg.heads,
         BK=cfg.rows, BV=cfg.columns, **x.shape.constants, **x.flags, **cfg.options,
@@ -267,13 +276,15 @@ def _channel_rows(x: Backward, states: tuple[Tensor, Tensor], dq: Tensor) -> Ten
     shape, rows, gates = x.shape, x.rows, x.gates
     dims, exact = shape.channel_constants, {"PRECISION": shape.gate_precision}
     cfg = shape.launch("key_sum")
-    key_sum_kernel[(rows.chunks * shape.hk * cdiv(shape.k, cfg.rows),)](
+    launch_kernel(
+        key_sum_kernel, rows.chunks * shape.hk * cdiv(shape.k, cfg.rows),
         x.k, gates.first, gates.second, states[1], key_sums, rows.table, rows.owner, rows.k_rows, rows.k_shift,
         rows.pairs, BK=cfg.rows, VARLEN=rows.table is not None,
         **{name: dims[name] for name in dims if name not in ("HQ", "V")} | exact, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_row")
-    channel_row_kernel[(rows.chunks * shape.hk * cdiv(shape.k, cfg.rows),)](
+    launch_kernel(
+        channel_row_kernel, rows.chunks * shape.hk * cdiv(shape.k, cfg.rows),
         x.q, x.k, x.v, gates.first, gates.second, states[0], key_sums, x.d_o, x.mass, x.d_log_mass, dq, x.extra, x.own,
         row_dot, *x.place, BK=cfg.rows, BV=cfg.columns, **dims, **x.flags, **cfg.options,
     )  # fmt: skip
@@ -284,12 +295,14 @@ def _channel_keys(x: Backward, d_states: list[Tensor], ends: KeyGradients) -> Te
     shape, rows, gates = x.shape, x.rows, x.gates
     dg = blank(x.mass, x.k.shape, ends.covered)
     cfg = shape.launch("channel_value")
-    channel_value_kernel[(rows.chunks * shape.hk * cdiv(shape.v, cfg.columns),)](
+    launch_kernel(
+        channel_value_kernel, rows.chunks * shape.hk * cdiv(shape.v, cfg.columns),
         x.q, x.k, gates.first, gates.second, d_states[0], x.d_o, x.mass, ends.dv, *x.place, BK=cfg.rows,
         BV=cfg.columns, **shape.score_constants, **x.flags, **cfg.options,
     )  # fmt: skip
     cfg = shape.launch("channel_key")
-    channel_key_kernel[(rows.chunks * shape.hk * cdiv(shape.k, cfg.rows),)](
+    launch_kernel(
+        channel_key_kernel, rows.chunks * shape.hk * cdiv(shape.k, cfg.rows),
         x.q, x.k, x.v, gates.first, gates.second, *d_states, x.d_o, x.mass, x.extra, x.own, ends.row_dot, ends.cross,
         ends.dk, dg, *x.place, BK=cfg.rows, BV=cfg.columns, GATE_PRECISION=shape.gate_precision,
         **shape.channel_constants, **x.flags, **cfg.options,

@@ -12,6 +12,7 @@ from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.state import States
 from lizard_ops.tiles.decays import decay_since_start, load_gates
 from lizard_ops.tiles.places import Stream, first_rows, first_slot, locate_in_stream, stream_blocks
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 from lizard_ops.tiles.strided import at, strided_heads
 from lizard_ops.tiles.widths import power_of_two
 
@@ -92,18 +93,22 @@ def gate_gradient_kernel(
 
 def gate_gradients(
     g: Tensor, states: States, d_states: States, gates: Tensor, terms: RowTerms, keys: KeyTerms, stream: Stream,
-    shape: FusedShape,
+    shape: FusedShape, plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient of g, float32."""
-    dg = torch.empty(*g.shape[:2], shape.state_heads, dtype=torch.float32, device=g.device)
-    blocks = stream_blocks(stream, stream.prefix - stream.start, shape.chunk)
-    heads, window = g.shape[2], shape.window if shape.outside else 0
-    if blocks:
-        gate_gradient_kernel[(blocks * shape.state_heads,)](
-            strided_heads(dg), states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, keys.near,
-            keys.far, keys.sent,
-            terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, window, power_of_two(window),
-            shape.query_heads, shape.state_heads, gates.shape[2], shape.features, shape.value, shape.value_block,
-            shape.chunk, 0 if keys.sent is None else keys.sent.shape[0], shape.split, num_warps=4,
+    """Gradient of g, float32. plan: of a known kind of call."""
+    dg = g.new_empty(*g.shape[:2], shape.state_heads, dtype=torch.float32)
+    blocks, heads = stream_blocks(stream, stream.prefix - stream.start, shape.chunk), g.shape[2]
+    tensors = (dg, states.s, states.z, d_states.s, d_states.z, gates, terms.flow, terms.entered, *keys)
+
+    def arguments() -> Arguments:
+        window = shape.window if shape.outside else 0
+        args = (
+            strided_heads(dg), *tensors[1:], terms.flow.numel(), gates.shape[1], terms.flow.shape[2], stream, window,
+            power_of_two(window), shape.query_heads, shape.state_heads, gates.shape[2], shape.features, shape.value,
+            shape.value_block, shape.chunk, 0 if keys.sent is None else keys.sent.shape[0], shape.split,
         )  # fmt: skip
+        return blocks * shape.state_heads, args, {"num_warps": 4}
+
+    if blocks:
+        launch_planned(plan, "gates' gradient", gate_gradient_kernel, tensors, arguments)
     return dg.unflatten(2, (heads, shape.state_heads // heads)).sum(-1) if heads != shape.state_heads else dg

@@ -24,6 +24,7 @@ from lizard_ops.tiles.places import (
     locate_in_stream,
     stream_blocks,
 )
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 from lizard_ops.tiles.strided import (
     at,
     head_step,
@@ -389,69 +390,84 @@ def empty_terms(masses: Masses, numeric: bool) -> RowTerms:
 
 def linear_queries(
     x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, o: Tensor, do: Tensor, masses: Masses,
-    average: Tensor | None, terms: RowTerms, stream: Stream, shape: FusedShape,
+    average: Tensor | None, terms: RowTerms, stream: Stream, shape: FusedShape, plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
-    """dfq; fills ``terms``, in a sum all but share and shift. average: do . o_window of a sum."""
+    """dfq; fills ``terms``, in a sum all but share and shift. average: do . o_window of a sum. plan: of a known kind of
+    call."""
     v, fq, weight = x.v, x.fq, x.weight
-    dfq = torch.empty(fq.shape, dtype=fq.dtype, device=fq.device)
+    dfq = fq.new_empty(fq.shape)
     tokens, heads = fq.shape[1:3]
-    c = shape.config("linear_query")
-    count, stacked = shape.stack(c.rows)
-    blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
-    if blocks and tokens:
-        linear_query_kernel[(blocks * (heads // stacked),)](
-            strided(v), strided(fq), strided(states.phi), strided(o), strided(do), strided(dfq), states.s, states.z,
-            gates, None if weight is None else strided_heads(weight), masses.linear, masses.window, masses.spread,
-            average, terms.slope, terms.offset, terms.share, terms.shift, terms.flow, terms.entered, gates.shape[1],
-            tokens, stream, options.feature_scale, shape.anchors, heads, shape.key_heads, shape.state_heads,
-            gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count, stacked,
-            c.columns, shape.feature_map, shape.split, shape.keyed, shape.merge, shape.merge and shape.relative,
-            shape.normalize, shape.linear_dtype, shape.precision, c.stages, **c.launch,
+    tensors = (
+        v, fq, states.phi, o, do, dfq, states.s, states.z, gates, weight, masses.linear, masses.window, masses.spread,
+        average, *terms,
+    )  # fmt: skip
+
+    def arguments() -> Arguments:
+        c = shape.config("linear_query")
+        count, stacked = shape.stack(c.rows)
+        blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
+        args = (
+            *map(strided, tensors[:6]), states.s, states.z, gates, None if weight is None else strided_heads(weight),
+            *tensors[10:], gates.shape[1], tokens, stream, options.feature_scale, shape.anchors, heads, shape.key_heads,
+            shape.state_heads, gates.shape[2], shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk,
+            count, stacked, c.columns, shape.feature_map, shape.split, shape.keyed, shape.merge,
+            shape.merge and shape.relative, shape.normalize, shape.linear_dtype, shape.precision, c.stages,
         )  # fmt: skip
+        return blocks * (heads // stacked), args, c.launch
+
+    if tokens and stream.ends > 1:
+        launch_planned(plan, "linear queries", linear_query_kernel, tensors, arguments)
     return dfq
 
 
 def query_states(
     fq: Tensor, do: Tensor, gates: Tensor, terms: RowTerms, end: tuple[Tensor, Tensor] | None, stream: Stream,
-    shape: FusedShape, start: bool,
+    shape: FusedShape, start: bool, plan: Plan | None = None,
 ) -> States:  # fmt: skip
     """Gradient of the state that leaves each chunk, and with ``start`` of the first one; end: that of the last one."""
     states = empty_states(gates, stream, shape, start)
-    slots, c = gates.shape[1], shape.config("query_state")
-    if slots:
-        query_state_kernel[(slots * shape.state_heads * shape.halves,)](
-            strided(fq), strided(do), gates, terms.slope, terms.offset, states.s, states.z, slots, do.shape[1], stream,
-            shape.query_heads, shape.state_heads, gates.shape[2], shape.pre, shape.pre_block, shape.value,
-            shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.linear_dtype, shape.precision,
-            c.stages, **c.launch,
+    slots = gates.shape[1]
+    tensors = (fq, do, gates, terms.slope, terms.offset, states.s, states.z)
+
+    def arguments() -> Arguments:
+        c = shape.config("query_state")
+        args = (
+            strided(fq), strided(do), *tensors[2:], slots, do.shape[1], stream, shape.query_heads, shape.state_heads,
+            gates.shape[2], shape.pre, shape.pre_block, shape.value, shape.value_block, shape.chunk, c.rows,
+            shape.feature_map, shape.split, shape.linear_dtype, shape.precision, c.stages,
         )  # fmt: skip
-    scan_states(states, end, gates, stream, shape, reverse=True)
+        return slots * shape.state_heads * shape.halves, args, c.launch
+
+    if slots:
+        launch_planned(plan, "query states", query_state_kernel, tensors, arguments)
+    scan_states(states, end, gates, stream, shape, reverse=True, plan=plan)
     return states
 
 
 def linear_keys(
     v: Tensor, fq: Tensor, fk: Tensor, do: Tensor, gates: Tensor, terms: RowTerms, d_states: States, stream: Stream,
-    shape: FusedShape, gate_gradient: bool,
+    shape: FusedShape, gate_gradient: bool, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, KeyTerms | None]:  # fmt: skip
     """(dv in the linear rows that some query sees, dfk, what the gates see of the keys)."""
-    dv, dfk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (v, fk))
+    dv, dfk = (x.new_empty(x.shape) for x in (v, fk))
     c = shape.config("linear_key")
-    found = None
+    of_keys = KeyTerms(None, None, None)
     if gate_gradient:
-        make = {"dtype": torch.float32, "device": v.device}
-        near, far = (torch.empty(gates.shape[1], shape.state_heads, shape.chunk, **make) for _ in range(2))
-        found = KeyTerms(near, far, None)
-        if terms.entered is not None:
-            found = KeyTerms(near, far, torch.zeros(shape.chunk // c.rows, *terms.flow.shape, **make))
-    blocks = stream_blocks(stream, stream.prefix - stream.start, c.rows)
-    if blocks:
-        of_keys = found or KeyTerms(None, None, None)
-        linear_key_kernel[(blocks * shape.key_heads,)](
-            strided(v), strided(fq), strided(fk), strided(do), strided(dv), strided(dfk), d_states.s, d_states.z, gates,
-            terms.slope, terms.offset, of_keys.near, of_keys.far, of_keys.sent, terms.flow.numel(),
-            gates.shape[1], fq.shape[1], stream,
+        near, far = (gates.new_empty(gates.shape[1], shape.state_heads, shape.chunk) for _ in range(2))
+        sent = None if terms.entered is None else gates.new_zeros(shape.chunk // c.rows, *terms.flow.shape)
+        of_keys = KeyTerms(near, far, sent)
+    tensors = (v, fq, fk, do, dv, dfk, d_states.s, d_states.z, gates, terms.slope, terms.offset, *of_keys)
+
+    def arguments() -> Arguments:
+        blocks = stream_blocks(stream, stream.prefix - stream.start, c.rows)
+        args = (
+            *map(strided, tensors[:6]), *tensors[6:], terms.flow.numel(), gates.shape[1], fq.shape[1], stream,
             shape.anchors, shape.query_heads, shape.key_heads, shape.state_heads, gates.shape[2], shape.value,
             shape.value_block, shape.pre, shape.pre_block, shape.chunk, c.rows, c.columns, shape.feature_map,
-            shape.split, shape.keyed, shape.linear_dtype, shape.precision, c.stages, **c.launch,
+            shape.split, shape.keyed, shape.linear_dtype, shape.precision, c.stages,
         )  # fmt: skip
-    return dv, dfk, found
+        return blocks * shape.key_heads, args, c.launch
+
+    if stream_blocks(stream, stream.prefix - stream.start, c.rows):
+        launch_planned(plan, "linear keys", linear_key_kernel, tensors, arguments)
+    return dv, dfk, of_keys if gate_gradient else None

@@ -16,6 +16,7 @@ from lizard_ops.hybrid_attn.triton.kept_bwd import kept_key_gradients
 from lizard_ops.hybrid_attn.triton.kept_index import Index
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, first_rows, locate_in_stream, stream_blocks
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
 from lizard_ops.tiles.strided import (
     at,
@@ -189,37 +190,45 @@ def window_queries(
     stream: Stream,
     shape: FusedShape,
     index: Index | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dq, in a sum do . o_window [B, Hq, T]); a sum's share and shift go to ``terms``. index: of kept keys."""
+    """(dq, in a sum do . o_window [B, Hq, T]); a sum's share and shift go to ``terms``. index: of kept keys. plan: of a
+    known kind of call without any."""
     q, k, v, weight = x.q, x.k, x.v, x.weight
-    batch, tokens, heads = q.shape[:3]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tokens, heads = q.shape[1:3]
+    dq = q.new_empty(q.shape)
     average = None if shape.merge else torch.empty_like(terms.share)
-    c = shape.config("window_query")
-    if index is not None:
-        c = c._replace(rows=shape.config("output").rows)  # of whose blocks it has lists
-    count, stacked = shape.stack(c.rows)
-    blocks = stream_blocks(stream, 0, count)
-    if blocks and tokens:
-        anchor_k, anchor_v = x.kept_anchors or (k, v)
-        window_query_kernel[(blocks * (heads // stacked),)](
-            strided(q), strided(k), strided(v), strided(anchor_k), strided(anchor_v), strided(do), strided(dq),
-            None if weight is None else strided_heads(weight), x.sink, masses.window, masses.top_key, terms.share,
-            terms.shift, terms.flow, average, tokens, stream, options.scale, cap_of(options.scale, options.softcap),
-            None if index is None else index.kept, shape.window, shape.anchors, x.kept_anchors is None, heads,
-            shape.key_heads, shape.dim, shape.dim_block, shape.value, shape.value_block, count, stacked, c.columns,
-            shape.merge, shape.merge and shape.relative, shape.exact, shape.compute_dtype, shape.precision, c.stages,
-            **c.launch,
+    tensors = (
+        q, k, v, *(x.kept_anchors or (k, v)), do, dq, weight, x.sink, masses.window, masses.top_key, terms.share,
+        terms.shift, terms.flow, average,
+    )  # fmt: skip
+
+    def arguments() -> Arguments:
+        c = shape.config("window_query")
+        if index is not None:
+            c = c._replace(rows=shape.config("output").rows)  # of whose blocks it has lists
+        count, stacked = shape.stack(c.rows)
+        args = (
+            *map(strided, tensors[:7]), None if weight is None else strided_heads(weight), *tensors[8:], tokens, stream,
+            options.scale, cap_of(options.scale, options.softcap), None if index is None else index.kept, shape.window,
+            shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.dim, shape.dim_block, shape.value,
+            shape.value_block, count, stacked, c.columns, shape.merge, shape.merge and shape.relative, shape.exact,
+            shape.compute_dtype, shape.precision, c.stages,
         )  # fmt: skip
+        return stream_blocks(stream, 0, count) * (heads // stacked), args, c.launch
+
+    if tokens and stream.ends > 1:
+        launch_planned(plan, "window queries", window_query_kernel, tensors, arguments)
     return dq, average
 
 
 def window_keys(
     x: FusedInputs, options: FusedOptions, do: Tensor, dv: Tensor, masses: Masses, terms: RowTerms, stream: Stream,
-    shape: FusedShape, index: Index | None = None,
+    shape: FusedShape, index: Index | None = None, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, d anchor_k, d anchor_v), the last two empty where the anchors are rows of k and v; adds to the dv of
-    ``linear_keys``, which has all rows of keys that enter the sums by an index. index: of kept keys."""
+    ``linear_keys``, which has all rows of keys that enter the sums by an index. index: of kept keys. plan: of a known
+    kind of call without any."""
     tokens = x.q.shape[1]
     relative = shape.merge and shape.relative
     log_window, term, share = masses.window, -terms.shift, terms.share
@@ -242,7 +251,7 @@ def window_keys(
     there = (dv, 0, -stream.prefix) if enters else (dv, stream.start, stream.shift)
     dk, _, *of_anchors = key_gradients(
         call, numbers, do, stats, beyond=True, there=there,
-        ends=None if index is None else index.ends,
+        ends=None if index is None else index.ends, plan=plan,
     )  # fmt: skip
     if index is not None:
         kept_key_gradients(call, options, do, stats, (dk, dv), index, stream, shape)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lizard_ops.hybrid_attn.arguments import HybridOptions
 from lizard_ops.hybrid_attn.triton.config import FusedShape, fused_shape
 from lizard_ops.tiles.places import Stream
+from lizard_ops.tiles.plans import Plan
 
 Pair = tuple[Tensor, Tensor]
 
@@ -84,6 +86,32 @@ def describe(x: FusedInputs, options: FusedOptions) -> tuple[FusedShape, Stream]
         shift=options.window - prefix if options.outside else 0, start=0 if options.outside else prefix,
     )  # fmt: skip
     return shape, stream
+
+
+class Known:
+    """A kind of call without a state that has been accepted: tensors of the same shapes, strides, dtypes and devices,
+    and the same choices."""
+
+    __slots__ = ("_described", "_gradients", "fused", "options", "plan")
+
+    def __init__(self, options: HybridOptions) -> None:
+        self.options, self.fused = options, chosen(options)
+        self.plan = Plan()  # of the forward's launches
+        self._gradients: dict[Any, Plan] = {}  # of the backward's, by how the gradient comes in and what is asked for
+        self._described: tuple[FusedShape, Stream] | None = None
+
+    def described(self, x: FusedInputs) -> tuple[FusedShape, Stream]:
+        """``describe`` of these calls."""
+        if self._described is None:
+            self._described = describe(x, self.fused)
+        return self._described
+
+    def plan_of_gradients(self, d_o: Tensor, saved: Sequence[Tensor | None], needed: tuple[bool, ...]) -> Plan:
+        """The launches of a backward of these calls. saved: to what hooks of saved tensors may give other strides."""
+        kind = (d_o.stride(), needed, *(None if x is None else (x.stride(), x.dtype) for x in saved))
+        if (plan := self._gradients.get(kind)) is None:
+            plan = self._gradients[kind] = Plan()
+        return plan
 
 
 def pair(a: Tensor | None, b: Tensor | None) -> Pair | None:

@@ -9,7 +9,7 @@ from lizard_ops.common.rows import changed_rows
 from lizard_ops.common.state import AttentionState
 from lizard_ops.common.streams import anchor_rows, key_stream, layout_of, offset_fields, window_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
-from lizard_ops.hybrid_attn.triton.call import FusedInputs, chosen
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, Known, chosen
 from lizard_ops.hybrid_attn.triton.composed import composed_hybrid
 from lizard_ops.hybrid_attn.triton.kept_chunk import kept_hybrid
 from lizard_ops.hybrid_attn.triton.kept_state import kept_between_states
@@ -18,8 +18,11 @@ from lizard_ops.hybrid_attn.triton.op import hybrid
 NO_STATE = AttentionState(position=None)
 
 
-def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
-    """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked.
+def chunk_hybrid_triton(
+    inputs: HybridInputs, options: HybridOptions, known: Known | None = None
+) -> tuple[Tensor, AttentionState | None]:
+    """(o, state) of ``chunk_hybrid_attn``, whose arguments come here checked. known: the kind of
+    such a call without a state.
 
     The kernels fuse gates that are one per head or for all heads. Gates per channel and gate_form="absorbed" run the
     gated and the window kernels one after the other, and with exponential features that gated branch in PyTorch.
@@ -66,7 +69,7 @@ def chunk_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[T
         lengths=lengths,
         log_scale=state.log_scale,
     )
-    o, s, z, log_scale, *_ = hybrid(x, chosen(options), options.output_final_state)
+    o, s, z, log_scale, *_ = hybrid(x, chosen(options), options.output_final_state, known)
     final = None
     if options.output_final_state:
         fields = window_fields(k, v, anchor_k, anchor_v, initial_state, options.window, layout)

@@ -20,6 +20,7 @@ from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
 from lizard_ops.tiles.launch import Launch
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.softcap import cap_of, units_of
 from lizard_ops.tuning import tunable
 
@@ -162,7 +163,8 @@ def hybrid_decode(
         return o
     config = config_for(q, features, v_dim)
     with on_device(q, dim=dim, values=v_dim, features=features):
-        hybrid_decode_kernel[(batch * key_heads,)](
+        launch_kernel(
+            hybrid_decode_kernel, batch * key_heads,
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
             kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts, indices,

@@ -17,6 +17,7 @@ from lizard_ops.tiles.decays import decay_between, decay_since_start, load_ahead
 from lizard_ops.tiles.features import exponential_log2, features
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, first_rows, first_slot, head_lead, locate_in_stream, stream_blocks
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 from lizard_ops.tiles.softcap import cap_of, capped, units_of
 from lizard_ops.tiles.strided import (
     at,
@@ -287,30 +288,37 @@ def shares(log_linear, ahead, feature_scale, log_window, bias):
 
 def hybrid_output(
     x: FusedInputs, options: FusedOptions, states: States, gates: Tensor, stream: Stream, shape: FusedShape,
-    linear_v: Tensor | None = None, kept: Kept | None = None,
+    linear_v: Tensor | None = None, kept: Kept | None = None, plan: Plan | None = None,
 ) -> tuple[Tensor, Masses]:  # fmt: skip
-    """Output [B, T, Hq, V] and masses. linear_v: of the linear rows, those of the keys if None."""
+    """Output [B, T, Hq, V] and masses. linear_v: of the linear rows, those of the keys if None. plan: of a known
+    kind of call, without either."""
     batch, tokens, heads = x.q.shape[:3]
-    o = torch.empty(batch, tokens, heads, shape.value, dtype=x.q.dtype, device=x.q.device)
+    o = x.q.new_empty(batch, tokens, heads, shape.value)
     masses = empty_masses(x.q, shape, filled=stream.lengths is not None or kept is not None)
-    c = shape.config("output")
-    count, stacked = shape.stack(c.rows)
-    blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
-    if blocks and tokens:
-        anchor_k, anchor_v = x.kept_anchors or (x.k, x.v)
-        output_kernel[(blocks * (heads // stacked),)](
-            strided(x.q), strided(x.k), strided(x.v), strided(x.fq), strided(states.phi), strided(anchor_k),
-            strided(anchor_v), strided(o), states.s, states.z, gates,
-            None if x.weight is None else strided_heads(x.weight), x.sink, masses.linear, masses.window,
-            masses.spread, masses.top_key, gates.shape[1], tokens, stream,
+    anchor_k, anchor_v = x.kept_anchors or (x.k, x.v)
+    tensors = (
+        x.q, x.k, x.v, x.fq, states.phi, anchor_k, anchor_v, o, states.s, states.z, gates, x.weight, x.sink, *masses,
+    )  # fmt: skip
+
+    def arguments() -> Arguments:
+        c = shape.config("output")
+        count, stacked = shape.stack(c.rows)
+        blocks = stream_blocks(stream, head_lead(stream.shift, count), count)
+        args = (
+            *map(strided, tensors[:8]), states.s, states.z, gates,
+            None if x.weight is None else strided_heads(x.weight), x.sink, *masses, gates.shape[1], tokens, stream,
             units_of(options.scale, options.softcap) * LOG2E.value, cap_of(options.scale, options.softcap),
             options.feature_scale, None if linear_v is None else strided(linear_v), kept, shape.window,
             shape.anchors, x.kept_anchors is None, heads, shape.key_heads, shape.state_heads, gates.shape[2],
             shape.dim, shape.dim_block, shape.value, shape.value_block, shape.pre, shape.pre_block, shape.chunk, count,
             stacked, c.columns, shape.feature_map, shape.split, shape.keyed, shape.merge,
             shape.merge and shape.relative, shape.normalize, shape.compute_dtype, shape.linear_dtype, shape.precision,
-            c.stages, **c.launch,
+            c.stages,
         )  # fmt: skip
+        return blocks * (heads // stacked), args, c.launch
+
+    if tokens and stream.ends > 1:
+        launch_planned(plan, "output", output_kernel, tensors, arguments)
     return o, masses
 
 
@@ -318,13 +326,11 @@ def empty_masses(q: Tensor, shape: FusedShape, filled: bool) -> Masses:
     """Buffers [B, Hq, T]; those that the mix has no use for are empty. filled: there may be rows that no query has."""
     full = (q.shape[0], q.shape[2], q.shape[1])
     some = full if shape.merge and shape.relative else (0,)
-    make = torch.empty
+    make = q.new_empty
     return Masses(
-        make(full, dtype=torch.float32, device=q.device),
+        make(full, dtype=torch.float32),
         # where no row is, nothing else says so
-        torch.full(full, -torch.inf, dtype=torch.float32, device=q.device)
-        if filled
-        else make(full, dtype=torch.float32, device=q.device),
-        make(some, dtype=torch.float32, device=q.device),
-        make(some, dtype=torch.int32, device=q.device),
+        q.new_full(full, -torch.inf, dtype=torch.float32) if filled else make(full, dtype=torch.float32),
+        make(some, dtype=torch.float32),
+        make(some, dtype=torch.int32),
     )

@@ -10,33 +10,35 @@ from torch import Tensor
 from lizard_ops.common.direct import recorded
 from lizard_ops.common.state import AttentionState
 from lizard_ops.feature_projection.triton import op as projection
-from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
+from lizard_ops.hybrid_attn.arguments import HybridInputs
 from lizard_ops.hybrid_attn.heads import Heads
-from lizard_ops.hybrid_attn.triton.call import FusedInputs, chosen, describe
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, Known
 from lizard_ops.hybrid_attn.triton.chunk import chunk_hybrid_triton
 from lizard_ops.hybrid_attn.triton.fwd import Masses
-from lizard_ops.hybrid_attn.triton.op import Found, forward, gradients, hybrid_backward
+from lizard_ops.hybrid_attn.triton.op import Found, gradients, hybrid_backward, launches
 from lizard_ops.rotary import triton_op as rotary
+from lizard_ops.tiles.plans import Plan
 
 NO_MORE = (None,) * 9  # sinks, anchors, sums, positions and ends, which a call without a state has not
 
 
-def hybrid_heads_triton(heads: Heads, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
-    """(o, state); options as ``chunk_hybrid_attn`` normalises them."""
+def hybrid_heads_triton(heads: Heads, known: Known) -> tuple[Tensor, AttentionState | None]:
+    """(o, state)."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads):
-        return record_heads(*heads, options), None
-    x = turned(heads)
+        return record_heads(*heads, known), None
+    x, options = turned(heads, known.plan), known.options
     if not options.output_final_state:
-        return forward(x, chosen(options), False)[0], None
+        return launches(x, known.fused, False, known).o, None
     inputs = HybridInputs(q=x.q, k=x.k, v=x.v, fq=x.fq, fk=x.fk, g=x.g, merge_bias=x.weight)
-    return chunk_hybrid_triton(inputs, options)
+    return chunk_hybrid_triton(inputs, options, known)
 
 
-def turned(heads: Heads) -> FusedInputs:
+def turned(heads: Heads, plan: Plan) -> FusedInputs:
     """What the kernels of ``hybrid_forward`` take."""
-    fq, fk = projection.launch_both(heads.q, heads.k, heads.query_map, heads.key_map)
-    q, k = rotary.launch_both(heads.q, heads.k, heads.cos, heads.sin, False)
-    return FusedInputs(q, k, heads.v, fq, fk, heads.g, heads.merge_bias, *NO_MORE)
+    q, k, v, query_map, key_map, cos, sin, g, bias = heads
+    fq, fk = projection.launch_both(q, k, query_map, key_map, plan)
+    q, k = rotary.launch_both(q, k, cos, sin, False, plan)
+    return FusedInputs(q, k, v, fq, fk, g, bias, *NO_MORE)
 
 
 class _Heads(torch.autograd.Function):
@@ -44,10 +46,10 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        *tensors, ctx.options = given
-        heads = Heads(*tensors)
-        x = turned(heads)
-        o, _, _, _, gates, *masses = forward(x, chosen(ctx.options), False)
+        *tensors, known = given
+        ctx.known, heads = known, Heads(*tensors)
+        x = turned(heads, known.plan)
+        o, _, _, gates, masses = launches(x, known.fused, False, known)
         ctx.save_for_backward(*heads[:2], *heads[3:7], *x[:7], o, gates, *masses)
         ctx.set_materialize_grads(False)
         return o
@@ -56,26 +58,28 @@ class _Heads(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_o is None:
             return (None,) * 10
-        q, k, query_map, key_map, cos, sin, *saved = ctx.saved_tensors
+        given = ctx.saved_tensors
+        q, k, query_map, key_map, cos, sin, *saved = given
         x, o, gates, masses = FusedInputs(*saved[:7], *NO_MORE), saved[7], saved[8], Masses(*saved[9:])
-        options, needed = chosen(ctx.options), ctx.needs_input_grad
+        options, needed = ctx.known.fused, ctx.needs_input_grad
         again = torch.is_grad_enabled()  # create_graph=True: operators say that they have no second derivative
         if again:
-            given = x._asdict() | options._asdict()
-            del given["log_scale"]
+            named = x._asdict() | options._asdict()
+            del named["log_scale"]
             linear, window, spread, top_key = masses
             found = hybrid_backward(
-                **given, o=o, gates=gates, linear=linear, log_window=window, spread=spread, top_key=top_key, d_o=d_o,
+                **named, o=o, gates=gates, linear=linear, log_window=window, spread=spread, top_key=top_key, d_o=d_o,
                 d_s=None, d_z=None, gate_gradient=needed[7],
             )  # fmt: skip
         else:
             row = Found(o, gates, masses, d_o, None)
-            found = gradients(x, options, row, *describe(x, options), needed[7], of_heads=any(needed[:3]))
+            plan = ctx.known.plan_of_gradients(d_o, given, needed)
+            found = gradients(x, options, row, *ctx.known.described(x), needed[7], None, any(needed[:3]), plan)
         dq, dk, dv, dfq, dfk, dg, d_weight = found[:7]
         if again:
             dq, dk = rotary.turn(dq, cos, sin, True), rotary.turn(dk, cos, sin, True)
         elif needed[0] or needed[1]:
-            dq, dk = rotary.launch_both(dq, dk, cos, sin, True)
+            dq, dk = rotary.launch_both(dq, dk, cos, sin, True, plan)
         if needed[0] and needed[1] and needed[3] and needed[4] and not again:
             d_query_map, d_key_map = projection.gradients_of_both(q, k, query_map, key_map, dfq, dfk, dq, dk)
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lizard_ops.hybrid_attn.triton.call import FusedOptions
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.kept_index import Index, append, segment_size
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import FAR, Stream, locate_in_stream
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
@@ -243,21 +244,24 @@ def kept_key_gradients(
         torch.empty(segments, heads, places, dim, dtype=torch.float32, **make) for dim in (shape.dim, shape.value)
     )
     of_lists = (index.ends, index.carried, index.carried_count)
-    sort_kernel[(segments * heads,)](
+    launch_kernel(
+        sort_kernel, segments * heads,
         *of_lists, at_end, order, order_count, tokens, stream, shape.window, size, heads, segment, places, 256,
         num_warps=4,
     )  # fmt: skip
     dk, dv = (strided(x) for x in found)
     dims = (shape.dim, shape.dim_block, shape.value, shape.value_block)
     tiles = triton.cdiv(places + segment, c.rows)
-    kept_key_kernel[(tiles * segments * heads,)](
+    launch_kernel(
+        kept_key_kernel, tiles * segments * heads,
         strided(q), strided(k), strided(v), strided(do), dk, dv, stats.lse, stats.term, stats.share, index.ends,
         index.carried, order, order_count, part_k, part_v, segments, tokens, stream, options.scale,
         cap_of(options.scale, options.softcap), shape.query_heads, heads, *dims, shape.window, size, segment, places,
         c.heads, c.rows, c.columns, "ieee" if q.dtype == torch.float32 else "tf32", **c.options,
     )  # fmt: skip
     block = 16
-    carried_gradient_kernel[(segments * heads * triton.cdiv(places, block),)](
+    launch_kernel(
+        carried_gradient_kernel, segments * heads * triton.cdiv(places, block),
         *of_lists, part_k, part_v, dk, dv, tokens, stream, heads, *dims, shape.window, segment, places,
         1 << (places.bit_length() - 1), places.bit_length(), block, num_warps=4,
     )  # fmt: skip

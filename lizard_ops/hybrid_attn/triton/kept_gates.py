@@ -17,6 +17,7 @@ from lizard_ops.hybrid_attn.triton.bwd_linear import KeyTerms
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.kept_index import Index
 from lizard_ops.hybrid_attn.triton.units import FLOOR, SCAN, larger, unit_gate_kernel, unit_scan_kernel
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import FAR, Stream, first_slot, locate_chunk, sequence, slot_count
 from lizard_ops.tiles.strided import at, strided, strided_heads, time_step
@@ -161,21 +162,28 @@ def entering_gates(
         return gates, end.fill_(-torch.inf) if start is None else end.copy_(start)
     rows, sequences = None if g is None else strided_heads(g), (stream.ends - 1) * heads
     chunk_reset, chunk_newest, reset_before, newest_before = whole
-    chunk_decay_kernel[(slots * heads,)](
+    launch_kernel(
+        chunk_decay_kernel, slots * heads,
         rows, index.source, decay, chunk_decay, chunk_reset, chunk_newest, tokens, stream, heads, shape.key_heads,
         gate_heads, chunk, num_warps=4,
     )  # fmt: skip
-    decay_scan_kernel[(sequences,)](
+    launch_kernel(
+        decay_scan_kernel, sequences,
         chunk_decay, chunk_reset, chunk_newest, decay_before, reset_before, newest_before, stream, heads, chunk, SCAN,
         num_warps=2,
     )  # fmt: skip
-    entering_weight_kernel[(slots * heads,)](
+    launch_kernel(
+        entering_weight_kernel, slots * heads,
         strided(fk), rows, index.source, past, decay, decay_before, reset_before, newest_before, weight, chunk_top,
         gates, slots, tokens, stream, heads, shape.key_heads, gate_heads, shape.pre, min(64, shape.pre_block), chunk,
         shape.feature_map, num_warps=4,
     )  # fmt: skip
-    unit_scan_kernel[(sequences,)](chunk_decay, chunk_top, before, start, end, stream, heads, chunk, SCAN, num_warps=2)
-    unit_gate_kernel[(slots * heads,)](decay, weight, before, gates, gates, slots, heads, heads, chunk, num_warps=4)
+    launch_kernel(
+        unit_scan_kernel, sequences, chunk_decay, chunk_top, before, start, end, stream, heads, chunk, SCAN, num_warps=2
+    )  # fmt: skip
+    launch_kernel(
+        unit_gate_kernel, slots * heads, decay, weight, before, gates, gates, slots, heads, heads, chunk, num_warps=4,
+    )  # fmt: skip
     return gates, end
 
 
@@ -243,12 +251,14 @@ def held_gradients(g: Tensor, keys: KeyTerms, index: Index, stream: Stream, shap
     sums = torch.empty(slots, heads, dtype=torch.float64, device=g.device)
     if slots:
         given = keys.near, keys.far, index.entries, sums
-        held_sum_kernel[(slots * heads,)](
-            *given, g.shape[1], stream, heads, shape.key_heads, shape.chunk, num_warps=4
+        launch_kernel(
+            held_sum_kernel, slots * heads,
+            *given, g.shape[1], stream, heads, shape.key_heads, shape.chunk, num_warps=4,
         )  # fmt: skip
-        held_kernel[(slots * heads,)](
-            *given, strided_heads(dg), g.shape[1], stream, heads, shape.key_heads, shape.chunk, 128, num_warps=4
-        )
+        launch_kernel(
+            held_kernel, slots * heads,
+            *given, strided_heads(dg), g.shape[1], stream, heads, shape.key_heads, shape.chunk, 128, num_warps=4,
+        )  # fmt: skip
     gate_heads = g.shape[2]
     return dg.unflatten(2, (gate_heads, heads // gate_heads)).sum(-1) if gate_heads != heads else dg
 
@@ -275,7 +285,8 @@ def past_gradients(keys: KeyTerms, index: Index, stream: Stream, shape: FusedSha
     d_past = torch.zeros(batch, shape.state_heads, stream.prefix, dtype=torch.float64, device=index.ends.device)
     if rows > stream.prefix:
         blocks = batch * shape.state_heads * triton.cdiv(stream.prefix, 128)
-        past_kernel[(blocks,)](
+        launch_kernel(
+            past_kernel, blocks,
             keys.near, keys.far, index.entries, d_past, rows - stream.prefix, stream, shape.state_heads,
             shape.key_heads, shape.chunk, 128, num_warps=4,
         )  # fmt: skip

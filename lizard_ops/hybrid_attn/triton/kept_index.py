@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.kept import Kept
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.places import FAR, Stream, locate_in_stream, stream_blocks
 from lizard_ops.tiles.strided import at, strided, strided_heads
 from lizard_ops.tiles.widths import power_of_two
@@ -178,14 +179,17 @@ def index_of(expiry: Tensor, places: int, stream: Stream, shape: FusedShape, lat
     carried, carried_count = torch.empty(segments, heads, places, **make), torch.empty(segments, heads, **make)
     programs = stream_blocks(stream, stream.prefix, 256) * heads
     if programs and tokens:
-        ends_kernel[(programs,)](
+        launch_kernel(
+            ends_kernel, programs,
             strided_heads(expiry), ends, source, None if late else left, tokens, stream, shape.anchors, shape.window,
             heads, 256, num_warps=4,
         )  # fmt: skip
-        carried_kernel[(segments * heads,)](
-            ends, carried, carried_count, tokens, stream, shape.window, heads, SEGMENT, places, 2048, num_warps=8
-        )
-        alive_kernel[(blocks * heads,)](
+        launch_kernel(
+            carried_kernel, segments * heads,
+            ends, carried, carried_count, tokens, stream, shape.window, heads, SEGMENT, places, 2048, num_warps=8,
+        )  # fmt: skip
+        launch_kernel(
+            alive_kernel, blocks * heads,
             ends, carried, carried_count, alive, count, tokens, stream, shape.window, heads, size, SEGMENT, places, 256,
             num_warps=2,
         )  # fmt: skip
@@ -232,7 +236,8 @@ def _moved(x: Tensor, index: Tensor, stream: Stream, least: int, prefix: int) ->
     out = torch.empty(batch, rows, heads, dim, dtype=x.dtype, device=x.device)
     blocks = stream_blocks(stream, prefix, 32)
     if blocks and x.numel():
-        move_kernel[(blocks * heads,)](
+        launch_kernel(
+            move_kernel, blocks * heads,
             strided(x), strided(out), index, rows, stream, prefix, least, heads, dim, power_of_two(dim), 32,
             num_warps=4,
         )  # fmt: skip

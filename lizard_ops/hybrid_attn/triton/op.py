@@ -14,15 +14,16 @@ from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.hybrid_attn.triton.bwd_gate import gate_gradients
 from lizard_ops.hybrid_attn.triton.bwd_linear import empty_terms, linear_keys, linear_queries, query_states
 from lizard_ops.hybrid_attn.triton.bwd_window import window_keys, window_queries
-from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, Pair, describe, pair
+from lizard_ops.hybrid_attn.triton.call import FusedInputs, FusedOptions, Known, Pair, describe, pair
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.fwd import Masses, hybrid_output
 from lizard_ops.hybrid_attn.triton.kept_gates import held_gradients, past_gradients
 from lizard_ops.hybrid_attn.triton.kept_index import Index, entering, from_entering
-from lizard_ops.hybrid_attn.triton.state import chunk_states, running_gates
+from lizard_ops.hybrid_attn.triton.state import States, chunk_states, running_gates
 from lizard_ops.hybrid_attn.triton.units import unit_gates
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, slot_count
+from lizard_ops.tiles.plans import Plan
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,21 +67,38 @@ def hybrid_forward(
     return forward(taken(FusedInputs, given), taken(FusedOptions, given), final)
 
 
-def forward(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
-    """The launches of ``hybrid_forward``."""
-    shape, stream = describe(x, options)
-    q = x.q
+def forward(x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None) -> tuple[Tensor, ...]:
+    """What ``hybrid_forward`` returns. known: of a kind of call without a state, which comes again."""
+    o, states, log_scale, gates, masses = launches(x, options, final, known)
+    log_scale = empty(x.q, 0) if log_scale is None else log_scale
+    if states.end_s is None or states.end_z is None:
+        return o, empty(x.q, 0), empty(x.q, 0), log_scale, gates, *masses
+    return o, states.end_s, states.end_z, log_scale, gates, *masses
+
+
+class Launched(NamedTuple):
+    """What the launches of a forward call leave."""
+
+    o: Tensor
+    states: States
+    log_scale: Tensor | None  # of the final sums, with exponential features
+    gates: Tensor
+    masses: Masses
+
+
+def launches(x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None) -> Launched:
+    """Those of ``forward``."""
+    shape, stream = describe(x, options) if known is None else known.described(x)
+    q, plan = x.q, None if known is None else known.plan
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
-        end_log = empty(q, 0)
+        end_log = None
         if options.feature_map == "exp":
             gates, end_log = unit_gates(x.fk, x.g, x.log_scale, stream, shape)
         else:
-            gates = running_gates(x.g, stream, shape)
-        states = chunk_states(x.fk, x.v, gates, x.start, stream, shape, final)
-        o, masses = hybrid_output(x, options, states, gates, stream, shape)
-    if states.end_s is None or states.end_z is None:
-        return o, empty(q, 0), empty(q, 0), end_log, gates, *masses
-    return o, states.end_s, states.end_z, end_log, gates, *masses
+            gates = running_gates(x.g, stream, shape, plan)
+        states = chunk_states(x.fk, x.v, gates, x.start, stream, shape, final, plan)
+        o, masses = hybrid_output(x, options, states, gates, stream, shape, plan=plan)
+    return Launched(o, states, end_log, gates, masses)
 
 
 @hybrid_forward.register_fake
@@ -139,10 +157,11 @@ def of_entering(stream: Stream, shape: FusedShape) -> tuple[Stream, FusedShape]:
 
 def gradients(
     x: FusedInputs, options: FusedOptions, found: Found, shape: FusedShape, stream: Stream, gate_gradient: bool,
-    index: Index | None = None, of_heads: bool = True,
+    index: Index | None = None, of_heads: bool = True, plan: Plan | None = None,
 ) -> Gradients:  # fmt: skip
     """What ``hybrid_backward`` returns, and more. index: of keys with an expiry. of_heads: whether those of q, k, v and
-    carried anchors are asked for; else they may be empty, or not what they should be."""
+    carried anchors are asked for; else they may be empty, or not what they should be. plan: of a known kind of call
+    without either."""
     q, fq, g, s = x.q, x.fq, x.g, x.s
     _, gates, masses, d_o, d_end = found
     enters = index is not None and options.outside
@@ -151,26 +170,26 @@ def gradients(
         if index is not None and enters:
             rows = x._replace(fk=entering(x.fk, index.source, stream), v=entering(x.v, index.source, stream))
             linear = of_entering(stream, shape)
-        states = chunk_states(rows.fk, rows.v, gates, x.start, *linear, end=False)
+        states = chunk_states(rows.fk, rows.v, gates, x.start, *linear, end=False, plan=plan)
         terms, average = empty_terms(masses, gate_gradient and shape.exact_gates), None
 
         def of_queries(terms):
-            return window_queries(x, options, d_o, masses, terms, stream, shape, index)
+            return window_queries(x, options, d_o, masses, terms, stream, shape, index, plan)
 
         if not shape.merge:
             dq, average = of_queries(terms)
-        dfq = linear_queries(rows, options, states, gates, found.o, d_o, masses, average, terms, *linear)
+        dfq = linear_queries(rows, options, states, gates, found.o, d_o, masses, average, terms, *linear, plan)
         states = states._replace(phi=None)  # what is dead is let go at once: the peak is the sum of what is left
         if shape.merge and shape.exact:
             dq, _ = of_queries(terms)
-        d_states = query_states(fq, d_o, gates, terms, d_end, *linear, s is not None)
+        d_states = query_states(fq, d_o, gates, terms, d_end, *linear, s is not None, plan)
         dv, dfk, key_terms = linear_keys(
-            rows.v, fq, rows.fk, d_o, gates, terms, d_states, *linear, gate_gradient
+            rows.v, fq, rows.fk, d_o, gates, terms, d_states, *linear, gate_gradient, plan
         )  # fmt: skip
         del rows
         dg, d_past = empty(q, 0), empty(q, 0)
         if key_terms is not None:
-            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, *linear)
+            dg = gate_gradients(g, states, d_states, gates, terms, key_terms, *linear, plan)
             if index is not None and enters:
                 dg += held_gradients(g, key_terms, index, stream, shape)
                 d_past = past_gradients(key_terms, index, stream, shape) if stream.prefix else d_past
@@ -181,7 +200,7 @@ def gradients(
             dfk, dv = from_entering(dfk, index.entries, stream), from_entering(dv, index.entries, stream)
         dk = da_k = da_v = empty(q, 0)
         if of_heads:
-            dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index)
+            dk, da_k, da_v = window_keys(x, options, d_o, dv, masses, terms, stream, shape, index, plan)
         if not shape.exact:
             dq = of_queries(terms)[0] if of_heads else empty(q, 0)
         d_sink = empty(q, 0)
@@ -284,9 +303,9 @@ class _Hybrid(torch.autograd.Function):
 record_hybrid = recorded(_Hybrid)
 
 
-def hybrid(x: FusedInputs, options: FusedOptions, final: bool) -> tuple[Tensor, ...]:
-    """``hybrid_forward``; a registered operator for those who look at operators."""
+def hybrid(x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None) -> tuple[Tensor, ...]:
+    """``hybrid_forward``; a registered operator for those who look at operators. known: as for ``forward``."""
     if nobody_looks(*x):
-        return forward(x, options, final)
+        return forward(x, options, final, known)
     given = x._asdict() | options._asdict() | {"final": final}
     return hybrid_forward(**given) if is_watched() else record_hybrid(*in_order(FORWARD, given))

@@ -15,6 +15,7 @@ from lizard_ops.tiles.decays import GATE_FLOOR, decay_between, decay_since_start
 from lizard_ops.tiles.features import half_features
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, first_rows, first_slot, locate_chunk, sequence, slot_count
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 from lizard_ops.tiles.strided import at, load_tile, load_tile_transposed, strided, strided_heads, time_step
 from lizard_ops.tiles.widths import power_of_two
 
@@ -186,26 +187,22 @@ def scan_kernel(
         )  # fmt: skip
 
 
-def running_gates(g: Tensor | None, stream: Stream, shape: FusedShape) -> Tensor:
-    """[3, slots, Hg, C] float32 for ``load_gates``."""
+def running_gates(g: Tensor | None, stream: Stream, shape: FusedShape, plan: Plan | None = None) -> Tensor:
+    """[3, slots, Hg, C] float32 for ``load_gates``. plan: of the call, where it is of a known kind."""
     slots = slot_count(stream, shape.chunk)
     if g is None:
         return torch.zeros(3, slots, 1, shape.chunk, dtype=torch.float32, device=shape.device)
-    gates = torch.empty(3, slots, g.shape[2], shape.chunk, dtype=torch.float32, device=g.device)
+    gates = g.new_empty(3, slots, g.shape[2], shape.chunk, dtype=torch.float32)
+
+    def arguments() -> Arguments:
+        window, heads = shape.window if shape.outside else 0, g.shape[2]
+        args = (
+            strided_heads(g), gates, slots, stream, window, power_of_two(window), heads, shape.chunk, shape.split,
+        )  # fmt: skip
+        return slots * heads, args, {"num_warps": 4}
+
     if slots:
-        window = shape.window if shape.outside else 0
-        gate_kernel[(slots * g.shape[2],)](
-            strided_heads(g),
-            gates,
-            slots,
-            stream,
-            window,
-            power_of_two(window),
-            g.shape[2],
-            shape.chunk,
-            shape.split,
-            num_warps=4,
-        )
+        launch_planned(plan, "gates", gate_kernel, (g, gates), arguments)
     return gates
 
 
@@ -217,33 +214,41 @@ def chunk_states(
     stream: Stream,
     shape: FusedShape,
     end: bool,
+    plan: Plan | None = None,
 ) -> States:
-    """The state that enters each chunk, and with ``end`` the one after the last."""
+    """The state that enters each chunk, and with ``end`` the one after the last. plan: as for ``running_gates``."""
     phi = fk
     if shape.halves == 2:
-        phi = torch.empty(*fk.shape[:3], shape.features, dtype=shape.state_dtype, device=fk.device)
+        phi = fk.new_empty(*fk.shape[:3], shape.features, dtype=shape.state_dtype)
     states = empty_states(gates, stream, shape, end)._replace(phi=phi)
-    slots, c = gates.shape[1], shape.config("state")
-    if slots:
-        chunk_state_kernel[(slots * shape.state_heads * shape.halves,)](
-            strided(fk), strided(v), strided(states.phi), gates, states.s, states.z, slots, stream,
-            shape.anchors, shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block,
-            shape.value, shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.keyed,
-            shape.linear_dtype, shape.precision, c.stages, **c.launch,
+    slots = gates.shape[1]
+
+    def arguments() -> Arguments:
+        c = shape.config("state")
+        args = (
+            strided(fk), strided(v), strided(phi), gates, states.s, states.z, slots, stream, shape.anchors,
+            shape.state_heads, shape.key_heads, gates.shape[2], shape.pre, shape.pre_block, shape.value,
+            shape.value_block, shape.chunk, c.rows, shape.feature_map, shape.split, shape.keyed, shape.linear_dtype,
+            shape.precision, c.stages,
         )  # fmt: skip
-    scan_states(states, start, gates, stream, shape, reverse=False)
+        return slots * shape.state_heads * shape.halves, args, c.launch
+
+    if slots:
+        tensors = (fk, v, phi, gates, states.s, states.z)
+        launch_planned(plan, "states", chunk_state_kernel, tensors, arguments)
+    scan_states(states, start, gates, stream, shape, reverse=False, plan=plan)
     return states
 
 
 def empty_states(gates: Tensor, stream: Stream, shape: FusedShape, end: bool) -> States:
     """Buffers for one entry per chunk."""
     heads = (shape.state_heads, shape.features)
-    s = torch.empty(gates.shape[1], *heads, shape.value, dtype=shape.state_dtype, device=gates.device)
-    z = torch.empty(gates.shape[1], *heads, dtype=torch.float32, device=gates.device)
+    s = gates.new_empty(gates.shape[1], *heads, shape.value, dtype=shape.state_dtype)
+    z = gates.new_empty(gates.shape[1], *heads, dtype=torch.float32)
     if not end:
         return States(s, z, None, None, None)
-    end_s = torch.empty(stream.ends - 1, *heads, shape.value, dtype=torch.float32, device=gates.device)
-    return States(s, z, None, end_s, torch.empty(stream.ends - 1, *heads, dtype=torch.float32, device=gates.device))
+    end_s = gates.new_empty(stream.ends - 1, *heads, shape.value, dtype=torch.float32)
+    return States(s, z, None, end_s, gates.new_empty(stream.ends - 1, *heads, dtype=torch.float32))
 
 
 def scan_states(
@@ -254,14 +259,20 @@ def scan_states(
     shape: FusedShape,
     *,
     reverse: bool,
+    plan: Plan | None = None,
 ) -> None:
     """Turn what each chunk adds into what enters it (leaves it, if reversed), in place."""
-    c = shape.config("scan")
-    tiles = cdiv(shape.features * shape.value, c.rows) + cdiv(shape.features, c.rows)
     start_s, start_z = (None, None) if start is None else (x.contiguous() for x in start)
-    if stream.ends > 1:
-        scan_kernel[((stream.ends - 1) * shape.state_heads * tiles,)](
-            states.s, states.z, start_s, start_z, states.end_s, states.end_z, gates, gates.shape[1], stream,
-            shape.state_heads, gates.shape[2], shape.features, shape.value, shape.chunk, c.rows, shape.split, reverse,
-            start is not None, states.end_s is not None, c.stages, **c.launch,
+    tensors = (states.s, states.z, start_s, start_z, states.end_s, states.end_z, gates)
+
+    def arguments() -> Arguments:
+        c = shape.config("scan")
+        tiles = cdiv(shape.features * shape.value, c.rows) + cdiv(shape.features, c.rows)
+        args = (
+            *tensors, gates.shape[1], stream, shape.state_heads, gates.shape[2], shape.features, shape.value,
+            shape.chunk, c.rows, shape.split, reverse, start is not None, states.end_s is not None, c.stages,
         )  # fmt: skip
+        return (stream.ends - 1) * shape.state_heads * tiles, args, c.launch
+
+    if stream.ends > 1:
+        launch_planned(plan, "scan back" if reverse else "scan", scan_kernel, tensors, arguments)

@@ -22,6 +22,7 @@ from torch import Tensor
 from lizard_ops.hybrid_attn.triton.config import FusedShape
 from lizard_ops.hybrid_attn.triton.state import running_gates
 from lizard_ops.tiles.decays import load_ahead
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import Stream, first_rows, first_slot, locate_chunk, sequence, slot_count
 from lizard_ops.tiles.strided import at, strided, strided_heads, time_step
@@ -144,15 +145,18 @@ def unit_gates(
     gate_heads = 1 if g is None else g.shape[2]
     ahead = running_gates(g, stream, shape) if shape.outside and g is not None else None
     if slots:
-        key_weight_kernel[(slots * heads,)](
+        launch_kernel(
+            key_weight_kernel, slots * heads,
             strided(fk), None if g is None else strided_heads(g), decay, weight, chunk_decay, chunk_top, stream,
             shape.anchors, heads, shape.key_heads, gate_heads, shape.pre, min(64, shape.pre_block), chunk, num_warps=4,
         )  # fmt: skip
-    unit_scan_kernel[((stream.ends - 1) * heads,)](
-        chunk_decay, chunk_top, before, start, end, stream, heads, chunk, SCAN, num_warps=2
-    )
+    launch_kernel(
+        unit_scan_kernel, (stream.ends - 1) * heads,
+        chunk_decay, chunk_top, before, start, end, stream, heads, chunk, SCAN, num_warps=2,
+    )  # fmt: skip
     if slots:
-        unit_gate_kernel[(slots * heads,)](
-            decay, weight, before, ahead, gates, slots, heads, gate_heads, chunk, num_warps=4
-        )
+        launch_kernel(
+            unit_gate_kernel, slots * heads,
+            decay, weight, before, ahead, gates, slots, heads, gate_heads, chunk, num_warps=4,
+        )  # fmt: skip
     return gates, end

@@ -20,6 +20,7 @@ from lizard_ops.key_expiry.triton.kernels import (
     tell_kernel,
 )
 from lizard_ops.tiles.launch import Launch
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.places import block_count
 
 LEAST_BLOCK = 64  # keys
@@ -71,14 +72,18 @@ def displaced(
     of_blocks = {"H": heads, "C": block, "PACKED": packed}
     sizes = of_blocks | {"BP": wide}
     with on_device(kept, kept_keys=places):
-        best_kernel[(blocks * heads,)](ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, ends, length, **sizes, **of_scan(places, wide))
-        displaced_kernel[(blocks * heads * parts_of(config),)](
+        launch_kernel(
+            best_kernel, blocks * heads, ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch,
+        )  # fmt: skip
+        launch_kernel(scan_kernel, n * heads, kept, best, before, ends, length, **sizes, **of_scan(places, wide))
+        launch_kernel(
+            displaced_kernel, blocks * heads * parts_of(config),
             ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows,
             PARTS=parts_of(config), **sizes, **config.launch,
         )  # fmt: skip
         if judged is not None:
-            last_kernel[(n * heads,)](
+            launch_kernel(
+                last_kernel, n * heads,
                 ranks, kept, before, judged, last, ends, rows, length, P=places, X=min(config.rows, wide), **sizes,
                 **config.launch,
             )  # fmt: skip
@@ -122,16 +127,20 @@ def fresh(
     of_blocks = {"H": heads, "C": block, "PACKED": False}
     sizes = of_blocks | {"BP": wide}
     with on_device(scores, kept_keys=places):
-        rank_kernel[(programs,)](
-            scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows
-        )
-        best_kernel[(blocks * heads,)](ranks, best, None, rows, length, n, steps, **of_blocks, **config.launch)
-        scan_kernel[(n * heads,)](kept, best, before, None, length, **sizes, **of_scan(places, wide))
-        displaced_kernel[(blocks * heads * parts_of(config),)](
+        launch_kernel(
+            rank_kernel, programs,
+            scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows,
+        )  # fmt: skip
+        launch_kernel(
+            best_kernel, blocks * heads, ranks, best, None, rows, length, n, steps, **of_blocks, **config.launch,
+        )  # fmt: skip
+        launch_kernel(scan_kernel, n * heads, kept, best, before, None, length, **sizes, **of_scan(places, wide))
+        launch_kernel(
+            displaced_kernel, blocks * heads * parts_of(config),
             ranks, best, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows,
             PARTS=parts_of(config), **sizes, **config.launch,
         )  # fmt: skip
-        tell_kernel[(programs,)](by_row, expiry, rows, length, W=window, **of_rows)
+        launch_kernel(tell_kernel, programs, by_row, expiry, rows, length, W=window, **of_rows)
     return expiry
 
 

@@ -24,6 +24,7 @@ from lizard_ops.key_score.arguments import (
 )
 from lizard_ops.key_score.triton.kernels import received_kernel, score_kernel
 from lizard_ops.tiles.launch import Launch
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.softcap import cap_of, units_of
 from lizard_ops.tiles.strided import rows_last
 from lizard_ops.tuning import tunable
@@ -67,7 +68,8 @@ def launch(inputs: StepInputs) -> Tensor:
     wide, deep, values = (triton.next_power_of_2(size) for size in (units, dim, v_dim))
     block = max(1, min(triton.next_power_of_2(heads), NUMBERS // max(wide, deep, values)))
     with on_device(sums, score_dim=units, dim=dim, values=v_dim):
-        score_kernel[(number,)](
+        launch_kernel(
+            score_kernel, number,
             sums, k, v, *(x.contiguous() for x in inputs.weights), *state[:4], scores, statistics,
             sums.stride(0), k.stride(0), k.stride(2), v.stride(0), v.stride(2), LEAST_NORM,
             S=units, HK=heads, D=dim, V=v_dim, BS=wide, BH=block, BD=deep, BV=values, num_warps=4, num_stages=1,
@@ -79,7 +81,8 @@ def launch(inputs: StepInputs) -> Tensor:
         anchors, anchor_steps = (0, (0, 0, 0)) if anchor_k is None else (anchor_k.shape[1], anchor_k.stride()[:3])
         window, width, group = ring_k.shape[1], received.weights.inner_bias.shape[1], q.shape[2] // heads
         config = config_for(q, window)
-        received_kernel[(number * heads,)](
+        launch_kernel(
+            received_kernel, number * heads,
             q, new_k, ring_k, anchor_k, state.position, ring, statistics, scores,
             *(x.contiguous() for x in received.weights), q.stride(0), q.stride(2), new_k.stride(0), new_k.stride(2),
             *ring_k.stride()[:3], *anchor_steps, units_of(received.scale, received.softcap) / math.log(2),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +12,7 @@ from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import FAR, block_count, locate_in_rows, stream_bounds
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
 from lizard_ops.tiles.softcap import cap_of, cap_slope, capped, units
 from lizard_ops.tiles.strided import load_rows, store_rows
 from lizard_ops.tiles.sums import add_product
@@ -252,42 +252,54 @@ def key_block(config: Launch, anchors: int) -> int:
 
 def key_gradients(
     x: WindowCall, numbers: WindowNumbers, d_o: Tensor, stats: RowStats, beyond: bool,
-    there: tuple[Tensor, int, int] | None = None, ends: Tensor | None = None,
+    there: tuple[Tensor, int, int] | None = None, ends: Tensor | None = None, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dk, dv, d anchor_k, d anchor_v); the last two are empty unless anchors are kept apart (``first`` given).
 
     Of right-padded rows (``lengths``) gradients past the end are left unwritten. beyond: see the kernel. there: a dv to
     add to, its first stream row that holds something, and by how many rows fewer than tokens there are. ends: see the
-    kernel.
+    kernel. plan: of a known kind of call.
     """
     q, k, v, first, cu_seqlens, lengths = x.q, x.k, x.v, x.first, x.cu_seqlens, x.lengths
     anchors, prefix, scale = numbers.anchors, numbers.prefix, numbers.scale
     (_, length, heads, dim), (key_heads, v_dim) = q.shape, v.shape[2:]
     n, packed, carried = sequences_of(q, cu_seqlens), cu_seqlens is not None, first is not None
-    make = torch.empty
-    dv, there_from, there_less = there or (make(v.shape, dtype=v.dtype, device=v.device), 0, 0)
-    dk = make(k.shape, dtype=k.dtype, device=k.device)
-    dka, dva = (
-        q.new_empty(0) if t is None else make(t.shape, dtype=t.dtype, device=t.device) for t in (x.anchor_k, x.anchor_v)
-    )
+    dv, there_from, there_less = there or (v.new_empty(v.shape), 0, 0)
+    dk = k.new_empty(k.shape)
+    dka, dva = (q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x.anchor_k, x.anchor_v))
     config = config_for("keys", q, v, heads // key_heads)
     size = key_block(config, anchors)
     kept = config.rows - size
     blocks = block_count(length, n, prefix, size, packed) * key_heads
     part_k, part_v = (stats.lse.new_empty(blocks, anchors, size) for size in (dim, v_dim))
-    if blocks:
-        window_backward_keys_kernel[(blocks * max(1, cdiv(anchors, max(kept, 1))),)](
-            q, k, v, x.anchor_k, x.anchor_v, first, cu_seqlens, lengths, d_o, stats.lse, stats.term, stats.share,
-            stats.arg_max, stats.d_max, dk, dv, part_k, part_v, *x.strides, *strides(d_o), *stats.strides, length, n,
-            (n - 1).bit_length(), there_from, there_less, scale, cap_of(scale, numbers.softcap), ends, HB=config.heads,
-            AB=kept, PACKED=packed, CARRIED=carried, BEYOND=beyond, ADD=there is not None, TO_LOG2=stats.to_log2,
-            TOKENS_FIRST=stats.strides[1] == 1, **shape_arguments(x, numbers, config),
+    tensors = (
+        q, k, v, x.anchor_k, x.anchor_v, first, cu_seqlens, lengths, d_o, stats.lse, stats.term, stats.share,
+        stats.arg_max, stats.d_max, dk, dv, part_k, part_v,
+    )  # fmt: skip
+
+    def arguments() -> Arguments:
+        args = (
+            *tensors, *x.strides, *strides(d_o), *stats.strides, length, n, (n - 1).bit_length(), there_from,
+            there_less, scale, cap_of(scale, numbers.softcap), ends,
         )  # fmt: skip
-    for part, out in ((part_k, dka if carried else dk), (part_v, dva if carried else dv)):
+        named = {
+            "HB": config.heads, "AB": kept, "PACKED": packed, "CARRIED": carried, "BEYOND": beyond,
+            "ADD": there is not None, "TO_LOG2": stats.to_log2, "TOKENS_FIRST": stats.strides[1] == 1,
+        }  # fmt: skip
+        return blocks * max(1, cdiv(anchors, max(kept, 1))), args, named | shape_arguments(x, numbers, config)
+
+    if blocks:
+        launch_planned(plan, "window keys", window_backward_keys_kernel, (*tensors, ends), arguments)
+    for name, part, out in (("keys", part_k, dka if carried else dk), ("values", part_v, dva if carried else dv)):
+
+        def of_anchors(part: Tensor = part, out: Tensor = out) -> Arguments:
+            named = {
+                "HK": key_heads, "DIM": part.shape[2], "A": anchors, "P": prefix, "KB": size, "BR": 64,
+                "BX": power_of_2(part.shape[2]), "PACKED": packed, "CARRIED": carried, "ADD": beyond and not carried,
+            }  # fmt: skip
+            return n * key_heads * anchors, (part, cu_seqlens, lengths, out, length, n), named
+
         if anchors and blocks:
-            window_backward_anchors_kernel[(n * key_heads * anchors,)](
-                part, cu_seqlens, lengths, out, length, n, HK=key_heads, DIM=part.shape[2], A=anchors, P=prefix,
-                KB=size, BR=64, BX=power_of_2(part.shape[2]), PACKED=packed, CARRIED=carried,
-                ADD=beyond and not carried,
-            )  # fmt: skip
+            known = (part, cu_seqlens, lengths, out)
+            launch_planned(plan, f"anchors' {name}", window_backward_anchors_kernel, known, of_anchors)
     return dk, dv, dka, dva

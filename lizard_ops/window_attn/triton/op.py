@@ -8,6 +8,7 @@ from torch import Tensor
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import by_name, differentiable_once, in_order, taken
 from lizard_ops.common.sizes import cdiv
+from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.places import block_count
 from lizard_ops.tiles.softcap import cap_of, units_of
@@ -59,7 +60,8 @@ def window_forward(
     config = config_for("forward", q, v, group)
     blocks = block_count(length, n, 0, config.rows, packed, config.heads)
     with on_device(q, dim=q.shape[3], values=v.shape[3]):
-        window_forward_kernel[(blocks * k.shape[2] * cdiv(group, config.heads),)](
+        launch_kernel(
+            window_forward_kernel, blocks * k.shape[2] * cdiv(group, config.heads),
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, spread, arg_max,
             *x.strides, length, n, (n - 1).bit_length(),
             units_of(scale, softcap) * LOG2E.value, cap_of(scale, softcap),
@@ -122,7 +124,8 @@ def window_backward(
     d_sinks = q.new_empty(0) if sinks is None else torch.empty_like(lse)
     steps = (n - 1).bit_length()
     with on_device(q, dim=q.shape[3], values=v.shape[3]):
-        window_backward_queries_kernel[(programs,)](
+        launch_kernel(
+            window_backward_queries_kernel, programs,
             q, k, v, anchor_k, anchor_v, sinks, first, cu_seqlens, o, lse, arg_max, d_o, d_lse, d_max,
             dq, term, d_sinks, *x.strides, length, n, steps, scale, cap_of(scale, softcap),
             HB=rows.heads, BA=anchor_tile(anchors), PACKED=packed, CARRIED=carried, HAS_SINKS=sinks is not None,
