@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all
 
+from lizard_models.model.row_product import row_product
+
 IDLE = "transformers.utils.output_capturing"  # whose hooks read, and only where outputs are asked for
 
 
@@ -38,4 +40,5 @@ def linear(module: Any, x: Tensor) -> Tensor:
     own = module._parameters
     if type(module) is not nn.Linear or own.get("weight") is None or not is_bare(module):
         return module(x)
-    return F.linear(x, own["weight"], own["bias"])
+    weight, bias = own["weight"], own["bias"]
+    return F.linear(x, weight, bias) if (y := row_product(x, weight, bias)) is None else y
