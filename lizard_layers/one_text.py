@@ -11,7 +11,7 @@ from lizard_layers import read_input
 from lizard_layers.gate import SigmoidGate
 from lizard_layers.parameters import has_hooks
 from lizard_layers.read_input import gate_and_mix
-from lizard_ops import AttentionState, nobody_looks, text_step
+from lizard_ops import AttentionState, TextStep, nobody_looks, text_step
 
 if TYPE_CHECKING:
     from lizard_layers.hybrid_attention import HybridAttention
@@ -50,5 +50,20 @@ def step_of_one_text(
         return None
     return text_step(
         x, q, k, v, weights, rope, *read, config.window, state, temperature=gate.temperature, anchors=config.anchors,
+        scale=config.scale, softcap=config.softcap, feature_scale=config.feature_scale,
+    )  # fmt: skip
+
+
+def text_step_of(layer: HybridAttention) -> TextStep | None:
+    """The layer's step of one text as its weights are now, for a caller who sees to it that they stay, that no gradient
+    is recorded, and that nobody looks; None where the layer has no such step."""
+    if not layer.steps_at_once:
+        return None
+    maps, gate, config = layer.feature_maps, layer.gate, layer.config
+    weights, read = maps.weights(), gate_and_mix(gate, layer.mix)
+    if weights is None or read is None or not isinstance(gate, SigmoidGate):
+        return None
+    return TextStep(
+        weights, *read, config.window, config.head_dim, temperature=gate.temperature, anchors=config.anchors,
         scale=config.scale, softcap=config.softcap, feature_scale=config.feature_scale,
     )  # fmt: skip

@@ -107,6 +107,11 @@ class LizardCacheLayer(CacheLayerMixin):
             return None
         return self.state
 
+    def to_overwrite(self) -> State | None:
+        """The state of the tokens before, where a step without gradients may overwrite it and nobody records it."""
+        state = self._to_read() if self._rollback is None else None
+        return state if state is not None and is_writable(state) else None
+
     def set_state(self, state: State) -> None:
         """Keep this state: in the memory of the one before where it fits, in memory of its own elsewhere."""
         self._blank = False

@@ -71,25 +71,105 @@ def text_step(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, *state)):
         raise ValueError("state: got one to overwrite, wanted torch.no_grad(): gradients are recorded")
     text = text_of(state, options, lambda: _check_state(given, state, options))
-    position, row = int(state.position), x.view(-1)
-    heads = k.shape[2]
-    bias = fq = None
-    if text.joins(position):
-        bias = torch.mv(merge[0], row) if merge[1] is None else torch.addmv(merge[1], merge[0], row)
-        fq = _projected(q, maps[0])
-    fk = _projected(k, maps[1])
-    g = torch.nn.functional.logsigmoid(torch.addmv(gate[1], gate[0], row))
-    if temperature != 1:
-        g = g / temperature
-    both = turned(torch.cat([q, k], 2)[0, 0], rope[0][0], rope[1][0])
-    o = text.step(position, both[:-heads], both[-heads:], v[0, 0], fq, fk, g, bias)
-    state.position.add_(1)
+    both = torch.cat([q, k], 2)[0, 0]
+    o = _step(text, state, x.view(-1), both, turned(both, rope[0][0], rope[1][0]), v[0, 0], maps, gate, merge, temperature)
     return o.view(1, 1, q.shape[2], -1)
 
 
+class TextStep:
+    """``text_step`` of one layer whose weights and choices stay: what does not change from token to token is checked
+    once for each state, so that a caller of many small layers pays for the step alone.
+
+    Args:
+        maps, gate, merge, window and the options: as for ``text_step``.
+    """
+
+    def __init__(
+        self,
+        maps: Pair,
+        gate: Pair,
+        merge: tuple[Tensor, Tensor | None],
+        window: int,
+        dim: int,
+        *,
+        temperature: float = 1.0,
+        anchors: int = 0,
+        scale: float | None = None,
+        softcap: float | None = None,
+        feature_scale: float | None = None,
+    ) -> None:
+        self.maps, self.gate, self.merge, self.temperature = maps, gate, merge, temperature
+        self.options = _options(window, anchors, "softmax", "relative", scale, softcap, feature_scale, dim)
+
+    def takes(self, state: Any) -> bool:
+        """Whether a state is of the kind that steps overwrite."""
+        return type(state) is AttentionState
+
+    def __call__(self, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor, state: AttentionState) -> Tensor:
+        """o [Hk, Hq / Hk, V] of the next token, with the state overwritten. To be called where no gradient is recorded
+        and nobody looks at operators.
+
+        Args:
+            row: [hidden] the layer's normalised input.
+            heads: [Hq + Hk, D], queries and behind them keys, before RoPE.
+            v: [Hk, V].
+            turn: [D, D] of ``turn_matrix``.
+            state: as for ``text_step``.
+
+        Raises ValueError as ``text_step``, when a state comes for the first time.
+        """
+        text = text_of(state, self.options, lambda: self._check(row, heads, v, turn, state))
+        return _step(text, state, row, heads, torch.mm(heads, turn), v, self.maps, self.gate, self.merge, self.temperature)
+
+    def _check(self, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor, state: AttentionState) -> None:
+        """Raises as ``text_step``."""
+        q, k = heads[: -v.shape[0]][None, None], heads[-v.shape[0] :][None, None]
+        angles = (turn[:1].unsqueeze(0),) * 2
+        given = (row.view(1, 1, -1), q, k, v[None, None], *self.maps, *angles, *self.gate, *self.merge)
+        _check(given, self.temperature, self.options)
+        _check_state(given, state, self.options)
+
+
+def turn_matrix(cos: Tensor, sin: Tensor) -> Tensor:
+    """[D, D] that turns heads: ``apply_rotary(x, cos, sin)`` is x @ turn, of angles [D]."""
+    here, there = _places_of_turns(cos.shape[0], cos.dtype)
+    return torch.addcmul(here * cos, there, sin)
+
+
+@functools.cache
+def _places_of_turns(dim: int, dtype: torch.dtype) -> Pair:
+    """What cosines and what sines [D] are multiplied by in ``turn_matrix``."""
+    with torch.inference_mode(False):
+        here = torch.eye(dim, dtype=dtype)
+        half = here.roll(dim // 2, 0)  # y_j reads x_{j + D/2} negated in the first half, x_{j - D/2} in the second
+        half[:, : dim // 2] *= -1
+        return here, half
+
+
+def _step(
+    text: OneText, state: AttentionState, row: Tensor, heads: Tensor, turned_heads: Tensor, v: Tensor, maps: Pair,
+    gate: Pair, merge: tuple[Tensor, Tensor | None], temperature: float,
+) -> Tensor:  # fmt: skip
+    """o [Hk, G, V] of heads [Hq + Hk, D] as they came and turned."""
+    position, count = int(state.position), v.shape[0]
+    bias = fq = None
+    of_q, of_k = heads.split([heads.shape[0] - count, count])
+    if text.joins(position):
+        bias = torch.mv(merge[0], row) if merge[1] is None else torch.addmv(merge[1], merge[0], row)
+        fq = _projected(of_q, maps[0])
+    fk = _projected(of_k, maps[1])
+    g = torch.nn.functional.logsigmoid(torch.addmv(gate[1], gate[0], row))
+    if temperature != 1:
+        g = g / temperature
+    q, k = turned_heads.split([heads.shape[0] - count, count])
+    o = text.step(position, q, k, v, fq, fk, g, bias)
+    state.position.add_(1)
+    return o
+
+
 def _projected(x: Tensor, weight: Tensor) -> Tensor:
-    """[H, F] of heads x [1, 1, H, D] and their matrices [M, D, F]."""
-    return torch.bmm(x.view(weight.shape[0], -1, x.shape[3]), weight).view(x.shape[2], -1)
+    """[H, F] of heads x [H, D] and their matrices [M, D, F]."""
+    return torch.bmm(x.view(weight.shape[0], -1, x.shape[1]), weight).view(x.shape[0], -1)
 
 
 @functools.lru_cache(maxsize=256)
