@@ -8,7 +8,8 @@ after each: a step of several threads stays with BLAS, whose product of a row is
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lizard_ops import nobody_looks
 
@@ -19,13 +20,24 @@ LEAST = 1 << 20  # numbers of a weight: below, finding the kernel takes longer t
 def row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``F.linear(x, weight, bias)`` of x [..., 1, D] but for the order of sums; None where it is not to be this one's:
     more than a row, on another device, not of float32, of several threads, or seen by somebody."""
-    if weight.numel() < LEAST or x.numel() != x.shape[-1] or x.device.type != "cpu" or torch.get_num_threads() != 1:
+    if torch.compiler.is_compiling() or weight.numel() < LEAST:
+        return None
+    if x.numel() != x.shape[-1] or x.device.type != "cpu" or torch.get_num_threads() != 1:
         return None
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or not torch._C._get_mkldnn_enabled():
         return None
     if _op is None or not nobody_looks(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return None
     return _op(x, weight, bias, "none", [], "")
+
+
+class RowLinear(nn.Linear):
+    """A Linear that reads many rows as any other, and one row as ``row_product`` does where it may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., rows of the weight]."""
+        y = row_product(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) if y is None else y
 
 
 def _found() -> torch._ops.OpOverload | None:
