@@ -108,7 +108,8 @@ class LayerStep:
     def step(self, fused: FusedNorms, x: Tensor, cache: Any, turn: Tensor) -> Tensor | None:
         """As ``TokenSteps.step``."""
         state = cache.layers[self.index].to_overwrite() if self.mode["mode"] == "student" else None
-        if state is None or not self.attention.takes(state):
+        text = None if state is None else self.attention.text(state)
+        if text is None:
             return None
         first, second = self.norms
         y, row = fused.take(first, x), x.view(-1)
@@ -116,7 +117,7 @@ class LayerStep:
         heads, v = self.sizes_of_heads
         qkv = self.of_heads(y)
         o = self.attention(
-            y, qkv.as_strided(heads, (heads[1], 1)), qkv.as_strided(v, (v[1], 1), heads[0] * heads[1]), turn, state
+            text, y, qkv.as_strided(heads, (heads[1], 1)), qkv.as_strided(v, (v[1], 1), heads[0] * heads[1]), turn
         )
         s = self.out(o.view(-1), row)
         gate, up = self.of_mlp(rms_norm_row(s, second.weight, second.epsilon)).view(2, -1).unbind()

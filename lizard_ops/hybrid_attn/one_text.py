@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,12 +58,13 @@ class OneText:
     """
 
     __slots__ = (
-        "anchor_k", "anchor_v", "fields", "memory", "near_k", "near_v", "options", "ring_g", "ring_k", "ring_v",
-        "rings", "s", "slots", "z", "z_column",
+        "anchor_k", "anchor_v", "fields", "memory", "near_k", "near_v", "options", "position", "ring_g", "ring_k",
+        "ring_v", "rings", "s", "slots", "z", "z_column",
     )  # fmt: skip
 
     def __init__(self, state: AttentionState, options: HybridOptions) -> None:
         self.fields, self.options, self.memory = state[1:], options, places(state)
+        self.position = state.position
         assert state.s is not None and state.z is not None
         with torch.inference_mode(state.s.is_inference()), torch.no_grad():
             parts: dict[str, Any] = {name: None if x is None else x[0] for name, x in state._asdict().items()}
@@ -186,7 +187,7 @@ def text_of(state: AttentionState, options: HybridOptions, check: Callable[[], N
     return text
 
 
-def places(state: AttentionState) -> list[int]:
+def places(state: Iterable[Tensor | None]) -> list[int]:
     """Where its tensors lie."""
     return [0 if x is None else x.data_ptr() for x in state]
 

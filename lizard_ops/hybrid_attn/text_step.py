@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.kinds import Kinds
+from lizard_ops.common.places import Places
 from lizard_ops.common.state import AttentionState
 from lizard_ops.few_tokens.api import check_token_heads
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions, hybrid_arguments
-from lizard_ops.hybrid_attn.one_text import text_of, turned
+from lizard_ops.hybrid_attn.kept_text import KeptText, ScoreOf, kept_text_of
+from lizard_ops.hybrid_attn.one_text import OneText, text_of, turned
+from lizard_ops.key_score.arguments import KeyScoreState, ReceivedInputs, StepInputs, step_arguments
 
+OF_OWN_DTYPE = ("position", "kept_scores", "kept_positions", "ring_scores")
 _accepted = Kinds()
 Pair = tuple[Tensor, Tensor]
 
@@ -72,7 +77,8 @@ def text_step(
         raise ValueError("state: got one to overwrite, wanted torch.no_grad(): gradients are recorded")
     text = text_of(state, options, lambda: _check_state(given, state, options))
     both = torch.cat([q, k], 2)[0, 0]
-    o = _step(text, state, x.view(-1), both, turned(both, rope[0][0], rope[1][0]), v[0, 0], maps, gate, merge, temperature)
+    turns = turned(both, rope[0][0], rope[1][0])
+    o = _step(text, x.view(-1), both, turns, v[0, 0], maps, gate, merge, temperature)
     return o.view(1, 1, q.shape[2], -1)
 
 
@@ -90,7 +96,6 @@ class TextStep:
         gate: Pair,
         merge: tuple[Tensor, Tensor | None],
         window: int,
-        dim: int,
         *,
         temperature: float = 1.0,
         anchors: int = 0,
@@ -99,35 +104,98 @@ class TextStep:
         feature_scale: float | None = None,
     ) -> None:
         self.maps, self.gate, self.merge, self.temperature = maps, gate, merge, temperature
+        dim = maps[0].shape[1]
         self.options = _options(window, anchors, "softmax", "relative", scale, softcap, feature_scale, dim)
 
-    def takes(self, state: Any) -> bool:
-        """Whether a state is of the kind that steps overwrite."""
-        return type(state) is AttentionState
-
-    def __call__(self, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor, state: AttentionState) -> Tensor:
-        """o [Hk, Hq / Hk, V] of the next token, with the state overwritten. To be called where no gradient is recorded
-        and nobody looks at operators.
-
-        Args:
-            row: [hidden] the layer's normalised input.
-            heads: [Hq + Hk, D], queries and behind them keys, before RoPE.
-            v: [Hk, V].
-            turn: [D, D] of ``turn_matrix``.
-            state: as for ``text_step``.
+    def text(self, state: Any) -> OneText | None:
+        """What steps on this state read and write; None for a state of another kind.
 
         Raises ValueError as ``text_step``, when a state comes for the first time.
         """
-        text = text_of(state, self.options, lambda: self._check(row, heads, v, turn, state))
-        return _step(text, state, row, heads, torch.mm(heads, turn), v, self.maps, self.gate, self.merge, self.temperature)
+        if type(state) is not AttentionState or state.kept_k is not None:
+            return None
+        return text_of(state, self.options, lambda: self._check(state, _check_state))
 
-    def _check(self, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor, state: AttentionState) -> None:
+    def __call__(self, text: OneText, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor) -> Tensor:
+        """o [Hk, Hq / Hk, V] of the next token, with the state of ``text`` overwritten. To be called where no gradient
+        is recorded and nobody looks at operators; what is given is not checked.
+
+        Args:
+            text: of this step.
+            row: [hidden] the layer's normalised input, of the dtype of the weights, as all of these.
+            heads: [Hq + Hk, D], queries and behind them keys, before RoPE.
+            v: [Hk, V].
+            turn: [D, D] of ``turn_matrix``.
+        """
+        turned_heads = torch.mm(heads, turn)
+        return _step(text, row, heads, turned_heads, v, self.maps, self.gate, self.merge, self.temperature)
+
+    def _check(self, state: AttentionState, check_state: Callable[..., None]) -> None:
         """Raises as ``text_step``."""
-        q, k = heads[: -v.shape[0]][None, None], heads[-v.shape[0] :][None, None]
-        angles = (turn[:1].unsqueeze(0),) * 2
-        given = (row.view(1, 1, -1), q, k, v[None, None], *self.maps, *angles, *self.gate, *self.merge)
+        checks.want(state.ring_k is not None and state.ring_v is not None, "state", state, "one with a window")
+        assert state.ring_k is not None and state.ring_v is not None
+        (of_q, of_k), (gate, _), (merge, _) = self.maps, self.gate, self.merge
+        x, dim = gate.new_zeros(1, 1, gate.shape[1]), of_q.shape[1]
+        q, angle = x.new_zeros(1, 1, merge.shape[0], dim), x.new_zeros(1, 1, dim)
+        k, v = (x.new_zeros(1, 1, ring.shape[2], ring.shape[3]) for ring in (state.ring_k, state.ring_v))
+        given = (x, q, k, v, of_q, of_k, angle, angle, *self.gate, *self.merge)
         _check(given, self.temperature, self.options)
-        _check_state(given, state, self.options)
+        check_state(given, state, self.options)
+
+
+class KeptTextStep(TextStep):
+    """``TextStep`` of a layer with coverage="left" that keeps keys by scores which read what keys receive: in place of
+
+    ``recurrent_hybrid_attn`` without scores, ``key_score_step`` of the heads before RoPE with ``received``, and
+    ``recurrent_hybrid_attn`` with what it gives, score_delay = window - 1 and coverage="left".
+
+    Args:
+        score: the scores' parameters, of the dtype of the other weights.
+        kept_keys: as for ``recurrent_hybrid_attn``.
+        others: as for ``TextStep``.
+    """
+
+    def __init__(
+        self,
+        maps: Pair,
+        gate: Pair,
+        merge: tuple[Tensor, Tensor | None],
+        window: int,
+        score: ScoreOf,
+        kept_keys: Places,
+        **others: Any,
+    ) -> None:
+        super().__init__(maps, gate, merge, window, **others)
+        self.score = score
+        self.options = self.options._replace(coverage="left", kept_keys=kept_keys, score_delay=window - 1)
+
+    def text(self, state: Any, scored: KeyScoreState | None = None) -> KeptText | None:
+        """As ``TextStep``; scored: the state of the scores. None, too, where places are not filled in their order."""
+        if type(state) is not AttentionState or scored is None or state.kept_k is None or scored.ring is None:
+            return None
+        return kept_text_of(state, scored, self.options, self.score.stride, lambda: self._check_both(state, scored))
+
+    def __call__(self, text: OneText, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor) -> Tensor:
+        """As ``TextStep``, with both states overwritten."""
+        assert isinstance(text, KeptText)
+        position, sizes = int(text.position), [heads.shape[0] - v.shape[0], v.shape[0]]
+        (of_q, of_k), (q, k) = heads.split(sizes), torch.mm(heads, turn).split(sizes)
+        read = _read(row, of_q, of_k, self.maps, self.gate, self.merge, self.temperature, text.joins(position))
+        return text.kept_step(position, (q, k, v), *read, of_k, torch.mv(self.score.inner_weight, row), self.score)
+
+    def _check_both(self, state: AttentionState, scored: KeyScoreState) -> None:
+        """Raises as the ops that it stands for."""
+        self._check(state, lambda *given: _check_state(*given, scored=True))
+        assert state.ring_k is not None and state.ring_v is not None
+        sums = self.score.inner_weight.new_zeros(1, 1, self.score.inner_weight.shape[0])
+        k, v = (sums.new_zeros(1, 1, *ring.shape[2:]) for ring in (state.ring_k, state.ring_v))
+        q = sums.new_zeros(1, 1, self.merge[0].shape[0], k.shape[3])
+        received = ReceivedInputs(
+            q, k, state.ring_k, state.anchor_k, self.score.term, self.score.stride, self.options.scale,
+            self.options.softcap,
+        )  # fmt: skip
+        step_arguments(StepInputs(sums, k, v, self.score.weights, scored, received, None, True))
+        checks.want(k.shape == v.shape, "state.ring_v", state.ring_v, "values as wide as keys")
 
 
 def turn_matrix(cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,24 +215,28 @@ def _places_of_turns(dim: int, dtype: torch.dtype) -> Pair:
 
 
 def _step(
-    text: OneText, state: AttentionState, row: Tensor, heads: Tensor, turned_heads: Tensor, v: Tensor, maps: Pair,
-    gate: Pair, merge: tuple[Tensor, Tensor | None], temperature: float,
+    text: OneText, row: Tensor, heads: Tensor, turned_heads: Tensor, v: Tensor, maps: Pair, gate: Pair,
+    merge: tuple[Tensor, Tensor | None], temperature: float,
 ) -> Tensor:  # fmt: skip
     """o [Hk, G, V] of heads [Hq + Hk, D] as they came and turned."""
-    position, count = int(state.position), v.shape[0]
-    bias = fq = None
-    of_q, of_k = heads.split([heads.shape[0] - count, count])
-    if text.joins(position):
-        bias = torch.mv(merge[0], row) if merge[1] is None else torch.addmv(merge[1], merge[0], row)
-        fq = _projected(of_q, maps[0])
-    fk = _projected(of_k, maps[1])
-    g = torch.nn.functional.logsigmoid(torch.addmv(gate[1], gate[0], row))
-    if temperature != 1:
-        g = g / temperature
-    q, k = turned_heads.split([heads.shape[0] - count, count])
-    o = text.step(position, q, k, v, fq, fk, g, bias)
-    state.position.add_(1)
+    position, sizes = int(text.position), [heads.shape[0] - v.shape[0], v.shape[0]]
+    fq, fk, g, bias = _read(row, *heads.split(sizes), maps, gate, merge, temperature, text.joins(position))
+    o = text.step(position, *turned_heads.split(sizes), v, fq, fk, g, bias)
+    text.position.add_(1)
     return o
+
+
+def _read(
+    row: Tensor, q: Tensor, k: Tensor, maps: Pair, gate: Pair, merge: tuple[Tensor, Tensor | None], temperature: float,
+    joins: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(fq, fk, g, merge bias) of heads [H, D] before RoPE; the first and the last only where a key joins the sums."""
+    bias = fq = None
+    if joins:
+        bias = torch.mv(merge[0], row) if merge[1] is None else torch.addmv(merge[1], merge[0], row)
+        fq = _projected(q, maps[0])
+    g = torch.nn.functional.logsigmoid(torch.addmv(gate[1], gate[0], row))
+    return fq, _projected(k, maps[1]), g if temperature == 1 else g / temperature, bias
 
 
 def _projected(x: Tensor, weight: Tensor) -> Tensor:
@@ -198,12 +270,15 @@ def _check(given: tuple[Any, ...], temperature: float, options: HybridOptions) -
     checks.check_choice("feature_map", options.feature_map, ("identity", "softmax"))
 
 
-def _check_state(given: tuple[Any, ...], state: AttentionState, options: HybridOptions) -> None:
-    """Raises for a state that is not one of such a call, as ``recurrent_hybrid_attn``."""
+def _check_state(
+    given: tuple[Any, ...], state: AttentionState, options: HybridOptions, scored: bool = False
+) -> None:
+    """Raises for a state that is not one of such a call, as ``recurrent_hybrid_attn``; scored: with scores."""
     _, q, k, v, _, of_k, _, _, gate, *_ = given
     fq, fk = (t.new_zeros(*t.shape[:3], of_k.shape[2]) for t in (q, k))
     g = q.new_zeros(1, 1, gate.shape[0])
-    hybrid_arguments(HybridInputs(q=q, k=k, v=v, fq=fq, fk=fk, g=g, initial_state=state), options)
+    scores = q.new_zeros(k.shape[:3]) if scored else None
+    hybrid_arguments(HybridInputs(q=q, k=k, v=v, fq=fq, fk=fk, g=g, initial_state=state, scores=scores), options)
     for name, t in state._asdict().items():
         checks.want(t is None or t.is_contiguous(), f"initial_state.{name}", t, "a contiguous tensor")
-        checks.want(t is None or name == "position" or t.dtype == q.dtype, f"initial_state.{name}", t, str(q.dtype))
+        checks.want(t is None or name in OF_OWN_DTYPE or t.dtype == q.dtype, f"initial_state.{name}", t, str(q.dtype))
