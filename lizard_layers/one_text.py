@@ -16,7 +16,6 @@ from lizard_layers.state import LayerState
 from lizard_ops import (
     AttentionState,
     KeptTextStep,
-    KeyScoreState,
     KeyScoreWeights,
     ScoreOf,
     TextStep,
@@ -83,11 +82,11 @@ def _kept_step_of_one_text(
 class _KeptLayerStep(KeptTextStep):
     """``KeptTextStep`` on a layer's own state."""
 
-    def text(self, state: Any, scored: KeyScoreState | None = None) -> Any:
+    def text(self, state: Any, scored: tuple[Tensor, ...] | None = None) -> Any:
         """As ``KeptTextStep``, of a ``LayerState``."""
         if type(state) is not LayerState or type(state.score) is not ReceivingState:
             return None
-        return super().text(state.attention, KeyScoreState(*state.score))
+        return super().text(state.attention, state.score)
 
 
 def text_step_of(layer: HybridAttention) -> TextStep | None:

@@ -18,7 +18,7 @@ from lizard_ops.common.numerics import soft_capped
 from lizard_ops.common.places import each
 from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.arguments import HybridOptions
-from lizard_ops.hybrid_attn.one_text import TINY, OneText, features, places
+from lizard_ops.hybrid_attn.one_text import TINY, OneText, Scores, as_factors, features, places
 from lizard_ops.key_score.arguments import KeyScoreState, KeyScoreWeights, ReceivedWeights
 from lizard_ops.key_score.one_text import OneTextScore
 
@@ -44,12 +44,15 @@ class _Places(NamedTuple):
 class KeptText(OneText):
     """As ``OneText``, of a state with kept keys and that of their scores."""
 
-    __slots__ = ("log_scale", "places", "ring_scores", "score", "scored", "scored_places")
+    __slots__ = (
+        "alike", "anchor_factors", "filled", "kept_factors", "log_scale", "most", "places", "positions", "ring_scores",
+        "score", "scored", "scored_places",
+    )  # fmt: skip
 
-    def __init__(self, state: AttentionState, score: KeyScoreState, options: HybridOptions, stride: int) -> None:
+    def __init__(self, state: AttentionState, score: tuple[Tensor, ...], options: HybridOptions, stride: int) -> None:
         super().__init__(state, options)
         assert state.ring_scores is not None and state.log_scale is not None and state.ring_k is not None
-        self.score, self.scored, self.scored_places = OneTextScore(score, stride), score, places(score)
+        self.score, self.scored, self.scored_places = OneTextScore(KeyScoreState(*score), stride), score, places(score)
         with torch.inference_mode(state.ring_k.is_inference()), torch.no_grad():
             self.ring_scores, self.log_scale = state.ring_scores[0, 0], state.log_scale[0]
             fields = [getattr(state, f"kept_{name}")[0] for name in ("k", "v", "scores", "positions")]
@@ -59,8 +62,15 @@ class KeptText(OneText):
             else:
                 parts = zip(*(t.unbind(1) for t in fields), strict=True)
             self.places = [_Places(*of_head) for of_head in parts]
+            self.alike, self.most = not isinstance(options.kept_keys, tuple), max(counts)
+            self.filled: tuple[int, Scores] | None = None  # places that are, and their scores
+            if self.alike:
+                self.kept_factors = as_factors(*fields[:2])
+            self.positions = [self.position, score[0]]
+            if options.anchors:
+                self.anchor_factors = as_factors(self.anchor_k, self.anchor_v)
 
-    def holds_both(self, state: AttentionState, score: KeyScoreState, options: HybridOptions, stride: int) -> bool:
+    def holds_both(self, state: AttentionState, score: tuple[Tensor, ...], options: HybridOptions, stride: int) -> bool:
         """Whether these are the views of these states, where they lie now."""
         same = stride == self.score.stride and all(a is b for a, b in zip(self.scored, score, strict=True))
         return same and places(score) == self.scored_places and self.holds(state, options)
@@ -101,7 +111,7 @@ class KeptText(OneText):
         scored = self.score.step(position, sums, k, v, score.weights, score.term, scores[..., :near])
         if scored is not None:
             self.ring_scores.copy_(scored)
-        torch._foreach_add_([self.position, self.scored.position], 1)
+        torch._foreach_add_(self.positions, 1)
         if far is None:
             return o
         total, mass = far
@@ -145,29 +155,41 @@ class KeptText(OneText):
         return torch.bmm(queries, self.s), torch.bmm(queries, self.z_column)
 
     def _near_and_kept(self, position: int, q: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(o [Hk, G, V], weights, scores [Hk, G, W + A + P]) of window, anchors and kept keys, -inf where none is."""
+        """(o [Hk, G, V], weights, scores [Hk, G, M]) of window, anchors and kept keys, of which as many at least are
+        seen in each part as of the position; -inf where none is."""
         options = self.options
         window, anchors = options.window, options.anchors
         left = max(position - window - anchors + 1, 0)
-        seen, far = min(position + 1, window), min(anchors, max(position - window + 1, 0))
+        if not left:
+            return self._near(position, q, heads)
         queries = (q * options.scale).view(heads, -1, q.shape[1])
-        most = max(len(place.scores) for place in self.places)
-        scores = q.new_full((heads, queries.shape[1], window + anchors + most), -math.inf)
-        keys, values = self.near_k[..., :seen], self.near_v[:, :seen]
-        scores[..., :seen] = soft_capped(torch.bmm(queries, keys), options.softcap)
-        if far:
-            far_k, far_v = self.anchor_k[:far].permute(1, 2, 0), self.anchor_v[:far].transpose(0, 1)
-            scores[..., window : window + far] = soft_capped(torch.bmm(queries, far_k), options.softcap)
+        if self.alike and (self.filled is None or self.filled[0] != min(left, self.most)):
+            seen = min(left, self.most)
+            parts = [(self.near_k, self.near_v)] + ([self.anchor_factors] if anchors else [])
+            parts += [(self.kept_factors[0][..., :seen], self.kept_factors[1][:, :seen])]
+            self.filled = seen, self.scores(queries, parts)
+        if self.alike and self.filled is not None:
+            return self.filled[1].attend(queries, options.softcap)
+        return self._of_each(left, queries)
+
+    def _of_each(self, left: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``_near_and_kept`` where heads have different numbers of places."""
+        options, begin = self.options, self.options.window + self.options.anchors
+        near = [(self.near_k, self.near_v)] + ([self.anchor_factors] if options.anchors else [])
+        scores = queries.new_full((*queries.shape[:2], begin + self.most), -math.inf)
+        end = 0
+        for keys, _ in near:
+            scores[..., end : end + keys.shape[2]] = soft_capped(torch.bmm(queries, keys), options.softcap)
+            end += keys.shape[2]
         kept = [(h, place, min(left, len(place.scores))) for h, place in enumerate(self.places)]
-        kept = [(h, place, n, slice(window + anchors, window + anchors + n)) for h, place, n in kept if n]
-        for h, place, n, part in kept:
-            scores[h, :, part] = soft_capped(torch.mm(queries[h], place.k[:n].t()), options.softcap)
-        weights = scores.softmax(-1)
-        o = torch.bmm(weights[..., :seen], values)
-        if far:
-            o.baddbmm_(weights[..., window : window + far], far_v)
-        for h, place, n, part in kept:
-            o[h].addmm_(weights[h, :, part], place.v[:n])
+        for h, place, seen in kept:
+            scores[h, :, begin : begin + seen] = soft_capped(torch.mm(queries[h], place.k[:seen].t()), options.softcap)
+        weights, end = scores.softmax(-1), options.window
+        o = torch.bmm(weights[..., :end], self.near_v)
+        if options.anchors:
+            o.baddbmm_(weights[..., end:begin], self.anchor_factors[1])
+        for h, place, seen in kept:
+            o[h].addmm_(weights[h, :, begin : begin + seen], place.v[:seen])
         return o, weights, scores
 
 
@@ -175,7 +197,7 @@ _texts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the position of their 
 
 
 def kept_text_of(
-    state: AttentionState, score: KeyScoreState, options: HybridOptions, stride: int, check: Callable[[], None]
+    state: AttentionState, score: tuple[Tensor, ...], options: HybridOptions, stride: int, check: Callable[[], None]
 ) -> KeptText | None:
     """``text_of`` these states; None where places are not filled in their order."""
     text = _texts.get(state.position)

@@ -169,11 +169,12 @@ class KeptTextStep(TextStep):
         self.score = score
         self.options = self.options._replace(coverage="left", kept_keys=kept_keys, score_delay=window - 1)
 
-    def text(self, state: Any, scored: KeyScoreState | None = None) -> KeptText | None:
-        """As ``TextStep``; scored: the state of the scores. None, too, where places are not filled in their order."""
-        if type(state) is not AttentionState or scored is None or state.kept_k is None or scored.ring is None:
+    def text(self, state: Any, scored: tuple[Tensor, ...] | None = None) -> KeptText | None:
+        """As ``TextStep``; scored: the state of the scores, or a tuple of its fields in their order. None, too, where
+        places are not filled in their order."""
+        if type(state) is not AttentionState or scored is None or state.kept_k is None or len(scored) < 5:
             return None
-        return kept_text_of(state, scored, self.options, self.score.stride, lambda: self._check_both(state, scored))
+        return kept_text_of(state, scored, self.options, self.score.stride, lambda: self._check_both(state, KeyScoreState(*scored)))
 
     def __call__(self, text: OneText, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor) -> Tensor:
         """As ``TextStep``, with both states overwritten."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,15 @@ from lizard_ops.key_score.arguments import (
 )
 
 
+class _Slot(NamedTuple):
+    """Views of a place of the ring."""
+
+    whole: Tensor  # [Hk, 7]
+    statistics: Tensor  # [Hk, 3]
+    base: Tensor  # [Hk]
+    others: Tensor  # [Hk, 4], what is not yet known of a new key
+
+
 class OneTextScore:
     """A state of one row and its parts as a step reads and writes them: ``key_score_step`` with ``received``.
 
@@ -32,6 +42,17 @@ class OneTextScore:
             self.inner, self.linear = state.inner[0].unbind(), state.linear[0].unbind()
             self.key_sum, self.ring = state.key_sum[0], state.ring[0]
             self.received, self.most = self.ring[..., STATISTICS + 1 : STATISTICS + 3], self.ring[..., -1]
+            self.slots: list[_Slot | None] = [None] * self.window
+
+    def slot(self, position: int) -> _Slot:
+        """The place of the key at ``position``."""
+        place = position % self.window
+        found = self.slots[place]
+        if found is None:
+            with torch.inference_mode(self.ring.is_inference()), torch.no_grad():
+                whole = self.ring[place]
+                found = self.slots[place] = _Slot(whole, whole[:, :STATISTICS], whole[:, STATISTICS], whole[:, STATISTICS:])
+        return found
 
     def step(
         self,
@@ -41,15 +62,15 @@ class OneTextScore:
         v: Tensor,  # [Hk, V]
         weights: KeyScoreWeights,
         term: ReceivedWeights,
-        scores: Tensor,  # [Hk, G, W + A], of the query with the keys of the window, in their places, and the anchors
+        scores: Tensor,  # [Hk, G, M], of the query with the keys in the window's places, then those of anchors that left
     ) -> Tensor | None:
         """The score [Hk] of the key W - 1 tokens before, None where there is none. The state is overwritten."""
-        slot, heads = position % self.window, k.shape[0]
+        heads = k.shape[0]
         first, second, third, fourth = sums.view(4, -1).unbind()
         if position >= LOOK_AHEAD:
             inner = F.gelu((self.inner[0] + fourth).add_(weights.inner_bias))
             base = torch.addmv(self.linear[0] + weights.bias, weights.outer_weight, inner)
-            self.ring[(position - LOOK_AHEAD) % self.window, :, STATISTICS] = base
+            self.slot(position - LOOK_AHEAD).base.copy_(base)
         torch.add(self.inner[1], third, out=self.inner[0])
         torch.add(self.inner[2], second, out=self.inner[1])
         self.inner[2].copy_(first)
@@ -58,27 +79,27 @@ class OneTextScore:
         unit = k / norms[:heads].unsqueeze(1)
         mean = self.key_sum.add_(unit).to(k.dtype)
         likeness = (unit * mean).sum(-1) / torch.linalg.vector_norm(mean, dim=-1).clamp_(min=LEAST_NORM)
-        new = self.ring[slot]
-        new[:, STATISTICS:].zero_()
-        statistics = new[:, :STATISTICS]
-        torch.stack([*norms.log_().view(2, -1).unbind(), likeness], 1, out=statistics)
+        new = self.slot(position)
+        new.others.zero_()
+        torch.stack([*norms.log_().view(2, -1).unbind(), likeness], 1, out=new.statistics)
         self.linear[0].copy_(self.linear[1])
-        torch.sum(statistics * weights.linear_weight, 1, out=self.linear[1])
+        torch.sum(new.statistics * weights.linear_weight, 1, out=self.linear[1])
 
         if (position + 1) % self.stride == 0:
-            self._give(slot, scores.softmax(-1)[..., : self.window])
+            self._give(position % self.window, scores.softmax(-1)[..., : self.window])
         if position < self.window - 1:
             return None
-        left = self.ring[(position + 1) % self.window]
-        return received_term_of(left, term).add_(left[:, STATISTICS])
+        left = self.slot(position + 1)
+        return received_term_of(left.whole, term).add_(left.base)
 
     def _give(self, slot: int, shares: Tensor) -> None:
-        """Add the shares [Hk, G, W] of a query that counts to what the keys of the window have received."""
-        window = self.window
-        masks = _counted(window, shares.dtype)[window - slot : 2 * window - slot]  # [W, 2]
-        total, largest = shares.sum(1).t(), shares.amax(1).t()  # [W, Hk]
-        self.received.addcmul_(total.unsqueeze(-1), masks.unsqueeze(1))
-        torch.maximum(self.most, largest * masks[:, :1], out=self.most)
+        """Add the shares [Hk, G, M] of a query that counts to what the M keys of the window have received."""
+        window, seen = self.window, shares.shape[2]
+        masks = _counted(window, shares.dtype)[window - slot : window - slot + seen]  # [M, 2]
+        total, largest = shares.sum(1).t(), shares.amax(1).t()  # [M, Hk]
+        self.received[:seen].addcmul_(total.unsqueeze(-1), masks.unsqueeze(1))
+        most = self.most[:seen]
+        torch.maximum(most, largest * masks[:, :1], out=most)
 
 
 @functools.cache
