@@ -76,6 +76,9 @@ class LayerStep:
         self.sizes = list(map(len, self.own))
         self.fits = all(is_bare(m) for m in inner) and self._find(layer)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
     def holds(self) -> bool:
         """Whether modules, parameters and their places are those that were found, and nobody has come to look."""
         if any(self.hooks) or list(map(len, self.own)) != self.sizes:
@@ -122,6 +125,10 @@ class LayerStep:
         s = self.out(o.view(-1), row)
         gate, up = self.of_mlp(rms_norm_row(s, second.weight, second.epsilon)).view(2, -1).unbind()
         return self.down(F.silu(gate).mul_(up), s).view(1, 1, -1)
+
+
+def _nothing() -> None:
+    """What copies and pickles of a ``LayerStep`` are."""
 
 
 class Product:
