@@ -15,9 +15,9 @@ from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.heads import hybrid_heads
+from lizard_ops.hybrid_attn.kept_text import ScoreOf
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.hybrid_attn.ranks import context_state
-from lizard_ops.hybrid_attn.kept_text import ScoreOf
 from lizard_ops.hybrid_attn.text_step import KeptTextStep, TextStep, text_step, turn_matrix
 from lizard_ops.key_expiry.api import key_expiry
 from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState

@@ -33,7 +33,7 @@ class LizardCacheLayer(CacheLayerMixin):
     is_sliding = False  # the sliding window of a kept layer is another size, and masks are made for that one
     is_croppable = True
     supports_early_init = False
-    _writable: tuple[State | None, bool] = None, False  # the state that was found so last, and whether in inference mode
+    _writable: tuple[State | None, bool] = (None, False)  # state found so last; in inference mode?
 
     def __init__(self, seen: SeenPositions | None = None, static: bool = False) -> None:
         super().__init__()

@@ -27,7 +27,12 @@ def is_bare(module: nn.Module) -> bool:
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     if hooks or "forward" in own or own.get("_compiled_call_impl") is not None:
         return False
-    return not (
+    return not are_all_hooked()
+
+
+def are_all_hooked() -> bool:
+    """Whether hooks stand around every module."""
+    return bool(
         of_all._global_forward_hooks
         or of_all._global_forward_pre_hooks
         or of_all._global_backward_hooks

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lizard_ops import nobody_looks
 
-
 LEAST = 1 << 20  # numbers of a weight: below, finding the kernel takes longer than it saves
 
 

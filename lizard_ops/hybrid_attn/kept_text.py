@@ -49,10 +49,10 @@ class KeptText(OneText):
         "score", "scored", "scored_places",
     )  # fmt: skip
 
-    def __init__(self, state: AttentionState, score: tuple[Tensor, ...], options: HybridOptions, stride: int) -> None:
+    def __init__(self, state: AttentionState, score: KeyScoreState, options: HybridOptions, stride: int) -> None:
         super().__init__(state, options)
         assert state.ring_scores is not None and state.log_scale is not None and state.ring_k is not None
-        self.score, self.scored, self.scored_places = OneTextScore(KeyScoreState(*score), stride), score, places(score)
+        self.score, self.scored, self.scored_places = OneTextScore(score, stride), score, places(score)
         with torch.inference_mode(state.ring_k.is_inference()), torch.no_grad():
             self.ring_scores, self.log_scale = state.ring_scores[0, 0], state.log_scale[0]
             fields = [getattr(state, f"kept_{name}")[0] for name in ("k", "v", "scores", "positions")]
@@ -70,7 +70,7 @@ class KeptText(OneText):
             if options.anchors:
                 self.anchor_factors = as_factors(self.anchor_k, self.anchor_v)
 
-    def holds_both(self, state: AttentionState, score: tuple[Tensor, ...], options: HybridOptions, stride: int) -> bool:
+    def holds_both(self, state: AttentionState, score: KeyScoreState, options: HybridOptions, stride: int) -> bool:
         """Whether these are the views of these states, where they lie now."""
         same = stride == self.score.stride and all(a is b for a, b in zip(self.scored, score, strict=True))
         return same and places(score) == self.scored_places and self.holds(state, options)
@@ -197,7 +197,7 @@ _texts: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the position of their 
 
 
 def kept_text_of(
-    state: AttentionState, score: tuple[Tensor, ...], options: HybridOptions, stride: int, check: Callable[[], None]
+    state: AttentionState, score: KeyScoreState, options: HybridOptions, stride: int, check: Callable[[], None]
 ) -> KeptText | None:
     """``text_of`` these states; None where places are not filled in their order."""
     text = _texts.get(state.position)

@@ -174,7 +174,8 @@ class KeptTextStep(TextStep):
         places are not filled in their order."""
         if type(state) is not AttentionState or scored is None or state.kept_k is None or len(scored) < 5:
             return None
-        return kept_text_of(state, scored, self.options, self.score.stride, lambda: self._check_both(state, KeyScoreState(*scored)))
+        given = state, KeyScoreState(*scored)
+        return kept_text_of(*given, self.options, self.score.stride, lambda: self._check_both(*given))
 
     def __call__(self, text: OneText, row: Tensor, heads: Tensor, v: Tensor, turn: Tensor) -> Tensor:
         """As ``TextStep``, with both states overwritten."""
@@ -186,7 +187,7 @@ class KeptTextStep(TextStep):
 
     def _check_both(self, state: AttentionState, scored: KeyScoreState) -> None:
         """Raises as the ops that it stands for."""
-        self._check(state, lambda *given: _check_state(*given, scored=True))
+        self._check(state, functools.partial(_check_state, scored=True))
         assert state.ring_k is not None and state.ring_v is not None
         sums = self.score.inner_weight.new_zeros(1, 1, self.score.inner_weight.shape[0])
         k, v = (sums.new_zeros(1, 1, *ring.shape[2:]) for ring in (state.ring_k, state.ring_v))
@@ -221,8 +222,8 @@ def _step(
 ) -> Tensor:  # fmt: skip
     """o [Hk, G, V] of heads [Hq + Hk, D] as they came and turned."""
     position, sizes = int(text.position), [heads.shape[0] - v.shape[0], v.shape[0]]
-    fq, fk, g, bias = _read(row, *heads.split(sizes), maps, gate, merge, temperature, text.joins(position))
-    o = text.step(position, *turned_heads.split(sizes), v, fq, fk, g, bias)
+    (of_q, of_k), (q, k) = heads.split(sizes), turned_heads.split(sizes)
+    o = text.step(position, q, k, v, *_read(row, of_q, of_k, maps, gate, merge, temperature, text.joins(position)))
     text.position.add_(1)
     return o
 
@@ -271,9 +272,7 @@ def _check(given: tuple[Any, ...], temperature: float, options: HybridOptions) -
     checks.check_choice("feature_map", options.feature_map, ("identity", "softmax"))
 
 
-def _check_state(
-    given: tuple[Any, ...], state: AttentionState, options: HybridOptions, scored: bool = False
-) -> None:
+def _check_state(given: tuple[Any, ...], state: AttentionState, options: HybridOptions, scored: bool = False) -> None:
     """Raises for a state that is not one of such a call, as ``recurrent_hybrid_attn``; scored: with scores."""
     _, q, k, v, _, of_k, _, _, gate, *_ = given
     fq, fk = (t.new_zeros(*t.shape[:3], of_k.shape[2]) for t in (q, k))

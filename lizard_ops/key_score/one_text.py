@@ -51,7 +51,8 @@ class OneTextScore:
         if found is None:
             with torch.inference_mode(self.ring.is_inference()), torch.no_grad():
                 whole = self.ring[place]
-                found = self.slots[place] = _Slot(whole, whole[:, :STATISTICS], whole[:, STATISTICS], whole[:, STATISTICS:])
+                first, others = whole[:, :STATISTICS], whole[:, STATISTICS:]
+                found = self.slots[place] = _Slot(whole, first, others[:, 0], others)
         return found
 
     def step(
@@ -62,7 +63,7 @@ class OneTextScore:
         v: Tensor,  # [Hk, V]
         weights: KeyScoreWeights,
         term: ReceivedWeights,
-        scores: Tensor,  # [Hk, G, M], of the query with the keys in the window's places, then those of anchors that left
+        scores: Tensor,  # [Hk, G, M], of the query with the window's keys in their places, then with anchors
     ) -> Tensor | None:
         """The score [Hk] of the key W - 1 tokens before, None where there is none. The state is overwritten."""
         heads = k.shape[0]

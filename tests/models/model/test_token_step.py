@@ -1,4 +1,4 @@
-"""A token of one text straight through a layer on a CPU: the numbers of its modules, and who sees that it is not them."""
+"""A token of one text straight through a layer on a CPU: the numbers of its modules, and who sees that."""
 
 import copy
 import pickle
