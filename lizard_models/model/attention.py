@@ -17,11 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lizard_layers import AttentionConfig, EarlierRanks, HybridAttention
 from lizard_models.model.context import softmax_over_ranks
 from lizard_models.model.forward_plan import ForwardPlan
-from lizard_models.model.hooks import linear
 from lizard_models.model.joined import products
 from lizard_models.model.layer_configs import attention_config, lizard_config, sliding_windows
 from lizard_models.model.layer_loss import layer_loss
-from lizard_models.model.norms import running_norms
 from lizard_ops import apply_rotary
 
 AttentionMode = Literal["student", "teacher", "distill"]
@@ -96,8 +94,7 @@ class LizardAttention(nn.Module):
         q, k, v = self.heads(x)
         if self.mode == "distill":
             return self._distill(x, q, k, v, rope, attention_mask, plan, **kwargs), None
-        o = self._student(x, q, k, v, rope, past_key_values, plan).flatten(2)
-        return self.o_proj(o) if running_norms(x) is None else linear(self.o_proj, o), None
+        return self.o_proj(self._student(x, q, k, v, rope, past_key_values, plan).flatten(2)), None
 
     def _project(self, o: Tensor) -> Tensor:
         """o [B, T, Hq, D] -> [B, T, hidden]."""

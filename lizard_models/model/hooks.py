@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all
 
-from lizard_models.model.row_product import row_product
-
 IDLE = "transformers.utils.output_capturing"  # whose hooks read, and only where outputs are asked for
 
 
@@ -27,12 +25,7 @@ def is_bare(module: nn.Module) -> bool:
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     if hooks or "forward" in own or own.get("_compiled_call_impl") is not None:
         return False
-    return not are_all_hooked()
-
-
-def are_all_hooked() -> bool:
-    """Whether hooks stand around every module."""
-    return bool(
+    return not (
         of_all._global_forward_hooks
         or of_all._global_forward_pre_hooks
         or of_all._global_backward_hooks
@@ -45,5 +38,4 @@ def linear(module: Any, x: Tensor) -> Tensor:
     own = module._parameters
     if type(module) is not nn.Linear or own.get("weight") is None or not is_bare(module):
         return module(x)
-    weight, bias = own["weight"], own["bias"]
-    return F.linear(x, weight, bias) if (y := row_product(x, weight, bias)) is None else y
+    return F.linear(x, own["weight"], own["bias"])

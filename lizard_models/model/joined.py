@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lizard_models.model.hooks import is_hooked, linear
 from lizard_models.model.norms import running_norms
-from lizard_models.model.row_product import row_product
 
 
 def wants_joined(weight: Tensor) -> bool:
@@ -125,10 +124,7 @@ def products(part: Any, x: Tensor) -> Sequence[Tensor]:
     held: Joined = part.__dict__.setdefault("joined", Joined())
     if not held.find(group):
         return [linear(module, x) for module in group]
-    weight, bias = cast(Tensor, held.weight), held.bias
-    if (y := row_product(x, weight, bias)) is None:
-        y = F.linear(x, weight, bias)
-    return torch.split_with_sizes(y, held.rows, -1)
+    return torch.split_with_sizes(F.linear(x, cast(Tensor, held.weight), held.bias), held.rows, -1)
 
 
 def is_recorded(module: nn.Module, x: Tensor) -> bool:

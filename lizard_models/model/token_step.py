@@ -16,7 +16,7 @@ from lizard_models.model.attention import LizardAttention
 from lizard_models.model.cache import LizardCache
 from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.fused_mlp import SILU, FusedMLP
-from lizard_models.model.hooks import are_all_hooked, is_bare
+from lizard_models.model.hooks import is_bare
 from lizard_models.model.joined import adjacent
 from lizard_models.model.norms import FusedNorms, KernelNorm
 from lizard_models.model.row_product import row_product
@@ -39,7 +39,7 @@ class TokenSteps:
         """What ``layer`` makes of x [1, 1, hidden], its state overwritten; None where it goes its usual way."""
         if not self.asked:
             self.asked = True
-            self._ask(x, kwargs)
+            self._ask(layer, x, kwargs)
         if self.turn is None or type(x) is not Tensor or x.dtype != torch.float32:
             return None
         held = layer.__dict__.get("token_step")
@@ -47,14 +47,14 @@ class TokenSteps:
             held = layer.__dict__["token_step"] = LayerStep(layer)
         return held.step(fused, x, self.cache, self.turn)
 
-    def _ask(self, x: Tensor, kwargs: dict[str, Any]) -> None:
+    def _ask(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> None:
         """Whether this forward is a plain step, which its layers see alike."""
         plan, cache, rope = (kwargs.get(name) for name in ("plan", "past_key_values", "position_embeddings"))
         if not isinstance(plan, ForwardPlan) or any(part is not None for part in plan[:3]) or plan.context_group:
             return
         if torch.is_grad_enabled() or not nobody_looks(x) or torch.is_autocast_enabled("cpu"):
             return
-        if are_all_hooked():
+        if not is_bare(layer._modules["mlp"]):  # type: ignore[arg-type]  # nor is any where all modules have hooks
             return
         if isinstance(cache, LizardCache) and isinstance(rope, tuple) and rope[0].dtype == torch.float32:
             self.cache, self.turn = cache, turn_matrix(rope[0].view(-1), rope[1].view(-1))
