@@ -95,7 +95,7 @@ class KeptText(OneText):
         sums: Tensor,  # [4 S] of the scores
         score: ScoreOf,
     ) -> Tensor:
-        """o [Hk, G, V] of the token at ``position``, with both states overwritten but for their positions."""
+        """o [Hk, G, V] of the token at ``position``, with both states overwritten."""
         options, old = self.options, self.slot(position)
         q, turned_k, v = heads
         count, far = v.shape[0], None
@@ -155,8 +155,8 @@ class KeptText(OneText):
         return torch.bmm(queries, self.s), torch.bmm(queries, self.z_column)
 
     def _near_and_kept(self, position: int, q: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(o [Hk, G, V], weights, scores [Hk, G, M]) of window, anchors and kept keys, of which as many at least are
-        seen in each part as of the position; -inf where none is."""
+        """(o [Hk, G, V], weights, scores [Hk, G, M]) of the keys in the window's places, then of anchors that have left
+        it, then of kept keys, -inf where a head has fewer; the latter two until the next step."""
         options = self.options
         window, anchors = options.window, options.anchors
         left = max(position - window - anchors + 1, 0)
