@@ -39,6 +39,15 @@ class RowLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) if y is None else y
 
 
+def with_row_product(module: nn.Module) -> nn.Module:
+    """A ``RowLinear`` with the parameters of a Linear, which stays what it was; other modules as they are."""
+    if type(module) is not nn.Linear:
+        return module
+    made = RowLinear.__new__(RowLinear)
+    made.__dict__ = module.__dict__ | {"_parameters": dict(module._parameters)}
+    return made
+
+
 def _found() -> torch._ops.OpOverload | None:
     """What torch.compile takes for a Linear on a CPU; not in every build."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

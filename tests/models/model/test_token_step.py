@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from tiny import student as copied_student
-from tiny import tokens
+from tiny import teacher, tokens
 from torch import nn
 
+from lizard_models import LizardConfig, linearize
 from lizard_models.model import row_product, token_step
 from lizard_models.model.token_step import LayerStep
 
@@ -188,6 +189,14 @@ def test_one_row_by_one_thread(monkeypatch):
         assert row_product.row_product(x.clone().requires_grad_(), weight, None) is None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert row_product.row_product(x, weight, None) is None
+
+
+def test_the_head_is_such_a_linear_and_its_teachers_is_none():
+    made = teacher(tie_word_embeddings=True)
+    model = linearize(made, LizardConfig.preset("plain"))
+    assert type(made.lm_head) is nn.Linear and type(model.lm_head) is row_product.RowLinear
+    assert model.lm_head.weight is made.lm_head.weight is model.model.embed_tokens.weight
+    assert type(pickle.loads(pickle.dumps(model)).lm_head) is row_product.RowLinear
 
 
 @torch.no_grad()
