@@ -9,6 +9,7 @@ from lizard_layers.hybrid_attention import HybridAttention, PagedState
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
 from lizard_layers.meta_memory import MetaMemory
 from lizard_layers.mix import MergeMix, SumMix
+from lizard_layers.one_text import text_step_of
 from lizard_layers.packed_blocks import PackedBlock
 from lizard_layers.parameters import Float32Module
 from lizard_layers.received import InWindow, WindowForm
@@ -72,5 +73,6 @@ __all__ = [
     "state_bytes",
     "state_of",
     "tensors_of",
+    "text_step_of",
     "turn_by",
 ]

@@ -15,9 +15,10 @@ from lizard_ops.gated_attn.api import chunk_gated_attn, recurrent_gated_attn
 from lizard_ops.gated_attn.naive import naive_gated_attn
 from lizard_ops.hybrid_attn.api import chunk_hybrid_attn, recurrent_hybrid_attn
 from lizard_ops.hybrid_attn.heads import hybrid_heads
+from lizard_ops.hybrid_attn.kept_text import ScoreOf
 from lizard_ops.hybrid_attn.naive import naive_hybrid_attn
 from lizard_ops.hybrid_attn.ranks import context_state
-from lizard_ops.hybrid_attn.text_step import text_step
+from lizard_ops.hybrid_attn.text_step import KeptTextStep, TextStep, text_step, turn_matrix
 from lizard_ops.key_expiry.api import key_expiry
 from lizard_ops.key_expiry.arguments import NEVER, Expiries, ExpiryState
 from lizard_ops.key_expiry.naive import naive_key_expiry
@@ -26,6 +27,7 @@ from lizard_ops.key_score.arguments import KeyScoreState, KeyScoreWeights, Recei
 from lizard_ops.lm_loss.api import row_losses
 from lizard_ops.mlp.api import silu_product
 from lizard_ops.norm.api import add_rms_norm, rms_norm
+from lizard_ops.norm.row import rms_norm_row
 from lizard_ops.rotary.api import apply_rotary, apply_rotary_by, rotary_both
 from lizard_ops.tuning import tune, use_tuned
 from lizard_ops.window_attn.api import window_attn
@@ -41,10 +43,13 @@ __all__ = [
     "ExpiryState",
     "KeyScoreState",
     "KeyScoreWeights",
+    "KeptTextStep",
     "PageLayout",
     "PoolRows",
     "ReceivedInputs",
     "ReceivedWeights",
+    "ScoreOf",
+    "TextStep",
     "TokenHeads",
     "add_rms_norm",
     "apply_rotary",
@@ -74,12 +79,14 @@ __all__ = [
     "recurrent_hybrid_attn",
     "restore",
     "rms_norm",
+    "rms_norm_row",
     "rotary_both",
     "row_losses",
     "silu_product",
     "text_step",
     "token_heads",
     "tune",
+    "turn_matrix",
     "use_tuned",
     "window_attn",
     "without_autocast",

@@ -33,6 +33,7 @@ class LizardCacheLayer(CacheLayerMixin):
     is_sliding = False  # the sliding window of a kept layer is another size, and masks are made for that one
     is_croppable = True
     supports_early_init = False
+    _writable: tuple[State | None, bool] = (None, False)  # state found so last; in inference mode?
 
     def __init__(self, seen: SeenPositions | None = None, static: bool = False) -> None:
         super().__init__()
@@ -107,6 +108,16 @@ class LizardCacheLayer(CacheLayerMixin):
             return None
         return self.state
 
+    def to_overwrite(self) -> State | None:
+        """The state of the tokens before, where a step without gradients may overwrite it and nobody records it."""
+        state = self._to_read() if self._rollback is None else None
+        found = state, torch.is_inference_mode_enabled()
+        if state is None or found[0] is not self._writable[0] or found[1] != self._writable[1]:
+            if state is None or not is_writable(state):
+                return None
+            self._writable = found
+        return state
+
     def set_state(self, state: State) -> None:
         """Keep this state: in the memory of the one before where it fits, in memory of its own elsewhere."""
         self._blank = False
@@ -176,6 +187,7 @@ class LizardCacheLayer(CacheLayerMixin):
     def forget(self) -> None:
         """Let the tensors go as well."""
         self.state, self.is_initialized, self._blank = None, False, True
+        self._writable = None, False
 
     @property
     def record_past(self) -> bool:

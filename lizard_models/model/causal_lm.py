@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import MaxLengthCriteria
@@ -20,6 +20,7 @@ from lizard_models.model.layer_configs import has_context
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.prefix.generation import ReadsFromPrefixes
 from lizard_models.model.read_graph import read_from_graph
+from lizard_models.model.row_product import RowLinear
 from lizard_models.model.tensor_parallel import HEAD_PLAN
 
 NO_PAGES = (
@@ -40,7 +41,7 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
         self.mode = "student"
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = RowLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def new_cache(self, *, static: bool = False, max_cache_len: int | None = None) -> Cache:

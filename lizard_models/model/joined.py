@@ -31,6 +31,7 @@ def join_projections(layers: Sequence[nn.Module]) -> None:
     loaded, made or moved. ``torch.save`` writes the memory of a group once, a pickle without it once for each weight.
     """
     for layer in layers:
+        vars(layer).pop("token_step", None)
         for part in (getattr(layer, "self_attn", None), getattr(layer, "mlp", None)):
             group = [getattr(part, name) for name in getattr(part, "joins", ())]
             if part is not None:

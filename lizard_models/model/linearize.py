@@ -17,6 +17,7 @@ from lizard_models.model.joined import join_projections
 from lizard_models.model.modes import LizardModelMixin
 from lizard_models.model.norms import with_kernel
 from lizard_models.model.positions import with_far_positions
+from lizard_models.model.row_product import with_row_product
 
 
 def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
@@ -52,6 +53,7 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
         )
     for name, module in leaves.items():
         student.set_submodule(name, with_kernel(module))
+    student.lm_head = with_row_product(student.lm_head)
     teacher_rope: Any = model.model.rotary_emb  # made anew: a teacher cast to half precision has rounded frequencies
     rope = type(teacher_rope)(student.config).to(next(teacher_rope.buffers()).device)
     student.model.rotary_emb = with_far_positions(rope)

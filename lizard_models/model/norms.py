@@ -26,11 +26,11 @@ _fused: contextvars.ContextVar[FusedNorms | None] = contextvars.ContextVar("liza
 class FusedNorms:
     """The norms of one forward, some of which are computed with the residual sum that they read.
 
-    readers: the norm that reads the output of a layer, by the layer's id.
+    readers: the norm that reads the output of a layer, by the layer's id. steps: who may have a layer's token on a CPU.
     """
 
-    def __init__(self, readers: dict[int, nn.Module | None]) -> None:
-        self.readers = readers
+    def __init__(self, readers: dict[int, nn.Module | None], steps: Any = None) -> None:
+        self.readers, self.steps = readers, steps
         self.ready: tuple[nn.Module, Tensor, int, Tensor] | None = None  # norm, sum, its version, the norm of it
 
     def of(self, norm: Any, x: Tensor) -> Tensor:
@@ -62,14 +62,15 @@ def version(x: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def fused_norms(layers: Iterable[nn.Module], last: nn.Module | None) -> Iterator[None]:
+def fused_norms(layers: Iterable[nn.Module], last: nn.Module | None, steps: Any = None) -> Iterator[None]:
     """Within: norms that are ``with_kernel`` take it on CUDA tensors, with the sums before them in layers that are
-    ``with_sums``. last: the norm behind the layers. Not for what torch.compile traces."""
+    ``with_sums``. last: the norm behind the layers. steps: the ``TokenSteps`` of a single token on a CPU. Not for what
+    torch.compile traces."""
     layers, readers = list(layers), {}
     for layer, reader in zip(layers, [*layers[1:], None], strict=True):
         if not is_hooked(layer) and not (reader is not None and is_hooked(reader)):
             readers[id(layer)] = last if reader is None else getattr(reader, "input_layernorm", None)
-    token = _fused.set(FusedNorms(readers))
+    token = _fused.set(FusedNorms(readers, steps))
     try:
         yield
     finally:
@@ -141,6 +142,8 @@ class SummingLayer:
                 _fused.reset(token)
         if fused is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if fused.steps is not None and (y := fused.steps.step(fused, layer, hidden_states, kwargs)) is not None:
+            return y
         parts = layer._modules  # a Module's own look-up of an attribute is a function of Python
         first, second = parts["input_layernorm"], parts["post_attention_layernorm"]
         o, _ = parts["self_attn"](hidden_states=fused.of(first, hidden_states), **kwargs)

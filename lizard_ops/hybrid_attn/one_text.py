@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
 
 TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
+Pair = tuple[Tensor, Tensor]
 HELD = ("s", "z", "ring_k", "ring_v", "ring_fk")  # by every state that a step here takes
 
 
@@ -58,12 +59,13 @@ class OneText:
     """
 
     __slots__ = (
-        "anchor_k", "anchor_v", "fields", "memory", "near_k", "near_v", "options", "ring_g", "ring_k", "ring_v",
-        "rings", "s", "slots", "z", "z_column",
+        "anchor_k", "anchor_v", "fields", "memory", "near_k", "near_v", "options", "position", "ring_g", "ring_k",
+        "ring_v", "rings", "s", "slots", "whole", "z", "z_column",
     )  # fmt: skip
 
     def __init__(self, state: AttentionState, options: HybridOptions) -> None:
         self.fields, self.options, self.memory = state[1:], options, places(state)
+        self.position = state.position
         assert state.s is not None and state.z is not None
         with torch.inference_mode(state.s.is_inference()), torch.no_grad():
             parts: dict[str, Any] = {name: None if x is None else x[0] for name, x in state._asdict().items()}
@@ -73,7 +75,8 @@ class OneText:
             self.anchor_k, self.anchor_v = parts["anchor_k"], parts["anchor_v"]
             self.s, self.z = parts["s"], parts["z"]  # [Hk, F, V] and [Hk, F]
             self.z_column = state.z[0].unsqueeze(-1)
-            self.near_k, self.near_v = _as_factors(self.ring_k, self.ring_v)
+            self.near_k, self.near_v = as_factors(self.ring_k, self.ring_v)
+            self.whole: Scores | None = None  # once the window and all that is beside it are full
 
     def holds(self, state: AttentionState, options: HybridOptions) -> bool:
         """Whether these are the views of this state, where it lies now."""
@@ -144,22 +147,50 @@ class OneText:
         return torch.bmm(queries, self.s), torch.bmm(queries, self.z_column)
 
     def _near(self, position: int, q: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(o [Hk, G, V], weights, scores [Hk, G, M]) of window and anchors."""
+        """(o [Hk, G, V], weights, scores [Hk, G, M]) of window and anchors; where these are full, the latter until the
+        next step."""
         window, anchors = self.options.window, self.options.anchors
         seen, far = min(position + 1, window), min(anchors, max(position - window + 1, 0))
-        keys, values = self.near_k, self.near_v
-        if seen < window:
-            keys, values = _as_factors(self.ring_k[:seen], self.ring_v[:seen])
         queries = (q * self.options.scale).view(heads, -1, q.shape[1])
-        scores = torch.bmm(queries, keys)
-        if far:
-            far_k, far_v = _as_factors(self.anchor_k[:far], self.anchor_v[:far])
-            scores = torch.cat([scores, torch.bmm(queries, far_k)], -1)
-        scores = soft_capped(scores, self.options.softcap)
-        weights = scores.softmax(-1)
-        if not far:
-            return torch.bmm(weights, values), weights, scores
-        return torch.bmm(weights[..., :seen], values).baddbmm_(weights[..., seen:], far_v), weights, scores
+        if seen == window and far == anchors:
+            if self.whole is None:
+                parts = [(self.near_k, self.near_v)] + ([as_factors(self.anchor_k, self.anchor_v)] if far else [])
+                self.whole = self.scores(queries, parts)
+            return self.whole.attend(queries, self.options.softcap)
+        parts = [(self.near_k[..., :seen], self.near_v[:, :seen])]
+        parts += [as_factors(self.anchor_k[:far], self.anchor_v[:far])] if far else []
+        return self.scores(queries, parts).attend(queries, self.options.softcap)
+
+    def scores(self, queries: Tensor, parts: list[Pair]) -> Scores:
+        """``Scores``, in which steps may write as in the state."""
+        with torch.inference_mode(self.s.is_inference()):
+            return Scores(queries, parts)
+
+
+class Scores:
+    """Memory of a query's scores and weights with keys [Hk, D, M] of several places, and views of it for each.
+
+    A view for each product, which are made once for as long as the places stay as many.
+    """
+
+    __slots__ = ("all", "parts", "parts_of_scores", "parts_of_weights", "weights")
+
+    def __init__(self, queries: Tensor, parts: list[Pair]) -> None:
+        sizes = [keys.shape[2] for keys, _ in parts]
+        self.all, self.weights = (queries.new_empty(*queries.shape[:2], sum(sizes)) for _ in range(2))
+        self.parts, self.parts_of_scores = parts, self.all.split(sizes, -1)
+        self.parts_of_weights = self.weights.split(sizes, -1)
+
+    def attend(self, queries: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(o [Hk, G, V], weights, scores [Hk, G, sum of M])."""
+        for out, (keys, _) in zip(self.parts_of_scores, self.parts, strict=True):
+            torch.bmm(queries, keys, out=out)
+        scores = soft_capped(self.all, softcap)
+        torch.softmax(scores, -1, out=self.weights)
+        o = torch.bmm(self.parts_of_weights[0], self.parts[0][1])
+        for weights, (_, values) in zip(self.parts_of_weights[1:], self.parts[1:], strict=True):
+            o.baddbmm_(weights, values)
+        return o, self.weights, scores
 
 
 def one_text_step(inputs: HybridInputs, options: HybridOptions) -> Tensor:
@@ -186,7 +217,7 @@ def text_of(state: AttentionState, options: HybridOptions, check: Callable[[], N
     return text
 
 
-def places(state: AttentionState) -> list[int]:
+def places(state: Iterable[Tensor | None]) -> list[int]:
     """Where its tensors lie."""
     return [0 if x is None else x.data_ptr() for x in state]
 
@@ -211,6 +242,6 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos).addcmul_(x.roll(half, 1), sin * signs(half, sin.dtype).view(1, -1), value=-1)
 
 
-def _as_factors(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def as_factors(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [M, Hk, D] and values [M, Hk, V] as [Hk, D, M] and [Hk, M, V]."""
     return k.permute(1, 2, 0), v.transpose(0, 1)

@@ -11,6 +11,7 @@ from lizard_ops.common import checks
 from lizard_ops.common.direct import Looking, nobody_looks, who_looks
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
+from lizard_ops.norm.row import rms_norm_row
 
 _accepted = Kinds()
 
@@ -90,9 +91,8 @@ def _by_torch(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tenso
     """``rms_norm`` in PyTorch; of a row on a CPU in fewer operators, where nobody looks at them."""
     if x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         if nobody_looks(x, weight):
-            row = x.view(-1)
-            normed = x * ((row @ row).item() / x.shape[-1] + eps) ** -0.5
-            return normed.addcmul_(normed, weight) if unit_offset else normed.mul_(weight)
+            normed = rms_norm_row(x.view(-1), weight, eps, unit_offset)
+            return normed.view(x.shape)
     exact = x.float()
     normed = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return (normed * (1.0 + weight.float())).type_as(x) if unit_offset else weight * normed.to(x.dtype)
