@@ -1,11 +1,12 @@
-"""The product of one row with a weight on a CPU, as oneDNN has it.
+"""The product of a weight with one row on a CPU, by all threads.
 
-A row's product takes as long as its weight comes from memory, and oneDNN's kernel reads rows of a few KiB faster than
-the BLAS behind ``F.linear``. It shares even the smallest product among all threads, which then wait for one another
-after each: a step of several threads stays with BLAS, whose product of a row is one thread's.
+It takes as long as the weight comes from memory, and BLAS gives such a product to one thread, however many there are;
+a batch of products it shares among them. So the weight's rows are a batch of parts.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,30 +14,35 @@ from torch import Tensor, nn
 
 from lizard_ops import nobody_looks
 
-LEAST = 1 << 20  # numbers of a weight: below, finding the kernel takes longer than it saves
+LEAST = 1 << 18  # numbers of a weight: below, threads wait longer for one another than they save
 
 
-def row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``F.linear(x, weight, bias)`` of x [..., 1, D] but for the order of sums; None where it is not to be this one's:
-    more than a row, on another device, not of float32, of several threads, or seen by somebody."""
-    if torch.compiler.is_compiling() or weight.numel() < LEAST:
-        return None
-    if x.numel() != x.shape[-1] or x.device.type != "cpu" or torch.get_num_threads() != 1:
-        return None
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not torch._C._get_mkldnn_enabled():
-        return None
-    if _op is None or not nobody_looks(x, weight, bias) or torch.is_autocast_enabled("cpu"):
-        return None
-    return _op(x, weight, bias, "none", [], "")
+def row_product(weight: Tensor, row: Tensor, added: Tensor | None = None) -> Tensor:
+    """``weight`` row [R], with ``added`` [R] if there is one: weight [R, D] contiguous, row [D], all on a CPU, float32.
+
+    Every number is one dot product, in an order of sums that BLAS chooses.
+    """
+    parts = 1 << (torch.get_num_threads() - 1).bit_length()
+    parts = math.gcd(len(weight), parts) if weight.numel() >= LEAST else 1
+    if parts == 1:
+        return torch.mv(weight, row) if added is None else torch.addmv(added, weight, row)
+    weights, rows = weight.view(parts, -1, weight.shape[1]).transpose(1, 2), row.expand(parts, 1, -1)
+    if added is None:
+        return torch.bmm(rows, weights).view(-1)
+    return torch.baddbmm(added.view(parts, 1, -1), rows, weights).view(-1)
 
 
 class RowLinear(nn.Linear):
-    """A Linear that reads many rows as any other, and one row as ``row_product`` does where it may."""
+    """A Linear that reads many rows as any other, and one row of float32 on a CPU as ``row_product`` does."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., rows of the weight]."""
-        y = row_product(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias) if y is None else y
+        weight, bias = self.weight, self.bias
+        if x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
+            plain = weight.is_contiguous() and nobody_looks(x, weight, bias) and not torch.is_autocast_enabled("cpu")
+            if plain and x.dtype == weight.dtype == torch.float32:
+                return row_product(weight, x.reshape(-1), bias).view(*x.shape[:-1], -1)
+        return F.linear(x, weight, bias)
 
 
 def with_row_product(module: nn.Module) -> nn.Module:
@@ -46,13 +52,3 @@ def with_row_product(module: nn.Module) -> nn.Module:
     made = RowLinear.__new__(RowLinear)
     made.__dict__ = module.__dict__ | {"_parameters": dict(module._parameters)}
     return made
-
-
-def _found() -> torch._ops.OpOverload | None:
-    """What torch.compile takes for a Linear on a CPU; not in every build."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    return torch.ops.mkldnn._linear_pointwise.default
-
-
-_op = _found()

@@ -170,6 +170,4 @@ class Product:
     def __call__(self, row: Tensor, residual: Tensor | None = None) -> Tensor:
         """weight row [D], with the bias and ``residual`` [rows] if there are."""
         added = residual if self.bias is None else self.bias if residual is None else self.bias + residual
-        if added is None and (y := row_product(row.view(1, -1), self.weight, None)) is not None:
-            return y.view(-1)
-        return torch.mv(self.weight, row) if added is None else torch.addmv(added, self.weight, row)
+        return row_product(self.weight, row, added)

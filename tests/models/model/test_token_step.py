@@ -172,23 +172,37 @@ def test_states_of_inference_mode(straight):
 
 
 @torch.no_grad()
-def test_one_row_by_one_thread(monkeypatch):
-    """A large product of one row is as ``F.linear`` gives it, and is left to that with several threads."""
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_one_row_by_all_threads(threads, monkeypatch):
+    """A product of one row is as ``F.linear`` gives it, in parts where the weight is large."""
     monkeypatch.setattr(row_product, "LEAST", 1)
-    x, weight, bias = torch.randn(1, 1, 24), torch.randn(40, 24), torch.randn(40)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    for b in (None, bias):
-        found = row_product.row_product(x, weight, b)
-        if not torch.backends.mkldnn.is_available():
-            assert found is None
-            continue
-        torch.testing.assert_close(found, nn.functional.linear(x, weight, b))
-    for others in ((x.double(), weight.double(), None), (x.expand(1, 2, 24), weight, None)):
-        assert row_product.row_product(*others) is None
-    with torch.enable_grad():
-        assert row_product.row_product(x.clone().requires_grad_(), weight, None) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, bias = torch.randn(24), torch.randn(40)
+    for rows in (40, 7, 1):
+        weight = torch.randn(rows, 24)
+        torch.testing.assert_close(row_product.row_product(weight, x), weight @ x)
+        torch.testing.assert_close(row_product.row_product(weight, x, bias[:rows]), weight @ x + bias[:rows])
+
+
+def test_a_linear_of_one_row_is_a_linear(monkeypatch):
+    """For other dtypes, under autograd, for weights with gaps and for several rows too."""
+    monkeypatch.setattr(row_product, "LEAST", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert row_product.row_product(x, weight, None) is None
+    for bias in (False, True):
+        made = nn.Linear(24, 40, bias)
+        linear = row_product.with_row_product(made)
+        for x in (torch.randn(1, 1, 24), torch.randn(24), torch.randn(2, 3, 24), torch.randn(1, 48)[:, ::2]):
+            with torch.no_grad():
+                torch.testing.assert_close(linear(x), made(x))
+            leaf = x.clone().requires_grad_()
+            got, wanted = (torch.autograd.grad(m(leaf).square().sum(), [leaf, *m.parameters()]) for m in (linear, made))
+            torch.testing.assert_close(got, wanted)
+        with torch.no_grad():
+            one = torch.randn(1, 24, dtype=torch.float64)
+            torch.testing.assert_close(linear.double()(one), made.double()(one))
+            linear.float().weight = nn.Parameter(torch.randn(24, 40).T)
+            row = torch.randn(1, 24)
+            torch.testing.assert_close(linear(row), nn.functional.linear(row, linear.weight, linear.bias))
 
 
 def test_the_head_is_such_a_linear_and_its_teachers_is_none():
