@@ -53,6 +53,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(module, "JITFunction", Kernel)
     monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
     monkeypatch.setattr(launcher, "TAKES_ADDRESSES", True)
+    monkeypatch.setattr(launcher, "ASKED_FOR", True)
     monkeypatch.setattr(launcher, "RUNTIME", hooks)
     streams = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: ("stream", device)))
     monkeypatch.setattr(launcher, "driver", streams)
