@@ -84,6 +84,7 @@ LESS: tuple[tuple[int, str, str, dict[str, int]], ...] = (
 )
 """Places that features and window pay for: the first in the 40 MiB of 480 places, the others in 20."""
 NO_QK = {"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+FAR = {"sequence_length": 8192, "batch_size": 1}
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
@@ -132,9 +133,10 @@ RECALLS = tuple(
         ("look-ups", "with passages and records that come again in half of its rows", {"look_ups": True}),
         ("refit", "with scores fitted again at the end", {"refit": True}),
         ("no-qk", "without adapters on q and k", {"changes": {"stage2": NO_QK}}),
+        ("scores-8192", "with scores fitted on sequences of 8192", {"changes": {"stage0": FAR}}),
     )
 )
-"""What may keep far keys found while the long stages of the full budget train on plain text."""
+"""What may keep far keys found, 4096 tokens back and more: labels of stage 0 see no use beyond their own sequences."""
 
 TABLE = Table(
     name="kept",
