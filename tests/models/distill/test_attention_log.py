@@ -51,7 +51,7 @@ def branches(monkeypatch, model, ids):
 
     with monkeypatch.context() as patched, torch.no_grad():
         patched.setattr(hybrid_attention, "chunk_hybrid_attn", kept)
-        patched.setattr(hybrid_attention.HybridAttention, "_at_once", lambda *_: None)  # the ops one by one
+        patched.setattr(hybrid_attention, "read_text", lambda *_: None)  # the ops one by one
         model.set_attention_mode("distill", Stage1Config(error="relative"))
         model(input_ids=ids)
     return found
