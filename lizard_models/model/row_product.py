@@ -38,7 +38,7 @@ class RowLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., rows of the weight]."""
         weight, bias = self.weight, self.bias
-        if x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
             plain = weight.is_contiguous() and nobody_looks(x, weight, bias) and not torch.is_autocast_enabled("cpu")
             if plain and x.dtype == weight.dtype == torch.float32:
                 return row_product(weight, x.reshape(-1), bias).view(*x.shape[:-1], -1)
