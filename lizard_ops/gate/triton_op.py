@@ -84,7 +84,7 @@ def both(
             launch_kernel(
                 gate_and_bias_kernel, programs,
                 x, gate_weight, gate_bias, bias_weight, bias, g, m, temperature,
-                D=dim, G=gates, H=biases, BD=columns_of(dim), num_warps=4,  # as in ``token_heads``,
+                D=dim, G=gates, H=biases, BD=columns_of(dim), num_warps=4,  # as in ``token_heads``
             )  # fmt: skip
     return g, m
 
