@@ -203,6 +203,18 @@ def test_tiles_of_their_own_size(impl):
     assert found.flatten().tolist() == streamed(scores.flatten().tolist(), 128, 4, places)
 
 
+@pytest.mark.parametrize("places", [2048, 4096])
+def test_heads_that_keep_thousands(places):
+    """Beside one that keeps few: blocks as long as the most places, and as many warps."""
+    if DEVICE == "cpu" and places > 2048:
+        pytest.skip("takes a minute in the interpreter")
+    length = 5 * places // 4 if DEVICE == "cpu" else 3 * places
+    scores = scores_of("random", 1, length, 2, seed=7)
+    found = key_expiry(scores.to(DEVICE), 128, 4, (places, 16), impl="triton").expiry.cpu()
+    for head, kept in enumerate((places, 16)):
+        assert found[0, :, head].tolist() == streamed(scores[0, :, head].tolist(), 128, 4, kept)
+
+
 def test_a_million_positions_take_as_many_launches_as_a_few(monkeypatch):
     """Five, and no loop on the host: the kernels are not run."""
     module, launched = importlib.import_module("lizard_ops.key_expiry.triton.op"), []

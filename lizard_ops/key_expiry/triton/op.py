@@ -30,7 +30,8 @@ LEAST_LIST = 32  # of the best: layers differ in their places, and each length o
 def config_for(places: int) -> Launch:
     """rows: keys compared at a time, a divisor of the columns: keys in a block, at least the places. Not tuned."""
     block = max(LEAST_BLOCK, triton.next_power_of_2(places))
-    return Launch(rows=max(1, min(16, block, 4096 // block)), columns=block, warps=4, stages=1)
+    warps = max(4, min(16, block // 256))  # a thread sorts eight keys, or code and registers grow with the places
+    return Launch(rows=max(1, min(16, block, 4096 // block)), columns=block, warps=warps, stages=1)
 
 
 def parts_of(config: Launch) -> int:
@@ -41,7 +42,7 @@ def parts_of(config: Launch) -> int:
 def of_scan(places: int, wide: int) -> dict[str, int]:
     """Options of ``scan_kernel`` alone. Few warps: what a step takes is the time until its numbers have changed places,
     longest between warps."""
-    return {"P": places, "LEVELS": wide.bit_length() - 1, "num_warps": max(1, min(4, wide // 256))}
+    return {"P": places, "LEVELS": wide.bit_length() - 1, "num_warps": max(1, min(16, wide // 256))}
 
 
 def list_length(places: int, block: int) -> int:
