@@ -19,6 +19,15 @@ from lizard_models.text.sequences import PackedTokens, StreamedTokens
 PASSAGE = (16, 128)  # tokens of a passage that comes again, at least and at most
 DIGITS = (4, 8)  # of a number to look up
 JOINTS = (": ", " = ", " - ", " -> ", " | ")  # between a record's name and its value
+SENTENCES = (
+    " The {name} is {value}.",
+    " {value} is the {name}.",
+    " Note the {name}: {value}.",
+    " She wrote {value} beside the {name}.",
+    " Of the {name} one thing is known, {value}.",
+    " Ask for the {name} and you hear {value}.",
+)  # that say a record in running text
+QUESTIONS = (" What is the {name}? {value}.", " And the {name}? It is {value}.")  # that ask for one
 WORD = re.compile(r"[^\W\d_]{4,}")
 SHARE = 4  # at most one token in four is put in
 BREAKS = ("\u0120", "\u010a", "\u2581", " ", "\n", "<0x0A>")  # how the tokens that begin a word or a line begin
@@ -39,12 +48,14 @@ def look_up_rows(
     *,
     gap: int = 256,
     seed: int = 0,
+    in_all: bool = False,
 ) -> PackedTokens:
     """``count`` rows out of those of ``dataset``, of the same length: every second one as it is, and of the others
 
     - half with **passages** of 16 to 128 tokens that come again, word for word, and
-    - half with **records**, a name and a value each (``name: value``), that come again later. Names are words of the
-      row's own text, and so are half of the values; the others are numbers of 4 to 8 digits.
+    - half with **records**, a name and a value each, that come again later: half as lines of a list (``name: value``),
+      half as sentences of running text, said in one way and asked for in another. Names are words of the row's own
+      text, and so are half of the values; the others are numbers of 4 to 8 digits.
 
     What comes again is put in at least ``gap`` tokens after the first time, at places drawn evenly over the row; it
     pushes the row's own tokens back, of which the last fall off, at most a quarter of them. Records stand between two
@@ -52,7 +63,8 @@ def look_up_rows(
     than ``count`` gives its rows again, with other things asked for.
 
     dataset: items {"input_ids": [T]}; of a stream its first rows are taken. seed: of all draws; rows with one seed are
-    the same rows, and the first of them do not depend on ``count``, but for their order.
+    the same rows, and the first of them do not depend on ``count``, but for their order. in_all: something comes again
+    in every row, none stays as it is.
 
     Raises ValueError for a ``count`` below 1, a ``gap`` below 0, an empty data set, or rows of fewer than 128 or
     2 ``gap`` tokens.
@@ -70,9 +82,10 @@ def look_up_rows(
     for i in range(count):
         row, draw = rows[i % len(rows)], np.random.default_rng((seed, i))
         inserted: list[Inserted] = []
-        if i % 4 == 3 and tokenizer is not None:
+        kind = 2 * i + 1 if in_all else i  # 0 and 2 modulo 4 are rows as they are
+        if kind % 4 == 3 and tokenizer is not None:
             inserted = records(row, tokenizer, gap, draw)
-        if i % 2 == 1 and not inserted:
+        if kind % 2 == 1 and not inserted:
             inserted = passages(row, gap, draw)
         made.append(put_in(row, inserted))
     return PackedTokens(np.concatenate(made), length, seed)
@@ -96,7 +109,10 @@ def passages(row: np.ndarray, gap: int, draw: np.random.Generator) -> list[Inser
 
 
 def records(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, gap: int, draw: np.random.Generator) -> list[Inserted]:
-    """Records made of words of ``row`` [T], each twice, as many as a quarter of it holds; none if it has few words."""
+    """Records made of words of ``row`` [T], each twice, as many as a quarter of it holds; none if it has few words.
+
+    The first time and the second of each stand one behind the other in what is returned.
+    """
     words = sorted(set(WORD.findall(str(tokenizer.decode(row.tolist())))))
     if len(words) < 8:
         return []
@@ -114,16 +130,24 @@ def records(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, gap: int, draw:
             value = " ".join(draw.choice(words, int(draw.integers(1, 4)), replace=False))
         else:
             value = "".join(map(str, draw.integers(0, 10, int(draw.integers(DIGITS[0], DIGITS[1] + 1)))))
-        line = f"\n{name}{JOINTS[int(draw.integers(len(JOINTS)))]}{value}\n"
-        ids = tokenizer(line, add_special_tokens=False)["input_ids"]
-        if name in names or 2 * len(ids) > room:
+        said, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _record(name, value, draw))
+        if name in names or len(said) + len(asked) > room:
             continue
         names.add(name)
         first = between_words(int(draw.integers(last - gap)), 0, last - gap)
         again = between_words(int(draw.integers(first + gap, last + 1)), first + gap, last)
-        found += [Inserted(first, ids), Inserted(again, ids)]
-        room -= 2 * len(ids)
+        found += [Inserted(first, said), Inserted(again, asked)]
+        room -= len(said) + len(asked)
     return found
+
+
+def _record(name: str, value: str, draw: np.random.Generator) -> tuple[str, str]:
+    """A record as it is said and as it comes again: one line twice, or two sentences."""
+    if draw.random() < 0.5:
+        line = f"\n{name}{JOINTS[int(draw.integers(len(JOINTS)))]}{value}\n"
+        return line, line
+    said, asked = (ways[int(draw.integers(len(ways)))] for ways in (SENTENCES, SENTENCES + QUESTIONS))
+    return said.format(name=name, value=value), asked.format(name=name, value=value)
 
 
 def put_in(row: np.ndarray, inserted: Sequence[Inserted]) -> np.ndarray:

@@ -1,11 +1,23 @@
 """Rows in which something is asked for again: exact lengths, the same for one seed, and what is asked stands before."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from readable import byte_tokenizer
 
-from lizard_models.text.look_ups import JOINTS, Inserted, _outside, look_up_rows, passages, put_in, records
+from lizard_models.text.look_ups import (
+    JOINTS,
+    QUESTIONS,
+    SENTENCES,
+    Inserted,
+    _outside,
+    look_up_rows,
+    passages,
+    put_in,
+    records,
+)
 from lizard_models.text.sequences import PackedTokens, StreamedTokens
 
 TOKENIZER = byte_tokenizer()
@@ -25,6 +37,17 @@ def packed(rows: int = 6, length: int = 512) -> PackedTokens:
     return PackedTokens(np.array(TOKENIZER(prose(rows * length))["input_ids"]), length)
 
 
+def told_by(record: str) -> tuple[str, str]:
+    """Name and value of a line or a sentence."""
+    if record[0] == "\n":
+        name, value = next(record.strip().split(joint) for joint in JOINTS if joint in record)
+        return name, value
+    ways = [re.escape(way).replace(r"\{name\}", "(?P<name>.+)").replace(r"\{value\}", "(?P<value>.+)")
+            for way in QUESTIONS + SENTENCES]  # fmt: skip
+    found = next(match for match in (re.fullmatch(way, record) for way in ways) if match)
+    return found["name"], found["value"]
+
+
 def texts(rows: PackedTokens) -> list[str]:
     return [TOKENIZER.decode(row) for row in rows.sequences]
 
@@ -41,6 +64,16 @@ def test_every_second_row_is_as_it_was_and_all_are_as_long():
     assert item.dtype == torch.int64 and item.shape == (512,)
 
 
+def test_something_comes_again_in_every_row_if_asked():
+    data = packed()
+    rows = look_up_rows(data, TOKENIZER, 12, gap=64, in_all=True)
+    given = [data[i]["input_ids"].numpy() for i in range(6)]
+    assert not any(np.array_equal(row, given[i % 6]) for i, row in enumerate(rows.sequences))
+    marks = ("\n", "Note", "She wrote", "Of the", "Ask for", " is the ", " is ")  # of records; prose has none
+    told = [any(mark in text for mark in marks) for text in texts(rows)]
+    assert told == [False, True] * 6  # passages, records
+
+
 def test_rows_follow_the_seed_alone():
     data = packed()
     rows = look_up_rows(data, TOKENIZER, 8, gap=64)
@@ -53,7 +86,7 @@ def test_rows_follow_the_seed_alone():
 
 @pytest.mark.parametrize("gap", [0, 64, 256])
 def test_records_come_twice_and_are_made_of_the_rows_own_words(gap):
-    data = packed()
+    data, kinds = packed(), set()
     for seed in range(20):
         row = data[seed % 6]["input_ids"].numpy()
         found = records(row, TOKENIZER, gap, np.random.default_rng(seed))
@@ -62,18 +95,21 @@ def test_records_come_twice_and_are_made_of_the_rows_own_words(gap):
         text, before = TOKENIZER.decode(made), TOKENIZER.decode(row)
         assert len(made) == len(row)
         for one, same in zip(found[::2], found[1::2], strict=True):
-            assert one.ids == same.ids and same.at - one.at >= gap
-            line = TOKENIZER.decode(one.ids)
-            first = text.index(line)
-            second = text.index(line, first + 1)
-            assert second - first - len(line) >= gap and text.count(line) == 2
+            assert same.at - one.at >= gap
+            said, asked = TOKENIZER.decode(one.ids), TOKENIZER.decode(same.ids)
+            first = text.index(said)
+            second = text.index(asked, first + 1)
+            assert second - first - len(said) >= gap
             assert one.at == 0 or before[one.at].isspace()
             if not before[same.at].isspace():  # no place between two words was near
                 near = range(max(one.at + gap, same.at - 32), min(same.at + 32, 384) + 1)
                 assert not any(before[i].isspace() for i in near)
-            name, value = next(line.strip().split(joint) for joint in JOINTS if joint in line)
+            name, value = told_by(said)
+            assert told_by(asked) == (name, value) and (said[0] != "\n" or asked == said)
+            kinds.add(said[0])
             assert all(word in before for word in name.split())
             assert value.isdigit() and 4 <= len(value) <= 8 or all(word in before for word in value.split())
+    assert kinds == {"\n", " "}  # lines of a list and sentences
 
 
 @pytest.mark.parametrize("gap", [0, 64, 256])
