@@ -176,7 +176,7 @@ class _Row:
     def _share_places(self, model: Any, rows: ScoreRows) -> None:
         """In the bytes of the row's own number of kept keys in every head."""
         mib = constant_bytes(model.config, DTYPE) / 2**20
-        share_out(model, rows.held_out, mib, self.folder / "kept_keys.json", self.bench.device, self.bench.device)
+        share_out(model, rows.asked, mib, self.folder / "kept_keys.json", self.bench.device, self.bench.device)
         self.record["places"] = lizard_config(model.config).to_dict()["attention"]["kept_keys"]
         self.say(f"{self.spec.stem}: {told_places(model.config)}")
 

@@ -15,7 +15,7 @@ from lizard_models.model.attention import LizardAttention
 from lizard_models.model.causal_lm import LizardCausalLM
 from lizard_ops import key_expiry, without_autocast
 
-LEVELS = (0, 8, 16, 32, 64, 128, 256, 512, 1024)
+LEVELS = (0, 8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 BLOCK = 256  # queries whose attention matrices exist at a time
 
 

@@ -255,7 +255,7 @@ class _Run:
 
     def _share_places(self, model: LizardCausalLM, mib: float) -> None:
         """Gives key heads the places that the budget holds; a run that goes on takes those it chose before."""
-        rows, path = self.sequences["stage0"].held_out, self.work / KEPT
+        rows, path = self.sequences["stage0"].asked, self.work / KEPT
         with self.console.status("sharing out kept keys"):
             share_out(model, rows, mib, path, self.device, self.home)
         self.config = lizard_config(model.config)

@@ -21,6 +21,7 @@ from lizard_models.text.mixture import MixedTokens, load_mixture
 from lizard_models.text.sequences import PackedTokens, StreamedTokens, TooLittleText
 
 HELD_OUT = 8  # rows on which R2 is measured
+ASKED = 4  # rows by which places are shared out
 PART = 4  # at most one row of the text in four is held out for them
 GAP = 256  # tokens at least between a thing and the place where it is asked for, in rows of four times as many
 
@@ -31,6 +32,7 @@ class ScoreRows(NamedTuple):
     recipe: Stage0Config  # with the steps that ``training`` gives in one pass
     training: PackedTokens
     held_out: Tensor  # [N, T] int64, of other parts of the text
+    asked: Tensor  # [ASKED, T] int64, of these parts too, with something to look up in each
     told: str  # how many rows of what, for people
 
     def micro_batch_size(self, wanted: int | None) -> int | None:
@@ -92,10 +94,11 @@ def score_rows(
     gap, count = min(GAP, length // 4), steps * recipe.batch_size
     training = look_up_rows(text, teacher.tokenizer, count, gap=gap, seed=recipe.seed)
     measured = look_up_rows(held_out, teacher.tokenizer, HELD_OUT, gap=gap, seed=recipe.seed + 1)
+    asked = look_up_rows(held_out, teacher.tokenizer, ASKED, gap=gap, seed=recipe.seed + 2, in_all=True)
     return ScoreRows(
         dataclasses.replace(recipe, epochs=None, max_steps=steps),
         training,
-        torch.stack([measured[i]["input_ids"] for i in range(len(measured))]),
+        *(torch.stack([rows[i]["input_ids"] for i in range(len(rows))]) for rows in (measured, asked)),
         f"{count} rows of {length} tokens with things to look up, of {len(text)} rows of the text; {apart} held out",
     )
 

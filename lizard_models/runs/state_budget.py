@@ -23,7 +23,6 @@ from lizard_models.runs.memory import constant_bytes, told_places
 
 DTYPE = torch.float32  # of the keys that a budget counts
 STEP = 8  # places that are given at a time
-CHOSEN_ON = 4  # rows of stage 0 on which errors are measured
 
 
 class Prices(NamedTuple):
@@ -92,14 +91,14 @@ def places_within(config: PreTrainedConfig, errors: Tensor, mib: float) -> list[
 
 
 def share_out(model: Any, rows: Tensor, mib: float, path: Path, device: str, home: str) -> None:
-    """Gives a model after stage 0 the places that ``mib`` holds, by what they save on the first few of ``rows`` [N, T].
+    """Gives a model after stage 0 the places that ``mib`` holds, by what they save on ``rows`` [N, T].
 
     path: of a JSON file with the places and the errors they were chosen by; it is written by the first call and read by
     later ones, so that a run that stops goes on with the same. device: to measure on; home: where the weights are else.
     """
     if not path.is_file():
         model.to(device)
-        errors = place_errors(model, rows[:CHOSEN_ON], LEVELS)
+        errors = place_errors(model, rows, LEVELS)
         model.to(home)
         chosen = {"places": places_within(model.config, errors, mib), "levels": LEVELS, "errors": errors.tolist()}
         if is_main_process():

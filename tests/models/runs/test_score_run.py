@@ -212,10 +212,13 @@ def test_rows_are_counted_from_steps_or_epochs_and_none_is_held_out_and_trained_
     for changes, steps in (({"max_steps": 40}, 40), ({"max_steps": None, "epochs": 1.5}, passes)):
         recipe = Stage0Config(**dict(sequence_length=LENGTH, label_queries=32) | changes)
         rows = score_rows.score_rows([str(world / "texts")], found, model, recipe)
-        text, held_out = seen[-2:]
-        assert not text & held_out and len(text | held_out) <= len(whole)
+        text, held_out, asked = seen[-3:]
+        assert not text & held_out and asked == held_out and len(text | held_out) <= len(whole)
         assert rows.recipe.max_steps == steps and rows.recipe.epochs is None
         assert len(rows.training) == 2 * rows.recipe.max_steps and rows.held_out.shape == (8, LENGTH)
+        assert rows.asked.shape == (4, LENGTH)  # in each of which something comes again
+        parts = [tuple(row) for row in rows.asked.tolist()]
+        assert not text & set(parts) and not held_out & set(parts) and len(set(parts)) == 4
     assert rows.micro_batch_size(None) is None and rows.micro_batch_size(9) == 2 and rows.micro_batch_size(1) == 1
 
     stream = StreamedTokens(lambda epoch: iter([np.arange(LENGTH * 300) % 90]), LENGTH, buffer=4)
@@ -223,7 +226,7 @@ def test_rows_are_counted_from_steps_or_epochs_and_none_is_held_out_and_trained_
     rows = score_rows.score_rows(
         ["hub"], found, model, Stage0Config(max_steps=5, sequence_length=LENGTH, label_queries=32)
     )
-    assert len(rows.training) == 10 and len(seen[-2]) + len(seen[-1]) <= 18
+    assert len(rows.training) == 10 and len(seen[-3]) + len(seen[-2]) <= 18
     with pytest.raises(ValueError, match="stage0.max_steps must be given: the data are streamed"):
         recipe = Stage0Config(epochs=1.0, max_steps=None, sequence_length=LENGTH, label_queries=32)
         score_rows.score_rows(["hub"], found, model, recipe)
