@@ -76,15 +76,15 @@ LONG: dict[str, Any] = {"longer": 4, "score_received": True}
 RECEIVED = ", whose score reads the attention received in the window"
 LEFT = ", in the sums too while they are kept, longer sequences"
 LESS: tuple[tuple[int, str, str, dict[str, int]], ...] = (
-    (608, "-features-64", ", half the features", {"feature_dim": 64}),
     (48, "", "", {}),
     (176, "-features-64", ", half the features", {"feature_dim": 64}),
     (180, "-w64", ", half the window", {"window": 64}),
     (272, "-w64-features-64", ", half the window and half the features", {"window": 64, "feature_dim": 64}),
 )
-"""Places that features and window pay for: the first in the 40 MiB of 480 places, the others in 20."""
+"""Places that features and window pay for, in 20 MiB."""
 NO_QK = {"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
-FAR = {"sequence_length": 8192, "batch_size": 1}
+FAR = {"sequence_length": 8192, "batch_size": 1}  # of stage 0: labels see no use beyond their own sequences
+NEAR = {"sequence_length": 4096, "batch_size": 2}
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
@@ -96,7 +96,8 @@ SCORES = (
     shared(160, "-left-longer-x4", LEFT, coverage="left", **LONG),
     *(
         dataclasses.replace(
-            shared(places, f"-left{less}-longer-x4", LEFT + about, coverage="left", **fields, **LONG),
+            even := shared(places, f"-left{less}-longer-x4", LEFT + about, coverage="left", **fields, **LONG),
+            changes={**even.changes, "stage0": {**even.changes["stage0"], **FAR}},
             beside="recommended",
         )
         for places, less, about, fields in LESS
@@ -133,10 +134,15 @@ RECALLS = tuple(
         ("look-ups", "with passages and records that come again in half of its rows", {"look_ups": True}),
         ("refit", "with scores fitted again at the end", {"refit": True}),
         ("no-qk", "without adapters on q and k", {"changes": {"stage2": NO_QK}}),
-        ("scores-8192", "with scores fitted on sequences of 8192", {"changes": {"stage0": FAR}}),
+        ("scores-4096", "with scores fitted on sequences of 4096", {"changes": {"stage0": NEAR}}),
+        (
+            "features-64",
+            "with half the features and 608 places for their bytes",
+            {"changes": {"attention": {"kept_keys": 608, "feature_dim": 64}}},
+        ),
     )
 )
-"""What may keep far keys found, 4096 tokens back and more: labels of stage 0 see no use beyond their own sequences."""
+"""What may keep far keys found, 4096 tokens back and more."""
 
 TABLE = Table(
     name="kept",
