@@ -98,9 +98,15 @@ def score_rows(
     return ScoreRows(
         dataclasses.replace(recipe, epochs=None, max_steps=steps),
         training,
-        *(torch.stack([rows[i]["input_ids"] for i in range(len(rows))]) for rows in (measured, asked)),
+        all_rows(measured),
+        all_rows(asked),
         f"{count} rows of {length} tokens with things to look up, of {len(text)} rows of the text; {apart} held out",
     )
+
+
+def all_rows(rows: PackedTokens) -> Tensor:
+    """[N, T] ids, in the order of the data set."""
+    return torch.stack([rows[i]["input_ids"] for i in range(len(rows))])
 
 
 def check_length(model: LizardCausalLM, recipe: Stage0Config) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -66,29 +67,41 @@ def displaced(
     last = kept.new_full((0,) if judged is None else kept.shape, LOWEST)
     if rows == 0:
         return by_kept, by_row, last if judged is None else kept.clone()
-    config, packed, length = config_for(places), ends is not None, rows // n
-    block, wide, steps = config.columns, list_length(places, config.columns), (n - 1).bit_length()
-    blocks = block_count(rows if packed else length, n, 0, block, packed)
-    best, before = (kept.new_empty(blocks, heads, width) for width in (block, wide))
-    of_blocks = {"H": heads, "C": block, "PACKED": packed}
-    sizes = of_blocks | {"BP": wide}
+    length = rows // n
     with on_device(kept, kept_keys=places):
-        launch_kernel(
-            best_kernel, blocks * heads, ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch,
-        )  # fmt: skip
-        launch_kernel(scan_kernel, n * heads, kept, best, before, ends, length, **sizes, **of_scan(places, wide))
-        launch_kernel(
-            displaced_kernel, blocks * heads * parts_of(config),
-            ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows,
-            PARTS=parts_of(config), **sizes, **config.launch,
-        )  # fmt: skip
+        before, config, sizes = _find(ranks, kept, by_kept, by_row, ends, n, length, places)
         if judged is not None:
             launch_kernel(
                 last_kernel, n * heads,
-                ranks, kept, before, judged, last, ends, rows, length, P=places, X=min(config.rows, wide), **sizes,
-                **config.launch,
+                ranks, kept, before, judged, last, ends, rows, length, P=places, X=min(config.rows, before.shape[2]),
+                **sizes, **config.launch,
             )  # fmt: skip
     return by_kept, by_row, last
+
+
+def _find(
+    ranks: Tensor, kept: Tensor | None, by_kept: Tensor | None, by_row: Tensor, ends: Tensor | None, n: int,
+    length: int, places: int,
+) -> tuple[Tensor, Launch, dict[str, Any]]:  # fmt: skip
+    """Launches what finds who is displaced, into ``by_kept`` and ``by_row``: n streams of ``length`` rows, or as
+    ``ends`` says. Returns the best before each block [blocks, H, BP], the launch and the sizes that all share."""
+    heads, rows = ranks.shape
+    config, packed, steps = config_for(places), ends is not None, (n - 1).bit_length()
+    block, wide = config.columns, list_length(places, config.columns)
+    blocks = block_count(rows if packed else length, n, 0, block, packed)
+    best, before = (ranks.new_empty(blocks, heads, width) for width in (block, wide))
+    of_blocks = {"H": heads, "C": block, "PACKED": packed}
+    sizes = of_blocks | {"BP": wide}
+    launch_kernel(
+        best_kernel, blocks * heads, ranks, best, ends, rows, length, n, steps, **of_blocks, **config.launch,
+    )  # fmt: skip
+    launch_kernel(scan_kernel, n * heads, kept, best, before, ends, length, **sizes, **of_scan(places, wide))
+    launch_kernel(
+        displaced_kernel, blocks * heads * parts_of(config),
+        ranks, best, before, by_kept, by_row, ends, rows, length, n, steps, P=places, X=config.rows,
+        PARTS=parts_of(config), **sizes, **config.launch,
+    )  # fmt: skip
+    return before, config, sizes
 
 
 @displaced.register_fake
@@ -117,30 +130,18 @@ def fresh(
     expiry = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
     if not expiry.numel():
         return expiry
-    config, rows = config_for(places), n * length
-    block, wide, tile = config.columns, list_length(places, config.columns), 128
-    steps, blocks, programs = (n - 1).bit_length(), n * triton.cdiv(length, block), n * triton.cdiv(length, tile)
+    rows, tile = n * length, 128
+    programs = n * triton.cdiv(length, tile)
     ranks = torch.empty(heads, rows, dtype=torch.int64, device=scores.device)
     by_row = torch.empty(heads, rows, dtype=torch.int32, device=scores.device)
-    best, before = (ranks.new_empty(blocks, heads, width) for width in (block, wide))
     kept = None if each is None else blocked(tuple(each), scores.device).expand(n, -1, -1).contiguous()
     of_rows = {"H": heads, "BH": triton.next_power_of_2(heads), "BLOCK": tile}
-    of_blocks = {"H": heads, "C": block, "PACKED": False}
-    sizes = of_blocks | {"BP": wide}
     with on_device(scores, kept_keys=places):
         launch_kernel(
             rank_kernel, programs,
             scores, ranks, by_row, lengths, rows, length, *scores.stride(), ANCHORS=anchors, P=places, **of_rows,
         )  # fmt: skip
-        launch_kernel(
-            best_kernel, blocks * heads, ranks, best, None, rows, length, n, steps, **of_blocks, **config.launch,
-        )  # fmt: skip
-        launch_kernel(scan_kernel, n * heads, kept, best, before, None, length, **sizes, **of_scan(places, wide))
-        launch_kernel(
-            displaced_kernel, blocks * heads * parts_of(config),
-            ranks, best, before, None, by_row, None, rows, length, n, steps, P=places, X=config.rows,
-            PARTS=parts_of(config), **sizes, **config.launch,
-        )  # fmt: skip
+        _find(ranks, kept, None, by_row, None, n, length, places)
         launch_kernel(tell_kernel, programs, by_row, expiry, rows, length, W=window, **of_rows)
     return expiry
 

@@ -11,6 +11,7 @@ from tiny import student, teacher
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lizard_models import LizardConfig
+from lizard_models.evaluation.place_errors import LEVELS
 from lizard_models.evaluation.share_places import share_places
 from lizard_models.model.layer_configs import kept_by_layer
 from lizard_models.model.linearize import student_config
@@ -68,10 +69,10 @@ def test_an_even_start_fills_the_budget():
 
 def test_places_fill_the_budget_and_leave_softmax_layers_out():
     config = student(attention=WINDOW | {"kept_keys": 1}, softmax_layers=(1,)).config
-    errors = torch.linspace(1, 0, 9, dtype=torch.float64) * torch.tensor([[1.0, 9.0], [0.2, 0.0]])[..., None]
+    errors = torch.linspace(1, 0, len(LEVELS), dtype=torch.float64) * torch.tensor([[1.0, 9.0], [0.2, 0.0]])[..., None]
     mib = (prices(config).without + prices(config).layers[0] + 40 * prices(config).places[0]) / 2**20
     assert places_within(config, errors, mib) == [[0, 40], [], [0, 0]]
-    assert places_within(config, errors, 1000.0) == [[1024, 1024], [], [1024, 0]]
+    assert places_within(config, errors, 1000.0) == [[4096, 4096], [], [4096, 0]]
 
 
 def test_a_run_shares_places_out_once_and_goes_on_with_them(world, tmp_path, monkeypatch):
