@@ -119,8 +119,6 @@ class _Row:
         scored = len(model.key_scores()) > 0 and self.bench.budget.stage0_steps > 0 and not spec.oracle
         if self.config.attention.keeps_keys and self.config.stage0.share_places and not scored:
             raise ValueError(f"{spec.stem}: places are shared out by fitted scores, and there is no stage 0")
-        if spec.refit and not scored:
-            raise ValueError(f"{spec.stem}: scores are fitted again, and there are none")
         if scored:
             rows = self._fit_scores(model)
             if shared_mib(model.config, None, scored) is not None:
@@ -146,8 +144,6 @@ class _Row:
             model, result = train_stage2(model, sequences, self._run_arguments("stage2"), None, then)
             if then is None:
                 self._trained("stage2", result)
-        if spec.refit:
-            self._fit_again(model, rows, missing)
         if scored:
             self.record["scores"] = scores.score_sum(model)
         if spec.stage1 or spec.stage2 or scored:
@@ -195,14 +191,6 @@ class _Row:
             self._trained("stage0", result, **told, **scores.marks(shared, model))
             scores.give(shared, Path(run.output_dir), self.record["stages"]["stage0"])
         return rows
-
-    def _fit_again(self, model: Any, rows: ScoreRows, missing: list[str]) -> None:
-        """Stage 0 on the trained weights: they have moved the keys that the scores were fitted on."""
-        if "found" in missing:
-            self.record["before_refit"] = {"found": self._found_of(model)}
-        run = self._run_arguments("refit")
-        result = train_stage0(model, model.key_scores(), rows.training, run, rows.recipe, rows.held_out)
-        self._trained("refit", result, r2=result.mean_r2, r2_by_layer=result.r2)
 
     def _sequences(self, stage: str) -> Any:
         recipe = getattr(self.config, stage)

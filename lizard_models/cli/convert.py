@@ -48,7 +48,7 @@ def command(
 
     A quarter of the layers kept softmax: [cyan]lizard-attn convert my-teacher --softmax-share 0.25 --out hybrid[/cyan]
 
-    Kept keys, 480 of each key head in preset recommended, are those least like the mean key here: no text is read, by
+    Kept keys, 608 of each key head in preset recommended, are those least like the mean key here: no text is read, by
     which scores could be fitted or places shared out. Fewer, or none of them:
     [cyan]lizard-attn convert my-teacher --kept-keys 256 --out kept[/cyan], [cyan]--preset plain[/cyan]
     """

@@ -44,7 +44,7 @@ def command(
 
     A wider window: [cyan]lizard-attn info smollm2-135m --set attention.window=256[/cyan]
 
-    Fewer kept keys than the preset's 480, or none: [cyan]lizard-attn info smollm2-135m --kept-keys 256[/cyan],
+    Fewer kept keys than the preset's 608, or none: [cyan]lizard-attn info smollm2-135m --kept-keys 256[/cyan],
     [cyan]--preset plain[/cyan]
     """
     with one_line_errors():

@@ -163,7 +163,7 @@ def command(
 ) -> None:
     """Turn a teacher into a Lizard: stage 1 imitates its attention, stage 2 fine-tunes with LoRA.
 
-    Stage 0 before them learns which keys to keep: 480 a key head in preset recommended, none in plain.
+    Stage 0 before them learns which keys to keep: 608 a key head in preset recommended, none in plain.
 
     [bold]Examples[/bold]
 
@@ -182,7 +182,7 @@ def command(
     Nearer to the teacher in constant memory: a window of 1024 in the eight layers that need it most:
     [cyan]--widen 8[/cyan]
 
-    Fewer kept keys than the preset's 480 a key head, shared out as these are over layers and heads by what they save:
+    Fewer kept keys than the preset's 608 a key head, shared out as these are over layers and heads by what they save:
     [cyan]--kept-keys 256[/cyan]; with little text also [cyan]--set stage0.sequence_length=1024 --seq-len 1024[/cyan]
 
     As many as so much memory holds: [cyan]--state-mib 25[/cyan]

@@ -51,7 +51,7 @@ def test_the_recommended_form():
     assert (stage1.error, stage1.learning_rate, stage1.gate_learning_rate) == ("relative", 1e-2, 1e-3)
     kept = LizardConfig.preset("recommended")
     attention, stage0 = kept.attention, kept.stage0
-    assert (attention.kept_keys, attention.coverage, attention.score_received) == (480, "left", True)
+    assert (attention.kept_keys, attention.coverage, attention.score_received) == (608, "left", True)
     assert (
         stage0.share_places
         and stage0.max_steps == 720

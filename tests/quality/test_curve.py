@@ -18,7 +18,7 @@ DRAWN = {
     "plain": 3.2, "recommended-w384": 3.1, "recommended-w256": 3.15, "recommended-wide-4x2048-longer-x4": 3.08,
     "recommended-wide-8x1024-longer-x4": 3.07, "recommended-kept-256": 3.05, "recommended-kept-64": 3.15,
     "recommended-kept-256-received": 3.04, "recommended-kept-160-left-longer-x4": 3.06,
-    "recommended-kept-480-left-longer-x4": 3.02, "recommended": 3.01, "recommended-shared-160-left-longer-x4": 3.04,
+    "recommended-kept-480-left-longer-x4": 3.02, "recommended": 3.01, "recommended-176": 3.04,
     "recommended-kept-256-oracle": 3.01, "recommended-softmax-12.5": 3.02, "recommended-softmax-25": 3.01,
 }  # fmt: skip
 ELSEWHERE = ("recommended-kept-256-received-longer-x4-passkeys", "recommended-wide-8x1024-stretch8-longer-x4", "base")
@@ -46,7 +46,7 @@ def test_a_line_joins_rows_that_differ_in_their_bytes_alone(folder):
         ("kept", 1024, ["recommended-kept-256-oracle"]),
         ("kept", 1024, ["recommended-kept-256-received"]),
         ("left", 4096, ["recommended-kept-160-left-longer-x4", "recommended-kept-480-left-longer-x4"]),
-        ("shared", 4096, ["recommended", "recommended-shared-160-left-longer-x4"]),
+        ("shared", 4096, ["recommended", "recommended-176"]),
         ("softmax", 1024, ["recommended-softmax-12.5", "recommended-softmax-25"]),
     ]
     assert [[*line.points] for line in lines if line.oracle] == [["recommended-kept-256-oracle"]]

@@ -14,7 +14,7 @@ from benchmarks.quality.report import quality_text
 from benchmarks.quality.results import Results
 from benchmarks.quality.rows import ROWS, RowSpec, controls
 
-ROW, SMALL = "recommended-kept-480-left-longer-x4", "recommended-shared-180-left-w64-longer-x4"
+ROW, SMALL = "recommended-kept-480-left-longer-x4", "recommended-272-w64"
 TEACHER = RowSpec(name="teacher", preset="teacher", stage1=False, stage2=False)
 TASKS = {"piqa": "acc_norm", "hellaswag": "acc_norm", "arc_easy": "acc", "lambada_openai": "acc"}
 
@@ -116,9 +116,8 @@ def test_the_row_is_the_best_in_the_bytes_or_the_one_named(results, tmp_path):
     share, small, *_ = recall_goals(results, tmp_path / "none", best_row(results, 80), ROW)
     assert share.figures == pytest.approx({0: 0.98}) and share.verdict == MISSED  # in 63 MiB
     assert small.figures == pytest.approx({0: 0.92, 1: 0.88}) and small.verdict == MISSED  # in 39
-    for places, less in ((176, "-features-64"), (48, "")):
-        assert 0.975 * 20 < memory(f"recommended-shared-{places}-left{less}-longer-x4") <= 20
-    assert 0.975 * 40 < memory("recommended-features-64") <= 40
+    for row, most in (("recommended", 40), ("recommended-features-128", 40), ("recommended-176", 20), (SMALL, 20)):
+        assert 0.975 * most < memory(row) <= most
 
 
 def test_the_table_by_its_command_and_on_the_page(results, tmp_path):

@@ -63,9 +63,8 @@ class Row:
     without: tuple[str, ...] = ()
     """Stages left out."""
     passkeys: int = 0
-    """See ``RowSpec``; so are the next seven."""
+    """See ``RowSpec``; so are the next six."""
     look_ups: bool = False
-    refit: bool = False
     widened: bool = False
     oracle: bool = False
     longer: int = 1
@@ -127,7 +126,6 @@ class Row:
             stage2="stage2" not in self.without,
             passkeys=self.passkeys,
             look_ups=self.look_ups,
-            refit=self.refit,
             widened=self.widened,
             oracle=self.oracle,
             longer=self.longer,

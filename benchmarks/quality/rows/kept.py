@@ -75,16 +75,8 @@ def shared(places: int, suffix: str = "", about: str = "", **more: Any) -> Row:
 LONG: dict[str, Any] = {"longer": 4, "score_received": True}
 RECEIVED = ", whose score reads the attention received in the window"
 LEFT = ", in the sums too while they are kept, longer sequences"
-LESS: tuple[tuple[int, str, str, dict[str, int]], ...] = (
-    (48, "", "", {}),
-    (176, "-features-64", ", half the features", {"feature_dim": 64}),
-    (180, "-w64", ", half the window", {"window": 64}),
-    (272, "-w64-features-64", ", half the window and half the features", {"window": 64, "feature_dim": 64}),
-)
-"""Places that features and window pay for, in 20 MiB."""
 NO_QK = {"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
-FAR = {"sequence_length": 8192, "batch_size": 1}  # of stage 0: labels see no use beyond their own sequences
-NEAR = {"sequence_length": 4096, "batch_size": 2}
+NEAR = {"sequence_length": 4096, "batch_size": 2}  # of stage 0, whose labels see no use beyond their own sequences
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
     kept(256, "-wide-score", ", a score of 512 units", score_dim=512),
@@ -94,14 +86,6 @@ SCORES = (
         for places in (160, 256, 480)
     ),
     shared(160, "-left-longer-x4", LEFT, coverage="left", **LONG),
-    *(
-        dataclasses.replace(
-            even := shared(places, f"-left{less}-longer-x4", LEFT + about, coverage="left", **fields, **LONG),
-            changes={**even.changes, "stage0": {**even.changes["stage0"], **FAR}},
-            beside="recommended",
-        )
-        for places, less, about, fields in LESS
-    ),
     foretold(256, "recommended-kept-256"),
     foretold(256, "recommended-kept-256-received-longer-x4", "-longer-x4", ", longer sequences", longer=4),
     foretold(480, "recommended-kept-480-left-longer-x4", "-left-longer-x4", LEFT, coverage="left", longer=4),
@@ -121,7 +105,7 @@ SCORES = (
     ),
 )
 
-RECALLS = tuple(
+CHANGED = tuple(
     Row(
         name=f"recommended-{name}",
         about=f"`recommended` {about}",
@@ -132,21 +116,25 @@ RECALLS = tuple(
     )
     for name, about, more in (
         ("look-ups", "with passages and records that come again in half of its rows", {"look_ups": True}),
-        ("refit", "with scores fitted again at the end", {"refit": True}),
-        ("no-qk", "without adapters on q and k", {"changes": {"stage2": NO_QK}}),
         ("scores-4096", "with scores fitted on sequences of 4096", {"changes": {"stage0": NEAR}}),
         (
-            "features-64",
-            "with half the features and 608 places for their bytes",
-            {"changes": {"attention": {"kept_keys": 608, "feature_dim": 64}}},
+            "features-128",
+            "with the features of `plain`, paid for with 128 of its places",
+            {"changes": {"attention": {"kept_keys": 480, "feature_dim": 128}}},
+        ),
+        ("176", "in half the bytes, 176 places", {"changes": {"attention": {"kept_keys": 176}}}),
+        (
+            "272-w64",
+            "in half the bytes, half the window and 272 places",
+            {"changes": {"attention": {"kept_keys": 272, "window": 64}}},
         ),
     )
 )
-"""What may keep far keys found, 4096 tokens back and more."""
+"""``recommended`` with one thing changed."""
 
 TABLE = Table(
     name="kept",
     about="Keys that stay exact because a learned score says so, beside the same bytes of a wider window.",
     title="Kept keys, beside the same bytes of window",
-    rows=tuple(row for places in PLACES for row in (window(places), kept(places), shared(places))) + SCORES + RECALLS,
+    rows=tuple(row for places in PLACES for row in (window(places), kept(places), shared(places))) + SCORES + CHANGED,
 )

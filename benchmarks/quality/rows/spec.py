@@ -61,8 +61,6 @@ class RowSpec:
     """Synthetic examples of five passkeys among the training text of both stages."""
     look_ups: bool = False
     """Passages and records come again in half of the rows of both stages, as in those of stage 0."""
-    refit: bool = False
-    """Stage 0 comes again at the end, on the keys and the softmax attention of the trained weights."""
     widened: bool = False
     """Wide layers get their window after stage 1, which trains every layer with the others' (see ``widen``)."""
     oracle: bool = False
