@@ -54,7 +54,7 @@ def test_the_recommended_form():
     assert (attention.kept_keys, attention.coverage, attention.score_received) == (608, "left", True)
     assert (
         stage0.share_places
-        and stage0.max_steps == 720
+        and stage0.max_steps == 240
         and (kept.stage1.sequence_length, kept.stage2.sequence_length) == (4096, 4096)
     )
     control = LizardConfig.preset("window_only").attention

@@ -47,7 +47,7 @@ def test_the_table_has_the_same_bytes_twice():
         assert config.stage0.max_steps == 240 and config.stage0.sequence_length == 4096
         assert controls(kept.spec(None, 30), BUDGET) == controls(RowSpec(name="plain"), BUDGET)
     full = dataclasses.replace(ROWS["recommended-kept-64"].spec(None, 30), seed=2).config(BUDGETS["full"], 30)
-    assert full.stage0.max_steps == 720 and full.stage0.seed == 2
+    assert full.stage0.max_steps == 240 and full.stage0.seed == 2
     found = [row.name for row in find_rows(["kept"], [0], BUDGET, order=None, layers=30)]
     assert any(name.startswith("control-w640-") for name in found)
 

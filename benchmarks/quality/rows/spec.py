@@ -39,7 +39,7 @@ BUDGETS = {
     budget.name: budget
     for budget in (
         Budget(name="quick", stage1_steps=400, stage2_steps=150, batch_size=4, sequence_length=1024, stage0_steps=240),
-        Budget(name="full", stage1_steps=1221, stage2_steps=1221, batch_size=8, sequence_length=2048, stage0_steps=720),
+        Budget(name="full", stage1_steps=1221, stage2_steps=1221, batch_size=8, sequence_length=2048, stage0_steps=240),
     )
 }
 """quick: 1.6M and 0.6M tokens. full: the paper's 20M tokens a stage."""
