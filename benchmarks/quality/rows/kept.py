@@ -85,7 +85,6 @@ SCORES = (
         kept(places, "-left-longer-x4", LEFT, beside="recommended-kept-256-received-longer-x4", coverage="left", **LONG)
         for places in (160, 256, 480)
     ),
-    shared(160, "-left-longer-x4", LEFT, coverage="left", **LONG),
     foretold(256, "recommended-kept-256"),
     foretold(256, "recommended-kept-256-received-longer-x4", "-longer-x4", ", longer sequences", longer=4),
     foretold(480, "recommended-kept-480-left-longer-x4", "-left-longer-x4", LEFT, coverage="left", longer=4),
