@@ -84,7 +84,9 @@ def without_kernels(prepared: bool = False) -> Iterator[Launches]:
     def counted_first(kernel: Any, programs: int, args: Any, options: Any) -> Any:
         run = counted(kernel, (programs,))
         run()
-        return launchers[0].Prepared(None, run, 0, None, lambda device: 0, ())
+        known = {"compiled": None, "run": run, "stream_of": lambda device: 0, "rest": (), "grouped": False}
+        fields = launchers[0].Prepared._fields  # commits to compare with may have others
+        return launchers[0].Prepared(**{name: known.get(name, ()) for name in fields})
 
     changed = []
     for module in _modules():

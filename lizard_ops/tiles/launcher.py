@@ -6,6 +6,7 @@ launch: 6 to 30 microseconds of the host, more than what the driver takes.
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any, NamedTuple
 
@@ -33,10 +34,18 @@ class Prepared(NamedTuple):
 
     compiled: Any  # lets go of the function when it is let go of
     run: Any
-    function: int
-    metadata: Any
+    fixed: tuple[Any, ...]  # what it is given between the stream and the arguments
+    grouped: bool  # whether it takes all arguments as one tuple
     stream_of: Any  # of the current streams, by device
     rest: tuple[Any, ...]  # arguments that came by name
+
+    def launch(self, programs: int, device: int | None, values: list[Any]) -> None:
+        """Launch with these arguments, tensors by their addresses."""
+        _, run, fixed, grouped, stream_of, rest = self
+        if grouped:
+            run(programs, 1, 1, stream_of(device), *fixed, (*values, *rest))
+        else:
+            run(programs, 1, 1, stream_of(device), *fixed, *values, *rest)
 
 
 _known: dict[tuple[Any, ...], Prepared] = {}
@@ -91,8 +100,7 @@ def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> Non
                 _known.clear()
             _known[key] = found
         return
-    _, run, function, metadata, stream_of, rest = found
-    run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *values, *rest)
+    found.launch(programs, device, values)
 
 
 def forget() -> None:
@@ -127,7 +135,32 @@ def prepare(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str
     if any(isinstance(x, (Tensor, tuple)) for x in rest):
         return None
     stream_of = driver.active.get_current_stream
-    return Prepared(compiled, compiled.run, compiled.function, compiled.packed_metadata, stream_of, rest)
+    fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+    return Prepared(compiled, *straight(compiled.run, fixed), stream_of, rest)
+
+
+def straight(run: Any, fixed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], bool]:
+    """(run, fixed, grouped) of the function that Triton's launcher hands a launch to, which saves three of Python's;
+    those of the launcher itself where it does more than that, or something else is not as it is known.
+
+    What stands between stream and arguments differs by Triton's version: the launcher is asked once.
+    """
+    as_it_is = run, fixed, False
+    needs_memory = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if needs_memory or getattr(run, "gsan_enabled", False) or not callable(getattr(run, "launch", None)):
+        return as_it_is
+    given: list[Any] = []
+    twin = copy.copy(run)
+    twin.launch = lambda *args: given.extend(args)
+    programs, stream, args = 1_000_003, object(), (object(), object())
+    twin(programs, 1, 1, stream, *fixed, *args)
+    grouped = len(given) > 5 and given[-1] == args
+    between = given[4 : -1 if grouped else -2]
+    begins = given[:3] == [programs, 1, 1] and given[3] is stream
+    ends = grouped or tuple(given[-2:]) == args
+    if not begins or not ends or programs in between or stream in between:
+        return as_it_is
+    return run.launch, tuple(between), grouped
 
 
 def is_hooked() -> bool:

@@ -85,8 +85,7 @@ def launch_planned(
             values = values.copy()
             for (i, behind), address in zip(places, addresses, strict=True):
                 values[i] = address if behind is None else (address, *behind)
-            _, run, function, metadata, stream_of, rest = prepared
-            run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *values, *rest)
+            prepared.launch(programs, device, values)
             return
     programs, args, options = arguments()
     if plan is None or bound is not None:
