@@ -49,6 +49,7 @@ class Prepared(NamedTuple):
 
 
 _known: dict[tuple[Any, ...], Prepared] = {}
+_unplanned = 0
 
 
 def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -59,6 +60,8 @@ def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> Non
     first of a kind, the interpreter and launches that a hook looks at (a profiler's) take Triton's own way. What
     Triton's knobs say of compiling is read with the first of a kind.
     """
+    global _unplanned
+    _unplanned += 1
     if type(kernel) is not JITFunction or is_hooked():
         kernel[(programs,)](*args, **options)
         return
@@ -101,6 +104,11 @@ def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> Non
             _known[key] = found
         return
     found.launch(programs, device, values)
+
+
+def unplanned() -> int:
+    """How many launches ``launch_kernel`` has had."""
+    return _unplanned
 
 
 def forget() -> None:

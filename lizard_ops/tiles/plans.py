@@ -40,7 +40,15 @@ class Plan(dict[str, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.tuned = tuning.active()  # what the launches' configurations come from
+        self.noted: list[tuple[str, Bound, Sequence[Tensor | None]]] | None = (
+            None  # launches, while somebody notes them
+        )
+        self.replay: Any = 0  # all of them at once, or how often they could not be
         _plans.add(self)
+
+    def clear(self) -> None:
+        super().clear()
+        self.replay = 0
 
 
 _plans: weakref.WeakSet[Plan] = weakref.WeakSet()
@@ -75,7 +83,7 @@ def launch_planned(
             plan.clear()
             plan.tuned = tuning.active()
         bound = plan.get(name)
-    if type(bound) is Bound and not is_hooked():
+    if plan is not None and type(bound) is Bound and not is_hooked():
         prepared, programs, device, values, places = bound
         addresses = [x.data_ptr() for x in tensors if x is not None]
         low = 0
@@ -86,6 +94,8 @@ def launch_planned(
             for (i, behind), address in zip(places, addresses, strict=True):
                 values[i] = address if behind is None else (address, *behind)
             prepared.launch(programs, device, values)
+            if plan.noted is not None:
+                plan.noted.append((name, bound, tensors))
             return
     programs, args, options = arguments()
     if plan is None or bound is not None:
