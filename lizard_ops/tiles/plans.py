@@ -29,6 +29,7 @@ class Bound(NamedTuple):
     device: int
     values: list[Any]
     places: list[tuple[int, tuple[Any, ...] | None]]  # of each tensor: which argument, and what stands behind it there
+    whole: bool  # whether a caller's tensors have no None among them
 
 
 class Plan(dict[str, Any]):
@@ -84,16 +85,18 @@ def launch_planned(
             plan.tuned = tuning.active()
         bound = plan.get(name)
     if plan is not None and type(bound) is Bound and not is_hooked():
-        prepared, programs, device, values, places = bound
-        addresses = [x.data_ptr() for x in tensors if x is not None]
-        low = 0
-        for address in addresses:
+        prepared, programs, device, values, places, whole = bound
+        values, low = values.copy(), 0
+        for (i, behind), x in zip(places, tensors if whole else [x for x in tensors if x is not None], strict=True):
+            address = x.data_ptr()  # type: ignore[union-attr]
             low |= address
+            values[i] = address if behind is None else (address, *behind)
         if not low & 15:
-            values = values.copy()
-            for (i, behind), address in zip(places, addresses, strict=True):
-                values[i] = address if behind is None else (address, *behind)
-            prepared.launch(programs, device, values)
+            _, run, fixed, grouped, stream_of, rest = prepared  # ``prepared.launch``: this is called in every launch
+            if grouped:
+                run(programs, 1, 1, stream_of(device), *fixed, (*values, *rest))
+            else:
+                run(programs, 1, 1, stream_of(device), *fixed, *values, *rest)
             if plan.noted is not None:
                 plan.noted.append((name, bound, tensors))
             return
@@ -129,7 +132,7 @@ def bind(prepared: Prepared, programs: int, args: Sequence[Any], tensors: Sequen
     same = len(found) == len(wanted) and all(a is b for a, b in zip(found, wanted, strict=True))
     if not same or any(x.data_ptr() & 15 for x in found):
         return None
-    return Bound(prepared, programs, found[0].get_device(), values, places)
+    return Bound(prepared, programs, found[0].get_device(), values, places, len(wanted) == len(tensors))
 
 
 class Described(NamedTuple):
