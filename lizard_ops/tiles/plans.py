@@ -97,8 +97,8 @@ def launch_planned(
                 run(programs, 1, 1, stream_of(device), *fixed, (*values, *rest))
             else:
                 run(programs, 1, 1, stream_of(device), *fixed, *values, *rest)
-            if plan.noted is not None:
-                plan.noted.append((name, bound, tensors))
+            if (noted := plan.noted) is not None:
+                noted.append((name, bound, tensors))
             return
     programs, args, options = arguments()
     if plan is None or bound is not None:

@@ -49,11 +49,12 @@ def replayed(plan: Plan, tensors: Any, op: Op) -> Tensor:
     plan: that of all launches of the op, which is called with tensors of the same shapes, strides, dtypes and devices,
     records no gradient and has nobody looking. tensors: a NamedTuple of tensors and None.
     """
-    if type(plan.replay) is Replay:
-        o = again(plan, plan.replay, tensors)
+    replay = plan.replay
+    if type(replay) is Replay:
+        o = again(plan, replay, tensors)
         return op(tensors) if o is None else o
-    known = plan.replay < TRIES and plan and all(type(bound) is Bound for bound in plan.values())
-    return note(plan, tensors, op) if known and not is_hooked() else op(tensors)
+    known = replay < TRIES and plan and all(type(bound) is Bound for bound in plan.values())
+    return note(plan, tensors, op, replay) if known and not is_hooked() else op(tensors)
 
 
 def again(plan: Plan, replay: Replay, tensors: Sequence[Any]) -> Tensor | None:
@@ -100,26 +101,26 @@ class Allocations(TorchDispatchMode):
         return found
 
 
-def note(plan: Plan, tensors: Any, op: Op) -> Tensor:
-    """``op(tensors)``; leaves a ``Replay`` in the plan where all that it does is to allocate and to launch."""
+def note(plan: Plan, tensors: Any, op: Op, tries: int) -> Tensor:
+    """``op(tensors)``; leaves a ``Replay`` in the plan where all that it does is to allocate and to launch. tries: how
+    often it could not."""
     seen: set[int] = set()
     apart = []  # each its own object, to be told from the others, which it may be the same as in this call alone
     for x in tensors:
         apart.append(x.view_as(x) if x is not None and id(x) in seen else x)
         seen.add(id(x))
     names, before = set(plan), launcher.unplanned()
-    plan.noted = []
+    plan.noted = noted = []  # another thread may note its own call in its place
     try:
         with Allocations() as seen_by:
             o = op(type(tensors)(*apart))
-        noted = plan.noted
     finally:
         plan.noted = None
     alone = launcher.unplanned() == before and not seen_by.others
     found = None
     if alone and len(noted) == len(names) and {name for name, _, _ in noted} == names:
         found = replay_of(noted, apart, seen_by.made, o)
-    plan.replay = plan.replay + 1 if found is None else found
+    plan.replay = tries + 1 if found is None else found
     return o
 
 
