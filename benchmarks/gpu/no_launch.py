@@ -99,9 +99,11 @@ def without_kernels(prepared: bool = False) -> Iterator[Launches]:
         setattr(module, name, lambda x: True)
     for kind in () if prepared else launch:
         kind.__getitem__ = counted
-    for module in launchers[:1]:  # as a host that found launches again would have it
-        changed.append((module, "ASKED_FOR", module.ASKED_FOR))
-        module.ASKED_FOR = True
+    for module in launchers[:1]:  # commits to compare with may have to be asked for launches that are found again
+        for name, value in (("ASKED_FOR", True), ("TURNED_OFF", False)):
+            if hasattr(module, name):
+                changed.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
     for module in () if prepared else launchers[:1]:
         changed.append((module, "prepare", module.prepare))
         module.prepare = counted_first

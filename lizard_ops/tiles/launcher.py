@@ -24,8 +24,7 @@ MOST = 4096  # kinds of launches that are remembered
 ODD = object()  # stands behind the dtype of a tensor whose address 16 does not divide
 # A compiled kernel of these versions takes all arguments in order, tensors by their addresses too.
 TAKES_ADDRESSES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
-# No GPU has run launches that are found again yet: until one has, they are for those who ask for them.
-ASKED_FOR = os.environ.get("LIZARD_FOUND_LAUNCHES") == "1"
+TURNED_OFF = os.environ.get("LIZARD_FOUND_LAUNCHES") == "0"  # to tell whether a fault is in them
 RUNTIME: Any = triton.knobs.runtime if TAKES_ADDRESSES else None
 
 
@@ -172,8 +171,8 @@ def straight(run: Any, fixed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], bo
 
 
 def is_hooked() -> bool:
-    """Whether somebody sees launches, nobody asked for others than Triton's, or there can be no others here."""
-    if not (ASKED_FOR and TAKES_ADDRESSES):
+    """Whether somebody sees launches, wants none but Triton's own, or there can be no others here."""
+    if TURNED_OFF or not TAKES_ADDRESSES:
         return True
     before, behind = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
     try:

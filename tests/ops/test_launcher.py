@@ -53,7 +53,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(module, "JITFunction", Kernel)
     monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
     monkeypatch.setattr(launcher, "TAKES_ADDRESSES", True)
-    monkeypatch.setattr(launcher, "ASKED_FOR", True)
+    monkeypatch.setattr(launcher, "TURNED_OFF", False)
     monkeypatch.setattr(launcher, "RUNTIME", hooks)
     streams = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: ("stream", device)))
     monkeypatch.setattr(launcher, "driver", streams)
@@ -225,3 +225,12 @@ def test_the_launchers_own_function_is_called(grouped, monkeypatch):
 def test_a_launcher_that_hands_out_memory_is_called_itself():
     run = Launcher(False, scratch=16)
     assert launcher.straight(run, (7,)) == (run, (7,), False) and not run.given
+
+
+def test_launches_that_are_turned_off_are_tritons(monkeypatch):
+    monkeypatch.setattr(launcher, "TURNED_OFF", True)
+    kernel, plan, x = Kernel("x"), plans.Plan(), torch.ones(4)
+    for _ in range(3):
+        launcher.launch_kernel(kernel, 1, x)
+        plans.launch_planned(plan, "one", kernel, (x,), lambda: (1, (x,), {}))
+    assert not kernel.at_once

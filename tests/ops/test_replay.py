@@ -67,7 +67,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(module, "JITFunction", kind)
     monkeypatch.setattr(launcher, "prepare", prepare)
     monkeypatch.setattr(launcher, "TAKES_ADDRESSES", True)
-    monkeypatch.setattr(launcher, "ASKED_FOR", True)
+    monkeypatch.setattr(launcher, "TURNED_OFF", False)
     monkeypatch.setattr(launcher, "RUNTIME", hooks)
     monkeypatch.setattr(heads, "_known", {})
     monkeypatch.setattr(Compiled, "launched", [])
