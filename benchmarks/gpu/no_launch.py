@@ -84,7 +84,9 @@ def without_kernels(prepared: bool = False) -> Iterator[Launches]:
     def counted_first(kernel: Any, programs: int, args: Any, options: Any) -> Any:
         run = counted(kernel, (programs,))
         run()
-        return launchers[0].Prepared(None, run, 0, None, lambda device: 0, ())
+        known = {"compiled": None, "run": run, "stream_of": lambda device: 0, "rest": (), "grouped": False}
+        fields = launchers[0].Prepared._fields  # commits to compare with may have others
+        return launchers[0].Prepared(**{name: known.get(name, ()) for name in fields})
 
     changed = []
     for module in _modules():
@@ -97,9 +99,11 @@ def without_kernels(prepared: bool = False) -> Iterator[Launches]:
         setattr(module, name, lambda x: True)
     for kind in () if prepared else launch:
         kind.__getitem__ = counted
-    for module in launchers[:1]:  # as a host that found launches again would have it
-        changed.append((module, "ASKED_FOR", module.ASKED_FOR))
-        module.ASKED_FOR = True
+    for module in launchers[:1]:  # commits to compare with may have to be asked for launches that are found again
+        for name, value in (("ASKED_FOR", True), ("TURNED_OFF", False)):
+            if hasattr(module, name):
+                changed.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
     for module in () if prepared else launchers[:1]:
         changed.append((module, "prepare", module.prepare))
         module.prepare = counted_first

@@ -28,7 +28,7 @@ class FusedMLP:
         act = parts["act_fn"]
         if fused is None or type(act).__name__ not in SILU or is_hooked(act):
             return super().forward(x)  # type: ignore[misc]
-        gate, up = products(this, x)
+        gate, up = products(this, x, fused)
         if gate.dtype == torch.float64 or up.dtype != gate.dtype:
             return linear(parts["down_proj"], act(gate) * up)
         return linear(parts["down_proj"], silu_product(gate, up))

@@ -109,14 +109,14 @@ class Joined:
         return Joined, ()
 
 
-def products(part: Any, x: Tensor) -> Sequence[Tensor]:
+def products(part: Any, x: Tensor, running: Any = None) -> Sequence[Tensor]:
     """What each of the projections that this part ``joins`` makes of x.
 
     As for ``running_norms`` views of one product, unless weights do not lie side by side, a gradient is recorded or
-    somebody looks.
+    somebody looks. running: what that says of x, where it has been asked.
     """
     group = [part._modules[name] for name in part.joins]
-    if running_norms(x) is None:
+    if running is None and running_norms(x) is None:
         return [module(x) for module in group]
     for module in group:
         if type(module) is not nn.Linear or is_hooked(module) or (torch.is_grad_enabled() and is_recorded(module, x)):

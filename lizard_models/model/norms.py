@@ -133,23 +133,24 @@ class SummingLayer:
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the family's, within ``fused_norms`` with each residual sum and the norm of it in one kernel."""
         layer: Any = self
-        fused = None if args else running_norms(hidden_states)
+        fused, alone = None if args else running_norms(hidden_states), None
         if fused is None and not args and reads_alone(layer, hidden_states):
-            token = _fused.set(FusedNorms({}))  # as ``fused_norms``, of a layer whose output no norm reads
-            try:
-                return SummingLayer.forward(layer, hidden_states, **kwargs)
-            finally:
-                _fused.reset(token)
+            fused = FusedNorms({})
+            alone = _fused.set(fused)  # as ``fused_norms``, of a layer whose output no norm reads
         if fused is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        if fused.steps is not None and (y := fused.steps.step(fused, layer, hidden_states, kwargs)) is not None:
-            return y
-        parts = layer._modules  # a Module's own look-up of an attribute is a function of Python
-        first, second = parts["input_layernorm"], parts["post_attention_layernorm"]
-        o, _ = parts["self_attn"](hidden_states=fused.of(first, hidden_states), **kwargs)
-        x = fused.sum(hidden_states, o, second)
-        o = parts["mlp"](fused.of(second, x))
-        return fused.sum(x, o, fused.readers.get(id(self)))
+        try:
+            if fused.steps is not None and (y := fused.steps.step(fused, layer, hidden_states, kwargs)) is not None:
+                return y
+            parts = layer._modules  # a Module's own look-up of an attribute is a function of Python
+            first, second = parts["input_layernorm"], parts["post_attention_layernorm"]
+            o, _ = parts["self_attn"](hidden_states=fused.of(first, hidden_states), **kwargs)
+            x = fused.sum(hidden_states, o, second)
+            o = parts["mlp"](fused.of(second, x))
+            return fused.sum(x, o, fused.readers.get(id(self)))
+        finally:
+            if alone is not None:
+                _fused.reset(alone)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As ``KernelNorm``."""

@@ -54,7 +54,13 @@ def nobody_looks(*tensors: Tensor | None) -> bool:
 
 def is_watched() -> bool:
     """Whether a tracer, a mode or a transform sees the operators that are called now."""
-    return is_traced() or torch._C._len_torch_dispatch_stack() > 0
+    return (  # ``is_traced``, written out: this is asked before every launch
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def is_in_mode() -> bool:

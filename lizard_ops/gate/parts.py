@@ -112,7 +112,8 @@ def outputs(
     """g, m, and what the backward reads: the logits of the gates, and the parts of the weights."""
     (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
     tokens, columns = batch * length, gates + biases
-    g, z = (x.new_empty(batch, length, gates, dtype=torch.float32) for _ in range(2))
+    g = x.new_empty(batch, length, gates, dtype=torch.float32)
+    z = x.new_empty(batch, length, gates, dtype=torch.float32)
     m = x.new_empty(batch, length, biases, dtype=torch.float32)
     parts = x.new_empty(4 * columns, dim)
     if not tokens:

@@ -6,6 +6,7 @@ launch: 6 to 30 microseconds of the host, more than what the driver takes.
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any, NamedTuple
 
@@ -23,8 +24,7 @@ MOST = 4096  # kinds of launches that are remembered
 ODD = object()  # stands behind the dtype of a tensor whose address 16 does not divide
 # A compiled kernel of these versions takes all arguments in order, tensors by their addresses too.
 TAKES_ADDRESSES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
-# No GPU has run launches that are found again yet: until one has, they are for those who ask for them.
-ASKED_FOR = os.environ.get("LIZARD_FOUND_LAUNCHES") == "1"
+TURNED_OFF = os.environ.get("LIZARD_FOUND_LAUNCHES") == "0"  # to tell whether a fault is in them
 RUNTIME: Any = triton.knobs.runtime if TAKES_ADDRESSES else None
 
 
@@ -33,13 +33,22 @@ class Prepared(NamedTuple):
 
     compiled: Any  # lets go of the function when it is let go of
     run: Any
-    function: int
-    metadata: Any
+    fixed: tuple[Any, ...]  # what it is given between the stream and the arguments
+    grouped: bool  # whether it takes all arguments as one tuple
     stream_of: Any  # of the current streams, by device
     rest: tuple[Any, ...]  # arguments that came by name
 
+    def launch(self, programs: int, device: int | None, values: list[Any]) -> None:
+        """Launch with these arguments, tensors by their addresses."""
+        _, run, fixed, grouped, stream_of, rest = self
+        if grouped:
+            run(programs, 1, 1, stream_of(device), *fixed, (*values, *rest))
+        else:
+            run(programs, 1, 1, stream_of(device), *fixed, *values, *rest)
+
 
 _known: dict[tuple[Any, ...], Prepared] = {}
+_unplanned = 0
 
 
 def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -50,6 +59,8 @@ def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> Non
     first of a kind, the interpreter and launches that a hook looks at (a profiler's) take Triton's own way. What
     Triton's knobs say of compiling is read with the first of a kind.
     """
+    global _unplanned
+    _unplanned += 1
     if type(kernel) is not JITFunction or is_hooked():
         kernel[(programs,)](*args, **options)
         return
@@ -91,8 +102,12 @@ def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> Non
                 _known.clear()
             _known[key] = found
         return
-    _, run, function, metadata, stream_of, rest = found
-    run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *values, *rest)
+    found.launch(programs, device, values)
+
+
+def unplanned() -> int:
+    """How many launches ``launch_kernel`` has had."""
+    return _unplanned
 
 
 def forget() -> None:
@@ -127,12 +142,37 @@ def prepare(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str
     if any(isinstance(x, (Tensor, tuple)) for x in rest):
         return None
     stream_of = driver.active.get_current_stream
-    return Prepared(compiled, compiled.run, compiled.function, compiled.packed_metadata, stream_of, rest)
+    fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+    return Prepared(compiled, *straight(compiled.run, fixed), stream_of, rest)
+
+
+def straight(run: Any, fixed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], bool]:
+    """(run, fixed, grouped) of the function that Triton's launcher hands a launch to, which saves three of Python's;
+    those of the launcher itself where it does more than that, or something else is not as it is known.
+
+    What stands between stream and arguments differs by Triton's version: the launcher is asked once.
+    """
+    as_it_is = run, fixed, False
+    needs_memory = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if needs_memory or getattr(run, "gsan_enabled", False) or not callable(getattr(run, "launch", None)):
+        return as_it_is
+    given: list[Any] = []
+    twin = copy.copy(run)
+    twin.launch = lambda *args: given.extend(args)
+    programs, stream, args = 1_000_003, object(), (object(), object())
+    twin(programs, 1, 1, stream, *fixed, *args)
+    grouped = len(given) > 5 and given[-1] == args
+    between = given[4 : -1 if grouped else -2]
+    begins = given[:3] == [programs, 1, 1] and given[3] is stream
+    ends = grouped or tuple(given[-2:]) == args
+    if not begins or not ends or programs in between or stream in between:
+        return as_it_is
+    return run.launch, tuple(between), grouped
 
 
 def is_hooked() -> bool:
-    """Whether somebody sees launches, nobody asked for others than Triton's, or there can be no others here."""
-    if not (ASKED_FOR and TAKES_ADDRESSES):
+    """Whether somebody sees launches, wants none but Triton's own, or there can be no others here."""
+    if TURNED_OFF or not TAKES_ADDRESSES:
         return True
     before, behind = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
     try:

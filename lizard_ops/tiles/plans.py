@@ -29,6 +29,7 @@ class Bound(NamedTuple):
     device: int
     values: list[Any]
     places: list[tuple[int, tuple[Any, ...] | None]]  # of each tensor: which argument, and what stands behind it there
+    whole: bool  # whether a caller's tensors have no None among them
 
 
 class Plan(dict[str, Any]):
@@ -40,7 +41,15 @@ class Plan(dict[str, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.tuned = tuning.active()  # what the launches' configurations come from
+        self.noted: list[tuple[str, Bound, Sequence[Tensor | None]]] | None = (
+            None  # launches, while somebody notes them
+        )
+        self.replay: Any = 0  # all of them at once, or how often they could not be
         _plans.add(self)
+
+    def clear(self) -> None:
+        super().clear()
+        self.replay = 0
 
 
 _plans: weakref.WeakSet[Plan] = weakref.WeakSet()
@@ -75,18 +84,21 @@ def launch_planned(
             plan.clear()
             plan.tuned = tuning.active()
         bound = plan.get(name)
-    if type(bound) is Bound and not is_hooked():
-        prepared, programs, device, values, places = bound
-        addresses = [x.data_ptr() for x in tensors if x is not None]
-        low = 0
-        for address in addresses:
+    if plan is not None and type(bound) is Bound and not is_hooked():
+        prepared, programs, device, values, places, whole = bound
+        values, low = values.copy(), 0
+        for (i, behind), x in zip(places, tensors if whole else [x for x in tensors if x is not None], strict=True):
+            address = x.data_ptr()  # type: ignore[union-attr]
             low |= address
+            values[i] = address if behind is None else (address, *behind)
         if not low & 15:
-            values = values.copy()
-            for (i, behind), address in zip(places, addresses, strict=True):
-                values[i] = address if behind is None else (address, *behind)
-            _, run, function, metadata, stream_of, rest = prepared
-            run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *values, *rest)
+            _, run, fixed, grouped, stream_of, rest = prepared  # ``prepared.launch``: this is called in every launch
+            if grouped:
+                run(programs, 1, 1, stream_of(device), *fixed, (*values, *rest))
+            else:
+                run(programs, 1, 1, stream_of(device), *fixed, *values, *rest)
+            if (noted := plan.noted) is not None:
+                noted.append((name, bound, tensors))
             return
     programs, args, options = arguments()
     if plan is None or bound is not None:
@@ -120,7 +132,7 @@ def bind(prepared: Prepared, programs: int, args: Sequence[Any], tensors: Sequen
     same = len(found) == len(wanted) and all(a is b for a, b in zip(found, wanted, strict=True))
     if not same or any(x.data_ptr() & 15 for x in found):
         return None
-    return Bound(prepared, programs, found[0].get_device(), values, places)
+    return Bound(prepared, programs, found[0].get_device(), values, places, len(wanted) == len(tensors))
 
 
 class Described(NamedTuple):

@@ -61,7 +61,8 @@ def test_the_bits_of_the_ops(form, final, monkeypatch):
     wanted = fields(one_by_one(**given, window=3, **choices))
     assert same(fields(hybrid_heads(**given, window=3, **choices)), wanted)
     monkeypatch.setattr(heads, "chunk_hybrid_attn", pytest.fail)
-    assert same(fields(hybrid_heads(**given, window=3, **choices)), wanted)
+    for _ in range(5 if DEVICE == "cuda" else 1):  # the fourth is launched at once
+        assert same(fields(hybrid_heads(**given, window=3, **choices)), wanted)
     given["g"] = given["g"] + 2
     with checked(), pytest.raises(ValueError, match="g: got"):
         hybrid_heads(**given, window=3, **choices)

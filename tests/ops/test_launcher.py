@@ -53,7 +53,7 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(module, "JITFunction", Kernel)
     monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
     monkeypatch.setattr(launcher, "TAKES_ADDRESSES", True)
-    monkeypatch.setattr(launcher, "ASKED_FOR", True)
+    monkeypatch.setattr(launcher, "TURNED_OFF", False)
     monkeypatch.setattr(launcher, "RUNTIME", hooks)
     streams = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: ("stream", device)))
     monkeypatch.setattr(launcher, "driver", streams)
@@ -192,3 +192,45 @@ def test_the_interpreter_finds_a_plan_that_does_not_hold(changed, monkeypatch):
     }[changed]  # fmt: skip
     with pytest.raises(AssertionError, match="one: a plan's launch"):
         launch(**call | change)
+
+
+class Launcher:
+    """Triton's, of which two versions hand arguments on in two ways."""
+
+    def __init__(self, grouped: bool, **sizes: int) -> None:
+        self.grouped, self.given = grouped, []
+        self.global_scratch_size, self.profile_scratch_size = sizes.get("scratch", 0), 0
+        self.launch = self.given.append if sizes.get("scratch") else lambda *given: self.given.append(given)
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        between = (function, "cooperative", *rest[:4])
+        args = (rest[4:],) if self.grouped else rest[4:]
+        self.launch(x, y, z, stream, *between, *args)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_launchers_own_function_is_called(grouped, monkeypatch):
+    kernel, run = Kernel("x", "n", "SIZE"), Launcher(grouped)
+    monkeypatch.setattr(Compiled, "run", run)
+    x = torch.ones(4)
+    for _ in range(2):
+        launcher.launch_kernel(kernel, 3, x, 1, SIZE=2)
+    (found,), (prepared,) = run.given, launcher._known.values()
+    assert prepared.run is run.launch
+    del run.given[:]
+    run(3, 1, 1, ("stream", -1), 7, "metadata", None, None, None, x.data_ptr(), 1, 2)
+    assert run.given == [found]
+
+
+def test_a_launcher_that_hands_out_memory_is_called_itself():
+    run = Launcher(False, scratch=16)
+    assert launcher.straight(run, (7,)) == (run, (7,), False) and not run.given
+
+
+def test_launches_that_are_turned_off_are_tritons(monkeypatch):
+    monkeypatch.setattr(launcher, "TURNED_OFF", True)
+    kernel, plan, x = Kernel("x"), plans.Plan(), torch.ones(4)
+    for _ in range(3):
+        launcher.launch_kernel(kernel, 1, x)
+        plans.launch_planned(plan, "one", kernel, (x,), lambda: (1, (x,), {}))
+    assert not kernel.at_once

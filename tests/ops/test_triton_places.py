@@ -58,22 +58,17 @@ def test_pieces_are_the_whole(fixed, cuts, places, delay):
 @torch.no_grad()
 @pytest.mark.skipif(DEVICE == "cpu", reason="hours in the interpreter")
 def test_thousands_of_places_in_pieces_and_steps():
-    case, places = (
-        make(4500, **MERGE | {"gate": "key", "weight": "head", "K": 64, "V": 64, "window": 128}),
-        (4096, 16, 1024),
-    )
-    more = {"kept_keys": places}
-    exact, plain = (
-        in_order(call(case.cast(x, DEVICE), "naive", **more), places) for x in (torch.float64, torch.float32)
-    )
-    rounded = case.cast(torch.float32, DEVICE)
-    cuts = (4300, 4496, 4497, 4498, 4499)
-    found = in_segments(
-        rounded,
-        cuts,
-        lambda part, state: call(part, "recurrent" if part.length == 1 else "chunk", state, impl="triton", **more),
-    )
-    compare(in_order(found, places), plain, exact)
+    """Beside PyTorch's own, handed on as often: each time the sums of gates, of hundreds here, are rounded."""
+    fixed = MERGE | {"gate": "key", "weight": "head", "K": 64, "V": 64, "window": 128}
+    case, places, cuts = make(4500, **fixed), (4096, 16, 1024), (4300, 4496, 4497, 4498, 4499)
+
+    def run(dtype, impl):
+        def step(part, state):
+            return call(part, "recurrent" if part.length == 1 else "chunk", state, impl=impl, kept_keys=places)
+
+        return in_order(in_segments(case.cast(dtype, DEVICE), cuts, step), places)
+
+    compare(run(torch.float32, "triton"), run(torch.float32, "torch"), run(torch.float64, "torch"))
 
 
 def test_gradients_without_a_state():

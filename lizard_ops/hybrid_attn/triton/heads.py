@@ -18,6 +18,7 @@ from lizard_ops.hybrid_attn.triton.fwd import Masses
 from lizard_ops.hybrid_attn.triton.op import Found, gradients, hybrid_backward, launches
 from lizard_ops.rotary import triton_op as rotary
 from lizard_ops.tiles.plans import Plan
+from lizard_ops.tiles.replay import replayed
 
 NO_MORE = (None,) * 9  # sinks, anchors, sums, positions and ends, which a call without a state has not
 
@@ -26,9 +27,10 @@ def hybrid_heads_triton(heads: Heads, known: Known) -> tuple[Tensor, AttentionSt
     """(o, state)."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads):
         return record_heads(*heads, known), None
-    x, options = turned(heads, known.plan), known.options
+    options = known.options
     if not options.output_final_state:
-        return launches(x, known.fused, False, known).o, None
+        return replayed(known.plan, heads, lambda x: launches(turned(x, known.plan), known.fused, False, known).o), None
+    x = turned(heads, known.plan)
     inputs = HybridInputs(q=x.q, k=x.k, v=x.v, fq=x.fq, fk=x.fk, g=x.g, merge_bias=x.weight)
     return chunk_hybrid_triton(inputs, options, known)
 
