@@ -79,8 +79,12 @@ def test_a_fork_is_as_a_fresh_process(tmp_path):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    def at_a_terminal() -> None:  # these tests may have been started with nohup, or with a shell's &
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     fresh = "from look import look; look()"
-    wanted = said(fresh, cwd="/tmp", stdin=subprocess.DEVNULL, start_new_session=True)
+    wanted = said(fresh, cwd="/tmp", stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=at_a_terminal)
     found = said(FORKED, preexec_fn=nohup)
     assert found.pop("random") != wanted.pop("random") and found == wanted
     assert wanted["leads"] and wanted["files"] == 4  # with the one that lists them
