@@ -44,17 +44,21 @@ class Kernel:
         return run
 
 
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
-    hooks = SimpleNamespace(
-        launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[])
-    )  # fmt: skip
+def find_launches(monkeypatch, kind: type) -> SimpleNamespace:
+    """Has launches of kernels of this kind found again, and returns Triton's hooks, at which nobody stands."""
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
     for module in (launcher, plans):
-        monkeypatch.setattr(module, "JITFunction", Kernel)
-    monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
+        monkeypatch.setattr(module, "JITFunction", kind)
     monkeypatch.setattr(launcher, "TAKES_ADDRESSES", True)
     monkeypatch.setattr(launcher, "TURNED_OFF", False)
     monkeypatch.setattr(launcher, "RUNTIME", hooks)
+    return hooks
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    hooks = find_launches(monkeypatch, Kernel)
+    monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
     streams = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: ("stream", device)))
     monkeypatch.setattr(launcher, "driver", streams)
     plans.forget()

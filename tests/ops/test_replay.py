@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from kernel_checks import DEVICE
 from test_hybrid_heads import FORMS, MERGE, fields, inputs, one_by_one, same
+from test_launcher import find_launches
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -54,21 +54,14 @@ def at_address(first: Any, value: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    kind = type(replay_kernel())
-
     def prepare(kernel, programs, args, options):
         kernel[(programs,)](*args, **options)
         return launcher.Prepared(
             None, Compiled(kernel, args, options), (), False, lambda device: ("stream", device), ()
         )
 
-    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
-    for module in (launcher, plans):
-        monkeypatch.setattr(module, "JITFunction", kind)
+    hooks = find_launches(monkeypatch, type(replay_kernel()))
     monkeypatch.setattr(launcher, "prepare", prepare)
-    monkeypatch.setattr(launcher, "TAKES_ADDRESSES", True)
-    monkeypatch.setattr(launcher, "TURNED_OFF", False)
-    monkeypatch.setattr(launcher, "RUNTIME", hooks)
     monkeypatch.setattr(heads, "_known", {})
     monkeypatch.setattr(Compiled, "launched", [])
     plans.forget()
