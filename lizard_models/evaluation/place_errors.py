@@ -68,10 +68,14 @@ def layer_errors(
     with without_autocast(given.q):
         late = score(keys.x, keys.k, keys.v, seen=keys.seen(score))[0]
         known = torch.cat([late[:, score.delay :], late.new_zeros(late[:, : score.delay].shape)], 1)
-        ends = [key_expiry(known, config.window, config.anchors, places).expiry for places in levels]  # [B, T, Hk]
         length = known.shape[1]
+        capped = [min(places, length) for places in levels]  # more than there are keys keep them all
+        apart = sorted(set(capped))
+        ends = [key_expiry(known, config.window, config.anchors, places).expiry for places in apart]  # [B, T, Hk]
         blocks = (slice(start, min(start + block, length)) for start in range(0, length, block))
-        return torch.stack([block_errors(given, ends, at) for at in blocks]).sum(0)
+        found = torch.stack([block_errors(given, ends, at) for at in blocks]).sum(0)
+        errors = found[:-1].unflatten(0, (-1, len(apart)))[:, [apart.index(places) for places in capped]]
+        return torch.cat([errors.flatten(), found[-1:]])
 
 
 def block_errors(attention: TeacherAttention, ends: Sequence[Tensor], at: slice) -> Tensor:

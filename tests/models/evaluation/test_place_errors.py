@@ -9,7 +9,7 @@ from lizard_models.evaluation.place_errors import place_errors
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.recipes import Stage0Config
 
-WINDOW, ANCHORS, LENGTH, LEVELS = 8, 4, 40, (0, 3, 16, 40)
+WINDOW, ANCHORS, LENGTH, LEVELS = 8, 4, 40, (0, 3, 16, 40, 64)
 
 
 def kept(**attention):
