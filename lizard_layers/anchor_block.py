@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lizard_ops import AttentionState, apply_rotary, apply_rotary_by
-from lizard_ops.common.state import overwrite_state
+from lizard_ops import AttentionState, apply_rotary, apply_rotary_by, overwrite_state
 
 
 class AnchorBlock(NamedTuple):
