@@ -1,5 +1,6 @@
 """LoRA with products in the model's dtype: peft's numbers in float32, its own rounding in half precision."""
 
+import contextlib
 import copy
 
 import pytest
@@ -16,6 +17,7 @@ from lizard_models.distill.adapters import (
     fuse_adapters,
     without_adapters,
 )
+from lizard_models.model.checkpointing import run_layers_again
 
 
 def adapted(**changes):
@@ -193,3 +195,24 @@ def test_a_layer_that_is_run_again_does_not_make_its_last_product_again(reentran
     assert len(found[0]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     copied = copy.deepcopy(model.get_base_model().model.layers[1])
     assert copied.mlp.down_proj.ends == (copied,)
+
+
+def test_a_last_layer_is_not_run_again_at_all():
+    """Its products are made as if nothing were; gradients of all layers are the same bits."""
+    torch.manual_seed(0)
+    model = get_peft_model(student(), LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False)).train()
+    fuse_adapters(model)
+    base, ids, found = model.get_base_model(), tokens(2, 24), []
+    for again in (False, True):
+        if again:
+            run_layers_again(base)
+        model.zero_grad()
+        with contextlib.ExitStack() as stack:
+            layers = base.model.layers
+            products = [stack.enter_context(Products(layer.mlp.up_proj.base_layer.weight)) for layer in layers]
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert [p.count for p in products[1:]] == [3 if again else 2] * (len(layers) - 2) + [2]
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(layers) > 2 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    base.gradient_checkpointing_disable()
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
