@@ -6,10 +6,10 @@
 
 For each stage and size (rows x tokens), as the Trainer runs it ("plain"), with the step as a CUDA graph ("graph"), with
 MLPs and norms compiled ("compile"), with both, and with layers run again in the backward ("checkpoint", also in a
-graph; the teacher's LoRA as transformers does it, stage 2 as the library does): ms a step, tokens a second, share of the time in which the GPU runs no
-kernel, kernels a step, peak memory, model-flops use, and the kernels that take longest. Every kind's losses and
-gradients are first compared with those of the plain step, where ``--compare`` is not off. A stage's model is made once
-for all its rows.
+graph; the teacher's LoRA as transformers does it, stage 2 as the library does): ms a step, tokens a second, share of
+the time in which the GPU runs no kernel, kernels a step, peak memory, model-flops use, and the kernels that take
+longest. Every kind's losses and gradients are first compared with those of the plain step, where ``--compare`` is not
+off. A stage's model is made once for all its rows.
 
 "teacher forward" is the teacher's forward of the same tokens without gradients, with logits of every token, which no
 graph is captured of; "teacher LoRA" its own fine-tuning with SDPA, on next tokens, with stage 2's adapters kept in
