@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lizard_ops import AttentionState, apply_rotary, apply_rotary_by
+from lizard_ops import AttentionState, apply_rotary, apply_rotary_by, overwrite_state
 
 
 class AnchorBlock(NamedTuple):
@@ -19,6 +19,7 @@ class AnchorBlock(NamedTuple):
     moved: Tensor  # [B or 1] bool, False where the row has not reached position_limit
     shift: Tensor  # [B or 1] int64, by how many positions they move on
     frequencies: Tensor  # [D / 2] radians a position, of either half of D
+    filled: bool = False  # whether every row is known to have all its anchors, so that none is written any more
 
 
 def turn_by(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +64,25 @@ def moved_back(
     by_head = zip(*(x.unsqueeze(2).split(places, 1) for x in fields), strict=True)
     parts = [as_they_were(*head).squeeze(2) for head in by_head if head[0].shape[1]]
     return new._replace(kept_k=torch.cat(parts, 1))
+
+
+def stepped_back(new: AttentionState, held: AttentionState, block: AnchorBlock) -> AttentionState:
+    """``moved_back`` of what one token has written in place, in the memory of ``held``, which is returned.
+
+    A token takes one place at most of a head's kept keys and leaves the others where they are, so that places are
+    compared one by one.
+    """
+    if held.anchor_k is not None and new.anchor_k is not None:
+        if not block.filled:
+            moved = block.moved[:, None, None, None]
+            torch.where(moved, held.anchor_k, new.anchor_k, out=held.anchor_k)
+        new = new._replace(anchor_k=held.anchor_k)
+    if held.kept_k is not None and held.kept_positions is not None:
+        assert new.kept_k is not None and new.kept_positions is not None
+        same = (new.kept_positions == held.kept_positions).unsqueeze(-1)
+        torch.where(same, held.kept_k, new.kept_k, out=held.kept_k)
+        new = new._replace(kept_k=held.kept_k)
+    return overwrite_state(held, new)
 
 
 def as_they_were(new_k: Tensor, new_positions: Tensor, old_k: Tensor, old_positions: Tensor) -> Tensor:

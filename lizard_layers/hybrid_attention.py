@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on
+from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on, stepped_back
 from lizard_layers.config import AttentionConfig
 from lizard_layers.earlier_ranks import EarlierRanks, earlier_scores, state_of_earlier_ranks
 from lizard_layers.feature_map import FeatureMaps
@@ -229,6 +229,8 @@ class HybridAttention(nn.Module):
         o, new = self._attend(tokens, _with_attention(state, moved_on(held, block)), use_state, cu_seqlens, inplace)
         if new is None:
             return o, None
+        if inplace and block.length == 1:
+            return o, _with_attention(new, stepped_back(_attention_of(new), held, block))
         back = moved_back(_attention_of(new), held, block, self.config.places)
         return o, _with_attention(new, overwrite_state(held, back) if inplace else back)
 

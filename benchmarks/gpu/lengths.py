@@ -8,19 +8,24 @@ The whole model, random weights, bfloat16, greedy. One row of text is read in pi
 (``--fresh``: each length from its start, ``READS`` times), and what it left, state or keys and values, is repeated for
 every row of the batch: memory and work of a step are those of as many texts. Then ``generate()`` goes on from there as
 everyone calls it. Ways: ``teacher`` (transformers' growing cache), ``teacher-static`` (its static cache, whose step
-transformers compiles anew for each length, a minute or more: see ``--static-lengths``) and ``lizard``. A row:
+transformers compiles anew for each length, a minute or more: see ``--static-lengths``) and ``lizard``, whose lengths
+are all read first and then go on in turns (``token_times.py``). A row:
 
     prefill_tokens_s  tokens a second of reading, one row: the median; with ``--fresh`` from the third reading on a text
                       of a length that has come before is read from a CUDA graph (Lizard)
     first_read_s      the first of several readings             read_peak_gib  most memory while reading
     first_s           the first call, which captures or compiles
-    ms_token          of a step, from calls with 1 and with N + 1 new tokens, medians of three; tokens_s of all rows
+    ms_token          of a token, the median of ``--tokens`` in each of ``--turns`` turns; tokens_s of all rows
+    turns_ms          its medians by turn                       quartiles_ms   of all tokens
+    call_ms           what a call takes beside its tokens       replay_ms      the captured step alone, by events
+    chip              clocks, power, temperature and why clocks are low, of each turn (``nvidia-smi``)
     peak_gib          most memory while generating              counted_gib    weights, state or keys and values
     floor_ms          weights (but rows of embeddings that are not looked up) and state read once, sums written, at the
                       copy's speed of the same process
 
 Where memory runs out the row says so, and longer texts are not tried. Rows are written as they come; the same command
-again goes on where the file ends, and no row is begun after ``--seconds``.
+again goes on where the file ends, and no row is begun after ``--seconds``. Whether time grows with the length the last
+line says: slowest over fastest length, beside what turns of one length differ by, the replays alone and the clocks.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from decode_graph import SHAPES
 from generate import build, clock, copy_speed
 from host_time import SHAPES as HOST_SHAPES
 from kept_decode import READ, UPDATED
+from token_times import WARM, Writer, flatness, in_turns
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
@@ -50,18 +56,29 @@ from lizard_models.model.decode_graph import free_decode_graphs
 
 WAYS = ("teacher", "teacher-static", "lizard")
 READS = 7  # of a length with --fresh
+TEACHERS_TURNS = 2  # at most: a tenth of a second a token, and nothing that is held against 3%
 DOUBLING = [2**n for n in range(10, 21)]  # 1K to 1M
-SAME = ("shape", "layers", "batch", "tokens", "piece", "fresh", "fill", "preset")  # of two runs that share a file
-SHOWN = ("length", "prefill_tokens_s", "first_s", "ms_token", "tokens_s", "floor_ms", "read_peak_gib", "peak_gib",
-         "counted_gib", "seconds")  # fmt: skip
+SAME = (
+    "shape",
+    "layers",
+    "batch",
+    "tokens",
+    "turns",
+    "piece",
+    "fresh",
+    "fill",
+    "preset",
+)  # of two runs that share a file
+SHOWN = ("length", "prefill_tokens_s", "first_s", "ms_token", "replay_ms", "tokens_s", "floor_ms", "read_peak_gib",
+         "peak_gib", "counted_gib", "seconds")  # fmt: skip
 SHAPES.setdefault("tiny", HOST_SHAPES["tiny"])
 
 
 class Memory:
-    """The most memory inside, in GiB; None on a CPU."""
+    """The most memory inside, in GiB, without ``beside`` bytes; None on a CPU."""
 
-    def __init__(self, device: str) -> None:
-        self.on_gpu, self.gib = device == "cuda", None
+    def __init__(self, device: str, beside: int = 0) -> None:
+        self.on_gpu, self.beside, self.gib = device == "cuda", beside, None
 
     def __enter__(self) -> Memory:
         gc.collect()
@@ -72,7 +89,7 @@ class Memory:
 
     def __exit__(self, *_: Any) -> None:
         if self.on_gpu:
-            self.gib = torch.cuda.max_memory_allocated() / 2**30
+            self.gib = (torch.cuda.max_memory_allocated() - self.beside) / 2**30
 
 
 def keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
@@ -134,22 +151,6 @@ def state_bytes(way: str, row: Any, rows: int) -> tuple[int, int]:
     return rows * row.state_bytes(), rows * moved
 
 
-def write(args: argparse.Namespace, model: Any, cache: Any, ids: Tensor) -> dict[str, float]:
-    """Times of generate() that goes on from a cache, which holds ids but their last column."""
-
-    def call(tokens: int) -> float:
-        nonlocal ids
-        start = clock(args)
-        ids = model.generate(ids, past_key_values=cache, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        return clock(args) - start
-
-    first = call(8)
-    pairs = [(call(1), call(args.tokens + 1)) for _ in range(3)]
-    one, all_of_them = (statistics.median(times) for times in zip(*pairs, strict=True))
-    token = (all_of_them - one) / args.tokens
-    return {"first_s": first, "ms_token": 1e3 * token, "tokens_s": args.batch / token, "calls_s": sum(pairs, ())}
-
-
 class Reader:
     """One row of text, read as far as asked."""
 
@@ -159,6 +160,7 @@ class Reader:
         self.ids = torch.randint(1, model.vocab_size, (1, max(args.lengths)), generator=draw).to(args.device)
         self.cache: Any = None
         self.seen = 0
+        self.kept: dict[int, Any] = {}  # a student's cache after each length
 
     def go_to(self, length: int) -> dict[str, float | None]:
         """Tokens a second of what was read and seconds of the first reading, None where nothing was."""
@@ -175,33 +177,62 @@ class Reader:
         self.seen = length
         return {"prefill_tokens_s": (length - begin) / statistics.median(times), "first_read_s": times[0]}
 
+    def writer(self, length: int, cache: Any) -> Writer:
+        """What goes on from a text of this length, which the one row of ``cache`` holds."""
+        room = 16 + self.args.turns * (self.args.tokens + WARM + 1)
+        repeats = repeated(self.way, self.model, cache, self.args.batch, room)
+        token = torch.ones(self.args.batch, 1, dtype=torch.long, device=self.args.device)
+        ids = torch.cat([self.ids[:, :length].expand(self.args.batch, -1), token], 1)
+        return Writer(self.model, repeats, ids)
+
 
 @torch.no_grad()
 def measure(args: argparse.Namespace, model: Any, reader: Reader, length: int, speed: float | None) -> dict[str, Any]:
     way, started = reader.way, time.perf_counter()
     row: dict[str, Any] = {"way": way, "length": length, "weights_gib": weight_bytes(model) / 2**30}
+    beside = sum(cache.state_bytes() for cache in reader.kept.values())
     try:
-        with Memory(args.device) as reading:
+        with Memory(args.device, beside) as reading:
             row |= reader.go_to(length)
         row["read_peak_gib"] = reading.gib
         held, moved = state_bytes(way, reader.cache, args.batch)
         row["counted_gib"] = (sum(p.nbytes for p in model.parameters()) + held) / 2**30
         if speed is not None:
             row["floor_ms"] = 1e3 * (weight_bytes(model) + moved) / speed
-        with Memory(args.device) as generating:
-            cache = repeated(way, model, reader.cache, args.batch, 4 * args.tokens + 32)
-            token = torch.ones(args.batch, 1, dtype=torch.long, device=args.device)
-            ids = torch.cat([reader.ids[:, :length].expand(args.batch, -1), token], 1)
-            row |= write(args, model, cache, ids)
+        with Memory(args.device, beside) as generating:
+            writer = reader.writer(length, reader.cache)
+            row["first_s"] = writer.call(8)
+            if way != "lizard":
+                in_turns([writer], min(args.turns, TEACHERS_TURNS), args.tokens)
+                row |= writer.row()
         row["peak_gib"] = generating.gib
+        if way == "lizard":
+            reader.kept[length] = reader.cache.copy()
     except torch.OutOfMemoryError:
         row["failed"] = "out of memory"
     except Exception as error:
         row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-    cache = ids = None
+    writer = None
     free_decode_graphs(model)
     torch.compiler.reset()
     return row | {"seconds": time.perf_counter() - started}
+
+
+@torch.no_grad()
+def take_turns(args: argparse.Namespace, reader: Reader, rows: list[dict[str, Any]]) -> None:
+    """Times of the lengths that a student has read, into their rows: as many batches as lengths at a time."""
+    own = [row for row in rows if row["way"] == reader.way and row["length"] in reader.kept]
+    try:
+        writers = [reader.writer(row["length"], reader.kept[row["length"]]) for row in own]
+        for writer in writers:
+            writer.call(8)
+        in_turns(writers, args.turns, args.tokens)
+    except torch.OutOfMemoryError:
+        for row in own:
+            row["failed"] = "out of memory"
+        return
+    for row, writer in zip(own, writers, strict=True):
+        row |= writer.row()
 
 
 def resumed(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +244,7 @@ def resumed(args: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, An
         other = [name for name in SAME if kept["arguments"][name] != arguments[name]]
         if other:
             raise ValueError(f"--out {args.out} is of another run: {', '.join(other)}")
-        report["rows"] = kept["rows"]
+        report["rows"] = [row for row in kept["rows"] if "ms_token" in row or "failed" in row]
         report["commands_before"] = [*kept.get("commands_before", []), kept["command"]]
     return report
 
@@ -239,13 +270,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             row = measure(args, model, reader, length, speed)
             report["rows"].append(row)
             print(json.dumps(row), flush=True)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+            keep(args, report)
             if "failed" in row:
                 break
+        take_turns(args, reader, report["rows"])
+        keep(args, report)
         del reader
     return report
+
+
+def keep(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def print_table(report: dict[str, Any]) -> None:
@@ -254,6 +291,9 @@ def print_table(report: dict[str, Any]) -> None:
     for row in sorted(report["rows"], key=lambda row: (WAYS.index(row["way"]), row["length"])):
         cells = "".join(f"{row[name]:17,.2f}" if row.get(name) is not None else f"{'-':>17}" for name in SHOWN)
         print(f"{row['way']:16}{cells}  {row.get('failed', '')}")
+    for way in WAYS:
+        told = flatness([row for row in report["rows"] if row["way"] == way])
+        print(f"{way}: {told}" if told else "", end="\n" if told else "")
 
 
 def main() -> int:
@@ -265,7 +305,8 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="*", default=DOUBLING)
     parser.add_argument("--static-lengths", type=int, nargs="*", default=[32768], help="those of teacher-static")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=["teacher", "lizard"])
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens that are timed")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a turn that count")
+    parser.add_argument("--turns", type=int, default=6, help="of each length")
     parser.add_argument("--piece", type=int, default=8192, help="tokens that are read at once")
     parser.add_argument("--fresh", action="store_true", help=f"read each length from its start, {READS} times")
     parser.add_argument(

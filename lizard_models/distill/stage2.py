@@ -17,6 +17,7 @@ from lizard_models.distill.losses import distillation_loss, logits_of, next_toke
 from lizard_models.distill.trainer import StageResult, only_training, run_stage
 from lizard_models.model.arithmetic import Shape
 from lizard_models.model.causal_lm import LizardCausalLM
+from lizard_models.model.checkpointing import run_layers_again
 from lizard_models.model.context import context_part
 from lizard_models.model.layer_configs import lizard_config
 from lizard_models.model.norms import fused_norms
@@ -99,9 +100,7 @@ class FineTuning:
     def train(self, dataset: Dataset, run: RunArguments, recipe: Stage2Config) -> StageResult:
         """A stage with the adapters as they are. Raises what ``run_stage`` does."""
         if run.gradient_checkpointing:
-            # A capture may not read the generators' states, and what it holds draws nothing.
-            kept = {"preserve_rng_state": False} if run.cuda_graph else {}
-            self.model.gradient_checkpointing_enable({"use_reentrant": False} | kept)
+            run_layers_again(self.model, captured=run.cuda_graph)
         kinds = {"cross entropy": recipe.cross_entropy_weight, "KL": recipe.kl_weight}
         try:
             with only_training(self.adapted, self.trained):

@@ -281,9 +281,22 @@ class LizardCausalLM(LizardModelMixin, ReadsFromPrefixes, GenerationMixin):
         """As transformers', without a mask and positions that grow with the text where no step reads them."""
         steps = running_steps(self)
         advanced = None if steps is None else steps.advance(model_kwargs)
+        if advanced is None and "num_new_tokens" not in kwargs:  # drafts are checked against the whole mask
+            advanced = self._without_the_past(model_kwargs)
         if advanced is not None:
             return advanced | {CACHE: outputs[CACHE]}
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _without_the_past(self: Any, model_kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of ``generate`` for the next step, with the last positions [B, 1] alone and no mask, as
+        ``prepare_inputs_for_generation`` would leave of them; None where a step may read more."""
+        positions, cache = model_kwargs.get("position_ids"), model_kwargs.get(CACHE)
+        if self.mode != "student" or self.model.has_softmax_layers or not isinstance(cache, LizardCache):
+            return None
+        own = "prepare_inputs_for_generation" not in vars(self)  # peft's reads the mask
+        if positions is None or positions.ndim != 2 or model_kwargs.get("token_type_ids") is not None or not own:
+            return None
+        return model_kwargs | {"position_ids": positions[:, -1:] + 1, "attention_mask": None}
 
     def _prefill(
         self: Any, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Gradient checkpointing, under which transformers' layers take no cache: when it is on, and off for a while."""
+"""Gradient checkpointing, under which transformers' layers take no cache: as training asks for it, on, and off."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+def run_layers_again(model: Any, *, captured: bool = False) -> None:
+    """Gradient checkpointing for training, until ``gradient_checkpointing_disable``: all layers of a causal language
+    model but the last are run again in the backward.
+
+    What the last one keeps is there when its own backward begins, at once and before any other layer is run again,
+    which takes as much; so nothing is gained by letting go of it. captured: the step is to be a CUDA graph, which may
+    not read the generators' states, and draws nothing.
+    """
+    kept = {"preserve_rng_state": False} if captured else {}
+    model.gradient_checkpointing_enable({"use_reentrant": False} | kept)
+    model.model.layers[-1].gradient_checkpointing = False
 
 
 def checkpointed_layers(decoder: Any) -> list[Any]:

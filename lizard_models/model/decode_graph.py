@@ -38,13 +38,13 @@ class _Captured(NamedTuple):
     input_ids: Tensor  # [B, 1]
     position_ids: Tensor  # [B, 1]
     states: list[Any]
-    before_limit: bool
+    kind: str
     key: tuple[Any, ...]
     model: weakref.ref[Any]
 
-    def fits(self, cache: LizardCache, before_limit: bool, like: Tensor) -> bool:
+    def fits(self, cache: LizardCache, kind: str, like: Tensor) -> bool:
         """Whether it is still the step of this cache, whose states lie where they lay."""
-        held = self.before_limit == before_limit and self.input_ids.shape == like.shape
+        held = self.kind == kind and self.input_ids.shape == like.shape
         return held and all(a.state is b for a, b in zip(cache.lizard_layers(), self.states, strict=True))
 
 
@@ -66,7 +66,7 @@ class DecodeSteps:
         self.key = key_of(model)
         self.reusable = is_plain(model)
         self.inside = False
-        self.warm: set[bool] = set()  # for which of the two steps, before the anchors move and after
+        self.warm: set[str] = set()  # kinds of steps
         self.refused: str | None = None
         self.last: _Captured | None = None  # where the last step came from
         # peft's own way of preparing inputs reads what a step of the library's does without
@@ -90,18 +90,17 @@ class DecodeSteps:
         if self.refused is not None:
             tell(self.refused)
             return None
-        position_ids, limit = inputs["position_ids"], self.model.model.position_range.limit
-        before_limit = not self.model.model.moves_anchors or cache.seen.on_host + 1 <= limit
+        position_ids, kind = inputs["position_ids"], kind_of_step(self.model.model, cache)
         captured = _graphs.get(cache)
-        if captured is None or not captured.fits(cache, before_limit, input_ids):
+        if captured is None or not captured.fits(cache, kind, input_ids):
             _graphs.pop(cache, None)
             self.to_come -= 1
             if self.to_come < LEAST_STEPS:
                 return None
-            if before_limit not in self.warm:
-                self.warm.add(before_limit)
+            if kind not in self.warm:
+                self.warm.add(kind)
                 return self._warm_up(cache, input_ids, position_ids)
-            captured = self._capture(cache, input_ids, position_ids, before_limit)
+            captured = self._capture(cache, input_ids, position_ids, kind)
             if captured is None:
                 return None
             _graphs[cache] = captured
@@ -152,9 +151,7 @@ class DecodeSteps:
             tell(self.refused)
         return logits
 
-    def _capture(
-        self, cache: LizardCache, input_ids: Tensor, position_ids: Tensor, before_limit: bool
-    ) -> _Captured | None:
+    def _capture(self, cache: LizardCache, input_ids: Tensor, position_ids: Tensor, kind: str) -> _Captured | None:
         ids, positions, seen = input_ids.clone(), position_ids.clone(), cache.seen.on_host
         held = weakref.ref(cache)
 
@@ -172,7 +169,15 @@ class DecodeSteps:
         finally:
             cache.seen.on_host = seen  # nothing has run
         states = [layer.state for layer in cache.lizard_layers()]
-        return _Captured(replay, ids, positions, states, before_limit, self.key, weakref.ref(self.model))
+        return _Captured(replay, ids, positions, states, kind, self.key, weakref.ref(self.model))
+
+
+def kind_of_step(decoder: Any, cache: LizardCache) -> str:
+    """Which step comes next: before the anchors move on, after it, or where a row of padding may yet fill its own."""
+    assert cache.seen.on_host is not None
+    if not decoder.moves_anchors or cache.seen.on_host + 1 <= decoder.position_range.limit:
+        return "before"
+    return "after padding" if cache.padded else "after"
 
 
 def tell(reason: str) -> None:

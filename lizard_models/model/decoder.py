@@ -253,7 +253,8 @@ class LizardDecoder(LizardModelMixin):
             padding_mask = None
         if context_group is not None and position_ids is not None and self.moves_anchors:
             past = int(position_ids.max()) + 1 - length
-        blocks = self._anchor_blocks(tokens, position_ids, past, packing)
+        padded = past_key_values is None or past_key_values.padded
+        blocks = self._anchor_blocks(tokens, position_ids, past, packing, padded)
         plan = ForwardPlan(padding_mask, packing, blocks, context_group=context_group)
         if self.mode == "student" and not self.has_softmax_layers:
             attention_mask = placeholder_mask(tokens)
@@ -335,9 +336,10 @@ class LizardDecoder(LizardModelMixin):
         return cache, packing
 
     def _anchor_blocks(
-        self, tokens: Tensor, position_ids: Tensor | None, past: int | None, packing: Packing | None
+        self, tokens: Tensor, position_ids: Tensor | None, past: int | None, packing: Packing | None, padded: bool
     ) -> MovedAnchors | None:
-        """Where the anchors move on among the new positions; None if no row can reach the limit."""
+        """Where the anchors move on among the new positions; None if no row can reach the limit. padded: whether
+        padding may have been read, so that a row may have fewer tokens before than ``past``."""
         length = tokens.shape[1]
         step = length == 1 and torch.compiler.is_compiling()  # one graph of a step must do before and past the limit
         if not self.moves_anchors or not length:
@@ -353,7 +355,9 @@ class LizardDecoder(LizardModelMixin):
         if packing is not None:
             starts, lengths = packing.spans(position_ids.expand(tokens.shape[0], -1))
             return packed_anchor_blocks(self.rotary_emb, starts, lengths, self.position_range, position_ids.device)
-        return anchor_blocks(self.rotary_emb, position_ids, self.position_range, whole=length == 1)
+        before = 0 if past is None or padded or torch.compiler.is_compiling() else past
+        filled = before >= self.position_range.limit  # which is no less than window and anchors
+        return anchor_blocks(self.rotary_emb, position_ids, self.position_range, length == 1, filled)
 
     def _cache_for(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> LizardCache | None:
         if self.mode == "distill" or packed:

@@ -171,12 +171,13 @@ def assert_anchors_stay(positions: Tensor, limits: PositionRange) -> None:
 
 
 def anchor_blocks(
-    rotary: Any, positions: Tensor, limits: PositionRange, whole: bool
+    rotary: Any, positions: Tensor, limits: PositionRange, whole: bool, filled: bool = False
 ) -> dict[str | None, list[AnchorBlock]]:
     """How far the anchors have moved on at each of the new positions, for every kind of layer.
 
     positions [B or 1, T] int64, T >= 1. whole: take the T positions as one block, for T = 1 or where the anchors are
-    known not to move; else the positions are read, once, to find where they do. rotary: of ``with_far_positions``.
+    known not to move; else the positions are read, once, to find where they do. filled: every row is known to have all
+    its anchors. rotary: of ``with_far_positions``.
     """
     shift = limits.shift(positions)
     cuts: list[int] = []
@@ -191,7 +192,13 @@ def anchor_blocks(
         cos, sin = rotary.turn(shifts, kind)
         blocks[kind] = [
             AnchorBlock(
-                end - start, cos[:, n : n + 1], sin[:, n : n + 1], moved[:, n], shifts[:, n], rotary.frequencies(kind)
+                end - start,
+                cos[:, n : n + 1],
+                sin[:, n : n + 1],
+                moved[:, n],
+                shifts[:, n],
+                rotary.frequencies(kind),
+                filled,
             )
             for n, (start, end) in enumerate(zip(starts, ends, strict=True))
         ]

@@ -1,11 +1,14 @@
 """LoRA with products in the model's dtype: peft's numbers in float32, its own rounding in half precision."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import student, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lizard_models.distill.adapters import (
     HalfPrecisionLora,
@@ -14,6 +17,7 @@ from lizard_models.distill.adapters import (
     fuse_adapters,
     without_adapters,
 )
+from lizard_models.model.checkpointing import run_layers_again
 
 
 def adapted(**changes):
@@ -133,3 +137,82 @@ def test_update_against_float64(dtype, biased):
         allowed = 2 * (simple.double() - exact).norm() + 1e-6 * exact.norm()
         assert (one.double() - exact).norm() <= allowed, i
         assert one.dtype == (torch.float32 if i > 1 else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_saving_first_changes_no_bit(dtype, biased):
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 65, 32).to(dtype), (torch.randn(48, 32) / 6).to(dtype)
+    bias = torch.randn(48).to(dtype) if biased else None
+    down, up, weight = torch.randn(4, 32) / 6, torch.randn(48, 4) / 2, torch.randn(2, 65, 48).to(dtype)
+    found = []
+    for first in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, down, up)]
+        y = adapted_linear(leaves[0], w, bias, *leaves[1:], 0.7, saved_first=first)
+        once = torch.autograd.grad((y * weight).sum(), leaves, create_graph=True)
+        twice = torch.autograd.grad(sum(g.float().square().sum() for g in once), leaves)
+        found.append([y, *once, *twice])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    frozen = adapted_linear(x, w, bias, down.requires_grad_(), up, 0.7, saved_first=True)  # x needs no gradient
+    assert torch.equal(frozen, found[0][0]) and torch.autograd.grad((frozen * weight).sum(), down)[0].shape == (4, 32)
+
+
+class Products(TorchDispatchMode):
+    """Counts the products with this weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.place, self.count = weight.data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+        product = func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
+        self.count += product and any(t.data_ptr() == self.place for t in given)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_run_again_does_not_make_its_last_product_again(reentrant):
+    """Once forward and once for its input's gradient; the others once more, and no bit of a gradient changes."""
+    torch.manual_seed(0)
+    names = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    model = get_peft_model(student(), LoraConfig(r=4, target_modules=names, init_lora_weights=False)).train()
+    fuse_adapters(model)
+    layer, ids, found = model.get_base_model().model.layers[1], tokens(2, 24), []
+    for again, wanted in ((False, 2), (True, 3 if reentrant else 2)):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        with (
+            Products(layer.mlp.down_proj.base_layer.weight) as down,
+            Products(layer.mlp.up_proj.base_layer.weight) as up,
+        ):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert (down.count, up.count) == (wanted, 3 if again else 2)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    copied = copy.deepcopy(model.get_base_model().model.layers[1])
+    assert copied.mlp.down_proj.ends == (copied,)
+
+
+def test_a_last_layer_is_not_run_again_at_all():
+    """Its products are made as if nothing were; gradients of all layers are the same bits."""
+    torch.manual_seed(0)
+    model = get_peft_model(student(), LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False)).train()
+    fuse_adapters(model)
+    base, ids, found = model.get_base_model(), tokens(2, 24), []
+    for again in (False, True):
+        if again:
+            run_layers_again(base)
+        model.zero_grad()
+        with contextlib.ExitStack() as stack:
+            layers = base.model.layers
+            products = [stack.enter_context(Products(layer.mlp.up_proj.base_layer.weight)) for layer in layers]
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        assert [p.count for p in products[1:]] == [3 if again else 2] * (len(layers) - 2) + [2]
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(layers) > 2 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    base.gradient_checkpointing_disable()
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in base.modules())

@@ -21,8 +21,10 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, writes = kwargs or {}, False
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = given[argument.name]
                 writes = True
                 self.before += [(t, t.clone()) for t in tree_leaves(value)]
         out = func(*args, **kwargs)
