@@ -44,10 +44,14 @@ class Found(NamedTuple):
 
 @tunable("decode parts")
 def config_for(q: Tensor, v_dim: int) -> Launch:
-    """By dims and dtype: places of a part (rows, a power of two) and of a score tile of it (columns). Not timed."""
-    if q.dtype == torch.float32 or max(q.shape[3], v_dim) > 128:
+    """By dims and dtype: places of a part (rows, a power of two) and of a score tile of it (columns). Not timed.
+
+    Tiles as large as registers hold: a part has one or two, so that what counts is how often it waits for memory.
+    """
+    widest = max(q.shape[3], v_dim)
+    if q.dtype == torch.float32 or widest > 128:
         return Launch(256, 32, 4, 1)
-    return Launch(256, 64, 4, 3)  # positions, then keys and values, then products
+    return Launch(256, 256 if widest <= 64 else 128, 4, 1)
 
 
 @functools.lru_cache(maxsize=1024)
