@@ -43,7 +43,6 @@ SOME = ([512, 64, 128], [608, 608, 608], [1024, 512, 1024], [2048, 256, 256], [1
 HEADS, KEY_HEADS, DIM, PRE_FEATURES, WINDOW, ANCHORS = 9, 3, 64, 64, 128, 4
 DEVICE = "cuda"
 COPIES = {1: 4, 16: 1, 64: 1}  # of the states of all layers, by the batch
-PARTS = (128, 512)  # other sizes of a part that are timed
 Places = int | list[int]
 
 
@@ -113,7 +112,7 @@ def step_us(batch: int, layers: list[Places], copies: int, milliseconds: int) ->
     return 1e3 * median_ms(steps, milliseconds, graph=True) / copies
 
 
-def time_layers(milliseconds: int, batches: list[int]) -> dict[str, Any]:
+def time_layers(milliseconds: int, batches: list[int], parts: list[int]) -> dict[str, Any]:
     found: dict[str, Any] = {"all": [], "some": []}
     tables: dict[str, list[Places]] = {"equal": [EQUAL] * 30, "shared": list(share_out(30, KEY_HEADS))}
     for places in SOME:
@@ -126,7 +125,7 @@ def time_layers(milliseconds: int, batches: list[int]) -> dict[str, Any]:
     for batch in batches:
         for name, layers in tables.items():
             row = {"way": name, "batch": batch}
-            for kind, part in (("undivided", None), ("divided", 0), *((f"parts of {n}", n) for n in PARTS)):
+            for kind, part in (("undivided", None), ("divided", 0), *((f"parts of {n}", n) for n in parts)):
                 with divided(part):
                     row[kind] = step_us(batch, layers, COPIES[batch], milliseconds)
             found["all"].append(row)
@@ -171,6 +170,12 @@ def print_tables(report: dict[str, Any]) -> None:
             print("".join(f"{cell:>22}" for cell in cells))
 
 
+def save(report: dict[str, Any], out: Path | None) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m", help="of the whole model")
@@ -178,6 +183,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384], help="none: layers alone")
     parser.add_argument("--batch", type=int, default=1, help="texts that the model writes")
     parser.add_argument("--batches", type=int, nargs="*", choices=COPIES, default=list(COPIES), help="of the layers")
+    parser.add_argument("--parts", type=int, nargs="*", default=[], help="other sizes of a part, powers of two")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens that are timed")
     parser.add_argument("--milliseconds", type=int, default=20, help="how long each step is timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -185,13 +191,12 @@ def main() -> None:
     args = parser.parse_args()
     args.piece, args.fresh, args.fill = max(args.lengths, default=1), True, False  # as ``lengths.py`` names them
 
-    report: dict[str, Any] = {"all": [], "some": []}
+    report: dict[str, Any] = {"all": [], "some": [], "model": [], "reads": READS, "environment": environment()}
     if args.device == "cuda":
-        report = time_layers(args.milliseconds, args.batches)
-    report |= {"model": time_model(args) if args.lengths else [], "reads": READS, "environment": environment()}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        report |= time_layers(args.milliseconds, args.batches, args.parts)
+        save(report, args.out)
+    report["model"] = time_model(args) if args.lengths else []
+    save(report, args.out)
     print_tables(report)
 
 

@@ -33,7 +33,6 @@ def test_steps_are_divided_as_the_columns_say(monkeypatch):
         "SOME": ([600, 8, 0],),
         "EQUAL": 700,
         "COPIES": {2: 1},
-        "PARTS": (128,),
     }.items():
         monkeypatch.setattr(shared_places, name, value)
     monkeypatch.setattr(shared_places, "share_out", lambda layers, heads: [[900, 0, 8], [16, 8, 0]])
@@ -45,7 +44,7 @@ def test_steps_are_divided_as_the_columns_say(monkeypatch):
         return seen.setdefault(tuple(launched), len(seen) + 1.0)
 
     monkeypatch.setattr(shared_places, "median_ms", time)
-    found = shared_places.time_layers(1, [2])
+    found = shared_places.time_layers(1, [2], [128])
     whole, part, small = ("hybrid_decode_kernel", 0), ("decode_parts_kernel", 256), ("decode_parts_kernel", 128)
     behind, behind_small = ("hybrid_decode_kernel", 256), ("hybrid_decode_kernel", 128)
     assert list(seen) == [
