@@ -19,8 +19,8 @@ from lizard_ops.common.pages import page_bytes
 from lizard_ops.common.sizes import power_of_2
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
+from lizard_ops.hybrid_attn.triton import decode_parts
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
-from lizard_ops.hybrid_attn.triton.decode_parts import at_once, in_parts
 from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.softcap import cap_of, units_of
@@ -171,8 +171,10 @@ def hybrid_decode(
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     with on_device(q, dim=dim, values=v_dim, features=features):
-        kept = kept_k, kept_v, kept_scores, kept_positions
-        part, *found = in_parts(q, kept, starts, indices, most if places is None else tuple(places), numbers, sizes)
+        part, at_once, *found = decode_parts.NOTHING
+        if most > decode_parts.UNDIVIDED:
+            kept, each = (kept_k, kept_v, kept_scores, kept_positions), most if places is None else tuple(places)
+            part, at_once, *found = decode_parts.in_parts(q, kept, starts, indices, each, numbers, sizes)
         launch_kernel(
             hybrid_decode_kernel, batch * key_heads,
             q, k, v, fq, fk, g, sinks, weight, o,
@@ -188,7 +190,7 @@ def hybrid_decode(
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
             BA=max(16, power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
             SLOTS=window if ring_scores is None else ring_scores.shape[1], BK=power_of_2(max(most, 1)),
-            PART=part, BJ=at_once(sizes), ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
+            PART=part, BJ=at_once, ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
             **sizes, **config.options,
         )  # fmt: skip
     return o

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lizard_ops.common.places import Places, each, most
+from lizard_ops.common.places import Places, each
 from lizard_ops.common.sizes import power_of_2
 from lizard_ops.hybrid_attn.triton.decode_places import EMPTY, absorb_places, row_of, worst_place
 from lizard_ops.tiles.launch import Launch
@@ -28,7 +28,7 @@ from lizard_ops.tiles.strided import load_rows
 from lizard_ops.tuning import tunable
 from lizard_ops.window_attn.triton.fwd import absorb
 
-UNDIVIDED = 512  # the most places that a head may have where none is divided
+UNDIVIDED = 512  # the most places that a head may have where none is divided, a power of two
 JOINED = 8192  # numbers of the parts that the step adds at once
 
 
@@ -36,10 +36,14 @@ class Found(NamedTuple):
     """What the parts of all heads have found, those of head 0 first, and where each head's begin."""
 
     part: int  # places of a part; 0: nothing is divided
+    at_once: int  # parts that the step adds at once, a power of two
     o: Tensor | None  # [N, S, G, V] float32
     sums: Tensor | None  # [N, S, 2 G + 1] float32
     worst: Tensor | None  # [N, S, 2] int64
     ends: Tensor | None  # [Hk + 1] int32, the last where all end; None where all heads have as many
+
+
+NOTHING = Found(0, 0, None, None, None, None)
 
 
 @tunable("decode parts")
@@ -70,12 +74,10 @@ def in_parts(
     q: Tensor, kept: Sequence[Tensor | None], starts: Tensor | None, indices: Tensor | None, places: Places,
     scores: tuple[float, float], sizes: dict[str, Any],
 ) -> Found:  # fmt: skip
-    """Launches the parts of a step, where there are any.
+    """Launches the parts of a step of which a head has more than ``UNDIVIDED`` places.
 
     kept: keys, values, scores and positions. scores: scale_log2 and cap; sizes: constants of both kernels.
     """
-    if most(places) <= UNDIVIDED:
-        return Found(0, None, None, None, None)
     batch, group, v_dim, config = q.shape[0], sizes["G"], sizes["V"], config_for(q, sizes["V"])
     count, ends = parts_of(places, sizes["HK"], config.rows, q.device)
     o = q.new_empty(batch, count, group, v_dim, dtype=torch.float32)
@@ -86,12 +88,7 @@ def in_parts(
         q, *kept, starts, ends, indices, o, sums, worst, q.stride(0), q.stride(2), *scores,
         PART=config.rows, BH=power_of_2(sizes["HK"]), BN=config.columns, **sizes, **config.options,
     )  # fmt: skip
-    return Found(config.rows, o, sums, worst, ends)
-
-
-def at_once(sizes: dict[str, Any]) -> int:
-    """Parts that the step adds at once, a power of two."""
-    return max(1, JOINED // (sizes["BG"] * sizes["BV"]))
+    return Found(config.rows, max(1, JOINED // (sizes["BG"] * sizes["BV"])), o, sums, worst, ends)
 
 
 @triton.jit
