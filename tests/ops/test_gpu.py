@@ -101,6 +101,44 @@ def test_wide_windows(name, window, dtype):
     check_errors(dataclasses.replace(case, options=case.options | {"window": window}), dtype)
 
 
+KEPT = MERGE | {"Hk": 3, "G": 2, "K": 64, "V": 64, "Fp": 32, "window": 128, "anchors": 4, "gate": "key", "decay": 0.02}
+KEPT |= {"B": 1, "T": 5000, "sinks": False, "scale": None, "chunk_size": None}
+THOUSANDS = [
+    ("left", BF16, (2048, 64, 4096), None),
+    ("left", FP32, (4096, 2048, 0), 4400),
+    ("left", FP16, 4096, None),
+    ("outside", BF16, 2048, 4400),
+    ("outside", FP32, (4096, 16, 2048), None),
+]
+
+
+@pytest.mark.xdist_group("huge")  # the reference takes some GiB
+@pytest.mark.parametrize("coverage, dtype, places, cut", THOUSANDS, ids=str)
+def test_thousands_of_kept_keys(coverage, dtype, places, cut):
+    """Outputs and every gradient, in one pass and through a state, beside PyTorch's in float64 and in this dtype."""
+    case = one_of(cases("hybrid", **(KEPT | {"coverage": coverage})))
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, case.length, 3, generator=draw) + torch.arange(case.length).view(1, -1, 1) / 2048
+    more = {"kept_keys": places, "score_delay": 2, "final": False}  # of several thousand some are displaced, some stay
+
+    def whole(c, **form):
+        c.tokens["scores"] = scores.to(c.tokens["q"].device)
+        return call(c, "chunk", **more | form)
+
+    def in_pieces(c):
+        c.tokens["scores"] = scores.to(c.tokens["q"].device)
+        first = chunk(c.part(slice(None), slice(0, cut)), **more | {"final": True})
+        second = call(c.part(slice(None), slice(cut, None)), "chunk", state_in(first), impl="triton", **more)
+        return {"o": torch.cat([first["o"], second["o"]], 1)}
+
+    def reference(c):
+        found = whole(c.map(lambda _, x: x.cuda(), weights=True), impl="torch")
+        return {name: x.cpu() for name, x in found.items()}
+
+    fast = in_pieces if cut else functools.partial(whole, impl="triton")
+    judge(with_gradients(fast, on_gpu(case, dtype)), case.cast(dtype), dtype, reference)
+
+
 @pytest.mark.parametrize("form", ["carried", "packed", "padded"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", ["window", "merge", "sum"])

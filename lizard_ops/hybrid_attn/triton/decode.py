@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lizard_ops.common.pages import page_bytes
 from lizard_ops.common.sizes import power_of_2
 from lizard_ops.common.state import AttentionState, map_fields
 from lizard_ops.hybrid_attn.arguments import HybridInputs, HybridOptions
+from lizard_ops.hybrid_attn.triton import decode_parts
 from lizard_ops.hybrid_attn.triton.decode_kernel import hybrid_decode_kernel
 from lizard_ops.tiles.launch import Launch
 from lizard_ops.tiles.launcher import launch_kernel
@@ -56,9 +58,9 @@ def in_sixteens(x: Tensor) -> bool:
 def decode_hybrid_triton(inputs: HybridInputs, options: HybridOptions) -> tuple[Tensor, AttentionState | None]:
     """(o [B, 1, Hq, V], state) of one token per row for ``recurrent_hybrid_attn``, whose arguments come here checked.
 
-    One launch for both branches, the mix and the state. With ``inplace`` the tensors of the state, which must be
-    contiguous, are overwritten, the position too, so that a CUDA graph of the step can be replayed; else copies are.
-    The pages of a pool are always overwritten.
+    One launch for both branches, the mix and the state, behind another where a head has many places. With ``inplace``
+    the tensors of the state, which must be contiguous, are overwritten, the position too, so that a CUDA graph of the
+    step can be replayed; else copies are. The pages of a pool are always overwritten.
     """
     state, indices = inputs.initial_state, inputs.state_indices
     if not options.inplace and indices is None:
@@ -162,29 +164,34 @@ def hybrid_decode(
     if batch == 0:
         return o
     config = config_for(q, features, v_dim)
+    numbers = units_of(scale, softcap) / math.log(2), cap_of(scale, softcap)
+    sizes: dict[str, Any] = {
+        "HK": key_heads, "G": group, "D": dim, "V": v_dim, "P": most, "BG": max(16, power_of_2(group)),
+        "BD": max(16, power_of_2(dim)), "BV": max(16, power_of_2(v_dim)), "PAGE": page,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
     with on_device(q, dim=dim, values=v_dim, features=features):
+        part, at_once, *found = decode_parts.NOTHING
+        if most > decode_parts.UNDIVIDED:
+            kept, each = (kept_k, kept_v, kept_scores, kept_positions), most if places is None else tuple(places)
+            part, at_once, *found = decode_parts.in_parts(q, kept, starts, indices, each, numbers, sizes)
         launch_kernel(
             hybrid_decode_kernel, batch * key_heads,
             q, k, v, fq, fk, g, sinks, weight, o,
             position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
             kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts, indices,
+            *found,
             *(step for x in (q, k, v, fq, fk) for step in (x.stride(0), x.stride(2))),
-            heads if weight is not None and weight.ndim == 3 else 0, units_of(scale, softcap) / math.log(2),
-            cap_of(scale, softcap), math.log(feature_scale),
-            HK=key_heads, G=group, D=dim, V=v_dim, FP=pre, F=features, W=window, A=anchors,
-            M=0 if sinks is None else sinks.shape[1], GATES=0 if g is None else g[0, 0].numel(),
-            STATES=s.shape[1] // key_heads, CHANNEL=channel, BG=max(16, power_of_2(group)),
-            BD=max(16, power_of_2(dim)), BV=max(16, power_of_2(v_dim)),
-            BP=power_of_2(pre), BX=power_of_2(features), BF=config.rows, BN=config.columns,
-            BW=power_of_2(window),
+            heads if weight is not None and weight.ndim == 3 else 0, *numbers, math.log(feature_scale),
+            FP=pre, F=features, W=window, A=anchors, M=0 if sinks is None else sinks.shape[1],
+            GATES=0 if g is None else g[0, 0].numel(), STATES=s.shape[1] // key_heads, CHANNEL=channel,
+            BP=power_of_2(pre), BX=power_of_2(features), BF=config.rows, BN=config.columns, BW=power_of_2(window),
             BM=1 if sinks is None else power_of_2(sinks.shape[1]), OUTSIDE=outside, MAP=feature_map,
             MERGE=merge, RELATIVE=relative, NORMALIZE=normalize, HAS_WEIGHT=weight is not None,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BA=max(16, power_of_2(anchors + 1)), ROUND=q.dtype == torch.bfloat16,
-            P=most, SLOTS=window if ring_scores is None else ring_scores.shape[1],
-            BK=power_of_2(max(most, 1)),
-            ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))), PAGE=page,
-            **config.options,
+            SLOTS=window if ring_scores is None else ring_scores.shape[1], BK=power_of_2(max(most, 1)),
+            PART=part, BJ=at_once, ALIGNED=most > 0 and all(map(in_sixteens, (ring_k, ring_v, kept_k, kept_v))),
+            **sizes, **config.options,
         )  # fmt: skip
     return o
 

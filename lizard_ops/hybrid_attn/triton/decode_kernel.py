@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizard_ops.hybrid_attn.triton.decode_places import absorb_places, choose_place, pass_gate
+from lizard_ops.hybrid_attn.triton.decode_parts import absorb_parts, choose_among_parts, parts_of_head
+from lizard_ops.hybrid_attn.triton.decode_places import absorb_places, choose_place, pass_gate, row_of
 from lizard_ops.tiles.log2 import LOG2E
 from lizard_ops.tiles.softcap import capped
 from lizard_ops.tiles.strided import load_rows
@@ -58,19 +59,11 @@ def features_at(
 
 
 @triton.jit
-def row_of(field, i_p, size, PAGE: tl.constexpr):
-    """Where row i_p of a field of the state begins: ``size`` numbers a row, or one row every PAGE bytes."""
-    if PAGE == 0:
-        return field + i_p * size
-    else:
-        return field + i_p * (PAGE // (field.dtype.element_ty.primitive_bitwidth // 8))
-
-
-@triton.jit
 def hybrid_decode_kernel(
     q, k, v, fq, fk, g, sinks, weight, o,
     position, s, z, log_scale, ring_k, ring_v, ring_fk, ring_g, anchor_k, anchor_v,
     kept_k, kept_v, kept_fk, kept_g, kept_scores, kept_positions, ring_scores, scores, starts, indices,
+    part_o, part_sums, part_worst, part_ends,
     q_sn, q_sh, k_sn, k_sh, v_sn, v_sh, fq_sn, fq_sh, fk_sn, fk_sh, weight_sn, scale_log2, cap,
     log_feature_scale,
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FP: tl.constexpr, F: tl.constexpr,
@@ -79,16 +72,18 @@ def hybrid_decode_kernel(
     BF: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, OUTSIDE: tl.constexpr,
     MAP: tl.constexpr, MERGE: tl.constexpr, RELATIVE: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr, ROUND: tl.constexpr,
-    P: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr, PAGE: tl.constexpr,
+    P: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr, BJ: tl.constexpr,
+    ALIGNED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the batch and one key head with the G query heads that read it.
 
     GATES numbers per token (0: none, CHANNEL: F per key head), STATES linear sums per key head (1 or G); weight:
     alpha, or the merge bias; P places of kept keys, SLOTS scores in their ring. starts: None, or where each head's own
-    places begin in the list of a row's, and where that ends; P is then no less than any head has. indices: None, or
-    which row of the state each has, -1 for rows that are nobody's. Every load of a state tensor precedes the
-    barrier before its stores. What the programs of a row share (its position, one gate for all heads) is written by the
-    last of them: each adds a ticket above the bits of the position once it needs them no more.
+    places begin in the list of a row's, and where that ends; P is then no less than any head has. PART: 0, or how many
+    places a part has, whose sums are in the tensors ``part_`` (``decode_parts.py``) and BJ of them added at once.
+    indices: None, or which row of the state each has, -1 for rows that are nobody's. Every load of a state tensor
+    precedes the barrier before its stores. What the programs of a row share (its position, one gate for all heads) is
+    written by the last of them: each adds a ticket above the bits of the position once it needs them no more.
     """
     HQ: tl.constexpr = HK * G
     STEP: tl.constexpr = HK if starts is None else 1  # from a head's place to its next
@@ -167,14 +162,28 @@ def hybrid_decode_kernel(
         kept_positions = row_of(kept_positions, i_p, all_places, PAGE) + i_first
         p_score = row_of(ring_scores, i_p, SLOTS * HK, PAGE) + (p % SLOTS) * HK + i_h
         leaving_score = tl.load(p_score)
-        place, expires = choose_place(
-            kept_positions, kept_scores, leaving_score, newest >= W + A, STEP, P if starts is None else count, BK
-        )  # fmt: skip
+        leaves = newest >= W + A
         b_near = b_m
-        b_m, b_l, b_win = absorb_places(
-            b_q, kept_positions, kept_k, kept_v, ring_k + slot * (HK * D), ring_v + slot * (HK * V), place, b_m, b_l,
-            b_win, b_arg, scale_log2, cap, STEP, D, V, P if starts is None else count, BN, BD, BV, PRECISION, ALIGNED,
-        )  # fmt: skip
+        if PART > 0:
+            i_part, parts, all_parts = parts_of_head(part_ends, i_h, HK, P, PART)
+            part_o += (i_n * all_parts + i_part) * (G * V)
+            part_sums += (i_n * all_parts + i_part) * (2 * G + 1)
+            part_worst += (i_n * all_parts + i_part) * 2
+            place, expires = choose_among_parts(part_sums, part_worst, leaving_score, leaves, parts, G, BK // PART)
+            b_m, b_l, b_win = absorb_parts(
+                b_q, part_o, part_sums, part_worst, kept_k, kept_v, ring_k + slot * (HK * D), ring_v + slot * (HK * V),
+                place, parts, b_m, b_l, b_win, b_arg, scale_log2, cap, STEP, G, D, V, BK // PART, BJ, BG, BD, BV,
+                PRECISION, ALIGNED,
+            )  # fmt: skip
+        else:
+            place, expires = choose_place(
+                kept_positions, kept_scores, leaving_score, leaves, STEP, P if starts is None else count, BK
+            )  # fmt: skip
+            b_m, b_l, b_win = absorb_places(
+                b_q, kept_positions, kept_k, kept_v, ring_k + slot * (HK * D), ring_v + slot * (HK * V), place, b_m,
+                b_l, b_win, b_arg, scale_log2, cap, STEP, D, V, P if starts is None else count, BN, BD, BV, PRECISION,
+                ALIGNED,
+            )  # fmt: skip
         b_max = b_near * scale_log2
         b_m *= scale_log2
     else:
