@@ -1,4 +1,4 @@
-"""How far the anchors have moved on, for positions past the teacher's context, and kept keys with them."""
+"""How far the anchors have moved on, for positions past the teacher's context, and kept keys with them or no more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lizard_ops import AttentionState, apply_rotary, apply_rotary_by, overwrite_state
+from lizard_ops import EMPTY_VALUES, AttentionState, apply_rotary, apply_rotary_by, overwrite_state
 
 
 class AnchorBlock(NamedTuple):
@@ -29,35 +29,49 @@ def turn_by(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
-def moved_on(state: AttentionState, block: AnchorBlock) -> AttentionState:
+def moved_on(state: AttentionState, block: AnchorBlock, dropped: bool = False, inplace: bool = False) -> AttentionState:
     """The state with its anchors and kept keys as the queries of ``block`` see them.
 
     Anchor a stands at block.shift + a, and a kept key j at max(j, block.shift), so that none is further away than the
-    newest anchor was.
+    newest anchor was. dropped: a kept key j < block.shift is none any more, and the others stand where they stood.
+    inplace: overwrite the fields by which ``state`` says so.
     """
     if state.anchor_k is not None:
         state = state._replace(anchor_k=apply_rotary(state.anchor_k, block.cos, block.sin))
-    if state.kept_k is not None and state.kept_positions is not None:
-        held = state.kept_positions
-        behind = (block.shift.view(-1, *[1] * (held.ndim - 1)) - held).clamp(min=0)
-        keys = state.kept_k.flatten(1, -2)
-        turned = apply_rotary_by(keys, behind.flatten(1), block.frequencies)  # empty places are zero, however turned
-        held = held.clone()  # a step in place overwrites those it is given, and ``moved_back`` compares
-        state = state._replace(kept_k=turned.view_as(state.kept_k), kept_positions=held)
-    return state
+    held = state.kept_positions
+    if state.kept_k is None or held is None:
+        return state
+    shift = block.shift.view(-1, *[1] * (held.ndim - 1))
+    if dropped:
+        return _without(state, held < shift, inplace)
+    keys = state.kept_k.flatten(1, -2)
+    behind = (shift - held).clamp(min=0).flatten(1)
+    turned = apply_rotary_by(keys, behind, block.frequencies)  # empty places are zero, however turned
+    held = held.clone()  # a step in place overwrites those it is given, and ``moved_back`` compares
+    return state._replace(kept_k=turned.view_as(state.kept_k), kept_positions=held)
+
+
+def _without(state: AttentionState, gone: Tensor, inplace: bool) -> AttentionState:
+    """The state without the kept keys at these places, of the shape of its ``kept_positions``."""
+    told = {}
+    for name in ("kept_positions", "kept_scores"):
+        field = getattr(state, name)
+        told[name] = (field.masked_fill_ if inplace else field.masked_fill)(gone, EMPTY_VALUES[name])
+    return state._replace(**told)
 
 
 def moved_back(
-    new: AttentionState, old: AttentionState, block: AnchorBlock, places: int | tuple[int, ...]
+    new: AttentionState, old: AttentionState, block: AnchorBlock, places: int | tuple[int, ...] | None
 ) -> AttentionState:
     """``new``, which a call left of ``moved_on(old)``, with the keys that ``old`` had as it had them.
 
-    Nothing is turned back, so that no rounding adds up. places: of each key head, where they differ.
+    Nothing is turned back, so that no rounding adds up. places: of each key head, where they differ; None where
+    kept keys were not turned.
     """
     if new.anchor_k is not None and old.anchor_k is not None:
         new = new._replace(anchor_k=torch.where(block.moved[:, None, None, None], old.anchor_k, new.anchor_k))
     fields = [x for x in (new.kept_k, new.kept_positions, old.kept_k, old.kept_positions) if x is not None]
-    if len(fields) < 4:
+    if len(fields) < 4 or places is None:
         return new
     if isinstance(places, int):
         return new._replace(kept_k=as_they_were(*fields))
@@ -66,18 +80,18 @@ def moved_back(
     return new._replace(kept_k=torch.cat(parts, 1))
 
 
-def stepped_back(new: AttentionState, held: AttentionState, block: AnchorBlock) -> AttentionState:
+def stepped_back(new: AttentionState, held: AttentionState, block: AnchorBlock, turned: bool) -> AttentionState:
     """``moved_back`` of what one token has written in place, in the memory of ``held``, which is returned.
 
     A token takes one place at most of a head's kept keys and leaves the others where they are, so that places are
-    compared one by one.
+    compared one by one. turned: whether kept keys were.
     """
     if held.anchor_k is not None and new.anchor_k is not None:
         if not block.filled:
             moved = block.moved[:, None, None, None]
             torch.where(moved, held.anchor_k, new.anchor_k, out=held.anchor_k)
         new = new._replace(anchor_k=held.anchor_k)
-    if held.kept_k is not None and held.kept_positions is not None:
+    if turned and held.kept_k is not None and held.kept_positions is not None:
         assert new.kept_k is not None and new.kept_positions is not None
         same = (new.kept_positions == held.kept_positions).unsqueeze(-1)
         torch.where(same, held.kept_k, new.kept_k, out=held.kept_k)

@@ -73,6 +73,13 @@ class AttentionChoices:
     s = 1 these are StreamingLLM's positions in the cache (arXiv 2309.17453). Up to P both forms are the same; the
     distances that ``linear_rope`` brings into the linear branch grow without end in either."""
 
+    kept_past: Literal["moved", "dropped"] = "moved"
+    """Kept keys past ``position_limit``, with positions="clamped". moved: they follow as the anchors do, none further
+    away than the newest anchor. dropped: a key that would have to follow leaves its place, which the next key that
+    leaves the window takes, so that every distance is true and none reaches P; only the linear branch goes on
+    remembering it, for which coverage must be "left" or "all". The exact reach is P - s to P tokens then, as the
+    teacher's own."""
+
     position_limit: int | None = None
     """P: positions the teacher knows. None is its context (``max_position_embeddings``)."""
 
@@ -224,6 +231,13 @@ class AttentionChoices:
             raise ValueError(f"{kept} leaves the other keys to the linear branch: linear_branch=False has none")
         if self.gate_form == "absorbed":
             raise ValueError(f'{kept} needs gate_form="stable": a key enters the sums long after it came')
+        if self.kept_past == "dropped" and self.positions == "true":
+            raise ValueError(f'{kept} with kept_past="dropped" needs positions="clamped", got "true"')
+        if self.kept_past == "dropped" and self.coverage == "outside":
+            raise ValueError(
+                f'{kept} with kept_past="dropped" needs coverage="left" or "all": with "outside" the sums would never '
+                "have a dropped key"
+            )
         if self.window <= LOOK_AHEAD:
             raise ValueError(
                 f"{kept} needs a window of at least {LOOK_AHEAD + 1}, got {self.window}: the score of a key reads "

@@ -7,14 +7,17 @@ of the first of these is wrong and kept by nothing, and the state after the last
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lizard_layers.config import LOOK_AHEAD
+from lizard_layers.anchor_block import AnchorBlock
+from lizard_layers.config import LOOK_AHEAD, AttentionConfig
 from lizard_layers.key_score import LEAST_NORM, KeyScore, ReceivingState, ScoreState
+from lizard_layers.packed_blocks import PackedBlock
 from lizard_layers.read_input import read_input
 from lizard_layers.received import InWindow
 from lizard_layers.state import LayerState, State
@@ -76,6 +79,17 @@ def earlier_scores(
         seen = seen._replace(ring_k=got.ring(turned[:, count - form.window :]), anchor_k=anchors)
     _, state = module(*got.last[:3], state, True, there, None, window)
     return state, seen
+
+
+def check_blocks(config: AttentionConfig, blocks: Sequence[AnchorBlock | PackedBlock]) -> None:
+    """Raises ValueError for what a rank cannot know: which keys are kept where earlier blocks have dropped some."""
+    if config.kept_past == "moved" or not config.keeps_keys:
+        return
+    if any(bool(block.moved.any()) for block in blocks if isinstance(block, AnchorBlock)):
+        raise ValueError(
+            'state: got EarlierRanks past position_limit with kept_past="dropped", wanted a sequence up to it, or '
+            'kept_past="moved": which keys a block keeps depends on what the blocks before it dropped'
+        )
 
 
 def state_of_earlier_ranks(layer: HybridAttention, tokens: Any, context_group: Any) -> State:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lizard_layers.anchor_block import AnchorBlock, moved_back, moved_on, stepped_back
 from lizard_layers.config import AttentionConfig
-from lizard_layers.earlier_ranks import EarlierRanks, earlier_scores, state_of_earlier_ranks
+from lizard_layers.earlier_ranks import EarlierRanks, check_blocks, earlier_scores, state_of_earlier_ranks
 from lizard_layers.feature_map import FeatureMaps
 from lizard_layers.gate import build_gate
 from lizard_layers.key_score import KeyScore, ReceivingState, ScoreState
@@ -146,6 +146,7 @@ class HybridAttention(nn.Module):
                 raise ValueError(f"{name}: got {came}, wanted none with EarlierRanks, which leave the state of a row")
             if anchor_blocks is None:
                 return self._attend(tokens, None, use_state, None, False, context_group=state.group)
+            check_blocks(self.config, anchor_blocks)
             state = state_of_earlier_ranks(self, tokens, state.group)
         if paged is not None:
             return self._in_pages(tokens, paged, cu_seqlens, anchor_blocks), state if use_state else None
@@ -220,18 +221,20 @@ class HybridAttention(nn.Module):
         inplace: bool,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        """``_attend`` with anchors and kept keys moved on; the state keeps them as they were."""
+        """``_attend`` with anchors and kept keys moved on, or these dropped; the state keeps them as they were."""
         if state is None:
             return self._attend(tokens, None, use_state, cu_seqlens, inplace)
         held = _attention_of(state)
         if held.anchor_k is None and held.kept_k is None:
             return self._attend(tokens, state, use_state, cu_seqlens, inplace)
-        o, new = self._attend(tokens, _with_attention(state, moved_on(held, block)), use_state, cu_seqlens, inplace)
+        dropped, step = self.config.kept_past == "dropped", inplace and block.length == 1
+        seen = _with_attention(state, moved_on(held, block, dropped, step))
+        o, new = self._attend(tokens, seen, use_state, cu_seqlens, inplace)
         if new is None:
             return o, None
-        if inplace and block.length == 1:
-            return o, _with_attention(new, stepped_back(_attention_of(new), held, block))
-        back = moved_back(_attention_of(new), held, block, self.config.places)
+        if step:
+            return o, _with_attention(new, stepped_back(_attention_of(new), held, block, not dropped))
+        back = moved_back(_attention_of(new), held, block, None if dropped else self.config.places)
         return o, _with_attention(new, overwrite_state(held, back) if inplace else back)
 
     def _attend(

@@ -95,7 +95,13 @@ every projection in stage 2 and maps that go on learning there."""
 
 RECOMMENDED = _changed(
     PLAIN,
-    attention={"kept_keys": 608, "feature_dim": 64, "coverage": "left", "score_received": True},
+    attention={
+        "kept_keys": 608,
+        "kept_past": "dropped",
+        "feature_dim": 64,
+        "coverage": "left",
+        "score_received": True,
+    },
     stage0={"share_places": True, "sequence_length": 8192, "batch_size": 1},  # which show uses far away
     stage1={"sequence_length": 4096, "batch_size": 1},  # shorter ones hardly leave window and places
     stage2={"sequence_length": 4096, "batch_size": 1},

@@ -127,6 +127,19 @@ def test_as_many_kept_keys_for_each_key_head_are_one_number(given, kept, places)
     assert config.places == (places if isinstance(places, int) else tuple(n for n in places for _ in range(2)))
 
 
+@pytest.mark.parametrize(
+    ("choices", "wanted"),
+    [
+        (dict(positions="clamped"), 'needs coverage="left" or "all"'),
+        (dict(coverage="left"), 'needs positions="clamped", got "true"'),
+    ],
+)
+def test_keys_are_dropped_past_a_limit_and_where_the_sums_have_them(choices, wanted):
+    with pytest.raises(ValueError, match=f'kept_keys=3 with kept_past="dropped" {wanted}'):
+        AttentionConfig(**SHAPE, kept_keys=3, kept_past="dropped", **choices)
+    AttentionConfig(**SHAPE, kept_past="dropped", **choices)  # without kept keys there is nothing to drop
+
+
 @pytest.mark.parametrize("name", ["scale", "softcap"])
 def test_scale_and_softcap_are_positive(name):
     assert getattr(AttentionConfig(**SHAPE), name) is None

@@ -113,3 +113,7 @@ def test_what_earlier_ranks_leave_out_is_refused():
             made(*heads, rope, EarlierRanks("a group"), **{name: value})
     with pytest.raises(ValueError, match="EarlierRanks.None., wanted a process group"):
         made(*heads, rope, EarlierRanks(None))
+    made = layer("kept", positions="clamped", kept_past="dropped", coverage="left")
+    blocks = [turned((4, 0), (True, False), 5)]
+    with pytest.raises(ValueError, match='got EarlierRanks past position_limit with kept_past="dropped", wanted'):
+        made(*heads, rope, EarlierRanks("a group"), anchor_blocks=blocks)

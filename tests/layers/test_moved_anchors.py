@@ -116,3 +116,54 @@ def test_kept_keys_are_seen_no_further_back_than_the_anchors(piece, places):
     at = held.clamp(min=0).unsqueeze(-1).expand_as(found)
     kept = torch.where((held >= 0).unsqueeze(-1), true.gather(1, at), 0.0)
     torch.testing.assert_close(found, kept, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("places", [40, (24, 30)])
+@pytest.mark.parametrize("piece", [1, 2, 7])
+@torch.no_grad()
+def test_keys_that_would_have_to_move_are_dropped(piece, places):
+    """So many places that nothing expires but what is dropped: softmax over anchors and the keys from the shift on."""
+    changed = dict(kept_keys=places, window=4, positions="clamped", kept_past="dropped", coverage="left")
+    attention, length, window = layer("kept", disturbed=False, **changed), 29, 4
+    x, q, k, v, _ = inputs(length)
+    attention.mix.bias.fill_(-60.0)  # which leaves nothing to the linear branch
+    shifts = torch.tensor([0] * 11 + [5] * 7 + [12] * 11)
+    ends = [11, 18, length]
+    group, o = 2, torch.zeros_like(q)
+    for i in range(length):
+        shift = int(shifts[i])
+        places_of = {j: j + shift if j < 2 else j for j in range(i + 1) if j < 2 or j >= shift or i - j < window}
+        places_of |= {j: j for j in range(max(0, i - window + 1), i + 1)}
+        seen = torch.tensor(list(places_of))
+        keys = apply_rotary(k[:, seen], *angles(torch.tensor(list(places_of.values())))).repeat_interleave(group, 2)
+        query = apply_rotary(q[:, i : i + 1], *angles(torch.tensor([i])))
+        weights = torch.einsum("bihd,bjhd->bhj", query, keys).mul(8**-0.5).softmax(-1)
+        o[:, i] = torch.einsum("bhj,bjhd->bhd", weights, v[:, seen].repeat_interleave(group, 2))
+
+    state, pieces = None, []
+    cuts = sorted({*range(0, length, piece), *ends})
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        block = turned((int(shifts[a]),) * 2, (bool(shifts[a]),) * 2, b - a)
+        here = (*(t[:, a:b] for t in (x, q, k, v)), tuple(t for t in angles(torch.arange(a, b))))
+        inplace = b - a == 1 and state is not None
+        given = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format)) if inplace else state
+        found, state = attention(*here, given, use_state=True, anchor_blocks=[block], inplace=inplace)
+        assert not inplace or state.attention.kept_k.data_ptr() == given.attention.kept_k.data_ptr()
+        pieces.append(found)
+    torch.testing.assert_close(torch.cat(pieces, 1), o, rtol=1e-6, atol=1e-6)
+    held = state.attention.kept_positions
+    assert held.max() == length - 1 - window and sorted({*held.flatten().tolist()} - {-1})[0] == 12
+
+
+@torch.no_grad()
+def test_a_row_drops_its_keys_by_itself():
+    attention = layer("kept", kept_keys=6, window=4, positions="clamped", kept_past="dropped", coverage="left")
+    *heads, rope = inputs(15)
+    state = attention(*(t[:, :14] for t in heads), tuple(t[:, :14] for t in rope), use_state=True)[1]
+    last = (*(t[:, 14:] for t in heads), tuple(t[:, 14:] for t in rope))
+    blocks = [turned((9, 0), (True, False), 1)]
+    after = attention(*last, state, use_state=True, anchor_blocks=blocks)[1].attention
+    before, held = state.attention.kept_positions, after.kept_positions
+    assert (before[0] < 9).any() and not ((held[0] >= 0) & (held[0] < 9)).any()
+    assert torch.equal(after.kept_scores[0].isinf(), held[0] < 0)
+    assert torch.equal(held[1], attention(*last, state, use_state=True)[1].attention.kept_positions[1])

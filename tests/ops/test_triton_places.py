@@ -135,6 +135,33 @@ def test_pieces_and_steps_hand_states_on():
         torch.testing.assert_close(x, wanted[name], rtol=2e-5, atol=2e-6, msg=lambda m, name=name: name + m)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("places", [6, (6, 0, 3)])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["steps", "piece"])
+def test_what_an_emptied_place_still_holds_is_seen_by_none(form, impl, places):
+    """Places that a caller empties by their positions and scores, whatever lies in them, are taken again first."""
+    case, more = make(26, **MERGE | {"gate": "key", "coverage": "left"}), {"kept_keys": places}
+    case = case.cast(torch.float32, DEVICE)
+    state = state_in(call(case.part(slice(None), slice(0, 18)), "chunk", impl="torch", **more))
+    gone = (state.kept_positions >= 0) & (state.kept_positions < 9)
+    assert gone.any() and not gone.all()
+    told = {
+        "kept_positions": state.kept_positions.masked_fill(gone, -1),
+        "kept_scores": state.kept_scores.masked_fill(gone, -torch.inf),
+    }
+    empty = {n: getattr(state, n).masked_fill(gone.unsqueeze(-1), 0.0) for n in ("kept_k", "kept_v")}
+    rest, found = case.part(slice(None), slice(18, 26)), []
+    for held in (empty, {n: torch.where(gone.unsqueeze(-1), 1e4, getattr(state, n)) for n in empty}):
+        given = state._replace(**told, **held)
+        given = given._replace(**{n: x.clone() for n, x in given._asdict().items() if x is not None})
+        if form == "steps":
+            found.append(steps(rest, impl, given, True, places, 0)["o"])
+        else:
+            found.append(call(rest, "chunk", given, impl=impl, **more)["o"])
+    assert torch.equal(*found)
+
+
 def test_the_step_is_well_formed():
     case, places = make(9, **MERGE | {"gate": "key", "window": 4, "anchors": 1}).cast(torch.float32, DEVICE), (2, 0, 1)
     decode = importlib.import_module("lizard_ops.hybrid_attn.triton.decode")

@@ -121,6 +121,11 @@ CHANGED = tuple(
             "with the features of `plain`, paid for with 128 of its places",
             {"changes": {"attention": {"kept_keys": 480, "feature_dim": 128}}},
         ),
+        (
+            "moved",
+            "with keys that stay past the context and follow as the anchors do",
+            {"changes": {"attention": {"kept_past": "moved"}}},
+        ),
         ("176", "in half the bytes, 176 places", {"changes": {"attention": {"kept_keys": 176}}}),
         (
             "272-w64",

@@ -83,15 +83,39 @@ def test_clamped_is_its_definition(step):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("preset", "step"), [("plain", 1), ("plain", 7), ("window_only", None)])
-def test_clamped_does_not_depend_on_how_the_text_arrives(preset, step):
-    model, ids = student(preset, position_step=step), tokens(2, 45)
+@pytest.mark.parametrize(
+    ("preset", "choices"),
+    [
+        ("plain", {"position_step": 1}),
+        ("plain", {"position_step": 7}),
+        ("window_only", {}),
+        ("recommended", {"kept_keys": 5}),
+        ("recommended", {"kept_keys": [4, 9], "position_step": 7}),
+        ("recommended", {"kept_keys": 5, "kept_past": "moved"}),
+    ],
+)
+def test_clamped_does_not_depend_on_how_the_text_arrives(preset, choices):
+    model, ids = student(preset, **choices), tokens(2, 45)
     whole = model(ids, use_cache=False).logits
     for sizes in ([45], [1] * 45, [25, 1, 10, 9], [7] * 6 + [3]):
         cache, pieces = model.new_cache(), []
         for piece in ids.split(sizes, dim=1):
             pieces.append(model(piece, past_key_values=cache).logits)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dropped_keys_are_moved_ones_up_to_the_limit_and_none_past_it():
+    ids = tokens(1, 60)
+    moved, dropped = (student("recommended", kept_keys=40, kept_past=form)(ids) for form in ("moved", "dropped"))
+    assert torch.equal(moved.logits[:, :LIMIT], dropped.logits[:, :LIMIT])
+    assert not torch.allclose(moved.logits[:, LIMIT:], dropped.logits[:, LIMIT:], atol=1e-4)
+    shift = int(position_range(student().config).shift(torch.tensor(59)))
+    for layer in dropped.past_key_values.layers:
+        held = layer.state.attention.kept_positions
+        assert (
+            held.max() == 59 - 8 and held[held >= 0].min() == shift and (held >= 0).sum(1).max() == 59 - 8 - shift + 1
+        )
 
 
 @torch.no_grad()

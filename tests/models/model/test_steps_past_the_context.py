@@ -15,7 +15,9 @@ from lizard_models.model.layer_configs import lizard_config
 
 LIMIT = 24
 CLAMPED = {"positions": "clamped", "position_limit": LIMIT, "position_step": 10}
-KERNELS = {"where", "copy_", "gather", "max", "eq", "ge", "bitwise_and", "clone", "index", "index_put_"}
+DROPPED = {"kept_past": "dropped", "coverage": "left"}
+KERNELS = {"where", "copy_", "gather", "max", "eq", "ge", "lt", "bitwise_and", "clone", "index", "index_put_",
+           "masked_fill", "masked_fill_"}  # fmt: skip
 
 
 class Operators(TorchDispatchMode):
@@ -28,9 +30,9 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_costs(layers, seen, kept):
+def step_costs(layers, seen, **choices):
     """(launches by name, operators that write by name) of a step after so many tokens."""
-    model = student(num_hidden_layers=layers, attention=CLAMPED | {"kept_keys": kept}).bfloat16()
+    model = student(num_hidden_layers=layers, attention=CLAMPED | choices).bfloat16()
     ids = tokens(2, seen + 1)
     with torch.no_grad(), without_kernels() as launches:
         cache = model(ids[:, :seen], use_cache=True).past_key_values
@@ -41,28 +43,36 @@ def step_costs(layers, seen, kept):
     return Counter(launches.by_name), Counter({n: c for n, c in operators.found.items() if n in KERNELS})
 
 
-@pytest.mark.parametrize(("kept", "more"), [(0, {}), (5, {"clone": 1, "eq": 1, "where": 1, "copy_": 1})])
-def test_a_layer_past_the_context_turns_its_anchors_and_copies_no_state(kept, more):
-    """Of a layer: one launch more, for the anchors, and one for the kept keys with four operators on them."""
+@pytest.mark.parametrize(
+    ("choices", "more"),
+    [
+        ({"kept_keys": 0}, {}),
+        ({"kept_keys": 5}, {"clone": 1, "eq": 1, "where": 1, "copy_": 1}),
+        (DROPPED | {"kept_keys": 5}, {"lt": 1, "masked_fill_": 2}),
+    ],
+)
+def test_a_layer_past_the_context_turns_its_anchors_and_copies_no_state(choices, more):
+    """Of a layer: one launch more, for the anchors, and one for the kept keys with four operators on them, or three
+    operators that drop them."""
     found = []
     for seen in (LIMIT - 4, LIMIT + 4):
-        one, three = (step_costs(layers, seen, kept) for layers in (1, 3))
+        one, three = (step_costs(layers, seen, **choices) for layers in (1, 3))
         found.append([{name: (b[name] - a[name]) / 2 for name in a | b} for a, b in zip(one, three, strict=True)])
     before, after = found
     changed = [{n: b.get(n, 0) - a.get(n, 0) for n in a | b} for a, b in zip(before, after, strict=True)]
     launches, operators = ({n: c for n, c in kinds.items() if c} for kinds in changed)
-    assert launches == {"turn_kernel": 1} | ({"steps_kernel": 1} if kept else {})
+    assert launches == {"turn_kernel": 1} | ({"steps_kernel": 1} if "clone" in more else {})
     assert operators == more
 
 
-@pytest.mark.parametrize("kept", [0, 5])
+@pytest.mark.parametrize("choices", [{"kept_keys": 0}, {"kept_keys": 5}, DROPPED | {"kept_keys": 5}])
 @pytest.mark.parametrize("graph", [False, True])
-def test_a_row_of_padding_fills_its_anchors_while_others_have_moved_on(kept, graph, monkeypatch):
+def test_a_row_of_padding_fills_its_anchors_while_others_have_moved_on(choices, graph, monkeypatch):
     """Beside a text past the context, one of two tokens writes what it writes alone, also from a graph that served
     texts without padding before."""
     recorder = TapeRecorder()
     monkeypatch.setattr(decode_graph, "recorder_for", lambda device: recorder if graph else None)
-    model, ids = student(num_hidden_layers=2, attention=CLAMPED | {"kept_keys": kept}), tokens(2, LIMIT + 6)
+    model, ids = student(num_hidden_layers=2, attention=CLAMPED | choices), tokens(2, LIMIT + 6)
     assert lizard_config(model.config).attention.anchors > 2
 
     def written(given, **options):
