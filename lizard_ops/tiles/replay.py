@@ -1,29 +1,29 @@
 """Ops of which every launch is known: addresses are filled in, and what launches hand one another lies in one memory.
 
-Nothing of what an op does between its launches is done again: allocations, views, sizes, the functions around them.
+Nothing of what an op does around its launches is done again: sizes, views, the functions between. Operators of PyTorch
+that stand between launches are called as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lizard_ops import tuning
 from lizard_ops.tiles import launcher
+from lizard_ops.tiles.calls import Call, Calls, laid_out
 from lizard_ops.tiles.launcher import Prepared, is_hooked
 from lizard_ops.tiles.plans import Bound, Plan
 
-UNIT = 512  # bytes: as far apart as PyTorch's allocator has tensors on a GPU, at least
 TRIES = 3  # another thread's launches may have been in between
-ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
-Op = Callable[[Sequence[Any]], Tensor]
+Found = TypeVar("Found", Tensor, tuple[Tensor | None, ...])
 
 
-class Step(NamedTuple):
+class Launch(NamedTuple):
     """A launch."""
 
     prepared: Prepared
@@ -32,78 +32,91 @@ class Step(NamedTuple):
     fills: list[tuple[int, int, tuple[Any, ...] | None]]  # an argument, which address it is, what stands behind it
 
 
+class Operator(NamedTuple):
+    """A function of PyTorch."""
+
+    function: Callable[..., Any]
+    values: list[Any]
+    fills: list[tuple[int, int]]  # an argument, which tensor it is
+    named: dict[str, Any]
+
+
 class Replay(NamedTuple):
-    """The launches of an op. Their addresses: the tensors given, the output, then those of the memory in between."""
+    """The steps of an op. Its tensors: those given, those made one by one, None, what operators return. Its addresses:
+    those of tensors given and made, of places in the memory in between, of what operators return."""
 
     device: int
+    where: torch.device
     used: tuple[int, ...]  # of the tensors given
-    shape: torch.Size  # of the output, in the dtype of the first tensor
+    made: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     size: int  # bytes of the memory in between
     offsets: tuple[int, ...]
-    steps: tuple[Step, ...]
+    stream_of: Any
+    steps: tuple[Launch | Operator, ...]
+    outputs: Any  # of the list of tensors
 
 
-def replayed(plan: Plan, tensors: Any, op: Op) -> Tensor:
-    """``op(tensors)``, one new tensor, launched at once where a call of its kind has been noted.
+def replayed(plan: Plan, tensors: Any, op: Callable[[Any], Found]) -> Found:
+    """``op(tensors)``, a tensor or a tuple of tensors and None, launched at once where a call of its kind has been
+    noted.
 
     plan: that of all launches of the op, which is called with tensors of the same shapes, strides, dtypes and devices,
     records no gradient and has nobody looking. tensors: a NamedTuple of tensors and None.
     """
     replay = plan.replay
     if type(replay) is Replay:
-        o = again(plan, replay, tensors)
-        return op(tensors) if o is None else o
+        found = again(plan, replay, tensors)
+        return op(tensors) if found is None else found
     known = replay < TRIES and plan and all(type(bound) is Bound for bound in plan.values())
     return note(plan, tensors, op, replay) if known and not is_hooked() else op(tensors)
 
 
-def again(plan: Plan, replay: Replay, tensors: Sequence[Any]) -> Tensor | None:
-    """The output; None where this call is to go through the op."""
-    device, used, shape, size, offsets, steps = replay
+def again(plan: Plan, replay: Replay, tensors: Sequence[Any]) -> Any:
+    """What the op returns; None where this call is to go through it."""
+    device, where, used, made, size, offsets, stream_of, steps, outputs = replay
     if plan.tuned is not tuning.active() or is_hooked() or (device >= 0 and device != torch._C._cuda_getDevice()):
         return None
-    addresses, low = [tensors[i].data_ptr() for i in used], 0
-    for address in addresses:
+    there, addresses, low = [], [], 0
+    for i in used:
+        x = tensors[i]
+        address = x.data_ptr()
         low |= address
+        there.append(x)
+        addresses.append(address)
     if low & 15:
         return None
-    first = tensors[used[0]]
-    o, memory = first.new_empty(shape), first.new_empty(size, dtype=torch.uint8)
-    start = memory.data_ptr()
-    addresses.append(o.data_ptr())
-    addresses += [start + offset for offset in offsets]
-    stream = steps[0].prepared.stream_of(device)
-    for (_, run, fixed, grouped, _, rest), programs, known, fills in steps:
-        values = known.copy()
-        for i, which, behind in fills:
-            values[i] = addresses[which] if behind is None else (addresses[which], *behind)
-        if grouped:
-            run(programs, 1, 1, stream, *fixed, (*values, *rest))
+    for shape, strides, dtype in made:
+        x = torch.empty_strided(shape, strides, dtype=dtype, device=where)
+        there.append(x)
+        addresses.append(x.data_ptr())
+    there.append(None)
+    if size:
+        memory = torch.empty_strided((size,), (1,), dtype=torch.uint8, device=where)
+        start = memory.data_ptr()
+        for offset in offsets:
+            addresses.append(start + offset)  # noqa: PERF401  # a comprehension is a function before Python 3.12
+    stream = stream_of(device)
+    for step in steps:
+        if type(step) is Launch:
+            (_, run, fixed, grouped, _), programs, known, fills = step
+            values = known.copy()
+            for i, which, behind in fills:  # type: ignore[misc]
+                values[i] = addresses[which] if behind is None else (addresses[which], *behind)
+            run(programs, 1, 1, stream, *fixed, *(((*values,),) if grouped else values))
         else:
-            run(programs, 1, 1, stream, *fixed, *values, *rest)
-    return o
+            function, known, fills, named = step
+            values = known.copy()
+            for i, which in fills:  # type: ignore[misc]
+                values[i] = there[which]
+            x = function(*values, **named)
+            there.append(x)
+            addresses.append(x.data_ptr())
+    return outputs(there)
 
 
-class Allocations(TorchDispatchMode):
-    """Tensors that are made inside, which live as long as this does; ``others``: operators that do anything else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Tensor] = []
-        self.others = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func in ALLOCATIONS:
-            self.made.append(found)
-        else:
-            self.others += 1
-        return found
-
-
-def note(plan: Plan, tensors: Any, op: Op, tries: int) -> Tensor:
-    """``op(tensors)``; leaves a ``Replay`` in the plan where all that it does is to allocate and to launch. tries: how
-    often it could not."""
+def note(plan: Plan, tensors: Any, op: Callable[[Any], Found], tries: int) -> Found:
+    """``op(tensors)``; leaves a ``Replay`` in the plan where all that it does is to allocate, to launch and to call
+    operators that are known to depend on nothing else. tries: how often it could not."""
     seen: set[int] = set()
     apart = []  # each its own object, to be told from the others, which it may be the same as in this call alone
     for x in tensors:
@@ -112,47 +125,65 @@ def note(plan: Plan, tensors: Any, op: Op, tries: int) -> Tensor:
     names, before = set(plan), launcher.unplanned()
     plan.noted = noted = []  # another thread may note its own call in its place
     try:
-        with Allocations() as seen_by:
-            o = op(type(tensors)(*apart))
+        with Calls(noted) as calls:
+            found = op(type(tensors)(*apart))
     finally:
         plan.noted = None
-    alone = launcher.unplanned() == before and not seen_by.others
-    found = None
-    if alone and len(noted) == len(names) and {name for name, _, _ in noted} == names:
-        found = replay_of(noted, apart, seen_by.made, o)
-    plan.replay = tries + 1 if found is None else found
-    return o
+    launched = [step[0] for step in noted if type(step) is not Call]
+    replay = None
+    if launcher.unplanned() == before and not calls.others and len(launched) == len(names) and {*launched} == names:
+        replay = replay_of(noted, apart, calls.made, found)
+    plan.replay = tries + 1 if replay is None else replay
+    return found
 
 
 def replay_of(
-    noted: Sequence[tuple[str, Bound, Sequence[Tensor | None]]], given: Sequence[Tensor | None], made: list[Tensor],
-    o: Tensor,
-) -> Replay | None:  # fmt: skip
-    """The launches noted, of an op that was given these tensors, made those and returned o; None where a launch has
-    read another, or o is none that can be made again."""
+    noted: Sequence[Any], given: Sequence[Tensor | None], made: Sequence[Tensor], found: Any
+) -> Replay | None:
+    """The steps noted, launches and ``Call``s, of an op that was given these tensors, made those and returned what it
+    found; None where a step or the caller has another."""
     used = tuple(i for i, x in enumerate(given) if x is not None)
-    which = {id(given[i]): n for n, i in enumerate(used)}
-    first, size, offsets = given[used[0]], 0, []
-    if first is None or o.dtype != first.dtype or not o.is_contiguous() or not o.numel():
-        return None
-    of_made = {o.data_ptr(): len(used)}
-    for x in made:
-        if x.numel() and x.data_ptr() != o.data_ptr():
-            of_made[x.data_ptr()] = len(used) + 1 + len(offsets)
-            offsets.append(size)
-            size += -(-x.untyped_storage().nbytes() // UNIT) * UNIT
-    steps = []
-    for _, bound, tensors in noted:
+    calls = [step for step in noted if type(step) is Call]
+    devices = {step[1].device for step in noted if type(step) is not Call}
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    alone = {id(x) for x in outputs} | {id(x) for call in calls for x in call.args}
+    lives: dict[int, tuple[int, int]] = {}  # of what is made: the first launch that has it, and the last
+    for n, step in enumerate(noted):
+        for x in () if type(step) is Call else step[2]:
+            lives[id(x)] = lives.get(id(x), (n, n))[0], n
+    objects = [x for x in made if id(x) in alone]
+    between = [x for x in made if id(x) not in alone and id(x) in lives and x.numel()]
+    offsets, size = laid_out([(x.untyped_storage().nbytes(), *lives[id(x)]) for x in between])
+    at_hand = [*(given[i] for i in used), *objects]
+    results = [call.result for call in calls]
+    tensor_at = {id(x): n for n, x in enumerate([*at_hand, None, *results])}
+    address_at = {id(x): n for n, x in enumerate([*at_hand, *between, *results])}
+    steps: list[Launch | Operator] = []
+    for step in noted:
+        if type(step) is Call:
+            tensors = [(i, tensor_at.get(id(x))) for i, x in enumerate(step.args) if isinstance(x, Tensor)]
+            values = [None if isinstance(x, Tensor) else x for x in step.args]
+            steps.append(Operator(step.function, values, tensors, step.named))  # type: ignore[arg-type]
+            if any(which is None for _, which in tensors):
+                return None
+            continue
+        _, bound, tensors = step
         values, fills = bound.values.copy(), []
         for (i, behind), x in zip(bound.places, (x for x in tensors if x is not None), strict=True):
-            place = which.get(id(x), of_made.get(x.data_ptr()))
             if x.numel() == 0:
                 values[i] = 0 if behind is None else (0, *behind)
-            elif place is None:
+            elif (which := address_at.get(id(x))) is None:
                 return None
             else:
-                fills.append((i, place, behind))
-        steps.append(Step(bound.prepared, bound.programs, values, fills))
-    if len({bound.device for _, bound, _ in noted}) != 1 or len(of_made) != len(offsets) + 1:
+                fills.append((i, which, behind))
+        steps.append(Launch(bound.prepared, bound.programs, values, fills))
+    wanted = [tensor_at.get(id(x)) for x in outputs]
+    if len(devices) != 1 or not used or any(which is None for which in wanted):
         return None
-    return Replay(noted[0][1].device, used, o.shape, size, tuple(offsets), tuple(steps))
+    stream_of = next(step.prepared.stream_of for step in steps if type(step) is Launch)
+    pick: Any = itemgetter(*wanted)
+    if isinstance(found, tuple) and len(wanted) < 2:
+        return None
+    kinds = tuple((x.shape, x.stride(), x.dtype) for x in objects)
+    where = at_hand[0].device  # type: ignore[union-attr]
+    return Replay(devices.pop(), where, used, kinds, size, offsets, stream_of, tuple(steps), pick)

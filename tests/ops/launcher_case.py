@@ -101,7 +101,7 @@ def main() -> None:
                 assert list(noted) == wanted, (size, list(noted), wanted)
             assert (plan["one"] is plans.UNBOUND) == deeper
     assert len(launcher._known) == 4, launcher._known
-    at_once = [found.run is found.compiled.run.launch for found in launcher._known.values()]
+    at_once = [found.run is found.compiled.run.launch for found, _ in launcher._known.values()]
     assert all(at_once), "Triton's launcher has gone before its function in C"
     print("the same")
 
