@@ -17,10 +17,11 @@ QUESTIONS = {
     Tensor.stride, Tensor.numel, Tensor.get_device, Tensor.is_contiguous, Tensor.data_ptr, Tensor.size, Tensor.dim,
     Tensor.__len__,
 }  # fmt: skip
-# Nothing but their arguments decides what these return, a tensor, and they change none.
+# Nothing but their arguments decides what these return, a tensor or several, and they change none.
 OPERATORS = {
-    Tensor.neg, Tensor.sub, Tensor.div, Tensor.gt, Tensor.log2, Tensor.sum, torch.where, Tensor.transpose, Tensor.view,
-    Tensor.unflatten, Tensor.contiguous, torch.zeros_like, Tensor.new_zeros,
+    Tensor.neg, Tensor.sub, Tensor.div, Tensor.gt, Tensor.log2, Tensor.sum, Tensor.to, Tensor.float, Tensor.contiguous,
+    Tensor.transpose, Tensor.view, Tensor.reshape, Tensor.unflatten, Tensor.mT.__get__, Tensor.__getitem__,
+    Tensor.matmul, Tensor.new_zeros, torch.mm, torch.where, torch.zeros_like, torch.split_with_sizes,
 }  # fmt: skip
 
 
@@ -30,7 +31,15 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     named: dict[str, Any]
-    result: Tensor
+    results: tuple[Tensor, ...]
+
+    @property
+    def first(self) -> Tensor | None:
+        """The tensor that this is called on, where all it does is to look at it from its beginning in another way."""
+        x, y = self.args[0] if self.args else None, self.results[0]
+        if not isinstance(x, Tensor) or len(self.results) > 1 or x.data_ptr() != y.data_ptr() or not y.numel():
+            return None
+        return x if x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() else None
 
 
 class Calls(TorchFunctionMode):
@@ -46,7 +55,8 @@ class Calls(TorchFunctionMode):
         if func in ALLOCATIONS:
             self.made.append(found)
         elif func in OPERATORS and not any(found is x for x in args):
-            self.noted.append(Call(func, args, kwargs or {}, found))
+            results = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+            self.noted.append(Call(func, args, kwargs or {}, results))
         elif func not in QUESTIONS and func not in OPERATORS:
             self.others += 1
         return found

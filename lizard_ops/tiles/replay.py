@@ -19,6 +19,7 @@ from lizard_ops.tiles.calls import Call, Calls, laid_out
 from lizard_ops.tiles.launcher import Prepared, is_hooked
 from lizard_ops.tiles.plans import Bound, Plan
 
+SEVERAL = (tuple, list)
 TRIES = 3  # another thread's launches may have been in between
 Found = TypeVar("Found", Tensor, tuple[Tensor | None, ...])
 
@@ -109,8 +110,9 @@ def again(plan: Plan, replay: Replay, tensors: Sequence[Any]) -> Any:
             for i, which in fills:  # type: ignore[misc]
                 values[i] = there[which]
             x = function(*values, **named)
-            there.append(x)
-            addresses.append(x.data_ptr())
+            for y in x if type(x) in SEVERAL else (x,):
+                there.append(y)
+                addresses.append(y.data_ptr())
     return outputs(there)
 
 
@@ -142,48 +144,68 @@ def replay_of(
 ) -> Replay | None:
     """The steps noted, launches and ``Call``s, of an op that was given these tensors, made those and returned what it
     found; None where a step or the caller has another."""
-    used = tuple(i for i, x in enumerate(given) if x is not None)
-    calls = [step for step in noted if type(step) is Call]
-    devices = {step[1].device for step in noted if type(step) is not Call}
     outputs = list(found) if isinstance(found, tuple) else [found]
-    alone = {id(x) for x in outputs} | {id(x) for call in calls for x in call.args}
+    wanted = {id(x) for x in outputs} | {id(x) for step in noted if type(step) is Call for x in step.args}
+    base = {  # of views that only launches have: what they are of
+        id(step.results[0]): x
+        for step in noted
+        if type(step) is Call and id(step.results[0]) not in wanted and (x := step.first) is not None
+    }
+    noted = [step for step in noted if type(step) is not Call or id(step.results[0]) not in base]
+    wanted = {id(x) for x in outputs} | {id(x) for step in noted if type(step) is Call for x in step.args}
     lives: dict[int, tuple[int, int]] = {}  # of what is made: the first launch that has it, and the last
     for n, step in enumerate(noted):
         for x in () if type(step) is Call else step[2]:
+            x = base.get(id(x), x)
             lives[id(x)] = lives.get(id(x), (n, n))[0], n
-    objects = [x for x in made if id(x) in alone]
-    between = [x for x in made if id(x) not in alone and id(x) in lives and x.numel()]
+    used = tuple(i for i, x in enumerate(given) if x is not None)
+    objects = [x for x in made if id(x) in wanted]
+    between = [x for x in made if id(x) not in wanted and id(x) in lives and x.numel()]
     offsets, size = laid_out([(x.untyped_storage().nbytes(), *lives[id(x)]) for x in between])
-    at_hand = [*(given[i] for i in used), *objects]
-    results = [call.result for call in calls]
+    at_hand: list[Any] = [*(given[i] for i in used), *objects]
+    results = [x for step in noted if type(step) is Call for x in step.results]
     tensor_at = {id(x): n for n, x in enumerate([*at_hand, None, *results])}
     address_at = {id(x): n for n, x in enumerate([*at_hand, *between, *results])}
-    steps: list[Launch | Operator] = []
-    for step in noted:
-        if type(step) is Call:
-            tensors = [(i, tensor_at.get(id(x))) for i, x in enumerate(step.args) if isinstance(x, Tensor)]
-            values = [None if isinstance(x, Tensor) else x for x in step.args]
-            steps.append(Operator(step.function, values, tensors, step.named))  # type: ignore[arg-type]
-            if any(which is None for _, which in tensors):
-                return None
-            continue
-        _, bound, tensors = step
-        values, fills = bound.values.copy(), []
-        for (i, behind), x in zip(bound.places, (x for x in tensors if x is not None), strict=True):
-            if x.numel() == 0:
-                values[i] = 0 if behind is None else (0, *behind)
-            elif (which := address_at.get(id(x))) is None:
-                return None
-            else:
-                fills.append((i, which, behind))
-        steps.append(Launch(bound.prepared, bound.programs, values, fills))
-    wanted = [tensor_at.get(id(x)) for x in outputs]
-    if len(devices) != 1 or not used or any(which is None for which in wanted):
-        return None
-    stream_of = next(step.prepared.stream_of for step in steps if type(step) is Launch)
-    pick: Any = itemgetter(*wanted)
-    if isinstance(found, tuple) and len(wanted) < 2:
+    steps = [
+        operator_of(step, tensor_at) if type(step) is Call else launch_of(step, address_at, base) for step in noted
+    ]
+    devices, picked = (
+        {step[1].device for step in noted if type(step) is not Call},
+        [tensor_at.get(id(x)) for x in outputs],
+    )
+    if (
+        len(devices) != 1
+        or not used
+        or None in steps
+        or None in picked
+        or (isinstance(found, tuple) and len(found) < 2)
+    ):
         return None
     kinds = tuple((x.shape, x.stride(), x.dtype) for x in objects)
-    where = at_hand[0].device  # type: ignore[union-attr]
-    return Replay(devices.pop(), where, used, kinds, size, offsets, stream_of, tuple(steps), pick)
+    stream_of = next(step.prepared.stream_of for step in steps if type(step) is Launch)
+    pick: Any = itemgetter(*picked)
+    return Replay(devices.pop(), at_hand[0].device, used, kinds, size, offsets, stream_of, tuple(steps), pick)  # type: ignore[arg-type]
+
+
+def operator_of(call: Call, tensor_at: dict[int, int]) -> Operator | None:
+    """tensor_at: where tensors are. None where one is elsewhere."""
+    fills = [(i, tensor_at.get(id(x))) for i, x in enumerate(call.args) if isinstance(x, Tensor)]
+    others: list[Any] = [None if isinstance(x, Tensor) else x for x in call.args]
+    inside = [y for x in others if isinstance(x, (tuple, list)) for y in x] + list(call.named.values())
+    if any(which is None for _, which in fills) or any(isinstance(x, Tensor) for x in inside):
+        return None
+    return Operator(call.function, others, fills, call.named)  # type: ignore[arg-type]
+
+
+def launch_of(step: tuple[str, Bound, Sequence[Tensor | None]], address_at: dict[int, int], base: Any) -> Launch | None:
+    """address_at: where addresses are. base: of views. None where a tensor is elsewhere."""
+    _, bound, tensors = step
+    values, fills = bound.values.copy(), []
+    for (i, behind), x in zip(bound.places, (x for x in tensors if x is not None), strict=True):
+        if x.numel() == 0:
+            values[i] = 0 if behind is None else (0, *behind)
+        elif (which := address_at.get(id(base.get(id(x), x)))) is None:
+            return None
+        else:
+            fills.append((i, which, behind))
+    return Launch(bound.prepared, bound.programs, values, fills)
