@@ -16,45 +16,33 @@ from torch import Tensor
 from lizard_ops import tuning
 from lizard_ops.tiles import launcher
 from lizard_ops.tiles.calls import Call, Calls, laid_out
-from lizard_ops.tiles.launcher import Prepared, is_hooked
+from lizard_ops.tiles.launcher import is_hooked
 from lizard_ops.tiles.plans import Bound, Plan
+from lizard_ops.tiles.table import Behind, Launch, Operator, Table, without_memory
 
 SEVERAL = (tuple, list)
 TRIES = 3  # another thread's launches may have been in between
 Found = TypeVar("Found", Tensor, tuple[Tensor | None, ...])
 
 
-class Launch(NamedTuple):
-    """A launch."""
-
-    prepared: Prepared
-    programs: int
-    values: list[Any]
-    fills: list[tuple[int, int, tuple[Any, ...] | None]]  # an argument, which address it is, what stands behind it
-
-
-class Operator(NamedTuple):
-    """A function of PyTorch."""
-
-    function: Callable[..., Any]
-    values: list[Any]
-    fills: list[tuple[int, int]]  # an argument, which tensor it is
-    named: dict[str, Any]
-
-
 class Replay(NamedTuple):
-    """The steps of an op. Its tensors: those given, those made one by one, None, what operators return. Its addresses:
-    those of tensors given and made, of places in the memory in between, of what operators return."""
+    """The steps of an op.
+
+    Its tensors: those given, those made one by one, None, what operators return. Its table, of which launches pick
+    their arguments: the addresses of tensors given and made and of places in the memory in between, the stream, those
+    of what operators return, all constants, and addresses with what stands behind them in an argument.
+    """
 
     device: int
-    where: torch.device
     used: tuple[int, ...]  # of the tensors given
-    made: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
-    size: int  # bytes of the memory in between
+    made: tuple[Tensor, ...]  # like these, which have no memory
+    memory: Tensor | None  # in between, like this one
     offsets: tuple[int, ...]
     stream_of: Any
+    constants: list[Any]  # the table behind the stream, with places for the addresses of what operators return
+    groups: list[tuple[int, Behind]]
     steps: tuple[Launch | Operator, ...]
-    outputs: Any  # of the list of tensors
+    outputs: Any  # of the tensors
 
 
 def replayed(plan: Plan, tensors: Any, op: Callable[[Any], Found]) -> Found:
@@ -74,45 +62,52 @@ def replayed(plan: Plan, tensors: Any, op: Callable[[Any], Found]) -> Found:
 
 def again(plan: Plan, replay: Replay, tensors: Sequence[Any]) -> Any:
     """What the op returns; None where this call is to go through it."""
-    device, where, used, made, size, offsets, stream_of, steps, outputs = replay
+    device, used, made, memory, offsets, stream_of, constants, groups, steps, outputs = replay
     if plan.tuned is not tuning.active() or is_hooked() or (device >= 0 and device != torch._C._cuda_getDevice()):
         return None
-    there, addresses, low = [], [], 0
+    there, table, low = [], [], 0
     for i in used:
         x = tensors[i]
         address = x.data_ptr()
         low |= address
         there.append(x)
-        addresses.append(address)
+        table.append(address)
     if low & 15:
         return None
-    for shape, strides, dtype in made:
-        x = torch.empty_strided(shape, strides, dtype=dtype, device=where)
+    for like in made:
+        x = torch.empty_like(like)
         there.append(x)
-        addresses.append(x.data_ptr())
+        table.append(x.data_ptr())
     there.append(None)
-    if size:
-        memory = torch.empty_strided((size,), (1,), dtype=torch.uint8, device=where)
+    if memory is not None:
+        memory = torch.empty_like(memory)
         start = memory.data_ptr()
         for offset in offsets:
-            addresses.append(start + offset)  # noqa: PERF401  # a comprehension is a function before Python 3.12
-    stream = stream_of(device)
+            table.append(start + offset)  # noqa: PERF401  # a comprehension is a function before Python 3.12
+    table.append(stream_of(device))
+    at = len(table)  # of what the next operator returns
+    table += constants
+    for which, behind in groups:
+        table.append((table[which], *behind))  # noqa: PERF401
     for step in steps:
         if type(step) is Launch:
-            (_, run, fixed, grouped, _), programs, known, fills = step
-            values = known.copy()
-            for i, which, behind in fills:  # type: ignore[misc]
-                values[i] = addresses[which] if behind is None else (addresses[which], *behind)
-            run(programs, 1, 1, stream, *fixed, *(((*values,),) if grouped else values))
+            run, first, args, _ = step
+            if first is None:
+                run(*args(table))
+            else:
+                run(*first(table), args(table))
         else:
-            function, known, fills, named = step
+            function, known, fills, named, behind_it = step
             values = known.copy()
-            for i, which in fills:  # type: ignore[misc]
+            for i, which in fills:
                 values[i] = there[which]
             x = function(*values, **named)
             for y in x if type(x) in SEVERAL else (x,):
                 there.append(y)
-                addresses.append(y.data_ptr())
+                table[at] = y.data_ptr()
+                at += 1
+            for place, which, behind in behind_it:
+                table[place] = (table[which], *behind)
     return outputs(there)
 
 
@@ -165,47 +160,26 @@ def replay_of(
     at_hand: list[Any] = [*(given[i] for i in used), *objects]
     results = [x for step in noted if type(step) is Call for x in step.results]
     tensor_at = {id(x): n for n, x in enumerate([*at_hand, None, *results])}
-    address_at = {id(x): n for n, x in enumerate([*at_hand, *between, *results])}
-    steps = [
-        operator_of(step, tensor_at) if type(step) is Call else launch_of(step, address_at, base) for step in noted
-    ]
-    devices, picked = (
-        {step[1].device for step in noted if type(step) is not Call},
-        [tensor_at.get(id(x)) for x in outputs],
-    )
-    if (
-        len(devices) != 1
-        or not used
-        or None in steps
-        or None in picked
-        or (isinstance(found, tuple) and len(found) < 2)
-    ):
+    picked = [tensor_at.get(id(x)) for x in outputs]
+    devices = {step[1].device for step in noted if type(step) is not Call}
+    if len(devices) != 1 or not used or None in picked or (isinstance(found, tuple) and len(found) < 2):
         return None
-    kinds = tuple((x.shape, x.stride(), x.dtype) for x in objects)
-    stream_of = next(step.prepared.stream_of for step in steps if type(step) is Launch)
-    pick: Any = itemgetter(*picked)
-    return Replay(devices.pop(), at_hand[0].device, used, kinds, size, offsets, stream_of, tuple(steps), pick)  # type: ignore[arg-type]
-
-
-def operator_of(call: Call, tensor_at: dict[int, int]) -> Operator | None:
-    """tensor_at: where tensors are. None where one is elsewhere."""
-    fills = [(i, tensor_at.get(id(x))) for i, x in enumerate(call.args) if isinstance(x, Tensor)]
-    others: list[Any] = [None if isinstance(x, Tensor) else x for x in call.args]
-    inside = [y for x in others if isinstance(x, (tuple, list)) for y in x] + list(call.named.values())
-    if any(which is None for _, which in fills) or any(isinstance(x, Tensor) for x in inside):
-        return None
-    return Operator(call.function, others, fills, call.named)  # type: ignore[arg-type]
-
-
-def launch_of(step: tuple[str, Bound, Sequence[Tensor | None]], address_at: dict[int, int], base: Any) -> Launch | None:
-    """address_at: where addresses are. base: of views. None where a tensor is elsewhere."""
-    _, bound, tensors = step
-    values, fills = bound.values.copy(), []
-    for (i, behind), x in zip(bound.places, (x for x in tensors if x is not None), strict=True):
-        if x.numel() == 0:
-            values[i] = 0 if behind is None else (0, *behind)
-        elif (which := address_at.get(id(base.get(id(x), x)))) is None:
-            return None
+    address_at = {id(x): n for n, x in enumerate([*at_hand, *between, None, *results])}
+    address_at |= {view: address_at.get(id(x)) for view, x in base.items()}
+    table = Table(address_at, len(at_hand) + len(between), len(results))
+    picks = [None if type(step) is Call else table.places_of(*step[1:]) for step in noted]
+    likes, steps = [without_memory(x) for x in objects], []
+    for step, pick in zip(noted, picks, strict=True):
+        if type(step) is Call:
+            steps.append(table.operator(step, tensor_at))
         else:
-            fills.append((i, which, behind))
-    return Launch(bound.prepared, bound.programs, values, fills)
+            steps.append(None if pick is None else table.launch(step[1], pick))
+    if any(x is None for x in (*steps, *likes)):
+        return None
+    memory = without_memory(torch.empty(size, dtype=torch.uint8, device=at_hand[0].device)) if size else None
+    stream_of = next(step[1].prepared.stream_of for step in noted if type(step) is not Call)
+    outputs_of: Any = itemgetter(*picked)
+    return Replay(
+        devices.pop(), used, tuple(likes), memory, offsets, stream_of, table.constants, table.early, tuple(steps),
+        outputs_of,
+    )  # fmt: skip
