@@ -21,6 +21,7 @@ from lizard_ops.tiles.plans import Bound, Plan
 from lizard_ops.tiles.table import Behind, Launch, Operator, Table, without_memory
 
 SEVERAL = (tuple, list)
+MOST = 2**28  # bytes in between: with more the device takes longer than its host, and is better given them one by one
 TRIES = 3  # another thread's launches may have been in between
 Found = TypeVar("Found", Tensor, tuple[Tensor | None, ...])
 
@@ -162,7 +163,7 @@ def replay_of(
     tensor_at = {id(x): n for n, x in enumerate([*at_hand, None, *results])}
     picked = [tensor_at.get(id(x)) for x in outputs]
     devices = {step[1].device for step in noted if type(step) is not Call}
-    if len(devices) != 1 or not used or None in picked or (isinstance(found, tuple) and len(found) < 2):
+    if size > MOST or len(devices) != 1 or not used or None in picked or (isinstance(found, tuple) and len(found) < 2):
         return None
     address_at = {id(x): n for n, x in enumerate([*at_hand, *between, None, *results])}
     address_at |= {view: address_at.get(id(x)) for view, x in base.items()}

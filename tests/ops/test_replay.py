@@ -287,6 +287,14 @@ def test_other_operators_keep_an_op_as_it_is(between):
     assert len(calls) == 6 and plan.replay == replay.TRIES
 
 
+def test_an_op_with_much_in_between_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 500)
+    plan, op, calls = turns()
+    for _ in range(6):
+        replay.replayed(plan, Given(torch.randn(1, 1, 1, 8), *ANGLES), op)
+    assert len(calls) == 6 and plan.replay == replay.TRIES
+
+
 def test_memory_is_shared_by_what_does_not_live_at_once():
     generator = random.Random(0)
     for _ in range(50):
