@@ -58,13 +58,17 @@ class Row(NamedTuple):
 
 def hybrid_heads_triton(heads: Heads, known: Known) -> tuple[Tensor, AttentionState | None]:
     """(o, state)."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads):
-        return record_heads(*heads, known), None
+    if torch.is_grad_enabled():
+        for x in heads:
+            if x is not None and x.requires_grad:
+                return record_heads(*heads, known), None
     options = known.options
     if not options.output_final_state:
         return replayed(known.plan, heads, lambda x: launches(turned(x, known.plan), known.fused, False, known).o), None
-    x = turned(heads, known.plan)
-    inputs = HybridInputs(q=x.q, k=x.k, v=x.v, fq=x.fq, fk=x.fk, g=x.g, merge_bias=x.weight)
+    given = turned(heads, known.plan)
+    inputs = HybridInputs(
+        q=given.q, k=given.k, v=given.v, fq=given.fq, fk=given.fk, g=given.g, merge_bias=given.weight
+    )  # fmt: skip
     return chunk_hybrid_triton(inputs, options, known)
 
 
