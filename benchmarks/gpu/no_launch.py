@@ -86,7 +86,8 @@ def without_kernels(prepared: bool = False) -> Iterator[Launches]:
         run()
         known = {"compiled": None, "run": run, "stream_of": lambda device: 0, "rest": (), "grouped": False}
         fields = launchers[0].Prepared._fields  # commits to compare with may have others
-        return launchers[0].Prepared(**{name: known.get(name, ()) for name in fields})
+        found = launchers[0].Prepared(**{name: known.get(name, ()) for name in fields})
+        return found if "rest" in fields else (found, [])
 
     changed = []
     for module in _modules():

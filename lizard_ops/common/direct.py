@@ -52,30 +52,20 @@ def nobody_looks(*tensors: Tensor | None) -> bool:
     return not is_watched()
 
 
-def is_watched() -> bool:
-    """Whether a tracer, a mode or a transform sees the operators that are called now."""
-    return (  # ``is_traced``, written out: this is asked before every launch
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def is_in_mode() -> bool:
-    """Whether modes see the operators that are called now, and neither tracers nor transforms."""
-    return not is_traced() and torch._C._len_torch_dispatch_stack() > 0
-
-
-def is_traced() -> bool:
-    """Whether a tracer or a transform does."""
+def is_watched(by_modes: bool = True) -> bool:
+    """Whether a tracer, a transform or (``by_modes``) a mode sees the operators that are called now."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
+        or (by_modes and torch._C._len_torch_dispatch_stack() > 0)
     )
+
+
+def is_in_mode() -> bool:
+    """Whether modes see the operators that are called now, and neither tracers nor transforms."""
+    return not is_watched(by_modes=False) and torch._C._len_torch_dispatch_stack() > 0
 
 
 def recorded(function: Any) -> Callable[..., Any]:

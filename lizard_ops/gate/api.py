@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lizard_ops.common import checks
 from lizard_ops.common.autocast import without_autocast
-from lizard_ops.common.direct import PLAIN, is_in_mode, is_watched, nobody_looks
+from lizard_ops.common.direct import PLAIN, Looking, is_in_mode, who_looks
 from lizard_ops.common.dispatch import choose_impl
 from lizard_ops.common.kinds import Kinds
 from lizard_ops.gate.formula import gate_and_bias_formula
@@ -57,8 +57,10 @@ def gate_and_bias(
     given = (x, gate_weight, gate_bias, bias_weight, bias)
     _accepted.check(given, (temperature,), lambda: check_gate_and_bias(*given, temperature))
     double = x.dtype == torch.float64 or gate_weight.dtype == torch.float64
-    quiet = nobody_looks(*given)
-    recorded = not quiet and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    looking = who_looks(*(given[:4] if bias is None else given))
+    recorded = looking is Looking.AUTOGRAD
+    if looking is Looking.MORE:
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     many = impl == "auto" and (torch.compiler.is_compiling() or x.shape[0] * x.shape[1] > FEW)
     beyond = "float64 tensors" if double else "gradients" if recorded else None
     if not many and choose_impl(impl, x, beyond) == "triton":
@@ -66,20 +68,20 @@ def gate_and_bias(
 
         return gate_and_bias_triton(*given, float(temperature))
     with without_autocast(x):
-        if impl == "auto" and x.dtype == torch.bfloat16 and not double and takes_parts(given, recorded, quiet):
+        if impl == "auto" and x.dtype == torch.bfloat16 and not double and takes_parts(given, recorded, looking):
             from lizard_ops.gate.parts import gate_and_bias_in_parts
 
-            return gate_and_bias_in_parts(*given, temperature, quiet)
+            return gate_and_bias_in_parts(*given, temperature, looking is Looking.NOBODY)
         return gate_and_bias_formula(x if double else x.float(), *given[1:], temperature)
 
 
-def takes_parts(given: tuple[Tensor | None, ...], recorded: bool, quiet: bool) -> bool:
+def takes_parts(given: tuple[Tensor | None, ...], recorded: bool, looking: Looking) -> bool:
     """Whether these are plain tensors on a GPU, no gradient of which is recorded where somebody looks at operators, and
-    that no tracer or transform has. quiet: nobody looks at all."""
-    if not quiet and not all(t is None or type(t) in PLAIN for t in given):
-        return False
-    if not quiet and is_watched() and (recorded or not is_in_mode()):
-        return False
+    that no tracer or transform has. looking: who does."""
+    if looking is Looking.MORE:
+        plain = all(t is None or type(t) in PLAIN for t in given)
+        if not plain or recorded or not is_in_mode():
+            return False
     return choose_impl("auto", given[0], None) == "triton"  # type: ignore[arg-type]
 
 

@@ -7,7 +7,8 @@ float32, which a GPU forms on slower units and from a float32 copy of the tokens
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -19,8 +20,8 @@ from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.sizes import cdiv, power_of_2
 from lizard_ops.gate.formula import gate_and_bias_formula
 from lizard_ops.gate.triton_op import log_sigmoid
-from lizard_ops.tiles.launcher import launch_kernel
 from lizard_ops.tiles.plans import Arguments, Plan, launch_planned
+from lizard_ops.tiles.replay import replayed
 
 COLUMNS = 1024  # of a weight's row that a program splits
 NUMBERS = 4096  # of outputs that a program has in registers
@@ -106,10 +107,43 @@ def rows_of(columns: int) -> dict[str, int]:
     return {"BN": max(1, min(64, NUMBERS // wide)), "BC": wide}
 
 
-def outputs(
-    x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Read(NamedTuple):
+    """The tensors of a call."""
+
+    x: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor
+    bias_weight: Tensor
+    bias: Tensor | None
+
+
+class Back(NamedTuple):
+    """Those of its backward: what it has read and left, and the gradients that come in."""
+
+    x: Tensor
+    z: Tensor
+    parts: Tensor
+    dg: Tensor
+    dm: Tensor
+
+
+def outputs(given: Read, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """g, m, and what the backward reads: the logits of the gates, and the parts of the weights."""
+    x, gate_weight, gate_bias, bias_weight, bias = given
+    steps = (
+        x.stride(),
+        gate_weight.stride(),
+        bias_weight.stride(),
+        gate_bias.stride(),
+        None if bias is None else bias.stride(),
+    )
+    plan = plan_of(x.shape, len(gate_weight), len(bias_weight), steps, bias is None, float(temperature), x.device)
+    return cast(Any, replayed(plan, given, lambda given: launched(given, float(temperature), plan)))
+
+
+def launched(given: Read, temperature: float, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``outputs``. plan: of such calls."""
+    x, gate_weight, gate_bias, bias_weight, bias = given
     (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
     tokens, columns = batch * length, gates + biases
     g = x.new_empty(batch, length, gates, dtype=torch.float32)
@@ -118,7 +152,6 @@ def outputs(
     parts = x.new_empty(4 * columns, dim)
     if not tokens:
         return g, m, z, parts
-    plan = plan_of(tokens, dim, gates, biases, bias is None, float(temperature), x.device)
     of_parts = (gate_weight.contiguous(), bias_weight.contiguous(), parts)
 
     def split() -> Arguments:
@@ -131,16 +164,61 @@ def outputs(
 
         def finish() -> Arguments:
             tile = rows_of(columns)
-            args = (*of_outputs, tokens, float(temperature), gates, columns, tile["BN"], tile["BC"])
+            args = (*of_outputs, tokens, temperature, gates, columns, tile["BN"], tile["BC"])
             return cdiv(tokens, tile["BN"]), args, {}
 
         launch_planned(plan, "outputs", outputs_kernel, of_outputs, finish)
     return g, m, z, parts
 
 
+def gradients(
+    given: Back, gates: int, temperature: float, needed: Sequence[bool], with_bias: bool
+) -> tuple[Tensor | None, ...]:
+    """Those of x, of both of the gates and both of the biases; None for what is not needed. gates: how many of the rows
+    of weights are theirs."""
+    steps = (given.x.stride(), given.dg.stride(), given.dm.stride())
+    about = (given.x.shape, given.parts.shape, steps, gates, temperature, (*needed,), with_bias, given.x.device)
+    plan = plan_of("back", *about)
+    return replayed(plan, given, lambda given: launched_back(given, gates, temperature, needed, with_bias, plan))
+
+
+def launched_back(
+    given: Back, gates: int, temperature: float, needed: Sequence[bool], with_bias: bool, plan: Plan
+) -> tuple[Tensor | None, ...]:
+    """``gradients``. plan: of such calls."""
+    x, z, of_weights, dg, dm = given
+    (batch, length, dim), columns = x.shape, len(of_weights) // 4
+    tokens, rows = batch * length, [gates, columns - gates]
+    total = x.new_empty(tokens, columns, dtype=torch.float32)
+    parts = x.new_empty(tokens, 4 * columns)
+    tensors = (z, dg.contiguous(), dm.contiguous(), total, parts)
+
+    def arguments() -> Arguments:
+        tile = rows_of(columns)
+        args = (*tensors, tokens, temperature, gates, columns, tile["BN"], tile["BC"])
+        return cdiv(tokens, tile["BN"]), args, {}
+
+    if tokens:
+        with on_device(x, dim=dim):
+            launch_planned(plan, "back", gradient_parts_kernel, tensors, arguments)
+    of_x, *of_others = needed
+    dx = None
+    if of_x:  # high, high and middle of the weights
+        dx = (parts[:, : 3 * columns] @ of_weights[: 3 * columns]).view(x.shape)
+    d_weight: Any = (None, None)
+    d_bias: Any = (None, None)
+    if of_others[0] or of_others[2]:
+        whole = product(parts[:, columns:].mT, x.reshape(tokens, dim)).view(3, columns, dim).sum(0)
+        d_weight = torch.split_with_sizes(whole, rows)
+    if of_others[1] or of_others[3]:
+        d_bias = torch.split_with_sizes(total.sum(0), rows)
+    return dx, d_weight[0], d_bias[0], d_weight[1], d_bias[1] if with_bias else None
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_of(*facts: Any) -> Plan:
-    """The launches of these sizes, float32 weights and tokens of bfloat16 with the same temperature and device."""
+    """The launches of calls of these sizes and strides, float32 weights and tokens of bfloat16 with the same
+    temperature and device."""
     return Plan()
 
 
@@ -149,7 +227,7 @@ def unrecorded(
     x: Tensor, gate_weight: Tensor, gate_bias: Tensor, bias_weight: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """g and m without a gradient, as one operator for whoever looks at operators: the bits of ``_InParts``."""
-    return outputs(x, gate_weight, gate_bias, bias_weight, bias, temperature)[:2]
+    return outputs(Read(x, gate_weight, gate_bias, bias_weight, bias), temperature)[:2]
 
 
 @unrecorded.register_fake
@@ -164,9 +242,9 @@ def gate_and_bias_in_parts(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``gate_and_bias`` of bfloat16 x [B, T, D], checked, on Triton; differentiable any number of times. quiet: nobody
     looks, and nothing is recorded."""
-    given = (x, gate_weight, gate_bias, bias_weight, bias)
+    given = Read(x, gate_weight, gate_bias, bias_weight, bias)
     if quiet:
-        return outputs(*given, temperature)[:2]
+        return outputs(given, temperature)[:2]
     if is_watched():  # by a mode, where nothing is recorded: ``takes_parts``
         return unrecorded(*given, float(temperature))
     return record_parts(*given, temperature)
@@ -174,47 +252,25 @@ def gate_and_bias_in_parts(
 
 class _InParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-        gate_weight, gate_bias, bias_weight, bias, temperature = given
-        g, m, z, parts = outputs(x, *given)
-        ctx.save_for_backward(x, gate_weight, gate_bias, bias_weight, bias, z, parts)
-        ctx.temperature = temperature
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.temperature = given
+        g, m, z, parts = outputs(Read(*tensors), ctx.temperature)
+        ctx.save_for_backward(*tensors, z, parts)
         return g, m
 
     @staticmethod
     def backward(ctx: Any, dg: Tensor, dm: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_weight, gate_bias, bias_weight, bias, z, of_weights = ctx.saved_tensors
+        *given, z, of_weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # the same, as functions of the inputs
-            return _again((x, gate_weight, gate_bias, bias_weight, bias), ctx, dg, dm)
-        (batch, length, dim), gates, biases = x.shape, gate_weight.shape[0], bias_weight.shape[0]
-        tokens, columns = batch * length, gates + biases
-        total = x.new_empty(tokens, columns, dtype=torch.float32)
-        parts = x.new_empty(tokens, 4 * columns)
-        if tokens:
-            tile = rows_of(columns)
-            with on_device(x, dim=dim):
-                launch_kernel(
-                    gradient_parts_kernel, cdiv(tokens, tile["BN"]),
-                    z, dg.contiguous(), dm.contiguous(), total, parts, tokens, float(ctx.temperature),
-                    G=gates, C=columns, **tile,
-                )  # fmt: skip
-        of_x, *needed = ctx.needs_input_grad[:5]
-        dx = None
-        if of_x:  # high, high and middle of the weights
-            dx = (parts[:, : 3 * columns] @ of_weights[: 3 * columns]).view(x.shape)
-        d_weight = d_bias = (None, None)
-        if needed[0] or needed[2]:
-            whole = product(parts[:, columns:].mT, x.reshape(tokens, dim)).view(3, columns, dim).sum(0)
-            d_weight = whole.split([gates, biases])
-        if needed[1] or needed[3]:
-            d_bias = total.sum(0).split([gates, biases])
-        return dx, d_weight[0], d_bias[0], d_weight[1], None if bias is None else d_bias[1], None
+            return _again(given, ctx, dg, dm)
+        back, needed = Back(given[0], z, of_weights, dg, dm), ctx.needs_input_grad[:5]
+        return *gradients(back, len(given[1]), float(ctx.temperature), needed, given[4] is not None), None
 
 
 record_parts = recorded(_InParts)
 
 
-def _again(given: tuple[Tensor | None, ...], ctx: Any, dg: Tensor, dm: Tensor) -> tuple[Tensor | None, ...]:
+def _again(given: Sequence[Tensor | None], ctx: Any, dg: Tensor, dm: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, differentiable."""
     x, gate_weight, gate_bias, bias_weight, bias = cast(Any, given)
     outputs = gate_and_bias_formula(x.float(), gate_weight, gate_bias, bias_weight, bias, ctx.temperature)

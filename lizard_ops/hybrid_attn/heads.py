@@ -78,8 +78,7 @@ def hybrid_heads(
         ValueError: as the three.
     """
     heads = Heads(q, k, v, query_map, key_map, cos, sin, g, merge_bias)
-    kind = _kind(heads, window, choices)
-    known = None if kind is None else _known.get(kind)
+    kind, known = _find(heads, window, choices)
     if known is not None and not _needs_more(heads, choices):
         from lizard_ops.hybrid_attn.triton.heads import hybrid_heads_triton
 
@@ -99,10 +98,11 @@ def hybrid_heads(
     return found
 
 
-def _kind(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Any, ...] | None:
-    """All that the checks of shapes and the launches read; None where somebody looks, or it cannot be remembered."""
+def _find(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[tuple[Any, ...] | None, Known | None]:
+    """All that the checks of shapes and the launches read, None where somebody looks or it cannot be remembered; and
+    what is known of it."""
     if is_watched():  # torch.compile must not look at what is known: it would compile again where that has grown
-        return None
+        return None, None
     facts: list[Any] = []
     for x in heads:
         if x is None:
@@ -110,13 +110,12 @@ def _kind(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Any, ...]
         elif type(x) in PLAIN:
             facts += (x.shape, x.stride(), x.dtype, x.device)
         else:
-            return None
+            return None, None
     kind = (*facts, window, type(window), *choices.items(), *map(type, choices.values()))
     try:
-        hash(kind)
+        return kind, _known.get(kind)
     except TypeError:  # a list among the choices
-        return None
-    return kind
+        return None, None
 
 
 def _needs_more(heads: Heads, choices: dict[str, Any]) -> bool:

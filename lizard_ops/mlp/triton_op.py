@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -13,8 +13,8 @@ from lizard_ops.common.direct import Looking, is_watched, recorded
 from lizard_ops.common.dispatch import on_device
 from lizard_ops.common.flat import differentiable_once
 from lizard_ops.common.sizes import cdiv, power_of_2
-from lizard_ops.tiles.launcher import launch_kernel
-from lizard_ops.tiles.plans import Arguments, launch_planned, plan_of
+from lizard_ops.tiles.plans import Arguments, Plan, launch_planned, plan_of
+from lizard_ops.tiles.replay import replayed
 
 COLUMNS = 1024  # of a program
 
@@ -62,20 +62,37 @@ def product(gate: Tensor, up: Tensor) -> Tensor:
     return launch(gate, up)
 
 
+class Halves(NamedTuple):
+    """The tensors of a call, and in its backward."""
+
+    gate: Tensor
+    up: Tensor
+    dy: Tensor | None = None
+
+
 def launch(gate: Tensor, up: Tensor, known: dict[Any, Any] | None = None) -> Tensor:
     """``product``. known: of calls like this one, which differ in strides at most."""
-    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    given = Halves(gate, up)
+    if known is None or not gate.numel():
+        return launched(given, None)
+    plan: Any = plan_of(known, (gate.stride(), up.stride()))
+    return replayed(plan, given, lambda given: launched(given, plan))
+
+
+def launched(given: Halves, plan: Plan | None) -> Tensor:
+    """``launch``. plan: of calls with these strides."""
+    y = torch.empty_like(given.gate, memory_format=torch.contiguous_format)
     if y.numel():
-        gate, up = as_rows(gate), as_rows(up)
-        steps = (gate.stride(0), up.stride(0))
+        gate, up = as_rows(given.gate), as_rows(given.up)
 
         def arguments() -> Arguments:
             rows, columns = gate.shape
             block = min(COLUMNS, power_of_2(columns))
-            return rows * cdiv(columns, block), (gate, up, y, *steps, columns, block), {"num_warps": 4}
+            args = (gate, up, y, gate.stride(0), up.stride(0), columns, block)
+            return rows * cdiv(columns, block), args, {"num_warps": 4}
 
         with on_device(gate):
-            launch_planned(plan_of(known, steps), "product", silu_product_kernel, (gate, up, y), arguments)
+            launch_planned(plan, "product", silu_product_kernel, (gate, up, y), arguments)
     return y
 
 
@@ -87,17 +104,34 @@ def _(gate, up):
 @torch.library.custom_op("lizard_ops::silu_product_backward", mutates_args=())
 def product_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, like them."""
-    d_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return gradients(gate, up, dy)
+
+
+def gradients(gate: Tensor, up: Tensor, dy: Tensor, known: dict[Any, Any] | None = None) -> tuple[Tensor, Tensor]:
+    """``product_backward``. known: as for ``launch``."""
+    given = Halves(gate, up, dy)
+    if known is None or not gate.numel():
+        return launched_back(given, None)
+    plan: Any = plan_of(known, (gate.stride(), up.stride(), dy.stride()))
+    return replayed(plan, given, lambda given: launched_back(given, plan))
+
+
+def launched_back(given: Halves, plan: Plan | None) -> tuple[Tensor, Tensor]:
+    """``gradients``. plan: of calls with these strides."""
+    d_gate = torch.empty_like(given.gate, memory_format=torch.contiguous_format)
     d_up = torch.empty_like(d_gate)
     if d_gate.numel():
-        gate, up, dy = as_rows(gate), as_rows(up), as_rows(dy)
-        rows, columns = gate.shape
-        block = min(COLUMNS, power_of_2(columns))
+        gate, up, dy = as_rows(given.gate), as_rows(given.up), as_rows(cast(Tensor, given.dy))
+        tensors = (gate, up, dy, d_gate, d_up)
+
+        def arguments() -> Arguments:
+            rows, columns = gate.shape
+            block = min(COLUMNS, power_of_2(columns))
+            args = (*tensors, gate.stride(0), up.stride(0), dy.stride(0), columns, block)
+            return rows * cdiv(columns, block), args, {"num_warps": 4}
+
         with on_device(gate):
-            launch_kernel(
-                silu_product_backward_kernel, rows * cdiv(columns, block),
-                gate, up, dy, d_gate, d_up, gate.stride(0), up.stride(0), dy.stride(0), F=columns, BF=block, num_warps=4
-            )  # fmt: skip
+            launch_planned(plan, "back", silu_product_backward_kernel, tensors, arguments)
     return d_gate, d_up
 
 
@@ -110,23 +144,31 @@ class _Product(torch.autograd.Function):
     """``product`` without the dispatch of a registered operator, which takes longer than the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, known: dict[Any, Any] | None) -> Tensor:
+        ctx.known = known
         ctx.save_for_backward(gate, up)
-        return launch(gate, up)
+        return launch(gate, up, known)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        quiet = not torch.is_grad_enabled() and not is_watched()
-        d_gate, d_up = (product_backward._init_fn if quiet else product_backward)(*ctx.saved_tensors, dy)
-        of_gate, of_up = ctx.needs_input_grad
-        return d_gate if of_gate else None, d_up if of_up else None
+        return *_backward(ctx, dy), None
+
+
+def _backward(ctx: Any, dy: Tensor) -> Any:
+    """Gradients of the arguments of ``product``."""
+    quiet = not torch.is_grad_enabled() and not is_watched()
+    gate, up = ctx.saved_tensors
+    d_gate, d_up = gradients(gate, up, dy, ctx.known) if quiet else product_backward(gate, up, dy)
+    of_gate, of_up, *_ = ctx.needs_input_grad
+    return d_gate if of_gate else None, d_up if of_up else None
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.known = None
     ctx.save_for_backward(*inputs)
 
 
-product.register_autograd(_Product.backward, setup_context=_save)
+product.register_autograd(_backward, setup_context=_save)
 differentiable_once(product_backward, "silu_product")
 record_product = recorded(_Product)
 
@@ -135,4 +177,4 @@ def silu_product_triton(gate: Tensor, up: Tensor, looking: Looking, known: dict[
     """The product. looking: at these tensors. known: of this kind of call."""
     if looking is Looking.NOBODY:
         return launch(gate, up, known)
-    return (record_product if looking is Looking.AUTOGRAD else product)(gate, up)
+    return record_product(gate, up, known) if looking is Looking.AUTOGRAD else product(gate, up)

@@ -36,18 +36,9 @@ class Prepared(NamedTuple):
     fixed: tuple[Any, ...]  # what it is given between the stream and the arguments
     grouped: bool  # whether it takes all arguments as one tuple
     stream_of: Any  # of the current streams, by device
-    rest: tuple[Any, ...]  # arguments that came by name
-
-    def launch(self, programs: int, device: int | None, values: list[Any]) -> None:
-        """Launch with these arguments, tensors by their addresses."""
-        _, run, fixed, grouped, stream_of, rest = self
-        if grouped:
-            run(programs, 1, 1, stream_of(device), *fixed, (*values, *rest))
-        else:
-            run(programs, 1, 1, stream_of(device), *fixed, *values, *rest)
 
 
-_known: dict[tuple[Any, ...], Prepared] = {}
+_known: dict[tuple[Any, ...], tuple[Prepared, list[Any]]] = {}  # with the arguments that came by name
 _unplanned = 0
 
 
@@ -102,7 +93,9 @@ def launch_kernel(kernel: Any, programs: int, *args: Any, **options: Any) -> Non
                 _known.clear()
             _known[key] = found
         return
-    found.launch(programs, device, values)
+    (_, run, fixed, grouped, stream_of), by_name = found
+    values += by_name
+    run(programs, 1, 1, stream_of(device), *fixed, *(((*values,),) if grouped else values))
 
 
 def unplanned() -> int:
@@ -132,18 +125,21 @@ def within(group: tuple[Any, ...], facts: list[Any]) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def prepare(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> Prepared | None:
-    """Launch as Triton does; what it has compiled, None where that is not there to be launched again."""
+def prepare(
+    kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Prepared, list[Any]] | None:
+    """Launch as Triton does; what it has compiled and the arguments that came by name, None where it is not there to be
+    launched again."""
     compiled = kernel[(programs,)](*args, **options)
     if not isinstance(compiled, CompiledKernel):
         return None
     by_name = kernel.signature.parameters
-    rest = tuple(options.get(name, by_name[name].default) for name in kernel.arg_names[len(args) :])
+    rest = [options.get(name, by_name[name].default) for name in kernel.arg_names[len(args) :]]
     if any(isinstance(x, (Tensor, tuple)) for x in rest):
         return None
     stream_of = driver.active.get_current_stream
     fixed = (compiled.function, compiled.packed_metadata, None, None, None)
-    return Prepared(compiled, *straight(compiled.run, fixed), stream_of, rest)
+    return Prepared(compiled, *straight(compiled.run, fixed), stream_of), rest
 
 
 def straight(run: Any, fixed: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], bool]:

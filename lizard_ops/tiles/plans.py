@@ -41,9 +41,7 @@ class Plan(dict[str, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.tuned = tuning.active()  # what the launches' configurations come from
-        self.noted: list[tuple[str, Bound, Sequence[Tensor | None]]] | None = (
-            None  # launches, while somebody notes them
-        )
+        self.noted: list[Any] | None = None  # launches, while somebody notes them: name, ``Bound``, tensors
         self.replay: Any = 0  # all of them at once, or how often they could not be
         _plans.add(self)
 
@@ -92,11 +90,8 @@ def launch_planned(
             low |= address
             values[i] = address if behind is None else (address, *behind)
         if not low & 15:
-            _, run, fixed, grouped, stream_of, rest = prepared  # ``prepared.launch``: this is called in every launch
-            if grouped:
-                run(programs, 1, 1, stream_of(device), *fixed, (*values, *rest))
-            else:
-                run(programs, 1, 1, stream_of(device), *fixed, *values, *rest)
+            _, run, fixed, grouped, stream_of = prepared
+            run(programs, 1, 1, stream_of(device), *fixed, *(((*values,),) if grouped else values))
             if (noted := plan.noted) is not None:
                 noted.append((name, bound, tensors))
             return
@@ -109,15 +104,17 @@ def launch_planned(
         plan[name] = describe(programs, args, options, tensors)
         launch_kernel(kernel, programs, *args, **options)
     elif (found := launcher.prepare(kernel, programs, args, options)) is not None:
-        plan[name] = bind(found, programs, args, tensors) or UNBOUND
+        plan[name] = bind(*found, programs, args, tensors) or UNBOUND
 
 
-def bind(prepared: Prepared, programs: int, args: Sequence[Any], tensors: Sequence[Tensor | None]) -> Bound | None:
+def bind(
+    prepared: Prepared, by_name: list[Any], programs: int, args: Sequence[Any], tensors: Sequence[Tensor | None]
+) -> Bound | None:
     """The launch without its tensors; None where one has been copied to have other strides, or some lies deeper in the
     arguments, or 16 does not divide its address."""
     wanted = [x for x in tensors if x is not None]
     found: list[Tensor] = []
-    values, places = list(args), []
+    values, places = [*args, *by_name], []
     for i, x in enumerate(args):
         if isinstance(x, Tensor):
             found.append(x)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from lizard_ops.tiles import launcher, plans
+from lizard_ops.tiles import launcher, plans, replay
 from lizard_ops.tiles.places import Stream
 from lizard_ops.tiles.strided import strided
 
@@ -57,6 +58,11 @@ def kernel(x, heads, rows, scale, nothing, stream, one, first, D: tl.constexpr, 
 NUMBERS = 13  # addresses, steps and counts; a 1, None and constants are compiled in
 
 
+class Given(NamedTuple):
+    x: torch.Tensor
+    heads: torch.Tensor
+
+
 def install(folder: str) -> ctypes.CDLL:
     """Make Triton launch for an H200 that is not there."""
     os.environ["TRITON_LIBCUDA_PATH"] = folder
@@ -84,9 +90,9 @@ def main() -> None:
 
     for size in (5, 48):
         for deeper in (False, True):
-            plan = plans.Plan()
+            plan, of_op = plans.Plan(), plans.Plan()
             ctypes.c_int.in_dll(library, "numbers").value = NUMBERS + deeper
-            for _ in range(3):
+            for _ in range(4):
                 args, named = arguments(size, deeper)
                 tensors = (args[0], args[1].ptr, args[5].lengths)
                 noted[:] = [0] * 64
@@ -99,9 +105,18 @@ def main() -> None:
                 noted[:] = [0] * 64
                 plans.launch_planned(plan, "one", kernel, tensors, lambda given=(3, args, named): given)
                 assert list(noted) == wanted, (size, list(noted), wanted)
+
+                def op(given, plan=of_op, tensors=tensors, args=args, named=named):
+                    plans.launch_planned(plan, "one", kernel, tensors, lambda: (3, args, named))
+                    return given.x
+
+                noted[:] = [0] * 64
+                replay.replayed(of_op, Given(args[0], args[1].ptr), op)
+                assert list(noted) == wanted, (size, list(noted), wanted)
+            assert (type(of_op.replay) is replay.Replay) != deeper
             assert (plan["one"] is plans.UNBOUND) == deeper
     assert len(launcher._known) == 4, launcher._known
-    at_once = [found.run is found.compiled.run.launch for found in launcher._known.values()]
+    at_once = [found.run is found.compiled.run.launch for found, _ in launcher._known.values()]
     assert all(at_once), "Triton's launcher has gone before its function in C"
     print("the same")
 

@@ -219,7 +219,7 @@ def test_the_launchers_own_function_is_called(grouped, monkeypatch):
     x = torch.ones(4)
     for _ in range(2):
         launcher.launch_kernel(kernel, 3, x, 1, SIZE=2)
-    (found,), (prepared,) = run.given, launcher._known.values()
+    (found,), ((prepared, _),) = run.given, launcher._known.values()
     assert prepared.run is run.launch
     del run.given[:]
     run(3, 1, 1, ("stream", -1), 7, "metadata", None, None, None, x.data_ptr(), 1, 2)

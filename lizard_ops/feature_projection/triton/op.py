@@ -119,8 +119,12 @@ def _(x, weight, dy, d_x, of_weight):
     return weight.new_empty(weight.shape if of_weight else (0,))
 
 
-def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Tensor | None, of_weight: bool) -> Tensor:
-    """dweight; fills dx, contiguous, if it is there. It may be d_x: a tile is read before it is written."""
+def gradients(
+    x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Tensor | None, of_weight: bool,
+    plan: Plan | None = None, name: str = "",
+) -> Tensor:  # fmt: skip
+    """dweight; fills dx, contiguous, if it is there. It may be d_x: a tile is read before it is written. plan: of a
+    known kind of call, in which the launches have this name."""
     x, dy, weight = rows(x), rows(dy), weight.contiguous()
     batch, length, heads = x.shape[:3]
     maps, tokens, tile = weight.shape[0], batch * length, blocks(*weight.shape[1:])
@@ -128,40 +132,43 @@ def gradients(x: Tensor, weight: Tensor, dy: Tensor, d_x: Tensor | None, dx: Ten
         d_weight = weight.new_empty(0)
     elif not tokens:
         d_weight = weight.new_zeros(weight.shape)
-    unit = math.gcd(8, *dy.stride()[:3])
-    y_strides = [step // unit for step in dy.stride()[:3]]
-    common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile
-    strides = (0, 0, 0) if d_x is None else d_x.stride()[:3]
     splits, steps = shares(tokens)
     of_x = dx is not None
     together = of_x and of_weight and x.dtype != torch.float32 and tile["F"] <= tile["BF"] and tile["BD"] <= 128
+    parts = weight.new_empty(splits, heads, *weight.shape[1:]) if of_weight and tokens else None
+
+    def arguments(kind: str) -> Arguments:
+        c, each, unit = config_for(kind, x, weight), tiles_each(tokens), math.gcd(8, *dy.stride()[:3])
+        of_dy, of_sum = [step // unit for step in dy.stride()[:3]], (0, 0, 0) if d_x is None else d_x.stride()[:3]
+        common = {"H": heads, "M": maps, "YU": unit, "PRECISION": precision(x)} | tile | c.launch
+        if kind == "both":
+            args = (x, dy, weight, d_x, dx, parts, tokens, length, *x.stride()[:3], *of_dy, *of_sum, steps)
+            return splits * heads, args, common | {"STAGES": c.stages}
+        if kind == "input":
+            args = (dy, weight, d_x, dx, tokens, length, *of_dy, *of_sum)
+            return cdiv(tokens, TOKENS * each) * heads, args, common | {"STEPS": each, "num_stages": c.stages}
+        args = (x, dy, parts, tokens, length, *x.stride()[:3], *of_dy, steps)
+        return splits * heads * cdiv(tile["F"], tile["BF"]), args, common | {"STAGES": c.stages}
+
     with on_device(x, dim=weight.shape[1], features=weight.shape[2]):
-        if of_weight and tokens:
-            parts = weight.new_empty(splits, heads, *weight.shape[1:])
         if together and tokens:
-            c = config_for("both", x, weight)
-            launch_kernel(
-                both_gradients_kernel, splits * heads,
-                x, dy, weight, d_x, dx, parts, tokens, length, *x.stride()[:3], *y_strides, *strides, steps,
-                STAGES=c.stages, **common, **c.launch,
-            )  # fmt: skip
+            tensors = (x, dy, weight, d_x, dx, parts)
+            launch_planned(plan, f"both {name}", both_gradients_kernel, tensors, lambda: arguments("both"))
         elif tokens and of_x:
-            c, each = config_for("input", x, weight), tiles_each(tokens)
-            launch_kernel(
-                input_gradient_kernel, cdiv(tokens, TOKENS * each) * heads,
-                dy, weight, d_x, dx, tokens, length, *y_strides, *strides, STEPS=each, num_stages=c.stages,
-                **common, **c.launch,
-            )  # fmt: skip
-        if of_weight and tokens:
+            tensors = (dy, weight, d_x, dx)
+            launch_planned(plan, f"input {name}", input_gradient_kernel, tensors, lambda: arguments("input"))
+        if parts is not None:
             if not together:
-                c = config_for("weight", x, weight)
-                launch_kernel(
-                    weight_gradient_kernel, splits * heads * cdiv(tile["F"], tile["BF"]),
-                    x, dy, parts, tokens, length, *x.stride()[:3], *y_strides, steps, STAGES=c.stages, **common,
-                    **c.launch,
-                )  # fmt: skip
-            d_weight = parts.unflatten(1, (maps, heads // maps)).sum((0, 2))
+                tensors = (x, dy, parts)
+                launch_planned(plan, f"weight {name}", weight_gradient_kernel, tensors, lambda: arguments("weight"))
+            d_weight = sum_of_parts(parts, maps)
     return d_weight
+
+
+def sum_of_parts(parts: Tensor, maps: int) -> Tensor:
+    """[M, D, F] of parts [splits, H, D, F], over splits and the heads of each map."""
+    splits, heads, *rest = parts.shape
+    return parts.view(splits, maps, heads // maps, *rest).sum((0, 2))
 
 
 def _setup_context(ctx, inputs, output):
@@ -238,42 +245,40 @@ def launch_both(
 
 
 def gradients_of_both(
-    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, dy_q: Tensor, dy_k: Tensor, dq: Tensor, dk: Tensor
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, dy_q: Tensor, dy_k: Tensor, dq: Tensor, dk: Tensor,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``gradients`` of queries and of keys, those of both weights; what comes to q and k is added to dq and dk,
-    contiguous. In one launch where half-precision tiles hold a row of both."""
+    contiguous. In one launch where half-precision tiles hold a row of both. plan: of a known kind of call."""
     batch, length, heads, dim = q.shape
     tokens, tile, key_heads = batch * length, blocks(*weight_q.shape[1:]), k.shape[2]
     units = [math.gcd(8, *dy.stride()[:3]) for dy in (dy_q, dy_k)]
     one = weight_q.shape[1:] == weight_k.shape[1:] and q.dtype == k.dtype != torch.float32 and units[0] == units[1]
     if not one or not tokens or tile["F"] > tile["BF"] or tile["BD"] > 128:
-        return gradients(q, weight_q, dy_q, dq, dq, True), gradients(k, weight_k, dy_k, dk, dk, True)
-    q, k, dy_q, dy_k, weight_q, weight_k = (
-        rows(q),
-        rows(k),
-        rows(dy_q),
-        rows(dy_k),
-        weight_q.contiguous(),
-        weight_k.contiguous(),
-    )
+        of_queries = gradients(q, weight_q, dy_q, dq, dq, True, plan, "queries")
+        return of_queries, gradients(k, weight_k, dy_k, dk, dk, True, plan, "keys")
+    q, k, dy_q, dy_k = rows(q), rows(k), rows(dy_q), rows(dy_k)
+    weight_q, weight_k = weight_q.contiguous(), weight_k.contiguous()
     splits, steps = shares(tokens)
     parts = [weight_q.new_empty(splits, n, *weight_q.shape[1:]) for n in (heads, key_heads)]
-    strides = [
-        step for x, dy, dx in ((q, dy_q, dq), (k, dy_k, dk))
-        for step in (*x.stride()[:3], *(s // units[0] for s in dy.stride()[:3]), *dx.stride()[:3])
-    ]  # fmt: skip
-    with on_device(q, dim=dim, features=tile["F"]):
+    tensors = (q, dy_q, weight_q, dq, parts[0], k, dy_k, weight_k, dk, parts[1])
+
+    def arguments() -> Arguments:
         c = config_for("both", q, weight_q)
-        launch_kernel(
-            gradients_of_both_kernel, splits * (heads + key_heads),
-            q, dy_q, weight_q, dq, parts[0], k, dy_k, weight_k, dk, parts[1], tokens, length, *strides,
-            steps, HQ=heads, MQ=weight_q.shape[0], HK=key_heads, MK=weight_k.shape[0],
-            first=splits * heads, YU=units[0], PRECISION=precision(q), STAGES=c.stages, **tile, **c.launch,
-        )  # fmt: skip
-    return tuple(
-        part.unflatten(1, (len(w), part.shape[1] // len(w))).sum((0, 2))
-        for part, w in zip(parts, (weight_q, weight_k), strict=True)
-    )
+        strides = [
+            step for x, dy, dx in ((q, dy_q, dq), (k, dy_k, dk))
+            for step in (*x.stride()[:3], *(s // units[0] for s in dy.stride()[:3]), *dx.stride()[:3])
+        ]  # fmt: skip
+        named = {
+            "HQ": heads, "MQ": weight_q.shape[0], "HK": key_heads, "MK": weight_k.shape[0], "first": splits * heads,
+            "YU": units[0], "PRECISION": precision(q), "STAGES": c.stages,
+        }  # fmt: skip
+        args = (*tensors, tokens, length, *strides, steps)
+        return splits * (heads + key_heads), args, named | tile | c.launch
+
+    with on_device(q, dim=dim, features=tile["F"]):
+        launch_planned(plan, "both", gradients_of_both_kernel, tensors, arguments)
+    return sum_of_parts(parts[0], len(weight_q)), sum_of_parts(parts[1], len(weight_k))
 
 
 class _ProjectTwo(torch.autograd.Function):

@@ -92,11 +92,11 @@ class Known:
     """A kind of call without a state that has been accepted: tensors of the same shapes, strides, dtypes and devices,
     and the same choices."""
 
-    __slots__ = ("_described", "_gradients", "fused", "options", "plan")
+    __slots__ = ("_described", "_gradients", "fused", "options", "plan", "recorded")
 
     def __init__(self, options: HybridOptions) -> None:
         self.options, self.fused = options, chosen(options)
-        self.plan = Plan()  # of the forward's launches
+        self.plan, self.recorded = Plan(), Plan()  # of the forward's launches, without gradients and with
         self._gradients: dict[Any, Plan] = {}  # of the backward's, by how the gradient comes in and what is asked for
         self._described: tuple[FusedShape, Stream] | None = None
 
@@ -106,11 +106,16 @@ class Known:
             self._described = describe(x, self.fused)
         return self._described
 
-    def plan_of_gradients(self, d_o: Tensor, saved: Sequence[Tensor | None], needed: tuple[bool, ...]) -> Plan:
-        """The launches of a backward of these calls. saved: to what hooks of saved tensors may give other strides."""
-        kind = (d_o.stride(), needed, *(None if x is None else (x.stride(), x.dtype) for x in saved))
-        if (plan := self._gradients.get(kind)) is None:
-            plan = self._gradients[kind] = Plan()
+    def plan_of_gradients(self, row: Sequence[Tensor | None], needed: tuple[bool, ...]) -> Plan:
+        """The launches of a backward of these calls. row: what was saved, to which hooks of saved tensors may give
+        other strides, and the gradient that comes in."""
+        kind: list[Any] = [needed]
+        for x in row:  # a loop: this is asked in every backward
+            if x is not None:
+                kind += (x.stride(), x.dtype)
+        found = tuple(kind)
+        if (plan := self._gradients.get(found)) is None:
+            plan = self._gradients[found] = Plan()
         return plan
 
 

@@ -86,10 +86,12 @@ class Launched(NamedTuple):
     masses: Masses
 
 
-def launches(x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None) -> Launched:
-    """Those of ``forward``."""
+def launches(
+    x: FusedInputs, options: FusedOptions, final: bool, known: Known | None = None, plan: Plan | None = None
+) -> Launched:
+    """Those of ``forward``. plan: of the launches, that of what is known if None."""
     shape, stream = describe(x, options) if known is None else known.described(x)
-    q, plan = x.q, None if known is None else known.plan
+    q, plan = x.q, known.plan if plan is None and known is not None else plan
     with on_device(q, dim=shape.dim, values=shape.value, features=shape.features):
         end_log = None
         if options.feature_map == "exp":
