@@ -21,7 +21,7 @@ from benchmarks.quality.ruler import KINDS
 OPEN = "not measured"
 TEACHERS = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b")  # folders of records, and what their rows call the teacher
 CHOSEN = "recommended"  # with kept keys
-BUDGET = "full"
+BUDGET, QUICK = "full", "quick"
 ROTATIONS = 4
 LETTERS = "ABCD"
 TASKS = (("PIQA", "piqa", "acc_norm"), ("HellaSwag", "hellaswag", "acc_norm"), ("ARC-easy", "arc_easy", "acc"),
@@ -76,7 +76,8 @@ def paper_page(folder: Path) -> str:
         "Written by `python -m benchmarks.quality paper` from the records in `quality/TEACHER/`; not to be edited. "
         "MMLU is 5-shot; by letter: the mean over the options in their order and rotated by one to three places; by "
         "continuation: the answer's text after the question. The paper's figures are of Llama-3-8B and Mistral-7B "
-        "(arXiv 2507.09025), scored by the letter. Those are other teachers: compare shares of the teacher. How "
+        "(arXiv 2507.09025), scored by the letter. Those are other teachers: compare shares of the teacher. Of two "
+        "budgets a teacher shows that with the most rows of its first table, never rows of both beside each other. How "
         'rows are run: [docs/quality.md](../../docs/quality.md), "Larger teachers".',
     ]
     for teacher in TEACHERS:
@@ -122,8 +123,17 @@ def write_paper(page: Path, results_page: Path, folder: Path) -> None:
 
 
 def results_of(folder: Path, teacher: str) -> Results:
-    """The records of a teacher. Raises ValueError for one of another teacher."""
-    path = folder / teacher / f"{BUDGET}.jsonl"
+    """The records of a teacher, of the budget with the most rows of the first table, the full one of two alike.
+
+    Raises ValueError for a record of another teacher.
+    """
+    names = [name for name, _ in shown_rows()]
+    found = [_records_of(folder, teacher, budget) for budget in (BUDGET, QUICK)]
+    return max(found, key=lambda results: sum(name in results.records for name in names))
+
+
+def _records_of(folder: Path, teacher: str, budget: str) -> Results:
+    path = folder / teacher / f"{budget}.jsonl"
     results = Results(path)
     for records in results.records.values():
         for record in records.values():

@@ -34,7 +34,16 @@ PRACTICE = {
 COMPOSED = {
     "merge-channel": ("hybrid", MERGE | WINDOW | {"gate": "channel", "decay": 0.02}),
 }
-DIMS = [(80, 1, BF16), (80, 1, FP32), (96, 3, BF16), (96, 3, FP16), (128, 4, BF16), (256, 8, BF16), (256, 2, FP16)]
+DIMS = [
+    (80, 1, BF16),
+    (80, 1, FP32),
+    (96, 3, BF16),
+    (96, 3, FP16),
+    (128, 4, BF16),
+    (128, 6, BF16),
+    (256, 8, BF16),
+    (256, 2, FP16),
+]
 
 
 def on_gpu(case, dtype):

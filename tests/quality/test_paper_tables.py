@@ -23,16 +23,16 @@ def letters(*accuracies: float) -> dict:
     return {f"mmlu_letters{turn}": {"acc": acc, "letters": counts} for turn, acc in enumerate(accuracies)}
 
 
-def write(folder, spec, value, metrics, **measures) -> None:
+def write(folder, spec, value, metrics, budget=FULL, **measures) -> None:
     trained = {"stage1": {}} if spec.stage1 else {}
     record = {
-        "settings": {"row": dataclasses.asdict(spec), "budget": dataclasses.asdict(FULL), "teacher": SMALL},
+        "settings": {"row": dataclasses.asdict(spec), "budget": dataclasses.asdict(budget), "teacher": SMALL},
         "measures": {"loss": loss(value), "tasks": {"metrics": metrics}, **measures},
         "stages": trained,
         "hashes": {},
         "environment": {"device": "a chip", "dtype": "bfloat16", "versions": {"torch": "1", "transformers": "2"}},
     }
-    merge_records(folder / SMALL / "full.jsonl", {spec.stem: record})
+    merge_records(folder / SMALL / f"{budget.name}.jsonl", {spec.stem: record})
 
 
 @pytest.fixture
@@ -79,6 +79,18 @@ def test_shares_are_of_the_teacher_and_the_gap_of_the_control(results):
     assert cells(rest, "m = 4, paper") == ["52.4", "57.6", "61.2", "44.6"]
     assert cells(rest, "100%") == ["66.6", "50.0% (100%)", "40.0% (100%)", "3.000"]
     assert "20.0M tokens of stage 1, 20.0M of stage 2; a chip" in head
+
+
+def test_the_budget_with_more_rows_is_shown_and_alone(results):
+    quick = BUDGETS["quick"]
+    for count, name in enumerate(("paper", "lolcats", "liger", "recommended-softmax-25", CHOSEN), 1):
+        spec = ROWS[name].spec(list(range(24)), 24)
+        write(results, spec, 3.7, letters(0.2, 0.2, 0.2, 0.2), budget=quick)
+        head = paper_page(results).partition(f"## {SMALL}")[2].partition("**Table 1")[0]
+        more = count > 4  # the full budget has the teacher, its control, one with kept keys and lolcats
+        assert cells(head, "MMLU by letter")[2] == ("20.0%" if more else "47.5%")
+        assert ("1.6M tokens of stage 1, 0.6M of stage 2" in head) == more
+        assert ("20.0M tokens of stage 1" in head) != more
 
 
 def test_every_row_of_the_tables_is_declared():

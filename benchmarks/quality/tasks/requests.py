@@ -114,7 +114,7 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    model: Any, requests: Requests, *, batch_tokens: int = 1 << 16, batch_rows: int = 1024, say: Say = silent
+    model: Any, requests: Requests, *, batch_tokens: int = 1 << 16, batch_rows: int = 512, say: Say = silent
 ) -> Scores:
     """Log-likelihood of every continuation under a causal language model, as lm-eval's HFLM computes it.
 
