@@ -25,8 +25,9 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
 
     model: the causal language model of a family in ``families.FAMILIES``. Its modules are shared, not copied: the
     teacher stays usable, and what trains or moves one moves the other. New parameters are float32, on the device of
-    the layer they join; feature maps start blind to the biases of q_proj and k_proj (``start_new_parameters``). On a GPU the weights of projections of one input are moved side by side (``model/joined.py``):
-    the same parameters at other addresses, which a CUDA graph of the teacher must not have been captured with.
+    the layer they join; feature maps start blind to the biases of q_proj and k_proj (``start_new_parameters``). On a
+    GPU the weights of projections of one input are moved side by side (``model/joined.py``): the same parameters at
+    other addresses, which a CUDA graph of the teacher must not have been captured with.
 
     Raises ValueError for another architecture, a model that is a Lizard already, one with adapters, wrapped modules or
     offloaded weights, an index in ``softmax_layers`` that the model does not have, or a window wider than the sliding

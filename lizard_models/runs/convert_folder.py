@@ -83,7 +83,8 @@ def linearize_folder(
             where |= dict.fromkeys(shard.shapes, name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.stage1.seed)
-            new = dict(_new_parameters(student, shards, dtype or chosen.dtype))
+            loaded: Any = dtype or chosen.dtype
+            new = dict(_new_parameters(student, shards, loaded))
         if new:
             say(f"{len(new)} new parameters -> {names[-1]}")
         save_file(new, draft / names[-1], metadata={"format": "pt"})

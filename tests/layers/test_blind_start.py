@@ -38,21 +38,28 @@ def test_biases_move_no_activation(choices):
         assert without.norm() > 0.6 * plain.norm()  # the rest of x is read still
 
 
-def test_what_has_no_bias_or_too_many_keeps_its_bits():
-    bits = {name: t.clone() for name, t in maps_of()[0].state_dict().items()}
-    for q_bias, k_bias in ((None, None), (torch.zeros(HEADS, DIM), None), (None, torch.full((KEY_HEADS, DIM), torch.nan))):
-        maps, _ = maps_of()
-        maps.start_blind_to(q_bias, k_bias)
-        assert all(torch.equal(t, bits[name]) for name, t in maps.state_dict().items())
+@pytest.mark.parametrize(
+    "k_bias", [None, torch.zeros(KEY_HEADS, DIM), torch.full((KEY_HEADS, DIM), torch.nan)], ids=["none", "zero", "nan"]
+)
+def test_only_maps_of_heads_with_a_bias_are_changed(k_bias):
     maps, _ = maps_of()
-    maps.start_blind_to(torch.eye(HEADS, DIM) * torch.tensor([1.0, 0, 0, 0])[:, None], None)
+    bits = {name: t.clone() for name, t in maps.state_dict().items()}
+    maps.start_blind_to(None, k_bias)
+    assert all(torch.equal(t, bits[name]) for name, t in maps.state_dict().items())
+    one = torch.zeros(HEADS, DIM)
+    one[2, 5] = 3.0
+    maps.start_blind_to(one, k_bias)
     moved = [not torch.equal(a, b) for a, b in zip(maps.query_map.weight, bits["query_map.weight"], strict=True)]
-    assert moved == [True, False, False, False] and torch.equal(maps.key_map.weight, bits["key_map.weight"])
+    assert moved == [False, False, True, False] and torch.equal(maps.key_map.weight, bits["key_map.weight"])
+    assert not maps.query_map.weight[2, 5].any()
 
-    wide = AttentionConfig(hidden_size=24, num_heads=12, num_key_heads=12, head_dim=DIM, feature_projection="shared")
-    maps = FeatureMaps(wide)
-    maps.start_blind_to(torch.randn(12, DIM), torch.ones(12, 1) * torch.randn(DIM))  # 12 directions of 16, and one
-    assert torch.equal(maps.query_map.weight[0], torch.eye(DIM)) and not torch.equal(maps.key_map.weight[0], torch.eye(DIM))
+
+def test_a_shared_map_of_more_directions_than_half_starts_as_ever():
+    heads = dict(hidden_size=24, num_heads=9, num_key_heads=9, head_dim=DIM)
+    maps = FeatureMaps(AttentionConfig(**heads, feature_projection="shared"))
+    maps.start_blind_to(torch.randn(9, DIM), torch.arange(1.0, 10)[:, None] * torch.randn(DIM))  # nine, and one
+    assert torch.equal(maps.query_map.weight[0], torch.eye(DIM))
+    assert not torch.equal(maps.key_map.weight[0], torch.eye(DIM))
 
 
 def test_maps_without_a_projection_are_left():
