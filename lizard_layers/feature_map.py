@@ -40,6 +40,25 @@ class HedgehogFeatureMap(Float32Module):
                 ).Q
                 self.weight[:, :, start : start + dim] = turns[:, :, : width - start].to(self.weight)
 
+    @torch.no_grad()
+    def start_blind_to(self, biases: Tensor) -> None:
+        """W <- (I - P) W, P the projection on the span of each map's ``biases`` [num_maps, n, D], in float64.
+
+        So (x + b) W = x (I - P) W: a vector b that is in every x, however long, moves no activation, and does not
+        saturate it. Biases that are zero or not finite are passed over, and a map without others keeps its bits. So
+        does one whose biases span more than half of the D dimensions: it would be blind to most of x too.
+        """
+        for i, rows in enumerate(biases.double().cpu()):
+            lengths = rows.norm(dim=-1)
+            rows = rows[(lengths > 0) & lengths.isfinite()]
+            if not len(rows):
+                continue
+            _, sizes, basis = torch.linalg.svd(rows / rows.norm(dim=-1, keepdim=True), full_matrices=False)
+            basis = basis[sizes > 1e-6 * sizes[0]]
+            if 2 * len(basis) <= rows.shape[-1]:
+                start = self.weight[i].double().cpu()
+                self.weight[i] = (start - basis.T @ (basis @ start)).to(self.weight)
+
     def forward(self, x: Tensor, reuse_gradient: bool = False) -> tuple[Tensor, Tensor]:
         return project_heads(x, self.weight, reuse_gradient=reuse_gradient)
 
@@ -77,6 +96,25 @@ class FeatureMaps(nn.Module):
         elif self.key_map is not None:
             (q, fq), (k, fk) = (self.query_map or self.key_map)(q, reuse_gradient), self.key_map(k, reuse_gradient)
         return (q, k, fq.softmax(-1), fk.softmax(-1)) if self.one_sided else (q, k, fq, fk)
+
+    def start_blind_to(self, q_bias: Tensor | None, k_bias: Tensor | None) -> None:
+        """Starts each map blind to the biases of the heads that it reads (``HedgehogFeatureMap.start_blind_to``).
+
+        q_bias [Hq, D], k_bias [Hk, D]: what is added to every token's queries and keys; None where nothing is. A map
+        of several heads, shared or tied, is started blind to all of theirs, or as ever where these are too many.
+        """
+        if self.key_map is None:
+            return
+        read = [(self.query_map or self.key_map, q_bias), (self.key_map, k_bias)]
+        for made in dict.fromkeys(of for of, _ in read):
+            maps = len(made.weight)
+            groups = [
+                bias.repeat_interleave(max(1, maps // len(bias)), 0).unflatten(0, (maps, -1))
+                for of, bias in read
+                if of is made and bias is not None
+            ]
+            if groups:
+                made.start_blind_to(torch.cat(groups, 1))
 
     def weights(self) -> tuple[Tensor, Tensor] | None:
         """Those of queries and of keys; None where there are none, or somebody sees what the maps are called with."""

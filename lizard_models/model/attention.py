@@ -43,6 +43,7 @@ class LizardAttention(nn.Module):
     is_causal: bool
     softcap: float | None = None  # bound of the scores
     joins = ("q_proj", "k_proj", "v_proj")
+    norms_heads = False  # whether ``heads`` norms queries and keys after their projections
     use_rope: bool | int = True  # a family with layers without positions sets it per layer
     q_proj: nn.Linear
     k_proj: nn.Linear

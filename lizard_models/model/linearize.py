@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lizard_models.config import LizardConfig
@@ -25,8 +25,9 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
 
     model: the causal language model of a family in ``families.FAMILIES``. Its modules are shared, not copied: the
     teacher stays usable, and what trains or moves one moves the other. New parameters are float32, on the device of
-    the layer they join. On a GPU the weights of projections of one input are moved side by side (``model/joined.py``):
-    the same parameters at other addresses, which a CUDA graph of the teacher must not have been captured with.
+    the layer they join; feature maps start blind to the biases of q_proj and k_proj (``start_new_parameters``). On a
+    GPU the weights of projections of one input are moved side by side (``model/joined.py``): the same parameters at
+    other addresses, which a CUDA graph of the teacher must not have been captured with.
 
     Raises ValueError for another architecture, a model that is a Lizard already, one with adapters, wrapped modules or
     offloaded weights, an index in ``softmax_layers`` that the model does not have, or a window wider than the sliding
@@ -58,7 +59,8 @@ def linearize(model: PreTrainedModel, config: LizardConfig) -> LizardCausalLM:
     rope = type(teacher_rope)(student.config).to(next(teacher_rope.buffers()).device)
     student.model.rotary_emb = with_far_positions(rope)
     for attention in student.lizard_attentions():
-        start_new_parameters(student, attention, attention.q_proj.weight.device)
+        biases = [getattr(part, "bias", None) for part in (attention.q_proj, attention.k_proj)]
+        start_new_parameters(student, attention, attention.q_proj.weight.device, *biases)
     join_projections(student.model.layers)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
@@ -88,13 +90,28 @@ def refuse_offloaded(model: nn.Module) -> None:
         )
 
 
-def start_new_parameters(student: LizardCausalLM, attention: LizardAttention, device: torch.device | str) -> None:
-    """Gives a layer's new parameters, now on the meta device, their starts on ``device``."""
+def start_new_parameters(
+    student: LizardCausalLM,
+    attention: LizardAttention,
+    device: torch.device | str,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+) -> None:
+    """Gives a layer's new parameters, now on the meta device, their starts on ``device``.
+
+    q_bias [Hq * D], k_bias [Hk * D]: of the layer's projections, or None. Qwen2 has some so large that the softmax of a
+    feature map would be the same at every token, and hardly have a gradient: maps start blind to them, where they read
+    what the projections give, without a norm or RoPE between. On the meta device there is nothing to see.
+    """
     attention.lizard.to_empty(device=device)
     for module in attention.lizard.modules():
         student._init_weights(module)
     if attention.q_proj.weight.dtype == torch.float64:
         attention.lizard.double()
+    config = attention.lizard.config
+    if config.linear_branch and not config.linear_rope and not attention.norms_heads:
+        seen = [None if b is None or b.is_meta else b.unflatten(0, (-1, config.head_dim)) for b in (q_bias, k_bias)]
+        attention.lizard.feature_maps.start_blind_to(*seen)
 
 
 def student_config(teacher: PreTrainedConfig, config: LizardConfig) -> PreTrainedConfig:

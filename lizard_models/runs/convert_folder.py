@@ -83,7 +83,8 @@ def linearize_folder(
             where |= dict.fromkeys(shard.shapes, name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.stage1.seed)
-            new = dict(_new_parameters(student))
+            loaded: Any = dtype or chosen.dtype
+            new = dict(_new_parameters(student, shards, loaded))
         if new:
             say(f"{len(new)} new parameters -> {names[-1]}")
         save_file(new, draft / names[-1], metadata={"format": "pt"})
@@ -156,12 +157,28 @@ def _check_finite(path: Path, name: str, tensor: Tensor, cast: str = "") -> None
         raise ValueError(f"teacher: {name} in {str(path)!r} is not finite{cast}: {remedy}")
 
 
-def _new_parameters(student: LizardCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Names and starts of the parameters the teacher does not have; ``student`` is on the meta device."""
+def _new_parameters(
+    student: LizardCausalLM, shards: list[Shard], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and starts of the parameters the teacher does not have; ``student`` is on the meta device.
+
+    shards, dtype: where the teacher's biases are, and what they are once the model is loaded.
+    """
+    names = {module: name for name, module in student.named_modules()}
     for attention in student.lizard_attentions():
-        start_new_parameters(student, attention, "cpu")
+        biases = [_read(shards, f"{names[attention]}.{part}.bias", dtype) for part in ("q_proj", "k_proj")]
+        start_new_parameters(student, attention, "cpu", *biases)
     for name, parameter in student.lizard_parameters():
         yield name, parameter.detach().contiguous()
+
+
+def _read(shards: list[Shard], name: str, dtype: torch.dtype | None) -> Tensor | None:
+    """A tensor of the teacher's; None where it has none of this name."""
+    for shard in shards:
+        if name in shard.shapes:
+            with safe_open(shard.path, framework="pt") as file:
+                return file.get_tensor(name).to(dtype)
+    return None
 
 
 def _write_companions(folder: Path, draft: Path, config: PretrainedConfig) -> None:

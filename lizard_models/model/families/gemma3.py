@@ -16,6 +16,7 @@ class LizardGemma3Attention(LizardAttention, Gemma3Attention):  # type: ignore[m
     """Gemma 3's projections and head norms around a hybrid attention."""
 
     eager_attention_forward = staticmethod(eager_attention_forward)
+    norms_heads = True
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads(x)

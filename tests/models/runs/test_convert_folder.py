@@ -21,7 +21,12 @@ CONFIG = LizardConfig.preset("plain", attention={"window": 8})
 
 
 def saved(folder, shard: str = "50KB", dtype=torch.float32, **changes):
-    made = teacher(**changes).to(dtype)
+    made = teacher(**changes)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("_proj.bias"):  # which begin as zeros
+                parameter.uniform_(-1, 1)
+    made.to(dtype)
     made.save_pretrained(folder, max_shard_size=shard)
     return made
 
@@ -70,11 +75,14 @@ def test_shards_are_copied_as_they_are(tmp_path, changes):
 
 
 def test_dtype_casts_the_teachers_weights(tmp_path):
-    made = saved(tmp_path / "teacher")
+    made = saved(tmp_path / "teacher", family="qwen2")
     linearize_folder(tmp_path / "teacher", tmp_path / "out", CONFIG, dtype=torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16 and loaded.config.dtype == torch.bfloat16
     assert torch.equal(loaded.model.layers[1].mlp.up_proj.weight, made.model.layers[1].mlp.up_proj.weight.bfloat16())
+    torch.manual_seed(CONFIG.stage1.seed)
+    new = dict(linearize(made.bfloat16(), CONFIG).lizard_parameters())
+    assert all(torch.equal(p, new[name]) for name, p in loaded.lizard_parameters())
 
 
 def test_the_command_line_and_what_travels_with_the_weights(tmp_path):
