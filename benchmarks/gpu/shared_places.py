@@ -26,8 +26,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from generate import build
-from lengths import READS, Reader, repeated, write
+from lengths import READS, Reader
 from timing import median_ms
+from token_times import in_turns
 from torch import Tensor
 
 from lizard_models import LizardConfig, linearize
@@ -151,10 +152,10 @@ def time_model(args: argparse.Namespace) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"way": way, "length": length, "batch": args.batch, **reader.go_to(length)}
             for name, part in (("undivided", None), ("divided", 0)):
                 with divided(part):
-                    cache = repeated("lizard", model, reader.cache, args.batch, 0)
-                    last = torch.ones(args.batch, 1, dtype=torch.long, device=args.device)
-                    ids = torch.cat([reader.ids[:, :length].expand(args.batch, -1), last], 1)
-                    row[f"ms_token {name}"] = write(args, model, cache, ids)["ms_token"]
+                    writer = reader.writer(length, reader.cache)
+                    writer.call(8)
+                    in_turns([writer], args.turns, args.tokens)
+                    row[f"ms_token {name}"] = writer.row()["ms_token"]
                 free_decode_graphs(model)
             rows.append(row)
             print(row, flush=True)
@@ -184,7 +185,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="texts that the model writes")
     parser.add_argument("--batches", type=int, nargs="*", choices=COPIES, default=list(COPIES), help="of the layers")
     parser.add_argument("--parts", type=int, nargs="*", default=[], help="other sizes of a part, powers of two")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens that are timed")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens that are timed in a turn")
+    parser.add_argument("--turns", type=int, default=3, help="how often")
     parser.add_argument("--milliseconds", type=int, default=20, help="how long each step is timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)

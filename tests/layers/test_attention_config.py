@@ -70,7 +70,7 @@ def test_what_is_chosen_where_nothing_is_said():
     """A default that changes would change every saved configuration that does not name it."""
     assert dataclasses.asdict(AttentionChoices()) == dict(
         window=128, anchors=0, kept_keys=0, score_dim=128, score_received=False, score_stride=8, window_rope=True,
-            positions="true", position_limit=None, position_step=None,
+            positions="true", kept_past="moved", position_limit=None, position_step=None,
         linear_rope=False, num_sinks=0, sinks_per_head=False, sink_form="exp", sink_init=0.0, sink_spread=1.0,
         linear_branch=True, coverage="outside", normalize=True, feature_activation="softmax",
         feature_projection="per_head", tie_features=False, key_map="key_head", feature_dim=None,
