@@ -76,6 +76,22 @@ def test_blocks_must_add_up():
         attention(*row, rope, anchor_blocks=[PackedBlock(turned((4, 0), (True, False), 8), *places)])
 
 
+def in_pieces(attention, heads, shifts, piece):
+    """(outputs, state) of a text read in so many tokens at a time, cut where its shift rises; one token is in place."""
+    length, state, outputs = len(shifts), None, []
+    rises = (shifts.diff() != 0).nonzero().flatten().add(1).tolist()
+    cuts = sorted({*range(0, length, piece), *rises, length})
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        block = turned((int(shifts[a]),) * 2, (bool(shifts[a]),) * 2, b - a)
+        here = (*(t[:, a:b] for t in heads), tuple(t for t in angles(torch.arange(a, b))))
+        inplace = b - a == 1 and state is not None
+        given = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format)) if inplace else state
+        o, state = attention(*here, given, use_state=True, anchor_blocks=[block], inplace=inplace)
+        assert not inplace or state.attention.kept_k.data_ptr() == given.attention.kept_k.data_ptr()
+        outputs.append(o)
+    return torch.cat(outputs, 1), state
+
+
 @pytest.mark.parametrize("places", [40, (24, 30)])
 @pytest.mark.parametrize("piece", [1, 2, 7])
 @torch.no_grad()
@@ -84,7 +100,6 @@ def test_kept_keys_are_seen_no_further_back_than_the_anchors(piece, places):
     attention, length, window = layer("kept", kept_keys=places, window=4, disturbed=False), 29, 4
     x, q, k, v, _ = inputs(length)
     shifts = torch.tensor([0] * 11 + [5] * 7 + [12] * 11)
-    ends = [11, 18, length]
     group, o = 2, torch.zeros_like(q)
     for i in range(length):
         shift = int(shifts[i])
@@ -95,17 +110,8 @@ def test_kept_keys_are_seen_no_further_back_than_the_anchors(piece, places):
         weights = torch.einsum("bihd,bjhd->bhj", query, keys).mul(8**-0.5).softmax(-1)
         o[:, i] = torch.einsum("bhj,bjhd->bhd", weights, v[:, : i + 1].repeat_interleave(group, 2))
 
-    state, pieces = None, []
-    cuts = sorted({*range(0, length, piece), *ends})
-    for a, b in zip(cuts, cuts[1:], strict=False):
-        block = turned((int(shifts[a]),) * 2, (bool(shifts[a]),) * 2, b - a)
-        here = (*(t[:, a:b] for t in (x, q, k, v)), tuple(t for t in angles(torch.arange(a, b))))
-        inplace = b - a == 1 and state is not None
-        given = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format)) if inplace else state
-        found, state = attention(*here, given, use_state=True, anchor_blocks=[block], inplace=inplace)
-        assert not inplace or state.attention.kept_k.data_ptr() == given.attention.kept_k.data_ptr()
-        pieces.append(found)
-    torch.testing.assert_close(torch.cat(pieces, 1), o, rtol=1e-6, atol=1e-6)  # cos and sin are float32
+    found, state = in_pieces(attention, (x, q, k, v), shifts, piece)
+    torch.testing.assert_close(found, o, rtol=1e-6, atol=1e-6)  # cos and sin are float32
     true = apply_rotary(k, *angles(torch.arange(length)))
     held, found = state.attention.kept_positions, state.attention.kept_k
     if isinstance(places, tuple):  # each head by itself, as if it had as many as the other
@@ -128,7 +134,6 @@ def test_keys_that_would_have_to_move_are_dropped(piece, places):
     x, q, k, v, _ = inputs(length)
     attention.mix.bias.fill_(-60.0)  # which leaves nothing to the linear branch
     shifts = torch.tensor([0] * 11 + [5] * 7 + [12] * 11)
-    ends = [11, 18, length]
     group, o = 2, torch.zeros_like(q)
     for i in range(length):
         shift = int(shifts[i])
@@ -140,17 +145,8 @@ def test_keys_that_would_have_to_move_are_dropped(piece, places):
         weights = torch.einsum("bihd,bjhd->bhj", query, keys).mul(8**-0.5).softmax(-1)
         o[:, i] = torch.einsum("bhj,bjhd->bhd", weights, v[:, seen].repeat_interleave(group, 2))
 
-    state, pieces = None, []
-    cuts = sorted({*range(0, length, piece), *ends})
-    for a, b in zip(cuts, cuts[1:], strict=False):
-        block = turned((int(shifts[a]),) * 2, (bool(shifts[a]),) * 2, b - a)
-        here = (*(t[:, a:b] for t in (x, q, k, v)), tuple(t for t in angles(torch.arange(a, b))))
-        inplace = b - a == 1 and state is not None
-        given = map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format)) if inplace else state
-        found, state = attention(*here, given, use_state=True, anchor_blocks=[block], inplace=inplace)
-        assert not inplace or state.attention.kept_k.data_ptr() == given.attention.kept_k.data_ptr()
-        pieces.append(found)
-    torch.testing.assert_close(torch.cat(pieces, 1), o, rtol=1e-6, atol=1e-6)
+    found, state = in_pieces(attention, (x, q, k, v), shifts, piece)
+    torch.testing.assert_close(found, o, rtol=1e-6, atol=1e-6)
     held = state.attention.kept_positions
     assert held.max() == length - 1 - window and sorted({*held.flatten().tolist()} - {-1})[0] == 12
 
