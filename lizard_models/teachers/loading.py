@@ -39,8 +39,9 @@ def load_model(
     """Loads a folder that ``lizard-attn linearize`` wrote, or any causal language model by folder or hub name.
 
     ``smollm2-135m`` is taken from where ``find_teacher`` finds it, with ``cache``. dtype: None is the saved one. what:
-    what error messages call it. positions: "true" or "clamped" in place of what the model was saved with. Only
-    safetensors are read, and no code that comes with the model is run.
+    what error messages call it. positions: "true" or "clamped" in place of what the model was saved with;
+    with "true" there is no limit, and no kept key is dropped. Only safetensors are read, and no code that comes with
+    the model is run.
 
     Raises ValueError for a folder without config.json, a name that cannot be read, weights that are not in safetensors,
     a file that is missing, damaged or cut short, a config of a newer version, positions for a model that is not
@@ -65,7 +66,7 @@ def load_model(
     if positions is not None:
         if getattr(config, "lizard", None) is None:
             raise ValueError(f"positions: got {positions!r}, but {what} {name_or_path!r} is not a linearized model")
-        limits = {} if positions == "clamped" else {"position_limit": None, "position_step": None}
+        limits = {} if positions == "clamped" else {"position_limit": None, "position_step": None, "kept_past": "moved"}
         config.lizard = lizard_config(config).replace(attention={"positions": positions, **limits}).to_dict()
     model: Any = load_causal_lm(source, dtype or "auto", what, config=config)
     model = model.to(device).eval().requires_grad_(False)

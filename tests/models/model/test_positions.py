@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from readable import byte_tokenizer
 from tiny import assert_slopes, disturb, teacher, tokens
 
 from lizard_models import LizardConfig, linearize
 from lizard_models.model.positions import PositionRange, position_range, with_far_positions
+from lizard_models.teachers.loading import load_model
 from lizard_ops import apply_rotary
 
 LIMIT = 24  # the teacher's context; window 8 and 4 anchors fit
@@ -116,6 +118,18 @@ def test_dropped_keys_are_moved_ones_up_to_the_limit_and_none_past_it():
         assert (
             held.max() == 59 - 8 and held[held >= 0].min() == shift and (held >= 0).sum(1).max() == 59 - 8 - shift + 1
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["plain", "recommended"])
+def test_a_saved_model_is_read_with_other_positions(preset, tmp_path):
+    model, ids = student(preset, **({"kept_keys": 5} if preset == "recommended" else {})), tokens(1, LIMIT + 10)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    true, clamped = (load_model(str(tmp_path), positions=form).model(ids).logits for form in ("true", "clamped"))
+    torch.testing.assert_close(clamped, model(ids).logits)
+    torch.testing.assert_close(true[:, :LIMIT], clamped[:, :LIMIT])
+    assert not torch.allclose(true[:, LIMIT:], clamped[:, LIMIT:], atol=1e-4)
 
 
 @torch.no_grad()
