@@ -228,7 +228,8 @@ class HybridAttention(nn.Module):
         if held.anchor_k is None and held.kept_k is None:
             return self._attend(tokens, state, use_state, cu_seqlens, inplace)
         dropped, step = self.config.kept_past == "dropped", inplace and block.length == 1
-        seen = _with_attention(state, moved_on(held, block, dropped, step))
+        overwrites = step and not torch.is_grad_enabled()  # else the op may refuse, and nothing must have changed
+        seen = _with_attention(state, moved_on(held, block, dropped, overwrites))
         o, new = self._attend(tokens, seen, use_state, cu_seqlens, inplace)
         if new is None:
             return o, None

@@ -163,3 +163,23 @@ def test_a_row_drops_its_keys_by_itself():
     assert (before[0] < 9).any() and not ((held[0] >= 0) & (held[0] < 9)).any()
     assert torch.equal(after.kept_scores[0].isinf(), held[0] < 0)
     assert torch.equal(held[1], attention(*last, state, use_state=True)[1].attention.kept_positions[1])
+
+
+def test_a_step_in_place_that_is_refused_drops_nothing():
+    attention = layer("kept", kept_keys=6, window=4, positions="clamped", kept_past="dropped", coverage="left")
+    *heads, rope = inputs(15)
+    with torch.no_grad():
+        state = attention(*(t[:, :14] for t in heads), tuple(t[:, :14] for t in rope), use_state=True)[1]
+    before, state = (map_state(state, lambda t: t.clone(memory_format=torch.contiguous_format)) for _ in range(2))
+    last = (*(t[:, 14:] for t in heads), tuple(t[:, 14:] for t in rope))
+    blocks = [turned((9, 9), (True, True), 1)]
+    with pytest.raises(ValueError, match="gradients"):
+        attention.requires_grad_()(*last, state, use_state=True, anchor_blocks=blocks, inplace=True)
+    assert (before.attention.kept_positions < 9).any()
+    for name, field in before.attention._asdict().items():
+        assert field is None or torch.equal(field, getattr(state.attention, name)), name
+    attention.requires_grad_(False)  # then it is done, whether gradients might be recorded or not
+    o, after = attention(*last, before, use_state=True, anchor_blocks=blocks)
+    found, there = attention(*last, state, use_state=True, anchor_blocks=blocks, inplace=True)
+    assert torch.equal(found, o) and there.attention.kept_positions is state.attention.kept_positions
+    assert torch.equal(there.attention.kept_positions.sort(1)[0], after.attention.kept_positions.sort(1)[0])
