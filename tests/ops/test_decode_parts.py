@@ -9,7 +9,7 @@ import test_pool
 import test_triton_places
 import torch
 from kernel_checks import DEVICE, check_fields
-from test_triton_kept_decode import ABSOLUTE, ALL, EXP, HALF, LEFT, MERGE, SUM, agree, make, steps
+from test_triton_kept_decode import ABSOLUTE, ALL, EXP, HALF, LEFT, MERGE, SUM, agree_on, make, steps
 
 from lizard_ops import AttentionState, recurrent_hybrid_attn
 
@@ -40,10 +40,7 @@ def small_parts(monkeypatch):
     ],
 )
 def test_steps_are_those_of_pytorch(fixed, places, delay, dtype):
-    """From nothing to long past full, or with places that stay empty; with ties and infinities among the scores."""
-    more = {"softcap": fixed["softcap"]} if "softcap" in fixed else {}
-    case = make(18, **{name: x for name, x in fixed.items() if name != "softcap"})
-    agree(case, dtype, kept_keys=places, score_delay=delay, **more)
+    agree_on(fixed, places, delay, dtype)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -50,6 +50,13 @@ def agree(case, dtype=torch.float32, inplace=True, **more):
     return found
 
 
+def agree_on(fixed, places, delay, dtype):
+    """From nothing to long past full, or with places that stay empty; with ties and infinities among the scores."""
+    more = {"softcap": fixed["softcap"]} if "softcap" in fixed else {}
+    case = make(18, **{name: x for name, x in fixed.items() if name != "softcap"})
+    agree(case, dtype, kept_keys=places, score_delay=delay, **more)
+
+
 @pytest.mark.parametrize(
     "fixed, places, delay, dtype",
     [
@@ -66,10 +73,7 @@ def agree(case, dtype=torch.float32, inplace=True, **more):
     ],
 )
 def test_steps_are_those_of_pytorch(fixed, places, delay, dtype):
-    """From nothing to long past full, or with places that stay empty; with ties and infinities among the scores."""
-    more = {"softcap": fixed["softcap"]} if "softcap" in fixed else {}
-    case = make(18, **{name: x for name, x in fixed.items() if name != "softcap"})
-    agree(case, dtype, kept_keys=places, score_delay=delay, **more)
+    agree_on(fixed, places, delay, dtype)
 
 
 @pytest.mark.parametrize("gate, places", [("key", 2), ("query", 4)])

@@ -109,15 +109,19 @@ def test_a_base_that_trains_is_refused():
     assert [isinstance(m, HalfPrecisionLora) for m in layers] == [False] + [True] * (len(layers) - 1)
 
 
+def drawn(dtype, biased):
+    """x, weight, bias, down and up of a layer, and weights of its outputs."""
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 65, 32).to(dtype), (torch.randn(48, 32) / 6).to(dtype)
+    bias = torch.randn(48).to(dtype) if biased else None
+    return x, w, bias, torch.randn(4, 32) / 6, torch.randn(48, 4) / 2, torch.randn(2, 65, 48).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_update_against_float64(dtype, biased):
     """No further from float64 than twice autocast, and the gradients of the float32 parameters are float32."""
-    torch.manual_seed(0)
-    x, w = torch.randn(2, 65, 32).to(dtype), (torch.randn(48, 32) / 6).to(dtype)
-    bias = torch.randn(48).to(dtype) if biased else None
-    down, up = torch.randn(4, 32) / 6, torch.randn(48, 4) / 2
-    weight = torch.randn(2, 65, 48).to(dtype)
+    x, w, bias, down, up, weight = drawn(dtype, biased)
 
     def plain(x, down, up):
         base = torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -142,10 +146,7 @@ def test_update_against_float64(dtype, biased):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_saving_first_changes_no_bit(dtype, biased):
-    torch.manual_seed(0)
-    x, w = torch.randn(2, 65, 32).to(dtype), (torch.randn(48, 32) / 6).to(dtype)
-    bias = torch.randn(48).to(dtype) if biased else None
-    down, up, weight = torch.randn(4, 32) / 6, torch.randn(48, 4) / 2, torch.randn(2, 65, 48).to(dtype)
+    x, w, bias, down, up, weight = drawn(dtype, biased)
     found = []
     for first in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x, down, up)]
