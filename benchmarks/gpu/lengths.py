@@ -58,17 +58,8 @@ WAYS = ("teacher", "teacher-static", "lizard")
 READS = 7  # of a length with --fresh
 TEACHERS_TURNS = 2  # at most: a tenth of a second a token, and nothing that is held against 3%
 DOUBLING = [2**n for n in range(10, 21)]  # 1K to 1M
-SAME = (
-    "shape",
-    "layers",
-    "batch",
-    "tokens",
-    "turns",
-    "piece",
-    "fresh",
-    "fill",
-    "preset",
-)  # of two runs that share a file
+# of two runs that share a file
+SAME = ("shape", "layers", "batch", "tokens", "turns", "piece", "fresh", "fill", "preset")
 SHOWN = ("length", "prefill_tokens_s", "first_s", "ms_token", "replay_ms", "tokens_s", "floor_ms", "read_peak_gib",
          "peak_gib", "counted_gib", "seconds")  # fmt: skip
 SHAPES.setdefault("tiny", HOST_SHAPES["tiny"])

@@ -31,9 +31,7 @@ class Operator(NamedTuple):
     values: list[Any]
     fills: list[tuple[int, int]]  # an argument, which tensor it is
     named: dict[str, Any]
-    groups: list[
-        tuple[int, int, Behind]
-    ]  # arguments with an address of what it returns: place in the table, the address
+    groups: list[tuple[int, int, Behind]]  # arguments with an address that it returns: place in the table, the address
 
 
 class Table:
