@@ -61,8 +61,8 @@ def hybrid_heads(
 
     These ops and their bits; the kernels are launched with one look at the arguments and have one node of autograd,
     where Triton runs them on plain tensors without a carried state, packing, padding, sinks or scores, with a gate for
-    each head and a merge bias for each token or none, and where a call of this kind has gone through the three ops
-    before, which check it.
+    each head and a merge bias for each token or none. The first call of a kind goes through the three ops, which check
+    it: without gradients, if they are needed, and then as all others, so that each call of a kind saves the same.
 
     Args:
         q: [B, T, Hq, D], k: [B, T, Hk, D], v: [B, T, Hk, V], before RoPE. Their gradients are written
@@ -85,17 +85,37 @@ def hybrid_heads(
         if g is not None:
             checks.check_gate_values(g, None)
         return hybrid_heads_triton(heads, known)
+    new = kind is not None and known is None and _may_be_known(heads, choices) and not _needs_more(heads, choices)
+    if not new or not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in heads):
+        found = _one_by_one(heads, window, choices)
+        if new:
+            _remember(kind, heads, window, choices)
+        return found
+    with torch.no_grad():  # for its checks; what is saved must be the same in a layer that is run again in the backward
+        _one_by_one(heads, window, choices)
+    from lizard_ops.hybrid_attn.triton.heads import hybrid_heads_triton
+
+    return hybrid_heads_triton(heads, _remember(kind, heads, window, choices))
+
+
+def _one_by_one(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Tensor, AttentionState | None]:
+    """The three ops."""
+    q, k, v, query_map, key_map, cos, sin, g, merge_bias = heads
     impl = choices.get("impl", "auto")
     q, k, fq, fk = project_both(q, k, query_map, key_map, reuse_gradient=True, impl=impl)
     q, k = rotary_both(q, k, cos, sin, impl=impl)
-    found = chunk_hybrid_attn(q, k, v, fq, fk, g, window, merge_bias=merge_bias, **choices)
-    if kind is not None and known is None and _may_be_known(heads, choices) and not _needs_more(heads, choices):
-        if len(_known) >= MOST:
-            _known.clear()
-        from lizard_ops.hybrid_attn.triton.call import Known
+    return chunk_hybrid_attn(q, k, v, fq, fk, g, window, merge_bias=merge_bias, **choices)
 
-        _known[kind] = Known(_options(heads, window, choices))
-    return found
+
+def _remember(kind: tuple[Any, ...] | None, heads: Heads, window: int, choices: dict[str, Any]) -> Known:
+    """What is known from now on of calls of this kind, which the three ops have accepted."""
+    from lizard_ops.hybrid_attn.triton.call import Known
+
+    assert kind is not None
+    if len(_known) >= MOST:
+        _known.clear()
+    known = _known[kind] = Known(_options(heads, window, choices))
+    return known
 
 
 def _find(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[tuple[Any, ...] | None, Known | None]:

@@ -163,3 +163,24 @@ def test_saved_tensors_may_come_back_with_other_strides():
         found = [gradients() for _ in range(2)]
     assert same(found[0], wanted) and same(found[1], wanted)
     assert same(gradients(), wanted)
+
+
+@pytest.mark.parametrize("most", [256, 1], ids=["remembered", "forgotten"])
+def test_calls_of_one_kind_save_the_same(most, monkeypatch):
+    """The first too: a layer under gradient checkpointing is called in the forward and once more in the backward."""
+    monkeypatch.setattr(heads, "MOST", most)
+    given = inputs(requires=("q", "k", "v", "query_map", "key_map", "g", "merge_bias"))
+    leaves = [x for x in given.values() if x is not None and x.requires_grad]
+
+    def layer(**given):
+        return hybrid_heads(**given, window=3, **MERGE)[0]
+
+    wanted = torch.autograd.grad(one_by_one(**given, window=3, **MERGE)[0].square().sum(), leaves)
+    for again in (False, True):
+        if again:
+            layer(**given)
+        o = torch.utils.checkpoint.checkpoint(layer, **given, use_reentrant=False)
+        if most == 1:  # another kind takes its place
+            hybrid_heads(**inputs(biased=False), window=3, **FORMS["sum"])
+        found = torch.autograd.grad(o.square().sum(), leaves)
+        assert same(found, wanted), again
