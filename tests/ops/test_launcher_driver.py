@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from lizard_ops.tiles import launcher
@@ -17,6 +18,7 @@ CASE = Path(__file__).with_name("launcher_case.py")
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has loaded the driver whose place this one would take")
 @pytest.mark.skipif(not launcher.TAKES_ADDRESSES, reason="this Triton launches every kernel itself")
 def test_the_driver_is_given_the_same(tmp_path):
     from launcher_case import SOURCE
