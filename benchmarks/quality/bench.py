@@ -13,6 +13,14 @@ from benchmarks.quality.rows import MEASURES, TEACHER, Budget, RowSpec
 from lizard_models.config import LizardConfig
 from lizard_models.teachers.find import find_teacher
 
+BY_TRIALS = ("found", "passkey", "passkeys5", "ruler")  # shares of so many prompts a length
+TRIALS = 20  # where a record does not say how many
+
+
+def trials_of(record: dict[str, Any], measure: str) -> int:
+    """Prompts a length of one of ``BY_TRIALS``."""
+    return record.get("trials", {}).get(measure, TRIALS)
+
 
 @dataclass(kw_only=True)
 class Bench:
@@ -31,7 +39,7 @@ class Bench:
     eval_documents: int = 8
     long_length: int = 65_536
     passkey_lengths: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16_384])
-    passkey_trials: int = 20
+    passkey_trials: int = TRIALS
     """Keys a length. Lengths that cannot hold five keys of five to eight digits are left out of ``passkeys5``."""
     found_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192])
     """Of the measure ``found``, which reads a prompt once and takes no cache."""
@@ -119,11 +127,12 @@ class Bench:
                 path.unlink()
 
     def missing(self, spec: RowSpec, num_layers: int) -> list[str]:
-        """The measures that the row still lacks, in the order in which they were asked for."""
+        """The measures that the row still lacks, or has of fewer prompts, in the order in which they were asked for."""
         record = self.record(spec, num_layers)
         config = spec.config(self.budget, num_layers)
         wanted = [m for m in self.measures if applies(m, spec, config)]
         done = set(record["measures"]) if record else set()
+        done -= {m for m in BY_TRIALS if record and trials_of(record, m) < self.passkey_trials}
         if record and self.scores_path(spec).is_file():
             done.add("tasks")
         return [m for m in wanted if m not in done]

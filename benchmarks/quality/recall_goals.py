@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.bench import trials_of
 from benchmarks.quality.costs import MORE, config_of, memory
 from benchmarks.quality.goals import TASKS, accuracy, rise_far_away
 from benchmarks.quality.records import read_records
@@ -156,6 +157,10 @@ def _passkeys(results: Results, row: str) -> Iterator[Judged]:
         wanted = f"at least {-100 * TOLERANCE:.0f} points"
         read = functools.partial(shares_of, measure=measure, kind=kind)
         own, teacher = results.by_seed(row, read), results.by_seed(TEACHER, read)
+        prompts, asked = (_prompts(results, name, measure, read) for name in (row, TEACHER))
+        if own and teacher and prompts != asked:
+            yield _open(goal, _named(row), wanted, f"`{measure}` of both with as many prompts, got {prompts}, {asked}")
+            continue
         beside = next(iter(teacher.values()), {})
         above = {
             seed: {length: share - beside[length] for length, share in shares.items() if length in beside}
@@ -174,6 +179,12 @@ def _passkeys(results: Results, row: str) -> Iterator[Judged]:
             continue
         lacks = [whose for whose, there in (("the row", own), ("the teacher", teacher)) if not _worst(there, FARTHEST)]
         yield _open(goal, _named(row), wanted, f"`{measure}` of {' and '.join(lacks)} to {FARTHEST}")
+
+
+def _prompts(results: Results, name: str, measure: str, read: Callable[[Record], Any]) -> str:
+    """Prompts a length of every seed that has the measure."""
+    counts = results.by_seed(name, lambda r: trials_of(r.values, measure) if read(r) else None)
+    return " and ".join(map(str, sorted(set(counts.values()))))
 
 
 def _worst(shares: Mapping[int, Mapping[int, float]], longest: int) -> dict[int, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality import scores
-from benchmarks.quality.bench import Bench
+from benchmarks.quality.bench import BY_TRIALS, Bench
 from benchmarks.quality.branches import switched_off
 from benchmarks.quality.next_lines import next_line_scores, read_projects
 from benchmarks.quality.oracle import choose_by_labels
@@ -244,6 +244,8 @@ class _Row:
         value = getattr(self, f"_{name}_of")(model)
         if value is not None:
             self.record["measures"][name] = value
+        if name in BY_TRIALS:
+            self.record.setdefault("trials", {})[name] = self.bench.passkey_trials
         self._write()
         free_memory()  # of what long texts took, for the rows beside this one
         self.say(f"{self.spec.stem}: {name} measured in {time.monotonic() - begun:.0f} s")

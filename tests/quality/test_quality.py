@@ -148,6 +148,10 @@ def test_a_row_trains_measures_and_is_added_to_without_training(places):
     assert any("trained before" in line for line in said)
     assert record["measures"]["passkey"] == {"700": 0.0} and record["measures"]["length"]["edges"][-1] == 400
     assert record["measures"]["loss"] == saved["measures"]["loss"]
+    assert record["trials"] == dict.fromkeys(("passkey", "passkeys5"), more.passkey_trials)
+    assert more.missing(spec, 3) == []
+    asked = dataclasses.replace(more, passkey_trials=more.passkey_trials + 1)
+    assert asked.missing(spec, 3) == ["passkey", "passkeys5"]
     again = RowSpec(name="plain", preset="window_only", changes={"attention": {"window": 16, "linear_branch": True}})
     assert more.missing(again, 3) == []  # the same configuration said otherwise
     changed = RowSpec(name="plain", changes={"attention": {"window": 8}})

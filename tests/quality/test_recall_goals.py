@@ -1,6 +1,7 @@
 """The goals of kept keys held against rows: which row, which figures, and what is not measured."""
 
 import dataclasses
+import functools
 
 import pytest
 from measured import BUDGET, loss, write_row
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.costs import memory
 from benchmarks.quality.recall_goals import MET, MISSED, OPEN, best_row, recall_goals
-from benchmarks.quality.records import merge_records
+from benchmarks.quality.records import change_record, merge_records
 from benchmarks.quality.report import quality_text
 from benchmarks.quality.results import Results
 from benchmarks.quality.rows import ROWS, RowSpec, controls
@@ -80,6 +81,19 @@ def test_a_row_is_held_against_every_goal(results, tmp_path):
     assert far.figures == pytest.approx({0: 0.02, 1: 0.04}) and far.verdict == MET
     assert piqa.figures == lambada.figures == pytest.approx({0: 0.59 / 0.6, 1: 0.61 / 0.6}) and piqa.verdict == MET
     assert recall.verdict == OPEN and recall.lacks == "`kept` and `lizard`"
+
+
+def test_shares_of_as_many_prompts_are_held_against_each_other(results, tmp_path):
+    for stem, count in (("teacher.s0", 100), (f"{ROW}.s0", 100), (f"{ROW}.s1", 50)):
+        *_, five = recall_goals(results, tmp_path / "none")[:7]
+        assert (five.verdict == OPEN) == (stem != "teacher.s0")
+        change_record(tmp_path / "quick.jsonl", stem, functools.partial(dict.update, trials={"passkeys5": count}))
+        results = Results(tmp_path / "quick.jsonl")
+    *_, novel, five = recall_goals(results, tmp_path / "none")[:7]
+    assert five.lacks == "`passkeys5` of both with as many prompts, got 50 and 100, 100" and novel.verdict == MET
+    change_record(tmp_path / "quick.jsonl", f"{ROW}.s1", functools.partial(dict.update, trials={"passkeys5": 100}))
+    *_, five = recall_goals(Results(tmp_path / "quick.jsonl"), tmp_path / "none")[:7]
+    assert five.verdict == MET
 
 
 def test_recall_from_scratch_is_above_in_every_seed_at_equal_bytes(results, tmp_path):

@@ -116,6 +116,7 @@ CHANGED = tuple(
     for name, about, more in (
         ("look-ups", "with passages and records that come again in half of its rows", {"look_ups": True}),
         ("scores-4096", "with scores fitted on sequences of 4096", {"changes": {"stage0": NEAR}}),
+        ("no-qk", "without adapters on q and k", {"changes": {"stage2": NO_QK}}),
         (
             "features-128",
             "with the features of `plain`, paid for with 128 of its places",
