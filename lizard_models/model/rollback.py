@@ -57,7 +57,7 @@ class Rollback:
             self.blocks = _between(self.blocks, self._held() - kept, self._held())
             self.read = tuple(t[:, t.shape[1] - kept :] for t in self.read)
         self.read = new if self.read is None else tuple(torch.cat(pair, 1) for pair in zip(self.read, new, strict=True))
-        needed = depends_on_blocks(attention.config) and anchor_blocks is not None
+        needed = anchor_blocks is not None and depends_on_blocks(attention.config)
         self.blocks += [(b.length, b) for b in anchor_blocks or ()] if needed else [(x.shape[1], None)]
 
     def without(self, removed: int) -> State | None:
