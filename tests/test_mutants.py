@@ -1,8 +1,12 @@
 """The changes that a campaign of small faults puts into the code."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 
-from benchmarks.mutants.areas import AREAS, ROOT, asked_about, files_of, sample
+from benchmarks.mutants import campaign
+from benchmarks.mutants.areas import AREAS, ROOT, asked_about, files_of, parts_of, sample
 from benchmarks.mutants.changes import again, changes, compiles
 
 TEXT = '''"""A docstring: 1 < 2."""
@@ -46,6 +50,29 @@ def test_a_sample_is_the_same_every_time_and_holds_every_area():
     assert all(compiles(change.apply((ROOT / change.file).read_text())) for area in drawn.values() for change in area)
     with pytest.raises(ValueError, match="count: 1000000 asks for"):
         sample(10**6, seed=3)
+
+
+def test_a_sample_can_be_of_some_files_and_lines_alone():
+    file, other = "lizard_ops/key_expiry/chunk_torch.py", "lizard_layers/anchor_block.py"
+    drawn = sample(10, 3, parts_of([file, f"{other}:30-60"]))
+    places = [(change.file, change.line) for area in drawn.values() for change in area]
+    assert {file for file, _ in places} == {file, other} and 9 <= len(places) <= 11
+    assert all(30 <= line <= 60 for name, line in places if name == other)
+    with pytest.raises(ValueError, match="files: got 'lizard_ops/nix.py', wanted a file of ops: PyTorch"):
+        parts_of(["lizard_ops/nix.py"])
+    with pytest.raises(ValueError, match="wanted FILE or FILE:FIRST-LAST"):
+        parts_of([f"{other}:7"])
+
+
+def test_the_tests_that_are_given_are_asked(tmp_path, monkeypatch):
+    made = campaign.Campaign(tmp_path / "record", 1, 5, tests=["tests/test_house.py"])
+    change = next(change for change in changes("a.py", TEXT) if change.new == "<=")
+    (tmp_path / "a.py").write_text(TEXT)
+    made.idle.put(SimpleNamespace(tree=tmp_path))
+    asked = []
+    monkeypatch.setattr(made, "ask", lambda worker, tests, until: asked.append(tests) or ("survived", ""))
+    made.test("layers", change, math.inf)
+    assert asked == [["tests/test_house.py"]] and (tmp_path / "a.py").read_text() == TEXT
 
 
 def test_every_file_is_asked_about_where_its_name_says():

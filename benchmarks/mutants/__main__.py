@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.mutants.areas import AREAS, ROOT, all_tests, sample
+from benchmarks.mutants.areas import AREAS, ROOT, all_tests, parts_of, sample
 from benchmarks.mutants.campaign import Campaign, Verdict, failing_without_change, recorded
 from benchmarks.mutants.changes import again
 
@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=420, help="changes in all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--areas", nargs="*", default=list(AREAS), choices=list(AREAS), metavar="AREA")
+    parser.add_argument("--files", nargs="*", metavar="FILE[:FIRST-LAST]", help="change only these, or lines of them")
+    parser.add_argument("--tests", nargs="*", default=[], help="ask these files and folders, not those near to a file")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit", type=float, default=120, help="seconds that a test may take")
     parser.add_argument("--minutes", type=float, default=600, help="stop after these; a second run goes on")
@@ -45,13 +47,16 @@ def main() -> None:
         asked.record.write_text("".join(v.line() + "\n" for v in old if v not in alive))
         print(f"{len(alive) - len(todo)} survivors changed a line that is gone: not counted any more")
     else:
-        drawn = sample(asked.count, asked.seed)
+        drawn = sample(asked.count, asked.seed, None if asked.files is None else parts_of(asked.files))
         todo = [(area, change) for area in asked.areas for change in drawn[area]]
+    if missing := [name for name in asked.tests if not all_tests([name])]:
+        parser.error(f"--tests: got {' '.join(missing)}, wanted files or folders of tests, from the project's root")
+    given = all_tests(asked.tests)
     folders = [folder for area in asked.areas for group in AREAS[area][2:] for folder in group]
-    tests = sorted(set(all_tests(folders)))
+    tests = sorted(set(given or all_tests(folders)))
     deselected = [] if asked.trust else failing_without_change(tests, asked.workers, asked.limit)
     print(f"{len(todo)} changes, {len(deselected)} tests fail without any: {' '.join(deselected)}", flush=True)
-    Campaign(asked.record, asked.workers, asked.limit, deselected, asked.nearest).run(todo, until)
+    Campaign(asked.record, asked.workers, asked.limit, deselected, asked.nearest, given).run(todo, until)
     print(table(recorded(asked.record)))
 
 

@@ -53,22 +53,45 @@ def files_of(area: str) -> list[str]:
     return sorted(found - LEFT_OUT)
 
 
-def sample(count: int, seed: int) -> dict[str, list[Change]]:
+def parts_of(asked: Iterable[str]) -> dict[str, range]:
+    """File to the lines of it that may be changed, of ``FILE`` or ``FILE:FIRST-LAST``.
+
+    Raises:
+        ValueError: a file of no area, or lines that are none.
+    """
+    known = {file for area in AREAS for file in files_of(area)}
+    parts = {}
+    for part in asked:
+        file, _, lines = part.partition(":")
+        if file not in known:
+            raise ValueError(f"files: got {file!r}, wanted a file of {', '.join(AREAS)}, from the project's root")
+        if lines and not re.fullmatch(r"[1-9]\d*-[1-9]\d*", lines):
+            raise ValueError(f"files: got {part!r}, wanted FILE or FILE:FIRST-LAST")
+        first, last = map(int, lines.split("-")) if lines else (1, 10**9)
+        parts[file] = range(first, last + 1)
+    return parts
+
+
+def sample(count: int, seed: int, parts: Mapping[str, range] | None = None) -> dict[str, list[Change]]:
     """``count`` changes, spread over the areas by their shares, and over the lines of each: at most one a line.
+
+    parts: the files, and lines of them, that may be changed, and only areas that have one; None: all.
 
     Raises:
         ValueError: an area holds fewer lines that can be changed than its share asks for.
     """
-    total = sum(share for share, *_ in AREAS.values())
+    files = {area: [f for f in files_of(area) if parts is None or f in parts] for area in AREAS}
+    total = sum(share for area, (share, *_) in AREAS.items() if files[area])
     drawn: dict[str, list[Change]] = {}
     for area, (share, *_) in AREAS.items():
         generator = random.Random(f"{seed} {area}")
         lines: dict[tuple[str, int], list[Change]] = {}
-        texts = {file: (ROOT / file).read_text() for file in files_of(area)}
+        texts = {file: (ROOT / file).read_text() for file in files[area]}
         for file, text in texts.items():
             for change in changes(file, text):
-                lines.setdefault((file, change.line), []).append(change)
-        wanted = round(count * share / total)
+                if parts is None or change.line in parts[file]:
+                    lines.setdefault((file, change.line), []).append(change)
+        wanted = round(count * share / total) if texts else 0
         if wanted > len(lines):
             raise ValueError(f"count: {count} asks for {wanted} lines of {area}, which has {len(lines)}")
         drawn[area] = []

@@ -49,13 +49,18 @@ def recorded(record: Path) -> list[Verdict]:
 
 
 class Campaign:
-    """Workers, each with a copy of the tree; ``failing`` are the tests that fail without any change."""
+    """Workers, each with a copy of the tree.
+
+    deselected: the tests that fail without any change. nearest: ask only those nearest to a file. tests: files of
+    tests that are asked in place of those near to a file.
+    """
 
     def __init__(
-        self, record: Path, workers: int, limit: float, deselected: Sequence[str] = (), nearest: bool = False
-    ) -> None:
+        self, record: Path, workers: int, limit: float, deselected: Sequence[str] = (), nearest: bool = False,
+        tests: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.record, self.workers, self.limit, self.deselected = record, workers, limit, tuple(deselected)
-        self.groups = 1 if nearest else 2
+        self.groups, self.tests = 1 if nearest else 2, list(tests)
         self.lock = threading.Lock()
         self.kills: collections.Counter[str] = collections.Counter()
         self.idle: queue.Queue[Worker] = queue.Queue()
@@ -87,7 +92,8 @@ class Campaign:
             file.write_text(change.apply(whole))
             began = time.monotonic()
             state, by = "survived", ""
-            for tests in asked_about(area, change.file, self.kills)[: self.groups]:
+            groups = (self.tests,) if self.tests else asked_about(area, change.file, self.kills)[: self.groups]
+            for tests in groups:
                 state, by = self.ask(worker, tests, until)
                 if state != "survived":
                     break

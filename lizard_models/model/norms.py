@@ -44,7 +44,7 @@ class FusedNorms:
         if not isinstance(norm, KernelNorm) or is_hooked(norm) or residual.dtype != x.dtype or not norm.takes(x):
             return residual + x
         weight = norm._parameters["weight"]
-        s, y = add_rms_norm(x, residual, weight, norm.epsilon, unit_offset=norm.unit_offset)
+        s, y = add_rms_norm(x, residual, weight, norm_eps(norm), unit_offset=norm.unit_offset)
         self.ready = norm, s, version(s), y
         return s
 
@@ -92,6 +92,12 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def norm_eps(norm: Any) -> float:
+    """What a family's norm adds to the mean square. A property of it would keep others from setting its name."""
+    eps = getattr(norm, "variance_epsilon", None)
+    return norm.eps if eps is None else eps
+
+
 class KernelNorm:
     """Mixed into a family's norm by ``with_kernel``."""
 
@@ -110,17 +116,12 @@ class KernelNorm:
         this: Any = self
         ready = fused.take(this, x)
         weight = self._parameters["weight"]
-        return rms_norm(x, weight, self.epsilon, unit_offset=self.unit_offset) if ready is None else ready
+        return rms_norm(x, weight, norm_eps(this), unit_offset=self.unit_offset) if ready is None else ready
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel has this norm of x."""
         weight = self._parameters.get("weight")  # None where it was flattened with others
         return weight is not None and x.dtype != torch.float64 and (self.unit_offset or weight.dtype == x.dtype)
-
-    @property
-    def epsilon(self) -> float:
-        """What is added to the mean square."""
-        return getattr(self, "variance_epsilon", None) or self.eps  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: the class is made at run time, so a copy is made from the family's."""

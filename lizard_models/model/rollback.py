@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizard_layers import AnchorBlock, HybridAttention, State, map_state, select_sequences
+from lizard_layers import AnchorBlock, AttentionConfig, HybridAttention, State, map_state, select_sequences
 
 LIMIT = 128  # tokens a layer can take back unless more are drafted; more cost memory without a reader
 
@@ -42,8 +42,8 @@ class Rollback:
     ) -> None:
         """Remember (x, q, k, v, cos, sin, padding mask) of at most ``limit`` tokens that are read next.
 
-        anchor_blocks: theirs. A state depends on them where its scores read what keys receive, and nowhere else. Where
-        twice the limit are held, all before the last ``limit`` become the state to start from.
+        anchor_blocks: theirs, kept where ``depends_on_blocks``. Where twice the limit are held, all before the last
+        ``limit`` become the state to start from.
         """
         x, mask = inputs[0], inputs[-1]
         assert x is not None
@@ -57,7 +57,7 @@ class Rollback:
             self.blocks = _between(self.blocks, self._held() - kept, self._held())
             self.read = tuple(t[:, t.shape[1] - kept :] for t in self.read)
         self.read = new if self.read is None else tuple(torch.cat(pair, 1) for pair in zip(self.read, new, strict=True))
-        needed = attention.config.score_received and anchor_blocks is not None
+        needed = anchor_blocks is not None and depends_on_blocks(attention.config)
         self.blocks += [(b.length, b) for b in anchor_blocks or ()] if needed else [(x.shape[1], None)]
 
     def without(self, removed: int) -> State | None:
@@ -85,6 +85,15 @@ class Rollback:
         new = Rollback(self.base, self.limit)
         new.read, new.attention, new.blocks = self.read, self.attention, list(self.blocks)  # never written to
         return new
+
+
+def depends_on_blocks(config: AttentionConfig) -> bool:
+    """Whether states, and not outputs alone, depend on how far anchors and kept keys have moved on.
+
+    So where scores read what keys receive beside the anchors, and where keys that would move on are dropped from the
+    state for good.
+    """
+    return config.keeps_keys and (config.score_received or config.kept_past == "dropped")
 
 
 def snapshot(state: State | None) -> State | None:

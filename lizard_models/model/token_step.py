@@ -18,7 +18,7 @@ from lizard_models.model.forward_plan import ForwardPlan
 from lizard_models.model.fused_mlp import SILU, FusedMLP
 from lizard_models.model.hooks import is_bare
 from lizard_models.model.joined import adjacent
-from lizard_models.model.norms import FusedNorms, KernelNorm
+from lizard_models.model.norms import FusedNorms, KernelNorm, norm_eps
 from lizard_models.model.row_product import row_product
 from lizard_ops import TextStep, nobody_looks, rms_norm_row, turn_matrix
 
@@ -113,12 +113,12 @@ class LayerStep:
             return None
         first, second = norms
         y, row = fused.take(first, x), x.view(-1)
-        y = rms_norm_row(row, first.weight, first.epsilon) if y is None else y.view(-1)
+        y = rms_norm_row(row, first.weight, norm_eps(first)) if y is None else y.view(-1)
         qkv = of_heads(y)
         v = qkv.as_strided(values, (values[1], 1), heads[0] * heads[1])
         o = attention(text, y, qkv.as_strided(heads, (heads[1], 1)), v, turn)
         s = out(o.view(-1), row)
-        gate, up = of_mlp(rms_norm_row(s, second.weight, second.epsilon)).view(2, -1).unbind()
+        gate, up = of_mlp(rms_norm_row(s, second.weight, norm_eps(second))).view(2, -1).unbind()
         return down(F.silu(gate).mul_(up), s).view(1, 1, -1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lizard_ops.common.numerics import soft_capped
-from lizard_ops.common.places import each
+from lizard_ops.common.places import most
 from lizard_ops.common.state import AttentionState
 from lizard_ops.hybrid_attn.arguments import HybridOptions
 from lizard_ops.hybrid_attn.one_text import TINY, OneText, Scores, as_factors, features, places
@@ -56,13 +56,12 @@ class KeptText(OneText):
         with torch.inference_mode(state.ring_k.is_inference()), torch.no_grad():
             self.ring_scores, self.log_scale = state.ring_scores[0, 0], state.log_scale[0]
             fields = [getattr(state, f"kept_{name}")[0] for name in ("k", "v", "scores", "positions")]
-            counts = each(options.kept_keys, state.ring_k.shape[2])
             if isinstance(options.kept_keys, tuple):
-                parts = zip(*(t.split(list(counts)) for t in fields), strict=True)
+                parts = zip(*(t.split(list(options.kept_keys)) for t in fields), strict=True)
             else:
                 parts = zip(*(t.unbind(1) for t in fields), strict=True)
             self.places = [_Places(*of_head) for of_head in parts]
-            self.alike, self.most = not isinstance(options.kept_keys, tuple), max(counts)
+            self.alike, self.most = not isinstance(options.kept_keys, tuple), most(options.kept_keys)
             self.filled: tuple[int, Scores] | None = None  # places that are, and their scores
             if self.alike:
                 self.kept_factors = as_factors(*fields[:2])

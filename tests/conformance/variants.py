@@ -7,6 +7,15 @@ from typing import Any
 
 SHORT: dict[str, Any] = {"attention": {"window": 4}}  # prompts of the tests have seven tokens: they leave it
 NARROW: dict[str, Any] = {"attention": {"window": 2}}  # some set sliding_window=2, which is then the teacher's own
+DROPPED: dict[str, Any] = {
+    "window": 4,
+    "anchors": 1,
+    "kept_keys": 3,
+    "kept_past": "dropped",
+    "coverage": "left",
+    "position_limit": 6,  # so that prompts go past it, and what is written after them does twice
+    "position_step": 2,
+}
 GEMMA: dict[str, Any] = {
     "layer_types": ["full_attention", "sliding_attention"],
     "head_dim": 16,
@@ -36,6 +45,7 @@ VARIANTS: dict[str, Variant] = {
     "LlamaHybrid": Variant("llama", changes={"softmax_layers": [1]}),
     "LlamaWide": Variant("llama", changes={"wide_layers": [1], "wide_window": 6, "wide_gate_stretch": 1.5}),
     "LlamaKeys": Variant("llama", changes={"attention": {"window": 4, "kept_keys": 3}}),
+    "LlamaDropped": Variant("llama", changes={"attention": DROPPED}),
     "LlamaPaper": Variant("llama", preset="paper"),
     "LlamaLolcats": Variant("llama", preset="lolcats"),
     "LlamaLiger": Variant("llama", preset="liger"),

@@ -151,6 +151,12 @@ def test_thousands_of_places_beside_float64_divided_and_not(places, rows, covera
     assert [name for name, _ in launched[2:]] == ["hybrid_decode_kernel"]
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_what_many_parts_leave_out_counts_once(monkeypatch):
+    """18 parts a head, all places held: more than are added at once."""
+    test_thousands_of_places_beside_float64_divided_and_not(70, 2, "left", torch.float32, 0, monkeypatch)
+
+
 def watched(monkeypatch):
     """The name of each kernel that a step launches, and its constants."""
     launched = []

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lizard_ops import AttentionState, chunk_hybrid_attn, recurrent_hybrid_attn, text_step, token_heads
+from lizard_ops import (
+    AttentionState,
+    TextStep,
+    chunk_hybrid_attn,
+    recurrent_hybrid_attn,
+    text_step,
+    token_heads,
+    turn_matrix,
+)
 
 HQ, HK, D, FP, WINDOW, HIDDEN, LENGTH = 6, 2, 8, 4, 5, 12, 17
 FORMS = {
@@ -68,6 +76,24 @@ def test_it_is_the_ops_that_it_stands_for(form):
             if now is not None:
                 torch.testing.assert_close(now, true)
     assert [None if t is None else t.data_ptr() for t in state] == places
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["default", "shared"])
+def test_a_step_made_once_is_that_of_each_call(form):
+    """With the defaults of ``text_step``, of maps that are not square."""
+    tokens, rope, maps, gate, merge = parts(form)
+    made, state, other = TextStep(maps, gate, merge, WINDOW, **FORMS[form]), first(form), first(form)
+    for t in range(1, LENGTH):
+        (x, q, k, v), turn = at(tokens, rope, t, t + 1)
+        wanted = text_step(x, q, k, v, maps, turn, gate, merge, WINDOW, other, **FORMS[form])
+        text = made.text(state)
+        o = made(text, x.view(-1), torch.cat([q, k], 2)[0, 0], v[0, 0], turn_matrix(turn[0][0, 0], turn[1][0, 0]))
+        torch.testing.assert_close(o.reshape(wanted.shape), wanted)
+        for now, true in zip(state, other, strict=True):
+            assert (now is None) == (true is None)
+            if now is not None:
+                torch.testing.assert_close(now, true)
 
 
 @torch.no_grad()

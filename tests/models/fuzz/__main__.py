@@ -33,8 +33,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--shrink", type=float, default=60, help="seconds to look for a smaller sequence after a find")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile(backend='eager') among the calls")
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME", help="draw these of subjects.py alone")
     parser.add_argument("--plant", default="", help="a fault of planted.py, which must be found")
     asked = parser.parse_args()
+
+    from subjects import OPTIONS
+
+    if unknown := set(asked.models) - set(OPTIONS):
+        parser.error(f"--models: got {', '.join(sorted(unknown))}, wanted some of {', '.join(OPTIONS)}")
+    for name in set(OPTIONS) - set(asked.models) if asked.models else ():
+        del OPTIONS[name]  # before the machine, which draws from them, is imported
 
     from machine import CALLS
     from planted import PLANTED

@@ -235,15 +235,20 @@ class Calls(RuleBasedStateMachine):
                 self.live.remove(held)
 
     @precondition(lambda self: self.live)
-    @rule(which=WHICH, length=st.integers(1, 12), back=st.integers(1, 12), seed=SEEDS, pad=st.sampled_from(PADS))
-    def draft(self, which: int, length: int, back: int, seed: int, pad: str) -> None:
-        """Read some and take some of it back, as drafts do."""
+    @rule(
+        which=WHICH, length=st.integers(1, 20), back=st.integers(1, 12), seed=SEEDS, pad=st.sampled_from(PADS),
+        later=st.integers(0, 6),
+    )  # fmt: skip
+    def draft(self, which: int, length: int, back: int, seed: int, pad: str, later: int) -> None:
+        """Read some, take some of it back, as drafts do, and read on."""
         held = self.at(which)
         self.record(which)
         before = held.columns
         self.forward(held, piece(len(held.rows), length, seed, pad))
         if held.columns > before:
             self.take_back(which, min(back, length), -1)
+            if later and held in self.live:
+                self.forward(held, piece(len(held.rows), later, seed + 1), with_mask=self.of.kept)
 
     @precondition(lambda self: self.live)
     @rule(which=WHICH, form=st.sampled_from(["copy", "deepcopy", "pickle", "file"]))

@@ -31,6 +31,10 @@ def _the_record_keeps_its_rows(patch: Patch) -> None:
     patch.setattr(rollback.Rollback, "select", lambda self, indices: None)
 
 
+def _what_is_read_again_drops_no_keys(patch: Patch) -> None:
+    patch.setattr(rollback, "depends_on_blocks", lambda config: config.score_received)
+
+
 def _the_mask_keeps_its_rows(patch: Patch) -> None:
     patch.setattr(cache.LizardCache, "_select_rows", lambda self, rows: None)
 
@@ -72,12 +76,13 @@ def _padding_repeats_nothing(patch: Patch) -> None:
 def _files_forget_a_position(patch: Patch) -> None:
     real = cache.LizardCache.advance
 
-    def fill(cache_: Any, tensors: Any, seen: int) -> None:
-        _fill(cache_, tensors, seen)
+    fill = state_file.fill_cache
+
+    def fill_short(cache_: Any, tensors: Any, seen: int) -> None:
+        fill(cache_, tensors, seen)
         real(cache_, -1)
 
-    _fill = state_file._fill
-    patch.setattr(state_file, "_fill", fill)
+    patch.setattr(state_file, "fill_cache", fill_short)
 
 
 def _drafts_read_the_text_again(patch: Patch) -> None:

@@ -18,12 +18,15 @@ from lizard_models.model.layer_configs import kept_layers, sliding_windows
 
 SMALL = dict(feature_dim=8)
 MOVING = SMALL | dict(position_limit=24, position_step=7)  # anchors move on within a few pieces
+DROPPING = SMALL | dict(position_limit=16, position_step=5, score_dim=6)  # most texts go past it, some several times
 MIXED = dict(use_sliding_window=True, sliding_window=12, max_window_layers=1)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": dict(attention=MOVING),
     "untrained": dict(attention=SMALL, seed=None, window=24),
     "kept": dict(attention=MOVING, softmax_layers=(1,)),
     "keys": dict(attention=MOVING | dict(kept_keys=3, score_dim=6, score_received=True, score_stride=3)),
+    "dropped": dict(attention=DROPPING | dict(kept_keys=3, coverage="left", kept_past="dropped")),
+    "recommended": dict(preset="recommended", attention=DROPPING | dict(kept_keys=[4, 1], score_stride=3)),
     "keys beside all": dict(
         preset="paper",
         attention=dict(feature_dim=8, kept_keys=[4, 1], score_dim=6, gate="key_head"),

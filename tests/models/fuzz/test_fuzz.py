@@ -16,3 +16,9 @@ def test_a_planted_fault_is_found(monkeypatch):
     PLANTED["padding_is_read"](monkeypatch)
     with pytest.raises(AssertionError):
         run(examples=12, steps=20, number=4, shrink=0)
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_every_fault_can_be_planted(monkeypatch, fault):
+    """What it replaces is still there under that name."""
+    PLANTED[fault](monkeypatch)

@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 from tiny import FAMILIES, student, teacher, tokens
+from transformers import PreTrainedModel
 
 from lizard_models.model import fused_mlp, norms
+from lizard_models.model.attention import LizardAttention
 from lizard_models.model.norms import KernelNorm
 from lizard_ops import add_rms_norm, rms_norm
 
@@ -145,6 +147,39 @@ def test_hooks_see_and_change_what_they_did(calls, inference, where, before):
         found.append((outputs.logits, *outputs.hidden_states))
     assert "add_rms_norm" in calls
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_take_what_is_set_on_them(calls, family):
+    """Any attribute, as transformers' own do: ``epsilon`` of code that knows norms by that name, and another eps."""
+    model, ids = student(family=family), tokens(1, 9)
+    wanted, found = model(ids, use_cache=False).logits, []
+    for name in names(model):
+        model.get_submodule(name).epsilon = 0.5
+    assert torch.equal(model(ids, use_cache=False).logits, wanted)  # the family's norm reads its own
+    for name in names(model):
+        norm = model.get_submodule(name)
+        setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 0.25)
+    for on_gpu in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(norms, "on_gpu", lambda x, on_gpu=on_gpu: on_gpu)
+            found.append(model(ids, use_cache=False).logits)
+    assert torch.equal(*found) and not torch.equal(found[0], wanted)
+    model(ids[:, :1])  # a token, which a CPU may compute by itself
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_that_stand_for_a_familys_keep_nothing_from_being_set(family):
+    for module in student(family=family).modules():
+        kinds = type(module).__mro__
+        theirs = any(kind.__module__.startswith("transformers.models") for kind in kinds)
+        ours = isinstance(module, PreTrainedModel | LizardAttention)  # what they say is set by the family's names
+        for kind in kinds if theirs and not ours else ():
+            if kind.__module__.startswith("lizard_"):
+                fixed = [name for name, of in vars(kind).items() if isinstance(of, property) and of.fset is None]
+                assert not fixed, (kind, fixed)
 
 
 @torch.no_grad()

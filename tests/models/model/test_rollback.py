@@ -109,3 +109,87 @@ def test_drafts_go_on_from_a_cache(kept, padding):
     with pytest.raises(ValueError, match="input_ids has 8 tokens, and past_key_values has seen 12: drafts"):
         model.generate(**cache.inputs_for(text[:, 12:]), prompt_lookup_num_tokens=3, **settings)
     assert cache.get_seq_length() == 12 and not cache.lizard_layers()[0].record_past
+
+
+def keeping(kept_past, received, layers=2):
+    """A student of few kept keys whose texts soon go past its context."""
+    choices = dict(
+        kept_keys=5, score_dim=12, score_received=received, score_stride=2, coverage="left", kept_past=kept_past,
+        positions="clamped", position_limit=24, position_step=10,
+    )  # fmt: skip
+    return student(num_hidden_layers=layers, attention=choices)
+
+
+def same(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("received", [True, False])
+@pytest.mark.parametrize("kept_past", ["moved", "dropped"])
+def test_what_is_read_again_past_the_context_drops_keys_again(kept_past, received):
+    """A block past position_limit drops keys for good, also where what was read in it is read a second time."""
+    model, ids, other = keeping(kept_past, received), tokens(2, 50), tokens(2, 9, seed=5)
+    whole = model(ids, use_cache=False).logits
+    for read, stays, sizes in ((20, 0, [9]), (30, 9, [4, 5]), (40, 12, [1] * 9)):  # stays: recorded, not taken back
+        start = model(ids[:, : read - stays]).past_key_values
+        start.activate_past_recording()
+        model(torch.cat([ids[:, read - stays : read], other[:, : sizes[0]]], 1), past_key_values=start)
+        for piece in other[:, sizes[0] :].split(sizes[1:], dim=1):
+            model(piece, past_key_values=start)
+        for order in ([0, 1], [1, 0]):
+            cache = start.copy()
+            cache.reorder_cache(torch.tensor(order))
+            cache.crop(-9)
+            same(model(ids[order, read:], past_key_values=cache).logits, whole[order, read:])
+        start.batch_repeat_interleave(2)
+        start.crop(-9)
+        twice = [0, 0, 1, 1]
+        same(model(ids[twice, read:], past_key_values=start).logits, whole[twice, read:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("received", [True, False])
+def test_rows_of_padding_drop_their_own_keys_again(received):
+    model, ids = keeping("dropped", received), tokens(2, 50)
+    mask = torch.ones(2, 50, dtype=torch.long)
+    mask[0, :11] = 0
+    whole = model(ids, attention_mask=mask, use_cache=False).logits[:, 35:]
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    for start, end in ((0, 20), (20, 40)):
+        model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+    cache.crop(-5)
+    same(model(ids[:, 35:], attention_mask=mask, past_key_values=cache).logits, whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("received", [True, False])
+def test_a_state_to_start_from_has_dropped_its_keys(received):
+    """More tokens than are remembered, past the context: those before become the state to start from."""
+    model, ids = keeping("dropped", received), tokens(1, 190)
+    whole = model(ids, use_cache=False).logits
+    cache = model.new_cache()
+    for layer in cache.lizard_layers():
+        layer.recall = 40
+    cache.activate_past_recording()
+    for piece in ids.split([18, 3, 40, 60, *[1] * 9, 30, 30], dim=1):
+        model(piece, past_key_values=cache)
+    cache.crop(-40)
+    same(model(ids[:, 150:], past_key_values=cache).logits, whole[:, 150:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("received", [True, False])
+def test_drafts_past_the_context_leave_what_decoding_leaves(received):
+    model, text = keeping("dropped", received), tokens(1, 9).repeat(1, 3)
+    settings = dict(max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
+    wanted = model.generate(text, **settings)
+    for draft in (dict(prompt_lookup_num_tokens=4), dict(assistant_model=student(seed=5))):
+        found = model.generate(text, **draft, **settings)
+        assert torch.equal(found.sequences, wanted.sequences)
+        cache = found.past_key_values
+        seen, more = cache.get_seq_length(), tokens(1, 5, seed=8)
+        cache.crop(0)
+        logits = model(more, past_key_values=cache).logits
+        same(logits, model(torch.cat([found.sequences[:, :seen], more], 1), use_cache=False).logits[:, -5:])
