@@ -85,17 +85,16 @@ def hybrid_heads(
         if g is not None:
             checks.check_gate_values(g, None)
         return hybrid_heads_triton(heads, known)
-    new = kind is not None and known is None and _may_be_known(heads, choices) and not _needs_more(heads, choices)
-    if not new or not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in heads):
+    if kind is None or known is not None or not _may_be_known(heads, choices) or _needs_more(heads, choices):
+        return _one_by_one(heads, window, choices)
+    with torch.no_grad():
         found = _one_by_one(heads, window, choices)
-        if new:
-            _remember(kind, heads, window, choices)
+    known = _remember(kind, heads, window, choices)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in heads):
         return found
-    with torch.no_grad():  # for its checks; what is saved must be the same in a layer that is run again in the backward
-        _one_by_one(heads, window, choices)
     from lizard_ops.hybrid_attn.triton.heads import hybrid_heads_triton
 
-    return hybrid_heads_triton(heads, _remember(kind, heads, window, choices))
+    return hybrid_heads_triton(heads, known)  # saves what it saves in a layer that is run again in the backward
 
 
 def _one_by_one(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Tensor, AttentionState | None]:
@@ -107,11 +106,10 @@ def _one_by_one(heads: Heads, window: int, choices: dict[str, Any]) -> tuple[Ten
     return chunk_hybrid_attn(q, k, v, fq, fk, g, window, merge_bias=merge_bias, **choices)
 
 
-def _remember(kind: tuple[Any, ...] | None, heads: Heads, window: int, choices: dict[str, Any]) -> Known:
+def _remember(kind: tuple[Any, ...], heads: Heads, window: int, choices: dict[str, Any]) -> Known:
     """What is known from now on of calls of this kind, which the three ops have accepted."""
     from lizard_ops.hybrid_attn.triton.call import Known
 
-    assert kind is not None
     if len(_known) >= MOST:
         _known.clear()
     known = _known[kind] = Known(_options(heads, window, choices))
