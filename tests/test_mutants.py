@@ -62,6 +62,8 @@ def test_a_sample_can_be_of_some_files_and_lines_alone():
         parts_of(["lizard_ops/nix.py"])
     with pytest.raises(ValueError, match="wanted FILE or FILE:FIRST-LAST"):
         parts_of([f"{other}:7"])
+    with pytest.raises(ValueError, match=f"files: got '{other}' twice, wanted each file once"):
+        parts_of([f"{other}:1-9", f"{other}:30-60"])
 
 
 def test_the_tests_that_are_given_are_asked(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def parts_of(asked: Iterable[str]) -> dict[str, range]:
     """File to the lines of it that may be changed, of ``FILE`` or ``FILE:FIRST-LAST``.
 
     Raises:
-        ValueError: a file of no area, or lines that are none.
+        ValueError: a file of no area, one that is named twice, or lines that are none.
     """
     known = {file for area in AREAS for file in files_of(area)}
     parts = {}
@@ -65,6 +65,8 @@ def parts_of(asked: Iterable[str]) -> dict[str, range]:
         file, _, lines = part.partition(":")
         if file not in known:
             raise ValueError(f"files: got {file!r}, wanted a file of {', '.join(AREAS)}, from the project's root")
+        if file in parts:
+            raise ValueError(f"files: got {file!r} twice, wanted each file once")
         if lines and not re.fullmatch(r"[1-9]\d*-[1-9]\d*", lines):
             raise ValueError(f"files: got {part!r}, wanted FILE or FILE:FIRST-LAST")
         first, last = map(int, lines.split("-")) if lines else (1, 10**9)
