@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from tiny import student, tokens
+from tiny import last_read_again, student, tokens
 
 
 @torch.no_grad()
@@ -169,14 +169,7 @@ def test_a_state_to_start_from_has_dropped_its_keys(received):
     """More tokens than are remembered, past the context: those before become the state to start from."""
     model, ids = keeping("dropped", received), tokens(1, 190)
     whole = model(ids, use_cache=False).logits
-    cache = model.new_cache()
-    for layer in cache.lizard_layers():
-        layer.recall = 40
-    cache.activate_past_recording()
-    for piece in ids.split([18, 3, 40, 60, *[1] * 9, 30, 30], dim=1):
-        model(piece, past_key_values=cache)
-    cache.crop(-40)
-    same(model(ids[:, 150:], past_key_values=cache).logits, whole[:, 150:])
+    same(last_read_again(model, ids), whole[:, 150:])
 
 
 @torch.no_grad()
