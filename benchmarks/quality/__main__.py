@@ -330,6 +330,7 @@ def mqar(
 
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
+app.command("merge", cls=Command)(more_commands.merge)
 app.command("teachers", cls=Command)(more_commands.teachers)
 app.command("dry-run", cls=Command)(more_commands.dry_run)
 app.command("code-data", cls=Command)(more_commands.code_data)

@@ -111,8 +111,8 @@ class Bench:
 
     def record(self, spec: RowSpec, num_layers: int) -> dict[str, Any] | None:
         """The row as far as it is finished, None if there is none with these settings."""
-        wanted = _completed(self.settings(spec, num_layers))
-        return next((r for r in self.records(spec) if _completed(r["settings"]) == wanted), None)
+        wanted = self.settings(spec, num_layers)
+        return next((r for r in self.records(spec) if same_settings(wanted, r["settings"])), None)
 
     def publish(self, spec: RowSpec, num_layers: int) -> None:
         """Moves the record under way, if there is one with these settings, into the file of the finished rows.
@@ -122,7 +122,7 @@ class Bench:
         path = self.draft_path(spec)
         if path.is_file():
             draft = json.loads(path.read_text())
-            if _completed(draft["settings"]) == _completed(self.settings(spec, num_layers)):
+            if same_settings(draft["settings"], self.settings(spec, num_layers)):
                 merge_records(self.results, {spec.stem: draft})
                 path.unlink()
 
@@ -183,6 +183,11 @@ def _completed(settings: dict[str, Any]) -> Any:
     except (TypeError, ValueError):
         return None
     return json.loads(json.dumps({**settings, "config": config, "row": row, "budget": budget}))
+
+
+def same_settings(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records are of one row: fields that did not exist when one was written have their defaults."""
+    return (settings := _completed(one)) is not None and settings == _completed(other)
 
 
 def applies(measure: str, spec: RowSpec, config: LizardConfig) -> bool:

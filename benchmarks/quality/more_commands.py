@@ -1,4 +1,4 @@
-"""Commands of ``python -m benchmarks.quality`` beside the rows: teachers, data, what larger teachers would cost."""
+"""Commands of ``python -m benchmarks.quality`` beside the rows: records from elsewhere, teachers, data, dry runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,32 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.quality.options import RESULTS, BudgetName, Out
 from lizard_models.cli.errors import one_line_errors
 from lizard_models.cli.options import Cache
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="A .jsonl of finished rows, or record.json of one under way.")],
+    budget: BudgetName = "quick",
+    replace: Annotated[bool, typer.Option("--replace", help="Rows of other settings too.")] = False,
+    out: Out = RESULTS,
+) -> None:
+    """Put records that another machine has made among those that are here, measure by measure.
+
+    [bold]Example[/bold]
+
+    [cyan]python -m benchmarks.quality merge there/full.jsonl there/record.json --budget full[/cyan]
+    """
+    with one_line_errors():
+        from rich.console import Console
+
+        from benchmarks.quality import merge as merging
+        from benchmarks.quality.options import read_budget
+
+        taken = merging.merge(out / f"{read_budget(budget).name}.jsonl", files, replace)
+        for stem, measures in taken.items():
+            Console(soft_wrap=True).print(f"{stem}: {', '.join(measures) or 'nothing new'}", highlight=False)
 
 
 def teachers(
