@@ -7,7 +7,8 @@
 For a layer (``layers[0]``) and a whole model: the forward without gradients (``prefill``, as generate reads a prompt,
 into a new cache), forward and backward of a training step (``train``) and a decode step (``decode``), random weights.
 
-    host_us     median microseconds until the call returns, the device idle before
+    host_us     median microseconds until the call returns, the device idle before; the two models take turns, and
+                host_us_turns has the median of each
     whole_us    the same until the device is done
     gpu_us      sum of its kernels, by the profiler
     launches    kernels, copies and fills launched
@@ -118,12 +119,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(call: Call, device: str, times: int, left_out: Launches | None) -> dict[str, float]:
+def timed(call: Call, device: str, times: int) -> tuple[list[float], list[float]]:
+    """Seconds until the call returns, and until the device is done, of each call."""
     clock = time.perf_counter if device == "cuda" else time.thread_time
-    for _ in range(3):
-        call()
-    synchronize(device)
     host, whole = [], []
+    synchronize(device)
     gc.disable()
     for _ in range(times):
         start = clock()
@@ -132,6 +132,33 @@ def measure(call: Call, device: str, times: int, left_out: Launches | None) -> d
         synchronize(device)
         whole.append(clock() - start)
     gc.enable()
+    return host, whole
+
+
+def by_turns(named: dict[str, Call], device: str, times: int, turns: int) -> dict[str, dict[str, Any]]:
+    """Median times of each call. They take turns, forwards and backwards: a host that slows down slows both."""
+    host: dict[str, list[list[float]]] = {name: [] for name in named}
+    whole: dict[str, list[float]] = {name: [] for name in named}
+    for call in named.values():
+        for _ in range(3):
+            call()
+    for turn in range(turns):
+        for name in list(named)[:: 1 - 2 * (turn % 2)]:
+            one, other = timed(named[name], device, times)
+            host[name].append(one)
+            whole[name] += other
+    return {
+        name: {
+            "host_us": 1e6 * statistics.median(sum(host[name], [])),
+            "host_us_turns": [round(1e6 * statistics.median(turn), 1) for turn in host[name]],
+            "whole_us": 1e6 * statistics.median(whole[name]),
+        }
+        for name in named
+    }
+
+
+def counted(call: Call, device: str, left_out: Launches | None) -> dict[str, float]:
+    """What one call does, and the time in its Python functions."""
     before = 0 if left_out is None else left_out.count()
     call()
     kernels = 0 if left_out is None else left_out.count() - before
@@ -148,8 +175,6 @@ def measure(call: Call, device: str, times: int, left_out: Launches | None) -> d
     synchronize(device)
     stats: Any = pstats.Stats(profiler)
     return {
-        "host_us": 1e6 * statistics.median(host),
-        "whole_us": 1e6 * statistics.median(whole),
         "gpu_us": float(sum(e.self_device_time_total for e in averages)) if device == "cuda" else 0.0,
         "launches": kernels + sum(e.count for e in averages if e.key in LAUNCHES),
         "ops": sum(e.count for e in averages if "::" in e.key),
@@ -167,7 +192,8 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="*", choices=("prefill", "train", "decode"), default=["prefill", "train", "decode"]
     )
-    parser.add_argument("--calls", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=20, help="of each of the two models a turn")
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-launch", action="store_true", help="on a CPU: the Triton path without its kernels")
     parser.add_argument("--prepare", action="store_true", help="as --no-launch, but what the driver does")
@@ -192,11 +218,11 @@ def rows(args: argparse.Namespace, left_out: Launches | None) -> dict[str, Any]:
         for of in ("layer", "model"):
             for kind in args.kinds:
                 models = dict(zip(("teacher", "lizard"), build(shape, args.layers, args.device, window), strict=True))
-                for name, model in models.items():
+                named = {name: calls(model, of, kind, args.batch, length) for name, model in models.items()}
+                times = by_turns(named, args.device, args.calls, args.turns)
+                for name, call in named.items():
                     row: dict[str, Any] = {"shape": shape, "of": of, "kind": kind, "model": name}
-                    call = calls(model, of, kind, args.batch, length)
-                    row |= measure(call, args.device, args.calls, left_out)
-                    report["rows"].append(row)
+                    report["rows"].append(row | times[name] | counted(call, args.device, left_out))
                 if args.out:
                     args.out.parent.mkdir(parents=True, exist_ok=True)
                     args.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -204,7 +230,7 @@ def rows(args: argparse.Namespace, left_out: Launches | None) -> dict[str, Any]:
 
 
 def print_table(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    print(f"batch {args.batch}, {args.length} tokens, {args.layers} layers, medians of {args.calls} calls")
+    print(f"batch {args.batch}, {args.length} tokens, {args.layers} layers, medians of {args.turns} turns of {args.calls} calls")
     print(f"{'':40}" + "".join(f"{name:>11}" for name in SHOWN))
     for teacher, lizard in zip(report["rows"][::2], report["rows"][1::2], strict=True):
         for row in (teacher, lizard):
