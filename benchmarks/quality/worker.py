@@ -53,6 +53,7 @@ from lizard_models.text.look_ups import look_up_rows
 from lizard_models.text.sequences import Documents, PackedTokens, documents_of, load_documents, load_sequences
 
 WRITTEN_TOKENS = 1 << 17  # of prompts that are continued together: a step of a batch takes as long as one of a row
+AFTER_STAGE1 = ("kl", "found", "passkeys5")  # measured then too: does stage 2 find what stage 1 found?
 RESTORE_TOKENS = 2048  # of each document, for the KL that restoring a layer saves
 
 
@@ -131,8 +132,8 @@ class _Row:
             tokens = self.documents.tokens[:, : self.config.stage1.sequence_length]
             errors = held_out_errors(model, tokens, batch_size=4)
             after |= {"relative_error": errors.mean().item(), "layer_errors": errors.tolist()}
-            if "found" in missing:
-                after["found"] = self._found_of(model)
+            with torch.no_grad():
+                after |= {name: getattr(self, f"_{name}_of")(model) for name in AFTER_STAGE1 if name in missing}
             self.record["after_stage1"] = after
             if "restore" in missing:
                 self._measure("restore", model)

@@ -84,11 +84,13 @@ def test_a_row_trains_its_scores_and_says_how_they_fit(plan):
 
 
 def test_text_of_both_stages_may_say_things_again(plan):
-    """Which is another text; what is found is asked for after stage 1 too."""
+    """Which is another text; what is found, and the KL, are asked for after stage 1 too."""
     spec = RowSpec(name="again", changes=CHANGES, look_ups=True)
-    plan = dataclasses.replace(plan, measures=["found"], budget=dataclasses.replace(TINY, sequence_length=512))
+    plan = dataclasses.replace(plan, measures=["kl", "found"], budget=dataclasses.replace(TINY, sequence_length=512))
     record = run_row(spec, plan, lambda message: None)
     assert record["after_stage1"]["found"].keys() == {"filler", "novel"}
+    assert record["after_stage1"]["kl"]["edges"] == record["measures"]["kl"]["edges"]
+    assert record["after_stage1"]["kl"]["means"] != record["measures"]["kl"]["means"]
     once = run_row(dataclasses.replace(spec, name="once", look_ups=False), plan, lambda message: None)
     assert all(once["hashes"][stage] != record["hashes"][stage] for stage in ("stage1", "stage2"))
     assert once["scores"] == record["scores"] and once["hashes"]["stage0"] == record["hashes"]["stage0"]

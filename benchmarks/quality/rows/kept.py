@@ -76,6 +76,7 @@ LONG: dict[str, Any] = {"longer": 4, "score_received": True}
 RECEIVED = ", whose score reads the attention received in the window"
 LEFT = ", in the sums too while they are kept, longer sequences"
 NO_QK = {"lora_targets": ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+SLOWER = {"learning_rate": 2e-4, "new_learning_rate": 1e-3, "gate_learning_rate": 2e-4}
 NEAR = {"sequence_length": 4096, "batch_size": 2}  # of stage 0, whose labels see no use beyond their own sequences
 SCORES = (
     kept(256, "-received", RECEIVED, score_received=True),
@@ -116,6 +117,7 @@ CHANGED = tuple(
     for name, about, more in (
         ("look-ups", "with passages and records that come again in half of its rows", {"look_ups": True}),
         ("scores-4096", "with scores fitted on sequences of 4096", {"changes": {"stage0": NEAR}}),
+        ("slower", "with a stage 2 at a fifth of its rates", {"changes": {"stage2": SLOWER}}),
         ("no-qk", "without adapters on q and k", {"changes": {"stage2": NO_QK}}),
         (
             "features-128",
