@@ -230,9 +230,8 @@ def rows(args: argparse.Namespace, left_out: Launches | None) -> dict[str, Any]:
 
 
 def print_table(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    print(
-        f"batch {args.batch}, {args.length} tokens, {args.layers} layers, medians of {args.turns} turns of {args.calls} calls"
-    )
+    sizes = f"batch {args.batch}, {args.length} tokens, {args.layers} layers"
+    print(f"{sizes}, medians of {args.turns} turns of {args.calls} calls")
     print(f"{'':40}" + "".join(f"{name:>11}" for name in SHOWN))
     for teacher, lizard in zip(report["rows"][::2], report["rows"][1::2], strict=True):
         for row in (teacher, lizard):
