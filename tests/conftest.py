@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 started = [str(Path(__file__).parent / "started"), os.environ.get("PYTHONPATH", "")]  # for processes that tests start
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, started))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # theirs too; see set_num_threads below
 
 # pytest gives its handlers to loggers that do not propagate; where this one has any, each step of torch.compile is
 # written for it.

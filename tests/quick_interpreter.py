@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import quick_operands
+
 ALREADY_PATCHED = SimpleNamespace(restore=lambda: None)
 REPLACED: list[tuple[Any, str, Any]] = []  # owner, name and value as it came
 
@@ -44,6 +46,7 @@ def install(interpreter: ModuleType) -> None:
     make_types_once(interpreter.tl.core)
     keep_what_fits(interpreter.tl.core.dtype, type(interpreter.interpreter_semantic))
     remember_numbers(type(interpreter.interpreter_semantic))
+    quick_operands.install(interpreter, replace)
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
@@ -64,10 +67,13 @@ def remembered(numpy_type: Callable) -> Callable:
 def once_a_launch(tl: ModuleType, patch_lang: Callable, launch: Callable) -> tuple[Callable, Callable]:
     """Patch triton.language once a launch for each of its modules, not at every call of a device function too."""
     patched: set[tuple[bool, bool]] = set()
+    seen: dict[Any, tuple[bool, bool]] = {}  # which of the modules a function has
 
     def patch_once(fn):
-        seen = fn.__globals__.values()
-        modules = any(x is tl for x in seen), any(x is tl.core for x in seen)
+        modules = seen.get(fn)
+        if modules is None:
+            names = fn.__globals__.values()
+            modules = seen[fn] = any(x is tl for x in names), any(x is tl.core for x in names)
         if modules in patched:
             return ALREADY_PATCHED
         patched.add(modules)

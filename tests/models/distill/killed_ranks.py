@@ -6,6 +6,7 @@ after how many seconds, and the losses and the sum of the parameters that the ma
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import torch
 from parallel_run import one_run
+from training import fresh, recipes
 
 from benchmarks.faults.ranks import kill_at
+from lizard_models.distill.stage2 import FineTuning
 
 SECONDS = 90  # after which a process hangs
 
@@ -57,6 +60,9 @@ def worker(rank: int, fsdp: bool, folder: Path, killed: str, resume: bool) -> in
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    model = fresh()
+    FineTuning(model, recipes(model)[1])  # what the first adapters of a process import, once for all of them
+    gc.freeze()  # every Trainer collects; see tests/conftest.py
     (folder / "whole").mkdir()
     processes(1, "whole", folder / "whole")
     for way, killed in (("ddp", "1:2:3"), ("fsdp", "0:2:3")):
