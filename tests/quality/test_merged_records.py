@@ -82,6 +82,34 @@ def test_a_row_of_other_settings_is_refused_whole_or_taken_whole(results, tmp_pa
     assert there["plain.s0"]["measures"] == {"loss": 1.0} and "new.s0" in there
 
 
+def test_what_is_measured_again_is_of_the_model_that_is_there(results, tmp_path):
+    again = record({"loss": 2.9})
+    again["stages"]["stage1"]["seconds"] = 2.0
+    merge(results, [come(tmp_path, again)])
+    merge(
+        results, [come(tmp_path, again | {"measures": {"kl": 0.3, "length": 1.0}, "earlier": ["length"]}, "kl.jsonl")]
+    )
+    assert read_records(results)["plain.s0"]["earlier"] == ["found", "length"]
+    nothing = record({"found": 0.9}, trials={"found": 20})
+    before = results.read_text()
+    assert merge(results, [come(tmp_path, nothing, "fewer.jsonl")]) == {"plain.s0": []}
+    assert results.read_text() == before  # not the stages of a model of which nothing was taken
+
+
+def test_other_texts_and_two_new_rows_of_one_name_are_refused(results, tmp_path):
+    merge(results, [come(tmp_path, record({"length": 1.0}, hashes={"length": "a"}))])
+    with pytest.raises(ValueError, match="measured on other texts"):
+        merge(results, [come(tmp_path, record({"length": 2.0}, hashes={"length": "b"}), "b.jsonl")])
+    other = copy.deepcopy(record({"loss": 1.0}))
+    other["settings"]["config"]["attention"]["window"] = 64
+    with pytest.raises(ValueError, match="in a file before, with other settings"):
+        merge(
+            tmp_path / "empty.jsonl",
+            [come(tmp_path, record({"loss": 3.0}), "c.jsonl"), come(tmp_path, other, "d.jsonl")],
+        )
+    assert not (tmp_path / "empty.jsonl").exists()
+
+
 def test_a_row_under_way_and_a_row_that_is_new(tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record({"loss": 3.0})))
