@@ -7,7 +7,7 @@ import quick_interpreter
 import torch
 from kernel_checks import DEVICE, with_gradients
 
-from lizard_ops import chunk_gated_attn, window_attn
+from lizard_ops import chunk_gated_attn, key_expiry, window_attn
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="kernels are not interpreted here")
 
@@ -36,3 +36,15 @@ def test_every_bit_is_that_of_the_whole_interpreter(op, dtype, monkeypatch):
     assert quick.keys() == whole.keys() and len(quick) > 3
     for name, expected in whole.items():
         assert torch.equal(quick[name], expected), name
+
+
+def test_keys_expire_where_the_whole_interpreter_lets_them(monkeypatch):
+    """Their kernels sort, by exclusive ors of integers."""
+    pytest.importorskip("triton")
+    if not quick_interpreter.REPLACED:
+        pytest.skip("this release of Triton is interpreted as it comes")
+    scores = torch.randn(1, 37, 2, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # some are equal
+    quick = key_expiry(scores, 8, 2, 5, impl="triton")
+    for owner, name, value in quick_interpreter.REPLACED:
+        monkeypatch.setattr(owner, name, value)
+    assert torch.equal(quick, key_expiry(scores, 8, 2, 5, impl="triton"))
